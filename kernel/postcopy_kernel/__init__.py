@@ -1,0 +1,1 @@
+"""What we say to Linux: userfaultfd, memory, descriptors, processes. Every ctypes call of the project stands here."""

@@ -1,0 +1,453 @@
+"""Every message of the house, one dataclass each: what it says, who sends it to whom, over which channel.
+
+Channels (see ``protocol/README.md`` for the bytes):
+
+* **door**: Unix SEQPACKET between a client and the supervisor; descriptors travel beside the message (SCM_RIGHTS).
+* **router**: ZeroMQ, the supervisor's one ROUTER; workers and the command line are its DEALERs.
+* **custodian**: Unix SEQPACKET socketpair between supervisor and custodian, with descriptors.
+
+A message is msgpack ``[VERSION, tag, field, ...]`` in the order of the fields below. Offsets, lengths and sizes are
+bytes; addresses are virtual addresses of the client; a batch of offsets is packed little-endian u64 in one bin.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Base of all messages: ``TAG`` is its number on the wire, ``DESCRIPTORS`` the most that may travel with it."""
+
+    TAG: ClassVar[int] = 0
+    DESCRIPTORS: ClassVar[int] = 0
+
+
+# --- door: client -> supervisor ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Hello(Message):
+    """First word of a client. ``name`` is for people (status); ``kind`` is ``native`` or ``vhost-user``."""
+
+    TAG = 1
+    name: str
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class OfferUserfaultfd(Message):
+    """The client's userfaultfd (1 descriptor), made in the client and not yet shaken hands with (UFFDIO_API)."""
+
+    TAG = 2
+    DESCRIPTORS = 1
+
+
+@dataclass(frozen=True, slots=True)
+class OpenBlock(Message):
+    """Ask for a RAM block by name; ``mode`` is ``private`` or ``shared``."""
+
+    TAG = 3
+    name: str
+    mode: str
+
+
+@dataclass(frozen=True, slots=True)
+class Mapped(Message):
+    """The client has mapped ``length`` bytes of ``block`` from ``offset`` at ``address`` and touched none of them."""
+
+    TAG = 4
+    block: int
+    address: int
+    length: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unmap(Message):
+    """The client is about to unmap the region at ``address`` and touches it no more."""
+
+    TAG = 5
+    block: int
+    address: int
+
+
+@dataclass(frozen=True, slots=True)
+class Goodbye(Message):
+    """The client leaves; all its regions are unmapped."""
+
+    TAG = 6
+
+
+# --- door: supervisor -> client ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome(Message):
+    """Answer to Hello: the client's number; 1 descriptor: an open /dev/userfaultfd, or none where there is no device."""
+
+    TAG = 20
+    DESCRIPTORS = 1
+    client: int
+
+
+@dataclass(frozen=True, slots=True)
+class UserfaultfdAccepted(Message):
+    """The userfaultfd is one, has had its handshake and is kept."""
+
+    TAG = 21
+
+
+@dataclass(frozen=True, slots=True)
+class BlockOpened(Message):
+    """Answer to OpenBlock. ``size`` is the exact length, the mapping is ``pages * page_size``. 2 descriptors: the
+    block (read-only for ``private``, read-write for ``shared``) and the received map (read-only, one byte a page)."""
+
+    TAG = 22
+    DESCRIPTORS = 2
+    block: int
+    name: str
+    size: int
+    page_size: int
+    pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Attached(Message):
+    """The region is registered and its worker runs: it may be touched from now on."""
+
+    TAG = 23
+    block: int
+    address: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unmapped(Message):
+    """The region is forgotten: unmap it now."""
+
+    TAG = 24
+    block: int
+    address: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refused(Message):
+    """What was asked is refused. ``code`` is one of ``REFUSALS``; ``reason`` is one line for people."""
+
+    TAG = 25
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ending(Message):
+    """The supervisor ended in order: every page that is still missing is poisoned (SIGBUS), none is zeros."""
+
+    TAG = 26
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Released(Message):
+    """Every page of ``block`` is present: its ranges are unregistered, the memory runs at native speed."""
+
+    TAG = 27
+    block: int
+
+
+REFUSALS = ("no-such-block", "denied", "bad-message", "bad-version", "bad-descriptor", "bad-range", "limit", "failed")
+
+
+# --- router: worker -> supervisor -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerHello(Message):
+    """A worker is there: sent at start and again after every reconnect."""
+
+    TAG = 40
+    worker: int
+    incarnation: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report(Message):
+    """Something a person should know. ``kind`` is one of ``REPORTS``."""
+
+    TAG = 41
+    worker: int
+    kind: str
+    block: int
+    offset: int
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequestPages(Message):
+    """Pages of a remote block that the worker's client waits for (packed u64 offsets)."""
+
+    TAG = 42
+    worker: int
+    block: int
+    offsets: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched(Message):
+    """Worker zero's answer to Fetch: everything in the range is present but the pages at ``lost`` (packed u64)."""
+
+    TAG = 43
+    block: int
+    offset: int
+    length: int
+    lost: bytes
+
+
+REPORTS = (
+    "lost",  # a page that its source cannot supply
+    "source-changed",  # the file under a local block was cut or written
+    "polluted",  # a page present that nobody of ours placed
+    "handler-failed",  # a handler function raised, or gave something unusable
+    "foreign-event",  # the ufd delivered an event that is no page fault
+    "outside",  # a fault outside every region
+    "stale-region",  # a region that is not what was registered (ENOENT)
+    "client-gone",  # the client's memory is gone (ESRCH)
+    "no-memory",  # ENOMEM or ENOSPC while placing; the page is retried
+    "failed",  # the worker cannot go on: it ends after this word
+)
+
+
+# --- router: supervisor -> worker -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Wake(Message):
+    """Pages of a remote block are placed: wake whoever waits for them (packed u64 offsets)."""
+
+    TAG = 50
+    block: int
+    offsets: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch(Message):
+    """To worker zero, which places pages in the supervisor's name: make this range of a local block present."""
+
+    TAG = 51
+    block: int
+    offset: int
+    length: int
+
+
+# --- router: command line <-> supervisor ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class AskStatus(Message):
+    """What do you see? ``audit``: look through every block for pages that nobody of ours placed, first."""
+
+    TAG = 60
+    audit: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AskStop(Message):
+    """End in order; ``keep_workers`` leaves clients and workers to a successor."""
+
+    TAG = 61
+    keep_workers: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AskExport(Message):
+    """Write the block ``name`` to the absolute ``path``; answered by ExportProgress at once and to every AskProgress."""
+
+    TAG = 62
+    name: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class AskProgress(Message):
+    """How far is the export? An export that nobody asks after for 10 s is cancelled; ``cancel`` does so at once."""
+
+    TAG = 63
+    job: int
+    cancel: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StatusAnswer(Message):
+    """The status document as UTF-8 JSON (its fields are part of the interface, not of the wire)."""
+
+    TAG = 70
+    document: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StopAnswer(Message):
+    """The supervisor has begun to end."""
+
+    TAG = 71
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExportProgress(Message):
+    """``state`` is ``running``, ``done``, ``failed`` or ``cancelled``; ``detail`` says why it failed."""
+
+    TAG = 72
+    job: int
+    state: str
+    written: int
+    size: int
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class ControlRefused(Message):
+    """A control question that cannot be answered, in one line for people."""
+
+    TAG = 73
+    reason: str
+
+
+# --- custodian channel: supervisor -> custodian -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Keep(Message):
+    """Keep duplicates of these descriptors under ``key`` (replacing what was there); ``meta`` is the supervisor's own
+    note, given back unread."""
+
+    TAG = 80
+    DESCRIPTORS = 16
+    key: str
+    meta: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Drop(Message):
+    """Close what is kept under ``key``."""
+
+    TAG = 81
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class ForkWorker(Message):
+    """Fork a worker that gets the descriptors of ``keys``, in order, and ``assignment`` (an encoded Assignment)."""
+
+    TAG = 82
+    worker: int
+    incarnation: int
+    keys: tuple[str, ...]
+    assignment: bytes
+
+
+# --- custodian channel: custodian -> supervisor -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class CustodianReady(Message):
+    """Everything that workers need is imported; the custodian answers."""
+
+    TAG = 90
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerForked(Message):
+    """The worker runs; 1 descriptor: its pidfd."""
+
+    TAG = 91
+    DESCRIPTORS = 1
+    worker: int
+    incarnation: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class ForkFailed(Message):
+    """No worker: fork failed or a key is not kept here."""
+
+    TAG = 92
+    worker: int
+    incarnation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerExited(Message):
+    """A worker is gone and reaped; ``status`` is the wait status (os.waitstatus_to_exitcode reads it)."""
+
+    TAG = 93
+    worker: int
+    incarnation: int
+    status: int
+
+
+# --- what a worker is told at its birth -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class BlockGrant(Message):
+    """A block as a worker sees it. Descriptors, at their places in the worker's list (-1: none): ``memory`` (read-write),
+    ``received`` (read-write), ``source`` (the file). ``kind`` is ``file``, ``handler``, ``zero`` or ``remote``; ``detail`` is
+    ``module:function`` for a handler. ``source_size`` and ``source_mtime_ns`` are the file's at serve."""
+
+    TAG = 100
+    block: int
+    name: str
+    size: int
+    page_size: int
+    pages: int
+    kind: str
+    detail: str
+    source_size: int
+    source_mtime_ns: int
+    memory: int
+    received: int
+    source: int
+
+
+@dataclass(frozen=True, slots=True)
+class RegionGrant(Message):
+    """A registered range of the client: ``length`` bytes at ``address`` are the block's from ``offset``. ``mode`` is
+    ``private`` or ``shared``; ``announced``: registered MISSING|MINOR (a client of another uid)."""
+
+    TAG = 101
+    block: int
+    mode: str
+    address: int
+    length: int
+    offset: int
+    announced: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment(Message):
+    """All a worker ever knows. Descriptor places (-1: none): the client's userfaultfd and pidfd (none for worker zero),
+    the quit eventfd, the statistics page, the house page, an open /dev/userfaultfd. ``fault_around`` is the largest
+    window in bytes, ``adaptive`` whether it grows from one page or is fixed."""
+
+    TAG = 102
+    worker: int
+    incarnation: int
+    name: str
+    endpoint: str
+    userfaultfd: int
+    client: int
+    quit: int
+    statistics: int
+    house: int
+    device: int
+    fault_around: int
+    adaptive: bool
+    handler_path: str
+    blocks: tuple[BlockGrant, ...]
+    regions: tuple[RegionGrant, ...]
