@@ -1,0 +1,119 @@
+"""Two shared pages of 512 little-endian u64 words, each with one writer: figures of a worker, wishes of the house.
+
+**Statistics page**, one a client, written by its worker only and handed on to its successor, so the figures survive a
+restart. The supervisor reads it at any time without asking: an aligned word does not tear, and words read a moment
+apart may disagree by one fault, which is no harm. The words from 64 on are a log-linear histogram of latencies:
+eight buckets for every power of two from 256 ns to 2**38 ns (4.6 minutes), so a bucket is at most an eighth of its
+value wide. ``bucket`` is on the fault path; everything below it is for readers.
+
+**House page**, one for all, written by the supervisor only: what every worker should heed at its next fault.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+
+PAGE_BYTES = 4096
+WORDS = PAGE_BYTES // 8
+
+# --- words of a statistics page; those up to LAST_COUNTER only grow -------------------------------------------------
+
+FAULTS = 0  # page-fault messages answered
+PLACED = 1  # pages placed, fault-around included
+WAKES = 2  # wake or continue calls
+REQUESTS = 3  # pages asked of the supervisor
+DEDUPLICATED = 4  # messages for a page that was already asked for or present
+AROUND = 5  # pages placed by fault-around, beyond the faulting one
+LOST = 6  # pages that their source could not supply
+FAILURES = 7  # calls that failed and were reported
+POLLUTED = 8  # pages found present that nobody of ours placed
+BEGUN = 9  # messages read and begun; BEGUN - FAULTS is what a worker was doing when it died
+LAST_COUNTER = BEGUN
+
+LONGEST_NS = 16  # longest latency seen (0: the histogram's last bucket stands for it)
+BUSY_SINCE_NS = 17  # CLOCK_MONOTONIC of the fault in hand; 0 idle
+WORKER_PID = 18
+INCARNATION = 19
+
+HISTOGRAM = 64
+"""First word of the histogram."""
+_LOW_BITS = 8  # 2**8 ns: below it everything falls into the first bucket
+_HIGH_BITS = 38  # 2**38 ns: from it on everything falls into the last
+BUCKETS = (_HIGH_BITS - _LOW_BITS) * 8
+LAST_BUCKET = HISTOGRAM + BUCKETS - 1
+
+_LOWEST = 1 << _LOW_BITS
+_BEYOND = 1 << _HIGH_BITS
+# A value of b bits has its upper four in 8..15: word = HISTOGRAM + (b - 1 - _LOW_BITS) * 8 + (upper four - 8).
+_BIAS = HISTOGRAM - (1 + _LOW_BITS) * 8 - 8
+
+# --- words of the house page ------------------------------------------------------------------------------------------
+
+WINDOW_LIMIT = 0  # bytes: the largest fault-around that memory pressure allows now
+ENDING = 1  # not 0: the house ends, place nothing more
+
+
+def bucket(ns: int) -> int:
+    """Word that counts a latency of ``ns`` nanoseconds."""
+    if ns < _LOWEST:
+        return HISTOGRAM
+    bits = ns.bit_length()
+    return (bits << 3) + (ns >> (bits - 4)) + _BIAS if ns < _BEYOND else LAST_BUCKET
+
+
+def bounds(word: int) -> tuple[int, int]:
+    """Half-open range of nanoseconds that ``word`` counts (the first reaches down to 0, the last has no end)."""
+    power, eighth = divmod(word - HISTOGRAM, 8)
+    width = 1 << (power + _LOW_BITS - 3)
+    low = (8 + eighth) * width
+    return (0 if word == HISTOGRAM else low), low + width
+
+
+def words_of(page: bytes | bytearray | memoryview) -> tuple[int, ...]:
+    """A snapshot of a page as its 512 words."""
+    return struct.unpack_from(f"<{WORDS}Q", page)
+
+
+def count(words: Sequence[int]) -> int:
+    """Latencies in the histogram."""
+    return sum(words[HISTOGRAM : LAST_BUCKET + 1])
+
+
+def percentile(words: Sequence[int], percent: float) -> float:
+    """Latency in microseconds that ``percent`` of all did not exceed (middle of its bucket: within 1/16); 0.0: none."""
+    wanted = max(1, -int(-count(words) * percent // 100))
+    for word in range(HISTOGRAM, LAST_BUCKET + 1):
+        wanted -= words[word]
+        if wanted <= 0:
+            low, high = bounds(word)
+            return min((low + high) / 2, words[LONGEST_NS] or high) / 1000
+    return 0.0
+
+
+def longest(words: Sequence[int]) -> float:
+    """Longest latency in microseconds: exact where the worker noted it, else the end of the last bucket in use."""
+    if words[LONGEST_NS]:
+        return words[LONGEST_NS] / 1000
+    used = (word for word in range(LAST_BUCKET, HISTOGRAM - 1, -1) if words[word])
+    word = next(used, None)
+    return 0.0 if word is None else bounds(word)[1] / 1000
+
+
+def summary(words: Sequence[int]) -> dict[str, float]:
+    """``p50``, ``p99`` and ``max`` in microseconds, to a tenth."""
+    return {
+        "p50": round(percentile(words, 50), 1),
+        "p99": round(percentile(words, 99), 1),
+        "max": round(longest(words), 1),
+    }
+
+
+def merge(pages: Iterable[Sequence[int]]) -> tuple[int, ...]:
+    """One page for many: counters and histogram added, the longest kept, what belongs to one worker is 0."""
+    total = [0] * WORDS
+    for words in pages:
+        for word in (*range(LAST_COUNTER + 1), *range(HISTOGRAM, LAST_BUCKET + 1)):
+            total[word] += words[word]
+        total[LONGEST_NS] = max(total[LONGEST_NS], words[LONGEST_NS])
+    return tuple(total)

@@ -1,0 +1,47 @@
+"""Fault-around: how many pages to place for one fault.
+
+One fault costs far more than one page, so a reader in order should pay for few of them, and a reader at random should
+not be given pages that it never asked for. Nobody tells us which it is; the faults do. A stream is a sequence of
+faults of which each comes exactly where the window of the one before has ended. Its window doubles from one page to
+the largest. A fault that continues no stream is placed alone.
+
+A client has several threads and a loop over two arrays is two streams: eight are remembered, the least recently
+continued is forgotten. All of that is one small dict ``{expected next page: width of the window before it}``: a dict
+remembers the order of insertion, and a stream that continues is inserted anew.
+
+This is on the fault path: no allocation but the dict's own.
+"""
+
+from __future__ import annotations
+
+STREAMS = 8
+
+
+class FaultAround:
+    """Windows for the faults of one client on one block.
+
+    ``largest_pages`` may be changed at any time (memory pressure lowers it). ``adaptive=False``: the window is fixed.
+    """
+
+    __slots__ = ("_expected", "adaptive", "largest_pages")
+
+    def __init__(self, largest_pages: int, adaptive: bool = True) -> None:
+        self.largest_pages = largest_pages
+        self.adaptive = adaptive
+        self._expected: dict[int, int] = {}
+
+    def window(self, page: int) -> int:
+        """Pages to place from ``page`` on, at least 1. The caller clips them to region, block and what is missing."""
+        largest = self.largest_pages
+        if not self.adaptive:
+            return largest if largest > 1 else 1
+        expected = self._expected
+        width = expected.pop(page, 0) << 1
+        if width > largest:
+            width = largest
+        if width < 1:
+            width = 1
+        expected[page + width] = width
+        if len(expected) > STREAMS:
+            del expected[next(iter(expected))]
+        return width
