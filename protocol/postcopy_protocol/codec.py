@@ -23,7 +23,7 @@ from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 import msgpack  # type: ignore[import-untyped, unused-ignore]
 
 from . import messages
-from .errors import BadInput, BadMessage
+from .errors import BadInput, BadMessage, BadVersion
 from .messages import VERSION, Message
 
 MAX_TEXT = 4096
@@ -173,7 +173,7 @@ def _build(kind: type[Message], words: tuple[object, ...], skip: int = 0) -> Mes
 
 def _refuse_version(version: int | None) -> None:
     if version is not None and version != VERSION:
-        raise BadMessage(f"the message speaks version {version} of the protocol, this program speaks version {VERSION}")
+        raise BadVersion(f"the message speaks version {version} of the protocol, this program speaks version {VERSION}")
 
 
 def _peek_version(data: bytes | memoryview) -> int | None:

@@ -10,6 +10,7 @@
      |-- PageLost                 a page that its source cannot supply; it is never zeros
      |-- UserfaultfdUnavailable   this process cannot have a userfaultfd
      |-- BadMessage               what came over the wire is not a message of ours (the other side's fault)
+     |    `-- BadVersion          ... because the other side speaks another version
      `-- BadInput                 a size, a name or a SOURCE that a person typed (the person's fault)
 
 Every text is one line that says what, where and what to do.
@@ -70,6 +71,10 @@ class UserfaultfdUnavailable(PostcopyError):
 
 class BadMessage(PostcopyError):
     """Bytes that are no message of ours, or a message that is not expected here."""
+
+
+class BadVersion(BadMessage):
+    """A message of another version of the protocol."""
 
 
 class BadInput(PostcopyError, ValueError):

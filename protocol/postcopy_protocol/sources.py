@@ -1,0 +1,141 @@
+"""SOURCE as a person types it, and the rule for the names of RAM blocks.
+
+======================================  ================================================================================
+``PATH`` or ``file:///PATH``            a file of this machine (``./`` before what looks like one of the others)
+``handler:MODULE:FUNCTION?size=SIZE``   pages made by a Python function, in the worker
+``zero:SIZE``                           zeros
+``ipc://PATH/BLOCK``                    a block of a page source program on this machine
+``tcp://HOST:PORT/BLOCK``               a block of a page source program on another one
+======================================  ================================================================================
+
+Nothing is looked at here: whether the file or the function exists is for whoever opens it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from urllib.parse import unquote
+
+from .errors import BadInput
+from .sizes import parse_size
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://", re.ASCII)
+_PORT = re.compile(r"[0-9]{1,5}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class FileSource:
+    """A local file; ``path`` as it was typed, relative to the supervisor's directory if it is relative."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return self.path
+
+
+@dataclass(frozen=True, slots=True)
+class HandlerSource:
+    """A function that makes pages; ``size`` in bytes."""
+
+    module: str
+    function: str
+    size: int
+
+    def __str__(self) -> str:
+        return f"handler:{self.module}:{self.function}?size={self.size}"
+
+
+@dataclass(frozen=True, slots=True)
+class ZeroSource:
+    """``size`` bytes of zeros."""
+
+    size: int
+
+    def __str__(self) -> str:
+        return f"zero:{self.size}"
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteSource:
+    """A block of a page source program; ``endpoint`` is ZeroMQ's (``ipc://...`` or ``tcp://...``)."""
+
+    endpoint: str
+    block: str
+
+    def __str__(self) -> str:
+        return f"{self.endpoint}/{self.block}"
+
+
+Source = FileSource | HandlerSource | ZeroSource | RemoteSource
+
+
+def is_block_name(name: str) -> bool:
+    """May a RAM block have this name?"""
+    return _NAME.fullmatch(name) is not None
+
+
+def parse_block_name(name: str) -> str:
+    """The name itself. Raises BadInput when no RAM block may have it."""
+    if not is_block_name(name):
+        raise BadInput(
+            f"{name!r} is no name for a block: use up to 64 letters, digits, '.', '_' and '-', a letter or digit first"
+        )
+    return name
+
+
+def parse_named(text: str) -> tuple[str, Source]:
+    """``NAME=SOURCE``. Raises BadInput."""
+    name, equals, source = text.partition("=")
+    if not equals:
+        raise BadInput(f"{text!r}: write NAME=SOURCE, such as ram0=weights.bin")
+    return parse_block_name(name), parse_source(source)
+
+
+def parse_source(text: str) -> Source:
+    """A SOURCE. ``str()`` of what it gives is a SOURCE that means the same. Raises BadInput."""
+    if not text or "\0" in text:
+        raise BadInput(f"{text!r} is no source: name a file, handler:MODULE:FUNCTION?size=SIZE or zero:SIZE")
+    if text.startswith("zero:"):
+        return ZeroSource(parse_size(text.removeprefix("zero:")))
+    if text.startswith("handler:"):
+        return _handler(text)
+    if text.startswith("file:"):
+        return _file_url(text)
+    if text.startswith(("ipc://", "tcp://")):
+        return _remote(text)
+    if _SCHEME.match(text):
+        raise BadInput(f"{text!r}: no such kind of source; use a path, file:///, handler:, zero:, ipc:// or tcp://")
+    return FileSource(text)
+
+
+def _file_url(text: str) -> FileSource:
+    path = unquote(text.removeprefix("file://"))
+    if not text.startswith("file:///") or "\0" in path:
+        raise BadInput(f"{text!r}: a file URL names an absolute path of this machine, file:///PATH")
+    return FileSource(path)
+
+
+def _handler(text: str) -> HandlerSource:
+    function, _, query = text.removeprefix("handler:").partition("?")
+    module, _, name = function.partition(":")
+    key, _, size = query.partition("=")
+    dotted = all(part.isidentifier() for part in module.split("."))
+    if key != "size" or not dotted or not name.isidentifier():
+        raise BadInput(f"{text!r}: write handler:MODULE:FUNCTION?size=SIZE, such as handler:pages:make?size=1G")
+    return HandlerSource(module, name, parse_size(size))
+
+
+def _remote(text: str) -> RemoteSource:
+    endpoint, _, block = text.rpartition("/")
+    scheme, _, place = endpoint.partition("://")
+    if not is_block_name(block) or not place:
+        raise BadInput(f"{text!r}: write {text[:3]}://{'PATH' if text[:3] == 'ipc' else 'HOST:PORT'}/BLOCK")
+    if scheme == "ipc" and not place.startswith("/"):
+        raise BadInput(f"{text!r}: the socket of an ipc endpoint is an absolute path, ipc:///PATH/BLOCK")
+    if scheme == "tcp":
+        host, _, port = place.rpartition(":")
+        if not host or not _PORT.fullmatch(port) or not 0 < int(port) < 1 << 16:
+            raise BadInput(f"{text!r}: write tcp://HOST:PORT/BLOCK with a port from 1 to 65535")
+    return RemoteSource(endpoint, block)
