@@ -1,0 +1,265 @@
+"""RAM blocks as the kernel sees them: memfds, mappings, advice, and the question which pages are there.
+
+Two traps stand behind everything here:
+
+* A missing page that is touched through a mapping which is **not** registered with a userfaultfd is made on the spot,
+  as zeros, for every client. So nothing here touches memory: views are handed out unread, presence is asked of
+  the file (SEEK_DATA), prefetching goes through MADV_POPULATE_READ.
+* A fault taken in the middle of a Python bytecode keeps the GIL. :func:`advise` calls through ctypes, which lets it go.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final
+
+PAGE_4K: Final = 4096
+PAGE_2M: Final = 2 << 20
+
+# madvise(2); the same numbers on x86_64 and arm64.
+DONTNEED: Final = 4
+REMOVE: Final = 9
+DONTFORK: Final = 10
+DOFORK: Final = 11
+NOHUGEPAGE: Final = 15
+DONTDUMP: Final = 16
+POPULATE_READ: Final = 22  # Linux 5.14
+POPULATE_WRITE: Final = 23  # Linux 5.14
+
+_MAP_FIXED: Final = 0x10
+_MAP_NORESERVE: Final = 0x4000  # no constant in Python 3.11
+_MAP_FIXED_NOREPLACE: Final = 0x100000  # Linux 4.17
+_PROT_NONE: Final = 0
+_FAILED: Final = ctypes.c_void_p(-1).value
+_HUGE: Final = "/sys/kernel/mm/hugepages/hugepages-{}kB/{}_hugepages"
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_longlong,
+)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def create_memfd(name: str, size: int, page_size: int = PAGE_4K) -> int:
+    """A memfd of ``size`` bytes (a multiple of ``page_size``: 4096, or 2 MiB for huge pages), all holes.
+
+    Its size is sealed. Writing is not: F_SEAL_WRITE is refused once it is mapped, and F_SEAL_FUTURE_WRITE would
+    forbid every later shared mapping. Mode 0600: a memfd is born 0777, and another uid could reopen a
+    read-only descriptor for writing through /proc. Raises ValueError for sizes, OSError of memfd_create.
+    """
+    if page_size not in (PAGE_4K, PAGE_2M):
+        raise ValueError(f"page size {page_size} is neither {PAGE_4K} nor {PAGE_2M}")
+    if size <= 0 or size % page_size:
+        raise ValueError(f"size {size} is not a positive multiple of {page_size}")
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    if page_size == PAGE_2M:
+        flags |= os.MFD_HUGETLB | os.MFD_HUGE_2MB
+    fd = os.memfd_create(name, flags)
+    try:
+        os.fchmod(fd, 0o600)
+        os.ftruncate(fd, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def reopen(fd: int, *, writable: bool) -> int:
+    """A new open file description of the same file (close on exec): the way to a read-only descriptor of a memfd."""
+    return os.open(f"/proc/self/fd/{fd}", (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+
+
+def advise(address: int, length: int, advice: int) -> int:
+    """madvise(2) without the GIL: 0, or the errno. EHWPOISON (133): POPULATE_READ met a poisoned page.
+
+    A populate is not interrupted by signals: it returns when every page has come.
+    """
+    if _libc.madvise(address, length, advice) == 0:
+        return 0
+    return ctypes.get_errno()
+
+
+def _map(address: int | None, length: int, protection: int, flags: int, fd: int, offset: int) -> int:
+    result = _libc.mmap(address, length, protection, flags, fd, offset)
+    if result == _FAILED:
+        code = ctypes.get_errno()
+        raise OSError(code, f"mmap of {length} bytes: {os.strerror(code)}")
+    assert isinstance(result, int)
+    return result
+
+
+class Mapping:
+    """``length`` bytes of memory at ``address``, mapped and never touched by this class.
+
+    Not an ``mmap.mmap``: that one has no NORESERVE, no fixed address, and keeps the GIL while it advises.
+    """
+
+    def __init__(self, address: int, length: int, *, writable: bool = True) -> None:
+        self.address = address
+        self.length = length
+        self.writable = writable
+        self._exporters: list[weakref.ref[ctypes.Array[ctypes.c_ubyte]]] = []
+
+    @classmethod
+    def of(
+        cls,
+        fd: int,
+        length: int,
+        *,
+        offset: int = 0,
+        shared: bool = True,
+        writable: bool = True,
+        reserve: bool = False,
+        fixed_address: int | None = None,
+    ) -> Mapping:
+        """Map ``length`` bytes of ``fd`` from ``offset``.
+
+        Unless ``reserve``, no memory is promised (MAP_NORESERVE): 100 GiB of private mapping would be ENOMEM under the
+        usual overcommit, and a private hugetlb mapping would take its whole length out of the pool.
+        ``fixed_address`` must be free: EEXIST otherwise, nothing is replaced. Raises OSError.
+        """
+        flags = (mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE) | (0 if reserve else _MAP_NORESERVE)
+        if fixed_address is not None:
+            flags |= _MAP_FIXED_NOREPLACE
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        return cls(_map(fixed_address, length, protection, flags, fd, offset), length, writable=writable)
+
+    @classmethod
+    def anonymous(cls, length: int) -> Mapping:
+        """``length`` bytes of private anonymous memory, not reserved. Raises OSError."""
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        return cls(_map(None, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0), length)
+
+    def view(self, length: int | None = None, *, writable: bool | None = None) -> memoryview:
+        """The first ``length`` bytes (default: all) as a flat memoryview of bytes; writable as the mapping, or less.
+
+        Making it touches nothing; indexing it does, with the GIL held.
+        """
+        size = self.length if length is None else length
+        if not 0 <= size <= self.length or self.address == 0:
+            raise ValueError(f"no {size} bytes in a mapping of {self.length if self.address else 0}")
+        exporter = (ctypes.c_ubyte * size).from_address(self.address)
+        self._exporters = [known for known in self._exporters if known() is not None]
+        self._exporters.append(weakref.ref(exporter))
+        view = memoryview(exporter).cast("B")
+        return view if (self.writable if writable is None else writable) else view.toreadonly()
+
+    @property
+    def exported(self) -> bool:
+        """Whether a view, or anything made of one (a slice, an array), is still alive."""
+        return any(known() is not None for known in self._exporters)
+
+    def advise(self, advice: int, offset: int = 0, length: int | None = None) -> None:
+        """madvise(2) on the range, GIL-free (see :func:`advise`). Raises OSError."""
+        code = advise(self.address + offset, self.length - offset if length is None else length, advice)
+        if code:
+            raise OSError(code, f"madvise {advice}: {os.strerror(code)}")
+
+    def forbid(self) -> None:
+        """Replace the memory by an inaccessible range: a touch from now on is SIGSEGV, and nobody else gets the
+        addresses. A userfaultfd registration of the range ends with it."""
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
+        _map(self.address, self.length, _PROT_NONE, flags, -1, 0)
+
+    def close(self) -> None:
+        """Unmap. While views are alive the range is only forbidden, so that they can never see a stranger's memory."""
+        if self.address == 0:
+            return
+        if self.exported:
+            self.forbid()
+        elif _libc.munmap(self.address, self.length) != 0:
+            raise OSError(ctypes.get_errno(), "munmap failed")
+        self.address = 0
+
+    def __enter__(self) -> Mapping:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _seek(fd: int, offset: int, whence: int, end: int) -> int:
+    """Where data (or a hole) begins at or after ``offset``, at most ``end``. Only the result is used, never the file
+    position, which other holders of the description move as well."""
+    try:
+        return min(os.lseek(fd, offset, whence), end)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # no data up to the end of the file
+            return end
+        raise
+
+
+def data_runs(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """The runs ``(start, end)`` of pages of ``fd`` that are present. Shmem only: hugetlb calls its holes data too."""
+    while start < end:
+        first = _seek(fd, start, os.SEEK_DATA, end)
+        if first >= end:
+            return
+        start = _seek(fd, first, os.SEEK_HOLE, end)
+        yield first, start
+
+
+def hole_runs(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """The runs ``(start, end)`` of pages of ``fd`` that are absent. Shmem only, as :func:`data_runs`."""
+    for first, last in data_runs(fd, start, end):
+        if first > start:
+            yield start, first
+        start = last
+    if start < end:
+        yield start, end
+
+
+def is_present(fd: int, offset: int) -> bool:
+    """Whether the page at ``offset`` exists (about 1 us). Shmem only: hugetlb answers True whatever is there; ask
+    UFFDIO_CONTINUE on an own registered mapping instead (UNREADABLE = absent)."""
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA) == offset
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return False
+        raise
+
+
+@dataclass(frozen=True, slots=True)
+class HugePages:
+    """A pool of huge pages, counted in pages. ``reserved`` are still free but promised to mappings."""
+
+    total: int
+    free: int
+    reserved: int
+
+    @property
+    def available(self) -> int:
+        """What a new mapping can have."""
+        return self.free - self.reserved
+
+
+def huge_pages(page_size: int = PAGE_2M) -> HugePages:
+    """The pool of huge pages of that size; nothing in it where the kernel has none of that size."""
+
+    def count(kind: str) -> int:
+        try:
+            with open(_HUGE.format(page_size >> 10, kind), encoding="ascii") as figure:
+                return int(figure.read())
+        except FileNotFoundError:
+            return 0
+
+    return HugePages(count("nr"), count("free"), count("resv"))

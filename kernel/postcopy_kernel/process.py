@@ -1,0 +1,133 @@
+"""Processes: names, rights, pidfds, what they weigh.
+
+``python-prctl`` is imported inside the functions that need it: it comes as source and wants a compiler, and a light
+client does without it (the extra ``supervisor`` brings it).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import select
+import signal as signals
+from typing import Final
+
+NAME_LENGTH: Final = 15  # what the kernel keeps of a name (TASK_COMM_LEN - 1)
+
+_PR_SET_PDEATHSIG: Final = 1
+_PR_CAPBSET_DROP: Final = 24
+_CAPABILITY_VERSION_3: Final = 0x20080522
+_HIGHEST_CAPABILITY: Final = 63  # width of the kernel's sets
+_STATUS_FIELDS: Final = {
+    "CapInh": "inheritable",
+    "CapPrm": "permitted",
+    "CapEff": "effective",
+    "CapBnd": "bounding",
+    "CapAmb": "ambient",
+    "NoNewPrivs": "no_new_privs",
+}
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _prctl(option: int, argument: int) -> int:
+    """prctl(2): 0, or the errno."""
+    zero = ctypes.c_ulong(0)
+    if _libc.prctl(ctypes.c_int(option), ctypes.c_ulong(argument), zero, zero, zero) >= 0:
+        return 0
+    return ctypes.get_errno()
+
+
+def name_process(name: str) -> None:
+    """The name that ``ps`` and ``top`` show; the kernel keeps 15 bytes of it. Belongs to the calling thread."""
+    import prctl
+
+    prctl.set_name(name[:NAME_LENGTH])
+
+
+def drop_privileges() -> None:
+    """Give up every capability, in all five sets, and the way back (no_new_privs).
+
+    Works for the calling thread and what it starts: call it before there are others. Without CAP_SETPCAP the bounding
+    set cannot be emptied, which is harmless: with no_new_privs an exec brings nothing back. Raises OSError.
+    """
+    import prctl
+
+    prctl.set_no_new_privs(1)
+    _empty_bounding_set()
+    # Not python-prctl's cap_permitted.limit(): it knows the capabilities of the headers it was built with and would
+    # leave newer ones in place. capset(2) takes whole sets, and the kernel lowers the ambient set with them.
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+    if _libc.capset(header, (ctypes.c_uint32 * 6)()) != 0:
+        raise OSError(ctypes.get_errno(), "capset failed")
+
+
+def _empty_bounding_set() -> None:
+    for capability in range(_HIGHEST_CAPABILITY + 1):
+        code = _prctl(_PR_CAPBSET_DROP, capability)
+        if code in (errno.EINVAL, errno.EPERM):  # past the last that this kernel knows / not ours to drop
+            return
+        if code:
+            raise OSError(code, f"PR_CAPBSET_DROP {capability}: {os.strerror(code)}")
+
+
+def privileges() -> dict[str, int]:
+    """The calling thread's capability sets as bit masks (``inheritable``, ``permitted``, ``effective``, ``bounding``,
+    ``ambient``) and ``no_new_privs`` (0 or 1)."""
+    found = {}
+    with open("/proc/thread-self/status", encoding="ascii", errors="replace") as lines:
+        for line in lines:
+            field, _, value = line.partition(":")
+            if field in _STATUS_FIELDS:
+                found[_STATUS_FIELDS[field]] = int(value, 16)
+    return found
+
+
+def die_with_parent(expected_parent_pid: int, signal: int = signals.SIGKILL) -> None:
+    """Get ``signal`` when the parent dies; get it now when it is dead already.
+
+    Traps: it follows the *thread* that forked, not the process; a change of uid or an exec of a set-uid program clears
+    it, so call it last; and a parent that died before the call would never be noticed, hence the comparison.
+    Needs no python-prctl. Raises OSError for an unknown signal.
+    """
+    code = _prctl(_PR_SET_PDEATHSIG, signal)
+    if code:
+        raise OSError(code, f"PR_SET_PDEATHSIG {signal}: {os.strerror(code)}")
+    if os.getppid() != expected_parent_pid:
+        os.kill(os.getpid(), signal)
+
+
+def pidfd_open(pid: int) -> int:
+    """A descriptor that names this very process, also after its pid has been given to another (close on exec).
+
+    Raises OSError: ESRCH where there is none.
+    """
+    return os.pidfd_open(pid)
+
+
+def pidfd_signal(pidfd: int, signal: int) -> None:
+    """Signal the process. Raises ProcessLookupError when it has been reaped."""
+    signals.pidfd_send_signal(pidfd, signal)
+
+
+def pidfd_exited(pidfd: int) -> bool:
+    """Whether the process has ended (reaped or not). Never waits."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def memory_figures(pid: int) -> dict[str, int]:
+    """What a process weighs, in bytes: ``private`` (would be free without it), ``shared``, ``rss`` (Linux 4.14).
+
+    Raises OSError: ESRCH or ENOENT when it is gone, EACCES when it is somebody else's.
+    """
+    figures = {"private": 0, "shared": 0, "rss": 0}
+    with open(f"/proc/{pid}/smaps_rollup", encoding="ascii", errors="replace") as lines:
+        for line in lines:
+            field, _, value = line.partition(":")
+            kind = field.partition("_")[0].lower()
+            if kind in figures:
+                figures[kind] += int(value.split()[0]) << 10
+    return figures
