@@ -1,0 +1,195 @@
+"""Shared by every test: a runtime directory, files with known bytes, and the check that nothing is left behind.
+
+A program whose parts outlive one another (workers outlive the supervisor, on purpose) leaves things behind easily, and
+a stray worker of one test is a riddle in the next. So every test must end with no process, no descriptor and no socket
+file more than it began with. Strays are found in two ways: as children of the test process, and by the environment
+variable POSTCOPY_TEST_ID, which everything that a test starts inherits, orphans too. What a fixture of wider scope
+started before the test is not the test's and is left alone.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing.resource_tracker
+import os
+import shutil
+import signal
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+import hypothesis
+import pytest
+
+PATIENCE = 2.0  # seconds that what a test started may take to vanish after it
+
+# A page fault on a busy virtual machine takes what it takes: time limits per example find no bugs here.
+hypothesis.settings.register_profile("postcopy", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("postcopy")
+
+SourceFile = Callable[..., Path]
+Found = TypeVar("Found", set[str], set[int], dict[int, str])
+
+
+def pytest_sessionstart() -> None:
+    # Started by the first use of shared memory or of a spawned process and kept until the end: not a test's leak.
+    multiprocessing.resource_tracker.ensure_running()
+
+
+@pytest.fixture
+def runtime_dir(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A private directory with a short path, because a ZeroMQ ipc path may have about 107 bytes.
+
+    At the end it must hold no file but the lock (taking a lock file away would be a race); a test that kills what would
+    have tidied up says so by ``@pytest.mark.leaves_files("why")``.
+    """
+    path = Path(tempfile.mkdtemp(prefix="pc-", dir="/tmp"))
+    try:
+        yield path
+        if request.node.get_closest_marker("leaves_files") is None:
+            left = _vanished(lambda: _files_in(path))
+            assert not left, f"left in the runtime directory: {', '.join(sorted(left))}"
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def source_file(tmp_path: Path) -> SourceFile:
+    """``source_file(size, seed=0, name="source.bin") -> Path``: a file whose every word tells its place.
+
+    Word ``n`` is the little-endian 64-bit number ``n ^ (seed * 0x9E3779B97F4A7C15 % 2**64)``: a page in the wrong place,
+    a page of zeros and a page of another seed's file all differ. ``size`` (bytes) need not be a multiple of 8.
+    """
+
+    def make(size: int, seed: int = 0, name: str = "source.bin") -> Path:
+        path = tmp_path / name
+        with path.open("wb") as file:
+            for start in range(0, size, 4 << 20):
+                file.write(_words(start, min(size, start + (4 << 20)), seed))
+        return path
+
+    return make
+
+
+@pytest.fixture
+def require_userfaultfd() -> None:
+    """Fails, not skips, where userfaultfd does not work: a run that proves nothing must not be green."""
+    from postcopy_kernel.userfaultfd import probe_features
+
+    try:
+        features = probe_features()
+    except OSError as error:
+        pytest.fail(f"userfaultfd does not work here: {error}")
+    assert int(features), "the kernel offers userfaultfd without a single feature"
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Fails a test that leaves a process or a descriptor; ends the strays, so that only this test is red."""
+    identity = uuid.uuid4().hex
+    before, descriptors = _children(), _descriptors()
+    previous = os.environ.get("POSTCOPY_TEST_ID")
+    os.environ["POSTCOPY_TEST_ID"] = identity
+    try:
+        yield
+    finally:
+        if previous is None:
+            del os.environ["POSTCOPY_TEST_ID"]
+        else:
+            os.environ["POSTCOPY_TEST_ID"] = previous
+    strays = _vanished(lambda: _strays(identity, before))
+    told = [f"process {pid} ({_describe(pid)})" for pid in strays]
+    for pid in strays:
+        _end(pid)
+    opened = _vanished(lambda: _opened(descriptors))
+    told += [f"descriptor {number} ({target})" for number, target in opened.items()]
+    assert not told, f"left behind: {'; '.join(told)}"
+
+
+def _words(start: int, end: int, seed: int) -> bytes:
+    """The bytes ``start`` to ``end`` of a source file of ``seed``; ``start`` is a multiple of 8."""
+    import numpy
+
+    mask = numpy.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)
+    words = numpy.arange(start // 8, (end + 7) // 8, dtype="<u8") ^ mask
+    return words.astype("<u8").tobytes()[: end - start]
+
+
+def _vanished(look: Callable[[], Found]) -> Found:
+    """What ``look`` still finds when it found nothing, or when PATIENCE is over."""
+    limit = time.monotonic() + PATIENCE
+    while (found := look()) and time.monotonic() < limit:
+        gc.collect()  # a Popen or a socket in a reference cycle is not a leak
+        time.sleep(0.02)
+    return found
+
+
+def _files_in(path: Path) -> set[str]:
+    found = {str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir() or file.is_symlink()}
+    return found - {"private/lock"}
+
+
+def _stat(pid: int) -> tuple[str, int]:
+    """State letter and parent of a process; ('', 0) when it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+    except OSError:
+        return "", 0
+    return fields[0], int(fields[1])
+
+
+def _processes() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+
+
+def _children() -> set[int]:
+    """Children of the test process, zombies too: somebody must wait for them."""
+    return {pid for pid in _processes() if _stat(pid)[1] == os.getpid()}
+
+
+def _strays(identity: str, before: set[int]) -> set[int]:
+    mark = f"POSTCOPY_TEST_ID={identity}".encode()
+    marked = set()
+    for pid in _processes():
+        with suppress(OSError):
+            if mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                marked.add(pid)
+    return (marked - {os.getpid()}) | (_children() - before)
+
+
+def _describe(pid: int) -> str:
+    state, _ = _stat(pid)
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace").strip()
+    except OSError:
+        command = ""
+    return "not waited for" if state == "Z" else command[:200] or "gone by now"
+
+
+def _end(pid: int) -> None:
+    with suppress(OSError):
+        os.kill(pid, signal.SIGKILL)
+    with suppress(OSError):  # not our child, or somebody was quicker
+        os.waitpid(pid, 0)
+
+
+def _descriptors() -> dict[int, str]:
+    """What every open descriptor of this process refers to."""
+    found = {}
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # the listing's own descriptor
+            found[int(entry.name)] = str(entry.readlink())
+    return found
+
+
+def _opened(before: dict[int, str]) -> dict[int, str]:
+    """Descriptors that were not there before, or are something else now; hypothesis' own database excepted."""
+    return {
+        number: target
+        for number, target in _descriptors().items()
+        if before.get(number) != target and "/.hypothesis/" not in target
+    }

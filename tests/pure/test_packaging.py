@@ -1,0 +1,108 @@
+"""What a user gets: the wheel, built here without network, holds the wings and nothing else."""
+
+from __future__ import annotations
+
+import email
+import email.message
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+WINGS = [Path(package) for package in PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(target)]
+    done = subprocess.run(build, cwd=ROOT, timeout=100, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (built,) = target.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def names(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel: Path) -> email.message.Message:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return email.message_from_bytes(archive.read(name))
+
+
+def test_the_wheel_is_for_every_machine(wheel: Path) -> None:
+    assert wheel.name == f"postcopy-{PROJECT['project']['version']}-py3-none-any.whl"
+
+
+def test_top_level_names_are_ours(names: set[str]) -> None:
+    version = PROJECT["project"]["version"]
+    tops = {name.partition("/")[0] for name in names}
+    assert tops == {wing.name for wing in WINGS} | {f"postcopy-{version}.dist-info"}
+    assert all(top.startswith("postcopy") for top in tops)
+
+
+def test_every_wing_in_the_checkout_is_packed(names: set[str]) -> None:
+    # A wing is a top-level folder that holds a package named after us; one that pyproject forgot would show here.
+    wings = {path.parent.relative_to(ROOT) for path in ROOT.glob("*/postcopy*/__init__.py")}
+    assert wings == set(WINGS)
+    for wing in WINGS:
+        modules = {
+            str(path.relative_to(ROOT / wing.parent))
+            for path in (ROOT / wing).rglob("*.py")
+            if "__pycache__" not in path.parts
+        }
+        assert modules <= names
+
+
+def test_only_source_is_packed(names: set[str]) -> None:
+    endings = {Path(name).suffix for name in names if ".dist-info/" not in name}
+    assert endings <= {".py", ".typed", ".md", ".html", ".css", ".js"}
+
+
+def test_every_place_that_lists_the_wings_agrees() -> None:
+    folders = [wing.parent.name for wing in WINGS]
+    tool = PROJECT["tool"]
+    assert tool["hatch"]["build"]["dev-mode-dirs"] == folders
+    assert set(folders) <= set(tool["pytest"]["ini_options"]["pythonpath"])
+    assert set(folders) <= set(tool["mypy"]["mypy_path"])
+    assert set(folders) <= set(tool["mypy"]["files"])
+    assert set(folders) <= set(tool["ruff"]["src"])
+
+
+def test_a_client_needs_no_compiler(metadata: email.message.Message) -> None:
+    needed = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
+    assert sorted(line.partition(">")[0].strip() for line in needed) == ["msgpack", "pyzmq", "rich", "typer"]
+    prctl = [line for line in metadata.get_all("Requires-Dist", []) if line.startswith("python-prctl")]
+    assert prctl
+    assert all("extra == 'supervisor'" in line for line in prctl)
+
+
+def test_licence_and_command(metadata: email.message.Message, wheel: Path) -> None:
+    assert metadata["License-Expression"] == "Apache-2.0"
+    with zipfile.ZipFile(wheel) as archive:
+        (entry,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
+        assert "postcopy = postcopy.__main__:main" in archive.read(entry).decode()
+        (licence,) = (name for name in archive.namelist() if name.endswith("licenses/LICENSE"))
+        assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
+
+
+def test_constraints_pin_and_name_no_place() -> None:
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert pins
+    for pin in pins:
+        name, equals, version = pin.partition("==")
+        assert name
+        assert equals
+        assert version[:1].isdigit()
+        assert not set(pin) & set("/:@ ")
