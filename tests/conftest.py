@@ -61,8 +61,8 @@ def runtime_dir(request: pytest.FixtureRequest) -> Iterator[Path]:
 def source_file(tmp_path: Path) -> SourceFile:
     """``source_file(size, seed=0, name="source.bin") -> Path``: a file whose every word tells its place.
 
-    Word ``n`` is the little-endian 64-bit number ``n ^ (seed * 0x9E3779B97F4A7C15 % 2**64)``: a page in the wrong place,
-    a page of zeros and a page of another seed's file all differ. ``size`` (bytes) need not be a multiple of 8.
+    Word ``n`` is the little-endian 64-bit number ``n ^ (seed * 0x9E3779B97F4A7C15 % 2**64)``: a page in the wrong
+    place, a page of zeros and a page of another seed's file all differ. ``size`` (bytes) need not be a multiple of 8.
     """
 
     def make(size: int, seed: int = 0, name: str = "source.bin") -> Path:

@@ -31,8 +31,8 @@ NOT_BUILT_YET = frozenset({"sources"})
 # `protocol` is pure: what can block, look at a clock, roll dice or reach the machine stays out of it.
 IMPURE = frozenset(
     """
-    _ctypes _posixsubprocess _socket _thread asyncio concurrent ctypes fcntl mmap multiprocessing os pathlib posix random
-    resource secrets select selectors shutil signal socket socketserver ssl subprocess tempfile threading time zmq
+    _ctypes _posixsubprocess _socket _thread asyncio concurrent ctypes fcntl mmap multiprocessing os pathlib posix
+    random resource secrets select selectors shutil signal socket socketserver ssl subprocess tempfile threading time zmq
     """.split()
 )
 BEYOND = "(beyond the wing)"  # where more dots lead than there are packages
