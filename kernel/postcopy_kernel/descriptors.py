@@ -62,9 +62,7 @@ def send_message(sock: socket.socket, data: bytes, fds: Sequence[int] = (), *, w
     sock.sendmsg([data], ancillary, flags)
 
 
-def receive_message(
-    sock: socket.socket, max_bytes: int = 65536, max_fds: int = 64, *, wait: bool = False
-) -> Received:
+def receive_message(sock: socket.socket, max_bytes: int = 65536, max_fds: int = 64, *, wait: bool = False) -> Received:
     """One message with its descriptors, each close-on-exec from its first instant.
 
     The end of the connection (a reset too) is ``Received(b"", ())``; an empty message is taken for it and loses its
