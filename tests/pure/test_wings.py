@@ -32,7 +32,8 @@ NOT_BUILT_YET = frozenset({"sources"})
 IMPURE = frozenset(
     """
     _ctypes _posixsubprocess _socket _thread asyncio concurrent ctypes fcntl mmap multiprocessing os pathlib posix
-    random resource secrets select selectors shutil signal socket socketserver ssl subprocess tempfile threading time zmq
+    random resource secrets select selectors shutil signal socket socketserver ssl subprocess tempfile threading time
+    zmq
     """.split()
 )
 BEYOND = "(beyond the wing)"  # where more dots lead than there are packages
