@@ -16,7 +16,7 @@ from __future__ import annotations
 import struct
 import threading
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from operator import attrgetter
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
@@ -35,8 +35,6 @@ MAX_ITEMS = 4096
 MAX_OFFSETS = MAX_BYTES // 8
 """Offsets in one packed batch."""
 
-_U64 = (1 << 64) - 1
-
 # Places of descriptors are -1 where there is none, so are block and offset of a report about neither. A file may be
 # older than 1970.
 _NONE = -1
@@ -47,10 +45,7 @@ _LOWEST = {
 }
 
 # Text for people: cut and mended on the way out instead of refused on the way in.
-_PROSE = frozenset({"reason", "detail"})
-
-Check = Callable[[Any], Any]
-"""Takes what msgpack gave, returns the value of the field, raises ValueError."""
+_PROSE = frozenset({"reason", "detail", "Hello.name"})
 
 MessageType = TypeVar("MessageType", bound=Message)
 
@@ -61,10 +56,63 @@ MESSAGES: dict[int, type[Message]] = {
 }
 """Every message by its tag."""
 
-# Made from the annotations when a class is first used.
-_Writer = tuple[Callable[[Message], tuple[object, ...]], tuple[tuple[int, Check], ...]]
-_writers: dict[type[Message], _Writer] = {}
-_readers: dict[type[Message], tuple[Check, ...]] = {}
+
+# --- the shape of a message, from its annotations ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """What the codec knows of one class. Places count its fields from 0."""
+
+    names: tuple[str, ...]
+    types: tuple[type, ...]
+    """As msgpack gives them: int, bool, str, bytes, or tuple for a list."""
+    integers: tuple[tuple[int, int], ...]
+    """Place and smallest value. msgpack itself knows none above 2**64-1."""
+    lists: tuple[tuple[int, type], ...]
+    """Place and type of the items: str, or a nested message."""
+    prose: tuple[int, ...]
+    read: Callable[[Message], tuple[object, ...]]
+
+
+_shapes: dict[type[Message], _Shape] = {}
+
+
+def shape_of(kind: type[Message]) -> _Shape:
+    """Made when a class is first used. Raises TypeError for a field that has no form on the wire."""
+    shape = _shapes.get(kind)
+    if shape is None:
+        shape = _shapes[kind] = _shape(kind)
+    return shape
+
+
+def _shape(kind: type[Message]) -> _Shape:
+    hints = get_type_hints(kind)
+    names = tuple(field.name for field in fields(kind))
+    items = tuple(_item(hints[name]) for name in names)
+    lowest = _LOWEST.get(kind.__name__, {})
+    return _Shape(
+        names=names,
+        types=tuple(hints[name] if item is None else tuple for name, item in zip(names, items, strict=True)),
+        integers=tuple((place, lowest.get(name, 0)) for place, name in enumerate(names) if hints[name] is int),
+        lists=tuple((place, item) for place, item in enumerate(items) if item is not None),
+        prose=tuple(p for p, name in enumerate(names) if not _PROSE.isdisjoint((name, f"{kind.__name__}.{name}"))),
+        read=attrgetter(*names) if len(names) > 1 else lambda message: tuple(getattr(message, name) for name in names),
+    )
+
+
+def _item(hint: Any) -> type | None:
+    """Type of the items of a list; None for a plain field."""
+    if hint in (int, bool, str, bytes):
+        return None
+    if get_origin(hint) is tuple and get_args(hint)[1:] == (...,):
+        item = get_args(hint)[0]
+        if item is str or (isinstance(item, type) and issubclass(item, Message)):
+            return item
+    raise TypeError(f"{hint} has no form on the wire")
+
+
+# --- out --------------------------------------------------------------------------------------------------------------
 
 
 class _Own(threading.local):
@@ -77,47 +125,45 @@ class _Own(threading.local):
 _own = _Own()
 
 
-# --- out --------------------------------------------------------------------------------------------------------------
-
-
 def encode(message: Message) -> bytes:
-    """The bytes of a message. Raises BadInput when msgpack cannot carry a value (a text that is no UTF-8, 2**64)."""
+    """The bytes of a message. Raises BadInput for what no decoder takes: no UTF-8, too long, 2**64."""
+    shape = _shapes.get(type(message)) or shape_of(type(message))
+    words: tuple[object, ...] = (VERSION, message.TAG, *shape.read(message))
+    if shape.prose or shape.lists:
+        words = _mended(shape, words, 2)
     try:
-        return _own.pack(_words(message, (VERSION, message.TAG)))
+        data = _own.pack(words)
     except (ValueError, OverflowError, TypeError) as error:
-        _own.__init__()  # type: ignore[misc]  # a packer that failed half-way is not trusted again
+        _own.pack = msgpack.Packer(use_bin_type=True).pack  # one that failed half-way is not trusted again
         raise BadInput(f"{type(message).__name__} cannot be sent: {error}") from error
+    if len(data) > MAX_TEXT:
+        _measure(type(message).__name__, words)
+    return data
 
 
-def _words(message: Message, head: tuple[int, ...]) -> tuple[object, ...]:
-    """``head`` and the fields, as msgpack takes them."""
-    kind = type(message)
-    writer = _writers.get(kind)
-    if writer is None:
-        writer = _writers[kind] = _writer(kind)
-    read, adjust = writer
-    words: tuple[object, ...] = head + read(message)
-    if not adjust:
-        return words
-    mended = list(words)
-    for place, mend in adjust:
-        mended[len(head) + place] = mend(mended[len(head) + place])
+def _measure(name: str, words: Iterable[object]) -> None:
+    """Refuse here what is too long there. Only long messages are looked at."""
+    for word in words:
+        if isinstance(word, str) and len(word.encode()) > MAX_TEXT:
+            raise BadInput(f"{name} cannot be sent: it has a text of more than {MAX_TEXT} bytes")
+        if isinstance(word, bytes) and len(word) > MAX_BYTES:
+            raise BadInput(f"{name} cannot be sent: it has {len(word)} bytes in one field, {MAX_BYTES} may be")
+        if isinstance(word, tuple | list):
+            if len(word) > MAX_ITEMS:
+                raise BadInput(f"{name} cannot be sent: it has a list of {len(word)} items, {MAX_ITEMS} may be")
+            _measure(name, word)
+
+
+def _mended(shape: _Shape, words: tuple[object, ...], skip: int) -> tuple[object, ...]:
+    """Text for people made to fit, nested messages as the lists of their fields."""
+    mended: list[Any] = list(words)
+    for place in shape.prose:
+        mended[skip + place] = _fit(mended[skip + place])
+    for place, item in shape.lists:
+        if issubclass(item, Message):
+            inner = shape_of(item)
+            mended[skip + place] = [_mended(inner, inner.read(part), 0) for part in mended[skip + place]]
     return tuple(mended)
-
-
-def _writer(kind: type[Message]) -> _Writer:
-    """How to read the fields of ``kind``, and what must be done to some of them."""
-    names = [field.name for field in fields(kind)]
-    adjust: list[tuple[int, Check]] = []
-    for place, name in enumerate(names):
-        hint = get_type_hints(kind)[name]
-        if name in _PROSE:
-            adjust.append((place, _fit))
-        elif _nested(hint):
-            adjust.append((place, lambda items: [_words(item, ()) for item in items]))
-    if len(names) > 1:
-        return attrgetter(*names), tuple(adjust)
-    return (lambda message: tuple(getattr(message, name) for name in names)), tuple(adjust)
 
 
 def _fit(text: str) -> str:
@@ -157,18 +203,39 @@ def _message(words: object, expect: Collection[type[MessageType]]) -> MessageTyp
     if kind is None or kind not in expect:
         raise BadMessage(f"{kind.__name__ if kind else f'tag {words[1]}'} is not expected here")
     try:
-        return _build(kind, words, 2)  # type: ignore[return-value]  # kind is in expect
+        return _build(kind, words[2:])  # type: ignore[return-value]  # kind is in expect
     except ValueError as error:
         raise BadMessage(f"{kind.__name__}: {error}") from None
 
 
-def _build(kind: type[Message], words: tuple[object, ...], skip: int = 0) -> Message:
-    checks = _readers.get(kind)
-    if checks is None:
-        checks = _readers[kind] = _reader(kind)
-    if len(words) - skip != len(checks):
-        raise ValueError(f"{len(words) - skip} fields instead of {len(checks)}")
-    return kind(*[check(word) for check, word in zip(checks, words[skip:], strict=True)])
+def _build(kind: type[Message], words: tuple[object, ...]) -> Message:
+    """The message whose fields are ``words``. Raises ValueError. One comparison judges the types of all fields."""
+    shape = _shapes.get(kind) or shape_of(kind)
+    if tuple(map(type, words)) != shape.types:
+        raise ValueError(_mismatch(shape, words))
+    for place, lowest in shape.integers:
+        if words[place] < lowest:  # type: ignore[operator]  # it is an int
+            raise ValueError(f"{shape.names[place]} is below {lowest}")
+    return kind(*(_unnested(shape, words) if shape.lists else words))
+
+
+def _unnested(shape: _Shape, words: tuple[object, ...]) -> list[Any]:
+    """Lists of fields as the nested messages that they are."""
+    values: list[Any] = list(words)
+    for place, item in shape.lists:
+        wanted = str if item is str else tuple
+        if any(type(part) is not wanted for part in values[place]):
+            raise ValueError(f"{shape.names[place]} is no list of {item.__name__}")
+        if issubclass(item, Message):
+            values[place] = tuple([_build(item, part) for part in values[place]])
+    return values
+
+
+def _mismatch(shape: _Shape, words: tuple[object, ...]) -> str:
+    if len(words) != len(shape.types):
+        return f"{len(words)} fields instead of {len(shape.types)}"
+    wrong = zip(shape.names, shape.types, words, strict=True)
+    return next(f"{name} is no {wanted.__name__}" for name, wanted, word in wrong if type(word) is not wanted)
 
 
 def _refuse_version(version: int | None) -> None:
@@ -190,74 +257,6 @@ def _peek_version(data: bytes | memoryview) -> int | None:
 
 def _no_extension(code: int, data: bytes) -> NoReturn:
     raise ValueError(f"extension type {code}")
-
-
-# --- checks, one a field ----------------------------------------------------------------------------------------------
-
-
-def _reader(kind: type[Message]) -> tuple[Check, ...]:
-    """The checks of the fields of ``kind``, in order, from its annotations."""
-    hints = get_type_hints(kind)
-    lowest = _LOWEST.get(kind.__name__, {})
-    return tuple(_check(hints[field.name], field.name, lowest.get(field.name, 0)) for field in fields(kind))
-
-
-def _check(hint: Any, name: str, lowest: int) -> Check:
-    if hint is int:
-        return _integer(name, lowest)
-    if hint is bool:
-        return _exactly(bool, name)
-    if hint is str:
-        return _exactly(str, name)
-    if hint is bytes:
-        return _exactly(bytes, name)
-    if get_origin(hint) is tuple and get_args(hint)[1:] == (...,):
-        return _several(_check(get_args(hint)[0], name, 0), name)
-    if isinstance(hint, type) and issubclass(hint, Message):
-        return _inner(hint, name)
-    raise TypeError(f"no wire form for {hint} of {name}")
-
-
-def _integer(name: str, lowest: int) -> Check:
-    def check(value: Any) -> int:
-        if type(value) is not int or not lowest <= value <= _U64:
-            raise ValueError(f"{name} is no integer from {lowest} to 2**64-1")
-        return value
-
-    return check
-
-
-def _exactly(wanted: type, name: str) -> Check:
-    def check(value: Any) -> Any:
-        if type(value) is not wanted:
-            raise ValueError(f"{name} is no {wanted.__name__}")
-        return value
-
-    return check
-
-
-def _several(item: Check, name: str) -> Check:
-    def check(value: Any) -> tuple[object, ...]:
-        if type(value) is not tuple:
-            raise ValueError(f"{name} is no list")
-        return tuple([item(part) for part in value])
-
-    return check
-
-
-def _inner(kind: type[Message], name: str) -> Check:
-    def check(value: Any) -> Message:
-        if type(value) is not tuple:
-            raise ValueError(f"{name} is no list of fields")
-        return _build(kind, value)
-
-    return check
-
-
-def _nested(hint: Any) -> bool:
-    """Is it a list of dataclasses?"""
-    item = get_args(hint)[0] if get_origin(hint) is tuple else None
-    return isinstance(item, type) and issubclass(item, Message)
 
 
 # --- batches of offsets -----------------------------------------------------------------------------------------------

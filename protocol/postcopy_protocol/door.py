@@ -2,8 +2,8 @@
 
 One ``DoorConversation`` a connection. Every message of the client goes through ``hear``; when it returns, the message
 is in order and its figures are sound, and what remains to be judged needs the world (is there such a block, may this
-user, does the kernel register the range). What the supervisor grants it tells the conversation by ``opened``; what it could
-not do for a ``Mapped`` it takes back by ``withdraw``.
+user, does the kernel register the range). What the supervisor grants it tells the conversation
+by ``opened``; what it could not do for a ``Mapped`` it takes back by ``withdraw``.
 
 ::
 

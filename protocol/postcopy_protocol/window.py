@@ -9,7 +9,7 @@ A client has several threads and a loop over two arrays is two streams: eight ar
 continued is forgotten. All of that is one small dict ``{expected next page: width of the window before it}``: a dict
 remembers the order of insertion, and a stream that continues is inserted anew.
 
-This is on the fault path: no allocation but the dict's own.
+This is on the fault path: no allocation but the dict's own, and no call of a function in Python.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ class FaultAround:
 
     def window(self, page: int) -> int:
         """Pages to place from ``page`` on, at least 1. The caller clips them to region, block and what is missing."""
-        largest = self.largest_pages
-        if not self.adaptive:
-            return largest if largest > 1 else 1
         expected = self._expected
-        width = expected.pop(page, 0) << 1
-        if width > largest:
-            width = largest
-        if width < 1:
-            width = 1
-        expected[page + width] = width
-        if len(expected) > STREAMS:
+        if page in expected:
+            width = expected.pop(page) << 1
+            if width > self.largest_pages:
+                width = self.largest_pages or 1
+            expected[page + width] = width
+            return width
+        if not self.adaptive:
+            return self.largest_pages or 1
+        if len(expected) >= STREAMS:
             del expected[next(iter(expected))]
-        return width
+        expected[page + 1] = 1
+        return 1
