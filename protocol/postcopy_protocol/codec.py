@@ -196,9 +196,11 @@ def decode(data: bytes | memoryview, *, expect: Collection[type[MessageType]]) -
 
 
 def _message(words: object, expect: Collection[type[MessageType]]) -> MessageType:
-    if type(words) is not tuple or len(words) < 2 or type(words[0]) is not int or type(words[1]) is not int:
-        raise BadMessage("not a message: it does not begin with [version, tag]")
+    if type(words) is not tuple or not words or type(words[0]) is not int:
+        raise BadMessage("not a message: it does not begin with a version")
     _refuse_version(words[0])
+    if len(words) == 1 or type(words[1]) is not int:
+        raise BadMessage("not a message: no tag follows the version")
     kind = MESSAGES.get(words[1])
     if kind is None or kind not in expect:
         raise BadMessage(f"{kind.__name__ if kind else f'tag {words[1]}'} is not expected here")
@@ -239,7 +241,7 @@ def _mismatch(shape: _Shape, words: tuple[object, ...]) -> str:
 
 
 def _refuse_version(version: int | None) -> None:
-    if version is not None and version != VERSION:
+    if version not in (None, VERSION):
         raise BadVersion(f"the message speaks version {version} of the protocol, this program speaks version {VERSION}")
 
 

@@ -63,11 +63,11 @@ def bucket(ns: int) -> int:
 
 
 def bounds(word: int) -> tuple[int, int]:
-    """Half-open range of nanoseconds that ``word`` counts (the first reaches down to 0, the last has no end)."""
+    """Half-open range of nanoseconds that ``word`` counts (the first also what is shorter, the last what is longer)."""
     power, eighth = divmod(word - HISTOGRAM, 8)
     width = 1 << (power + _LOW_BITS - 3)
     low = (8 + eighth) * width
-    return (0 if word == HISTOGRAM else low), low + width
+    return low, low + width
 
 
 def words_of(page: bytes | bytearray | memoryview) -> tuple[int, ...]:

@@ -1,0 +1,97 @@
+"""The histogram against sorted lists, and the layout that several programs share."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from postcopy_protocol import statistics
+from postcopy_protocol.statistics import HISTOGRAM, LAST_BUCKET, LONGEST_NS, WORDS, bounds, bucket
+
+quick = settings(deadline=None)
+latencies = st.integers(256, (1 << 38) - 1) | st.integers(256, 1 << 20)
+
+
+def filled(values: list[int], *, longest: bool = True) -> list[int]:
+    words = [0] * WORDS
+    for ns in values:
+        words[bucket(ns)] += 1
+    words[LONGEST_NS] = max(values, default=0) if longest else 0
+    return words
+
+
+@quick
+@given(latencies)
+def test_a_latency_lies_in_its_bucket(ns: int) -> None:
+    low, high = bounds(bucket(ns))
+    assert low <= ns < high and high - low <= ns // 8
+
+
+def test_buckets_are_all_used_and_next_to_each_other() -> None:
+    for word in range(HISTOGRAM + 1, LAST_BUCKET + 1):
+        low, high = bounds(word)
+        assert bounds(word - 1)[1] == low
+        assert bucket(low) == bucket(high - 1) == word and bucket(low - 1) == word - 1
+    assert bounds(HISTOGRAM) == (256, 288) and bounds(LAST_BUCKET)[1] == 1 << 38
+
+
+@pytest.mark.parametrize("ns", [-1, 0, 1, 255])
+def test_what_is_too_short_falls_into_the_first(ns: int) -> None:
+    assert bucket(ns) == HISTOGRAM
+
+
+@pytest.mark.parametrize("ns", [1 << 38, (1 << 64) - 1])
+def test_what_is_too_long_falls_into_the_last(ns: int) -> None:
+    assert bucket(ns) == LAST_BUCKET < WORDS
+
+
+@quick
+@given(st.lists(latencies, min_size=1, max_size=60), st.sampled_from((1, 50, 90, 99, 99.9, 100)))
+def test_a_percentile_is_within_a_sixteenth_of_the_sorted_list(values: list[int], percent: float) -> None:
+    rank = max(1, -int(-len(values) * percent // 100))
+    exact = sorted(values)[rank - 1]
+    assert statistics.percentile(filled(values), percent) * 1000 == pytest.approx(exact, rel=0.0626)
+
+
+def test_an_empty_page_is_all_zeros() -> None:
+    assert statistics.summary(filled([])) == {"p50": 0.0, "p99": 0.0, "max": 0.0}
+    assert statistics.count(filled([])) == 0
+
+
+def test_the_longest_is_exact_where_it_was_noted() -> None:
+    assert statistics.longest(filled([10_000, 123_456])) == 123.456
+    assert statistics.longest(filled([123_456], longest=False)) == bounds(bucket(123_456))[1] / 1000
+    assert statistics.summary(filled([1000] * 98 + [123_456] * 2))["p99"] == pytest.approx(123.5, rel=0.07)
+
+
+@quick
+@given(st.lists(st.lists(latencies, max_size=20), max_size=4))
+def test_merging_is_like_one_worker_that_saw_it_all(several: list[list[int]]) -> None:
+    together = [ns for values in several for ns in values]
+    assert list(statistics.merge(filled(values) for values in several)) == filled(together)
+
+
+def test_merging_adds_counters_and_forgets_what_belongs_to_one_worker() -> None:
+    one = list(range(1, WORDS + 1))
+    merged = statistics.merge([one, one])
+    assert merged[statistics.FAULTS] == 2 and merged[statistics.BEGUN] == 2 * (statistics.BEGUN + 1)
+    assert merged[statistics.WORKER_PID] == merged[statistics.BUSY_SINCE_NS] == merged[statistics.INCARNATION] == 0
+    assert merged[LONGEST_NS] == one[LONGEST_NS]
+
+
+def test_a_page_is_little_endian_words() -> None:
+    page = bytearray(statistics.PAGE_BYTES)
+    struct.pack_into("<Q", page, statistics.WAKES * 8, 77)
+    assert statistics.words_of(memoryview(page))[statistics.WAKES] == 77
+    assert len(statistics.words_of(page)) == WORDS
+
+
+def test_no_two_words_share_a_place() -> None:
+    names = ("FAULTS PLACED WAKES REQUESTS DEDUPLICATED AROUND LOST FAILURES POLLUTED BEGUN LONGEST_NS BUSY_SINCE_NS "
+             "WORKER_PID INCARNATION").split()  # fmt: skip
+    places = [getattr(statistics, name) for name in names]
+    assert len(set(places)) == len(places) and max(places) < HISTOGRAM
+    assert statistics.WINDOW_LIMIT != statistics.ENDING

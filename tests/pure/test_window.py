@@ -1,0 +1,91 @@
+"""Fault-around: streams double, strangers are placed alone, memory is bounded."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from postcopy_protocol.window import STREAMS, FaultAround
+
+quick = settings(deadline=None)
+page_numbers = st.integers(0, 1 << 40)
+largest_windows = st.integers(1, 1024)
+
+
+def widths(around: FaultAround, start: int, count: int) -> list[int]:
+    """A reader in order: each fault comes where the window before has ended."""
+    found, page = [], start
+    for _ in range(count):
+        found.append(around.window(page))
+        page += found[-1]
+    return found
+
+
+@quick
+@given(page_numbers, largest_windows)
+def test_a_stream_doubles_from_one_to_the_largest(start: int, largest: int) -> None:
+    assert widths(FaultAround(largest, True), start, 14) == [min(1 << step, largest) for step in range(14)]
+
+
+@quick
+@given(st.lists(page_numbers, max_size=200), largest_windows)
+def test_a_window_is_never_empty_and_never_too_large(faults: list[int], largest: int) -> None:
+    around = FaultAround(largest)
+    assert all(1 <= around.window(page) <= largest for page in faults)
+
+
+@quick
+@given(st.lists(st.integers(0, 1 << 20).map(lambda page: page * 3), unique=True, max_size=50))
+def test_faults_at_random_are_placed_alone(faults: list[int]) -> None:
+    around = FaultAround(256)
+    assert all(around.window(page) == 1 for page in faults)
+
+
+@quick
+@given(st.integers(1, STREAMS), st.integers(2, 9))
+def test_streams_side_by_side_do_not_disturb_each_other(streams: int, steps: int) -> None:
+    around = FaultAround(64)
+    positions = [stream << 30 for stream in range(streams)]
+    for step in range(steps):
+        for stream, page in enumerate(positions):
+            width = around.window(page)
+            assert width == min(1 << step, 64)
+            positions[stream] = page + width
+
+
+def test_one_stream_too_many_forgets_the_least_recently_continued() -> None:
+    around = FaultAround(64)
+    for stream in range(STREAMS):
+        around.window(stream << 30)
+    assert around.window(1) == 2, "the first stream goes on and is the youngest now"
+    around.window(99 << 30)
+    assert around.window((1 << 30) + 1) == 1, "the second was the least recently continued"
+    assert around.window(3) == 4, "the first is still remembered"
+
+
+@quick
+@given(st.lists(st.integers(0, 30), max_size=300))
+def test_what_is_remembered_is_bounded(faults: list[int]) -> None:
+    around = FaultAround(8)
+    for page in faults:
+        around.window(page)
+        assert len(around._expected) <= STREAMS
+
+
+@quick
+@given(st.lists(page_numbers, max_size=30), largest_windows)
+def test_a_fixed_window_is_fixed(faults: list[int], largest: int) -> None:
+    around = FaultAround(largest, adaptive=False)
+    assert all(around.window(page) == largest for page in faults)
+
+
+def test_the_largest_may_shrink_at_any_time_but_one_page_is_always_placed() -> None:
+    around = FaultAround(256)
+    page = sum(widths(around, 0, 9))
+    around.largest_pages = 4
+    assert around.window(page) == 4
+    around.largest_pages = 0
+    assert around.window(page + 4) == 1
+    around.largest_pages = 256
+    assert around.window(page + 5) == 2, "it grows again from what it had"
+    assert FaultAround(0, adaptive=False).window(5) == 1
