@@ -87,7 +87,8 @@ class Goodbye(Message):
 
 @dataclass(frozen=True, slots=True)
 class Welcome(Message):
-    """Answer to Hello: the client's number; 1 descriptor: an open /dev/userfaultfd, or none where there is no device."""
+    """Answer to Hello: the client's number; 1 descriptor: an open /dev/userfaultfd, or none where there is no
+    device."""
 
     TAG = 20
     DESCRIPTORS = 1
@@ -264,7 +265,8 @@ class AskStop(Message):
 
 @dataclass(frozen=True, slots=True)
 class AskExport(Message):
-    """Write the block ``name`` to the absolute ``path``; answered by ExportProgress at once and to every AskProgress."""
+    """Write the block ``name`` to the absolute ``path``; answered by ExportProgress at once and to every
+    AskProgress."""
 
     TAG = 62
     name: str
@@ -396,9 +398,10 @@ class WorkerExited(Message):
 
 @dataclass(frozen=True, slots=True)
 class BlockGrant(Message):
-    """A block as a worker sees it. Descriptors, at their places in the worker's list (-1: none): ``memory`` (read-write),
-    ``received`` (read-write), ``source`` (the file). ``kind`` is ``file``, ``handler``, ``zero`` or ``remote``; ``detail`` is
-    ``module:function`` for a handler. ``source_size`` and ``source_mtime_ns`` are the file's at serve."""
+    """A block as a worker sees it. Descriptors, at their places in the worker's list (-1: none): ``memory``
+    (read-write), ``received`` (read-write), ``source`` (the file). ``kind`` is ``file``, ``handler``, ``zero`` or
+    ``remote``; ``detail`` is ``module:function`` for a handler. ``source_size`` and ``source_mtime_ns`` are the file's
+    at serve."""
 
     TAG = 100
     block: int

@@ -1,1 +1,2 @@
-"""The supervisor: owns RAM blocks, core userfaultfd and quit eventfd, keeps the door, the fleet of workers and the status."""
+"""The supervisor: owns RAM blocks, core userfaultfd and quit eventfd, keeps the door, the fleet of workers and the
+status."""

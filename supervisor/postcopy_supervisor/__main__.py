@@ -1,0 +1,49 @@
+"""``python -m postcopy_supervisor``: the program behind ``postcopy serve``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from postcopy_kernel.userfaultfd import UserfaultfdUnavailable
+from postcopy_protocol.errors import BadInput, PostcopyError
+
+
+def main() -> int:
+    """Exit status: 0 ended in order, 1 could not stand, 2 usage."""
+    from .settings import parse
+
+    try:
+        settings = parse(sys.argv[1:])
+    except BadInput as error:
+        print(f"postcopy serve: {error}", file=sys.stderr)
+        return 2
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(message)s",
+    )
+    try:
+        import prctl  # noqa: F401  (workers drop their rights with it)
+        import zmq  # noqa: F401
+
+        from .house import serve
+    except ImportError as error:
+        print(
+            f"postcopy serve: {error.name} is missing; install the supervisor: pip install 'postcopy[supervisor]' "
+            "(needs a C compiler and libcap-dev)",
+            file=sys.stderr,
+        )
+        return 1
+    try:
+        serve(settings)
+    except (PostcopyError, UserfaultfdUnavailable) as error:
+        print(f"postcopy serve: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""RAM blocks: one memfd and one received map each, the source they come from, and what is in them by now."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from postcopy_kernel import memory
+from postcopy_kernel.memory import DONTFORK, DONTNEED, Mapping
+from postcopy_kernel.userfaultfd import RegisterMode, Userfaultfd
+from postcopy_protocol.errors import BadInput
+from postcopy_protocol.geometry import PAGE_2M, page_count
+from postcopy_protocol.messages import BlockGrant
+from postcopy_protocol.received import LOST, MISSING, RECEIVED, Audit, polluted
+from postcopy_protocol.sizes import format_size
+from postcopy_protocol.sources import FileSource, HandlerSource, RemoteSource, Source, ZeroSource
+
+LARGEST_BLOCK = 16 << 40
+"""Bytes: what a process can map several times over (47 bits of addresses)."""
+MAP_PIECE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A source as it was found at serve: its exact ``size``, and for a file its descriptor and time."""
+
+    kind: str
+    detail: str
+    size: int
+    descriptor: int = -1
+    mtime_ns: int = 0
+
+
+def open_source(name: str, source: Source) -> Opened:
+    """Open what SOURCE names. Raises BadInput with one line that says what is wrong with it."""
+    match source:
+        case FileSource(path):
+            return _open_file(name, path)
+        case HandlerSource(module, function, size):
+            return Opened("handler", f"{module}:{function}", size)
+        case ZeroSource(size):
+            return Opened("zero", "", size)
+        case RemoteSource():
+            raise BadInput(f"block {name}: remote sources ({source}) are not supported by this version")
+
+
+def _open_file(name: str, path: str) -> Opened:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a fifo must not hold us up
+    except OSError as error:
+        raise BadInput(f"block {name}: cannot open {path}: {error.strerror}") from None
+    found = os.fstat(descriptor)
+    wrong = ""
+    if not stat.S_ISREG(found.st_mode):
+        wrong = "is not a regular file"
+    elif found.st_size == 0:
+        wrong = "is empty; a block has at least one byte"
+    elif found.st_size > LARGEST_BLOCK:
+        wrong = f"has {format_size(found.st_size)}; a block has at most {format_size(LARGEST_BLOCK)}"
+    if wrong:
+        os.close(descriptor)
+        raise BadInput(f"block {name}: {path} {wrong}")
+    return Opened("file", "", found.st_size, descriptor, found.st_mtime_ns)
+
+
+class RamBlock:
+    """One served block. ``pages`` of ``page_size`` bytes; the last ``pages * page_size - size`` bytes are zeros."""
+
+    def __init__(self, number: int, name: str, source: Source, page_size: int) -> None:
+        self.number = number
+        self.name = name
+        self.source = source
+        self.page_size = page_size
+        self.opened = open_source(name, source)
+        self.size = self.opened.size
+        self.pages = page_count(self.size, page_size)
+        self.length = self.pages * page_size
+        if self.size > LARGEST_BLOCK:
+            raise BadInput(f"block {name}: {format_size(self.size)} is too large; at most {format_size(LARGEST_BLOCK)}")
+        self.memory = self._memory()
+        self.mapping = self._map()
+        self.map_fd = memory.create_memfd(f"postcopy-{name}-map", -(-(self.pages + 1) // 4096) * 4096)
+        self.received = mmap.mmap(self.map_fd, 0)
+        # Clients get open file descriptions of their own: flags set on theirs (O_APPEND) are not set on ours.
+        self.read_only = memory.reopen(self.memory, writable=False)
+        self.read_write = memory.reopen(self.memory, writable=True)
+        self.map_read_only = memory.reopen(self.map_fd, writable=False)
+        self.complete = False
+        self.polluted: tuple[tuple[int, int], ...] = ()
+
+    def _memory(self) -> int:
+        try:
+            return memory.create_memfd(f"postcopy-{self.name}", self.length, self.page_size)
+        except OSError as error:
+            raise BadInput(f"block {self.name}: no memory of {format_size(self.length)}: {error.strerror}") from None
+
+    def _map(self) -> Mapping:
+        """Our own mapping, never read. Huge pages are reserved here, all of them, so that no page can fail to be
+        placed."""
+        huge = self.page_size == PAGE_2M
+        try:
+            mapping = Mapping.of(self.memory, self.length, reserve=huge)
+        except OSError as error:
+            if not huge:
+                raise BadInput(f"block {self.name}: cannot map {format_size(self.length)}: {error.strerror}") from None
+            raise BadInput(
+                f"block {self.name}: needs {self.pages} huge pages of 2M, {memory.huge_pages().available} are free; "
+                f"reserve them: sysctl vm.nr_hugepages={self.pages}"
+            ) from None
+        mapping.advise(DONTFORK)
+        return mapping
+
+    def register(self, core: Userfaultfd) -> None:
+        """From now on our own touch of a missing page is a message on the core userfaultfd."""
+        core.register(self.mapping.address, self.length, RegisterMode.MISSING)
+
+    @property
+    def kind(self) -> str:
+        """``local`` or ``remote``."""
+        return "local"
+
+    def shared_granted(self) -> None:
+        """A client may write from now on: contents are no proof of anything any more (see Block.settle)."""
+        self.received[self.pages] = 1
+
+    def grant(self, first: int) -> tuple[BlockGrant, tuple[int, ...]]:
+        """What a worker is told, and its descriptors, which will stand from place ``first`` of the worker's list."""
+        fds = (self.memory, self.map_fd) + ((self.opened.descriptor,) if self.opened.descriptor >= 0 else ())
+        opened = self.opened
+        return (
+            BlockGrant(
+                block=self.number,
+                name=self.name,
+                size=self.size,
+                page_size=self.page_size,
+                pages=self.pages,
+                kind=opened.kind,
+                detail=opened.detail,
+                source_size=opened.size,
+                source_mtime_ns=opened.mtime_ns,
+                memory=first,
+                received=first + 1,
+                source=first + 2 if opened.descriptor >= 0 else -1,
+            ),
+            fds,
+        )
+
+    # --- what is there ------------------------------------------------------------------------------------------------
+
+    def _map_pieces(self) -> Iterator[tuple[int, bytes]]:
+        """The written parts of the received map; the rest is MISSING, and reading it would make it take memory."""
+        for start, end in memory.data_runs(self.map_fd, 0, self.pages):
+            for at in range(start, end, MAP_PIECE):
+                yield at, os.pread(self.map_fd, min(end - at, MAP_PIECE), at)
+
+    def counts(self) -> tuple[int, int]:
+        """(received, lost) pages by the map."""
+        received = lost = 0
+        for _, piece in self._map_pieces():
+            received += piece.count(RECEIVED)
+            lost += piece.count(LOST)
+        return received, lost
+
+    def present_runs(self) -> Iterator[tuple[int, int]]:
+        """Runs of pages that the kernel says are in the block. Not for hugetlb, which claims data everywhere."""
+        for start, end in memory.data_runs(self.memory, 0, self.length):
+            yield start // self.page_size, -(-end // self.page_size)
+
+    def hole_runs(self) -> Iterator[tuple[int, int]]:
+        """(offset, length) of what is missing: asked of the kernel for 4K pages, of the map for huge ones."""
+        if self.page_size == PAGE_2M:
+            for page in range(self.pages):
+                if self.received[page] != RECEIVED:
+                    yield page * self.page_size, self.page_size
+            return
+        for start, end in memory.hole_runs(self.memory, 0, self.length):
+            yield start, end - start
+
+    def look_complete(self) -> bool:
+        """Is every page received, and present by the kernel's own word?"""
+        if not self.complete and self.counts()[0] == self.pages:
+            self.complete = next(self.hole_runs(), None) is None
+        return self.complete
+
+    def audit(self) -> int:
+        """Look for pages that nobody of ours placed; remembers them and returns how many there are.
+
+        Presence is asked first and the map read after it: our own workers store PLACING before a page can appear.
+        """
+        if self.page_size == PAGE_2M:
+            return 0
+        strange: list[tuple[int, int]] = []
+        for start, stop in self.present_runs():
+            found: Audit = polluted(os.pread(self.map_fd, stop - start, start), [(0, stop - start)])
+            strange += [(first + start, last + start) for first, last in found.polluted]
+        self.polluted = tuple(strange)
+        return sum(last - first for first, last in strange)
+
+    def story(self, page: int) -> str:
+        """State of a page in a word."""
+        return ("missing", "placing", "received", "lost")[self.received[page]]
+
+    def forget_own_pages(self) -> None:
+        """Drop our own page-table entries and poison marks; what is in the block stays."""
+        self.mapping.advise(DONTNEED)
+
+    def close(self) -> None:
+        self.received.close()
+        self.mapping.close()
+        for fd in (self.memory, self.map_fd, self.read_only, self.read_write, self.map_read_only):
+            os.close(fd)
+        if self.opened.descriptor >= 0:
+            os.close(self.opened.descriptor)
+
+
+__all__ = ["MISSING", "RamBlock", "open_source"]

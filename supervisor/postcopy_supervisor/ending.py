@@ -1,0 +1,102 @@
+"""The orderly end: nobody is left with memory that would turn into zeros.
+
+All stop placing (quit eventfd), workers leave, then exactly the holes of every client are poisoned through our
+duplicates of the shared userfaultfds, in bounded steps; only then are the clients told and descriptors closed. A page
+that is there stays there: the client's mapping holds the memory. Poison costs page tables (2 MiB a GiB and client), so
+there is a budget; what exceeds it waits, for the client holds its own userfaultfd, and a page that waits is not zeros.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+
+from postcopy_kernel import descriptors, process
+from postcopy_kernel.userfaultfd import Status, Userfaultfd
+from postcopy_protocol.messages import RegionGrant
+
+from .blocks import RamBlock
+from .reception import Client, Reception
+from .workforce import Workforce
+
+log = logging.getLogger(__name__)
+
+LEAVE_SECONDS = 3.0
+STEP = 64 << 20
+TABLE_BYTES_PER_PAGE = 8
+BUDGET_SHARE = 4
+"""A quarter of the memory that is available may go into page tables of poison."""
+
+
+def workers_leave(workforce: Workforce, quit_fd: int) -> None:
+    """Tell all, wait a bounded time, then insist."""
+    descriptors.signal_eventfd(quit_fd)
+    deadline = time.monotonic() + LEAVE_SECONDS
+    lives = workforce.alive
+    while any(not process.pidfd_exited(life.pidfd) for life in lives) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    for life in lives:
+        if not process.pidfd_exited(life.pidfd):
+            log.warning("worker %d (pid %d) does not leave; it is killed", life.worker, life.pid)
+            process.pidfd_signal(life.pidfd, signal.SIGKILL)
+    deadline = time.monotonic() + LEAVE_SECONDS
+    while any(not process.pidfd_exited(life.pidfd) for life in lives) and time.monotonic() < deadline:
+        time.sleep(0.002)
+
+
+def poison_holes(reception: Reception, blocks: dict[int, RamBlock]) -> None:
+    """Every page that is still missing becomes SIGBUS in every client that has it registered."""
+    budget = _available() // BUDGET_SHARE
+    for client in list(reception.clients.values()):
+        if client.userfaultfd is None or process.pidfd_exited(client.pidfd):
+            continue
+        for region in client.regions:
+            budget = _poison_region(client, client.userfaultfd, region, blocks[region.block], budget)
+
+
+def _poison_region(client: Client, ufd: Userfaultfd, region: RegionGrant, block: RamBlock, budget: int) -> int:
+    for start, length in block.hole_runs():
+        first, end = max(start, region.offset), min(start + length, region.offset + region.length)
+        while first < end:
+            step = min(STEP, end - first)
+            budget -= step // block.page_size * TABLE_BYTES_PER_PAGE
+            if budget < 0:
+                log.error(
+                    "client %d: no memory to poison what is missing of block %s: it waits", client.number, block.name
+                )
+                return 0
+            if not _poison(ufd, region.address + first - region.offset, step, block.page_size):
+                return budget
+            first += step
+    try:
+        ufd.wake(region.address, region.length)  # whoever waits for a page that is there
+    except OSError as error:
+        log.debug("client %d: wake: %s", client.number, error)
+    return budget
+
+
+def _poison(ufd: Userfaultfd, start: int, length: int, page_size: int) -> bool:
+    """False: this client's memory is not what it was, or this kernel has no poison."""
+    end = start + length
+    while start < end:
+        try:
+            outcome = ufd.poison(start, end - start)
+        except OSError as error:
+            log.error("cannot poison: %s; its readers wait", error)
+            return False
+        if outcome.status is Status.DONE:
+            return True
+        if outcome.status in (Status.GONE, Status.STALE):
+            return False
+        # Stopped at a page that the client has mapped or poisoned already.
+        start += max(outcome.done, 0) or page_size
+    return True
+
+
+def _available() -> int:
+    with open("/proc/meminfo", encoding="ascii") as meminfo:
+        for line in meminfo:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    return 1 << 30

@@ -1,0 +1,112 @@
+"""The engine: who waits for which page, and what has been asked for. Pure: events in, effects out, no clock, no
+descriptor.
+
+Pages are asked for once, however many wait. Waiters are numbers (0 is the supervisor itself, client zero; a client's
+number else). Invariant: every waited-for page is inside exactly one request in flight, so nobody can be forgotten;
+``check`` asserts it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Bring pages ``first`` to ``end`` of a block."""
+
+    block: int
+    first: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Let a waiter of this page run: it is present; or, ``lost``, it never will be."""
+
+    waiter: int
+    block: int
+    page: int
+    lost: bool
+
+
+Effect = Ask | Release
+
+
+class Engine:
+    """Waiters and requests in flight of all blocks."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[tuple[int, int], set[int]] = {}
+        self._asked: dict[int, list[tuple[int, int]]] = {}
+        self.requests = 0
+        self.deduplicated = 0
+
+    def fault(self, waiter: int, block: int, page: int, end: int) -> list[Effect]:
+        """A waiter stands at ``page``; if it has to be asked for, then pages up to ``end`` in the same breath."""
+        waiters = self._waiting.setdefault((block, page), set())
+        known = bool(waiters) or self._in_flight(block, page)
+        waiters.add(waiter)
+        if known:
+            self.deduplicated += 1
+            return []
+        return self.ask(block, page, end)
+
+    def ask(self, block: int, first: int, end: int) -> list[Effect]:
+        """Ask for a range, whoever wants it (background too); what is in flight of it is not asked for again."""
+        for start, stop in self._asked.get(block, ()):
+            if start <= first < stop:
+                first = stop
+            elif first < start < end:
+                end = start
+        if first >= end:
+            return []
+        self._asked.setdefault(block, []).append((first, end))
+        self.requests += 1
+        return [Ask(block, first, end)]
+
+    def answered(self, block: int, first: int, end: int, lost: Iterable[int]) -> list[Effect]:
+        """The answer to a request, or an unasked one: release everybody who waits inside."""
+        asked = self._asked.get(block, [])
+        if (first, end) in asked:
+            asked.remove((first, end))
+        gone = set(lost)
+        effects: list[Effect] = []
+        for number, page in sorted(key for key in self._waiting if key[0] == block and first <= key[1] < end):
+            for waiter in sorted(self._waiting.pop((number, page))):
+                effects.append(Release(waiter, block, page, page in gone))
+        return effects
+
+    def asked_anew(self) -> list[Effect]:
+        """Whoever was asked has died: everything in flight is asked again, in the old order."""
+        return [Ask(block, first, end) for block, ranges in sorted(self._asked.items()) for first, end in ranges]
+
+    def leave(self, waiter: int) -> list[tuple[int, int]]:
+        """A waiter is gone; returns the (block, page) it stood at. What it asked for is brought all the same."""
+        stood = [key for key, waiters in self._waiting.items() if waiter in waiters]
+        for key in stood:
+            self._waiting[key].discard(waiter)
+            if not self._waiting[key]:
+                del self._waiting[key]
+        return sorted(stood)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests without an answer yet."""
+        return sum(len(ranges) for ranges in self._asked.values())
+
+    @property
+    def idle(self) -> bool:
+        """Nothing in flight and nobody waiting."""
+        return not self._waiting and not any(self._asked.values())
+
+    def _in_flight(self, block: int, page: int) -> bool:
+        return any(first <= page < end for first, end in self._asked.get(block, ()))
+
+    def check(self) -> None:
+        """Assert the invariants (tests call it after every event)."""
+        for (block, page), waiters in self._waiting.items():
+            assert waiters, f"page {page} of block {block} is waited for by nobody"
+            flights = sum(first <= page < end for first, end in self._asked.get(block, ()))
+            assert flights == 1, f"page {page} of block {block} is waited for and in flight {flights} times"

@@ -1,0 +1,132 @@
+"""Exports: a whole block written to a file from the supervisor's own mapping, in a thread, while its pages arrive.
+
+The thread makes write(2) calls from missing memory; the kernel stops it there without the GIL until client zero's fault
+is resolved. The file appears under its name only when it is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+import time
+
+from postcopy_protocol.errors import BadInput
+from postcopy_protocol.messages import ExportProgress
+
+from .blocks import RamBlock
+
+PIECE = 1 << 20
+FORGET_AFTER = 16 << 20
+"""Bytes after which our own page tables of what was written are dropped: they count as the supervisor's memory."""
+UNASKED_SECONDS = 10.0
+
+
+class Export(threading.Thread):
+    """One job. ``progress`` may be asked from any thread."""
+
+    def __init__(self, job: int, block: RamBlock, path: str) -> None:
+        super().__init__(name=f"export-{block.name}", daemon=True)
+        self.job = job
+        self.block = block
+        self.asked = time.monotonic()
+        self._path = path
+        self._partial = f"{path}.partial-{os.getpid()}-{job}"
+        self._written = 0
+        self._state = "running"
+        self._detail = ""
+        self._cancelled = False
+        try:
+            self._file = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise BadInput(f"cannot write {path}: {error.strerror}") from None
+
+    def run(self) -> None:
+        try:
+            self._write()
+            if self._cancelled:
+                self._state = "cancelled"
+                return
+            os.fsync(self._file)
+            os.chmod(self._partial, 0o666 & ~_umask())
+            os.replace(self._partial, self._path)
+            self._state = "done"
+        except OSError as error:
+            lost = error.errno == errno.EFAULT
+            self._detail = f"a page at or behind byte {self._written} is lost" if lost else str(error.strerror)
+            self._state = "cancelled" if self._cancelled else "failed"
+        finally:
+            os.close(self._file)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._partial)
+
+    def _write(self) -> None:
+        view = self.block.mapping.view(self.block.size, writable=False)
+        forgotten = 0
+        while self._written < self.block.size and not self._cancelled:
+            self._written += os.write(self._file, view[self._written : self._written + PIECE])
+            if self._written - forgotten >= FORGET_AFTER:
+                forgotten = self._written
+                self.block.forget_own_pages()
+
+    def cancel(self) -> None:
+        """Take effect between two pieces; what the thread waits for must be given up by client zero."""
+        self._cancelled = True
+
+    @property
+    def running(self) -> bool:
+        return self._state == "running"
+
+    def progress(self) -> ExportProgress:
+        return ExportProgress(self.job, self._state, self._written, self.block.size, self._detail)
+
+
+class Exports:
+    """Jobs by number. An export that nobody asks after is cancelled: its asker has died."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[int, Export] = {}
+        self._next = 1
+
+    def start(self, block: RamBlock, path: str) -> Export:
+        """Raises BadInput when there can be no such file, or the block is being exported already."""
+        if not os.path.isabs(path):
+            raise BadInput(f"{path}: an export needs an absolute path")
+        if os.path.isdir(path):
+            raise BadInput(f"cannot write {path}: it is a directory")
+        if any(export.running and export.block is block for export in self._jobs.values()):
+            raise BadInput(f"block {block.name} is being exported already")
+        export = self._jobs[self._next] = Export(self._next, block, path)
+        self._next += 1
+        export.start()
+        return export
+
+    def get(self, job: int) -> Export | None:
+        """The job, which now counts as asked after."""
+        export = self._jobs.get(job)
+        if export is not None:
+            export.asked = time.monotonic()
+        return export
+
+    def unasked(self) -> list[Export]:
+        """Running jobs that nobody has asked after for long; finished ones are forgotten by then."""
+        late = time.monotonic() - UNASKED_SECONDS
+        old = [export for export in self._jobs.values() if export.asked < late]
+        for export in old:
+            if not export.running:
+                del self._jobs[export.job]
+        return [export for export in old if export.running]
+
+    @property
+    def running(self) -> list[Export]:
+        return [export for export in self._jobs.values() if export.running]
+
+
+def _umask() -> int:
+    """The process's umask; umask(2) could only be read by setting it."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        for line in status:
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    return 0o077

@@ -1,0 +1,467 @@
+"""The supervisor's main loop: one ROUTER, one porter, and who is told what.
+
+The main thread blocks in recv() of the router, where workers and the command line speak, and where the porter rings
+when it has something in its box. All state is this thread's.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import signal
+import socket
+import time
+from typing import Any
+
+import zmq
+
+from postcopy_kernel import descriptors, memory, process
+from postcopy_kernel.userfaultfd import (
+    PageFault,
+    UserfaultfdUnavailable,
+    open_device,
+    open_userfaultfd,
+    stuck_faults,
+)
+from postcopy_protocol import statistics
+from postcopy_protocol.codec import decode, encode
+from postcopy_protocol.errors import BadInput, BadMessage
+from postcopy_protocol.messages import (
+    AskExport,
+    AskProgress,
+    AskStatus,
+    AskStop,
+    Assignment,
+    BlockGrant,
+    ControlRefused,
+    Ending,
+    Fetched,
+    Message,
+    RegionGrant,
+    Report,
+    StatusAnswer,
+    StopAnswer,
+    WorkerHello,
+)
+
+from . import ending, status
+from .blocks import RamBlock
+from .client_zero import KEY as ZERO_KEY
+from .client_zero import NUMBER as ZERO
+from .client_zero import ClientZero
+from .custody import Custody
+from .exports import Exports
+from .porter import (
+    ENDPOINT,
+    IDENTITY,
+    CoreFaults,
+    CustodianSaid,
+    DoorSaid,
+    Happening,
+    Porter,
+    ProcessEnded,
+    QuitAsked,
+    Tick,
+    Visit,
+)
+from .reception import Reception
+from .runtime import RuntimeDirectory
+from .settings import Settings
+from .status import History
+from .workforce import Workforce
+
+log = logging.getLogger("postcopy")
+
+FROM_ROUTER = (WorkerHello, Report, Fetched, AskStatus, AskStop, AskExport, AskProgress)
+STUCK_SECONDS = 5.0
+"""A worker whose client has unread faults for so long, and which has answered none meanwhile, hangs."""
+QUARANTINED = "quarantined"
+
+
+class House:
+    """Everything between the first descriptor and the last."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.started = time.monotonic()
+        self.history = History()
+        self.limit = descriptors.raise_descriptor_limit()
+        self.runtime = RuntimeDirectory(settings.directory)
+        self.state = "starting"
+        self._device = _device()
+        self._core = open_userfaultfd(device=self._device if self._device >= 0 else None)
+        self._core.handshake()
+        self.blocks = {
+            name: RamBlock(number, name, source, settings.page_size)
+            for number, (name, source) in enumerate(settings.sources.items(), 1)
+        }
+        self._by_number = {block.number: block for block in self.blocks.values()}
+        for block in self.blocks.values():
+            block.register(self._core)
+        self._quit = descriptors.create_eventfd()
+        self._house_fd = memory.create_memfd("postcopy-house", statistics.PAGE_BYTES)
+        self._house = memoryview(mmap.mmap(self._house_fd, statistics.PAGE_BYTES)).cast("Q")
+        self._house[statistics.WINDOW_LIMIT] = settings.fault_around
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._context.setsockopt(zmq.MAX_SOCKETS, 16384)
+        self._router = self._bind()
+        self._stop_bell = descriptors.create_eventfd()
+        self._door = self._open_door()
+        self.custody = Custody()
+        self.exports = Exports()
+        self._watched: dict[int, tuple[int, float]] = {}
+        self._ticked = 0.0
+        self._people()
+
+    def _people(self) -> None:
+        """Porter, workforce, client zero and reception, in the order in which they need one another."""
+        self.porter = Porter(self._context, self._core, self._stop_bell, self._door)
+        self.workforce = Workforce(self.custody, self.porter, self._describe, self._news)
+        self._keep_what_workers_need()
+        self.zero = ClientZero(self._core, self._by_number, self.custody, self._send_worker, self._event)
+        allowed = frozenset({os.geteuid()}) | self.settings.allow_uids
+        self.reception = Reception(
+            self.blocks, self.custody, self.porter, self._device, allowed, self.limit, self._event
+        )
+        self.zero.workforce = self.reception.workforce = self.workforce
+
+    def _bind(self) -> zmq.Socket[bytes]:
+        router: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
+        for option, value in (
+            (zmq.LINGER, 0),
+            (zmq.ROUTER_MANDATORY, 1),
+            (zmq.ROUTER_HANDOVER, 1),
+            (zmq.SNDHWM, 1000),
+            (zmq.RCVHWM, 10000),
+            (zmq.BACKLOG, 1024),
+            (zmq.MAXMSGSIZE, 1 << 20),
+        ):
+            router.setsockopt(option, value)
+        router.bind(self.runtime.endpoint)
+        router.bind(ENDPOINT)
+        return router
+
+    def _open_door(self) -> socket.socket:
+        door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        door.setblocking(False)
+        door.bind(self.runtime.door)
+        os.chmod(self.runtime.door, 0o666)
+        door.listen(1024)
+        return door
+
+    def _keep_what_workers_need(self) -> None:
+        house = (self._quit, self._house_fd) + ((self._device,) if self._device >= 0 else ())
+        self.custody.keep("house", b"", house)
+        for block in self.blocks.values():
+            self.custody.keep(f"block/{block.number}", block.name.encode(), block.grant(0)[1])
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until told to end. Signals wake the porter; nothing else happens in their handlers."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: descriptors.signal_eventfd(self._stop_bell))
+        self.porter.start()
+        self.porter.watch_custodian(self.custody.start())
+        self.state = "running"
+        names = ", ".join(f"{block.name} ({block.size} bytes)" for block in self.blocks.values())
+        log.info("ready: %s in %s (pid %d)", names, self.runtime.path, os.getpid())
+        notify("READY=1")
+        while self.state == "running":
+            identity, *frames = self._router.recv_multipart()
+            if identity != IDENTITY and frames:
+                self._heard(identity, frames[-1])
+            while self.porter.box:
+                self._happened(self.porter.box.popleft())
+        self._end()
+
+    def _heard(self, identity: bytes, frame: bytes) -> None:
+        try:
+            message = decode(frame, expect=FROM_ROUTER)
+        except BadMessage as error:
+            log.warning("router: what %r said is no message: %s", identity[:32], error)
+            return self._answer(identity, ControlRefused(f"not understood: {error}"))
+        match message:
+            case WorkerHello():
+                self.workforce.hello(message)
+            case Report():
+                self._report(message)
+            case Fetched():
+                self.zero.fetched(message)
+            case _:
+                self._control(identity, message)
+
+    def _happened(self, happening: Happening) -> None:
+        match happening:
+            case CoreFaults(events):
+                for event in events:
+                    if isinstance(event, PageFault):
+                        self.zero.fault(event)
+                    else:
+                        self._event("foreign-event", f"core userfaultfd: {event}")
+            case QuitAsked():
+                self.state = "ending"
+            case CustodianSaid(message, fds):
+                if message is None:
+                    self._event("restart", "the custodian died; another is started with everything it kept")
+                self.workforce.custodian_said(message, fds)
+            case ProcessEnded(pidfd):
+                if not self.workforce.process_ended(pidfd):
+                    self.reception.process_ended(pidfd)
+            case Visit(connection):
+                self.reception.visit(connection)
+            case DoorSaid(connection, message, fds):
+                self.reception.said(connection, message, fds)
+            case Tick():
+                self._tick(time.monotonic())
+
+    # --- what happens by itself ---------------------------------------------------------------------------------------
+
+    def _tick(self, now: float) -> None:
+        self.workforce.tick()
+        allowed = self._memory_allows()
+        self.porter.ring_at(self.zero.background(self.settings.background_rate, allowed))
+        if now - self._ticked < 1.0:
+            return
+        self._ticked = now
+        self.reception.tick(now)
+        self._watch_workers(now)
+        for block in self.blocks.values():
+            if not block.complete and block.look_complete():
+                log.info("block %s is complete: its clients are released", block.name)
+                self._event("complete", f"block {block.name}: every page is received")
+            if block.complete:
+                self.reception.release(block)
+        for export in self.exports.unasked():
+            export.cancel()
+            self.zero.give_up(export.block)
+
+    def _memory_allows(self) -> bool:
+        """Under ``--max-memory``, and the machine is not about to run out: else only the pages that are waited for."""
+        allowed = True
+        if self.settings.max_memory:
+            placed = sum(os.fstat(block.memory).st_blocks * 512 for block in self.blocks.values())
+            allowed = placed + self.settings.fault_around <= self.settings.max_memory
+        limit = self.settings.fault_around if allowed else 0
+        if self._house[statistics.WINDOW_LIMIT] != limit:
+            self._house[statistics.WINDOW_LIMIT] = limit
+            self._event("memory", "below" if allowed else "at --max-memory: fault-around and background work stop")
+        return allowed
+
+    def _watch_workers(self, now: float) -> None:
+        """The watchdog: a handler that takes too long, and a worker that lives but answers nothing."""
+        words = {number: client.words for number, client in self.reception.clients.items()}
+        words[ZERO] = self.zero.words
+        for number, figures in words.items():
+            slot = self.workforce.fleet.slots.get(number)
+            if figures is None or slot is None or slot.state != "running":
+                self._watched.pop(number, None)
+                continue
+            busy = figures[statistics.BUSY_SINCE_NS]
+            if busy and time.monotonic_ns() - busy > self.settings.handler_timeout * 1e9:
+                self._event(
+                    "watchdog", f"worker {number} is busy with one page for {self.settings.handler_timeout:g} s"
+                )
+                self.workforce.kill(number, "its source does not answer")
+            elif number != ZERO:
+                self._watch_client(number, figures[statistics.FAULTS], busy, now)
+
+    def _watch_client(self, number: int, faults: int, busy: int, now: float) -> None:
+        ufd = self.reception.clients[number].userfaultfd
+        if ufd is None or busy or stuck_faults(ufd.fileno())[0] == 0:
+            self._watched.pop(number, None)
+            return
+        seen, since = self._watched.setdefault(number, (faults, now))
+        if seen != faults:
+            self._watched[number] = (faults, now)
+        elif now - since > STUCK_SECONDS:
+            self._watched.pop(number)
+            self._event("watchdog", f"worker {number} has not read its client's faults for {STUCK_SECONDS:g} s")
+            self.workforce.kill(number, "it answers no faults")
+
+    # --- workers ------------------------------------------------------------------------------------------------------
+
+    def _news(self, what: str, worker: int) -> None:
+        if what == "ready":
+            self.zero.worker_ready() if worker == ZERO else self.reception.worker_ready(worker)
+        elif what == "restarting":
+            self._event("restart", f"worker {worker} ended unasked; a successor takes over")
+            if worker == ZERO:
+                self.zero.worker_lost()
+        elif what == "gone" and worker != ZERO:
+            self.reception.worker_gone(worker)
+        elif what == QUARANTINED:
+            self._event(QUARANTINED, f"worker {worker} crashed too often; its client's missing pages are poisoned")
+
+    def _describe(self, worker: int, incarnation: int, quarantined: bool) -> tuple[list[str], Assignment]:
+        """What a worker is told, and the keys of its descriptors in the order of their places."""
+        device = 2 if self._device >= 0 else -1
+        keys, place = ["house"], 3 if self._device >= 0 else 2
+        if worker == ZERO:
+            keys.append(ZERO_KEY)
+            name, ufd, client, figures, place = "zero", -1, -1, place, place + 1
+            blocks, regions = list(self.blocks.values()), list[RegionGrant]()
+        else:
+            record, blocks = self.reception.grants(worker)
+            keys.append(record.key)
+            name, ufd, client, figures, place = record.name, place, place + 1, place + 2, place + 3
+            regions = record.regions
+        grants: list[BlockGrant] = []
+        for block in blocks:
+            grant, fds = block.grant(place)
+            keys.append(f"block/{block.number}")
+            place += len(fds)
+            grants.append(_quarantine(grant) if quarantined else grant)
+        return keys, Assignment(
+            worker=worker,
+            incarnation=incarnation,
+            name=name,
+            endpoint=self.runtime.endpoint,
+            userfaultfd=ufd,
+            client=client,
+            quit=0,
+            statistics=figures,
+            house=1,
+            device=device,
+            fault_around=self.settings.fault_around,
+            adaptive=self.settings.adaptive,
+            handler_path=os.getcwd(),
+            blocks=tuple(grants),
+            regions=tuple(regions),
+        )
+
+    def _report(self, report: Report) -> None:
+        block = self._by_number.get(report.block)
+        where = f" block {block.name} offset {report.offset}" if block else ""
+        self._event(report.kind, f"worker {report.worker}:{where} {report.detail}")
+
+    def _event(self, kind: str, detail: str) -> None:
+        self.history.add(kind, detail)
+        quiet = kind in ("complete", "memory")
+        log.log(logging.INFO if quiet else logging.WARNING, "%s: %s", kind, detail)
+
+    def _send_worker(self, worker: int, message: Message) -> None:
+        slot = self.workforce.fleet.slots.get(worker)
+        if slot is not None:
+            self._answer(b"w%d.%d" % (worker, slot.incarnation), message)
+
+    def _answer(self, identity: bytes, message: Message) -> None:
+        try:
+            self._router.send_multipart([identity, encode(message)], zmq.DONTWAIT)
+        except zmq.ZMQError as error:
+            # EHOSTUNREACH: gone, or not back yet; its successor asks or wakes by itself. EAGAIN: it does not listen.
+            log.debug("router: %r does not hear: %s", identity, error)
+
+    # --- control ------------------------------------------------------------------------------------------------------
+
+    def _control(self, identity: bytes, message: Message) -> None:
+        try:
+            self._answer(identity, self._asked(message))
+        except (BadInput, BadMessage) as error:
+            self._answer(identity, ControlRefused(str(error)))
+
+    def _asked(self, message: Message) -> Message:
+        match message:
+            case AskStatus(audit):
+                if audit:
+                    self.audit()
+                return StatusAnswer(self.document())
+            case AskStop(keep_workers):
+                if keep_workers:
+                    raise BadInput("--keep-workers is not supported by this version: nothing is ended")
+                descriptors.signal_eventfd(self._stop_bell)
+                return StopAnswer(os.getpid())
+            case AskExport(name, path):
+                block = self.blocks.get(name)
+                if block is None:
+                    raise BadInput(f"no block {name} here; there are {', '.join(sorted(self.blocks))}")
+                self.zero.heal(block)
+                return self.exports.start(block, path).progress()
+            case AskProgress(job, cancel):
+                export = self.exports.get(job)
+                if export is None:
+                    raise BadInput(f"there is no export {job}")
+                if cancel and export.running:
+                    export.cancel()
+                    self.zero.give_up(export.block)
+                return export.progress()
+        raise BadMessage(f"{type(message).__name__} is no question")
+
+    def audit(self) -> int:
+        """Pages present that nobody of ours placed, in all blocks; news of them is an event."""
+        total = 0
+        for block in self.blocks.values():
+            before = block.polluted
+            found = block.audit()
+            total += found
+            if found and block.polluted != before:
+                first = block.polluted[0][0] * block.page_size
+                self._event(
+                    "polluted", f"block {block.name}: {found} pages that nobody of ours placed, from offset {first}"
+                )
+        return total
+
+    def document(self) -> bytes:
+        blocks = list(self.blocks.values())
+        return status.document(
+            self.started, self.state, blocks, self.reception, self.workforce, self.zero, self.history
+        )
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    def _end(self) -> None:
+        """In order: exports, workers, poison, word to the clients, descriptors."""
+        log.info("ending: %d clients", len(self.reception.clients))
+        notify("STOPPING=1")
+        self._house[statistics.ENDING] = 1
+        self._door.close()
+        for export in self.exports.running:
+            export.cancel()
+            self.zero.give_up(export.block)
+        ending.workers_leave(self.workforce, self._quit)
+        ending.poison_holes(self.reception, self._by_number)
+        self.reception.tell_all(Ending("the supervisor ends; pages that are missing cannot come any more"))
+        for export in self.exports.running:
+            export.join(2)
+        self.porter.stop()
+        self.custody.end()
+        self._router.close()
+        self._context.term()
+        self.runtime.close()
+        log.info("ended")
+
+
+def _quarantine(grant: BlockGrant) -> BlockGrant:
+    """The same block without its source: present pages are served, the others are poisoned for this client."""
+    from dataclasses import replace
+
+    return replace(grant, kind=QUARANTINED, detail="", source=-1)
+
+
+def _device() -> int:
+    try:
+        return open_device()
+    except UserfaultfdUnavailable:
+        return -1  # the syscall may do; clients then make theirs by it too
+
+
+def notify(state: str) -> None:
+    """One word to the service manager, if there is one (sd_notify(3))."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if not path:
+        return
+    address = "\0" + path[1:] if path.startswith("@") else path
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.sendto(state.encode(), address)
+    except OSError as error:
+        log.warning("cannot notify %s: %s", path, error)
+
+
+def serve(settings: Settings) -> None:
+    """Build the house, live in it. Raises BadInput or UserfaultfdUnavailable when it cannot stand."""
+    process.name_process("postcopy-superv")
+    if settings.die_with_parent:
+        process.die_with_parent(settings.die_with_parent, signal.SIGTERM)
+    House(settings).run()

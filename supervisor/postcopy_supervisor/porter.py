@@ -1,0 +1,239 @@
+"""The porter: one thread that sleeps on every descriptor but the router, and hands what happens to the main thread.
+
+Its poll set, in the order in which a wake-up is worked off: the core userfaultfd, the quit signal, then everything
+foreign (custodian, processes that end, the door and its visitors). It reads and decodes; it decides nothing. State
+belongs to the main thread, which blocks in recv() of the router and is rung by an inproc message when the porter has
+left something in its box.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import select
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+
+from postcopy_kernel import descriptors, process
+from postcopy_kernel.userfaultfd import Event, Userfaultfd
+from postcopy_protocol.codec import decode
+from postcopy_protocol.door import FROM_CLIENT
+from postcopy_protocol.errors import BadMessage
+from postcopy_protocol.messages import CustodianReady, ForkFailed, Message, WorkerExited, WorkerForked
+
+IDENTITY = b"porter"
+ENDPOINT = "inproc://porter"
+TICK_SECONDS = 0.25
+ACCEPT_AT_ONCE = 64
+BOX_LIMIT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class CoreFaults:
+    """What the core userfaultfd gave."""
+
+    events: list[Event]
+
+
+@dataclass(frozen=True, slots=True)
+class QuitAsked:
+    """SIGTERM, SIGINT, or the process we are to die with."""
+
+
+@dataclass(frozen=True, slots=True)
+class CustodianSaid:
+    """A message of the custodian with its descriptors; None: it is gone."""
+
+    message: Message | None
+    fds: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessEnded:
+    """A watched pidfd became readable (it is not watched any more)."""
+
+    pidfd: int
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """A new connection at the door."""
+
+    connection: socket.socket
+
+
+@dataclass(frozen=True, slots=True)
+class DoorSaid:
+    """A visitor's message with its descriptors; BadMessage if it was none; None: the connection has ended."""
+
+    connection: socket.socket
+    message: Message | BadMessage | None
+    fds: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed."""
+
+
+Happening = CoreFaults | QuitAsked | CustodianSaid | ProcessEnded | Visit | DoorSaid | Tick
+FROM_CUSTODIAN = (CustodianReady, WorkerForked, ForkFailed, WorkerExited)
+
+
+class Porter(threading.Thread):
+    """``watch_*`` and ``forget`` may be called from the main thread at any time; epoll takes it."""
+
+    def __init__(self, context: zmq.Context[Any], core: Userfaultfd, quit_bell: int, door: socket.socket) -> None:
+        super().__init__(name="porter", daemon=True)
+        self.box: collections.deque[Happening] = collections.deque()
+        self._context = context
+        self._core = core
+        self._quit_bell = quit_bell
+        self._door = door
+        self._alarm = descriptors.create_eventfd()
+        self._stop = False
+        self._due: float | None = None
+        self._pidfds: set[int] = set()
+        self._custodian: socket.socket | None = None
+        self._visitors: dict[int, socket.socket] = {}
+        self._epoll = select.epoll()
+        for fd in (core.fileno(), quit_bell, door.fileno(), self._alarm):
+            self._epoll.register(fd, select.EPOLLIN)
+
+    # --- called by the main thread ------------------------------------------------------------------------------------
+
+    def watch_process(self, pidfd: int) -> None:
+        self._pidfds.add(pidfd)
+        self._epoll.register(pidfd, select.EPOLLIN)
+
+    def forget_process(self, pidfd: int) -> None:
+        if pidfd in self._pidfds:
+            self._pidfds.discard(pidfd)
+            self._epoll.unregister(pidfd)
+
+    def watch_custodian(self, channel: socket.socket) -> None:
+        self._custodian = channel
+        self._epoll.register(channel.fileno(), select.EPOLLIN)
+
+    def watch_visitor(self, connection: socket.socket) -> None:
+        self._visitors[connection.fileno()] = connection
+        self._epoll.register(connection.fileno(), select.EPOLLIN)
+
+    def forget_visitor(self, connection: socket.socket) -> None:
+        if self._visitors.pop(connection.fileno(), None) is not None:
+            with contextlib.suppress(OSError):
+                self._epoll.unregister(connection.fileno())
+
+    def ring_at(self, due: float | None) -> None:
+        """A Tick no later than this monotonic time, besides the regular ones."""
+        if due is not None and (self._due is None or due < self._due):
+            self._due = due
+            descriptors.signal_eventfd(self._alarm)
+
+    def stop(self) -> None:
+        """Leave the loop and close what is the porter's own."""
+        self._stop = True
+        descriptors.signal_eventfd(self._alarm)
+        self.join(5)
+        self._epoll.close()
+        os.close(self._alarm)
+
+    # --- the thread ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        bell = self._context.socket(zmq.DEALER)
+        bell.setsockopt(zmq.ROUTING_ID, IDENTITY)
+        bell.setsockopt(zmq.LINGER, 0)
+        bell.connect(ENDPOINT)
+        ticked = 0.0
+        while not self._stop:
+            ready = [fd for fd, _ in self._epoll.poll(self._patience(ticked))]
+            for fd in sorted(ready, key=self._rank):
+                self._look(fd)
+            now = time.monotonic()
+            if now - ticked >= TICK_SECONDS or (self._due is not None and now >= self._due):
+                ticked, self._due = now, None
+                self.box.append(Tick())
+            if self.box:
+                with contextlib.suppress(zmq.Again):  # the box is looked into after every message anyway
+                    bell.send(b"", zmq.DONTWAIT)
+        bell.close()
+
+    def _patience(self, ticked: float) -> float:
+        now = time.monotonic()
+        due = ticked + TICK_SECONDS if self._due is None else min(self._due, ticked + TICK_SECONDS)
+        return max(0.0, due - now)
+
+    def _rank(self, fd: int) -> int:
+        if fd == self._core.fileno():
+            return 0
+        return 1 if fd == self._quit_bell else 2
+
+    def _look(self, fd: int) -> None:
+        if fd == self._core.fileno():
+            self.box.append(CoreFaults(self._core.read()))
+        elif fd == self._quit_bell:
+            os.eventfd_read(fd)
+            self.box.append(QuitAsked())
+        elif fd == self._alarm:
+            os.eventfd_read(fd)
+        elif fd in self._pidfds:
+            if not process.pidfd_exited(fd):
+                return  # a number that was closed and used again while this wake-up was on its way
+            self.forget_process(fd)
+            self.box.append(ProcessEnded(fd))
+        elif fd == self._door.fileno():
+            self._accept()
+        elif self._custodian is not None and fd == self._custodian.fileno():
+            self._hear_custodian(self._custodian)
+        elif fd in self._visitors:
+            self._hear_visitor(self._visitors[fd])
+
+    def _accept(self) -> None:
+        for _ in range(ACCEPT_AT_ONCE):
+            try:
+                connection, _ = self._door.accept()
+            except OSError:
+                return  # nobody there, or no descriptor left for one more: they wait in the backlog
+            connection.setblocking(False)
+            self.box.append(Visit(connection))
+
+    def _hear_custodian(self, channel: socket.socket) -> None:
+        try:
+            heard = descriptors.receive_message(channel)
+            message = decode(heard.data, expect=FROM_CUSTODIAN) if heard.data else None
+        except BlockingIOError:
+            return
+        except (OSError, BadMessage):
+            heard, message = descriptors.Received(b"", ()), None
+        if message is None:
+            self._epoll.unregister(channel.fileno())
+            self._custodian = None
+        self.box.append(CustodianSaid(message, tuple(heard.fds)))
+
+    def _hear_visitor(self, connection: socket.socket) -> None:
+        if len(self.box) > BOX_LIMIT:
+            time.sleep(0.005)  # a visitor who talks faster than we can listen waits, in the kernel's buffer
+        fds: tuple[int, ...] = ()
+        message: Message | BadMessage | None
+        try:
+            heard = descriptors.receive_message(connection, max_bytes=8192, max_fds=8)
+            fds = tuple(heard.fds)
+            message = decode(heard.data, expect=FROM_CLIENT) if heard.data else None
+        except BlockingIOError:
+            return
+        except BadMessage as error:
+            message = error
+        except descriptors.TruncatedMessage as error:
+            message = BadMessage(str(error.strerror))
+        except OSError:
+            message = None
+        if message is None:
+            self.forget_visitor(connection)
+        self.box.append(DoorSaid(connection, message, fds))

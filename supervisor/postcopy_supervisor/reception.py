@@ -1,0 +1,398 @@
+"""Clients: who comes to the door, what they are given, and how everything of them is taken away again.
+
+A client's lies cost that client only. It is identified by the kernel (SO_PEERCRED, SO_PEERPIDFD), its numbers are
+checked by the law of the door, its descriptors are looked at before any ioctl, and its userfaultfd is shaken hands
+with and registered by us.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import mmap
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from postcopy_kernel import descriptors, memory, process
+from postcopy_kernel.userfaultfd import RegisterMode, Userfaultfd, is_userfaultfd
+from postcopy_protocol import statistics
+from postcopy_protocol.codec import encode
+from postcopy_protocol.door import DoorConversation, Refusal
+from postcopy_protocol.errors import BadMessage
+from postcopy_protocol.messages import (
+    Attached,
+    BlockOpened,
+    Goodbye,
+    Hello,
+    Mapped,
+    Message,
+    OfferUserfaultfd,
+    OpenBlock,
+    RegionGrant,
+    Released,
+    Unmap,
+    Unmapped,
+    UserfaultfdAccepted,
+    Welcome,
+)
+
+from .blocks import RamBlock
+from .custody import Custody
+from .porter import Porter
+from .workforce import Workforce
+
+log = logging.getLogger(__name__)
+
+SILENCE_SECONDS = 10.0
+"""A visitor who has not offered a userfaultfd by then is shown out."""
+MOST_STRANGERS = 256
+DESCRIPTORS_PER_CLIENT = 8
+SPARE_DESCRIPTORS = 64
+
+
+@dataclass(slots=True)
+class Client:
+    """One client: its connection (None once it has ended), its memory's userfaultfd, its regions, its figures."""
+
+    number: int
+    connection: socket.socket | None
+    uid: int
+    pid: int
+    pidfd: int
+    conversation: DoorConversation
+    since: float
+    userfaultfd: Userfaultfd | None = None
+    statistics: int = -1
+    words: memoryview | None = None
+    regions: list[RegionGrant] = field(default_factory=list)
+    released: list[RegionGrant] = field(default_factory=list)
+    opened: dict[int, str] = field(default_factory=dict)
+    attaching: list[RegionGrant] = field(default_factory=list)
+    unmapping: list[Unmap] = field(default_factory=list)
+    leaving: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.conversation.name
+
+    @property
+    def key(self) -> str:
+        """Its key at the custodian."""
+        return f"client/{self.number}"
+
+
+class Reception:
+    """All clients, by number and by connection. Only the main thread calls it."""
+
+    def __init__(
+        self,
+        blocks: dict[str, RamBlock],
+        custody: Custody,
+        porter: Porter,
+        device: int,
+        allowed: frozenset[int],
+        limit: int,
+        event: Callable[[str, str], None],
+    ) -> None:
+        self.clients: dict[int, Client] = {}
+        self.workforce: Workforce
+        self._blocks = blocks
+        self._by_number = {block.number: block for block in blocks.values()}
+        self._custody = custody
+        self._porter = porter
+        self._device = device
+        self._allowed = allowed
+        self._limit = limit
+        self._event = event
+        self._by_connection: dict[socket.socket, Client] = {}
+        self._next = 1
+        self.past = statistics.merge(())
+
+    # --- the door -----------------------------------------------------------------------------------------------------
+
+    def visit(self, connection: socket.socket) -> None:
+        """Somebody has connected."""
+        try:
+            who = descriptors.peer_credentials(connection)
+            if who.uid not in self._allowed:
+                raise Refusal("denied", f"user {who.uid} may not attach here (serve --allow-uid {who.uid} allows it)")
+            strangers = sum(client.userfaultfd is None for client in self.clients.values())
+            fds = descriptors.count_descriptors() if len(self.clients) % 16 == 0 else self._estimate()
+            if strangers >= MOST_STRANGERS or fds + DESCRIPTORS_PER_CLIENT + SPARE_DESCRIPTORS > self._limit:
+                raise Refusal("limit", f"no room for another client: {self._limit} descriptors (ulimit -n)")
+            pidfd = descriptors.peer_pidfd(connection)
+        except (Refusal, OSError) as error:
+            refusal = error if isinstance(error, Refusal) else Refusal("failed", f"who are you? {error.strerror}")
+            self._send(connection, refusal.message())
+            connection.close()
+            return
+        client = Client(self._next, connection, who.uid, who.pid, pidfd, DoorConversation(), time.monotonic())
+        self._next += 1
+        self.clients[client.number] = self._by_connection[connection] = client
+        self._porter.watch_process(pidfd)
+        self._porter.watch_visitor(connection)
+
+    def _estimate(self) -> int:
+        return len(self.clients) * DESCRIPTORS_PER_CLIENT + SPARE_DESCRIPTORS
+
+    def said(self, connection: socket.socket, message: Message | BadMessage | None, fds: tuple[int, ...]) -> None:
+        """A visitor has spoken; what it sent beside its words is ours to close."""
+        client = self._by_connection.get(connection)
+        taken = False
+        try:
+            if client is None or client.leaving:
+                return
+            if message is None:
+                return self._hung_up(client)
+            if isinstance(message, BadMessage):
+                raise Refusal.of(message)
+            client.conversation.hear(message, len(fds))
+            taken = self._grant(client, message, fds)
+        except Refusal as refusal:
+            assert client is not None
+            log.info("client %d (%s, pid %d) is refused: %s", client.number, client.name, client.pid, refusal)
+            self._say(client, refusal.message())
+            if refusal.fatal and client.userfaultfd is None:
+                self.remove(client, "does not speak our language")
+        finally:
+            if not taken:
+                descriptors.close_all(fds)
+
+    def _grant(self, client: Client, message: Message, fds: tuple[int, ...]) -> bool:
+        """Do what a message asks; True: its descriptors are kept."""
+        match message:
+            case Hello():
+                self._say(client, Welcome(client.number), (self._device,) if self._device >= 0 else ())
+            case OfferUserfaultfd():
+                self._take_userfaultfd(client, fds[0])
+                return True
+            case OpenBlock():
+                self._open(client, message)
+            case Mapped():
+                self._map(client, message)
+            case Unmap():
+                self._unmap(client, message)
+            case Goodbye():
+                self.remove(client, "left")
+        return False
+
+    def _take_userfaultfd(self, client: Client, fd: int) -> None:
+        if not is_userfaultfd(fd):
+            client.conversation.stage = type(client.conversation.stage).GREETED
+            raise Refusal("bad-descriptor", "the descriptor that came with OfferUserfaultfd is no userfaultfd")
+        userfaultfd = Userfaultfd(fd)
+        try:
+            userfaultfd.handshake()
+        except OSError as error:
+            client.conversation.stage = type(client.conversation.stage).GREETED
+            raise Refusal(
+                "bad-descriptor", f"userfaultfd handshake: {error.strerror}; send it before UFFDIO_API"
+            ) from None
+        client.userfaultfd = userfaultfd
+        client.statistics = memory.create_memfd(f"postcopy-c{client.number}", statistics.PAGE_BYTES)
+        client.words = memoryview(mmap.mmap(client.statistics, statistics.PAGE_BYTES)).cast("Q")
+        self._custody.keep(client.key, client.name.encode(), (fd, client.pidfd, client.statistics))
+        self._say(client, UserfaultfdAccepted())
+
+    def _open(self, client: Client, message: OpenBlock) -> None:
+        block = self._blocks.get(message.name)
+        if block is None:
+            raise Refusal("no-such-block", f"no block {message.name} here; there are {', '.join(sorted(self._blocks))}")
+        client.conversation.opened(block.number, message.mode, block.pages, block.page_size)
+        client.opened[block.number] = message.mode
+        shared = message.mode == "shared"
+        if shared:
+            block.shared_granted()
+        answer = BlockOpened(block.number, block.name, block.size, block.page_size, block.pages)
+        self._say(client, answer, (block.read_write if shared else block.read_only, block.map_read_only))
+
+    # --- regions ------------------------------------------------------------------------------------------------------
+
+    def _map(self, client: Client, message: Mapped) -> None:
+        block = self._by_number[message.block]
+        mode = client.conversation.blocks[message.block].mode
+        foreign = client.uid != os.geteuid()
+        region = RegionGrant(message.block, mode, message.address, message.length, message.offset, foreign)
+        if block.complete:
+            client.released.append(region)
+            self._say(client, Attached(region.block, region.address))
+            return self._say(client, Released(region.block))
+        assert client.userfaultfd is not None
+        how = RegisterMode.MISSING | RegisterMode.MINOR if foreign else RegisterMode.MISSING
+        try:
+            client.userfaultfd.register(region.address, region.length, how)
+        except OSError as error:
+            client.conversation.withdraw(message.block, message.address)
+            raise Refusal("bad-range", _why_not(error, region)) from None
+        client.regions.append(region)
+        client.attaching.append(region)
+        self._reassign(client)
+
+    def _unmap(self, client: Client, message: Unmap) -> None:
+        for regions in (client.regions, client.attaching, client.released):
+            regions[:] = [region for region in regions if region.address != message.address]
+        if client.number not in self.workforce.fleet.slots:
+            return self._say(client, Unmapped(message.block, message.address))
+        # The old worker must be gone before the client may map something else at this address.
+        client.unmapping.append(message)
+        self._reassign(client)
+
+    def _reassign(self, client: Client) -> None:
+        """The client's regions have changed: a worker for them, or none if there are none."""
+        if client.number not in self.workforce.fleet.slots:
+            if client.regions:
+                self.workforce.start(client.number)
+        elif client.regions:
+            self.workforce.renew(client.number)
+        else:
+            self.workforce.leave(client.number)
+
+    def worker_ready(self, number: int) -> None:
+        client = self.clients.get(number)
+        if client is None:
+            return
+        self._answer_unmaps(client)
+        attaching, client.attaching = client.attaching, []
+        for region in attaching:
+            self._say(client, Attached(region.block, region.address))
+
+    def worker_gone(self, number: int) -> None:
+        client = self.clients.get(number)
+        if client is None:
+            return
+        if client.leaving:
+            return self._close(client)
+        self._answer_unmaps(client)
+        self._reassign(client)  # something may have been attached while the last worker was leaving
+
+    def _answer_unmaps(self, client: Client) -> None:
+        unmapping, client.unmapping = client.unmapping, []
+        for unmap in unmapping:
+            self._say(client, Unmapped(unmap.block, unmap.address))
+
+    def release(self, block: RamBlock) -> None:
+        """The end phase of a block that is whole: its clients run at native speed from here on.
+
+        Every page is in the page cache, so no touch can fault, and none can vanish but by a shared client's own will
+        (punching a hole is writing zeros, which it may). UNREGISTER wakes whoever still waits.
+        """
+        for client in list(self.clients.values()):
+            mine = [region for region in client.regions if region.block == block.number]
+            if not mine or client.leaving or any(region in client.attaching for region in mine):
+                continue
+            assert client.userfaultfd is not None
+            for region in mine:
+                try:
+                    client.userfaultfd.unregister(region.address, region.length)
+                except OSError as error:
+                    log.debug("client %d: unregister: %s", client.number, error)  # it is ending, or has unmapped it
+                client.regions.remove(region)
+                client.released.append(region)
+            self._say(client, Released(block.number))
+            self._reassign(client)
+
+    # --- the end of a client ------------------------------------------------------------------------------------------
+
+    def process_ended(self, pidfd: int) -> None:
+        for client in list(self.clients.values()):
+            if client.pidfd == pidfd:
+                return self.remove(client, "its process has ended")
+
+    def _hung_up(self, client: Client) -> None:
+        """The connection has ended. The process may be ending too (then its pidfd says so in a moment), or it lives on
+        with its memory: it is served as long as it lives."""
+        self._disconnect(client)
+        if client.userfaultfd is None or not (client.regions or client.attaching):
+            self.remove(client, "hung up")
+
+    def tick(self, now: float) -> None:
+        for client in list(self.clients.values()):
+            if client.userfaultfd is None and now - client.since > SILENCE_SECONDS:
+                self.remove(client, f"said nothing useful for {SILENCE_SECONDS:.0f} s")
+            elif client.connection is None and not client.leaving and client.regions and _is_void(client):
+                self.remove(client, "its memory is gone (exec)")
+
+    def remove(self, client: Client, why: str) -> None:
+        """Everything of the client goes: worker first, then descriptors."""
+        if client.leaving:
+            return
+        client.leaving = True
+        log.info("client %d (%s, pid %d): %s", client.number, client.name or "unnamed", client.pid, why)
+        self._disconnect(client)
+        if client.number in self.workforce.fleet.slots:
+            self.workforce.leave(client.number)
+        else:
+            self._close(client)
+
+    def _disconnect(self, client: Client) -> None:
+        if client.connection is not None:
+            self._porter.forget_visitor(client.connection)
+            self._by_connection.pop(client.connection, None)
+            client.connection.close()
+            client.connection = None
+
+    def _close(self, client: Client) -> None:
+        self.clients.pop(client.number, None)
+        self._custody.drop(client.key)
+        self._porter.forget_process(client.pidfd)
+        os.close(client.pidfd)
+        if client.words is not None:
+            self.past = statistics.merge((self.past, client.words.tolist()))
+            os.close(client.statistics)
+        if client.userfaultfd is not None:
+            client.userfaultfd.close()
+
+    # --- words --------------------------------------------------------------------------------------------------------
+
+    def _say(self, client: Client, message: Message, fds: tuple[int, ...] = ()) -> None:
+        if client.connection is not None and not self._send(client.connection, message, fds):
+            self._hung_up(client)
+
+    @staticmethod
+    def _send(connection: socket.socket, message: Message, fds: tuple[int, ...] = ()) -> bool:
+        try:
+            descriptors.send_message(connection, encode(message), fds)
+        except OSError:  # gone, or it does not read: a client that does not listen is not waited for
+            return False
+        return True
+
+    def tell_all(self, message: Message) -> None:
+        for client in list(self.clients.values()):
+            if client.connection is not None:
+                self._send(client.connection, message)
+
+    # --- what a worker is told ----------------------------------------------------------------------------------------
+
+    def grants(self, number: int) -> tuple[Client, list[RamBlock]]:
+        """A client and the blocks that its regions show."""
+        client = self.clients[number]
+        numbers = sorted({region.block for region in client.regions})
+        return client, [self._by_number[block] for block in numbers]
+
+
+def _why_not(error: OSError, region: RegionGrant) -> str:
+    where = f"{region.length} bytes at {region.address:#x} cannot be registered: "
+    reasons = {
+        errno.EBUSY: "another userfaultfd has them",
+        errno.EPERM: "the mapping is shared and of a read-only descriptor",
+        errno.EINVAL: "they are not all mapped memory of a block",
+        errno.ENOMEM: "the process has ended",
+    }
+    return where + reasons.get(error.errno or 0, error.strerror or "unknown")
+
+
+def _is_void(client: Client) -> bool:
+    """Is the memory that the userfaultfd belongs to gone? Registering again what is registered changes nothing, but it
+    says ENOMEM for a memory that has ended (exec, exit)."""
+    if process.pidfd_exited(client.pidfd) or client.userfaultfd is None:
+        return True
+    region = client.regions[0]
+    how = RegisterMode.MISSING | RegisterMode.MINOR if region.announced else RegisterMode.MISSING
+    try:
+        client.userfaultfd.register(region.address, region.length, how)
+    except OSError as error:
+        return error.errno in (errno.ENOMEM, errno.ESRCH)
+    return False

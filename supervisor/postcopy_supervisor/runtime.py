@@ -1,0 +1,74 @@
+"""The runtime directory: made, claimed for one supervisor, cleaned of what a crashed one has left."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import stat
+
+from postcopy_protocol.errors import BadInput
+from postcopy_protocol.places import DOOR, LOCK, PRIVATE, ROUTER, door_path, router_endpoint
+
+
+class RuntimeDirectory:
+    """Claimed from construction to ``close``. Raises BadInput, in one line, when it cannot be ours."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.door = door_path(path)
+        self.endpoint = router_endpoint(path)
+        _make(path, 0o711)
+        _make(os.path.join(path, PRIVATE), 0o700)
+        self._lock = self._claim()
+        self._clean()
+
+    def _claim(self) -> int:
+        path = os.path.join(self.path, LOCK)
+        try:
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise BadInput(f"runtime directory {self.path}: cannot make {LOCK}: {error.strerror}") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
+            os.close(lock)
+            raise BadInput(
+                f"runtime directory {self.path} is already served by process {owner}; "
+                "stop it (postcopy stop) or choose another --runtime-dir"
+            ) from None
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, b"%d\n" % os.getpid(), 0)
+        return lock
+
+    def _clean(self) -> None:
+        """We hold the lock: sockets that stand here are of a supervisor that is dead."""
+        for name in (DOOR, ROUTER):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self.path, name))
+
+    def close(self) -> None:
+        """Remove the sockets, give up the claim. The directory stays if anybody else's file is in it."""
+        self._clean()
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(self.path, LOCK))
+        os.close(self._lock)
+        for directory in (os.path.join(self.path, PRIVATE), self.path):
+            with contextlib.suppress(OSError):
+                os.rmdir(directory)
+
+
+def _make(path: str, mode: int) -> None:
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, mode)
+        found = os.lstat(path)
+        if not stat.S_ISDIR(found.st_mode):
+            raise BadInput(f"runtime directory {path} is not a directory")
+        if found.st_uid != os.geteuid():
+            raise BadInput(f"runtime directory {path} belongs to user {found.st_uid}, not to us ({os.geteuid()})")
+        os.chmod(path, mode)
+    except OSError as error:
+        raise BadInput(f"runtime directory {path}: {error.strerror}; choose another with --runtime-dir") from None

@@ -1,0 +1,120 @@
+"""What ``postcopy serve`` is told, checked."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+
+from postcopy_protocol.errors import BadInput
+from postcopy_protocol.geometry import PAGE_2M, PAGE_4K
+from postcopy_protocol.places import runtime_directory
+from postcopy_protocol.sizes import parse_size
+from postcopy_protocol.sources import Source, parse_named
+
+LARGEST_WINDOW = 1 << 20
+"""Bytes of the largest window of ``--fault-around auto``: beyond it a COPY blocks its loop for long and gains
+nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Sizes in bytes, times in seconds, rates in bytes a second."""
+
+    directory: str
+    sources: dict[str, Source]
+    page_size: int = PAGE_4K
+    fault_around: int = LARGEST_WINDOW
+    adaptive: bool = True
+    background_rate: int = 0
+    max_memory: int = 0
+    allow_uids: frozenset[int] = frozenset()
+    handler_timeout: float = 30.0
+    die_with_parent: int = 0
+    log_level: str = "info"
+
+
+def parse(arguments: list[str]) -> Settings:
+    """Settings of a command line; exits 2 with one line on wrong usage. Raises BadInput for values that are no
+    values."""
+    told = _parser().parse_args(arguments)
+    sources: dict[str, Source] = {}
+    for text in told.blocks:
+        name, source = parse_named(text)
+        if name in sources:
+            raise BadInput(f"the name {name} is used twice: every block needs a name of its own")
+        sources[name] = source
+    auto = told.fault_around == "auto"
+    return Settings(
+        directory=os.path.abspath(runtime_directory(told.runtime_dir, os.environ)),
+        sources=sources,
+        page_size={"4K": PAGE_4K, "2M": PAGE_2M}[told.page_size.upper()],
+        fault_around=LARGEST_WINDOW if auto else _window(told.fault_around),
+        adaptive=auto,
+        background_rate=parse_size(told.background_rate, zero=True),
+        max_memory=parse_size(told.max_memory, zero=True),
+        allow_uids=frozenset(told.allow_uid),
+        handler_timeout=told.handler_timeout,
+        die_with_parent=told.die_with_parent,
+        log_level=told.log_level,
+    )
+
+
+def _window(text: str) -> int:
+    window = parse_size(text)
+    if window > 64 << 20:
+        raise BadInput(f"--fault-around {text} is too large: at most 64M, a larger COPY would block all other faults")
+    return window
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0.1 <= value <= 86400:
+        raise argparse.ArgumentTypeError("0.1 to 86400 seconds")
+    return value
+
+
+def _uid(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 1 << 32:
+        raise argparse.ArgumentTypeError("a user id is 0 to 4294967295")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="postcopy serve",
+        description="Serve RAM blocks populated lazily: clients attach at once, pages come when they are touched.",
+        epilog="SOURCE is a file, handler:MODULE:FUNCTION?size=SIZE, or zero:SIZE. Sizes take K, M, G. "
+        "SIGTERM ends in order.",
+    )
+    add = parser.add_argument
+    add("blocks", nargs="+", metavar="NAME=SOURCE", help="a RAM block and where its bytes come from")
+    add("--runtime-dir", help="directory of the sockets (default: see the README)")
+    add("--page-size", default="4K", type=str.upper, choices=("4K", "2M"), help="2M needs reserved huge pages")
+    add(
+        "--fault-around",
+        default="auto",
+        metavar="auto|SIZE",
+        help="pages placed around a fault (auto: grows on sequences)",
+    )
+    add("--background-rate", default="0", metavar="RATE", help="bytes a second placed before anybody asks (0: none)")
+    add("--max-memory", default="0", metavar="SIZE", help="stop fault-around and background beyond it (0: no limit)")
+    add(
+        "--allow-uid",
+        action="append",
+        default=[],
+        type=_uid,
+        metavar="UID",
+        help="another user who may attach (repeat)",
+    )
+    add(
+        "--handler-timeout",
+        default=30.0,
+        type=_seconds,
+        metavar="SECONDS",
+        help="a handler that takes longer is killed",
+    )
+    add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    add("--die-with-parent", type=int, default=0, metavar="PID", help="end when the process PID, our parent, ends")
+    return parser

@@ -1,0 +1,127 @@
+"""The status document: what the supervisor sees, as JSON. Its fields are the interface of ``postcopy status
+--json``."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from postcopy_protocol import statistics
+from postcopy_protocol.messages import VERSION
+
+from .blocks import RamBlock
+from .client_zero import ClientZero
+from .reception import Client, Reception
+from .workforce import Workforce
+
+
+@dataclass(frozen=True, slots=True)
+class Happened:
+    """One line of the history: when (seconds since the epoch), what kind, and what exactly."""
+
+    at: float
+    kind: str
+    detail: str
+
+
+class History:
+    """The last things that a person should know, oldest first."""
+
+    def __init__(self, length: int = 512) -> None:
+        self._lines: deque[Happened] = deque(maxlen=length)
+        self.counts: dict[str, int] = {}
+
+    def add(self, kind: str, detail: str) -> None:
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        self._lines.append(Happened(time.time(), kind, detail))
+
+    def tell(self) -> list[dict[str, Any]]:
+        return [{"at": round(line.at, 3), "kind": line.kind, "detail": line.detail} for line in self._lines]
+
+
+def document(
+    started: float,
+    state: str,
+    blocks: Sequence[RamBlock],
+    reception: Reception,
+    workforce: Workforce,
+    zero: ClientZero,
+    history: History,
+) -> bytes:
+    """UTF-8 JSON."""
+    clients = [_client(client, workforce, blocks) for client in reception.clients.values()]
+    pages = [client.words.tolist() for client in reception.clients.values() if client.words is not None]
+    total = statistics.merge([reception.past, zero.words.tolist(), *pages])
+    told = {
+        "protocol": VERSION,
+        "pid": os.getpid(),
+        "uptime_s": round(time.monotonic() - started, 3),
+        "state": state,
+        "blocks": [_block(block) for block in blocks],
+        "clients": clients,
+        "sources": [],
+        "totals": {
+            "faults": total[statistics.FAULTS] + zero.faults,
+            "requests": total[statistics.REQUESTS] + zero.engine.requests,
+            "deduplicated": total[statistics.DEDUPLICATED] + zero.engine.deduplicated,
+            "placed": total[statistics.PLACED],
+            "placed_around": total[statistics.AROUND],
+            "wakes": total[statistics.WAKES],
+            "lost": total[statistics.LOST],
+            "restarts": workforce.restarts,
+            "polluted": sum(last - first for block in blocks for first, last in block.polluted),
+            "repaired": history.counts.get("polluted", 0),
+            "latency_us": statistics.summary(total),
+        },
+        "events": history.tell(),
+    }
+    return json.dumps(told).encode()
+
+
+def _block(block: RamBlock) -> dict[str, Any]:
+    received, lost = block.counts()
+    return {
+        "name": block.name,
+        "size": block.size,
+        "page_size": block.page_size,
+        "source": str(block.source),
+        "kind": block.kind,
+        "pages": block.pages,
+        "received": received,
+        "lost": lost,
+        "complete": block.complete,
+        "polluted": [[first * block.page_size, (last - first) * block.page_size] for first, last in block.polluted],
+    }
+
+
+def _client(client: Client, workforce: Workforce, blocks: Sequence[RamBlock]) -> dict[str, Any]:
+    names = {block.number: block.name for block in blocks}
+    words = client.words.tolist() if client.words is not None else [0] * statistics.WORDS
+    slot = workforce.fleet.slots.get(client.number)
+    shown = slot.shown if slot is not None else ("running" if client.released else "starting")
+    seen = {(region.block, region.mode): None for region in [*client.regions, *client.released]}
+    return {
+        "id": client.number,
+        "name": client.name,
+        "kind": client.conversation.kind,
+        "uid": client.uid,
+        "pid": client.pid,
+        "worker_pid": workforce.pid(client.number),
+        "state": shown,
+        "blocks": [{"name": names[block], "mode": mode} for block, mode in seen],
+        "released": sorted({names[region.block] for region in client.released}),
+        "faults": words[statistics.FAULTS],
+        "placed": words[statistics.PLACED],
+        "placed_around": words[statistics.AROUND],
+        "requests": words[statistics.REQUESTS],
+        "wakes": words[statistics.WAKES],
+        "lost": words[statistics.LOST],
+        "failures": words[statistics.FAILURES],
+        "restarts": slot.restarts if slot is not None else 0,
+        "latency_us": statistics.summary(words),
+    }

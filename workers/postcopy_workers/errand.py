@@ -1,0 +1,116 @@
+"""Worker zero: it places pages in the supervisor's name.
+
+The supervisor is client zero: its own system calls fault on its own mapping, and it must not open a user's file by
+mapping it nor run a user's handler function. So it asks this worker, over the router, for ranges of local blocks
+(Fetch), and wakes its own waiters itself when the answer comes (Fetched). One thread is enough: there is no
+userfaultfd of a client to read.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from typing import NoReturn
+
+import zmq
+
+from postcopy_protocol import statistics
+from postcopy_protocol.codec import decode, encode, pack_offsets
+from postcopy_protocol.errors import BadMessage, PageLost
+from postcopy_protocol.messages import Assignment, Fetch, Fetched
+from postcopy_protocol.received import LOST, RECEIVED
+
+from .page_sources import HandlerFailed, SourceChanged
+from .placing import COPY_DONTWAKE, Block
+from .worker import SOURCE_CHECK_SECONDS, Worker
+
+PIECE = 1 << 20
+STARVED_SECONDS = 5.0
+
+
+class Errands:
+    """Makes ranges of local blocks present; pure but for the block's calls."""
+
+    def __init__(self, blocks: dict[int, Block], words: memoryview) -> None:
+        self._blocks = blocks
+        self._words = words
+
+    def fetch(self, order: Fetch) -> Fetched:
+        """Place what is missing in the range, page by page only where a larger piece does not go; names the lost
+        pages."""
+        block = self._blocks[order.block]
+        shift = block.shift
+        first, end = order.offset >> shift, min(block.grant.pages, -(-(order.offset + order.length) >> shift))
+        lost: list[int] = []
+        step = max(1, PIECE >> shift)
+        for start in range(first, end, step):
+            lost += self._piece(block, start, min(end, start + step))
+        return Fetched(order.block, order.offset, order.length, pack_offsets([page << shift for page in lost]))
+
+    def _piece(self, block: Block, first: int, end: int) -> list[int]:
+        self._words[statistics.BUSY_SINCE_NS] = time.monotonic_ns()
+        if end - first > 1:
+            try:
+                placed = block.widen(block.own.userfaultfd, block.own.address, first, end, COPY_DONTWAKE)
+                block.placed_own(placed)
+                self._words[statistics.PLACED] += placed
+            except (PageLost, SourceChanged, HandlerFailed):
+                pass  # page by page below, each with its own answer
+        states = bytes(block.received[first:end])
+        lost = []
+        if states != bytes((RECEIVED,)) * len(states):
+            lost = [
+                page for page, state in enumerate(states, first) if state != RECEIVED and not self._page(block, page)
+            ]
+        self._words[statistics.BUSY_SINCE_NS] = 0
+        return lost
+
+    def _page(self, block: Block, page: int) -> bool:
+        """Make one page present; False: it is lost."""
+        state = block.received[page]
+        if state in (RECEIVED, LOST) and block.present(page):
+            return True
+        if state == LOST:
+            return False
+        try:
+            block.pages.check()
+            deadline = time.monotonic() + STARVED_SECONDS
+            while failed := block.fill_own(page, 1):
+                if failed not in (errno.ENOMEM, errno.ENOSPC, errno.EAGAIN) or time.monotonic() > deadline:
+                    raise PageLost(f"cannot be placed: {errno.errorcode.get(failed, failed)}")
+                time.sleep(0.01)
+        except (PageLost, SourceChanged, HandlerFailed) as reason:
+            if block.present(page):
+                return True
+            if not isinstance(reason, HandlerFailed):
+                block.received[page] = LOST
+                self._words[statistics.LOST] += 1
+            block.report("source-changed" if isinstance(reason, SourceChanged) else "lost", page, str(reason))
+            return False
+        self._words[statistics.PLACED] += 1
+        return True
+
+
+def serve_errands(assignment: Assignment, fds: list[int]) -> NoReturn:
+    """The life of worker zero; never returns."""
+    worker = Worker(assignment, fds)
+    errands = Errands(worker.blocks, worker.words)
+    channel = worker.connect()
+    worker.hello(channel)
+    poller = zmq.Poller()
+    quit_fd = fds[assignment.quit]
+    poller.register(quit_fd, zmq.POLLIN)
+    poller.register(channel, zmq.POLLIN)
+    while True:
+        ready = dict(poller.poll(int(SOURCE_CHECK_SECONDS * 1000)))
+        if quit_fd in ready:
+            os._exit(0)
+        if channel in ready:
+            try:
+                order = decode(channel.recv(), expect=(Fetch,))
+            except BadMessage:
+                continue
+            worker.say(channel, encode(errands.fetch(order)))
+        for frame in worker.reports.take():
+            worker.say(channel, frame)

@@ -1,0 +1,271 @@
+"""A worker: one process, one client's userfaultfd, two threads.
+
+The **main thread** does nothing but a blocking read of the userfaultfd and the resolution of what it read. The
+**attendant**, a second thread that sleeps nearly always, waits for everything else: quit eventfd, the client's pidfd,
+ZeroMQ, reports to send. When told to leave it ends the process at once, in the middle of whatever the main thread
+does: that is legal, because a worker keeps nothing worth saving, and cheap: one thread with poll() costs a tenth of
+the latency more, measured.
+
+A blocking userfaultfd reports POLLERR to every poller and the flag belongs to all duplicates, so nobody else may poll
+it. The client holds a duplicate and may set O_NONBLOCK; then we wait with poll() ourselves instead of spinning.
+"""
+
+from __future__ import annotations
+
+import collections
+import fcntl
+import importlib
+import io
+import logging
+import mmap
+import os
+import select
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import NoReturn
+
+import zmq
+
+from postcopy_kernel import descriptors, process
+from postcopy_kernel.memory import DONTFORK, DONTNEED, Mapping
+from postcopy_kernel.userfaultfd import MESSAGE_BYTES, RegisterMode, Userfaultfd, open_userfaultfd
+from postcopy_protocol import statistics
+from postcopy_protocol.codec import encode
+from postcopy_protocol.messages import Assignment, BlockGrant, Report, WorkerHello
+from postcopy_protocol.window import FaultAround
+
+from .fault_handler import MESSAGE_WORDS, CannotGoOn, ClientGone, FaultHandler, Region
+from .page_sources import FilePages, Handler, HandlerPages, NoPages, PageSource, SourceChanged, ZeroPages
+from .placing import Block, Calls, OwnMapping
+
+BATCH = 16
+SOURCE_CHECK_SECONDS = 1.0
+MAX_REPORTS_OF_A_KIND = 16
+"""A client that provokes one report after another is heard this often, then each time the number has doubled."""
+
+log = logging.getLogger(__name__)
+
+
+class Reports:
+    """Reports on their way to the supervisor: made by the main thread, sent by the attendant."""
+
+    def __init__(self, worker: int) -> None:
+        self._worker = worker
+        self._waiting: collections.deque[bytes] = collections.deque(maxlen=256)
+        self._counts: collections.Counter[str] = collections.Counter()
+        self.bell = descriptors.create_eventfd()
+
+    def __call__(self, kind: str, block: int, offset: int, detail: str) -> None:
+        self._counts[kind] += 1
+        count = self._counts[kind]
+        if count > MAX_REPORTS_OF_A_KIND:
+            if count & (count - 1):
+                return
+            detail += f" (the {count}th of its kind)"
+        self._waiting.append(encode(Report(self._worker, kind, block, offset, detail)))
+        descriptors.signal_eventfd(self.bell)
+
+    def take(self) -> list[bytes]:
+        taken = []
+        while self._waiting:
+            taken.append(self._waiting.popleft())
+        return taken
+
+
+class Worker:
+    """What an assignment and its descriptors make: blocks, channel to the supervisor, and for a client its fault
+    handler."""
+
+    def __init__(self, assignment: Assignment, fds: list[int]) -> None:
+        self.assignment = assignment
+        self.reports = Reports(assignment.worker)
+        self._fds = fds
+        self.words = _words(fds[assignment.statistics])
+        self.house = _words(fds[assignment.house])
+        self.words[statistics.WORKER_PID] = os.getpid()
+        self.words[statistics.INCARNATION] = assignment.incarnation
+        self.words[statistics.BUSY_SINCE_NS] = 0
+        self._own = self._own_userfaultfd()
+        process.drop_privileges()
+        self.blocks = {grant.block: self._block(grant) for grant in assignment.blocks}
+        self.changed: set[int] = set()
+
+    def descriptor(self, place: int) -> int:
+        return self._fds[place]
+
+    def _own_userfaultfd(self) -> Userfaultfd:
+        device = self.assignment.device
+        own = open_userfaultfd(device=self._fds[device] if device >= 0 else None)
+        own.handshake()
+        return own
+
+    def _block(self, grant: BlockGrant) -> Block:
+        length = grant.pages * grant.page_size
+        memory = self._fds[grant.memory]
+        mapping = Mapping.of(memory, length)
+        mapping.advise(DONTFORK)
+        self._own.register(mapping.address, length, RegisterMode.MISSING)
+        received = memoryview(mmap.mmap(self._fds[grant.received], 0))
+        own = OwnMapping(self._own.fileno(), mapping.address, partial(mapping.advise, DONTNEED))
+        return Block(grant, memory, received, self._pages(grant), own, self.reports, Calls())
+
+    def _pages(self, grant: BlockGrant) -> PageSource:
+        stretch = max(grant.page_size, self.assignment.fault_around)
+        if grant.kind == "file":
+            return FilePages(grant, self._fds[grant.source])
+        if grant.kind == "zero":
+            return ZeroPages(grant, stretch)
+        if grant.kind == "handler":
+            return HandlerPages(grant, self._handler(grant.detail), stretch)
+        if grant.kind == "quarantined":
+            return NoPages(grant)
+        raise CannotGoOn(f"block {grant.name}: kind {grant.kind} is unknown to this worker")
+
+    def _handler(self, detail: str) -> Handler:
+        module, _, function = detail.partition(":")
+        if self.assignment.handler_path not in sys.path:
+            sys.path.insert(0, self.assignment.handler_path)
+        found: Handler = getattr(importlib.import_module(module), function)
+        return found
+
+    def connect(self) -> zmq.Socket[bytes]:
+        """The channel to the supervisor; made after the fork, since a context never crosses one. Says hello."""
+        context = zmq.Context()
+        context.setsockopt(zmq.MAX_SOCKETS, 8)
+        channel = context.socket(zmq.DEALER)
+        channel.setsockopt(zmq.LINGER, 0)
+        channel.setsockopt(zmq.RECONNECT_IVL, 10)
+        channel.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        channel.setsockopt(zmq.SNDHWM, 1000)
+        channel.setsockopt(zmq.ROUTING_ID, b"w%d.%d" % (self.assignment.worker, self.assignment.incarnation))
+        channel.connect(self.assignment.endpoint)
+        return channel
+
+    def hello(self, channel: zmq.Socket[bytes]) -> None:
+        self.say(channel, encode(WorkerHello(self.assignment.worker, self.assignment.incarnation, os.getpid())))
+
+    @staticmethod
+    def say(channel: zmq.Socket[bytes], frame: bytes) -> None:
+        try:
+            channel.send(frame, zmq.DONTWAIT)
+        except zmq.Again:
+            log.warning("the supervisor takes no messages; a report is dropped")
+
+    def check_sources(self) -> bool:
+        """Has a file changed since we looked last? Each is reported once."""
+        news = False
+        for number, block in self.blocks.items():
+            if number in self.changed:
+                continue
+            try:
+                block.pages.check()
+            except SourceChanged as changed:
+                self.changed.add(number)
+                self.reports("source-changed", number, 0, str(changed))
+                news = True
+        return news
+
+    def fault_handler(self) -> FaultHandler:
+        told = self.assignment
+        regions = []
+        for grant in told.regions:
+            block = self.blocks[grant.block]
+            around = FaultAround(max(1, told.fault_around >> block.shift), told.adaptive)
+            regions.append(Region(grant, block, around))
+        return FaultHandler(
+            self._fds[told.userfaultfd], regions, self.words, self.house, self.reports, Calls(), time.sleep
+        )
+
+
+class Attendant(threading.Thread):
+    """The second thread: waits for everything that is no fault, and ends the process when there is reason to."""
+
+    def __init__(self, worker: Worker, handler: FaultHandler) -> None:
+        super().__init__(name="attendant", daemon=True)
+        self._worker = worker
+        self._handler = handler
+
+    def run(self) -> None:
+        worker = self._worker
+        channel = worker.connect()
+        worker.hello(channel)
+        quit_fd, client = (worker.descriptor(place) for place in (worker.assignment.quit, worker.assignment.client))
+        poller = zmq.Poller()
+        for thing in (quit_fd, client, worker.reports.bell, channel):
+            poller.register(thing, zmq.POLLIN)
+        while True:
+            ready = dict(poller.poll(int(SOURCE_CHECK_SECONDS * 1000)))
+            if worker.reports.bell in ready:
+                os.eventfd_read(worker.reports.bell)
+            for frame in worker.reports.take():
+                worker.say(channel, frame)
+            if quit_fd in ready or client in ready:
+                os._exit(0)
+            if channel in ready:
+                channel.recv()  # wakes of remote blocks will come here
+            if worker.check_sources():
+                self._handler.distrust()
+
+
+def serve_client(assignment: Assignment, fds: list[int]) -> NoReturn:
+    """The life of a client's worker; never returns."""
+    worker = Worker(assignment, fds)
+    handler = worker.fault_handler()
+    userfaultfd = fds[assignment.userfaultfd]
+    os.set_blocking(userfaultfd, True)
+    attendant = Attendant(worker, handler)
+    handler.wake_everything()
+    attendant.start()
+    try:
+        _read_for_ever(userfaultfd, handler)
+    except ClientGone:
+        _leave(worker, "client-gone", "its memory is gone", 0)
+    except (CannotGoOn, OSError) as error:
+        _leave(worker, "failed", str(error), 3)
+
+
+def _read_for_ever(userfaultfd: int, handler: FaultHandler) -> NoReturn:
+    readinto = io.FileIO(userfaultfd, closefd=False).readinto
+    buffer = bytearray(MESSAGE_BYTES * BATCH)
+    words = memoryview(buffer).cast("Q")
+    one, message, messages = MESSAGE_BYTES, handler.message, handler.messages
+    idle = _idle(userfaultfd)
+    while True:
+        length = readinto(buffer)
+        if length == one:
+            message(words[0], words[1], words[2])
+        elif length:
+            messages(words, length // (8 * MESSAGE_WORDS))
+        else:
+            idle()
+
+
+def _idle(userfaultfd: int) -> Callable[[], None]:
+    """For a client that made its userfaultfd non-blocking: wait with poll, take the flag back, never spin."""
+    waiting = select.poll()
+    waiting.register(userfaultfd, select.POLLIN)
+
+    def idle() -> None:
+        events = waiting.poll(1000)
+        if events and events[0][1] & select.POLLIN:
+            return
+        if not fcntl.fcntl(userfaultfd, fcntl.F_GETFL) & os.O_NONBLOCK:
+            return
+        os.set_blocking(userfaultfd, True)
+
+    return idle
+
+
+def _leave(worker: Worker, kind: str, detail: str, status: int) -> NoReturn:
+    """Say why, give the attendant a moment to send it, end."""
+    worker.reports(kind, -1, -1, detail)
+    log.error("worker %d (%s) ends: %s", worker.assignment.worker, worker.assignment.name, detail)
+    time.sleep(0.05)
+    os._exit(status)
+
+
+def _words(fd: int) -> memoryview:
+    return memoryview(mmap.mmap(fd, statistics.PAGE_BYTES)).cast("Q")
