@@ -1,0 +1,59 @@
+"""Post-copy memory: usable before its contents have arrived.
+
+``attach()`` gives a block of memory whose pages come when they are touched; ``Supervisor`` serves blocks from Python.
+Importing this package loads none of that yet: every name is fetched at its first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .block import Block
+    from .client import attach
+    from .errors import (
+        AttachDenied,
+        AttachTimeout,
+        BadInput,
+        BadMessage,
+        NoSuchBlock,
+        NoSupervisor,
+        PageLost,
+        PageTimeout,
+        PostcopyError,
+        UserfaultfdUnavailable,
+    )
+    from .supervisor import Supervisor
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttachDenied",
+    "AttachTimeout",
+    "BadInput",
+    "BadMessage",
+    "Block",
+    "NoSuchBlock",
+    "NoSupervisor",
+    "PageLost",
+    "PageTimeout",
+    "PostcopyError",
+    "Supervisor",
+    "UserfaultfdUnavailable",
+    "attach",
+]
+
+_HOMES = {"attach": ".client", "Block": ".block", "Supervisor": ".supervisor"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES.get(name, ".errors"), __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,91 @@
+"""``postcopy`` and ``python -m postcopy``: the way in. Everything that can go wrong leaves as one line and a status.
+
+0 done; 1 failed, or a check did not hold; 2 usage; 3 no supervisor in that runtime directory; 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.util import find_spec
+
+DONE, FAILED, USAGE, NO_SUPERVISOR, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+def main() -> None:
+    """Run the command line of ``sys.argv`` and exit with its status."""
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["serve"]:  # before anything is imported: the supervisor starts as fast as it can
+        sys.exit(_serve(arguments[1:]))
+    try:
+        status = _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        status = FAILED
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    if status in (FAILED, INTERRUPTED):
+        _drop_output()
+    sys.exit(status)
+
+
+def _serve(arguments: list[str]) -> int:
+    """Become the supervisor program; returns only when it is not installed."""
+    missing = [name for name in ("postcopy_supervisor", "prctl") if find_spec(name) is None]
+    if missing:
+        return _complain(f"serve needs {' and '.join(missing)}: pip install 'postcopy[supervisor]'", FAILED)
+    try:
+        os.execv(sys.executable, [sys.executable, "-m", "postcopy_supervisor", *arguments])
+    except OSError as error:
+        return _complain(f"cannot start {sys.executable}: {error.strerror}", FAILED)
+
+
+def _run(arguments: list[str]) -> int:
+    from .commands import Abort, ClickException, UsageError, application
+    from .errors import BadInput, NoSupervisor, PostcopyError
+
+    try:
+        status = application()(arguments, prog_name="postcopy", standalone_mode=False)
+        return status if isinstance(status, int) else DONE
+    except UsageError as error:
+        context = getattr(error, "ctx", None)
+        where = context.command_path if context is not None else "postcopy"
+        return _complain(f"{_message(error)} (see: {where} --help)", USAGE)
+    except BadInput as error:
+        return _complain(str(error), USAGE)
+    except NoSupervisor as error:
+        return _complain(str(error), NO_SUPERVISOR)
+    except (Abort, KeyboardInterrupt):
+        return INTERRUPTED
+    except BrokenPipeError:
+        raise
+    except ClickException as error:
+        return _complain(_message(error), FAILED)
+    except PostcopyError as error:
+        return _complain(str(error), FAILED)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _complain(f"{where}{error.strerror or error}", FAILED)
+
+
+def _message(error: Exception) -> str:
+    """What typer has to say, without the box that it would draw around it."""
+    tell = getattr(error, "format_message", None)
+    return str(tell() if tell is not None else error)
+
+
+def _complain(text: str, status: int) -> int:
+    print(f"postcopy: {' '.join(text.split())}", file=sys.stderr)
+    return status
+
+
+def _drop_output() -> None:
+    """Whoever read our output may have gone: what is still buffered must not become a second error at exit."""
+    try:
+        sys.stdout.flush()
+    except (BrokenPipeError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    main()

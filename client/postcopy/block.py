@@ -1,0 +1,252 @@
+"""A RAM block in this process's address space.
+
+A block stays attached until ``close()`` or the end of the process, also when nobody refers to it any more: an array
+made of it may live on. ``close()`` with such an array (or slice) alive raises BufferError, as ``mmap.mmap`` does.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal
+
+from postcopy_kernel.memory import POPULATE_READ, Mapping, advise
+from postcopy_protocol.geometry import PAGE_2M
+from postcopy_protocol.received import RECEIVED
+from postcopy_protocol.sizes import format_size
+
+from . import filling
+from .deadline import Deadline
+from .errors import PageLost
+from .filling import Job, fill
+
+if TYPE_CHECKING:
+    from .client import Client
+    from .session import Opened, Session
+
+log = logging.getLogger("postcopy")
+
+Mode = Literal["private", "shared"]
+
+_COUNT_AT_ONCE = 1 << 20
+_GRACE = 0.2  # seconds that a helper thread gets to finish its step before the memory is taken from under it
+
+
+class Block:
+    """Memory of ``size`` bytes whose pages come when they are touched. Made by ``postcopy.attach``.
+
+    ``mode`` ``"private"``: writes are this process's own (copy-on-write); ``"shared"``: every client sees them.
+    ``page_size`` is 4096 or 2 MiB. A touch of a page that can never come is SIGBUS; ``ensure`` raises instead.
+    """
+
+    def __init__(self, client: Client, session: Session, opened: Opened, mapping: Mapping) -> None:
+        self.name = opened.name
+        self.size = opened.size
+        self.page_size = opened.page_size
+        self.mode = opened.mode
+        self.runtime_dir = client.directory
+        self.pages = opened.pages
+        self.identity = opened.identity()
+        self.session = session
+        self.number = opened.number
+        self.mapping = mapping
+        self._client = client
+        self._closed = False
+        self._forbidden = ""
+        self._buf = mapping.view(opened.size)
+        self._received = Mapping.of(opened.received, opened.pages, writable=False)
+        self._map = self._received.view()
+        self.reset_locks()
+
+    # --- the memory ---------------------------------------------------------------------------------------------------
+
+    @property
+    def buf(self) -> memoryview:
+        """The memory: writable, exactly ``size`` bytes. Raises ValueError once the block is closed."""
+        self._open()
+        return self._buf
+
+    def __buffer__(self, flags: int) -> memoryview:
+        """The buffer protocol, from Python 3.12 on."""
+        return self.buf[:]
+
+    @property
+    def __array_interface__(self) -> dict[str, object]:
+        """numpy.asarray(block) without a copy. The slice is what the array keeps alive, and what close() notices."""
+        return {"version": 3, "shape": (self.size,), "typestr": "|u1", "data": self.buf[:]}
+
+    def __len__(self) -> int:
+        return self.size
+
+    def ensure(self, offset: int = 0, length: int | None = None, timeout: float | None = None) -> None:
+        """Wait until the pages of the range are present, without the GIL.
+
+        Raises PageLost for a page that cannot come, PageTimeout (a TimeoutError) after ``timeout`` seconds, ValueError
+        for a range outside the block. Ctrl-C works; at most some MiB more come in after it.
+        """
+        start, stop = self._whole_pages(offset, length)
+        if start < stop:
+            fill(Job(self, start, stop), Deadline(timeout))
+
+    def prefetch(self, offset: int = 0, length: int | None = None) -> None:
+        """Ask for the pages of the range and return at once. Raises ValueError for a range outside the block."""
+        start, stop = self._whole_pages(offset, length)
+        if start < stop:
+            filling.prefetcher.ask(Job(self, start, stop))
+
+    def resident(self, offset: int = 0, length: int | None = None) -> float:
+        """The fraction of the range's pages that has been received, by the received map: never early, maybe late."""
+        start, stop = self._whole_pages(offset, length)
+        first, last = start // self.page_size, stop // self.page_size
+        if first == last:
+            return 1.0
+        wanted = bytes((RECEIVED,))
+        present = sum(
+            bytes(self._map[at : min(at + _COUNT_AT_ONCE, last)]).count(wanted)
+            for at in range(first, last, _COUNT_AT_ONCE)
+        )
+        return present / (last - first)
+
+    # --- its end ------------------------------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def close(self) -> None:
+        """Give the memory back; a second time it does nothing. ``buf`` is released.
+
+        Raises BufferError while a slice of ``buf`` or an array made of the block is alive: nothing has happened then.
+        """
+        with self._closing:
+            if self._closed:
+                return
+            self._release_view()
+            self._closed = True
+            self._client.detach(self)
+            self._map.release()
+            self._received.close()
+
+    def _release_view(self) -> None:
+        try:
+            self._buf.release()
+        except BufferError as error:
+            raise self._in_use() from error
+        if self.mapping.exported:  # a slice: it does not hold up release(), but it shows the same memory
+            self._buf = self.mapping.view(self.size)
+            raise self._in_use()
+
+    def _in_use(self) -> BufferError:
+        return BufferError(f"block {self.name} cannot be closed: views of its memory (slices, arrays) still exist")
+
+    def __enter__(self) -> Block:
+        self._open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except BufferError:
+            if error is None:  # else the views belong to the frames of the error that passes, which matters more
+                raise
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """A pickle is name, directory and mode: whoever loads it attaches."""
+        from .client import attach
+
+        self._open()
+        return attach, (self.name, self.runtime_dir, self.mode)
+
+    def __repr__(self) -> str:
+        page = "2M" if self.page_size == PAGE_2M else "4K"
+        state = "closed" if self._closed else f"attached at {self.mapping.address:#x}"
+        return f"<postcopy.Block {self.name!r}: {format_size(self.size)}, {self.mode}, {page} pages, {state}>"
+
+    # --- for the helper threads ---------------------------------------------------------------------------------------
+
+    def populate(self, offset: int, length: int) -> int | None:
+        """Bring in a range of whole pages: 0, an errno, or None when the block is closed. Waits without the GIL."""
+        with self._steps:
+            if self._closed:
+                return None
+            self._busy += 1
+        try:
+            return advise(self.mapping.address + offset, length, POPULATE_READ)
+        finally:
+            with self._steps:
+                self._busy -= 1
+                self._steps.notify_all()
+
+    def idle(self, timeout: float) -> bool:
+        """Wait until no helper thread is inside the memory; False when one still is."""
+        with self._steps:
+            return self._steps.wait_for(lambda: self._busy == 0, timeout)
+
+    def lost(self, offset: int) -> PageLost:
+        """The exception for a page at ``offset`` that cannot come."""
+        ending = self._client.ending_of(self)
+        reason = f"the supervisor ended ({ending})" if ending is not None else "its source cannot supply it"
+        if self._forbidden:
+            reason = f"it could not be attached after a fork: {self._forbidden}"
+        text = f"block {self.name}: the page at offset {offset} is lost: {reason}"
+        return PageLost(text, block=self.name, offset=offset)
+
+    # --- for the client -----------------------------------------------------------------------------------------------
+
+    def withdraw(self) -> None:
+        """Get helper threads out of the memory, by force when they sleep: the range is forbidden, and they wake."""
+        if not self.idle(_GRACE):
+            self.mapping.forbid()
+            self.session.wake(self.mapping.address, self.mapping.length)
+            self.idle(_GRACE * 25)
+
+    def discard(self, *, keep_addresses: bool) -> None:
+        """Undo what the constructor did, for a block that nobody has got."""
+        self._closed = True
+        if keep_addresses:
+            self.mapping.forbid()
+        self._buf.release()
+        if not keep_addresses:
+            self.mapping.close()
+        self._map.release()
+        self._received.close()
+
+    def reset_locks(self) -> None:
+        """Fresh locks: at birth, and in a fork's child, where nobody is left to release the old ones."""
+        self._closing = threading.RLock()
+        self._steps = threading.Condition(threading.Lock())
+        self._busy = 0
+
+    def adopt(self, session: Session, opened: Opened) -> None:
+        """In a fork's child: this block belongs to ``session`` now, at the same address."""
+        received = Mapping.of(opened.received, opened.pages, writable=False)
+        self._map.release()
+        self._received.close()
+        self.session, self.number = session, opened.number
+        self._received, self._map = received, received.view()
+
+    def forbid(self, reason: str) -> None:
+        """In a fork's child that could not attach: a touch is SIGSEGV, never zeros."""
+        self.mapping.forbid()
+        self._forbidden = reason
+        log.error("block %s is not attached in process %d after a fork: %s", self.name, os.getpid(), reason)
+
+    # --- small matters ------------------------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        if self._closed:
+            raise ValueError(f"block {self.name} is closed")
+
+    def _whole_pages(self, offset: int, length: int | None) -> tuple[int, int]:
+        """The range, widened to whole pages. Raises ValueError outside the block."""
+        self._open()
+        stop = self.size if length is None else offset + length
+        if not 0 <= offset <= stop <= self.size:
+            raise ValueError(f"bytes {offset} to {stop} are not inside block {self.name} of {self.size} bytes")
+        if offset == stop:
+            return 0, 0
+        return offset - offset % self.page_size, -(-stop // self.page_size) * self.page_size

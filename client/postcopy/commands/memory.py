@@ -1,0 +1,120 @@
+"""Commands that are real clients: cat, verify."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+
+from postcopy_protocol.sizes import format_size
+from postcopy_protocol.sources import parse_block_name
+
+from ..block import Block
+from ..client import attach
+from ..errors import BadInput, PostcopyError
+from .options import Mode, RuntimeDir, Timeout, names_mode, place
+
+PIECE = 1 << 20
+"""Bytes that are brought in, compared or written at once."""
+
+_SAMPLE_SEED = 2024
+
+
+def add_to(app: typer.Typer) -> None:
+    for command in (cat, verify):
+        app.command()(command)
+
+
+def cat(
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    offset: Annotated[str, typer.Option("--offset", metavar="N", help="First byte.")] = "0",
+    length: Annotated[str | None, typer.Option("--length", metavar="N", help="Bytes [default: to the end].")] = None,
+    mode: Mode = "private",
+    timeout: Timeout = 30.0,
+    runtime_dir: RuntimeDir = None,
+) -> None:
+    """Attach a block and write its bytes to stdout."""
+    start, wanted = place(offset), None if length is None else place(length)
+    with attach(parse_block_name(name), runtime_dir, names_mode(mode), timeout) as block:
+        stop = block.size if wanted is None else start + wanted
+        if stop > block.size or start > stop:
+            raise BadInput(f"bytes {start} to {stop} are not inside block {name} of {block.size} bytes")
+        sys.stdout.flush()
+        for at in range(start, stop, PIECE):
+            size = min(PIECE, stop - at)
+            block.ensure(at, size)
+            _write(block.buf, at, at + size)
+
+
+def _write(memory: memoryview, start: int, stop: int) -> None:
+    while start < stop:
+        with memory[start:stop] as piece:
+            start += os.write(sys.stdout.fileno(), piece)
+
+
+def verify(
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    file: Annotated[str, typer.Argument(metavar="FILE")],
+    mode: Mode = "private",
+    sample: Annotated[
+        float, typer.Option("--sample", metavar="FRACTION", help="Compare this part of the pages.")
+    ] = 1.0,
+    timeout: Timeout = 30.0,
+    runtime_dir: RuntimeDir = None,
+) -> None:
+    """Attach a block and compare it with FILE; print the first difference and exit 1 when there is one."""
+    if not 0 < sample <= 1:
+        raise BadInput(f"--sample {sample}: a fraction is more than 0 and at most 1")
+    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with attach(parse_block_name(name), runtime_dir, names_mode(mode), timeout) as block:
+            compared = compare(block, fd, file, sample)
+    finally:
+        os.close(fd)
+    print(f"{name}: {format_size(compared)} compared with {file}, identical")
+
+
+def compare(block: Block, fd: int, file: str, sample: float = 1.0) -> int:
+    """Compare ``block`` with an open file; returns the bytes compared. Raises PostcopyError that tells the first
+    difference."""
+    size = os.fstat(fd).st_size
+    if size != block.size:
+        raise PostcopyError(f"block {block.name} has {block.size} bytes, {file} has {size}")
+    compared = 0
+    for start, stop in pieces(block, sample):
+        block.ensure(start, stop - start)
+        difference = first_difference(block.buf, start, os.pread(fd, stop - start, start))
+        if difference is not None:
+            found, wanted = block.buf[difference], os.pread(fd, 1, difference)
+            there = f"{wanted[0]:#04x}" if wanted else "nothing"
+            raise PostcopyError(
+                f"block {block.name} differs from {file} first at offset {difference}: {found:#04x} instead of {there}"
+            )
+        compared += stop - start
+    return compared
+
+
+def pieces(block: Block, sample: float) -> Iterator[tuple[int, int]]:
+    """The ranges to compare, in order: all of the block, or pages chosen at random, the same ones every time."""
+    if sample >= 1:
+        yield from ((at, min(at + PIECE, block.size)) for at in range(0, block.size, PIECE))
+        return
+    wanted = max(1, round(block.pages * sample))
+    for page in sorted(random.Random(_SAMPLE_SEED).sample(range(block.pages), wanted)):
+        yield page * block.page_size, min((page + 1) * block.page_size, block.size)
+
+
+def first_difference(memory: memoryview, start: int, wanted: bytes) -> int | None:
+    """Offset of the first byte that is not as ``wanted`` from ``start`` on; None: all are."""
+    found = bytes(memory[start : start + len(wanted)])
+    if found == wanted:
+        return None
+    low, high = 0, len(wanted)  # found[:low] is equal, found[:high] is not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if found[low:middle] != wanted[low:middle] else (middle, high)
+    return start + low

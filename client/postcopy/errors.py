@@ -1,0 +1,72 @@
+"""The exceptions of the client: those of the protocol, and what this wing adds.
+
+::
+
+    PostcopyError
+     |-- ...                      see postcopy_protocol.errors
+     |-- UserfaultfdUnavailable   also an OSError, with the kernel's errno
+     `-- PageTimeout              also a TimeoutError: ensure() gave up waiting; the pages still come
+"""
+
+from __future__ import annotations
+
+from postcopy_kernel.userfaultfd import UserfaultfdUnavailable as KernelUnavailable
+from postcopy_protocol import errors
+from postcopy_protocol.errors import (
+    AttachDenied,
+    AttachTimeout,
+    BadInput,
+    BadMessage,
+    NoSuchBlock,
+    NoSupervisor,
+    PageLost,
+    PostcopyError,
+)
+from postcopy_protocol.messages import Refused
+
+__all__ = [
+    "AttachDenied",
+    "AttachTimeout",
+    "BadInput",
+    "BadMessage",
+    "NoSuchBlock",
+    "NoSupervisor",
+    "PageLost",
+    "PageTimeout",
+    "PostcopyError",
+    "UserfaultfdUnavailable",
+    "refusal",
+    "unavailable",
+]
+
+
+class UserfaultfdUnavailable(errors.UserfaultfdUnavailable, KernelUnavailable):
+    """This process cannot have a userfaultfd; the text names the remedy."""
+
+    def __str__(self) -> str:
+        return self.strerror or super().__str__()
+
+
+class PageTimeout(PostcopyError, TimeoutError):
+    """``Block.ensure`` waited as long as it was told to; the pages are still on their way."""
+
+
+_REFUSALS: dict[str, type[PostcopyError]] = {
+    "no-such-block": NoSuchBlock,
+    "denied": AttachDenied,
+    "limit": AttachDenied,
+    "bad-version": BadMessage,
+}
+
+
+def refusal(answer: Refused, directory: str) -> PostcopyError:
+    """The exception for a refusal of the supervisor in ``directory``."""
+    kind = _REFUSALS.get(answer.code)
+    if kind is not None:
+        return kind(f"{answer.reason} (supervisor in {directory})")
+    return PostcopyError(f"the supervisor in {directory} refused ({answer.code}): {answer.reason}")
+
+
+def unavailable(error: OSError) -> UserfaultfdUnavailable:
+    """The kernel wing's failure as one of ours."""
+    return UserfaultfdUnavailable(error.errno, error.strerror or str(error))

@@ -1,0 +1,129 @@
+"""Waiting for pages without holding everybody up: MADV_POPULATE_READ in a helper thread, a few MiB at a time.
+
+A populate is not interrupted by signals and touches memory like any reader, so it runs in a thread of its own,
+GIL-free, while the caller waits outside, where timeouts and Ctrl-C work. It says EHWPOISON where a plain read would be
+SIGBUS.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import queue
+import threading
+from typing import Protocol
+
+from .deadline import Deadline
+from .errors import PageTimeout
+
+log = logging.getLogger("postcopy")
+
+STEP = 4 << 20
+"""Bytes of one populate: what an abandoned wait may still bring in after its end."""
+
+_EHWPOISON = 133  # no constant in Python
+
+POISONED = (_EHWPOISON, errno.EFAULT)
+"""A poisoned page says EHWPOISON; EFAULT is said of a page that gives SIGBUS for another reason."""
+
+
+class Memory(Protocol):
+    """What a job needs of a block."""
+
+    name: str
+    page_size: int
+
+    def populate(self, offset: int, length: int) -> int | None:
+        """Bring in whole pages: 0, an errno, or None when the block is closed."""
+
+    def lost(self, offset: int) -> Exception:
+        """The exception for a page that cannot come."""
+
+
+class Job:
+    """Bring in the pages of ``[start, stop)``; both are multiples of the page size."""
+
+    def __init__(self, block: Memory, start: int, stop: int) -> None:
+        self.block = block
+        self.start, self.stop = start, stop
+        self.finished = threading.Event()
+        self.abandoned = False
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            self._steps()
+        except Exception as error:
+            self.error = error
+        finally:
+            self.finished.set()
+
+    def _steps(self) -> None:
+        for offset in range(self.start, self.stop, STEP):
+            if self.abandoned:
+                return
+            length = min(STEP, self.stop - offset)
+            code = self.block.populate(offset, length)
+            if code:
+                raise self._failure(code, offset, length)
+            if code is None:
+                raise ValueError(f"block {self.block.name} was closed meanwhile")
+
+    def _failure(self, code: int, offset: int, length: int) -> Exception:
+        if code not in POISONED:
+            return OSError(code, f"block {self.block.name} at offset {offset}: {os.strerror(code)}")
+        for page in range(offset, offset + length, self.block.page_size):
+            if self.block.populate(page, self.block.page_size) in POISONED:
+                return self.block.lost(page)
+        return self.block.lost(offset)
+
+
+def fill(job: Job, deadline: Deadline) -> None:
+    """Run ``job`` in a helper thread and wait for it. Raises what it met, or PageTimeout."""
+    threading.Thread(target=job.run, name="postcopy-ensure", daemon=True).start()
+    try:
+        done = job.finished.wait(deadline.remaining())
+    except BaseException:
+        job.abandoned = True
+        raise
+    if not done:
+        job.abandoned = True
+        raise PageTimeout(
+            f"block {job.block.name}: bytes {job.start} to {job.stop} did not all come within {deadline.seconds} s"
+        )
+    if job.error is not None:
+        raise job.error
+
+
+class Prefetcher:
+    """One daemon thread a process that works off what prefetch() was asked for."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._starting = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def ask(self, job: Job) -> None:
+        self._jobs.put(job)
+        with self._starting:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="postcopy-prefetch", daemon=True)
+                self._thread.start()
+
+    def _work(self) -> None:
+        while True:
+            job = self._jobs.get()
+            job.run()
+            if job.error is not None:  # whoever reads the page hears of it; a prefetch promises nothing
+                log.debug("prefetch: %s", job.error)
+            del job  # or this thread would keep the last block alive
+
+
+prefetcher = Prefetcher()
+
+
+def forget_threads() -> None:
+    """In the child of a fork: the helper threads are not here."""
+    global prefetcher
+    prefetcher = Prefetcher()

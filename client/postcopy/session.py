@@ -1,0 +1,161 @@
+"""What one client is to the supervisor: a door connection, a userfaultfd, and the regions attached through them.
+
+The userfaultfd stays open here as long as a region lives: the last reference that closes would turn every waiter's
+page into zeros, and nobody but this process can be sure to hold one.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+
+from postcopy_kernel.descriptors import close_all
+from postcopy_kernel.userfaultfd import Userfaultfd, open_userfaultfd
+from postcopy_kernel.userfaultfd import UserfaultfdUnavailable as KernelUnavailable
+from postcopy_protocol.door import mapping_length
+from postcopy_protocol.messages import (
+    Attached,
+    BlockOpened,
+    Goodbye,
+    Hello,
+    Mapped,
+    OfferUserfaultfd,
+    OpenBlock,
+    Unmap,
+    Unmapped,
+    UserfaultfdAccepted,
+    Welcome,
+)
+
+from .deadline import Deadline
+from .door import Door
+from .errors import BadMessage, unavailable
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A block that the supervisor has opened for us; whoever holds this owns both descriptors."""
+
+    number: int
+    name: str
+    mode: str
+    size: int
+    page_size: int
+    pages: int
+    memory: int
+    received: int
+
+    @property
+    def length(self) -> int:
+        """Bytes to map: whole pages."""
+        return self.pages * self.page_size
+
+    def identity(self) -> tuple[int, int, int]:
+        """What tells this block from another one of the same name in a later supervisor."""
+        facts = os.fstat(self.memory)
+        return facts.st_dev, facts.st_ino, self.pages
+
+    def close(self) -> None:
+        close_all((self.memory, self.received))
+
+
+class Session:
+    """One conversation from Hello to Goodbye. Not thread-safe; see ``client.Client``."""
+
+    def __init__(self, directory: str, deadline: Deadline) -> None:
+        self.door = Door(directory, deadline)
+        self.regions = 0
+        self._userfaultfd: Userfaultfd | None = None
+        try:
+            welcome, device = self.door.ask(Hello(_own_name(), "native"), Welcome, deadline)
+            self.client = welcome.client
+            self._userfaultfd = _make_userfaultfd(device)
+            self.door.ask(OfferUserfaultfd(), UserfaultfdAccepted, deadline, (self._userfaultfd.fd,))
+        except BaseException:
+            self.abandon()
+            raise
+
+    @property
+    def usable(self) -> bool:
+        """Whether more can be asked of this supervisor through this connection."""
+        self.door.listen()
+        return self.door.usable and self.door.ending is None
+
+    def open(self, name: str, mode: str, deadline: Deadline) -> Opened:
+        """Ask for a block and check what came: a size that does not fit its descriptors would be a SIGBUS later."""
+        answer, (memory, received) = self.door.ask(OpenBlock(name, mode), BlockOpened, deadline)
+        block = Opened(
+            answer.block, name, mode, answer.size, answer.page_size, answer.pages, memory=memory, received=received
+        )
+        try:
+            _check(block, answer)
+        except BaseException:
+            self.door.usable = False
+            block.close()
+            raise
+        return block
+
+    def announce(self, number: int, address: int, length: int, deadline: Deadline) -> None:
+        """Say where a block is mapped; when this returns, it may be touched."""
+        answer, _ = self.door.ask(Mapped(number, address, length, 0), Attached, deadline)
+        if (answer.block, answer.address) != (number, address):
+            self.door.usable = False
+            raise BadMessage(f"the supervisor in {self.door.directory} attached another range than asked for")
+        self.regions += 1
+
+    def forget(self, number: int, address: int, deadline: Deadline) -> None:
+        """Say that a range is touched no more; when this returns, it may be unmapped."""
+        self.door.ask(Unmap(number, address), Unmapped, deadline)
+
+    def wake(self, address: int, length: int) -> None:
+        """Let every thread that sleeps in this range look again."""
+        if self._userfaultfd is not None:
+            with suppress(OSError):
+                self._userfaultfd.wake(address, length)
+
+    def end(self) -> None:
+        """Goodbye: for a session without regions."""
+        if self.door.usable:
+            self.door.say(Goodbye())
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close without a word: nothing is attached here, or (in a fork's child) it is somebody else's session."""
+        self.door.close()
+        if self._userfaultfd is not None:
+            self._userfaultfd.close()
+            self._userfaultfd = None
+
+
+def _own_name() -> str:
+    """For people who read the status: the program, without its path."""
+    program = os.path.basename(sys.argv[0]) if sys.argv and sys.argv[0] else ""
+    if program in ("", "-c", "-m", "__main__.py"):
+        program = "python"
+    return program.encode("utf-8", "replace").decode()[:64]
+
+
+def _make_userfaultfd(device: tuple[int, ...]) -> Userfaultfd:
+    """A userfaultfd of this process, by the device that the supervisor lent us or by our own right."""
+    try:
+        if device and not stat.S_ISCHR(os.fstat(device[0]).st_mode):
+            raise BadMessage("the supervisor lent a descriptor that is no /dev/userfaultfd")
+        return open_userfaultfd(device=device[0] if device else None)
+    except KernelUnavailable as error:
+        raise unavailable(error) from error
+    finally:
+        close_all(device)
+
+
+def _check(block: Opened, answer: BlockOpened) -> None:
+    length = mapping_length(answer)
+    if answer.name != block.name or not (_holds(block.memory, length) and _holds(block.received, block.pages)):
+        raise BadMessage(f"the supervisor described block {block.name} in a way that cannot be")
+
+
+def _holds(fd: int, length: int) -> bool:
+    facts = os.fstat(fd)
+    return stat.S_ISREG(facts.st_mode) and facts.st_size >= length

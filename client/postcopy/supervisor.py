@@ -1,0 +1,150 @@
+"""Start the supervisor program from Python, for tests and for embedding."""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from types import TracebackType
+
+from .deadline import Deadline
+from .errors import PostcopyError
+
+READY_WITHIN = 30.0
+END_WITHIN = 30.0
+
+_TELL_LINES = 5
+
+Option = str | int | float | bool | None | Sequence[str | int]
+
+
+class Supervisor:
+    """A supervisor process that serves ``blocks`` (name: SOURCE), started and ready when the constructor returns.
+
+    ``runtime_dir`` is a fresh temporary directory unless given; ``page_size`` is ``"4K"`` or ``"2M"``. Other options
+    are those of ``postcopy serve`` with underscores (``fault_around="256K"``, ``allow_uid=[1000]``, ``recover=True``).
+    Raises PostcopyError with the last lines of its log when it does not come up within ``ready_within`` seconds.
+    """
+
+    def __init__(
+        self,
+        blocks: Mapping[str, str | os.PathLike[str]],
+        runtime_dir: str | os.PathLike[str] | None = None,
+        page_size: str | int = "4K",
+        *,
+        ready_within: float = READY_WITHIN,
+        die_with_parent: bool = True,
+        **options: Option,
+    ) -> None:
+        self._stack = ExitStack()
+        try:
+            self.runtime_dir = self._directory(runtime_dir)
+            self._log = self._stack.enter_context(tempfile.TemporaryFile(prefix="postcopy-log-"))  # noqa: SIM115
+            arguments = [f"{name}={os.fspath(source)}" for name, source in blocks.items()]
+            arguments += _options({"runtime_dir": self.runtime_dir, "page_size": page_size, **options})
+            # The signal follows the thread that forks, so only the main thread's life is as long as the process.
+            if die_with_parent and threading.current_thread() is threading.main_thread():
+                arguments += ["--die-with-parent", str(os.getpid())]
+            self._start(arguments, Deadline(ready_within))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def log(self) -> str:
+        """What the supervisor has logged so far."""
+        size = os.fstat(self._log.fileno()).st_size
+        return os.pread(self._log.fileno(), size, 0).decode("utf-8", "replace")
+
+    def close(self) -> None:
+        """End the supervisor in order (SIGTERM); when it does not end, for good (SIGKILL). Again: nothing."""
+        process: subprocess.Popen[bytes] | None = self.__dict__.get("_process")
+        if process is not None and process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(END_WITHIN)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._stack.close()
+
+    def __enter__(self) -> Supervisor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<postcopy.Supervisor in {self.runtime_dir}, pid {self.pid}>"
+
+    def _directory(self, given: str | os.PathLike[str] | None) -> str:
+        if given is not None:
+            return os.path.abspath(os.fspath(given))
+        # Not below $TMPDIR: that may be longer than a socket path can bear.
+        path = tempfile.mkdtemp(prefix="postcopy-", dir="/tmp" if os.path.isdir("/tmp") else None)
+        self._stack.callback(shutil.rmtree, path, ignore_errors=True)
+        os.chmod(path, 0o711)
+        return path
+
+    def _start(self, arguments: list[str], deadline: Deadline) -> None:
+        """Start the program and wait for its READY=1 (sd_notify), for its end, or for the deadline."""
+        with ExitStack() as stack:
+            place = stack.enter_context(tempfile.TemporaryDirectory(prefix="pc-", dir="/tmp"))
+            ear = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+            ear.bind(os.path.join(place, "notify"))
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "postcopy_supervisor", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._log,
+                env={**os.environ, "NOTIFY_SOCKET": os.path.join(place, "notify")},
+            )
+            pidfd = os.pidfd_open(self._process.pid)
+            stack.callback(os.close, pidfd)
+            self._wait(ear, pidfd, deadline)
+
+    def _wait(self, ear: socket.socket, pidfd: int, deadline: Deadline) -> None:
+        poll = select.poll()
+        poll.register(ear, select.POLLIN)
+        poll.register(pidfd, select.POLLIN)
+        while ready := [fd for fd, _ in poll.poll(deadline.milliseconds())]:
+            if ear.fileno() in ready:
+                with suppress(OSError):
+                    if b"READY=1" in ear.recv(65536, socket.MSG_DONTWAIT).split(b"\n"):
+                        return
+            elif pidfd in ready:
+                status = self._process.wait()
+                raise PostcopyError(f"the supervisor ended with status {status} before it was ready{self._words()}")
+        raise PostcopyError(f"the supervisor was not ready within {deadline.seconds} s{self._words()}")
+
+    def _words(self) -> str:
+        lines = self.log().strip().splitlines()[-_TELL_LINES:]
+        return ": " + " | ".join(lines) if lines else " and logged nothing"
+
+
+def _options(options: Mapping[str, Option]) -> list[str]:
+    """Keyword arguments as the command line of ``serve``: a list repeats its option, True is a flag."""
+    words: list[str] = []
+    for name, value in options.items():
+        option = "--" + name.replace("_", "-")
+        if value is True:
+            words.append(option)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                words += [option, str(item)]
+        elif value is not None and value is not False:
+            words += [option, str(value)]
+    return words
