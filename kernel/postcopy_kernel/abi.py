@@ -171,7 +171,7 @@ class Status(Enum):
     PARTIAL = "partial"  # EAGAIN, some bytes are placed and woken: advance by them, the next call gives the real reason
     RETRY = "retry"  # EAGAIN, nothing done: a fork/mremap/madvise event waits to be read; read it first, then retry
     PRESENT = "present"  # EEXIST: the page is there and NOBODY WAS WOKEN: wake the range. (Also an empty hugetlb pool!)
-    STALE = "stale"  # ENOENT: not inside one mapping that is registered with this userfaultfd
+    STALE = "stale"  # ENOENT: not inside one mapping that is registered (with whichever userfaultfd of that process)
     GONE = "gone"  # ESRCH: the owner's address space is no more
     UNREADABLE = "unreadable"  # EFAULT: the source cannot be read, or (CONTINUE) the page is absent
     EXHAUSTED = "exhausted"  # ENOMEM, ENOSPC

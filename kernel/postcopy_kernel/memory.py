@@ -257,7 +257,7 @@ def huge_pages(page_size: int = PAGE_2M) -> HugePages:
 
     def count(kind: str) -> int:
         try:
-            with open(_HUGE.format(page_size >> 10, kind), encoding="ascii") as figure:
+            with open(_HUGE.format(page_size >> 10, kind), "rb") as figure:
                 return int(figure.read())
         except FileNotFoundError:
             return 0

@@ -20,12 +20,12 @@ _PR_CAPBSET_DROP: Final = 24
 _CAPABILITY_VERSION_3: Final = 0x20080522
 _HIGHEST_CAPABILITY: Final = 63  # width of the kernel's sets
 _STATUS_FIELDS: Final = {
-    "CapInh": "inheritable",
-    "CapPrm": "permitted",
-    "CapEff": "effective",
-    "CapBnd": "bounding",
-    "CapAmb": "ambient",
-    "NoNewPrivs": "no_new_privs",
+    b"CapInh": "inheritable",
+    b"CapPrm": "permitted",
+    b"CapEff": "effective",
+    b"CapBnd": "bounding",
+    b"CapAmb": "ambient",
+    b"NoNewPrivs": "no_new_privs",
 }
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -76,9 +76,9 @@ def privileges() -> dict[str, int]:
     """The calling thread's capability sets as bit masks (``inheritable``, ``permitted``, ``effective``, ``bounding``,
     ``ambient``) and ``no_new_privs`` (0 or 1)."""
     found = {}
-    with open("/proc/thread-self/status", encoding="ascii", errors="replace") as lines:
+    with open("/proc/thread-self/status", "rb") as lines:
         for line in lines:
-            field, _, value = line.partition(":")
+            field, _, value = line.partition(b":")
             if field in _STATUS_FIELDS:
                 found[_STATUS_FIELDS[field]] = int(value, 16)
     return found
@@ -123,11 +123,11 @@ def memory_figures(pid: int) -> dict[str, int]:
 
     Raises OSError: ESRCH or ENOENT when it is gone, EACCES when it is somebody else's.
     """
-    figures = {"private": 0, "shared": 0, "rss": 0}
-    with open(f"/proc/{pid}/smaps_rollup", encoding="ascii", errors="replace") as lines:
+    figures = {b"Private": 0, b"Shared": 0, b"Rss": 0}
+    with open(f"/proc/{pid}/smaps_rollup", "rb") as lines:
         for line in lines:
-            field, _, value = line.partition(":")
-            kind = field.partition("_")[0].lower()
+            field, _, value = line.partition(b":")
+            kind = field.partition(b"_")[0]  # Private_Clean, Private_Dirty, Private_Hugetlb...
             if kind in figures:
                 figures[kind] += int(value.split()[0]) << 10
-    return figures
+    return {kind.decode().lower(): figure for kind, figure in figures.items()}

@@ -217,9 +217,9 @@ def is_userfaultfd(fd: int) -> bool:
 
 def stuck_faults(fd: int) -> tuple[int, int]:
     """(pending, total): waiters not yet read, and all waiters, of any userfaultfd that this process holds."""
-    with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as lines:
-        fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    return int(fields["pending"]), int(fields["total"])
+    with open(f"/proc/self/fdinfo/{fd}", "rb") as lines:
+        fields = dict(line.split(b":", 1) for line in lines if b":" in line)
+    return int(fields[b"pending"]), int(fields[b"total"])
 
 
 class Userfaultfd:
