@@ -8,6 +8,7 @@ there is a budget; what exceeds it waits, for the client holds its own userfault
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import time
@@ -39,7 +40,8 @@ def workers_leave(workforce: Workforce, quit_fd: int) -> None:
     for life in lives:
         if not process.pidfd_exited(life.pidfd):
             log.warning("worker %d (pid %d) does not leave; it is killed", life.worker, life.pid)
-            process.pidfd_signal(life.pidfd, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                process.pidfd_signal(life.pidfd, signal.SIGKILL)
     deadline = time.monotonic() + LEAVE_SECONDS
     while any(not process.pidfd_exited(life.pidfd) for life in lives) and time.monotonic() < deadline:
         time.sleep(0.002)

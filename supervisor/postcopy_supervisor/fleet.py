@@ -103,6 +103,8 @@ class Fleet:
     def __init__(self, policy: RestartPolicy | None = None) -> None:
         self.policy = policy or RestartPolicy()
         self.slots: dict[int, Slot] = {}
+        self.restarts = 0
+        """Crashes of all workers so far, those that are gone included."""
 
     # --- wishes -------------------------------------------------------------------------------------------------------
 
@@ -222,6 +224,7 @@ class Fleet:
         while slot.crashes and now - slot.crashes[0] > policy.interval:
             slot.crashes.popleft()
         slot.restarts += 1
+        self.restarts += 1
         if len(slot.crashes) > policy.limit and not slot.quarantined:
             slot.quarantined = True
             effects.append(Quarantine(slot.worker))

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from typing import Any
 
 import zmq
@@ -76,6 +77,7 @@ log = logging.getLogger("postcopy")
 FROM_ROUTER = (WorkerHello, Report, Fetched, AskStatus, AskStop, AskExport, AskProgress)
 STUCK_SECONDS = 5.0
 """A worker whose client has unread faults for so long, and which has answered none meanwhile, hangs."""
+AUDIT_SECONDS = 5.0
 QUARANTINED = "quarantined"
 
 
@@ -111,7 +113,7 @@ class House:
         self.custody = Custody()
         self.exports = Exports()
         self._watched: dict[int, tuple[int, float]] = {}
-        self._ticked = 0.0
+        self._ticked = self._audited = 0.0
         self._people()
 
     def _people(self) -> None:
@@ -171,10 +173,18 @@ class House:
         while self.state == "running":
             identity, *frames = self._router.recv_multipart()
             if identity != IDENTITY and frames:
-                self._heard(identity, frames[-1])
+                self._guarded(self._heard, identity, frames[-1])
             while self.porter.box:
-                self._happened(self.porter.box.popleft())
+                self._guarded(self._happened, self.porter.box.popleft())
         self._end()
+
+    def _guarded(self, act: Callable[..., None], *what: Any) -> None:
+        """One event that we cannot handle is a bug, said loudly; it must not take everybody else's memory with it."""
+        try:
+            act(*what)
+        except Exception as error:
+            log.exception("cannot handle %s", what[-1])
+            self.history.add("bug", f"{type(error).__name__}: {error}")
 
     def _heard(self, identity: bytes, frame: bytes) -> None:
         try:
@@ -233,6 +243,9 @@ class House:
                 self._event("complete", f"block {block.name}: every page is received")
             if block.complete:
                 self.reception.release(block)
+        if now - self._audited >= AUDIT_SECONDS:
+            self._audited = now
+            self.audit()
         for export in self.exports.unasked():
             export.cancel()
             self.zero.give_up(export.block)

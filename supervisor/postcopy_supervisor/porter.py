@@ -97,7 +97,7 @@ class Porter(threading.Thread):
         self._quit_bell = quit_bell
         self._door = door
         self._alarm = descriptors.create_eventfd()
-        self._stop = False
+        self._stopping = False
         self._due: float | None = None
         self._pidfds: set[int] = set()
         self._custodian: socket.socket | None = None
@@ -138,7 +138,7 @@ class Porter(threading.Thread):
 
     def stop(self) -> None:
         """Leave the loop and close what is the porter's own."""
-        self._stop = True
+        self._stopping = True
         descriptors.signal_eventfd(self._alarm)
         self.join(5)
         self._epoll.close()
@@ -152,7 +152,7 @@ class Porter(threading.Thread):
         bell.setsockopt(zmq.LINGER, 0)
         bell.connect(ENDPOINT)
         ticked = 0.0
-        while not self._stop:
+        while not self._stopping:
             ready = [fd for fd, _ in self._epoll.poll(self._patience(ticked))]
             for fd in sorted(ready, key=self._rank):
                 self._look(fd)

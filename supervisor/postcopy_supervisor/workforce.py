@@ -3,6 +3,7 @@ concerns."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -55,7 +56,6 @@ class Workforce:
         self._describe = describe
         self._news = news
         self._running: dict[int, Running] = {}  # by pidfd
-        self._restarts_of_the_gone = 0
 
     # --- wishes -------------------------------------------------------------------------------------------------------
 
@@ -74,7 +74,7 @@ class Workforce:
         for life in self._running.values():
             if life.worker == worker:
                 log.warning("worker %d (pid %d) is killed: %s", worker, life.pid, why)
-                process.pidfd_signal(life.pidfd, signal.SIGKILL)
+                _kill(life)
 
     # --- what status shows --------------------------------------------------------------------------------------------
 
@@ -85,7 +85,7 @@ class Workforce:
 
     @property
     def restarts(self) -> int:
-        return self._restarts_of_the_gone + sum(slot.restarts for slot in self.fleet.slots.values())
+        return self.fleet.restarts
 
     @property
     def alive(self) -> list[Running]:
@@ -152,7 +152,7 @@ class Workforce:
                 case fleet.Kill(worker, incarnation):
                     for life in self._running.values():
                         if (life.worker, life.incarnation) == (worker, incarnation):
-                            process.pidfd_signal(life.pidfd, signal.SIGKILL)
+                            _kill(life)
                 case fleet.Ready(worker):
                     self._news("ready", worker)
                 case fleet.Gone(worker):
@@ -160,3 +160,8 @@ class Workforce:
                 case fleet.Quarantine(worker):
                     self._news("quarantined", worker)
         self._porter.ring_at(0.0 if self._custody.behind else self.fleet.next_due())
+
+
+def _kill(life: Running) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has ended by itself; its pidfd will say so
+        process.pidfd_signal(life.pidfd, signal.SIGKILL)

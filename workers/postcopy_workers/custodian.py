@@ -97,7 +97,8 @@ class Custodian:
         self._channel = None
         for pidfd, (_, number, _) in self._workers.items():
             if number == 0:
-                process.pidfd_signal(pidfd, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    process.pidfd_signal(pidfd, signal.SIGKILL)
 
     def _fork(self, order: ForkWorker) -> None:
         missing = [key for key in order.keys if key not in self._kept]
