@@ -49,7 +49,7 @@ def workers_leave(workforce: Workforce, quit_fd: int) -> None:
 
 def poison_holes(reception: Reception, blocks: dict[int, RamBlock]) -> None:
     """Every page that is still missing becomes SIGBUS in every client that has it registered."""
-    budget = _available() // BUDGET_SHARE
+    budget = available_memory() // BUDGET_SHARE
     for client in list(reception.clients.values()):
         if client.userfaultfd is None or process.pidfd_exited(client.pidfd):
             continue
@@ -96,7 +96,8 @@ def _poison(ufd: Userfaultfd, start: int, length: int, page_size: int) -> bool:
     return True
 
 
-def _available() -> int:
+def available_memory() -> int:
+    """Bytes that the machine can still give without swapping (MemAvailable)."""
     with open("/proc/meminfo", encoding="ascii") as meminfo:
         for line in meminfo:
             if line.startswith("MemAvailable:"):

@@ -52,6 +52,7 @@ from .client_zero import KEY as ZERO_KEY
 from .client_zero import NUMBER as ZERO
 from .client_zero import ClientZero
 from .custody import Custody
+from .ending import available_memory
 from .exports import Exports
 from .porter import (
     ENDPOINT,
@@ -78,6 +79,8 @@ FROM_ROUTER = (WorkerHello, Report, Fetched, AskStatus, AskStop, AskExport, AskP
 STUCK_SECONDS = 5.0
 """A worker whose client has unread faults for so long, and which has answered none meanwhile, hangs."""
 AUDIT_SECONDS = 5.0
+SCARCE = 128 << 20
+"""Bytes available on the machine below which only pages that are waited for are placed."""
 QUARANTINED = "quarantined"
 
 
@@ -252,14 +255,14 @@ class House:
 
     def _memory_allows(self) -> bool:
         """Under ``--max-memory``, and the machine is not about to run out: else only the pages that are waited for."""
-        allowed = True
+        allowed = available_memory() > SCARCE
         if self.settings.max_memory:
             placed = sum(os.fstat(block.memory).st_blocks * 512 for block in self.blocks.values())
             allowed = placed + self.settings.fault_around <= self.settings.max_memory
         limit = self.settings.fault_around if allowed else 0
         if self._house[statistics.WINDOW_LIMIT] != limit:
             self._house[statistics.WINDOW_LIMIT] = limit
-            self._event("memory", "below" if allowed else "at --max-memory: fault-around and background work stop")
+            self._event("memory", "enough again" if allowed else "scarce: fault-around and background work stop")
         return allowed
 
     def _watch_workers(self, now: float) -> None:

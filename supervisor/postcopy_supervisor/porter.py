@@ -199,8 +199,11 @@ class Porter(threading.Thread):
         for _ in range(ACCEPT_AT_ONCE):
             try:
                 connection, _ = self._door.accept()
+            except BlockingIOError:
+                return
             except OSError:
-                return  # nobody there, or no descriptor left for one more: they wait in the backlog
+                time.sleep(0.05)  # no descriptor left: they wait in the backlog, and we do not spin over them
+                return
             connection.setblocking(False)
             self.box.append(Visit(connection))
 

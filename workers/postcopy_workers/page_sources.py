@@ -124,22 +124,24 @@ class ZeroPages:
 
 
 class NoPages:
-    """The source of a quarantined client: what is missing stays so, for this client only."""
+    """No source, for ``reason``: a quarantined client, a handler that cannot be imported. What is missing is poisoned
+    for this client only."""
 
     descriptor = -1
     linear = 0
 
-    def __init__(self, grant: BlockGrant) -> None:
+    def __init__(self, grant: BlockGrant, reason: str) -> None:
         self.size = grant.size
+        self._reason = reason
 
     def locate(self, offset: int, length: int) -> int:
-        raise HandlerFailed("the client is quarantined: its worker crashed too often")
+        raise HandlerFailed(self._reason)
 
     def check(self) -> None:
         return None
 
     def content(self, offset: int, length: int) -> bytes:
-        raise HandlerFailed("the client is quarantined")
+        raise HandlerFailed(self._reason)
 
     def forget(self) -> None:
         return None

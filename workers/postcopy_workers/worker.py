@@ -119,9 +119,14 @@ class Worker:
         if grant.kind == "zero":
             return ZeroPages(grant, stretch)
         if grant.kind == "handler":
-            return HandlerPages(grant, self._handler(grant.detail), stretch)
+            try:
+                return HandlerPages(grant, self._handler(grant.detail), stretch)
+            except Exception as error:
+                reason = f"cannot import {grant.detail}: {type(error).__name__}: {error}"
+                self.reports("handler-failed", grant.block, 0, reason)
+                return NoPages(grant, reason)
         if grant.kind == "quarantined":
-            return NoPages(grant)
+            return NoPages(grant, "the client is quarantined: its worker crashed too often")
         raise CannotGoOn(f"block {grant.name}: kind {grant.kind} is unknown to this worker")
 
     def _handler(self, detail: str) -> Handler:
