@@ -3,7 +3,7 @@
 One ``DoorConversation`` a connection. Every message of the client goes through ``hear``; when it returns, the message
 is in order and its figures are sound, and what remains to be judged needs the world (is there such a block, may this
 user, does the kernel register the range). What the supervisor grants it tells the conversation
-by ``opened``; what it could not do for a ``Mapped`` it takes back by ``withdraw``.
+by ``opened``; what it could not do it takes back by ``withdraw`` (Mapped) or ``refuse_userfaultfd``.
 
 ::
 
@@ -18,7 +18,8 @@ by ``opened``; what it could not do for a ``Mapped`` it takes back by ``withdraw
     ready
 
 A refusal changes nothing: after it the conversation is where it was, and the client may go on. Refusals whose code is
-in ``FATAL`` say that the two do not understand each other: the supervisor sends them and closes the connection.
+in ``FATAL`` say that the two do not understand each other: the supervisor closes the connection of a stranger after
+them, not that of a client whose memory it serves.
 
 A client is not believed: it may be of another user. Its numbers are checked here before anything is done with them,
 and what it may make us remember is bounded.
@@ -69,7 +70,7 @@ class Refusal(PostcopyError):
 
     @property
     def fatal(self) -> bool:
-        """Is the connection to be closed after it?"""
+        """Does it say that the two do not understand each other?"""
         return self.code in FATAL
 
     def message(self) -> Refused:
@@ -183,6 +184,11 @@ class DoorConversation:
         if mode not in MODES or page_size not in PAGE_SIZES or pages < 1:
             raise ValueError(f"no block is {mode} with {pages} pages of {page_size}")
         self.blocks[block] = Grant(block, mode, pages, page_size)
+
+    def refuse_userfaultfd(self) -> None:
+        """What came with OfferUserfaultfd is none, or of no use: the client may offer another."""
+        if self.stage is Stage.READY:
+            self.stage = Stage.GREETED
 
     def withdraw(self, block: int, address: int) -> Region:
         """The supervisor refuses a Mapped that was in order, such as one that the kernel did not register."""

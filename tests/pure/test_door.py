@@ -79,6 +79,12 @@ class Door(RuleBasedStateMachine):
         if fine:
             self.stage = Stage.READY
 
+    @rule()
+    def userfaultfd_is_of_no_use(self) -> None:
+        if self.stage is Stage.READY and not self.opened:
+            self.stage = Stage.GREETED
+            self.door.refuse_userfaultfd()
+
     @rule(block=st.sampled_from(sorted(BLOCKS)), mode=st.sampled_from((*MODES, "")), granted=st.booleans())
     def open(self, block: int, mode: str, granted: bool) -> None:
         fine = self.in_order(Stage.READY) and mode in MODES
