@@ -36,6 +36,7 @@ from postcopy_protocol.messages import (
     Assignment,
     BlockGrant,
     ControlRefused,
+    CustodianReady,
     Ending,
     Fetched,
     Message,
@@ -169,17 +170,20 @@ class House:
             signal.signal(number, lambda *_: descriptors.signal_eventfd(self._stop_bell))
         self.porter.start()
         self.porter.watch_custodian(self.custody.start())
-        self.state = "running"
-        names = ", ".join(f"{block.name} ({block.size} bytes)" for block in self.blocks.values())
-        log.info("ready: %s in %s (pid %d)", names, self.runtime.path, os.getpid())
-        notify("READY=1")
-        while self.state == "running":
+        while self.state != "ending":
             identity, *frames = self._router.recv_multipart()
             if identity != IDENTITY and frames:
                 self._guarded(self._heard, identity, frames[-1])
             while self.porter.box:
                 self._guarded(self._happened, self.porter.box.popleft())
         self._end()
+
+    def _ready(self) -> None:
+        """The first custodian is there: whoever attaches from now on does not wait for it."""
+        self.state = "running"
+        names = ", ".join(f"{block.name} ({block.size} bytes)" for block in self.blocks.values())
+        log.info("ready: %s in %s (pid %d)", names, self.runtime.path, os.getpid())
+        notify("READY=1")
 
     def _guarded(self, act: Callable[..., None], *what: Any) -> None:
         """One event that we cannot handle is a bug, said loudly; it must not take everybody else's memory with it."""
@@ -219,6 +223,8 @@ class House:
                 if message is None:
                     self._event("restart", "the custodian died; another is started with everything it kept")
                 self.workforce.custodian_said(message, fds)
+                if self.state == "starting" and isinstance(message, CustodianReady):
+                    self._ready()
             case ProcessEnded(pidfd):
                 if not self.workforce.process_ended(pidfd):
                     self.reception.process_ended(pidfd)

@@ -254,6 +254,7 @@ class FaultHandler:
         block = region.block
         self._words[statistics.BUSY_SINCE_NS] = monotonic_ns()
         block.pages.check()
+        others = block.settled
         if in_block:
             failed = block.fill_own(page, 1)
         else:
@@ -263,7 +264,7 @@ class FaultHandler:
             self._failed(region, page, failed)
             return None
         self._shortage = 0
-        self._words[statistics.PLACED] += 1
+        self._words[statistics.PLACED if block.settled == others else statistics.DEDUPLICATED] += 1
         self._release(region, page, flags)
         pages = region.around.window(page)
         return (region, page, pages) if pages > 1 else None

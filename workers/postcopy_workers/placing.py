@@ -93,6 +93,8 @@ class Block:
         self._copy = Structure(5)
         self._continue = Structure(4)
         self._undropped = 0
+        self.settled = 0
+        """Pages that somebody else placed while we were about to."""
 
     def report(self, kind: str, page: int, detail: str) -> None:
         self._report(kind, self.grant.block, page << self.shift, detail)
@@ -178,6 +180,7 @@ class Block:
         """
         if self._huge and not self.present(page):
             return errno.ENOSPC
+        self.settled += 1
         if self.received[page] != RECEIVED:
             if not self.received[self.grant.pages]:
                 self._repair(page)
@@ -197,8 +200,16 @@ class Block:
         """Fault-around: place what is missing of pages ``first`` to ``end``; returns how many. Best effort: whatever
         stops it is met again, and answered, by the fault of the page concerned. Pages of ours that a part of a window
         left PLACING are placed by their own fault too."""
+        others = self.settled
         self.pages.check()
-        placed = 0
+        filled = self._fill_missing(userfaultfd, base, first, end, mode)
+        if filled:
+            self.pages.check()
+        return filled - (self.settled - others)
+
+    def _fill_missing(self, userfaultfd: int, base: int, first: int, end: int, mode: int) -> int:
+        """Fill every run of pages that is marked missing and is absent; stops at the first that does not go."""
+        filled = 0
         states = bytes(self.received[first:end])
         at = states.find(MISSING_BYTE)
         while at >= 0:
@@ -210,14 +221,12 @@ class Block:
                     # The window spans a mapping that the client has split (an innocent MADV_DONTDUMP does it).
                     failed = self.fill_own(first + at, hole - first - at)
                 if failed:
-                    return placed
-                placed += hole - first - at
+                    return filled
+                filled += hole - first - at
             if hole < first + stop:
-                return placed  # a page that nobody marked is in the way: the audit's business
+                return filled  # a page that nobody marked is in the way: the audit's business
             at = states.find(MISSING_BYTE, stop)
-        if placed:
-            self.pages.check()
-        return placed
+        return filled
 
     def _hole(self, first: int, stop: int) -> int:
         """First page from ``first`` that is present though marked missing, at most ``stop``: it may be pollution,
