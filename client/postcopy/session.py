@@ -132,8 +132,9 @@ class Session:
 
 def _own_name() -> str:
     """For people who read the status: the program, without its path."""
-    program = os.path.basename(sys.argv[0]) if sys.argv and sys.argv[0] else ""
-    if program in ("", "-c", "-m", "__main__.py"):
+    path = sys.argv[0] if sys.argv else ""
+    program = os.path.basename(os.path.dirname(path) if path.endswith("/__main__.py") else path)
+    if program in ("", "-c", "-m"):
         program = "python"
     return program.encode("utf-8", "replace").decode()[:64]
 

@@ -93,18 +93,18 @@ class Supervisor:
     def _directory(self, given: str | os.PathLike[str] | None) -> str:
         if given is not None:
             return os.path.abspath(os.fspath(given))
-        # Not below $TMPDIR: that may be longer than a socket path can bear.
-        path = tempfile.mkdtemp(prefix="postcopy-", dir="/tmp" if os.path.isdir("/tmp") else None)
+        path = tempfile.mkdtemp(prefix="postcopy-", dir=_short_place())
         self._stack.callback(shutil.rmtree, path, ignore_errors=True)
         os.chmod(path, 0o711)
         return path
 
     def _start(self, arguments: list[str], deadline: Deadline) -> None:
         """Start the program and wait for its READY=1 (sd_notify), for its end, or for the deadline."""
+        # The ear stays until the end, because the supervisor also says that it is stopping.
+        place = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="pc-", dir=_short_place()))
+        ear = self._stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        ear.bind(os.path.join(place, "notify"))
         with ExitStack() as stack:
-            place = stack.enter_context(tempfile.TemporaryDirectory(prefix="pc-", dir="/tmp"))
-            ear = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
-            ear.bind(os.path.join(place, "notify"))
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "postcopy_supervisor", *arguments],
                 stdin=subprocess.DEVNULL,
@@ -133,6 +133,11 @@ class Supervisor:
     def _words(self) -> str:
         lines = self.log().strip().splitlines()[-_TELL_LINES:]
         return ": " + " | ".join(lines) if lines else " and logged nothing"
+
+
+def _short_place() -> str | None:
+    """Where sockets may be made. Not $TMPDIR if it can be helped: that may be longer than a socket path can bear."""
+    return "/tmp" if os.access("/tmp", os.W_OK | os.X_OK) else None
 
 
 def _options(options: Mapping[str, Option]) -> list[str]:

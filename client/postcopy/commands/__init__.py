@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from . import control, memory
+from . import control, demo, doctor, load, memory
 
 # typer has click inside from some version on; this is the same class in all of them.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
@@ -26,7 +26,7 @@ def application() -> typer.Typer:
     app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True}, add_help_option=False)(
         serve
     )
-    for group in (control, memory):
+    for group in (demo, control, memory, load, doctor):
         group.add_to(app)
     return app
 

@@ -118,7 +118,7 @@ _CLIENTS = ("client", "name", "pid", "worker", "state", "blocks", "faults", "pla
 def _show(document: dict[str, Any]) -> None:
     from rich.console import Console
 
-    console = Console(soft_wrap=not sys.stdout.isatty())
+    console = Console(width=None if sys.stdout.isatty() else 200)
     head = f"{document.get('state')}, pid {document.get('pid')}, up {document.get('uptime_s', 0):.1f} s"
     console.print(head, highlight=False, markup=False)
     _table(console, _BLOCKS, [_block_row(block) for block in document.get("blocks", ())])

@@ -41,7 +41,9 @@ def cat(
     start, wanted = place(offset), None if length is None else place(length)
     with attach(parse_block_name(name), runtime_dir, names_mode(mode), timeout) as block:
         stop = block.size if wanted is None else start + wanted
-        if stop > block.size or start > stop:
+        if start > block.size:
+            raise BadInput(f"--offset {start} lies behind the end of block {name}, which has {block.size} bytes")
+        if stop > block.size:
             raise BadInput(f"bytes {start} to {stop} are not inside block {name} of {block.size} bytes")
         sys.stdout.flush()
         for at in range(start, stop, PIECE):
