@@ -54,8 +54,9 @@ class Credentials:
 def send_message(sock: socket.socket, data: bytes, fds: Sequence[int] = (), *, wait: bool = False) -> None:
     """Send ``data`` with duplicates of ``fds``, as one message of a SEQPACKET socket; never SIGPIPE.
 
-    ``wait`` only means that the socket's own mode decides; it must have no timeout otherwise (Python waits for it
-    first). Raises BlockingIOError (full), BrokenPipeError (peer gone), OSError EMSGSIZE, EINVAL (> 253 descriptors).
+    ``wait`` leaves it to the socket's own mode. Without it the call returns at once, on a socket that has no timeout
+    (Python waits for a timeout before it calls). Raises BlockingIOError (full), ConnectionError (peer gone: EPIPE, or
+    ECONNRESET if it left words unread), OSError EMSGSIZE (too long), EINVAL (more than MOST_DESCRIPTORS).
     """
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     flags = socket.MSG_NOSIGNAL | (0 if wait else socket.MSG_DONTWAIT)

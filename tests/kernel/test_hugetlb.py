@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
@@ -24,7 +21,8 @@ from postcopy_kernel.userfaultfd import (
     open_userfaultfd,
     stuck_faults,
 )
-from tests.kernel.touching import PATIENCE, Page, Toucher, next_fault
+from tests.kernel.huge_pool import reserved
+from tests.kernel.touching import Page, Toucher, next_fault
 
 pytestmark = [
     pytest.mark.hugetlb,
@@ -32,38 +30,11 @@ pytestmark = [
     pytest.mark.usefixtures("require_userfaultfd", "pool"),
 ]
 
-POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
-
 
 @pytest.fixture
 def pool() -> Iterator[None]:
-    """Exactly two free huge pages, for this test alone on the whole machine."""
-    with POOL.open("rb") as lock:
-        with _at_most(PATIENCE * 3):
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        before = huge_pages()
-        try:
-            used = before.total - before.available
-            POOL.write_text(str(used + 2))
-            assert huge_pages().available == 2, "the kernel cannot make two huge pages"
-            yield
-        finally:
-            POOL.write_text(str(before.total))
-    assert huge_pages() == before
-
-
-@contextmanager
-def _at_most(seconds: float) -> Iterator[None]:
-    def over(*_: object) -> None:
-        raise TimeoutError("somebody else keeps the pool of huge pages")
-
-    previous = signal.signal(signal.SIGALRM, over)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
+    with reserved(2):
         yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
 
 
 @contextmanager

@@ -131,19 +131,20 @@ def test_a_view_is_flat_bytes_and_touches_nothing(fd: int) -> None:
         assert os.pread(fd, 1, PAGE) == b"\7"
         with pytest.raises(ValueError, match="no 32769 bytes"):
             mapping.view(8 * PAGE + 1)
-    with Mapping.of(fd, PAGE, writable=False) as mapping, pytest.raises(TypeError):
-        mapping.view()[0] = 1
+    with Mapping.of(fd, PAGE, writable=False) as mapping:
+        assert mapping.view().readonly
 
 
 def test_a_mapping_knows_whether_anything_of_it_is_alive(fd: int) -> None:
     mapping = Mapping.of(fd, PAGE)
-    assert not mapping.exported
+    seen = [mapping.exported]
     view = mapping.view()
     piece = view[3:5]
     del view
-    assert mapping.exported
+    seen.append(mapping.exported)
     del piece
-    assert not mapping.exported
+    seen.append(mapping.exported)
+    assert seen == [False, True, False]
     mapping.close()
     mapping.close()
     with pytest.raises(ValueError, match="in a mapping of 0"):
@@ -169,7 +170,7 @@ def test_a_forbidden_range_is_a_signal_and_no_fault_message() -> None:
     def body(sock: socket.socket) -> None:
         with Arena() as arena:
             arena.mapping.forbid()
-            assert Toucher(arena.start).result() in (errno.ENOMEM, errno.EFAULT)
+            assert Toucher(arena.start).result() == errno.EINVAL
             assert arena.ufd.read() == []
             sock.send(b"forbidden")
             fetch(arena.start)

@@ -5,11 +5,15 @@ That nobody was woken is not waited for but read off the kernel's gauge: a waite
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -29,7 +33,7 @@ from postcopy_kernel.userfaultfd import (
     outcome_of,
     stuck_faults,
 )
-from tests.kernel.touching import Arena, Page, Reader, Toucher, fetch, next_events, next_fault
+from tests.kernel.touching import Arena, Child, Page, Reader, Toucher, fetch, next_events, next_fault
 
 pytestmark = pytest.mark.usefixtures("require_userfaultfd")
 
@@ -303,6 +307,31 @@ def test_write_protection_stops_a_writer_until_it_is_lifted(page: Page) -> None:
             arena.ufd.wake(arena.page(number), PAGE)
             assert writer.result() == 0
         assert arena.ufd.writeprotect(PAGE, PAGE, True).status is Status.STALE
+
+
+def test_a_full_file_system_is_exhausted(page: Page, tmp_path: Path) -> None:
+    def body(_: socket.socket) -> None:
+        with full_tmpfs(tmp_path) as fd, Mapping.of(fd, 2 * PAGE) as mapping, open_userfaultfd() as ufd:
+            ufd.handshake()
+            ufd.register(mapping.address, 2 * PAGE)
+            assert ufd.copy(mapping.address, page.address, PAGE).status is Status.DONE
+            assert ufd.copy(mapping.address + PAGE, page.address, PAGE) == Outcome(Status.EXHAUSTED, 0)
+
+    with Child(body) as child:
+        assert child.exit_code() == 0
+
+
+@contextmanager
+def full_tmpfs(path: Path) -> Iterator[int]:
+    """A file of two pages on a file system with room for one, in a mount namespace of the calling process."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    new_namespace, recursive_private = 0x20000, 0x44000
+    assert libc.unshare(new_namespace) == 0
+    assert libc.mount(None, b"/", None, ctypes.c_ulong(recursive_private), None) == 0
+    assert libc.mount(b"tmpfs", bytes(path), b"tmpfs", ctypes.c_ulong(0), b"size=4096") == 0
+    with (path / "file").open("wb+") as file:
+        file.truncate(2 * PAGE)
+        yield file.fileno()
 
 
 def test_what_the_errnos_mean() -> None:

@@ -244,7 +244,7 @@ def test_populating_a_poisoned_page_is_an_error_and_reading_it_a_signal() -> Non
 def test_signals_duplicate_messages() -> None:
     """Each signal handled during the wait ends it, and the fault is taken anew: dedupe by page."""
 
-    def body(_: socket.socket) -> None:
+    def body(sock: socket.socket) -> None:
         signal.signal(signal.SIGUSR1, lambda number, frame: None)
         page = Page(b"data")
         with Arena() as arena:

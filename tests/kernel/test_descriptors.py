@@ -1,0 +1,235 @@
+"""Messages with descriptors, the peer's identity, and that no error path keeps a descriptor open."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from postcopy_kernel.descriptors import (
+    MOST_DESCRIPTORS,
+    Credentials,
+    Received,
+    TruncatedMessage,
+    close_all,
+    close_others,
+    count_descriptors,
+    create_eventfd,
+    peer_credentials,
+    peer_pidfd,
+    raise_descriptor_limit,
+    receive_message,
+    send_message,
+    signal_eventfd,
+)
+from postcopy_kernel.process import pidfd_exited
+from tests.kernel.touching import PATIENCE, Child, readable
+
+Pair = tuple[socket.socket, socket.socket]
+
+
+def open_descriptors() -> set[int]:
+    return {int(entry.name) for entry in Path("/proc/self/fd").iterdir()}
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    yield left, right
+    left.close()
+    right.close()
+
+
+@pytest.fixture
+def event() -> Iterator[int]:
+    fd = create_eventfd()
+    yield fd
+    os.close(fd)
+
+
+def test_a_descriptor_travels_and_is_closed_on_exec(pair: Pair, event: int) -> None:
+    send_message(pair[0], b"take this", [event])
+    received = receive_message(pair[1])
+    assert received.data == b"take this"
+    (fd,) = received.fds
+    try:
+        assert fd != event
+        assert not os.get_inheritable(fd)
+        signal_eventfd(event)
+        assert readable(fd, 0)
+    finally:
+        os.close(fd)
+
+
+def test_messages_keep_their_borders(pair: Pair) -> None:
+    for word in (b"one", b"two"):
+        send_message(pair[0], word)
+    assert [receive_message(pair[1]), receive_message(pair[1])] == [Received(b"one", ()), Received(b"two", ())]
+
+
+def test_nothing_there_and_nothing_left(pair: Pair) -> None:
+    with pytest.raises(BlockingIOError):
+        receive_message(pair[1])
+    pair[0].close()
+    assert receive_message(pair[1]) == Received(b"", ())
+
+
+def test_a_peer_that_left_with_words_unread_is_the_end_too(pair: Pair) -> None:
+    send_message(pair[1], b"never read")
+    pair[0].close()
+    assert receive_message(pair[1]) == Received(b"", ())
+
+
+def test_waiting_is_asked_for(pair: Pair) -> None:
+    pair[1].settimeout(PATIENCE)
+    with Child(lambda _: send_message(pair[0], b"late")) as child:
+        assert receive_message(pair[1], wait=True).data == b"late"
+        assert child.exit_code() == 0
+
+
+def test_sending_never_waits_and_never_signals(pair: Pair) -> None:
+    with pytest.raises(BlockingIOError):
+        while True:
+            send_message(pair[0], b"x" * 1000)
+    pair[1].close()
+    with pytest.raises(ConnectionResetError):  # it left words unread
+        send_message(pair[0], b"x")
+    with pytest.raises(BrokenPipeError):
+        send_message(pair[0], b"x")
+
+
+def test_a_message_that_is_too_long_loses_its_descriptors(pair: Pair, event: int) -> None:
+    before = count_descriptors()
+    send_message(pair[0], b"x" * 11, [event])
+    with pytest.raises(TruncatedMessage):
+        receive_message(pair[1], 10)
+    assert count_descriptors() == before
+
+
+@pytest.mark.parametrize(("sent", "taken"), [(2, 1), (3, 1), (5, 4), (1, 0), (MOST_DESCRIPTORS, 64)])
+def test_too_many_descriptors_are_all_closed(pair: Pair, event: int, sent: int, taken: int) -> None:
+    before = count_descriptors()
+    send_message(pair[0], b"take these", [event] * sent)
+    with pytest.raises(TruncatedMessage):
+        receive_message(pair[1], max_fds=taken)
+    assert count_descriptors() == before
+
+
+def test_as_many_as_asked_for_come(pair: Pair, event: int) -> None:
+    for count in (1, 2, 64, MOST_DESCRIPTORS):
+        send_message(pair[0], b"take these", [event] * count)
+        received = receive_message(pair[1], max_fds=count)
+        assert len(received.fds) == count
+        close_all(received.fds)
+    with pytest.raises(OSError) as caught:
+        send_message(pair[0], b"too many", [event] * (MOST_DESCRIPTORS + 1))
+    assert caught.value.errno == errno.EINVAL
+
+
+def test_no_room_for_descriptors_is_a_truncated_message(pair: Pair, event: int) -> None:
+    def body(_: socket.socket) -> None:
+        send_message(pair[0], b"take these", [event] * 8)
+        highest = max(open_descriptors())
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, highest + 1))
+        before = count_descriptors()
+        with pytest.raises(TruncatedMessage):
+            receive_message(pair[1])
+        assert count_descriptors() == before
+
+    with Child(body) as child:
+        assert child.exit_code() == 0
+
+
+def test_an_empty_message_is_the_end_and_keeps_nothing(pair: Pair, event: int) -> None:
+    before = count_descriptors()
+    send_message(pair[0], b"", [event])
+    assert receive_message(pair[1]) == Received(b"", ())
+    assert count_descriptors() == before
+
+
+def test_who_is_there(pair: Pair) -> None:
+    assert peer_credentials(pair[0]) == Credentials(os.getpid(), os.getuid(), os.getgid())
+
+
+def test_the_peers_pidfd_outlives_it(runtime_dir: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(runtime_dir / "door"))
+        listener.listen()
+        listener.settimeout(PATIENCE)
+
+        def body(sock: socket.socket) -> None:
+            listener.close()
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as mine:
+                mine.connect(str(runtime_dir / "door"))
+                sock.recv(100)
+
+        with Child(body) as child:
+            connection, _ = listener.accept()
+            with connection:
+                assert peer_credentials(connection).pid == child.pid
+                pidfd = peer_pidfd(connection)
+                assert not os.get_inheritable(pidfd)
+                assert not pidfd_exited(pidfd)
+                child.kill()
+                assert pidfd_exited(pidfd)
+                os.close(pidfd)
+    (runtime_dir / "door").unlink()
+
+
+def test_without_so_peerpidfd_the_pid_is_opened(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("postcopy_kernel.descriptors._SO_PEERPIDFD", 9999)  # as Linux before 6.5 answers
+    pidfd = peer_pidfd(pair[0])
+    assert not pidfd_exited(pidfd)
+    os.close(pidfd)
+
+
+def test_an_eventfd_is_signalled_once_and_for_all(event: int) -> None:
+    assert not readable(event, 0)
+    os.eventfd_write(event, 2**64 - 2)
+    signal_eventfd(event)  # full: readable all the same
+    assert readable(event, 0)
+
+
+def test_closing_all_passes_over_what_is_closed() -> None:
+    one, two = create_eventfd(), create_eventfd()
+    os.close(one)
+    close_all([one, two, 10**6])
+    for fd in (one, two):
+        with pytest.raises(OSError):
+            os.fstat(fd)
+
+
+@pytest.mark.parametrize("kernel_has_close_range", [True, False])
+def test_a_child_closes_what_is_not_its_own(
+    event: int, kernel_has_close_range: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernel_has_close_range:
+        monkeypatch.setattr("postcopy_kernel.descriptors._CLOSE_RANGE", 9999)  # ENOSYS
+
+    def body(sock: socket.socket) -> None:
+        far = os.dup2(event, 200)
+        os.dup2(event, 100)
+        close_others({sock.fileno(), far, 1, 500})
+        assert open_descriptors() >= {0, 1, 2, sock.fileno(), far}
+        assert count_descriptors() == 5
+        sock.send(b"still connected")
+
+    with Child(body) as child:
+        assert child.socket.recv(100) == b"still connected"
+        assert child.exit_code() == 0
+
+
+def test_the_soft_limit_becomes_the_hard_one() -> None:
+    def body(sock: socket.socket) -> None:
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+        assert raise_descriptor_limit() == hard
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+
+    with Child(body) as child:
+        assert child.exit_code() == 0

@@ -1,0 +1,180 @@
+"""Names, rights given up, parents, pidfds. Whatever changes a process is done to a child."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from postcopy_kernel.memory import PAGE_4K as PAGE
+from postcopy_kernel.memory import Mapping
+from postcopy_kernel.process import (
+    die_with_parent,
+    drop_privileges,
+    memory_figures,
+    name_process,
+    pidfd_exited,
+    pidfd_open,
+    pidfd_signal,
+    privileges,
+)
+from postcopy_kernel.userfaultfd import Status, open_userfaultfd
+from tests.kernel.touching import Child, Page, readable, store
+
+NOTHING = {"inheritable": 0, "permitted": 0, "effective": 0, "bounding": 0, "ambient": 0, "no_new_privs": 1}
+NOBODY = 65534
+
+
+def test_a_name_is_cut_at_fifteen() -> None:
+    def body(_: socket.socket) -> None:
+        for name, kept in (("pc-worker/7", "pc-worker/7"), ("0123456789abcdefgh", "0123456789abcde")):
+            name_process(name)
+            assert Path("/proc/self/comm").read_bytes().strip() == kept.encode()
+
+    with Child(body) as child:
+        assert child.exit_code() == 0
+
+
+def test_every_capability_goes_and_the_way_back_too() -> None:
+    def body(_: socket.socket) -> None:
+        assert privileges()["effective"], "not root: this test proves nothing"
+        drop_privileges()
+        assert privileges() == NOTHING
+        drop_privileges()  # again is fine
+        assert privileges() == NOTHING
+        # An exec by uid 0 would bring them back from the bounding set.
+        script = "from postcopy_kernel.process import privileges; print(privileges())"
+        told = subprocess.run([sys.executable, "-c", script], env=_environment(), capture_output=True, check=True)
+        assert told.stdout.decode().strip() == str(NOTHING)
+
+    with Child(body) as child:
+        assert child.exit_code() == 0
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+def test_a_process_without_rights_gives_up_what_it_can() -> None:
+    def body(_: socket.socket) -> None:
+        import prctl  # noqa: F401 - not every uid can read where it is installed
+
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+        drop_privileges()
+        left = privileges()
+        assert left.pop("bounding")  # not ours to empty, and of no use to anybody with no_new_privs
+        assert left == {name: value for name, value in NOTHING.items() if name != "bounding"}
+
+    with Child(body) as child:
+        assert child.exit_code() == 0
+
+
+@pytest.mark.usefixtures("require_userfaultfd")
+def test_pages_are_placed_without_any_right() -> None:
+    page = Page()
+
+    def body(_: socket.socket) -> None:
+        with Mapping.anonymous(PAGE) as mapping, open_userfaultfd() as ufd:
+            ufd.handshake()
+            ufd.register(mapping.address, PAGE)
+            drop_privileges()
+            assert ufd.copy(mapping.address, page.address, PAGE).status is Status.DONE
+
+    with Child(body) as child:
+        assert child.exit_code() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_child_dies_with_its_parent(number: int) -> None:
+    reader, writer = os.pipe()
+
+    def parent(sock: socket.socket) -> None:
+        mine = os.getpid()
+        if os.fork() == 0:
+            die_with_parent(mine, number)
+            os.write(writer, b"%d" % os.getpid())
+            signal.pause()
+        sock.recv(100)
+
+    with Child(parent) as child:
+        try:
+            assert readable(reader)
+            pidfd = pidfd_open(int(os.read(reader, 100)))
+        finally:
+            os.close(reader)
+            os.close(writer)
+        assert not pidfd_exited(pidfd)
+        child.kill()
+        assert readable(pidfd)
+        assert pidfd_exited(pidfd)
+        os.close(pidfd)
+
+
+def test_a_parent_that_is_dead_already_is_noticed() -> None:
+    with Child(lambda _: die_with_parent(2**22)) as child:
+        assert child.exit_code() == -signal.SIGKILL
+    with Child(lambda _: die_with_parent(os.getppid())) as child:
+        assert child.exit_code() == 0
+
+
+def test_a_signal_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(OSError) as caught:
+        die_with_parent(os.getppid(), 9999)
+    assert caught.value.errno == errno.EINVAL
+
+
+def test_a_pidfd_is_readable_from_the_death_on() -> None:
+    with Child(lambda sock: sock.recv(100)) as child:
+        pidfd = pidfd_open(child.pid)
+        try:
+            assert not os.get_inheritable(pidfd)
+            assert not pidfd_exited(pidfd)
+            pidfd_signal(pidfd, signal.SIGTERM)
+            assert readable(pidfd)  # a zombie still
+            assert pidfd_exited(pidfd)
+            assert child.exit_code() == -signal.SIGTERM
+            assert pidfd_exited(pidfd)
+            with pytest.raises(ProcessLookupError):
+                pidfd_signal(pidfd, signal.SIGTERM)
+        finally:
+            os.close(pidfd)
+
+
+def test_a_pid_of_nobody_cannot_be_opened() -> None:
+    with pytest.raises(OSError) as caught:
+        pidfd_open(2**22)
+    assert caught.value.errno in (errno.ESRCH, errno.EINVAL)
+
+
+def test_what_a_process_weighs() -> None:
+    size = 8 << 20
+    with Mapping.anonymous(size) as mapping:
+        before = memory_figures(os.getpid())
+        store(mapping.address, b"x" * size)
+        after = memory_figures(os.getpid())
+    assert size <= after["private"] - before["private"] < 3 * size
+    assert after["rss"] == after["private"] + after["shared"]
+    with pytest.raises(OSError):
+        memory_figures(2**22)
+
+
+def test_a_client_needs_no_prctl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the daemon's extra brings python-prctl: what a light client calls must do without it."""
+    monkeypatch.setitem(sys.modules, "prctl", None)
+
+    def body(_: socket.socket) -> None:
+        die_with_parent(os.getppid())
+        assert privileges()
+
+    with Child(body) as child:
+        assert child.exit_code() == 0
+    for call in (drop_privileges, lambda: name_process("x")):
+        with pytest.raises(ImportError):
+            call()
