@@ -124,6 +124,7 @@ __all__ = [
 
 DEVICE: Final = "/dev/userfaultfd"  # misc device, Linux 6.1
 _SYSCALLS: Final = {"x86_64": 323, "aarch64": 282, "riscv64": 282}
+_SHORTAGES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # pass by: no reason to send anybody for more rights
 _LINK: Final = "anon_inode:[userfaultfd]"
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -138,7 +139,8 @@ class UserfaultfdUnavailable(OSError):
 
 def open_device() -> int:
     """An open /dev/userfaultfd (close on exec). Whoever holds it can make a userfaultfd for kernel-mode faults too,
-    without any right of its own: give it to an unprivileged process. Raises UserfaultfdUnavailable."""
+    without any right of its own: give it to an unprivileged process. Raises UserfaultfdUnavailable, or another OSError
+    where nothing is wrong with the device (EMFILE)."""
     try:
         return os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError as error:
@@ -146,6 +148,8 @@ def open_device() -> int:
             errno.ENOENT, f"{DEVICE} does not exist: it wants Linux 6.1 and CONFIG_USERFAULTFD"
         ) from error
     except OSError as error:
+        if error.errno in _SHORTAGES:
+            raise
         reason = f"{DEVICE} cannot be opened ({error.strerror}): run as root or `chgrp` the device to your group"
         raise UserfaultfdUnavailable(error.errno, reason) from error
 
@@ -176,6 +180,8 @@ def _from_device(device: int, flags: int) -> int:
     try:
         return fcntl.ioctl(device, IOC_NEW, flags)
     except OSError as error:
+        if error.errno in _SHORTAGES:
+            raise
         reason = f"the descriptor given is no usable {DEVICE} ({error.strerror}): hand over an open {DEVICE}"
         raise UserfaultfdUnavailable(error.errno, reason) from error
 
@@ -188,12 +194,14 @@ def _from_syscall(flags: int, before: UserfaultfdUnavailable) -> int:
     if fd >= 0:
         return fd
     code = ctypes.get_errno()
+    if code in _SHORTAGES:
+        raise OSError(code, f"userfaultfd: {os.strerror(code)}")
     if code == errno.ENOSYS:
         reason = "this kernel has no userfaultfd: it wants CONFIG_USERFAULTFD"
     else:
         reason = (
             f"userfaultfd is refused ({os.strerror(code)}): run as root, give access to {DEVICE}, "
-            "or set sysctl vm.unprivileged_userfaultfd=1"
+            "or set sysctl vm.unprivileged_userfaultfd=1 (in a container: allow the system call)"
         )
     raise UserfaultfdUnavailable(code, reason) from before
 
@@ -217,6 +225,7 @@ def is_userfaultfd(fd: int) -> bool:
 
 def stuck_faults(fd: int) -> tuple[int, int]:
     """(pending, total): waiters not yet read, and all waiters, of any userfaultfd that this process holds."""
+    # Bytes, here as everywhere in this wing: a process that gave up its rights may be unable to load a codec any more.
     with open(f"/proc/self/fdinfo/{fd}", "rb") as lines:
         fields = dict(line.split(b":", 1) for line in lines if b":" in line)
     return int(fields[b"pending"]), int(fields[b"total"])
@@ -225,6 +234,7 @@ def stuck_faults(fd: int) -> tuple[int, int]:
 class Userfaultfd:
     """An open userfaultfd, made here or received from the process whose memory it governs.
 
+    It never closes itself: where a forgotten object became garbage, every waiter would continue with zeros.
     All starts, destinations and lengths are bytes, multiples of the page size of the memory (huge pages: of those).
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import resource
 import select
 import socket
 import tempfile
@@ -278,6 +279,26 @@ def test_a_wrong_device_is_told_in_one_line() -> None:
         assert "\n" not in str(caught.value)
     finally:
         os.close(null)
+
+
+def test_a_shortage_of_descriptors_is_no_lack_of_rights() -> None:
+    device = open_device()
+
+    def body(_: socket.socket) -> None:
+        highest = max(int(entry.name) for entry in Path("/proc/self/fd").iterdir())
+        while os.open("/dev/null", os.O_RDONLY) < highest:
+            pass  # a hole below would be used
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, highest + 1))
+        for call in (open_device, lambda: open_userfaultfd(device=device), open_userfaultfd):
+            with pytest.raises(OSError) as caught:
+                call()
+            assert (caught.value.errno, caught.type) == (errno.EMFILE, OSError)
+
+    try:
+        with Child(body) as child:
+            assert child.exit_code() == 0
+    finally:
+        os.close(device)
 
 
 def test_a_missing_device_is_told_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -340,6 +340,7 @@ def test_what_the_errnos_mean() -> None:
 
     assert outcome(errno.EAGAIN, PAGE) == Outcome(Status.PARTIAL, PAGE)
     assert outcome(errno.EAGAIN, -errno.EAGAIN) == Outcome(Status.RETRY, 0)
+    assert outcome(errno.EAGAIN) == Outcome(Status.RETRY, 0)  # WRITEPROTECT has no result field
     assert outcome(errno.EEXIST, -errno.EEXIST) == Outcome(Status.PRESENT, 0)
     assert outcome(errno.ESRCH, 77) == Outcome(Status.GONE, 0)  # an untouched field of the call before
     assert outcome(errno.ENOSPC).status is outcome(errno.ENOMEM).status is Status.EXHAUSTED

@@ -1,0 +1,56 @@
+"""Being told at once that a file was written to, cut or touched (inotify(7)), for files that we hold by descriptor.
+
+A hint, not a proof: changes made on another host of a network file system, or through a shared mapping, are not told.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from typing import Final
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+_IN_MODIFY: Final = 0x2  # write(2) and truncate(2)
+_IN_ATTRIB: Final = 0x4  # times, among others
+_EVENT: Final = struct.Struct("iIII")  # watch, mask, cookie, length of the name behind it
+
+
+class FileWatch:
+    """One inotify instance (a user has 128 of them by default: one for all files, not one a file)."""
+
+    def __init__(self) -> None:
+        """Raises OSError, EMFILE when the user has no instance left."""
+        self.fd = _checked(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
+
+    def fileno(self) -> int:
+        return self.fd
+
+    def add(self, fd: int) -> int:
+        """Watch the file behind a descriptor; returns the number that ``read`` will name it by. Raises OSError."""
+        path = b"/proc/self/fd/%d" % fd
+        return _checked(_libc.inotify_add_watch(self.fd, path, ctypes.c_uint32(_IN_MODIFY | _IN_ATTRIB)))
+
+    def read(self) -> set[int]:
+        """Numbers of the files that have changed since; empty when none has."""
+        try:
+            events = os.read(self.fd, 65536)
+        except BlockingIOError:
+            return set()
+        changed, at = set[int](), 0
+        while at + _EVENT.size <= len(events):
+            watch, _, _, length = _EVENT.unpack_from(events, at)
+            changed.add(watch)
+            at += _EVENT.size + length
+        return changed
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def _checked(result: int) -> int:
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"inotify: {os.strerror(code)}")
+    return result
