@@ -18,7 +18,7 @@ mapping touched is present (and zeros) though nobody placed it, and a worker may
    PLACING       yes        **interrupted**: the COPY was ours and whole, for the kernel makes a page visible only when
                             it is filled. The successor promotes it to RECEIVED
    RECEIVED      yes        the rule
-   RECEIVED      no         somebody punched a hole: withdraw the mark (MISSING), place it again
+   RECEIVED      no         somebody punched a hole: PLACING, and place it again
    LOST          no         the source cannot supply it; its waiters are poisoned, never woken into zeros
    LOST          yes        never stored: LOST is stored only after presence was refuted
    ============  =========  =========================================================================================
@@ -39,6 +39,12 @@ MISSING = 0
 PLACING = 1
 RECEIVED = 2
 LOST = 3
+
+SHARED = 0
+"""Byte behind the last page's: 1 once a client may write the block, so that contents prove nothing any more."""
+CHANGED = 1
+"""The byte after it: 1 once the file under the block was cut or written to; missing pages are lost from then on."""
+FLAGS = 2
 
 STATES = ("missing", "placing", "received", "lost")
 

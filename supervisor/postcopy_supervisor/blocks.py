@@ -14,7 +14,7 @@ from postcopy_kernel.userfaultfd import RegisterMode, Userfaultfd
 from postcopy_protocol.errors import BadInput
 from postcopy_protocol.geometry import PAGE_2M, page_count
 from postcopy_protocol.messages import BlockGrant
-from postcopy_protocol.received import LOST, MISSING, RECEIVED, Audit, polluted
+from postcopy_protocol.received import CHANGED, FLAGS, LOST, RECEIVED, SHARED, Audit, polluted
 from postcopy_protocol.sizes import format_size
 from postcopy_protocol.sources import FileSource, HandlerSource, RemoteSource, Source, ZeroSource
 
@@ -82,7 +82,7 @@ class RamBlock:
             raise BadInput(f"block {name}: {format_size(self.size)} is too large; at most {format_size(LARGEST_BLOCK)}")
         self.memory = self._memory()
         self.mapping = self._map()
-        self.map_fd = memory.create_memfd(f"postcopy-{name}-map", -(-(self.pages + 1) // 4096) * 4096)
+        self.map_fd = memory.create_memfd(f"postcopy-{name}-map", -(-(self.pages + FLAGS) // 4096) * 4096)
         self.received = mmap.mmap(self.map_fd, 0)
         # Clients get open file descriptions of their own: flags set on theirs (O_APPEND) are not set on ours.
         self.read_only = memory.reopen(self.memory, writable=False)
@@ -124,7 +124,16 @@ class RamBlock:
 
     def shared_granted(self) -> None:
         """A client may write from now on: contents are no proof of anything any more (see Block.settle)."""
-        self.received[self.pages] = 1
+        self.received[self.pages + SHARED] = 1
+
+    def look_at_source(self) -> None:
+        """Was the file cut or written to since it is served? Marks it for all workers, who look at the mark before
+        every page; called by the porter, so that no more than its wake-up lies between the change and the mark."""
+        opened = self.opened
+        if opened.descriptor >= 0:
+            now = os.fstat(opened.descriptor)
+            if (now.st_size, now.st_mtime_ns) != (opened.size, opened.mtime_ns):
+                self.received[self.pages + CHANGED] = 1
 
     def grant(self, first: int) -> tuple[BlockGrant, tuple[int, ...]]:
         """What a worker is told, and its descriptors, which will stand from place ``first`` of the worker's list."""
@@ -214,6 +223,3 @@ class RamBlock:
             os.close(fd)
         if self.opened.descriptor >= 0:
             os.close(self.opened.descriptor)
-
-
-__all__ = ["MISSING", "RamBlock", "open_source"]

@@ -65,6 +65,7 @@ from .porter import (
     Porter,
     ProcessEnded,
     QuitAsked,
+    SourceWatch,
     Tick,
     Visit,
 )
@@ -122,7 +123,7 @@ class House:
 
     def _people(self) -> None:
         """Porter, workforce, client zero and reception, in the order in which they need one another."""
-        self.porter = Porter(self._context, self._core, self._stop_bell, self._door)
+        self.porter = Porter(self._context, self._core, self._stop_bell, self._door, SourceWatch(self.blocks.values()))
         self.workforce = Workforce(self.custody, self.porter, self._describe, self._news)
         self._keep_what_workers_need()
         self.zero = ClientZero(self._core, self._by_number, self.custody, self._send_worker, self._event)

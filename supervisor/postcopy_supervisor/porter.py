@@ -10,22 +10,29 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import logging
 import os
 import select
 import socket
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import zmq
 
 from postcopy_kernel import descriptors, process
+from postcopy_kernel.filewatch import FileWatch
 from postcopy_kernel.userfaultfd import Event, Userfaultfd
 from postcopy_protocol.codec import decode
 from postcopy_protocol.door import FROM_CLIENT
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.messages import CustodianReady, ForkFailed, Message, WorkerExited, WorkerForked
+
+from .blocks import RamBlock
+
+log = logging.getLogger(__name__)
 
 IDENTITY = b"porter"
 ENDPOINT = "inproc://porter"
@@ -86,16 +93,48 @@ Happening = CoreFaults | QuitAsked | CustodianSaid | ProcessEnded | Visit | Door
 FROM_CUSTODIAN = (CustodianReady, WorkerForked, ForkFailed, WorkerExited)
 
 
+class SourceWatch:
+    """Files under local blocks: a change is marked for the workers at once. Without inotify their own look each second
+    has to do."""
+
+    def __init__(self, blocks: Iterable[RamBlock]) -> None:
+        self._blocks: dict[int, list[RamBlock]] = {}  # one number for a file, however many blocks it has
+        self._watch: FileWatch | None = None
+        try:
+            self._watch = FileWatch()
+            for block in blocks:
+                if block.opened.descriptor >= 0:
+                    self._blocks.setdefault(self._watch.add(block.opened.descriptor), []).append(block)
+        except OSError as error:
+            log.warning("changes of files are noticed within a second only: %s", error)
+
+    def fileno(self) -> int:
+        return self._watch.fileno() if self._watch else -1
+
+    def look(self) -> None:
+        for number in self._watch.read() & self._blocks.keys() if self._watch else ():
+            for block in self._blocks[number]:
+                block.look_at_source()
+
+
 class Porter(threading.Thread):
     """``watch_*`` and ``forget`` may be called from the main thread at any time; epoll takes it."""
 
-    def __init__(self, context: zmq.Context[Any], core: Userfaultfd, quit_bell: int, door: socket.socket) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[Any],
+        core: Userfaultfd,
+        quit_bell: int,
+        door: socket.socket,
+        sources: SourceWatch,
+    ) -> None:
         super().__init__(name="porter", daemon=True)
         self.box: collections.deque[Happening] = collections.deque()
         self._context = context
         self._core = core
         self._quit_bell = quit_bell
         self._door = door
+        self._sources = sources
         self._alarm = descriptors.create_eventfd()
         self._stopping = False
         self._due: float | None = None
@@ -105,6 +144,8 @@ class Porter(threading.Thread):
         self._epoll = select.epoll()
         for fd in (core.fileno(), quit_bell, door.fileno(), self._alarm):
             self._epoll.register(fd, select.EPOLLIN)
+        if sources.fileno() >= 0:
+            self._epoll.register(sources.fileno(), select.EPOLLIN)
 
     # --- called by the main thread ------------------------------------------------------------------------------------
 
@@ -183,6 +224,8 @@ class Porter(threading.Thread):
             self.box.append(QuitAsked())
         elif fd == self._alarm:
             os.eventfd_read(fd)
+        elif fd == self._sources.fileno():
+            self._sources.look()
         elif fd in self._pidfds:
             if not process.pidfd_exited(fd):
                 return  # a number that was closed and used again while this wake-up was on its way

@@ -90,7 +90,8 @@ class Custodian:
 
     def _orphaned(self) -> None:
         """No supervisor any more. Workers go on with what they can do alone; worker zero has nobody to work for."""
-        log.warning("the supervisor is gone; %d workers go on for their clients", len(self._workers))
+        if self._workers:
+            log.warning("the supervisor is gone; %d workers go on for their clients", len(self._workers))
         if self._channel is not None:
             self._poll.unregister(self._channel)
             self._channel.close()

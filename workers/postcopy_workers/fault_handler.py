@@ -33,10 +33,21 @@ from postcopy_kernel.userfaultfd import (
     UFFDIO_POISON,
     UFFDIO_WAKE,
 )
-from postcopy_protocol import statistics
 from postcopy_protocol.errors import PageLost
 from postcopy_protocol.messages import RegionGrant
-from postcopy_protocol.received import LOST, MISSING, PLACING, RECEIVED
+from postcopy_protocol.received import LOST, PLACING, RECEIVED
+from postcopy_protocol.statistics import (
+    AROUND,
+    BUSY_SINCE_NS,
+    DEDUPLICATED,
+    FAILURES,
+    FAULTS,
+    PLACED,
+    WAKES,
+    WINDOW_LIMIT,
+    bucket,
+)
+from postcopy_protocol.statistics import LOST as LOST_PAGES
 from postcopy_protocol.window import FaultAround
 
 from .page_sources import HandlerFailed, SourceChanged
@@ -46,11 +57,12 @@ FAULT_WRITE = 1
 FAULT_MINOR = 4
 EVENT_PAGEFAULT = 0x12
 MESSAGE_WORDS = 4
-SEEK_END = 2
+BASE_SHIFT = 12
+TIDY_MASK = 1023
+"""Single pages placed through the own mapping between two looks at its page tables, less one."""
 
-Window = tuple["Region", int, int]
-"""Region, page that was placed, pages from it on: what fault-around may do once the client runs again."""
-Resolve = Callable[[int, int], "Window | None"]
+Answer = Callable[[int, int], None]
+"""(flags, address) of a fault in one region."""
 
 
 class ClientGone(Exception):
@@ -101,7 +113,7 @@ class FaultHandler:
         self._range = Structure(2)
         self._ranged = Structure(4)
         self._shortage = 0
-        self._handlers = [(region.start, region.end, self._resolver(region)) for region in self.regions]
+        self.message = self._dispatcher()
 
     # --- what the loop calls ------------------------------------------------------------------------------------------
 
@@ -120,154 +132,166 @@ class FaultHandler:
         for at in range(0, count * MESSAGE_WORDS, MESSAGE_WORDS):
             address = words[at + 2]
             if words[at] & 0xFF == EVENT_PAGEFAULT and address in seen:
-                self._words[statistics.DEDUPLICATED] += 1
+                self._words[DEDUPLICATED] += 1
                 continue  # answering the first has woken, or will wake, every thread on that page
             seen.add(address)
             self.message(words[at], words[at + 1], address)
 
-    def message(self, event: int, flags: int, address: int) -> None:
-        """Answer one message; raises ClientGone or CannotGoOn."""
-        if event & 0xFF != EVENT_PAGEFAULT:
-            self._report(
-                "foreign-event", 0, address, f"event {event & 0xFF:#x} on the client's userfaultfd; not handled"
-            )
-            return
-        self._words[statistics.FAULTS] += 1
-        begun = perf_counter_ns()
-        for start, end, resolve in self._handlers:
-            if start <= address < end:
-                window = resolve(address, flags)
-                break
-        else:
-            # Left waiting on purpose: a WAKE would make it fault again, for ever.
-            return self._report("outside", 0, address, f"fault at {address:#x}, outside every region of this client")
-        self._words[statistics.bucket(perf_counter_ns() - begun)] += 1
-        if window:
-            self._widen(*window)
+    def _dispatcher(self) -> Callable[[int, int, int], None]:
+        """``message(event, flags, address)``: answer one message; raises ClientGone or CannotGoOn."""
+        answers = [(region.start, region.end, self._answer(region)) for region in self.regions]
 
-    def distrust(self) -> None:
-        """A file was cut or written to: from now on every single page is checked, which takes the careful way. Called
-        by the worker's second thread; the list is exchanged whole."""
-        for region in self.regions:
-            region.block.pages.linear = 0
-        self._handlers = [(region.start, region.end, self._resolver(region)) for region in self.regions]
+        def message(event: int, flags: int, address: int) -> None:
+            for start, end, answer in answers:
+                if start <= address < end and event & 0xFF == EVENT_PAGEFAULT:
+                    return answer(flags, address)
+            return strange(event, address)
+
+        strange = self._strange
+        return message
+
+    def _strange(self, event: int, address: int) -> None:
+        if event & 0xFF != EVENT_PAGEFAULT:
+            what = f"event {event & 0xFF:#x} on the client's userfaultfd; not handled"
+            return self._report("foreign-event", -1, -1, what)
+        # Left waiting on purpose: a WAKE would make it fault again, for ever.
+        return self._report("outside", -1, -1, f"fault at {address:#x}, outside every region of this client")
 
     # --- the common case ----------------------------------------------------------------------------------------------
 
-    def _resolver(self, region: Region) -> Resolve:
-        return self._private_resolver(region) if region.private else self._shared_resolver(region)
+    def _answer(self, region: Region) -> Answer:
+        """What a fault in this region is answered by. Lean closures are for what is common and worth it: 4K pages
+        whose bytes lie in a file; a huge page, or one that a function makes, costs far more than the way there."""
+        if not region.block.pages.linear or region.block.shift != BASE_SHIFT:
+            return self._careful_answer(region)
+        return self._private_answer(region) if region.private else self._shared_answer(region)
 
-    def _shared_resolver(self, region: Region) -> Resolve:
-        block, base, words = region.block, region.base, self._words
-        userfaultfd, ioctl, lseek = self.userfaultfd, self._calls.ioctl, self._calls.lseek
-        received, shift, linear = block.received, block.shift, block.pages.linear
-        descriptor, size = block.pages.descriptor, block.pages.size
-        structure = Structure(5, 0, 0, 1 << shift)
+    def _careful_answer(self, region: Region) -> Answer:
+        base, shift, words, uncommon = region.base, region.block.shift, self._words, self._uncommon
+
+        def answer(flags: int, address: int) -> None:
+            words[FAULTS] += 1
+            uncommon(region, address - base >> shift, flags, perf_counter_ns())
+
+        return answer
+
+    def _shared_answer(self, region: Region) -> Answer:
+        block, base, words, clock = region.block, region.base, self._words, perf_counter_ns
+        userfaultfd, ioctl, received, changed = self.userfaultfd, self._calls.ioctl, block.received, block.changed_at
+        source = block.pages.linear - base  # from an address of the client to the bytes that belong there
+        structure = Structure(5, 0, 0, 1 << BASE_SHIFT)
         copy, buffer = structure.words, structure.buffer
-        window, uncommon = region.around.window, self._uncommon
-        placed, page_start = statistics.PLACED, -1 << shift
+        window, uncommon, widen = region.around.window, self._uncommon, self._widen
 
-        def resolve(address: int, flags: int) -> Window | None:
-            offset = address - base & page_start
-            page = offset >> shift
-            if received[page] != MISSING or not linear or lseek(descriptor, 0, SEEK_END) != size or flags & FAULT_MINOR:
-                return uncommon(region, page, flags)
-            copy[0] = base + offset
-            copy[1] = linear + offset
+        def answer(flags: int, address: int) -> None:
+            begun = clock()
+            words[FAULTS] += 1
+            page = address - base >> BASE_SHIFT
+            if received[page] or received[changed] or flags & FAULT_MINOR:
+                return uncommon(region, page, flags, begun)
+            copy[0] = address
+            copy[1] = address + source
             received[page] = PLACING
             try:
                 ioctl(userfaultfd, UFFDIO_COPY, buffer)
             except OSError:
-                return uncommon(region, page, flags)
+                return uncommon(region, page, flags, begun)
             received[page] = RECEIVED
-            words[placed] += 1
+            words[bucket(clock() - begun)] += 1
+            words[PLACED] += 1
             pages = window(page)
-            return (region, page, pages) if pages > 1 else None
+            if pages > 1:
+                widen(region, page, pages)
 
-        return resolve
+        return answer
 
-    def _private_resolver(self, region: Region) -> Resolve:
-        block, base, words = region.block, region.base, self._words
-        client, own, ioctl, lseek = self.userfaultfd, block.own, self._calls.ioctl, self._calls.lseek
-        received, shift, linear = block.received, block.shift, block.pages.linear
-        descriptor, size, own_base, own_fd = block.pages.descriptor, block.pages.size, own.address, own.userfaultfd
-        copy_structure = Structure(5, 0, 0, 1 << shift, COPY_DONTWAKE)
+    def _private_answer(self, region: Region) -> Answer:
+        block, base, words, clock = region.block, region.base, self._words, perf_counter_ns
+        client, ioctl, received, changed = self.userfaultfd, self._calls.ioctl, block.received, block.changed_at
+        own_fd, own = block.own.userfaultfd, block.own.address - base
+        source = block.pages.linear - base
+        copy_structure = Structure(5, 0, 0, 1 << BASE_SHIFT, COPY_DONTWAKE)
         copy, copy_buffer = copy_structure.words, copy_structure.buffer
-        release_structure = Structure(4, 0, 1 << shift)
+        release_structure = Structure(4, 0, 1 << BASE_SHIFT)
         release, release_buffer = release_structure.words, release_structure.buffer
-        window, uncommon, placed_own = region.around.window, self._uncommon, block.placed_own
-        placed, page_start, announced = statistics.PLACED, -1 << shift, region.grant.announced
+        window, uncommon, widen, placed_own = region.around.window, self._uncommon, self._widen, block.placed_own
+        # A write is let fault again: it goes to the client's own copy at once, without a read-only mapping first.
+        waking = 0 if region.grant.announced else FAULT_WRITE
 
-        def resolve(address: int, flags: int) -> Window | None:
-            offset = address - base & page_start
-            page = offset >> shift
-            if received[page] != MISSING or not linear or lseek(descriptor, 0, SEEK_END) != size or flags & FAULT_MINOR:
-                return uncommon(region, page, flags)
-            copy[0] = own_base + offset
-            copy[1] = linear + offset
+        def answer(flags: int, address: int) -> None:
+            begun = clock()
+            words[FAULTS] += 1
+            page = address - base >> BASE_SHIFT
+            if received[page] or received[changed] or flags & FAULT_MINOR:
+                return uncommon(region, page, flags, begun)
+            copy[0] = address + own
+            copy[1] = address + source
             received[page] = PLACING
             try:
                 ioctl(own_fd, UFFDIO_COPY, copy_buffer)
                 received[page] = RECEIVED
-                release[0] = base + offset
-                # A write is let fault again: it goes to the client's own copy at once, without a read-only mapping
-                # first.
-                ioctl(client, UFFDIO_WAKE if flags & FAULT_WRITE and not announced else UFFDIO_CONTINUE, release_buffer)
+                release[0] = address
+                ioctl(client, UFFDIO_WAKE if flags & waking else UFFDIO_CONTINUE, release_buffer)
             except OSError:
-                return uncommon(region, page, flags)
-            words[placed] += 1
-            placed_own(1)
+                return uncommon(region, page, flags, begun)
+            words[bucket(clock() - begun)] += 1
+            words[PLACED] = placed = words[PLACED] + 1
+            if not placed & TIDY_MASK:
+                placed_own(TIDY_MASK + 1)
             pages = window(page)
-            return (region, page, pages) if pages > 1 else None
+            if pages > 1:
+                widen(region, page, pages)
 
-        return resolve
+        return answer
 
     # --- everything uncommon ------------------------------------------------------------------------------------------
 
-    def _uncommon(self, region: Region, page: int, flags: int) -> Window | None:
+    def _uncommon(self, region: Region, page: int, flags: int, begun: int) -> None:
         """A page whose state, source or kernel's answer is not the common one; ends with a wake, a poison or a
-        report."""
-        block = region.block
+        report. ``begun`` (ns) is when its message was taken up."""
+        block, words = region.block, self._words
         state = block.received[page]
+        words[BUSY_SINCE_NS] = monotonic_ns()
+        pages = 1
         try:
             if flags & FAULT_MINOR:
                 self._announced_page(region, page)
             elif state == RECEIVED and block.present(page):
-                self._words[statistics.DEDUPLICATED] += 1
+                words[DEDUPLICATED] += 1
                 self._release(region, page, flags)
             elif state == LOST and not block.present(page):
                 self._poison(region, page)
             else:
-                return self._place(region, page, flags, in_block=region.private or state == RECEIVED)
+                pages = self._place(region, page, flags, in_block=region.private or state == RECEIVED)
         except PageLost as lost:
             self._lose(region, page, "lost", str(lost) or "its source says that it is lost")
         except SourceChanged as changed:
             self._lose(region, page, "source-changed", str(changed))
         except HandlerFailed as failed:
-            self._words[statistics.FAILURES] += 1
+            words[FAILURES] += 1
             self._poison(region, page)  # for this client only; another client's worker asks the handler again
             block.report("handler-failed", page, str(failed))
-        return None
+        words[BUSY_SINCE_NS] = 0
+        words[bucket(perf_counter_ns() - begun)] += 1
+        if pages > 1:
+            self._widen(region, page, pages)
 
-    def _place(self, region: Region, page: int, flags: int, in_block: bool) -> Window | None:
-        """Place one page the careful way and release its waiters."""
+    def _place(self, region: Region, page: int, flags: int, in_block: bool) -> int:
+        """Place one page the careful way and release its waiters; returns the window that fault-around may fill."""
         block = region.block
-        self._words[statistics.BUSY_SINCE_NS] = monotonic_ns()
         block.pages.check()
         others = block.settled
         if in_block:
             failed = block.fill_own(page, 1)
         else:
             failed = block.fill(self.userfaultfd, region.base, page, 1, 0)
-        self._words[statistics.BUSY_SINCE_NS] = 0
         if failed:
             self._failed(region, page, failed)
-            return None
+            return 1
         self._shortage = 0
-        self._words[statistics.PLACED if block.settled == others else statistics.DEDUPLICATED] += 1
+        self._words[PLACED if block.settled == others else DEDUPLICATED] += 1
         self._release(region, page, flags)
-        pages = region.around.window(page)
-        return (region, page, pages) if pages > 1 else None
+        return region.around.window(page)
 
     def _failed(self, region: Region, page: int, failed: int) -> None:
         """COPY of a single page was refused with this errno."""
@@ -314,18 +338,18 @@ class FaultHandler:
             block.received[page] = RECEIVED
             return self._release(region, page, 0)
         block.received[page] = LOST
-        self._words[statistics.LOST] += 1
+        self._words[LOST_PAGES] += 1
         self._poison(region, page)
         block.report(kind, page, reason)
 
     def _widen(self, region: Region, page: int, pages: int) -> None:
         """Fault-around from the page behind ``page``, clipped to region, block and what memory allows now."""
         block = region.block
-        limit = self._house[statistics.WINDOW_LIMIT] >> block.shift
+        limit = self._house[WINDOW_LIMIT] >> block.shift
         end = min(page + min(pages, limit), region.end_page)
         if end <= page + 1:
             return
-        self._words[statistics.BUSY_SINCE_NS] = monotonic_ns()
+        self._words[BUSY_SINCE_NS] = monotonic_ns()
         try:
             if region.private:
                 placed = block.widen(block.own.userfaultfd, block.own.address, page + 1, end, COPY_DONTWAKE)
@@ -337,9 +361,9 @@ class FaultHandler:
         except (PageLost, SourceChanged, HandlerFailed):
             return  # the fault of the page itself will say it, to whoever needs it
         finally:
-            self._words[statistics.BUSY_SINCE_NS] = 0
-        self._words[statistics.PLACED] += placed
-        self._words[statistics.AROUND] += placed
+            self._words[BUSY_SINCE_NS] = 0
+        self._words[PLACED] += placed
+        self._words[AROUND] += placed
 
     # --- the client's userfaultfd -------------------------------------------------------------------------------------
 
@@ -357,7 +381,7 @@ class FaultHandler:
 
     def _wake(self, start: int, length: int) -> None:
         self._range.words[0], self._range.words[1] = start, length
-        self._words[statistics.WAKES] += 1
+        self._words[WAKES] += 1
         self._calls.ioctl(self.userfaultfd, UFFDIO_WAKE, self._range.buffer)
 
     def _continue(self, start: int, length: int) -> int:

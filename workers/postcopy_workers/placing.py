@@ -20,7 +20,7 @@ from typing import Any
 
 from postcopy_kernel.userfaultfd import UFFDIO_CONTINUE, UFFDIO_COPY
 from postcopy_protocol.messages import BlockGrant
-from postcopy_protocol.received import MISSING, PLACING, RECEIVED
+from postcopy_protocol.received import CHANGED, MISSING, PLACING, RECEIVED, SHARED
 
 from .page_sources import PageSource
 
@@ -84,6 +84,7 @@ class Block:
         self.grant = grant
         self.memory = memory
         self.received = received
+        self.shared_at, self.changed_at = grant.pages + SHARED, grant.pages + CHANGED
         self.pages = pages
         self.own = own
         self.calls = calls
@@ -182,7 +183,7 @@ class Block:
             return errno.ENOSPC
         self.settled += 1
         if self.received[page] != RECEIVED:
-            if not self.received[self.grant.pages]:
+            if not self.received[self.shared_at]:
                 self._repair(page)
             self.received[page] = RECEIVED
         return 0

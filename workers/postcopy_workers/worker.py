@@ -91,7 +91,6 @@ class Worker:
         self._own = self._own_userfaultfd()
         process.drop_privileges()
         self.blocks = {grant.block: self._block(grant) for grant in assignment.blocks}
-        self.changed: set[int] = set()
 
     def descriptor(self, place: int) -> int:
         return self._fds[place]
@@ -159,19 +158,16 @@ class Worker:
         except zmq.Again:
             log.warning("the supervisor takes no messages; a report is dropped")
 
-    def check_sources(self) -> bool:
-        """Has a file changed since we looked last? Each is reported once."""
-        news = False
+    def check_sources(self) -> None:
+        """Has a file changed since it is served? Marked for every worker, reported once."""
         for number, block in self.blocks.items():
-            if number in self.changed:
+            if block.received[block.changed_at]:
                 continue
             try:
                 block.pages.check()
             except SourceChanged as changed:
-                self.changed.add(number)
-                self.reports("source-changed", number, 0, str(changed))
-                news = True
-        return news
+                block.received[block.changed_at] = 1
+                self.reports("source-changed", number, 0, f"{changed}; pages that are missing by now are lost")
 
     def fault_handler(self) -> FaultHandler:
         told = self.assignment
@@ -188,10 +184,9 @@ class Worker:
 class Attendant(threading.Thread):
     """The second thread: waits for everything that is no fault, and ends the process when there is reason to."""
 
-    def __init__(self, worker: Worker, handler: FaultHandler) -> None:
+    def __init__(self, worker: Worker) -> None:
         super().__init__(name="attendant", daemon=True)
         self._worker = worker
-        self._handler = handler
 
     def run(self) -> None:
         worker = self._worker
@@ -211,8 +206,7 @@ class Attendant(threading.Thread):
                 os._exit(0)
             if channel in ready:
                 channel.recv()  # wakes of remote blocks will come here
-            if worker.check_sources():
-                self._handler.distrust()
+            worker.check_sources()
 
 
 def serve_client(assignment: Assignment, fds: list[int]) -> NoReturn:
@@ -221,7 +215,7 @@ def serve_client(assignment: Assignment, fds: list[int]) -> NoReturn:
     handler = worker.fault_handler()
     userfaultfd = fds[assignment.userfaultfd]
     os.set_blocking(userfaultfd, True)
-    attendant = Attendant(worker, handler)
+    attendant = Attendant(worker)
     handler.wake_everything()
     attendant.start()
     try:
