@@ -87,6 +87,8 @@ class Block:
         for a range outside the block. Ctrl-C works; at most some MiB more come in after it.
         """
         start, stop = self._whole_pages(offset, length)
+        if self._forbidden:
+            raise self.lost(start)
         if start < stop:
             fill(Job(self, start, stop), Deadline(timeout))
 
