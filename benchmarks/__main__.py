@@ -1,0 +1,106 @@
+"""``python -m benchmarks [NAME ...] [--json FILE] [--pairs N] [--quick] [--stretch] [--write-docs]``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from postcopy.errors import PostcopyError
+
+from . import attach, clients8, local, machine, recovery, sequential
+from .bench import Bench, BenchmarkFailed, Scale
+from .docs import write_docs
+from .figures import HEADINGS, Row, as_document
+
+BENCHMARKS: Mapping[str, Callable[[Bench], list[Row]]] = {
+    "local": local.run,
+    "clients8": clients8.run,
+    "sequential": sequential.run,
+    "attach": attach.run,
+    "recovery": recovery.run,
+}
+FORMAT = 1
+"""Version of the JSON document."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 measured, whatever the goals say; 1 a benchmark failed or read a wrong byte; 2 usage."""
+    parser = _parser()
+    asked = parser.parse_args(arguments)
+    names = asked.names or list(BENCHMARKS)
+    if unknown := [name for name in names if name not in BENCHMARKS]:
+        parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
+    scale = Scale(quick=asked.quick, stretch=asked.stretch, pairs=asked.pairs or (1 if asked.quick else 7))
+    found = machine.facts()
+    results: dict[str, list[Row]] = {}
+    begun = time.monotonic()
+    try:
+        with Bench(scale) as bench:
+            for name in names:
+                results[name] = BENCHMARKS[name](bench)
+    except (BenchmarkFailed, PostcopyError, OSError) as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 1
+    if asked.json:
+        _write_json(asked.json, found, scale, results, time.monotonic() - begun)
+    if asked.write_docs:
+        write_docs(found, results)
+    if asked.json != "-":
+        _print_table(found, results)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="benchmarks", description="Measure postcopy against the same work in C.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
+    parser.add_argument("--json", metavar="FILE", help="write every sample and the machine's facts there ('-': stdout)")
+    parser.add_argument("--pairs", type=int, metavar="N", help="pairs of runs for each ratio (7)")
+    parser.add_argument("--quick", action="store_true", help="only prove that it runs: the figures mean nothing")
+    parser.add_argument("--stretch", action="store_true", help="also what takes long: 1,000 clients")
+    parser.add_argument("--write-docs", action="store_true", help="put the tables into docs/benchmarks.md")
+    return parser
+
+
+def _write_json(
+    target: str, found: machine.Facts, scale: Scale, results: Mapping[str, list[Row]], seconds: float
+) -> None:
+    document = {
+        "format": FORMAT,
+        "machine": found,
+        "quick": scale.quick,
+        "pairs": scale.pairs,
+        "seconds": seconds,
+        "benchmarks": {name: as_document(rows) for name, rows in results.items()},
+    }
+    text = json.dumps(document, indent=1)
+    if target == "-":
+        print(text)
+        return
+    with open(target, "w", encoding="utf-8") as file:
+        file.write(text + "\n")
+
+
+def _print_table(found: machine.Facts, results: Mapping[str, list[Row]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    # A pipe has no width: enough for every column, so that lines can be cut and searched.
+    console = Console(width=max(shutil.get_terminal_size().columns, 100) if os.isatty(1) else 200, highlight=False)
+    table = Table(title=machine.in_words(found), title_justify="left")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="right" if heading == "median" else "left")
+    colours = {"missed": "red", "met": "green", "stretch": "bold green"}
+    for rows in results.values():
+        for row in rows:
+            table.add_row(*row.cells(), style=None if row.verdict != "missed" else colours["missed"])
+        table.add_section()
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+"""What every benchmark needs: compiled C, a warm file, supervisors and client processes, and who runs on which CPU.
+
+CPU placement decides the latency of a single fault on virtual machines more than anything that we or C can do: toucher
+and handler on one CPU hand over without an interrupt between processors. So a latency is told twice: everything
+pinned to one CPU (which compares the handlers), and nothing pinned (which compares what a user sees). Affinity is
+inherited, so a program is pinned by starting it pinned.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import postcopy
+from postcopy.control import Control
+
+from .machine import ROOT
+
+PAGE = 4096
+ANSWER_WITHIN = 120.0
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+class BenchmarkFailed(Exception):
+    """Something that must hold did not: no compiler, a wrong byte, a program that ended or does not answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How much is measured. ``quick`` proves that a benchmark runs; its figures mean nothing."""
+
+    quick: bool = False
+    stretch: bool = False
+    pairs: int = 7
+
+    def of(self, full: int, quick: int) -> int:
+        """``full``, or ``quick`` where only the shape matters."""
+        return quick if self.quick else full
+
+
+class ClientProcess:
+    """A ``benchmarks.client`` process: ask it, one answer a question; a context manager."""
+
+    def __init__(self, spec: Mapping[str, Any], keep: Sequence[int] = ()) -> None:
+        command = [sys.executable, "-m", "benchmarks.client", json.dumps(spec)]
+        # A process group of its own, because a floor client has a handler as its child and both must end.
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=keep, process_group=0
+        )
+        self.pid = self._process.pid
+
+    def hear(self) -> dict[str, Any]:
+        """The next answer. Raises BenchmarkFailed when it does not come, or says that bytes were wrong."""
+        assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], ANSWER_WITHIN)[0]:
+            raise BenchmarkFailed(f"client process {self.pid} has not answered within {ANSWER_WITHIN:.0f} s")
+        line = self._process.stdout.readline()
+        if not line:
+            raise BenchmarkFailed(f"client process {self.pid} ended with status {self._process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        if answer.get("wrong"):
+            raise BenchmarkFailed(f"client process {self.pid} read wrong bytes: {answer['wrong']} pages")
+        return answer
+
+    def tell(self, **order: Any) -> None:
+        """Send an order; ``hear`` has the answer."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(order).encode() + b"\n")
+        self._process.stdin.flush()
+
+    def ask(self, **order: Any) -> dict[str, Any]:
+        """Send an order and wait for its answer."""
+        self.tell(**order)
+        return self.hear()
+
+    def close(self) -> None:
+        """End the client and whatever it has started."""
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None
+            with suppress(OSError):
+                stream.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(10)
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def __enter__(self) -> ClientProcess:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Bench:
+    """A temporary directory with the compiled C and the files, and the ways to start what is measured."""
+
+    def __init__(self, scale: Scale) -> None:
+        self.scale = scale
+        self.pages = scale.of(16384, 512)
+        self.length = self.pages * PAGE
+        self.cpu = max(os.sched_getaffinity(0))
+        self._stack = ExitStack()
+        self.directory = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="postcopy-bench-"))
+        self.library = self._compile("toucher.c", "toucher.so", "-shared", "-fPIC")
+        self.floor = [self._compile("floor.c", "floor")]
+        self.file = self._warm_file("ram", self.length)
+
+    def say(self, words: str) -> None:
+        """Progress, for people, on stderr."""
+        print(words, file=sys.stderr, flush=True)
+
+    # --- CPUs ---------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def placed(self, pinned: bool) -> Iterator[None]:
+        """Whatever is started inside is pinned to one CPU, with all its children, or is not."""
+        before = os.sched_getaffinity(0)
+        if pinned:
+            os.sched_setaffinity(0, {self.cpu})
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, before)
+
+    def check_placed(self, pinned: bool, pids: Sequence[int]) -> None:
+        """Raises BenchmarkFailed when one of these processes does not run where it should."""
+        wanted = {self.cpu} if pinned else os.sched_getaffinity(0)
+        for pid in pids:
+            if os.sched_getaffinity(pid) != wanted:
+                raise BenchmarkFailed(f"process {pid} may run on {os.sched_getaffinity(pid)}, not on {wanted}")
+
+    # --- what is measured ---------------------------------------------------------------------------------------------
+
+    def supervisor(
+        self, blocks: Sequence[str], *, pinned: bool = False, fault_around: str = "auto"
+    ) -> postcopy.Supervisor:
+        """A fresh supervisor that serves the warm file under each of these names."""
+        with self.placed(pinned):
+            return postcopy.Supervisor(dict.fromkeys(blocks, self.file), fault_around=fault_around)
+
+    def client(self, *, pinned: bool = False, keep: Sequence[int] = (), **spec: Any) -> ClientProcess:
+        """A client process of ``spec`` (see client.py), ready."""
+        known = {"library": self.library, "file": self.file, "length": self.length}
+        with self.placed(pinned):
+            client = ClientProcess(known | spec, keep)
+        try:
+            client.hear()
+        except BaseException:
+            client.close()
+            raise
+        return client
+
+    def floor_client(self, *, pinned: bool = False, memory: int = -1) -> ClientProcess:
+        """A shared client of the C floor: over the block ``memory``, or over one of its own."""
+        keep = [memory] if memory >= 0 else []
+        return self.client(pinned=pinned, keep=keep, handler=self.floor, memory=memory)
+
+    def house_client(
+        self, supervisor: postcopy.Supervisor, block: str, mode: str, *, pinned: bool = False
+    ) -> ClientProcess:
+        """A client of ours, attached to ``block``; its worker is where it should be."""
+        client = self.client(pinned=pinned, runtime_dir=supervisor.runtime_dir, block=block, mode=mode)
+        try:
+            self.check_placed(pinned, [client.pid, worker_of(supervisor, client.pid)])
+        except BaseException:
+            client.close()
+            raise
+        return client
+
+    def start_time(self) -> int:
+        """An instant shortly ahead at which several processes may begin together (CLOCK_MONOTONIC, ns)."""
+        return time.monotonic_ns() + 100_000_000
+
+    # --- files --------------------------------------------------------------------------------------------------------
+
+    def _compile(self, source: str, name: str, *flags: str) -> str:
+        target = os.path.join(self.directory, name)
+        command = ["cc", "-O2", "-Wall", "-Wextra", *flags, "-o", target, os.path.join(HERE, source)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        except FileNotFoundError as error:
+            raise BenchmarkFailed("cc is missing: the floor is C and is compiled when needed (install gcc)") from error
+        if done.returncode:
+            raise BenchmarkFailed(f"cc cannot compile {source}: {done.stderr.strip()}")
+        return target
+
+    def _warm_file(self, name: str, length: int) -> str:
+        path = os.path.join(self.directory, name)
+        with open(path, "wb") as file:
+            file.write(random.Random(length).randbytes(length))
+            file.flush()
+            os.fsync(file.fileno())  # or its write-back disturbs the first pairs
+        with open(path, "rb") as file:
+            while file.read(1 << 20):
+                pass
+        return path
+
+    def close(self) -> None:
+        """Remove the temporary directory."""
+        self._stack.close()
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def worker_of(supervisor: postcopy.Supervisor, pid: int, *, after: int = 0) -> int:
+    """The pid of the worker that serves the youngest client of process ``pid``; one that is not ``after``."""
+    deadline = time.monotonic() + 20
+    with Control(supervisor.runtime_dir) as control:
+        while time.monotonic() < deadline:
+            clients = [client for client in control.status()["clients"] if client["pid"] == pid]
+            if clients:
+                newest = max(clients, key=lambda client: client["id"])
+                worker = int(newest["worker_pid"] or 0)
+                if newest["state"] == "running" and worker not in (0, after):
+                    return worker
+            time.sleep(0.005)
+    raise BenchmarkFailed(f"the client of process {pid} has no running worker")

@@ -1,0 +1,191 @@
+"""One client process of a benchmark: it attaches (or becomes a client of the C floor) and does what it is told.
+
+Run as ``python -m benchmarks.client SPEC`` with SPEC a JSON object:
+
+* ``library``: the compiled toucher.c; ``file``: what the block must hold; ``length``: bytes, a multiple of a page
+* ``handler``: the floor's command: it is started with ``USERFAULTFD FILE ADDRESS LENGTH`` as this client's handler
+* or ``runtime_dir``, ``block``, ``mode``: attach to a running supervisor by :func:`postcopy.attach`
+
+It writes ``{"ready": ...}``, then answers each JSON line on stdin with one on stdout, and ends at the end of stdin.
+The touching itself is C (see toucher.c); Python only says where, so that floor and house are measured alike.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+PAGE = 4096
+Answer = dict[str, Any]
+
+
+class Toucher:
+    """toucher.c, loaded: every call releases the GIL."""
+
+    def __init__(self, library: str) -> None:
+        self._c = ctypes.CDLL(library, use_errno=False)
+        self._c.read_through.restype = ctypes.c_uint64
+        self._c.wrong_pages.restype = ctypes.c_uint64
+
+    def touch(self, base: int, offsets: Sequence[int], start: int = 0) -> Answer:
+        """Touch one byte at every offset; nanoseconds of each, and the span of them all."""
+        wanted = (ctypes.c_uint64 * len(offsets))(*offsets)
+        took = (ctypes.c_uint64 * len(offsets))()
+        span = (ctypes.c_uint64 * 2)()
+        count = ctypes.c_uint64(len(offsets))
+        self._c.touch(ctypes.c_void_p(base), wanted, count, ctypes.c_uint64(start), took, span)
+        return {"ns": list(took), "span": list(span)}
+
+    def read_through(self, base: int, length: int) -> Answer:
+        """Read every word of a range in order; the sum is returned to be compared with the file's."""
+        span = (ctypes.c_uint64 * 2)()
+        total = self._c.read_through(ctypes.c_void_p(base), ctypes.c_uint64(length), span)
+        return {"sum": total, "span": list(span)}
+
+    def peer(self, name: str, path: str, length: int) -> Answer:
+        """``read_mapped`` or ``read_copied``: the same reading of a warm file without any of us."""
+        span = (ctypes.c_uint64 * 2)()
+        result = getattr(self._c, name)(path.encode(), ctypes.c_uint64(length), span)
+        if result < 0:
+            raise OSError(-result, os.strerror(-result), path)
+        return {"span": list(span)}
+
+    def kill_and_touch(self, pidfd: int, address: int) -> int:
+        """SIGKILL through a pidfd, then touch a missing page: nanoseconds until the byte is there."""
+        took = ctypes.c_uint64()
+        result = self._c.kill_and_touch(pidfd, ctypes.c_void_p(address), ctypes.byref(took))
+        if result < 0:
+            raise OSError(-result, os.strerror(-result))
+        return took.value
+
+    def wrong_pages(self, base: int, truth: int, offsets: Sequence[int]) -> int:
+        """How many of these pages are not what the file says."""
+        wanted = (ctypes.c_uint64 * len(offsets))(*offsets)
+        arguments = ctypes.c_void_p(base), ctypes.c_void_p(truth), wanted, ctypes.c_uint64(len(offsets))
+        return int(self._c.wrong_pages(*arguments, ctypes.c_uint64(PAGE)))
+
+    def become_floor_client(self, memory: int, length: int) -> tuple[int, int]:
+        """Map and register as a shared client of the floor: the address and the userfaultfd."""
+        base = ctypes.c_void_p()
+        result = self._c.become_floor_client(memory, ctypes.c_uint64(length), ctypes.byref(base))
+        if result < 0:
+            raise OSError(-result, os.strerror(-result), "userfaultfd")
+        return base.value or 0, result
+
+
+class Client:
+    """The mapping under test, whoever serves it."""
+
+    def __init__(self, spec: Answer) -> None:
+        self.spec = spec
+        self.c = Toucher(spec["library"])
+        self.length: int = spec["length"]
+        self.base = 0
+        self._held: list[Any] = []
+        with open(spec["file"], "rb") as file:
+            self._truth = mmap.mmap(file.fileno(), self.length, access=mmap.ACCESS_COPY)
+        self.truth = ctypes.addressof(ctypes.c_char.from_buffer(self._truth))
+        if spec.get("handler"):
+            self._join_floor()
+        elif spec.get("block"):
+            self._join_house()
+
+    def _join_floor(self) -> None:
+        memory = self.spec.get("memory", -1)
+        if memory < 0:
+            memory = os.memfd_create("floor")
+            os.truncate(memory, self.length)
+        self.base, userfaultfd = self.c.become_floor_client(memory, self.length)
+        command = [*self.spec["handler"], str(userfaultfd), self.spec["file"], hex(self.base), str(self.length)]
+        handler = subprocess.Popen(command, pass_fds=[userfaultfd], stdout=subprocess.PIPE)
+        assert handler.stdout is not None
+        if not handler.stdout.readline():
+            raise RuntimeError(f"the handler ended before it was ready: {command}")
+        self._held.append(handler)
+
+    def _join_house(self) -> None:
+        import postcopy
+
+        block = postcopy.attach(self.spec["block"], runtime_dir=self.spec["runtime_dir"], mode=self.spec["mode"])
+        self.base = ctypes.addressof(ctypes.c_char.from_buffer(block.buf))
+        self._held.append(block)
+
+    def touch(self, order: Answer) -> Answer:
+        """Random touches: ``count`` different pages of ``pages`` (first, behind the last), chosen by ``seed``."""
+        first, behind = order.get("pages", (0, self.length // PAGE))
+        pages = random.Random(order["seed"]).sample(range(first, behind), order["count"])
+        offsets = [page * PAGE for page in pages]
+        answer = self.c.touch(self.base, offsets, order.get("start", 0))
+        answer["wrong"] = self.c.wrong_pages(self.base, self.truth, offsets)
+        return answer
+
+    def read(self, order: Answer) -> Answer:
+        """Read the block in order, once."""
+        answer = self.c.read_through(self.base, self.length)
+        answer["wrong"] = int(answer["sum"] != self.c.read_through(self.truth, self.length)["sum"])
+        return answer
+
+    def peers(self, order: Answer) -> Answer:
+        """The peers of a sequential reading that need no handler."""
+        path = self.spec["file"]
+        return {name: self.c.peer(name, path, self.length) for name in ("read_mapped", "read_copied")}
+
+    def kill(self, order: Answer) -> Answer:
+        """SIGKILL process ``pid`` and touch the missing page ``page`` at once."""
+        pidfd = os.pidfd_open(order["pid"])
+        try:
+            took = self.c.kill_and_touch(pidfd, self.base + order["page"] * PAGE)
+        finally:
+            os.close(pidfd)
+        return {"ns": took, "wrong": self.c.wrong_pages(self.base, self.truth, [order["page"] * PAGE])}
+
+    def rejoin(self, order: Answer) -> Answer:
+        """Leave, and attach as a client that is new to everybody."""
+        while self._held:
+            self._held.pop().close()
+        self._join_house()
+        return {}
+
+    def attach(self, order: Answer) -> Answer:
+        """Attach, read the first byte of a missing page, close: nanoseconds of attach and of attach to first byte."""
+        import postcopy
+
+        position = order["page"] * PAGE
+        begun = time.perf_counter_ns()
+        block = postcopy.attach(order["block"], runtime_dir=self.spec["runtime_dir"], mode=order["mode"])
+        attached = time.perf_counter_ns()
+        byte = block.buf[position]
+        done = time.perf_counter_ns()
+        block.close()
+        return {"attach": attached - begun, "first_byte": done - begun, "wrong": int(byte != self._truth[position])}
+
+
+def main() -> None:
+    """Obey the lines of stdin."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the harness ends us by closing our stdin
+    client = Client(json.loads(sys.argv[1]))
+    orders: dict[str, Callable[[Answer], Answer]] = {
+        "touch": client.touch,
+        "read": client.read,
+        "peers": client.peers,
+        "kill": client.kill,
+        "rejoin": client.rejoin,
+        "attach": client.attach,
+    }
+    print(json.dumps({"ready": os.getpid()}), flush=True)
+    for line in sys.stdin:
+        order = json.loads(line)
+        print(json.dumps(orders[order["do"]](order)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

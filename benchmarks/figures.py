@@ -1,0 +1,120 @@
+"""Figures and how they are told: rows of a table, Markdown for the documentation, JSON for programs.
+
+A row is a median with its spread (smallest and greatest of the samples) and, where there is one, a goal: the most that
+the figure may be. A ratio's samples are ratios of pairs that ran one after the other, never a ratio of two medians.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+Pair = tuple[float, float]
+"""Ours and theirs, in the same unit, measured one after the other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One figure. ``goal`` and ``stretch`` are the most it may be, or None; ``samples`` is what it was made from."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    unit: str
+    goal: float | None = None
+    stretch: float | None = None
+    detail: str = ""
+    samples: list[Any] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> str:
+        """``met``, ``missed``, ``stretch`` (better than was asked), or nothing where no goal is set."""
+        if self.goal is None:
+            return ""
+        if self.value > self.goal:
+            return "missed"
+        return "stretch" if self.stretch is not None and self.value <= self.stretch else "met"
+
+    def cells(self) -> tuple[str, str, str, str, str, str]:
+        """Name, value, spread, goal, verdict and detail, as people read them."""
+        return (
+            self.name,
+            _told(self.value, self.unit),
+            f"{_number(self.low)} - {_number(self.high)}" if len(self.samples) > 1 else "",
+            self._goal_told(),
+            self.verdict,
+            self.detail,
+        )
+
+    def _goal_told(self) -> str:
+        if self.goal is None:
+            return ""
+        told = f"<= {_told(self.goal, self.unit)}"
+        return told if self.stretch is None else f"{told} ({_number(self.stretch)})"
+
+
+HEADINGS = ("figure", "median", "spread", "goal (stretch)", "verdict", "from")
+
+
+def ratio_row(
+    name: str,
+    pairs: Sequence[Pair],
+    goal: float | None = None,
+    stretch: float | None = None,
+    *,
+    unit: str = "us",
+    labels: tuple[str, str] = ("ours", "C"),
+) -> Row:
+    """A ratio ours/theirs from pairs; the detail tells both medians in ``unit``."""
+    ratios = [ours / theirs for ours, theirs in pairs]
+    ours, theirs = (median(side) for side in zip(*pairs, strict=True))
+    detail = f"{labels[0]} {_told(ours, unit)}, {labels[1]} {_told(theirs, unit)}, {len(pairs)} pairs"
+    return Row(
+        name, median(ratios), min(ratios), max(ratios), "x", goal, stretch, detail, [list(pair) for pair in pairs]
+    )
+
+
+def value_row(
+    name: str,
+    samples: Sequence[float],
+    unit: str,
+    goal: float | None = None,
+    stretch: float | None = None,
+    *,
+    detail: str = "",
+    value: float | None = None,
+) -> Row:
+    """The median (or the given ``value``) of samples in ``unit``."""
+    chosen = median(samples) if value is None else value
+    return Row(name, chosen, min(samples), max(samples), unit, goal, stretch, detail, list(samples))
+
+
+def percentile(samples: Sequence[float], percent: float) -> float:
+    """The sample that ``percent`` of all do not exceed."""
+    ordered = sorted(samples)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table."""
+    lines = ["| " + " | ".join(HEADINGS) + " |", "| --- | ---: | --- | --- | --- | --- |"]
+    lines += ["| " + " | ".join(row.cells()) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def as_document(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows for JSON: every field, every sample, the verdict."""
+    return [{**asdict(row), "verdict": row.verdict} for row in rows]
+
+
+def _number(value: float) -> str:
+    if value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _told(value: float, unit: str) -> str:
+    return f"{_number(value)} {unit}"

@@ -1,0 +1,125 @@
+"""Each benchmark runs and tells its figures in the promised shape. How fast anything is, no test asserts."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.__main__ import BENCHMARKS
+from benchmarks.bench import BenchmarkFailed
+from benchmarks.docs import write_docs
+from benchmarks.figures import Row, markdown, percentile, ratio_row, value_row
+
+ROOT = Path(__file__).parents[2]
+
+# Words that name the figures of each benchmark: the documentation and readers of the JSON rely on them.
+FIGURES = {
+    "local": ["shared, pinned", "private, pinned", "shared, unpinned", "private, unpinned"],
+    "clients8": ["disjoint, wall time, unpinned", "random, wall time, unpinned", "disjoint, wall time, pinned"],
+    "sequential": [
+        "shared, auto against 4K",
+        "private, auto against 4K",
+        "mmap of the warm file",
+        "read() of the warm",
+    ],
+    "attach": ["to first byte", "private memory", "clients attached", "sparse file of 100 GiB"],
+    "recovery": ["killed to next fault resolved, p50", "killed to next fault resolved, p99"],
+}
+
+
+@pytest.mark.xdist_group("benchmarks")
+@pytest.mark.parametrize("name", sorted(BENCHMARKS))
+def test_a_quick_run_tells_every_figure(name: str, tmp_path: Path, require_userfaultfd: None) -> None:
+    """Every byte that a client touches is compared with the file, and a difference ends the run with status 1."""
+    target = tmp_path / "figures.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", name, "--quick", "--json", str(target)],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads(target.read_text())
+    assert document["format"] == 1
+    assert document["quick"] is True
+    assert {"processor", "processors", "kernel", "python", "commit", "time"} <= document["machine"].keys()
+    assert list(document["benchmarks"]) == [name]
+    rows = document["benchmarks"][name]
+    told = " | ".join(row["name"] for row in rows)
+    assert all(words in told for words in FIGURES[name]), told
+    for row in rows:
+        _check_row(row)
+        assert row["name"] in done.stdout  # the table for people
+    assert list(tmp_path.iterdir()) == [target], "the run has left files"
+
+
+def _check_row(row: dict[str, object]) -> None:
+    assert row.keys() == {
+        "name", "value", "low", "high", "unit", "goal", "stretch", "detail", "samples", "verdict",
+    }  # fmt: skip
+    value, low, high, samples = row["value"], row["low"], row["high"], row["samples"]
+    assert isinstance(value, float) and isinstance(low, float) and isinstance(high, float)
+    assert isinstance(samples, list) and samples
+    assert 0 < low <= value <= high and math.isfinite(high)
+    assert (row["verdict"] == "") == (row["goal"] is None)
+
+
+def test_an_unknown_benchmark_is_a_usage_error() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "nonsense"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert "nonsense" in done.stderr and "recovery" in done.stderr
+
+
+def test_a_ratio_is_the_median_of_the_ratios_of_pairs() -> None:
+    row = ratio_row("r", [(2.0, 1.0), (30.0, 10.0), (4.0, 4.0)], goal=2.5, stretch=1.5)
+    assert (row.value, row.low, row.high) == (2.0, 1.0, 3.0)
+    assert row.verdict == "met"
+    assert row.samples == [[2.0, 1.0], [30.0, 10.0], [4.0, 4.0]]
+
+
+@pytest.mark.parametrize(
+    ("value", "verdict"), [(1.0, "stretch"), (1.5, "stretch"), (1.6, "met"), (2.0, "met"), (2.1, "missed")]
+)
+def test_a_verdict_compares_with_goal_and_stretch(value: float, verdict: str) -> None:
+    assert value_row("v", [value], "ms", 2.0, 1.5).verdict == verdict
+
+
+def test_percentiles_are_samples() -> None:
+    samples = [float(number) for number in range(100, 0, -1)]
+    assert percentile(samples, 50) == 51.0
+    assert percentile(samples, 99) == 100.0
+    assert percentile([7.0], 99) == 7.0
+
+
+def test_the_documentation_gets_its_tables_between_its_markers(tmp_path: Path) -> None:
+    path = tmp_path / "benchmarks.md"
+    path.write_text("before\n<!-- figures:local -->\nstale figures\n<!-- /figures:local -->\nafter\n")
+    rows = [Row("fault", 1.2, 1.1, 1.3, "x", 1.25, None, "told", [1.1, 1.2, 1.3])]
+    found = {
+        "processor": "P", "virtual": True, "processors": 2, "memory_bytes": 1 << 30, "kernel": "6.18-x",
+        "python": "3.11", "commit": "abc", "time": "2000-01-01 00:00:00",
+    }  # fmt: skip
+    write_docs(found, {"local": rows}, str(path))
+    write_docs(found, {"local": rows}, str(path))  # again: replaced, not added
+    text = path.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale figures" not in text
+    assert text.count(markdown(rows)) == 1
+    assert "| fault | 1.20 x | 1.10 - 1.30 | <= 1.25 x | met | told |" in text
+    with pytest.raises(BenchmarkFailed, match="attach"):
+        write_docs(found, {"attach": rows}, str(path))
+
+
+def test_the_documentation_has_a_place_for_every_benchmark() -> None:
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    for name in BENCHMARKS:
+        assert text.count(f"<!-- figures:{name} -->") == 1 == text.count(f"<!-- /figures:{name} -->"), name
