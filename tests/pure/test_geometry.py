@@ -49,10 +49,10 @@ def test_an_address_space_agrees_with_a_table_of_pages(wanted: list[tuple[int, i
     assert list(space) == sorted(set(table.values()), key=lambda known: known.address)
     assert len(space) == len(set(table.values()))
     for page in range(80):
-        address = page * PAGE_4K + 7
-        found, known = space.find(address), table.get(page)
-        assert found == (None if known is None else (known, known.translate(address)))
-        assert known is None or known.contains(address)
+        known = table.get(page)
+        for address in (page * PAGE_4K, page * PAGE_4K + 7, (page + 1) * PAGE_4K - 1):
+            assert space.find(address) == (None if known is None else (known, known.translate(address)))
+            assert known is None or known.contains(address)
 
 
 @pytest.mark.parametrize(
