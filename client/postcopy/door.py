@@ -57,6 +57,8 @@ class Door:
                     return message, received
                 if isinstance(message, Refused):
                     break
+                if isinstance(message, Ending):  # answers come in order: this one will not
+                    raise NoSupervisor(f"the supervisor in {self.directory} has ended: {message.reason}")
         except BaseException:
             self.usable = False
             raise
