@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import dataclass
+from typing import NoReturn
 
 from postcopy_protocol.errors import BadInput
 from postcopy_protocol.geometry import PAGE_2M, PAGE_4K
@@ -51,8 +52,8 @@ def parse(arguments: list[str]) -> Settings:
         page_size={"4K": PAGE_4K, "2M": PAGE_2M}[told.page_size.upper()],
         fault_around=LARGEST_WINDOW if auto else _window(told.fault_around),
         adaptive=auto,
-        background_rate=parse_size(told.background_rate, zero=True),
-        max_memory=parse_size(told.max_memory, zero=True),
+        background_rate=_size("--background-rate", told.background_rate, zero=True),
+        max_memory=_size("--max-memory", told.max_memory, zero=True),
         allow_uids=frozenset(told.allow_uid),
         handler_timeout=told.handler_timeout,
         die_with_parent=told.die_with_parent,
@@ -60,8 +61,22 @@ def parse(arguments: list[str]) -> Settings:
     )
 
 
+class _Parser(argparse.ArgumentParser):
+    """An error is one line, here as everywhere."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _size(option: str, text: str, *, zero: bool = False) -> int:
+    try:
+        return parse_size(text, zero=zero)
+    except BadInput as error:
+        raise BadInput(f"{option}: {error}") from None
+
+
 def _window(text: str) -> int:
-    window = parse_size(text)
+    window = _size("--fault-around", text)
     if window > 64 << 20:
         raise BadInput(f"--fault-around {text} is too large: at most 64M, a larger COPY would block all other faults")
     return window
@@ -81,8 +96,8 @@ def _uid(text: str) -> int:
     return value
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> _Parser:
+    parser = _Parser(
         prog="postcopy serve",
         description="Serve RAM blocks populated lazily: clients attach at once, pages come when they are touched.",
         epilog="SOURCE is a file, handler:MODULE:FUNCTION?size=SIZE, or zero:SIZE. Sizes take K, M, G. "
