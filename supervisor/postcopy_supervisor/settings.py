@@ -83,17 +83,19 @@ def _window(text: str) -> int:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
     if not 0.1 <= value <= 86400:
-        raise argparse.ArgumentTypeError("0.1 to 86400 seconds")
+        raise argparse.ArgumentTypeError(f"{text!r}: write 0.1 to 86400 seconds")
     return value
 
 
 def _uid(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 1 << 32:
-        raise argparse.ArgumentTypeError("a user id is 0 to 4294967295")
-    return value
+    if not text.isascii() or not text.isdigit() or int(text) >= 1 << 32:
+        raise argparse.ArgumentTypeError(f"{text!r}: a user id is a number from 0 to 4294967295")
+    return int(text)
 
 
 def _parser() -> _Parser:
