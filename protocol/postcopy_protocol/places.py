@@ -6,7 +6,6 @@ the ZeroMQ socket and the lock: an ipc socket has only the rights that the umask
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
 from .errors import BadInput
@@ -52,7 +51,7 @@ def router_endpoint(directory: str) -> str:
 
 def _socket_path(directory: str, name: str) -> str:
     path = f"{directory}/{name}"
-    length = len(os.fsencode(path))
+    length = len(path.encode("utf-8", "surrogateescape"))  # as the file system takes it
     if length > SOCKET_PATH_BYTES:
         raise BadInput(
             f"runtime directory {directory} is too long: its socket {name} would have a path of {length} bytes, "

@@ -103,7 +103,7 @@ def test_text_for_people_is_made_to_fit() -> None:
 def test_what_the_other_side_would_refuse_is_not_sent(message: Message) -> None:
     with pytest.raises(BadInput):
         encode(message)
-    assert encode(messages.Goodbye()) == b"\x92\x01\x06", "the packer is whole after a failure"
+    assert encode(messages.Goodbye()) == b"\x92\x01\x06"
 
 
 # --- whatever comes in ------------------------------------------------------------------------------------------------
