@@ -43,10 +43,10 @@ _HIGH_BITS = 38  # 2**38 ns: from it on everything falls into the last
 BUCKETS = (_HIGH_BITS - _LOW_BITS) * 8
 LAST_BUCKET = HISTOGRAM + BUCKETS - 1
 
-_LOWEST = 1 << _LOW_BITS
-_BEYOND = 1 << _HIGH_BITS
+LOWEST = 1 << _LOW_BITS
+BEYOND = 1 << _HIGH_BITS
 # A value of b bits has its upper four in 8..15: word = HISTOGRAM + (b - 1 - _LOW_BITS) * 8 + (upper four - 8).
-_BIAS = HISTOGRAM - (1 + _LOW_BITS) * 8 - 8
+BIAS = HISTOGRAM - (1 + _LOW_BITS) * 8 - 8
 
 # --- words of the house page ------------------------------------------------------------------------------------------
 
@@ -56,10 +56,10 @@ ENDING = 1  # not 0: the house ends, place nothing more
 
 def bucket(ns: int) -> int:
     """Word that counts a latency of ``ns`` nanoseconds."""
-    if ns < _LOWEST:
+    if ns < LOWEST:
         return HISTOGRAM
     bits = ns.bit_length()
-    return (bits << 3) + (ns >> (bits - 4)) + _BIAS if ns < _BEYOND else LAST_BUCKET
+    return (bits << 3) + (ns >> (bits - 4)) + BIAS if ns < BEYOND else LAST_BUCKET
 
 
 def bounds(word: int) -> tuple[int, int]:

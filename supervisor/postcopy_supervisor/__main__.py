@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from importlib.util import find_spec
 
 from postcopy_kernel.userfaultfd import UserfaultfdUnavailable
 from postcopy_protocol.errors import BadInput, PostcopyError
@@ -23,18 +24,15 @@ def main() -> int:
         stream=sys.stderr,
         format="%(asctime)s %(levelname)s %(message)s",
     )
-    try:
-        import prctl  # noqa: F401  (workers drop their rights with it)
-        import zmq  # noqa: F401
-
-        from .house import serve
-    except ImportError as error:
+    if find_spec("prctl") is None:  # workers drop their rights with it
         print(
-            f"postcopy serve: {error.name} is missing; install the supervisor: pip install 'postcopy[supervisor]' "
+            "postcopy serve: python-prctl is missing; install the supervisor: pip install 'postcopy[supervisor]' "
             "(needs a C compiler and libcap-dev)",
             file=sys.stderr,
         )
         return 1
+    from .house import serve
+
     try:
         serve(settings)
     except (PostcopyError, UserfaultfdUnavailable) as error:

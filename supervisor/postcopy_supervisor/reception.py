@@ -181,13 +181,13 @@ class Reception:
 
     def _take_userfaultfd(self, client: Client, fd: int) -> None:
         if not is_userfaultfd(fd):
-            client.conversation.stage = type(client.conversation.stage).GREETED
+            client.conversation.refuse_userfaultfd()
             raise Refusal("bad-descriptor", "the descriptor that came with OfferUserfaultfd is no userfaultfd")
         userfaultfd = Userfaultfd(fd)
         try:
             userfaultfd.handshake()
         except OSError as error:
-            client.conversation.stage = type(client.conversation.stage).GREETED
+            client.conversation.refuse_userfaultfd()
             raise Refusal(
                 "bad-descriptor", f"userfaultfd handshake: {error.strerror}; send it before UFFDIO_API"
             ) from None

@@ -38,10 +38,13 @@ from postcopy_protocol.messages import RegionGrant
 from postcopy_protocol.received import LOST, PLACING, RECEIVED
 from postcopy_protocol.statistics import (
     AROUND,
+    BEYOND,
+    BIAS,
     BUSY_SINCE_NS,
     DEDUPLICATED,
     FAILURES,
     FAULTS,
+    LOWEST,
     PLACED,
     WAKES,
     WINDOW_LIMIT,
@@ -113,7 +116,8 @@ class FaultHandler:
         self._range = Structure(2)
         self._ranged = Structure(4)
         self._shortage = 0
-        self.message = self._dispatcher()
+        self.answer = self._dispatcher()
+        """(flags, address) of a page fault: the whole answer, for the loop's common case."""
 
     # --- what the loop calls ------------------------------------------------------------------------------------------
 
@@ -137,25 +141,31 @@ class FaultHandler:
             seen.add(address)
             self.message(words[at], words[at + 1], address)
 
-    def _dispatcher(self) -> Callable[[int, int, int], None]:
-        """``message(event, flags, address)``: answer one message; raises ClientGone or CannotGoOn."""
+    def message(self, event: int, flags: int, address: int) -> None:
+        """Answer one message of any kind; raises ClientGone or CannotGoOn."""
+        if event & 0xFF == EVENT_PAGEFAULT:
+            return self.answer(flags, address)
+        what = f"event {event & 0xFF:#x} on the client's userfaultfd; not handled"
+        return self._report("foreign-event", -1, -1, what)
+
+    def _outside(self, address: int) -> None:
+        """Left waiting on purpose: a WAKE would make it fault again, for ever. Only the client itself can have
+        registered such memory."""
+        self._report("outside", -1, -1, f"fault at {address:#x}, outside every region of this client")
+
+    def _dispatcher(self) -> Answer:
+        """One region is the rule, and its own answer looks whether the fault is inside."""
+        if len(self.regions) == 1:
+            return self._answer(self.regions[0])
         answers = [(region.start, region.end, self._answer(region)) for region in self.regions]
 
-        def message(event: int, flags: int, address: int) -> None:
-            for start, end, answer in answers:
-                if start <= address < end and event & 0xFF == EVENT_PAGEFAULT:
-                    return answer(flags, address)
-            return strange(event, address)
+        def answer(flags: int, address: int) -> None:
+            for start, end, inside in answers:
+                if start <= address < end:
+                    return inside(flags, address)
+            return self._outside(address)
 
-        strange = self._strange
-        return message
-
-    def _strange(self, event: int, address: int) -> None:
-        if event & 0xFF != EVENT_PAGEFAULT:
-            what = f"event {event & 0xFF:#x} on the client's userfaultfd; not handled"
-            return self._report("foreign-event", -1, -1, what)
-        # Left waiting on purpose: a WAKE would make it fault again, for ever.
-        return self._report("outside", -1, -1, f"fault at {address:#x}, outside every region of this client")
+        return answer
 
     # --- the common case ----------------------------------------------------------------------------------------------
 
@@ -168,10 +178,14 @@ class FaultHandler:
 
     def _careful_answer(self, region: Region) -> Answer:
         base, shift, words, uncommon = region.base, region.block.shift, self._words, self._uncommon
+        first, end, outside = region.first_page, region.end_page, self._outside
 
         def answer(flags: int, address: int) -> None:
+            page = address - base >> shift
+            if not first <= page < end:
+                return outside(address)
             words[FAULTS] += 1
-            uncommon(region, address - base >> shift, flags, perf_counter_ns())
+            return uncommon(region, page, flags, perf_counter_ns())
 
         return answer
 
@@ -182,11 +196,14 @@ class FaultHandler:
         structure = Structure(5, 0, 0, 1 << BASE_SHIFT)
         copy, buffer = structure.words, structure.buffer
         window, uncommon, widen = region.around.window, self._uncommon, self._widen
+        first, end, outside = region.first_page, region.end_page, self._outside
 
         def answer(flags: int, address: int) -> None:
             begun = clock()
-            words[FAULTS] += 1
             page = address - base >> BASE_SHIFT
+            if not first <= page < end:
+                return outside(address)
+            words[FAULTS] += 1
             if received[page] or received[changed] or flags & FAULT_MINOR:
                 return uncommon(region, page, flags, begun)
             copy[0] = address
@@ -197,7 +214,12 @@ class FaultHandler:
             except OSError:
                 return uncommon(region, page, flags, begun)
             received[page] = RECEIVED
-            words[bucket(clock() - begun)] += 1
+            took = clock() - begun
+            if LOWEST <= took < BEYOND:  # statistics.bucket(), without the call
+                bits = took.bit_length()
+                words[(bits << 3) + (took >> bits - 4) + BIAS] += 1
+            else:
+                words[bucket(took)] += 1
             words[PLACED] += 1
             pages = window(page)
             if pages > 1:
@@ -215,13 +237,16 @@ class FaultHandler:
         release_structure = Structure(4, 0, 1 << BASE_SHIFT)
         release, release_buffer = release_structure.words, release_structure.buffer
         window, uncommon, widen, placed_own = region.around.window, self._uncommon, self._widen, block.placed_own
+        first, end, outside = region.first_page, region.end_page, self._outside
         # A write is let fault again: it goes to the client's own copy at once, without a read-only mapping first.
         waking = 0 if region.grant.announced else FAULT_WRITE
 
         def answer(flags: int, address: int) -> None:
             begun = clock()
-            words[FAULTS] += 1
             page = address - base >> BASE_SHIFT
+            if not first <= page < end:
+                return outside(address)
+            words[FAULTS] += 1
             if received[page] or received[changed] or flags & FAULT_MINOR:
                 return uncommon(region, page, flags, begun)
             copy[0] = address + own
@@ -234,7 +259,12 @@ class FaultHandler:
                 ioctl(client, UFFDIO_WAKE if flags & waking else UFFDIO_CONTINUE, release_buffer)
             except OSError:
                 return uncommon(region, page, flags, begun)
-            words[bucket(clock() - begun)] += 1
+            took = clock() - begun
+            if LOWEST <= took < BEYOND:  # statistics.bucket(), without the call
+                bits = took.bit_length()
+                words[(bits << 3) + (took >> bits - 4) + BIAS] += 1
+            else:
+                words[bucket(took)] += 1
             words[PLACED] = placed = words[PLACED] + 1
             if not placed & TIDY_MASK:
                 placed_own(TIDY_MASK + 1)

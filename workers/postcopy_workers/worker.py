@@ -37,7 +37,7 @@ from postcopy_protocol.codec import encode
 from postcopy_protocol.messages import Assignment, BlockGrant, Report, WorkerHello
 from postcopy_protocol.window import FaultAround
 
-from .fault_handler import MESSAGE_WORDS, CannotGoOn, ClientGone, FaultHandler, Region
+from .fault_handler import EVENT_PAGEFAULT, MESSAGE_WORDS, CannotGoOn, ClientGone, FaultHandler, Region
 from .page_sources import FilePages, Handler, HandlerPages, NoPages, PageSource, SourceChanged, ZeroPages
 from .placing import Block, Calls, OwnMapping
 
@@ -230,12 +230,12 @@ def _read_for_ever(userfaultfd: int, handler: FaultHandler) -> NoReturn:
     readinto = io.FileIO(userfaultfd, closefd=False).readinto
     buffer = bytearray(MESSAGE_BYTES * BATCH)
     words = memoryview(buffer).cast("Q")
-    one, message, messages = MESSAGE_BYTES, handler.message, handler.messages
+    one, fault, answer, messages = MESSAGE_BYTES, EVENT_PAGEFAULT, handler.answer, handler.messages
     idle = _idle(userfaultfd)
     while True:
         length = readinto(buffer)
-        if length == one:
-            message(words[0], words[1], words[2])
+        if length == one and words[0] == fault:
+            answer(words[1], words[2])
         elif length:
             messages(words, length // (8 * MESSAGE_WORDS))
         else:
