@@ -35,6 +35,7 @@ LONGEST_NS = 16  # longest latency seen (0: the histogram's last bucket stands f
 BUSY_SINCE_NS = 17  # CLOCK_MONOTONIC of the fault in hand; 0 idle
 WORKER_PID = 18
 INCARNATION = 19
+OUTSIDE = 20  # faults outside every region, left waiting on purpose
 
 HISTOGRAM = 64
 """First word of the histogram."""

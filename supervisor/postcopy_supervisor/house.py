@@ -288,11 +288,13 @@ class House:
                 )
                 self.workforce.kill(number, "its source does not answer")
             elif number != ZERO:
-                self._watch_client(number, figures[statistics.FAULTS], busy, now)
+                self._watch_client(number, figures, now)
 
-    def _watch_client(self, number: int, faults: int, busy: int, now: float) -> None:
-        ufd = self.reception.clients[number].userfaultfd
-        if ufd is None or busy or stuck_faults(ufd.fileno())[0] == 0:
+    def _watch_client(self, number: int, figures: memoryview, now: float) -> None:
+        """Waiters, read or unread, while the worker is busy with nothing and answers nothing: it hangs."""
+        ufd, faults = self.reception.clients[number].userfaultfd, figures[statistics.FAULTS]
+        busy, outside = figures[statistics.BUSY_SINCE_NS], figures[statistics.OUTSIDE]
+        if ufd is None or busy or stuck_faults(ufd.fileno())[1] <= outside:
             self._watched.pop(number, None)
             return
         seen, since = self._watched.setdefault(number, (faults, now))
@@ -300,7 +302,9 @@ class House:
             self._watched[number] = (faults, now)
         elif now - since > STUCK_SECONDS:
             self._watched.pop(number)
-            self._event("watchdog", f"worker {number} has not read its client's faults for {STUCK_SECONDS:g} s")
+            self._event(
+                "watchdog", f"worker {number} has answered no fault for {STUCK_SECONDS:g} s, and there are some"
+            )
             self.workforce.kill(number, "it answers no faults")
 
     # --- workers ------------------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ from postcopy_protocol.statistics import (
     FAILURES,
     FAULTS,
     LOWEST,
+    OUTSIDE,
     PLACED,
     WAKES,
     WINDOW_LIMIT,
@@ -151,6 +152,7 @@ class FaultHandler:
     def _outside(self, address: int) -> None:
         """Left waiting on purpose: a WAKE would make it fault again, for ever. Only the client itself can have
         registered such memory."""
+        self._words[OUTSIDE] += 1
         self._report("outside", -1, -1, f"fault at {address:#x}, outside every region of this client")
 
     def _dispatcher(self) -> Answer:
