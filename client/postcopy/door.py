@@ -92,8 +92,8 @@ class Door:
                 return
             except BlockingIOError:
                 self._wait(select.POLLOUT, deadline)
-            except (BrokenPipeError, ConnectionResetError) as error:
-                raise self._gone() from error
+            except (BrokenPipeError, ConnectionResetError):
+                return  # it has hung up, perhaps with a last word: a refusal that did not wait for the question
 
     def _next(self, answer: type[Answer], deadline: Deadline) -> tuple[Message, tuple[int, ...]]:
         """The next message: the answer, a refusal, or a word unasked, which is noted here."""
@@ -115,6 +115,8 @@ class Door:
             self._wait(select.POLLIN, deadline)
             try:
                 received = receive_message(self._socket)
+                if not received.data:  # a reset is told before the last words that came with it
+                    received = receive_message(self._socket)
             except BlockingIOError:
                 continue
             except TruncatedMessage as error:

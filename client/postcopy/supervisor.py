@@ -63,7 +63,9 @@ class Supervisor:
         return self._process.pid
 
     def log(self) -> str:
-        """What the supervisor has logged so far."""
+        """What the supervisor has logged so far; after close(): in all."""
+        if self._log.closed:
+            return self._last_log
         size = os.fstat(self._log.fileno()).st_size
         return os.pread(self._log.fileno(), size, 0).decode("utf-8", "replace")
 
@@ -77,6 +79,8 @@ class Supervisor:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        if process is not None:
+            self._last_log = self.log()
         self._stack.close()
 
     def __enter__(self) -> Supervisor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -211,6 +212,25 @@ def test_a_refusal_has_its_exception_and_its_reason(
     error = deceive([*HONEST[:step], (encode(Refused(code, "because of rain")), nothing)])
     assert isinstance(error, REFUSALS[code])
     assert "because of rain" in str(error)
+
+
+@pytest.mark.parametrize("patience", [0.0, 0.1], ids=["at once", "while the question waits unread"])
+def test_a_refusal_that_waits_for_no_question_is_heard(runtime_dir: Path, patience: float) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(runtime_dir / "door"))
+        listener.listen(1)
+
+        def refuse() -> None:
+            sock, _ = listener.accept()
+            with sock:
+                time.sleep(patience)  # gives the client the time to ask; too little only makes the other case
+                send_message(sock, encode(Refused("denied", "not you")))
+
+        thread = threading.Thread(target=refuse)
+        thread.start()
+        with pytest.raises(postcopy.AttachDenied, match="not you"):
+            postcopy.attach("ram0", runtime_dir, timeout=5.0)
+        thread.join(10)
 
 
 def test_the_future_is_called_by_its_name(
