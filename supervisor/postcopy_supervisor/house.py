@@ -303,7 +303,7 @@ class House:
         elif now - since > STUCK_SECONDS:
             self._watched.pop(number)
             self._event(
-                "watchdog", f"worker {number} has answered no fault for {STUCK_SECONDS:g} s, and there are some"
+                "watchdog", f"worker {number} answers no fault for {STUCK_SECONDS:g} s"
             )
             self.workforce.kill(number, "it answers no faults")
 
