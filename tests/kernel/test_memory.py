@@ -191,6 +191,7 @@ def test_runs_of_data_and_holes_are_exact(fd: int) -> None:
     assert pages(hole_runs(fd, 0, 8 * PAGE)) == [(0, 1), (3, 5), (6, 8)]
     assert pages(data_runs(fd, 2 * PAGE, 5 * PAGE)) == [(2, 3)]
     assert pages(hole_runs(fd, 2 * PAGE, 5 * PAGE)) == [(3, 5)]
+    assert pages(data_runs(fd, 0, 2 * PAGE)) == [(1, 2)]
     assert pages(data_runs(fd, 6 * PAGE, 8 * PAGE)) == []
     assert pages(hole_runs(fd, PAGE, 3 * PAGE)) == []
     assert pages(hole_runs(fd, 4 * PAGE, 4 * PAGE)) == []
