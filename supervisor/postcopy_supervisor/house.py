@@ -23,11 +23,10 @@ from postcopy_kernel.userfaultfd import (
     UserfaultfdUnavailable,
     open_device,
     open_userfaultfd,
-    stuck_faults,
 )
 from postcopy_protocol import statistics
 from postcopy_protocol.codec import decode, encode
-from postcopy_protocol.errors import BadInput, BadMessage
+from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.messages import (
     AskExport,
     AskProgress,
@@ -42,12 +41,10 @@ from postcopy_protocol.messages import (
     Message,
     RegionGrant,
     Report,
-    StatusAnswer,
-    StopAnswer,
     WorkerHello,
 )
 
-from . import ending, status
+from . import control, ending, status
 from .blocks import RamBlock
 from .client_zero import KEY as ZERO_KEY
 from .client_zero import NUMBER as ZERO
@@ -70,16 +67,15 @@ from .porter import (
     Visit,
 )
 from .reception import Reception
-from .runtime import RuntimeDirectory
+from .runtime import RuntimeDirectory, notify
 from .settings import Settings
 from .status import History
+from .watchdog import Watchdog
 from .workforce import Workforce
 
 log = logging.getLogger("postcopy")
 
 FROM_ROUTER = (WorkerHello, Report, Fetched, AskStatus, AskStop, AskExport, AskProgress)
-STUCK_SECONDS = 5.0
-"""A worker whose client has unread faults for so long, and which has answered none meanwhile, hangs."""
 AUDIT_SECONDS = 5.0
 SCARCE = 128 << 20
 """Bytes available on the machine below which only pages that are waited for are placed."""
@@ -117,7 +113,6 @@ class House:
         self._door = self._open_door()
         self.custody = Custody()
         self.exports = Exports()
-        self._watched: dict[int, tuple[int, float]] = {}
         self._ticked = self._audited = 0.0
         self._people()
 
@@ -132,6 +127,7 @@ class House:
             self.blocks, self.custody, self.porter, self._device, allowed, self.limit, self._event
         )
         self.zero.workforce = self.reception.workforce = self.workforce
+        self.watchdog = Watchdog(self.workforce, self.reception, self.zero, self.settings.handler_timeout, self._event)
 
     def _bind(self) -> zmq.Socket[bytes]:
         router: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
@@ -208,7 +204,7 @@ class House:
             case Fetched():
                 self.zero.fetched(message)
             case _:
-                self._control(identity, message)
+                self._answer(identity, control.answer(self, message))
 
     def _happened(self, happening: Happening) -> None:
         match happening:
@@ -246,7 +242,7 @@ class House:
             return
         self._ticked = now
         self.reception.tick(now)
-        self._watch_workers(now)
+        self.watchdog.tick(now)
         for block in self.blocks.values():
             if not block.complete and block.look_complete():
                 log.info("block %s is complete: its clients are released", block.name)
@@ -271,41 +267,6 @@ class House:
             self._house[statistics.WINDOW_LIMIT] = limit
             self._event("memory", "enough again" if allowed else "scarce: fault-around and background work stop")
         return allowed
-
-    def _watch_workers(self, now: float) -> None:
-        """The watchdog: a handler that takes too long, and a worker that lives but answers nothing."""
-        words = {number: client.words for number, client in self.reception.clients.items()}
-        words[ZERO] = self.zero.words
-        for number, figures in words.items():
-            slot = self.workforce.fleet.slots.get(number)
-            if figures is None or slot is None or slot.state != "running":
-                self._watched.pop(number, None)
-                continue
-            busy = figures[statistics.BUSY_SINCE_NS]
-            if busy and time.monotonic_ns() - busy > self.settings.handler_timeout * 1e9:
-                self._event(
-                    "watchdog", f"worker {number} is busy with one page for {self.settings.handler_timeout:g} s"
-                )
-                self.workforce.kill(number, "its source does not answer")
-            elif number != ZERO:
-                self._watch_client(number, figures, now)
-
-    def _watch_client(self, number: int, figures: memoryview, now: float) -> None:
-        """Waiters, read or unread, while the worker is busy with nothing and answers nothing: it hangs."""
-        ufd, faults = self.reception.clients[number].userfaultfd, figures[statistics.FAULTS]
-        busy, outside = figures[statistics.BUSY_SINCE_NS], figures[statistics.OUTSIDE]
-        if ufd is None or busy or stuck_faults(ufd.fileno())[1] <= outside:
-            self._watched.pop(number, None)
-            return
-        seen, since = self._watched.setdefault(number, (faults, now))
-        if seen != faults:
-            self._watched[number] = (faults, now)
-        elif now - since > STUCK_SECONDS:
-            self._watched.pop(number)
-            self._event(
-                "watchdog", f"worker {number} answers no fault for {STUCK_SECONDS:g} s"
-            )
-            self.workforce.kill(number, "it answers no faults")
 
     # --- workers ------------------------------------------------------------------------------------------------------
 
@@ -382,38 +343,9 @@ class House:
 
     # --- control ------------------------------------------------------------------------------------------------------
 
-    def _control(self, identity: bytes, message: Message) -> None:
-        try:
-            self._answer(identity, self._asked(message))
-        except (BadInput, BadMessage) as error:
-            self._answer(identity, ControlRefused(str(error)))
-
-    def _asked(self, message: Message) -> Message:
-        match message:
-            case AskStatus(audit):
-                if audit:
-                    self.audit()
-                return StatusAnswer(self.document())
-            case AskStop(keep_workers):
-                if keep_workers:
-                    raise BadInput("--keep-workers is not supported by this version: nothing is ended")
-                descriptors.signal_eventfd(self._stop_bell)
-                return StopAnswer(os.getpid())
-            case AskExport(name, path):
-                block = self.blocks.get(name)
-                if block is None:
-                    raise BadInput(f"no block {name} here; there are {', '.join(sorted(self.blocks))}")
-                self.zero.heal(block)
-                return self.exports.start(block, path).progress()
-            case AskProgress(job, cancel):
-                export = self.exports.get(job)
-                if export is None:
-                    raise BadInput(f"there is no export {job}")
-                if cancel and export.running:
-                    export.cancel()
-                    self.zero.give_up(export.block)
-                return export.progress()
-        raise BadMessage(f"{type(message).__name__} is no question")
+    def ask_to_end(self) -> None:
+        """As SIGTERM does."""
+        descriptors.signal_eventfd(self._stop_bell)
 
     def audit(self) -> int:
         """Pages present that nobody of ours placed, in all blocks; news of them is an event."""
@@ -471,19 +403,6 @@ def _device() -> int:
         return open_device()
     except UserfaultfdUnavailable:
         return -1  # the syscall may do; clients then make theirs by it too
-
-
-def notify(state: str) -> None:
-    """One word to the service manager, if there is one (sd_notify(3))."""
-    path = os.environ.get("NOTIFY_SOCKET")
-    if not path:
-        return
-    address = "\0" + path[1:] if path.startswith("@") else path
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
-            channel.sendto(state.encode(), address)
-    except OSError as error:
-        log.warning("cannot notify %s: %s", path, error)
 
 
 def serve(settings: Settings) -> None:

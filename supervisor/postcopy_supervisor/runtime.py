@@ -1,14 +1,19 @@
-"""The runtime directory: made, claimed for one supervisor, cleaned of what a crashed one has left."""
+"""The supervisor's place in the system: the runtime directory, claimed for one supervisor and cleaned of what a crashed
+one has left; and the word to the service manager."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
+import socket
 import stat
 
 from postcopy_protocol.errors import BadInput
 from postcopy_protocol.places import DOOR, LOCK, PRIVATE, ROUTER, door_path, router_endpoint
+
+log = logging.getLogger(__name__)
 
 
 class RuntimeDirectory:
@@ -72,3 +77,16 @@ def _make(path: str, mode: int) -> None:
         os.chmod(path, mode)
     except OSError as error:
         raise BadInput(f"runtime directory {path}: {error.strerror}; choose another with --runtime-dir") from None
+
+
+def notify(state: str) -> None:
+    """One word to the service manager, if there is one (sd_notify(3))."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if not path:
+        return
+    address = "\0" + path[1:] if path.startswith("@") else path
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.sendto(state.encode(), address)
+    except OSError as error:
+        log.warning("cannot notify %s: %s", path, error)

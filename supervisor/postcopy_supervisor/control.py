@@ -1,0 +1,61 @@
+"""What the command line asks over the router, and the answers."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from postcopy_protocol.errors import BadInput
+from postcopy_protocol.messages import (
+    AskExport,
+    AskProgress,
+    AskStatus,
+    AskStop,
+    ControlRefused,
+    Message,
+    StatusAnswer,
+    StopAnswer,
+)
+
+if TYPE_CHECKING:
+    from .house import House
+
+
+def answer(house: House, message: Message) -> Message:
+    """The answer to a question; what cannot be is ControlRefused, with one line for people."""
+    try:
+        match message:
+            case AskStatus(audit):
+                if audit:
+                    house.audit()
+                return StatusAnswer(house.document())
+            case AskStop(keep_workers):
+                if keep_workers:
+                    raise BadInput("--keep-workers is not supported by this version: nothing is ended")
+                house.ask_to_end()
+                return StopAnswer(os.getpid())
+            case AskExport(name, path):
+                return _export(house, name, path)
+            case AskProgress(job, cancel):
+                return _progress(house, job, cancel)
+        raise BadInput(f"{type(message).__name__} is no question")
+    except BadInput as error:
+        return ControlRefused(str(error))
+
+
+def _export(house: House, name: str, path: str) -> Message:
+    block = house.blocks.get(name)
+    if block is None:
+        raise BadInput(f"no block {name} here; there are {', '.join(sorted(house.blocks))}")
+    house.zero.heal(block)
+    return house.exports.start(block, path).progress()
+
+
+def _progress(house: House, job: int, cancel: bool) -> Message:
+    export = house.exports.get(job)
+    if export is None:
+        raise BadInput(f"there is no export {job}")
+    if cancel and export.running:
+        export.cancel()
+        house.zero.give_up(export.block)
+    return export.progress()

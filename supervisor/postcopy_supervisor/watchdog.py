@@ -1,0 +1,66 @@
+"""The watchdog: a handler that takes too long, and a worker that lives but answers nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from postcopy_kernel.userfaultfd import stuck_faults
+from postcopy_protocol.statistics import BUSY_SINCE_NS, FAULTS, OUTSIDE
+
+from .client_zero import NUMBER as ZERO
+from .client_zero import ClientZero
+from .reception import Reception
+from .workforce import Workforce
+
+STUCK_SECONDS = 5.0
+"""A worker whose client waits for so long while no fault is answered hangs, whatever it is doing."""
+
+
+class Watchdog:
+    """Looks at figures in shared memory and at the kernel's gauge of every userfaultfd; asks nobody."""
+
+    def __init__(
+        self,
+        workforce: Workforce,
+        reception: Reception,
+        zero: ClientZero,
+        handler_timeout: float,
+        event: Callable[[str, str], None],
+    ) -> None:
+        self._workforce = workforce
+        self._reception = reception
+        self._zero = zero
+        self._timeout = handler_timeout
+        self._event = event
+        self._watched: dict[int, tuple[int, float]] = {}
+
+    def tick(self, now: float) -> None:
+        """Once a second: kill what hangs; the law of crashes takes its course."""
+        figures = {number: client.words for number, client in self._reception.clients.items()}
+        figures[ZERO] = self._zero.words
+        for number, words in figures.items():
+            slot = self._workforce.fleet.slots.get(number)
+            if words is None or slot is None or slot.state != "running":
+                self._watched.pop(number, None)
+                continue
+            busy = words[BUSY_SINCE_NS]
+            if busy and time.monotonic_ns() - busy > self._timeout * 1e9:
+                self._event("watchdog", f"worker {number} is busy with one page for {self._timeout:g} s")
+                self._workforce.kill(number, "its source does not answer")
+            elif number != ZERO:
+                self._watch_client(number, words, now)
+
+    def _watch_client(self, number: int, words: memoryview, now: float) -> None:
+        """Waiters, read or unread, while the worker is busy with nothing and answers nothing: it hangs."""
+        ufd, faults = self._reception.clients[number].userfaultfd, words[FAULTS]
+        if ufd is None or words[BUSY_SINCE_NS] or stuck_faults(ufd.fileno())[1] <= words[OUTSIDE]:
+            self._watched.pop(number, None)
+            return
+        seen, since = self._watched.setdefault(number, (faults, now))
+        if seen != faults:
+            self._watched[number] = (faults, now)
+        elif now - since > STUCK_SECONDS:
+            self._watched.pop(number)
+            self._event("watchdog", f"worker {number} answers no fault for {STUCK_SECONDS:g} s")
+            self._workforce.kill(number, "it answers no faults")
