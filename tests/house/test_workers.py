@@ -1,0 +1,218 @@
+"""Workers that are killed, stopped and outlived: their clients wait for the successor, never fail, never read zeros."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import SourceFile
+from tests.house.house import PAGE, House, Puppet, alive, descriptors, end_by_pidfd, until, word
+
+BLOCK = 48 << 20
+"""Large enough that page-by-page faults outlast what is done to the workers."""
+
+
+def kill_now(house: House, client: Puppet, killed: set[int]) -> bool:
+    """SIGKILL its present worker, whatever that is at, unless it was ``killed`` before; says whether it did."""
+    pid = int(house.record(client).get("worker_pid") or 0)
+    if pid in killed or not alive(pid):
+        return False
+    end_by_pidfd(pid, signal.SIGKILL, "postcopy-")
+    killed.add(pid)
+    return True
+
+
+@pytest.mark.parametrize("mode", ["private", "shared"])
+def test_a_worker_killed_at_random_moments(runtime_dir: Path, source_file: SourceFile, mode: str) -> None:
+    path = source_file(BLOCK)
+    with House(runtime_dir, f"ram0={path}", fault_around="4K") as house:
+        client, other = house.client("ram0", mode), house.client("ram0", mode)
+        client.begin(f"check(b, {str(path)!r}, 'random', 4096)")
+        chance, killed = random.Random(7), set[int]()
+        # Not more than the law of crashes forgives, and only while pages are missing.
+        while len(killed) < 5 and not client.answered(chance.uniform(0.0, 0.05)):
+            assert house.block()["received"] < BLOCK // PAGE
+            kill_now(house, client, killed)
+        assert len(killed) == 5, "the client was through before its worker had been killed five times"
+        other.begin(f"check(b, {str(path)!r}, 'random', 4096, 1)")
+        assert [client.answer(), other.answer()] == [-1, -1]
+        until(lambda: house.record(client)["restarts"] == 5, "the last kill is counted too")
+        assert house.status()["totals"]["restarts"] == 5
+        assert house.record(other)["restarts"] == 0
+
+
+def test_two_clients_of_both_modes_and_their_workers_killed_together(
+    runtime_dir: Path, source_file: SourceFile
+) -> None:
+    path = source_file(BLOCK)
+    with House(runtime_dir, f"ram0={path}", fault_around="16K") as house:
+        clients = [house.client("ram0", mode) for mode in ("private", "shared")]
+        for seed, client in enumerate(clients):
+            client.begin(f"check(b, {str(path)!r}, 'random', 4096, {seed})")
+        killed: set[int] = set()
+        for _ in range(3):
+            for client in clients:
+                until(partial(kill_now, house, client, killed), "a worker to kill")
+        assert [client.answer() for client in clients] == [-1, -1]
+
+
+def test_a_waiting_client_gets_its_page_after_the_kill(runtime_dir: Path, source_file: SourceFile) -> None:
+    """The worker has read the fault and stands still: the kernel will not tell it again without the wake-all."""
+    path = source_file(64 * PAGE)
+    with House(runtime_dir, f"ram0={path}") as house:
+        for mode in ("private", "shared"):
+            client = house.client("ram0", mode)
+            pid = house.kill_worker(client, signal.SIGSTOP)
+            page = 10 if mode == "private" else 20
+            client.begin(f"words(b, [{page}])")
+            assert not client.answered(0.3), "who answered, with the worker stopped?"
+            end_by_pidfd(pid, signal.SIGKILL, "postcopy-w")
+            began = time.monotonic()
+            assert client.answer(5) == [word(page * PAGE)]
+            assert time.monotonic() - began < 2.0
+
+
+def test_a_stopped_worker_is_replaced_by_the_watchdog(runtime_dir: Path, source_file: SourceFile) -> None:
+    path = source_file(64 * PAGE)
+    with House(runtime_dir, f"ram0={path}") as house:
+        client, other = house.client(), house.client("ram0", "shared")
+        stopped = house.kill_worker(client, signal.SIGSTOP)
+        client.begin("words(b, [10])")
+        for page in range(20, 30):
+            assert other.do(f"words(b, [{page}])") == [word(page * PAGE)]
+        assert not client.answered(), "the worker is stopped"
+        assert client.answer(15) == [word(10 * PAGE)]
+        assert not alive(stopped)
+        assert house.events("watchdog")
+        assert house.worker(client) != stopped
+
+
+def test_a_fault_that_was_read_and_forgotten(runtime_dir: Path, source_file: SourceFile) -> None:
+    """The state after a worker was stopped between reading a fault and answering it: no fault is unread, one waits.
+    The message is taken away by the client itself, which holds its own userfaultfd."""
+    path = source_file(64 * PAGE)
+    with House(runtime_dir, f"ram0={path}") as house:
+        client = house.client()
+        stopped = house.kill_worker(client, signal.SIGSTOP)
+        client.do("waiter = threading.Thread(target=b.ensure, args=(40960, 1), daemon=True); waiter.start()")
+        assert client.do("len(os.read(b.session._userfaultfd.fd, 32))") == 32
+        assert client.do("waiter.is_alive()")
+        client.begin("waiter.join(20); result = read(b, 40960, 8)")
+        client.answer(20)
+        assert client.do("int.from_bytes(bytes.fromhex(result), 'little')") == word(10 * PAGE)
+        assert not alive(stopped)
+
+
+def test_an_idle_worker_is_left_in_peace(runtime_dir: Path, source_file: SourceFile) -> None:
+    path = source_file(64 * PAGE)
+    with House(runtime_dir, f"ram0={path}") as house:
+        client = house.client()
+        assert client.do("words(b, [1])") == [word(PAGE)]
+        before = house.worker(client)
+        until(lambda: house.status()["uptime_s"] > 7.5, "longer than the watchdog waits", 12)
+        assert house.worker(client) == before
+        assert house.status()["totals"]["restarts"] == 0
+
+
+def test_a_quarantined_client_is_poisoned_and_others_go_on(runtime_dir: Path, source_file: SourceFile) -> None:
+    """A worker that is killed again and again, whatever kills it, ends as quarantine for that client only."""
+    path = source_file(BLOCK)
+    with House(runtime_dir, f"ram0={path}", fault_around="4K") as house:
+        client, other = house.client(), house.client("ram0", "shared")
+        assert client.do("words(b, [1])") == [word(PAGE)]
+        killed: set[int] = set()
+
+        def quarantined() -> bool:
+            kill_now(house, client, killed)
+            return bool(house.record(client)["state"] == "quarantined")
+
+        until(quarantined, "it is given up", 20)
+        assert client.do("words(b, [1])") == [word(PAGE)], "what is there stays readable"
+        assert other.do(f"check(b, {str(path)!r})") == -1
+        assert client.do(f"check(b, {str(path)!r})") == -1, "what others brought is there for it too"
+        assert house.events("quarantined")
+
+
+# --- clients that end -------------------------------------------------------------------------------------------------
+
+
+def gone(house: House, pid: int, worker: int = 0) -> bool:
+    """Is the client forgotten, and its worker ended?"""
+    return all(record["pid"] != pid for record in house.status()["clients"]) and not (worker and alive(worker))
+
+
+def faulting(house: House, client: Puppet) -> bool:
+    return bool(house.record(client)["faults"] > 20)
+
+
+@pytest.mark.parametrize("mode", ["private", "shared"])
+def test_a_client_killed_while_it_faults(runtime_dir: Path, source_file: SourceFile, mode: str) -> None:
+    path = source_file(BLOCK)
+    with House(runtime_dir, f"ram0={path}", fault_around="4K") as house:
+        doomed = [house.client("ram0", mode) for _ in range(3)]
+        honest = house.client("ram0", mode)
+        for seed, client in enumerate(doomed):
+            worker = house.worker(client)
+            if seed == 2:
+                honest.begin(f"check(b, {str(path)!r}, 'random', 4096)")
+            client.begin(f"check(b, {str(path)!r}, 'random', 4096, {seed + 9})")
+            until(partial(faulting, house, client), "it faults")
+            client.kill()
+            assert house.block()["received"] < BLOCK // PAGE
+            until(partial(gone, house, client.pid, worker), "the client is forgotten, its worker ended", 1)
+        assert honest.answer() == -1
+        assert house.status()["totals"]["restarts"] == 0
+
+
+def test_a_client_killed_while_its_worker_is_stopped(runtime_dir: Path, source_file: SourceFile) -> None:
+    path = source_file(64 * PAGE)
+    with House(runtime_dir, f"ram0={path}") as house:
+        client = house.client()
+        worker = house.kill_worker(client, signal.SIGSTOP)
+        client.begin("words(b, [3])")
+        client.kill()
+        until(partial(gone, house, client.pid, worker), "the client is forgotten, its worker ended", 1)
+
+
+def more_than(before: list[list[str]], *pids: int) -> list[str]:
+    """Descriptors of these processes that they did not have ``before``."""
+    now = [Counter(descriptors(pid)) - Counter(fds) for pid, fds in zip(pids, before, strict=True)]
+    return sorted(now[0] + now[1])
+
+
+def test_fifty_clients_that_come_and_die_leave_no_descriptor(runtime_dir: Path, source_file: SourceFile) -> None:
+    path = source_file(64 * PAGE)
+    with House(runtime_dir, f"ram0={path}", f"ram1={path}", fault_around="4K") as house:
+        keeper = house.client("ram0", "shared")
+        custodian = next(pid for pid in house.people() if pid != house.worker(keeper))
+        before = [sorted(descriptors(pid)) for pid in (house.pid, custodian)]
+        for number in range(50):
+            # A forked child is a client of its own, and cheaper than a new process.
+            mode = ("private", "shared")[number % 2]
+            doom = f"c = attach('ram1', {mode!r}); words(c, [{number % 64}]); os.kill(os.getpid(), 9)"
+            keeper.do(f"doom = {doom!r}")
+            assert keeper.do("child('exec(doom)')") == "ended -9"
+        until(lambda: len(house.status()["clients"]) == 1, "all are forgotten", 2)
+
+        until(lambda: more_than(before, house.pid, custodian) == [], "what the clients cost is given back", 3)
+        assert len(house.people()) == 2
+        assert keeper.do(f"check(b, {str(path)!r})") == -1
+
+
+def test_a_client_that_leaves_by_exec_or_exit(runtime_dir: Path, source_file: SourceFile) -> None:
+    path = source_file(64 * PAGE)
+    with House(runtime_dir, f"ram0={path}") as house:
+        leaver = house.client()
+        leaver.begin("os._exit(0)")
+        assert leaver.status() == 0
+        until(partial(gone, house, leaver.pid), "exit: forgotten", 1)
+        turned = house.client()
+        worker = house.worker(turned)
+        turned.begin("os.execv('/bin/sleep', ['sleep', '60'])")
+        until(partial(gone, house, turned.pid, worker), "exec: its memory is gone, so is its worker", 5)
