@@ -44,7 +44,7 @@ def status(
 
 
 def _wait_for(runtime_dir: str | None, wait: float | None, audit: bool) -> dict[str, Any]:
-    """The status; with ``wait``, once there is one. Raises NoSupervisor."""
+    """The status; with ``wait``, once clients may attach. Raises NoSupervisor."""
     if wait is None:
         with Control(runtime_dir) as control:
             return control.status(audit=audit)
@@ -53,7 +53,10 @@ def _wait_for(runtime_dir: str | None, wait: float | None, audit: bool) -> dict[
         left = limit - time.monotonic()
         try:
             with Control(runtime_dir, timeout=min(TIMEOUT, max(left, _POLL))) as control:
-                return control.status(audit=audit)
+                document = control.status(audit=audit)
+            if document.get("state") != "starting":
+                return document
+            raise NoSupervisor(f"the supervisor in {control.directory} is still starting")
         except AttachDenied:
             raise
         except PostcopyError as error:  # nobody there, or not answering yet
