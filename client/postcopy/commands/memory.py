@@ -89,12 +89,15 @@ def compare(block: Block, fd: int, file: str, sample: float = 1.0) -> int:
     compared = 0
     for start, stop in pieces(block, sample):
         block.ensure(start, stop - start)
-        difference = first_difference(block.buf, start, os.pread(fd, stop - start, start))
+        wanted = os.pread(fd, stop - start, start)
+        difference = first_difference(block.buf, start, wanted)
+        if difference is None and len(wanted) < stop - start:  # the file was cut meanwhile
+            difference = start + len(wanted)
         if difference is not None:
-            found, wanted = block.buf[difference], os.pread(fd, 1, difference)
-            there = f"{wanted[0]:#04x}" if wanted else "nothing"
+            there = wanted[difference - start : difference - start + 1]
             raise PostcopyError(
-                f"block {block.name} differs from {file} first at offset {difference}: {found:#04x} instead of {there}"
+                f"block {block.name} differs from {file} first at offset {difference}: "
+                f"{block.buf[difference]:#04x} instead of {f'{there[0]:#04x}' if there else 'nothing'}"
             )
         compared += stop - start
     return compared
