@@ -169,6 +169,19 @@ def test_who_is_there(pair: Pair) -> None:
     assert peer_credentials(pair[0]) == Credentials(os.getpid(), os.getuid(), os.getgid())
 
 
+def test_the_greatest_uid_is_not_negative() -> None:
+    def body(_: socket.socket) -> None:
+        uid = 2**32 - 2
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+        left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with left, right:
+            assert peer_credentials(left) == Credentials(os.getpid(), uid, uid)
+
+    with Child(body) as child:
+        assert child.exit_code() == 0
+
+
 def test_the_peers_pidfd_outlives_it(runtime_dir: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(str(runtime_dir / "door"))
@@ -227,6 +240,7 @@ def test_a_child_closes_what_is_not_its_own(
     def body(sock: socket.socket) -> None:
         far = os.dup2(event, 200)
         os.dup2(event, 100)
+        os.dup2(event, 600)
         close_others({sock.fileno(), far, 1, 500})
         assert open_descriptors() >= {0, 1, 2, sock.fileno(), far}
         assert count_descriptors() == 5
