@@ -104,14 +104,14 @@ def test_sending_never_waits(pair: Pair) -> None:
         send_message(pair[0], b"x")
 
 
-def test_a_peer_that_is_gone_is_no_sigpipe(pair: Pair) -> None:
+def test_a_peer_that_is_gone_is_no_sigpipe() -> None:
     def body(_: socket.socket) -> None:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it; a program that embeds us may not
-        pair[1].close()
-        with pytest.raises(BrokenPipeError):
-            send_message(pair[0], b"x")
+        left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)  # SEQPACKET raises none (Linux 6.18)
+        right.close()
+        with left, pytest.raises(BrokenPipeError):
+            send_message(left, b"x")
 
-    pair[1].shutdown(socket.SHUT_RDWR)
     with Child(body) as child:
         assert child.exit_code() == 0
 
