@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+from collections.abc import Callable
 from typing import NoReturn
 
 import zmq
@@ -19,7 +20,7 @@ from postcopy_protocol import statistics
 from postcopy_protocol.codec import decode, encode, pack_offsets
 from postcopy_protocol.errors import BadMessage, PageLost
 from postcopy_protocol.messages import Assignment, Fetch, Fetched
-from postcopy_protocol.received import LOST, RECEIVED
+from postcopy_protocol.received import LOST, PLACING, RECEIVED
 
 from .page_sources import HandlerFailed, SourceChanged
 from .placing import COPY_DONTWAKE, Block
@@ -27,14 +28,24 @@ from .worker import SOURCE_CHECK_SECONDS, Worker
 
 PIECE = 1 << 20
 STARVED_SECONDS = 5.0
+SHORTAGES = (errno.ENOMEM, errno.ENOSPC, errno.EAGAIN)
 
 
 class Errands:
     """Makes ranges of local blocks present; pure but for the block's calls."""
 
-    def __init__(self, blocks: dict[int, Block], words: memoryview) -> None:
+    def __init__(
+        self,
+        blocks: dict[int, Block],
+        words: memoryview,
+        clock: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], None] = time.sleep,
+    ) -> None:
         self._blocks = blocks
         self._words = words
+        self._clock = clock
+        self._pause = pause
+        self._deadline = 0.0
 
     def fetch(self, order: Fetch) -> Fetched:
         """Place what is missing in the range, page by page only where a larger piece does not go; names the lost
@@ -50,6 +61,7 @@ class Errands:
 
     def _piece(self, block: Block, first: int, end: int) -> list[int]:
         self._words[statistics.BUSY_SINCE_NS] = time.monotonic_ns()
+        self._deadline = self._clock() + STARVED_SECONDS  # for all of its pages: the watchdog is not to take it ill
         if end - first > 1:
             try:
                 placed = block.widen(block.own.userfaultfd, block.own.address, first, end, COPY_DONTWAKE)
@@ -59,31 +71,34 @@ class Errands:
                 pass  # page by page below, each with its own answer
         states = bytes(block.received[first:end])
         lost = []
-        if states != bytes((RECEIVED,)) * len(states):
-            lost = [
-                page for page, state in enumerate(states, first) if state != RECEIVED and not self._page(block, page)
-            ]
+        if states != bytes((RECEIVED,)) * len(states) or not block.all_present(first, end):
+            lost = [page for page in range(first, end) if not self._page(block, page)]
         self._words[statistics.BUSY_SINCE_NS] = 0
         return lost
 
     def _page(self, block: Block, page: int) -> bool:
         """Make one page present; False: it is lost."""
         state = block.received[page]
-        if state in (RECEIVED, LOST) and block.present(page):
-            return True
-        if state == LOST:
-            return False
+        if state in (RECEIVED, LOST):
+            present = block.present(page)
+            if present == (state == RECEIVED):
+                return present
         try:
             block.pages.check()
-            deadline = time.monotonic() + STARVED_SECONDS
             while failed := block.fill_own(page, 1):
-                if failed not in (errno.ENOMEM, errno.ENOSPC, errno.EAGAIN) or time.monotonic() > deadline:
+                if failed not in SHORTAGES:
+                    block.pages.check()  # a cut file raises SourceChanged
                     raise PageLost(f"cannot be placed: {errno.errorcode.get(failed, failed)}")
-                time.sleep(0.01)
+                if self._clock() > self._deadline:
+                    # Not here in time, but not lost either: whoever asks again may find memory.
+                    block.report("no-memory", page, f"{errno.errorcode[failed]} for {STARVED_SECONDS:g} s")
+                    return False
+                self._pause(0.01)
         except (PageLost, SourceChanged, HandlerFailed) as reason:
-            if block.present(page):
+            if block.present(page) and block.received[page] in (PLACING, RECEIVED):
+                block.received[page] = RECEIVED  # a client's worker was in time
                 return True
-            if not isinstance(reason, HandlerFailed):
+            if not isinstance(reason, HandlerFailed) and not block.present(page):
                 block.received[page] = LOST
                 self._words[statistics.LOST] += 1
             block.report("source-changed" if isinstance(reason, SourceChanged) else "lost", page, str(reason))

@@ -35,7 +35,7 @@ from postcopy_kernel.userfaultfd import (
 )
 from postcopy_protocol.errors import PageLost
 from postcopy_protocol.messages import RegionGrant
-from postcopy_protocol.received import LOST, PLACING, RECEIVED
+from postcopy_protocol.received import CHANGED, LOST, PLACING, RECEIVED
 from postcopy_protocol.statistics import (
     AROUND,
     BEYOND,
@@ -61,6 +61,7 @@ FAULT_WRITE = 1
 FAULT_MINOR = 4
 EVENT_PAGEFAULT = 0x12
 MESSAGE_WORDS = 4
+SEEK_END = 2
 BASE_SHIFT = 12
 TIDY_MASK = 1023
 """Single pages placed through the own mapping between two looks at its page tables, less one."""
@@ -193,7 +194,8 @@ class FaultHandler:
 
     def _shared_answer(self, region: Region) -> Answer:
         block, base, words, clock = region.block, region.base, self._words, perf_counter_ns
-        userfaultfd, ioctl, received, changed = self.userfaultfd, self._calls.ioctl, block.received, block.changed_at
+        userfaultfd, ioctl, received, trust_at = self.userfaultfd, self._calls.ioctl, block.received, block.trust_at
+        lseek, descriptor, size = self._calls.lseek, block.pages.descriptor, block.pages.size
         source = block.pages.linear - base  # from an address of the client to the bytes that belong there
         structure = Structure(5, 0, 0, 1 << BASE_SHIFT)
         copy, buffer = structure.words, structure.buffer
@@ -206,7 +208,9 @@ class FaultHandler:
             if not first <= page < end:
                 return outside(address)
             words[FAULTS] += 1
-            if received[page] or received[changed] or flags & FAULT_MINOR:
+            if received[page] or flags & FAULT_MINOR:
+                return uncommon(region, page, flags, begun)
+            if received[trust_at] and (received[trust_at] == CHANGED or lseek(descriptor, 0, SEEK_END) != size):
                 return uncommon(region, page, flags, begun)
             copy[0] = address
             copy[1] = address + source
@@ -231,7 +235,8 @@ class FaultHandler:
 
     def _private_answer(self, region: Region) -> Answer:
         block, base, words, clock = region.block, region.base, self._words, perf_counter_ns
-        client, ioctl, received, changed = self.userfaultfd, self._calls.ioctl, block.received, block.changed_at
+        client, ioctl, received, trust_at = self.userfaultfd, self._calls.ioctl, block.received, block.trust_at
+        lseek, descriptor, size = self._calls.lseek, block.pages.descriptor, block.pages.size
         own_fd, own = block.own.userfaultfd, block.own.address - base
         source = block.pages.linear - base
         copy_structure = Structure(5, 0, 0, 1 << BASE_SHIFT, COPY_DONTWAKE)
@@ -249,7 +254,9 @@ class FaultHandler:
             if not first <= page < end:
                 return outside(address)
             words[FAULTS] += 1
-            if received[page] or received[changed] or flags & FAULT_MINOR:
+            if received[page] or flags & FAULT_MINOR:
+                return uncommon(region, page, flags, begun)
+            if received[trust_at] and (received[trust_at] == CHANGED or lseek(descriptor, 0, SEEK_END) != size):
                 return uncommon(region, page, flags, begun)
             copy[0] = address + own
             copy[1] = address + source
@@ -301,7 +308,8 @@ class FaultHandler:
             self._lose(region, page, "source-changed", str(changed))
         except HandlerFailed as failed:
             words[FAILURES] += 1
-            self._poison(region, page)  # for this client only; another client's worker asks the handler again
+            if not self._released_after_all(region, page):
+                self._poison(region, page)  # for this client only; another client's worker asks the handler again
             block.report("handler-failed", page, str(failed))
         words[BUSY_SINCE_NS] = 0
         words[bucket(perf_counter_ns() - begun)] += 1
@@ -366,13 +374,25 @@ class FaultHandler:
 
     def _lose(self, region: Region, page: int, kind: str, reason: str) -> None:
         block = region.block
-        if block.present(page):  # somebody else was in time
-            block.received[page] = RECEIVED
-            return self._release(region, page, 0)
-        block.received[page] = LOST
+        if self._released_after_all(region, page):
+            return
+        if not block.present(page):
+            block.received[page] = LOST
+            if self._released_after_all(region, page, LOST):  # placed, and marked, between our look and our store
+                return
         self._words[LOST_PAGES] += 1
         self._poison(region, page)
         block.report(kind, page, reason)
+
+    def _released_after_all(self, region: Region, page: int, *ours: int) -> bool:
+        """The source has nothing for this page; was another worker in time? What is present though nobody of ours
+        stored PLACING is a stranger's page of zeros, which nothing can mend now: it is not let through."""
+        block = region.block
+        if not block.present(page) or block.received[page] not in (PLACING, RECEIVED, *ours):
+            return False
+        block.received[page] = RECEIVED
+        self._release(region, page, 0)
+        return True
 
     def _widen(self, region: Region, page: int, pages: int) -> None:
         """Fault-around from the page behind ``page``, clipped to region, block and what memory allows now."""
@@ -387,7 +407,7 @@ class FaultHandler:
                 placed = block.widen(block.own.userfaultfd, block.own.address, page + 1, end, COPY_DONTWAKE)
                 block.placed_own(placed)
                 if region.grant.announced and placed:
-                    self._continue(region.base + (page + 1 << block.shift), end - page - 1 << block.shift)
+                    self._continue_received(region, page + 1, end)
             else:
                 placed = block.widen(self.userfaultfd, region.base, page + 1, end, 0)
         except (PageLost, SourceChanged, HandlerFailed):
@@ -425,6 +445,15 @@ class FaultHandler:
             return error.errno or errno.EIO
         return 0
 
+    def _continue_received(self, region: Region, first: int, end: int) -> None:
+        """Let an announced client have pages of a window without a fault for each: ours only, up to the first that is
+        not, since what CONTINUE maps is never looked at again."""
+        block = region.block
+        states = bytes(block.received[first:end])
+        count = len(states) - len(states.lstrip(bytes((RECEIVED,))))
+        if count:
+            self._continue(region.base + (first << block.shift), count << block.shift)
+
     def _poison(self, region: Region, page: int) -> None:
         """SIGBUS for this client at this page, now and until it is healed."""
         address, length = region.base + (page << region.block.shift), 1 << region.block.shift
@@ -435,8 +464,9 @@ class FaultHandler:
         except OSError as error:
             if error.errno == errno.ESRCH:
                 raise ClientGone from None
-            if error.errno in (errno.EEXIST, errno.EAGAIN):
-                self._wake(address, length)  # mapped or poisoned already: the waiter will see for itself
+            if error.errno in (errno.EEXIST, errno.EAGAIN, errno.ENOENT):
+                # Mapped or poisoned already, an event in the way, not registered any more: the waiter will see itself.
+                self._wake(address, length)
             else:
                 # Before Linux 6.6 there is no poison. Waiting is honest, zeros would not be.
                 region.block.report("lost", page, "this kernel cannot poison a page: its readers wait")

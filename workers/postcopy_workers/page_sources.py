@@ -92,7 +92,11 @@ class FilePages:
             raise SourceChanged("the file was written to since it is served")
 
     def content(self, offset: int, length: int) -> bytes:
-        return os.pread(self.descriptor, max(0, min(length, self.size - offset)), offset).ljust(length, b"\0")
+        wanted = max(0, min(length, self.size - offset))
+        data = os.pread(self.descriptor, wanted, offset)
+        if len(data) != wanted:
+            raise SourceChanged(f"the file ends at {offset + len(data)}, it had {self.size} bytes")
+        return data.ljust(length, b"\0")
 
     def forget(self) -> None:
         from postcopy_kernel.memory import DONTNEED

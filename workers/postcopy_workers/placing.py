@@ -20,7 +20,7 @@ from typing import Any
 
 from postcopy_kernel.userfaultfd import UFFDIO_CONTINUE, UFFDIO_COPY
 from postcopy_protocol.messages import BlockGrant
-from postcopy_protocol.received import CHANGED, MISSING, PLACING, RECEIVED, SHARED
+from postcopy_protocol.received import MISSING, PLACING, RECEIVED, SHARED, TRUST
 
 from .page_sources import PageSource
 
@@ -84,7 +84,7 @@ class Block:
         self.grant = grant
         self.memory = memory
         self.received = received
-        self.shared_at, self.changed_at = grant.pages + SHARED, grant.pages + CHANGED
+        self.shared_at, self.trust_at = grant.pages + SHARED, grant.pages + TRUST
         self.pages = pages
         self.own = own
         self.calls = calls
@@ -121,6 +121,12 @@ class Block:
             if error.errno != errno.EEXIST:
                 raise
         return True
+
+    def all_present(self, first: int, end: int) -> bool:
+        """Are all pages from ``first`` to ``end`` in the block? One call for any number of them; see present."""
+        if self._huge:
+            return all(self.present(page) for page in range(first, end))
+        return self.calls.lseek(self.memory, first << self.shift, os.SEEK_HOLE) >= end << self.shift
 
     def fill_own(self, first: int, count: int) -> int:
         """Place pages through the worker's own mapping; see fill."""
@@ -176,23 +182,31 @@ class Block:
         Another worker's, nearly always, placed between our look and our COPY; its mark may have come before our
         PLACING, so we give it again. While no client may write the block, a page that differs from its source was made
         by an unregistered mapping: it is repaired and reported. Where shared clients may write, a difference proves
-        nothing, and their bytes are not ours to overwrite. Returns 0, or ENOSPC: on hugetlb an empty pool says EEXIST
+        nothing, and their bytes are not ours to overwrite; a page still marked MISSING is a stranger's all the same:
+        reported, and never promoted. Returns 0, or ENOSPC: on hugetlb an empty pool says EEXIST
         too.
         """
         if self._huge and not self.present(page):
             return errno.ENOSPC
         self.settled += 1
-        if self.received[page] != RECEIVED:
+        state = self.received[page]
+        if state != RECEIVED:
             if not self.received[self.shared_at]:
                 self._repair(page)
+            elif state == MISSING:
+                self.report(
+                    "polluted", page, "somebody's unregistered mapping made this page; shared clients write here"
+                )
+                return 0
             self.received[page] = RECEIVED
         return 0
 
     def _repair(self, page: int) -> None:
-        offset, length = page << self.shift, 1 << self.shift
-        want = self.pages.content(offset, length)
         if self._huge:
             return  # read and write do not work on every hugetlb memfd; a shared mapping would be needed
+        offset, length = page << self.shift, 1 << self.shift
+        self.pages.check()  # a file that has changed proves nothing
+        want = self.pages.content(offset, length)
         if self.calls.pread(self.memory, length, offset) != want:
             self.calls.pwrite(self.memory, want, offset)
             self.report("polluted", page, "somebody's unregistered mapping made this page; repaired from the source")
