@@ -1,13 +1,21 @@
-"""Being told at once that a file was written to, cut or touched (inotify(7)), for files that we hold by descriptor.
+"""Knowing that a file which we hold by descriptor changes: asked beforehand (leases), told afterwards (inotify).
 
-A hint, not a proof: changes made on another host of a network file system, or through a shared mapping, are not told.
+A read lease (fcntl(2), F_SETLEASE) makes whoever opens the file for writing or truncates it wait until we give the
+lease up, at most /proc/sys/fs/lease-break-time (45 s); the holder gets SIGIO. It belongs to the open file description,
+so duplicates in other processes keep it and can give it up. It is not to be had while somebody has the file open for
+writing, on file systems without leases, or for a file of another user without CAP_LEASE.
+
+inotify(7) is a hint, not a proof: changes made on another host of a network file system, or through a shared mapping,
+are not told.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import struct
+from contextlib import suppress
 from typing import Final
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -15,6 +23,26 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _IN_MODIFY: Final = 0x2  # write(2) and truncate(2)
 _IN_ATTRIB: Final = 0x4  # times, among others
 _EVENT: Final = struct.Struct("iIII")  # watch, mask, cookie, length of the name behind it
+
+
+def lease(fd: int) -> bool:
+    """Take a read lease on a file that is open read-only; False: it is not to be had."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except OSError:
+        return False
+    return True
+
+
+def lease_wanted(fd: int) -> bool:
+    """Is somebody waiting for us to give up the lease (or is it gone already)?"""
+    return fcntl.fcntl(fd, fcntl.F_GETLEASE) != fcntl.F_RDLCK
+
+
+def give_up_lease(fd: int) -> None:
+    """Whoever waited goes on. A lease that is gone already is no error."""
+    with suppress(OSError):
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
 
 
 class FileWatch:

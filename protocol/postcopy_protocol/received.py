@@ -42,9 +42,16 @@ LOST = 3
 
 SHARED = 0
 """Byte behind the last page's: 1 once a client may write the block, so that contents prove nothing any more."""
-CHANGED = 1
-"""The byte after it: 1 once the file under the block was cut or written to; missing pages are lost from then on."""
+TRUST = 1
+"""The byte after it: how far the file under the block can be trusted, one of the three below."""
 FLAGS = 2
+
+LEASED = 0
+"""Nobody can change it without our leave: no look at it is needed."""
+WATCHED = 1
+"""It may be cut at any time: its size is looked at before every page."""
+CHANGED = 2
+"""It was cut or written to: what is missing is lost."""
 
 STATES = ("missing", "placing", "received", "lost")
 

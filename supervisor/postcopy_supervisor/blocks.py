@@ -5,22 +5,37 @@ from __future__ import annotations
 import mmap
 import os
 import stat
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from postcopy_kernel import memory
+from postcopy_kernel.filewatch import give_up_lease, lease, lease_wanted
 from postcopy_kernel.memory import DONTFORK, DONTNEED, Mapping
 from postcopy_kernel.userfaultfd import RegisterMode, Userfaultfd
 from postcopy_protocol.errors import BadInput
 from postcopy_protocol.geometry import PAGE_2M, page_count
 from postcopy_protocol.messages import BlockGrant
-from postcopy_protocol.received import CHANGED, FLAGS, LOST, RECEIVED, SHARED, Audit, polluted
+from postcopy_protocol.received import (
+    CHANGED,
+    FLAGS,
+    LEASED,
+    LOST,
+    RECEIVED,
+    SHARED,
+    TRUST,
+    WATCHED,
+    Audit,
+    polluted,
+)
 from postcopy_protocol.sizes import format_size
 from postcopy_protocol.sources import FileSource, HandlerSource, RemoteSource, Source, ZeroSource
 
 LARGEST_BLOCK = 16 << 40
 """Bytes: what a process can map several times over (47 bits of addresses)."""
 MAP_PIECE = 1 << 20
+COPY_SECONDS = 0.002
+"""By then a worker that had not yet seen that the lease is given up has made its COPY of the unchanged file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +103,8 @@ class RamBlock:
         self.read_only = memory.reopen(self.memory, writable=False)
         self.read_write = memory.reopen(self.memory, writable=True)
         self.map_read_only = memory.reopen(self.map_fd, writable=False)
+        if self.opened.descriptor >= 0 and not lease(self.opened.descriptor):
+            self.received[self.pages + TRUST] = WATCHED
         self.complete = False
         self.polluted: tuple[tuple[int, int], ...] = ()
 
@@ -133,7 +150,16 @@ class RamBlock:
         if opened.descriptor >= 0:
             now = os.fstat(opened.descriptor)
             if (now.st_size, now.st_mtime_ns) != (opened.size, opened.mtime_ns):
-                self.received[self.pages + CHANGED] = 1
+                self.received[self.pages + TRUST] = CHANGED
+
+    def yield_lease(self) -> None:
+        """Somebody wants to write to the file: from now on its size is looked at before every page, and he may."""
+        descriptor = self.opened.descriptor
+        if descriptor < 0 or self.received[self.pages + TRUST] != LEASED or not lease_wanted(descriptor):
+            return
+        self.received[self.pages + TRUST] = WATCHED
+        time.sleep(COPY_SECONDS)
+        give_up_lease(descriptor)
 
     def grant(self, first: int) -> tuple[BlockGrant, tuple[int, ...]]:
         """What a worker is told, and its descriptors, which will stand from place ``first`` of the worker's list."""

@@ -95,11 +95,14 @@ class House:
         self._device = _device()
         self._core = open_userfaultfd(device=self._device if self._device >= 0 else None)
         self._core.handshake()
+        self.blocks: dict[str, RamBlock] = {}
+        signal.signal(signal.SIGIO, self._lease_wanted)  # before the first lease: unheard, it would end us
         self.blocks = {
             name: RamBlock(number, name, source, settings.page_size)
             for number, (name, source) in enumerate(settings.sources.items(), 1)
         }
         self._by_number = {block.number: block for block in self.blocks.values()}
+        self._lease_wanted()
         for block in self.blocks.values():
             block.register(self._core)
         self._quit = descriptors.create_eventfd()
@@ -174,6 +177,11 @@ class House:
             while self.porter.box:
                 self._guarded(self._happened, self.porter.box.popleft())
         self._end()
+
+    def _lease_wanted(self, *_: object) -> None:
+        """SIGIO: somebody waits in open(2) or truncate(2) for a lease of ours. He waits for us: it is done here."""
+        for block in self.blocks.values():
+            block.yield_lease()
 
     def _ready(self) -> None:
         """The first custodian is there: whoever attaches from now on does not wait for it."""

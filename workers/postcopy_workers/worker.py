@@ -30,11 +30,13 @@ from typing import NoReturn
 import zmq
 
 from postcopy_kernel import descriptors, process
+from postcopy_kernel.filewatch import give_up_lease, lease_wanted
 from postcopy_kernel.memory import DONTFORK, DONTNEED, Mapping
 from postcopy_kernel.userfaultfd import MESSAGE_BYTES, RegisterMode, Userfaultfd, open_userfaultfd
 from postcopy_protocol import statistics
 from postcopy_protocol.codec import encode
 from postcopy_protocol.messages import Assignment, BlockGrant, Report, WorkerHello
+from postcopy_protocol.received import CHANGED, LEASED, WATCHED
 from postcopy_protocol.window import FaultAround
 
 from .fault_handler import EVENT_PAGEFAULT, MESSAGE_WORDS, CannotGoOn, ClientGone, FaultHandler, Region
@@ -159,14 +161,19 @@ class Worker:
             log.warning("the supervisor takes no messages; a report is dropped")
 
     def check_sources(self) -> None:
-        """Has a file changed since it is served? Marked for every worker, reported once."""
+        """Has a file changed since it is served? Marked for every worker, reported once. And does somebody want to
+        write to one while no supervisor lives who would give up the lease?"""
         for number, block in self.blocks.items():
-            if block.received[block.changed_at]:
+            trust, descriptor = block.received[block.trust_at], block.pages.descriptor
+            if trust == CHANGED or descriptor < 0:
                 continue
+            if trust == LEASED and lease_wanted(descriptor):
+                block.received[block.trust_at] = WATCHED
+                give_up_lease(descriptor)
             try:
                 block.pages.check()
             except SourceChanged as changed:
-                block.received[block.changed_at] = 1
+                block.received[block.trust_at] = CHANGED
                 self.reports("source-changed", number, 0, f"{changed}; pages that are missing by now are lost")
 
     def fault_handler(self) -> FaultHandler:

@@ -1,0 +1,197 @@
+"""Flow control towards one page source: what is sent now, what waits, what is sent again. Pure; the time comes in.
+
+Urgent before background: ranges that somebody waits for are sent at once, up to a bound of requests and bytes in
+flight, and what does not fit waits in a queue *per client*, served in turns, so that one client's storm does not
+starve another. Background pieces go only into a window that is small while anything urgent is under way: on one
+connection an urgent answer stands behind whatever was asked before it.
+
+A request that is not answered in ``patience`` seconds is sent again under a new number; after ``attempts`` its pages
+are lost. While the source is away nothing is sent and no time passes; when it is back everything open is sent anew.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+BACKGROUND = -1
+"""The "client" of pieces that nobody waits for yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bytes and seconds. ``calm`` is for how long after an urgent request background pieces stay small."""
+
+    requests: int = 64
+    bytes: int = 8 << 20
+    background_busy: int = 256 << 10
+    background_calm: int = 16 << 20
+    patience: float = 10.0
+    attempts: int = 3
+    calm: float = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Ask the source for ``length`` bytes of a block from ``offset``."""
+
+    request: int
+    block: int
+    offset: int
+    length: int
+    urgent: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """No answer after all attempts: these bytes are lost."""
+
+    block: int
+    offset: int
+    length: int
+
+
+Effect = Send | GiveUp
+
+
+@dataclass(slots=True)
+class Wish:
+    """A range on its way: asked for ``attempts`` times, last at ``sent`` (monotonic seconds)."""
+
+    client: int
+    block: int
+    offset: int
+    length: int
+    sent: float = 0.0
+    attempts: int = 0
+
+
+@dataclass(slots=True)
+class Flow:
+    """All wishes towards one source."""
+
+    limits: Limits = field(default_factory=Limits)
+    up: bool = False
+    _flying: dict[int, Wish] = field(default_factory=dict)
+    _queues: dict[int, deque[Wish]] = field(default_factory=dict)
+    _bytes: int = 0
+    _background: int = 0
+    _next: int = 1
+    _urgent_at: float = -1e9
+
+    # --- events -------------------------------------------------------------------------------------------------------
+
+    def wish(self, client: int, block: int, offset: int, length: int, now: float) -> list[Effect]:
+        """A range is wanted by a client, or by nobody yet (BACKGROUND)."""
+        self._queues.setdefault(client, deque()).append(Wish(client, block, offset, length))
+        return self._pump(now)
+
+    def answered(self, request: int, now: float) -> tuple[list[Effect], float]:
+        """The answer to a request has come, in full: what may be sent now, and how long it took (0.0: unknown)."""
+        wish = self._flying.pop(request, None)
+        if wish is None:
+            return [], 0.0
+        self._landed(wish)
+        return self._pump(now), now - wish.sent
+
+    def gone(self, client: int) -> None:
+        """A client has left: what it wanted and was not asked yet is not asked; what flies is brought all the same."""
+        self._queues.pop(client, None)
+
+    def lost_source(self) -> None:
+        """Nothing can be sent; everything open will be sent anew."""
+        self.up = False
+        for wish in self._flying.values():
+            self._landed(wish)
+            wish.attempts = 0
+            self._queues.setdefault(wish.client, deque()).appendleft(wish)
+        self._flying.clear()
+
+    def found_source(self, now: float) -> list[Effect]:
+        """It is there (again)."""
+        self.up = True
+        return self._pump(now)
+
+    def tick(self, now: float) -> list[Effect]:
+        """Send again what was not answered in time, give up what never is."""
+        effects: list[Effect] = []
+        if not self.up:
+            return effects
+        for request, wish in list(self._flying.items()):
+            if now - wish.sent < self.limits.patience:
+                continue
+            del self._flying[request]
+            self._landed(wish)
+            if wish.attempts >= self.limits.attempts:
+                effects.append(GiveUp(wish.block, wish.offset, wish.length))
+            else:
+                self._queues.setdefault(wish.client, deque()).appendleft(wish)
+        return effects + self._pump(now)
+
+    # --- figures ------------------------------------------------------------------------------------------------------
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._flying)
+
+    @property
+    def waiting(self) -> int:
+        """Wishes not sent yet."""
+        return sum(map(len, self._queues.values()))
+
+    def room_for_background(self, now: float) -> int:
+        """Bytes of background that may be wished for now; 0 while urgent wishes wait."""
+        if not self.up or any(queue for client, queue in self._queues.items() if client != BACKGROUND):
+            return 0
+        busy = now - self._urgent_at < self.limits.calm
+        window = self.limits.background_busy if busy else self.limits.background_calm
+        waiting = sum(wish.length for wish in self._queues.get(BACKGROUND, ()))
+        return max(0, window - self._background - waiting)
+
+    def check(self) -> None:
+        """Assert the invariants (tests call it after every event)."""
+        assert self._bytes == sum(wish.length for wish in self._flying.values())
+        background = sum(wish.length for wish in self._flying.values() if wish.client == BACKGROUND)
+        assert self._background == background
+        assert self.up or not self._flying
+        urgent = self._bytes - background
+        largest = max((wish.length for wish in self._flying.values()), default=0)
+        assert urgent <= self.limits.bytes + largest
+
+    # --- the law ------------------------------------------------------------------------------------------------------
+
+    def _landed(self, wish: Wish) -> None:
+        self._bytes -= wish.length
+        if wish.client == BACKGROUND:
+            self._background -= wish.length
+
+    def _pump(self, now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        while self.up and (wish := self._take()) is not None:
+            wish.sent, wish.attempts = now, wish.attempts + 1
+            urgent = wish.client != BACKGROUND
+            self._bytes += wish.length
+            if urgent:
+                self._urgent_at = now
+            else:
+                self._background += wish.length
+            request, self._next = self._next, self._next + 1
+            self._flying[request] = wish
+            effects.append(Send(request, wish.block, wish.offset, wish.length, urgent))
+        return effects
+
+    def _take(self) -> Wish | None:
+        """The next wish: clients in turns, background last; None when there is no room or nothing waits."""
+        if len(self._flying) >= self.limits.requests or self._bytes - self._background >= self.limits.bytes:
+            return None
+        for client in list(self._queues):
+            if client == BACKGROUND:
+                continue
+            queue = self._queues.pop(client)
+            if queue:
+                wish = queue.popleft()
+                if queue:
+                    self._queues[client] = queue  # behind the others: its next turn comes after theirs
+                return wish
+        queue = self._queues.get(BACKGROUND, deque())
+        return queue.popleft() if queue else None
