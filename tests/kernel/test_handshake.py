@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import resource
 import select
 import socket
 import tempfile
@@ -30,7 +29,7 @@ from postcopy_kernel.userfaultfd import (
     probe_features,
     stuck_faults,
 )
-from tests.kernel.touching import PATIENCE, Arena, Child, Page, Toucher, next_fault, readable
+from tests.kernel.touching import PATIENCE, Arena, Child, Page, Toucher, next_fault, readable, use_up_descriptors
 
 pytestmark = pytest.mark.usefixtures("require_userfaultfd")
 
@@ -285,10 +284,7 @@ def test_a_shortage_of_descriptors_is_no_lack_of_rights() -> None:
     device = open_device()
 
     def body(_: socket.socket) -> None:
-        highest = max(int(entry.name) for entry in Path("/proc/self/fd").iterdir())
-        while os.open("/dev/null", os.O_RDONLY) < highest:
-            pass  # a hole below would be used
-        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, highest + 1))
+        use_up_descriptors()
         for call in (open_device, lambda: open_userfaultfd(device=device), open_userfaultfd):
             with pytest.raises(OSError) as caught:
                 call()
