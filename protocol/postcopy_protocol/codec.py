@@ -21,7 +21,7 @@ from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import msgpack  # type: ignore[import-untyped, unused-ignore]
 
-from . import messages
+from . import messages, return_path
 from .errors import BadInput, BadMessage, BadVersion
 from .messages import VERSION, Message
 
@@ -50,7 +50,7 @@ MessageType = TypeVar("MessageType", bound=Message)
 
 MESSAGES: dict[int, type[Message]] = {
     kind.TAG: kind
-    for kind in vars(messages).values()
+    for kind in (*vars(messages).values(), *vars(return_path).values())
     if isinstance(kind, type) and issubclass(kind, Message) and kind is not Message
 }
 """Every message by its tag."""

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from postcopy_protocol import codec, messages
+from postcopy_protocol import codec, messages, return_path
 from postcopy_protocol.codec import MAX_BYTES, MAX_ITEMS, MAX_TEXT, MESSAGES, decode, encode, shape_of
 from postcopy_protocol.errors import BadInput, BadMessage, BadVersion
 from postcopy_protocol.messages import VERSION, Message
@@ -74,7 +74,8 @@ def test_every_message_survives_the_wire(kind: type[Message]) -> None:
 
 
 def test_tags_are_unique_and_all_messages_known() -> None:
-    kinds = [kind for kind in vars(messages).values() if isinstance(kind, type) and issubclass(kind, Message)]
+    ours = {**vars(messages), **vars(return_path)}
+    kinds = [kind for kind in ours.values() if isinstance(kind, type) and issubclass(kind, Message)]
     assert len(MESSAGES) == len(kinds) - 1
     assert all(0 < tag < 128 for tag in MESSAGES), "a tag is one byte on the wire"
 
