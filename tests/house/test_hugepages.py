@@ -1,0 +1,90 @@
+"""Blocks of 2 MiB pages. The pages are reserved for a test and given back after it."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import SourceFile
+from tests.house.house import PAGE, House, end_by_pidfd, refused, word
+from tests.kernel.huge_pool import reserved
+
+pytestmark = [pytest.mark.hugetlb, pytest.mark.xdist_group("hugetlb")]
+HUGE = 2 << 20
+POOL = 6
+
+
+@pytest.fixture(autouse=True)
+def pool() -> Iterator[None]:
+    with reserved(POOL):
+        yield
+
+
+@pytest.mark.parametrize("mode", ["private", "shared"])
+@pytest.mark.parametrize("size", [1, 2 * HUGE, 2 * HUGE + 4099])
+def test_every_byte_in_huge_pages(runtime_dir: Path, source_file: SourceFile, size: int, mode: str) -> None:
+    path = source_file(size)
+    with House(runtime_dir, f"ram0={path}", page_size="2M") as house:
+        clients = [house.client("ram0", mode) for _ in range(2)]
+        assert clients[0].do("[b.size, b.page_size, len(b.buf)]") == [size, HUGE, size]
+        for seed, client in enumerate(clients):
+            client.begin(f"check(b, {str(path)!r}, 'random', 65536, {seed})")
+        assert [client.answer() for client in clients] == [-1, -1]
+        assert clients[0].do("behind(b)") == ""
+        block = house.block()
+        assert (block["page_size"], block["pages"], block["received"]) == (HUGE, -(-size // HUGE), -(-size // HUGE))
+        assert house.status()["totals"]["placed"] == block["pages"]
+
+
+def test_one_touch_brings_one_huge_page(runtime_dir: Path, source_file: SourceFile) -> None:
+    path = source_file(3 * HUGE)
+    with House(runtime_dir, f"ram0={path}", page_size="2M") as house:
+        client = house.client()
+        assert client.do(f"words(b, [{HUGE // PAGE + 5}])") == [word(HUGE + 5 * PAGE)]
+        assert house.block()["received"] == 1
+        client.do(f"write(b, {HUGE}, 'ffff')")  # a copy of its own: one more page of the pool
+        assert house.client().do(f"words(b, [{HUGE // PAGE}])") == [word(HUGE)]
+
+
+def test_a_worker_killed_over_a_huge_page(runtime_dir: Path, source_file: SourceFile) -> None:
+    path = source_file(3 * HUGE)
+    with House(runtime_dir, f"ram0={path}", page_size="2M") as house:
+        for place, mode in enumerate(("private", "shared")):
+            client = house.client("ram0", mode)
+            pid = house.kill_worker(client, signal.SIGSTOP)
+            client.begin(f"words(b, [{place * HUGE // PAGE + 7}])")
+            assert not client.answered(0.2)
+            end_by_pidfd(pid, signal.SIGKILL, "postcopy-w")
+            assert client.answer() == [word(place * HUGE + 7 * PAGE)]
+
+
+def test_a_pool_that_is_too_small(runtime_dir: Path, source_file: SourceFile) -> None:
+    path = source_file(POOL * HUGE + 1)
+    status, said = refused(runtime_dir, f"ram0={path}", options={"page_size": "2M"})
+    assert status == 1 and "\n" not in said
+    assert f"needs {POOL + 1} huge pages" in said and f"{POOL} are free" in said and "vm.nr_hugepages" in said
+    assert not (runtime_dir / "door").exists()
+
+
+def test_a_pool_that_others_took(runtime_dir: Path, source_file: SourceFile) -> None:
+    """The whole block is reserved at serve, so a second supervisor is refused, and the first can place every page."""
+    path = source_file(4 * HUGE)
+    with House(runtime_dir / "a", f"ram0={path}", page_size="2M") as house:
+        status, said = refused(runtime_dir / "b", f"ram0={path}", options={"page_size": "2M"})
+        assert status == 1 and "2 are free" in said
+        assert house.client("ram0", "shared").do(f"check(b, {str(path)!r})") == -1
+
+
+def test_the_end_poisons_huge_holes_and_gives_the_pool_back(runtime_dir: Path, source_file: SourceFile) -> None:
+    path = source_file(3 * HUGE)
+    with House(runtime_dir, f"ram0={path}", page_size="2M") as house:
+        client, toucher = house.client(), house.client("ram0", "shared")
+        assert client.do("words(b, [3])") == [word(3 * PAGE)]
+        house.audit()
+        house.end()
+        assert client.do("words(b, [4])") == [word(4 * PAGE)]
+        toucher.begin(f"words(b, [{HUGE // PAGE}])")
+        assert toucher.status() == -signal.SIGBUS
