@@ -29,7 +29,7 @@ from postcopy.control import Control
 from .machine import ROOT
 
 PAGE = 4096
-ANSWER_WITHIN = 120.0
+ANSWER_WITHIN = 60.0
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 

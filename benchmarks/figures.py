@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from math import ceil
 from statistics import median
 from typing import Any
 
@@ -93,9 +94,8 @@ def value_row(
 
 
 def percentile(samples: Sequence[float], percent: float) -> float:
-    """The sample that ``percent`` of all do not exceed."""
-    ordered = sorted(samples)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
+    """The smallest sample that ``percent`` of all do not exceed (nearest rank)."""
+    return sorted(samples)[max(0, ceil(len(samples) * percent / 100) - 1)]
 
 
 def markdown(rows: Sequence[Row]) -> str:

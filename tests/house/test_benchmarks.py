@@ -96,8 +96,8 @@ def test_a_verdict_compares_with_goal_and_stretch(value: float, verdict: str) ->
 
 def test_percentiles_are_samples() -> None:
     samples = [float(number) for number in range(100, 0, -1)]
-    assert percentile(samples, 50) == 51.0
-    assert percentile(samples, 99) == 100.0
+    assert percentile(samples, 50) == 50.0
+    assert percentile(samples, 99) == 99.0
     assert percentile([7.0], 99) == 7.0
 
 
