@@ -293,6 +293,11 @@ class House:
         assert isinstance(found, dict)
         return found
 
+    def await_received(self, pages: int, name: str = "ram0") -> None:
+        """Wait until the received map says so: a page's mark is stored a moment after its toucher runs again."""
+        until(lambda: self.block(name)["received"] >= pages, f"{pages} pages of {name} are marked", 5)
+        assert self.block(name)["received"] == pages
+
     def events(self, kind: str) -> list[str]:
         """The details of all events of this kind, oldest first."""
         return [event["detail"] for event in self.status()["events"] if event["kind"] == kind]

@@ -1,0 +1,128 @@
+"""A custodian that is killed: another takes its place with everything it kept, and no client notices."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import SourceFile
+from tests.house.house import PAGE, House, alive, descriptors, end_by_pidfd, until, word
+
+BLOCK = 32 << 20
+
+
+def custodian(house: House) -> int:
+    """The pid of the custodian that lives."""
+
+    def names() -> list[int]:
+        return [pid for pid in house.people() if Path(f"/proc/{pid}/comm").read_text().strip() == "postcopy-cust"]
+
+    return until(names, "there is a custodian")[0]
+
+
+def kill_custodian(house: House) -> int:
+    pid = custodian(house)
+    end_by_pidfd(pid, signal.SIGKILL, "postcopy-cust")
+    until(lambda: not alive(pid), "it is dead")
+    return pid
+
+
+@pytest.mark.parametrize("mode", ["private", "shared"])
+def test_running_clients_do_not_notice(runtime_dir: Path, source_file: SourceFile, mode: str) -> None:
+    path = source_file(BLOCK)
+    with House(runtime_dir, f"ram0={path}", fault_around="4K") as house:
+        client = house.client("ram0", mode)
+        worker = house.worker(client)
+        client.begin(f"check(b, {str(path)!r}, 'random', 4096)")
+        until(lambda: house.record(client)["faults"] > 20, "it faults")
+        old = kill_custodian(house)
+        assert house.block()["received"] < BLOCK // PAGE
+        assert custodian(house) != old
+        assert client.answer() == -1
+        assert house.record(client)["worker_pid"] in (worker, None), "None: all is there, and it is released"
+        assert house.status()["totals"]["restarts"] == 0
+
+
+def test_a_worker_killed_after_it_is_replaced(runtime_dir: Path, source_file: SourceFile) -> None:
+    path = source_file(64 * PAGE)
+    with House(runtime_dir, f"ram0={path}", fault_around="4K") as house:
+        clients = [house.client("ram0", mode) for mode in ("private", "shared")]
+        for page, client in enumerate(clients):
+            assert client.do(f"words(b, [{page}])") == [word(page * PAGE)]
+        kill_custodian(house)
+        for page, client in enumerate(clients, 10):
+            house.kill_worker(client)
+            assert client.do(f"words(b, [{page}])") == [word(page * PAGE)]
+        late = house.client()
+        assert late.do("words(b, [20])") == [word(20 * PAGE)]
+
+
+def test_killed_together_with_all_workers(runtime_dir: Path, source_file: SourceFile) -> None:
+    """Then the supervisor alone holds the userfaultfds; nobody's page may become zeros."""
+    path = source_file(64 * PAGE)
+    with House(runtime_dir, f"ram0={path}", fault_around="4K") as house:
+        clients = [house.client("ram0", mode) for mode in ("private", "shared") * 2]
+        workers = [house.worker(client) for client in clients]
+        for round_ in range(2):
+            for pid in [custodian(house), *workers]:
+                end_by_pidfd(pid, signal.SIGKILL, "postcopy-")
+            for place, client in enumerate(clients):
+                page = 10 * round_ + place
+                assert client.do(f"words(b, [{page}])") == [word(page * PAGE)]
+            workers = [house.worker(client) for client in clients]
+        assert house.events("restart")
+
+
+def test_killed_while_clients_come(runtime_dir: Path, source_file: SourceFile) -> None:
+    path = source_file(64 * PAGE)
+    with House(runtime_dir, f"ram0={path}", fault_around="4K") as house:
+        clients = [house.client(None) for _ in range(6)]
+        for client in clients[:3]:
+            client.begin("b = attach()")
+        kill_custodian(house)
+        for client in clients[3:]:
+            client.begin("b = attach()")
+        for page, client in enumerate(clients):
+            client.answer()
+            assert client.do(f"words(b, [{page}])") == [word(page * PAGE)]
+
+
+def test_stopped_it_is_overtaken_when_it_goes_on(runtime_dir: Path, source_file: SourceFile) -> None:
+    """While it is stopped nobody can be forked: clients wait, and nothing is lost."""
+    path = source_file(64 * PAGE)
+    with House(runtime_dir, f"ram0={path}", fault_around="4K") as house:
+        client, late = house.client(), house.client(None)
+        pid = custodian(house)
+        end_by_pidfd(pid, signal.SIGSTOP, "postcopy-cust")
+        try:
+            worker = house.worker(client)
+            end_by_pidfd(worker, signal.SIGKILL, "postcopy-w")
+            client.begin("words(b, [5])")
+            late.begin("b = attach()")
+            assert house.status()["state"] == "running"
+            assert not client.answered(0.5)
+        finally:
+            end_by_pidfd(pid, signal.SIGCONT, "postcopy-cust")
+        assert client.answer() == [word(5 * PAGE)]
+        late.answer()
+        assert late.do("words(b, [6])") == [word(6 * PAGE)]
+
+
+def test_nothing_is_kept_of_clients_that_left(runtime_dir: Path, source_file: SourceFile) -> None:
+    path = source_file(64 * PAGE)
+    with House(runtime_dir, f"ram0={path}") as house:
+        keeper = house.client()
+        kill_custodian(house)
+        keeper.do("words(b, [1])")
+        new = custodian(house)
+        house.kill_worker(keeper)
+        keeper.do("words(b, [30])")
+        before = len(descriptors(new))
+        for _ in range(3):
+            client = house.client()
+            client.do("words(b, [2])")
+            client.kill()
+        until(lambda: len(house.status()["clients"]) == 1, "they are forgotten")
+        until(lambda: len(descriptors(new)) <= before, "the new custodian has dropped what was theirs", 3)
