@@ -1,0 +1,22 @@
+"""How hard hypothesis tries: profile ``ci`` unless POSTCOPY_EFFORT says more (``long``, or a factor)."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, Phase, settings
+
+FACTORS = {"": 1.0, "ci": 1.0, "long": 30.0}
+
+
+def effort(examples: int, steps: int = 40) -> settings:
+    """``examples`` histories of at most ``steps`` steps, times the effort that is asked for."""
+    asked = os.environ.get("POSTCOPY_EFFORT", "")
+    factor = FACTORS[asked] if asked in FACTORS else float(asked)
+    return settings(
+        max_examples=max(1, int(examples * factor)),
+        stateful_step_count=steps,
+        deadline=None,
+        phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],  # explaining takes longer than finding
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    )
