@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
     scale = Scale(quick=asked.quick, stretch=asked.stretch, pairs=asked.pairs or (1 if asked.quick else 7))
     found = machine.facts()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through every `with`: nothing of ours stays behind
     results: dict[str, list[Row]] = {}
     begun = time.monotonic()
     try:
@@ -46,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (BenchmarkFailed, PostcopyError, OSError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     if asked.json:
         _write_json(asked.json, found, scale, results, time.monotonic() - begun)
     if asked.write_docs:

@@ -71,7 +71,13 @@ def _crowd(bench: Bench, clients: int, goal: float) -> Row:
     for _ in range(bench.scale.of(3, 1)):
         bench.say(f"attach: {clients} clients")
         with bench.supervisor(["ram"]) as supervisor:
-            spec = {"runtime_dir": supervisor.runtime_dir, "block": "ram", "clients": clients, "file": bench.file}
+            spec = {
+                "parent": os.getpid(),
+                "runtime_dir": supervisor.runtime_dir,
+                "block": "ram",
+                "clients": clients,
+                "file": bench.file,
+            }
             answer = _crowd_process(spec)
         if answer["failed"] or answer["wrong"]:
             raise BenchmarkFailed(f"{clients} clients: {answer['failed']} failed, {answer['wrong']} read wrong bytes")

@@ -155,7 +155,7 @@ class Bench:
 
     def client(self, *, pinned: bool = False, keep: Sequence[int] = (), **spec: Any) -> ClientProcess:
         """A client process of ``spec`` (see client.py), ready."""
-        known = {"library": self.library, "file": self.file, "length": self.length}
+        known = {"parent": os.getpid(), "library": self.library, "file": self.file, "length": self.length}
         with self.placed(pinned):
             client = ClientProcess(known | spec, keep)
         try:

@@ -2,6 +2,7 @@
 
 Run as ``python -m benchmarks.client SPEC`` with SPEC a JSON object:
 
+* ``parent``: pid of the harness, whose end is this process's end
 * ``library``: the compiled toucher.c; ``file``: what the block must hold; ``length``: bytes, a multiple of a page
 * ``handler``: the floor's command: it is started with ``USERFAULTFD FILE ADDRESS LENGTH`` as this client's handler
 * or ``runtime_dir``, ``block``, ``mode``: attach to a running supervisor by :func:`postcopy.attach`
@@ -20,9 +21,12 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
+
+from postcopy_kernel.process import die_with_parent
 
 PAGE = 4096
 Answer = dict[str, Any]
@@ -110,7 +114,8 @@ class Client:
         assert handler.stdout is not None
         if not handler.stdout.readline():
             raise RuntimeError(f"the handler ended before it was ready: {command}")
-        self._held.append(handler)
+        # Without its handler a touch would wait for ever. A thread that sleeps costs the toucher nothing, measured.
+        threading.Thread(target=_end_with, args=(handler,), daemon=True).start()
 
     def _join_house(self) -> None:
         import postcopy
@@ -169,10 +174,17 @@ class Client:
         return {"attach": attached - begun, "first_byte": done - begun, "wrong": int(byte != self._truth[position])}
 
 
+def _end_with(handler: subprocess.Popen[bytes]) -> NoReturn:
+    print(f"the floor's handler ended with status {handler.wait()}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def main() -> None:
     """Obey the lines of stdin."""
+    spec = json.loads(sys.argv[1])
+    die_with_parent(spec["parent"])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the harness ends us by closing our stdin
-    client = Client(json.loads(sys.argv[1]))
+    client = Client(spec)
     orders: dict[str, Callable[[Answer], Answer]] = {
         "touch": client.touch,
         "read": client.read,

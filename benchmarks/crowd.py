@@ -1,8 +1,9 @@
 """Many clients at once: ``python -m benchmarks.crowd SPEC`` forks them, lets them attach together, checks their bytes.
 
-SPEC is a JSON object: ``runtime_dir``, ``block``, ``clients``, ``file``. They are forked from one process that has
-imported everything, because what is measured is attaching, not starting Python 256 times. The answer is one JSON
-object: ``seconds`` from the first attach's beginning to the last one's end, ``slowest`` attach, ``failed``, ``wrong``.
+SPEC is a JSON object: ``parent`` (pid of the harness), ``runtime_dir``, ``block``, ``clients``, ``file``. The clients
+are forked from one process that has imported everything, because what is measured is attaching, not starting Python
+256 times. The answer is one JSON object: ``seconds`` from the first attach's beginning to the last one's end,
+``slowest`` attach, ``failed``, ``wrong``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import sys
 import time
 from typing import Any, NoReturn
 
+from postcopy_kernel.process import die_with_parent
+
 PAGE = 4096
 SAMPLE = 4
 
@@ -21,6 +24,8 @@ SAMPLE = 4
 def main() -> int:
     """Fork, let go, gather."""
     spec = json.loads(sys.argv[1])
+    die_with_parent(spec["parent"])
+    crowd = os.getpid()
     # What a first attach would import, before the fork.
     import postcopy
     import postcopy.client  # noqa: F401
@@ -32,6 +37,7 @@ def main() -> int:
     for index in range(spec["clients"]):
         child = os.fork()
         if child == 0:
+            die_with_parent(crowd)
             for descriptor in (reports, opener, keeper):
                 os.close(descriptor)
             _be_client(spec, index, report, gate, leave)
