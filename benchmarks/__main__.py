@@ -40,12 +40,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = machine.facts()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through every `with`: nothing of ours stays behind
     results: dict[str, list[Row]] = {}
+    failed = False
     begun = time.monotonic()
     try:
         with Bench(scale) as bench:
             for name in names:
-                results[name] = BENCHMARKS[name](bench)
-    except (BenchmarkFailed, PostcopyError, OSError) as error:
+                try:
+                    results[name] = BENCHMARKS[name](bench)
+                except (BenchmarkFailed, PostcopyError, OSError) as error:
+                    failed = True  # the others may be worth having all the same
+                    print(f"benchmarks: {name}: {error}", file=sys.stderr)
+    except BenchmarkFailed as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -56,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_docs(found, results)
     if asked.json != "-":
         _print_table(found, results)
-    return 0
+    return 1 if failed else 0
 
 
 def _parser() -> argparse.ArgumentParser:
