@@ -141,7 +141,7 @@ def limited(limit: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 
 
-@pytest.mark.parametrize(("limit", "blocks"), [(200, 0), (335, 40)], ids=["few", "many"])
+@pytest.mark.parametrize(("limit", "blocks"), [(200, 0), (345, 40), (355, 40)])
 def test_an_attach_that_would_not_fit_is_refused(
     runtime_dir: Path, source_file: SourceFile, limit: int, blocks: int
 ) -> None:
