@@ -142,6 +142,7 @@ def test_ensure_gives_up_in_time_and_the_block_still_closes(
     begin: Callable[..., FakeSupervisor], runtime_dir: Path
 ) -> None:
     begin(slow=[PAGE])
+    other = postcopy.attach("ram0", runtime_dir)  # keeps the session: nobody is woken by its end
     block = postcopy.attach("ram0", runtime_dir)
     begun = time.monotonic()
     with pytest.raises(TimeoutError) as caught:
@@ -154,6 +155,7 @@ def test_ensure_gives_up_in_time_and_the_block_still_closes(
     while any(thread.name == "postcopy-ensure" for thread in threading.enumerate()):
         assert time.monotonic() < limit
         time.sleep(0.002)
+    other.close()
 
 
 def test_ctrl_c_ends_ensure(begin: Callable[..., FakeSupervisor], runtime_dir: Path) -> None:
@@ -330,11 +332,27 @@ def test_a_child_that_cannot_attach_gets_a_signal_never_zeros(
             assert in_child(ensure_says_why) == 0
 
 
+def test_a_child_is_not_attached_to_another_block_of_the_same_name(
+    begin: Callable[..., FakeSupervisor], runtime_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The inherited mapping is of the old memfd: a new supervisor's worker would place pages that nobody sees here."""
+    begin().end(signal.SIGKILL)
+    with FakeSupervisor(runtime_dir, {"ram0": Path(__file__)}), caplog.at_level(logging.CRITICAL):
+        first = postcopy.attach("ram0", runtime_dir)
+        first.ensure()
+    (runtime_dir / "door").unlink(missing_ok=True)
+    begin()
+    with first:
+        assert in_child(lambda: first.buf[0] == 0) == -signal.SIGSEGV
+
+
 def test_a_fork_in_c_code_gets_a_signal_never_zeros(begin: Callable[..., FakeSupervisor], runtime_dir: Path) -> None:
     begin()
     program = (
         "import ctypes, os, postcopy, sys\n"
         "block = postcopy.attach('ram0', sys.argv[1])\n"
+        "if (pid := os.fork()) == 0:\n    os._exit(0)\n"  # lets its child inherit, and must take that back
+        "os.waitpid(pid, 0)\n"
         "pid = ctypes.CDLL(None).fork()\n"
         "if pid == 0:\n    value = block.buf[0]\n    os._exit(value)\n"
         "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), block.buf[8])\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import subprocess
 import sys
@@ -61,6 +62,19 @@ def test_a_userfaultfd_that_is_not_to_be_had() -> None:
 def test_a_lost_page_survives_its_pickle() -> None:
     error = pickle.loads(pickle.dumps(postcopy.PageLost("gone", block="ram0", offset=4096)))
     assert (str(error), error.block, error.offset) == ("gone", "ram0", 4096)
+
+
+@pytest.mark.parametrize("letters", [10, 100_000])
+def test_output_that_nobody_reads_is_no_second_error(letters: int) -> None:
+    """A pipe that breaks in the middle leaves a full buffer behind, which Python would try to write at its exit."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = f"import postcopy.__main__ as m\nm._run = lambda words: print('x' * {letters})\nm.main()"
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    words = [sys.executable, "-c", program]
+    done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, timeout=60, env=environ)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_serve_without_the_extra_is_one_line() -> None:
