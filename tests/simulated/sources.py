@@ -21,7 +21,7 @@ class SourceFile:
 
     def __init__(self, kernel: Kernel, size: int, page_size: int) -> None:
         pages = -(-size // page_size)
-        self.original = b"".join(bytes((0x81 + page,)) * page_size for page in range(pages))[:size]
+        self.original = b"".join(bytes((0x81 + page % 0x7D,)) * page_size for page in range(pages))[:size]
         self.data = self.original
         self.page_size = page_size
         self.changed = False
