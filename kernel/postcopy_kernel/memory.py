@@ -95,6 +95,41 @@ def advise(address: int, length: int, advice: int) -> int:
     return ctypes.get_errno()
 
 
+def address_of(buffer: memoryview) -> int:
+    """Address of a contiguous buffer's first byte, read-only ones too, as a source of UFFDIO_COPY. The caller keeps
+    the buffer alive until the call has returned."""
+    view = _PyBuffer()
+    _get_buffer(buffer, ctypes.byref(view), 0)
+    address = view.buf
+    _release_buffer(ctypes.byref(view))
+    return address or 0
+
+
+class _PyBuffer(ctypes.Structure):
+    """Py_buffer of CPython's stable ABI (3.11)."""
+
+    _fields_ = (
+        ("buf", ctypes.c_void_p),
+        ("obj", ctypes.py_object),
+        ("len", ctypes.c_ssize_t),
+        ("itemsize", ctypes.c_ssize_t),
+        ("readonly", ctypes.c_int),
+        ("ndim", ctypes.c_int),
+        ("format", ctypes.c_char_p),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("suboffsets", ctypes.c_void_p),
+        ("internal", ctypes.c_void_p),
+    )
+
+
+_get_buffer = ctypes.pythonapi.PyObject_GetBuffer
+_get_buffer.argtypes = (ctypes.py_object, ctypes.POINTER(_PyBuffer), ctypes.c_int)
+_release_buffer = ctypes.pythonapi.PyBuffer_Release
+_release_buffer.argtypes = (ctypes.POINTER(_PyBuffer),)
+_release_buffer.restype = None
+
+
 def _map(address: int | None, length: int, protection: int, flags: int, fd: int, offset: int) -> int:
     result = _libc.mmap(address, length, protection, flags, fd, offset)
     if result == _FAILED:

@@ -235,6 +235,15 @@ class Wake(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class Lost(Message):
+    """Pages of a remote block that cannot be had: poison them for the client that waits (packed u64 offsets)."""
+
+    TAG = 52
+    block: int
+    offsets: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Fetch(Message):
     """To worker zero, which places pages in the supervisor's name: make this range of a local block present."""
 

@@ -59,7 +59,7 @@ def open_source(name: str, source: Source) -> Opened:
         case ZeroSource(size):
             return Opened("zero", "", size)
         case RemoteSource():
-            raise BadInput(f"block {name}: remote sources ({source}) are not supported by this version")
+            raise BadInput(f"block {name}: its source {source} has not been asked")
 
 
 def _open_file(name: str, path: str) -> Opened:
@@ -84,12 +84,12 @@ def _open_file(name: str, path: str) -> Opened:
 class RamBlock:
     """One served block. ``pages`` of ``page_size`` bytes; the last ``pages * page_size - size`` bytes are zeros."""
 
-    def __init__(self, number: int, name: str, source: Source, page_size: int) -> None:
+    def __init__(self, number: int, name: str, source: Source, page_size: int, remote_size: int = 0) -> None:
         self.number = number
         self.name = name
         self.source = source
         self.page_size = page_size
-        self.opened = open_source(name, source)
+        self.opened = Opened("remote", "", remote_size) if remote_size else open_source(name, source)
         self.size = self.opened.size
         self.pages = page_count(self.size, page_size)
         self.length = self.pages * page_size
@@ -137,7 +137,7 @@ class RamBlock:
     @property
     def kind(self) -> str:
         """``local`` or ``remote``."""
-        return "local"
+        return "remote" if self.opened.kind == "remote" else "local"
 
     def shared_granted(self) -> None:
         """A client may write from now on: contents are no proof of anything any more (see Block.settle)."""

@@ -1,8 +1,8 @@
 """Client zero: the supervisor itself, whose own system calls fault on its own mapping of the blocks.
 
 A fault is read from the core userfaultfd, turned into block and page, given to the engine like any waiter's, fetched
-through worker zero, and released by a wake (or a poison) on the core userfaultfd. The same road fills blocks in the
-background.
+(through worker zero where the block is local), and released by a wake (or a poison) on the core userfaultfd. The same
+road fills blocks in the background.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from postcopy_protocol.received import MISSING
 
 from .blocks import RamBlock
 from .custody import Custody
-from .engine import Ask, Effect, Engine
+from .engine import Ask
+from .paging import Paging
 from .workforce import Workforce
 
 log = logging.getLogger(__name__)
@@ -45,8 +46,8 @@ class ClientZero:
         send: Callable[[int, Message], None],
         event: Callable[[str, str], None],
     ) -> None:
-        self.engine = Engine()
         self.workforce: Workforce
+        self.paging: Paging
         self.faults = 0
         self._core = core
         self._blocks = blocks
@@ -81,28 +82,21 @@ class ClientZero:
         block = self._blocks[region.block]
         self.faults += 1
         page = offset // block.page_size
-        if block.story(page) == "received":
-            return self._core.wake(block.mapping.address + page * block.page_size, block.page_size)
-        self._do(self.engine.fault(NUMBER, block.number, page, self._piece_end(block, page)))
+        self.paging.fault(NUMBER, block, [page], self._piece_end(block, page) - page)
 
     def _piece_end(self, block: RamBlock, page: int) -> int:
         return min(block.pages, page + max(1, PIECE // block.page_size))
 
-    def _do(self, effects: list[Effect]) -> None:
-        for effect in effects:
-            if isinstance(effect, Ask):
-                self._ask(effect)
-            elif effect.waiter == NUMBER:
-                self._release(self._blocks[effect.block], effect.page, effect.lost)
-
-    def _ask(self, ask: Ask) -> None:
+    def fetch(self, ask: Ask) -> None:
+        """Ask worker zero for pages of a local block; it is started when it is first needed."""
         if NUMBER not in self.workforce.fleet.slots:
             self.workforce.start(NUMBER)
         if self._ready:
             size = self._blocks[ask.block].page_size
             self._send(NUMBER, Fetch(ask.block, ask.first * size, (ask.end - ask.first) * size))
 
-    def _release(self, block: RamBlock, page: int, lost: bool) -> None:
+    def release(self, block: RamBlock, page: int, lost: bool) -> None:
+        """Let our own system call run on; ``lost``: with EFAULT."""
         address = block.mapping.address + page * block.page_size
         if lost:
             self._poisoned.add((block.number, page))
@@ -114,8 +108,9 @@ class ClientZero:
     def worker_ready(self) -> None:
         """Worker zero is there, for the first time or again: what is in flight is asked (anew)."""
         self._ready = True
-        for effect in self.engine.asked_anew():
-            self._do([effect])
+        for ask in self.paging.engine.asked_anew():
+            if isinstance(ask, Ask) and self._blocks[ask.block].kind == "local":
+                self.fetch(ask)
 
     def worker_lost(self) -> None:
         self._ready = False
@@ -126,7 +121,7 @@ class ClientZero:
             return
         first, end = answer.offset // block.page_size, -(-(answer.offset + answer.length) // block.page_size)
         lost = [offset // block.page_size for offset in unpack_offsets(answer.lost)]
-        self._do(self.engine.answered(block.number, first, end, lost))
+        self.paging.do(self.paging.engine.answered(block.number, first, end, lost))
 
     # --- background ---------------------------------------------------------------------------------------------------
 
@@ -135,18 +130,20 @@ class ClientZero:
         now = time.monotonic()
         self._credit = min(self._credit + (now - self._credited) * rate, float(max(PIECE, rate // 4)))
         self._credited = now
-        if not rate or not allowed:
+        if rate <= 0 or not allowed:
             return None
-        while self._credit >= PIECE and self.engine.in_flight < 4:
+        while self._credit >= PIECE and self.paging.engine.in_flight < 4:
             piece = self._next_piece()
             if piece is None:
                 return None
             self._credit -= PIECE
-            self._do(self.engine.ask(*piece))
+            self.paging.do(self.paging.engine.ask(*piece))
         return now + max(0.005, PIECE / rate)
 
     def _next_piece(self) -> tuple[int, int, int] | None:
         for block in self._blocks.values():
+            if block.kind != "local":
+                continue
             at = self._cursor[block.number]
             while at < block.pages:
                 end = self._piece_end(block, at)
@@ -166,8 +163,8 @@ class ClientZero:
 
     def give_up(self, block: RamBlock) -> None:
         """Poison whatever client zero waits for in this block: its system call ends with EFAULT."""
-        for number, page in self.engine.leave(NUMBER):
-            self._release(self._blocks[number], page, lost=True)
+        for number, page in self.paging.engine.leave(NUMBER):
+            self.release(self._blocks[number], page, lost=True)
 
     def close(self) -> None:
         os.close(self.statistics)

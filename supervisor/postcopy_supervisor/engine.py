@@ -55,28 +55,44 @@ class Engine:
 
     def ask(self, block: int, first: int, end: int) -> list[Effect]:
         """Ask for a range, whoever wants it (background too); what is in flight of it is not asked for again."""
-        for start, stop in self._asked.get(block, ()):
-            if start <= first < stop:
-                first = stop
-            elif first < start < end:
-                end = start
-        if first >= end:
+        free = self.first_free(block, first, end)
+        if free is None:
             return []
+        first, end = free
         self._asked.setdefault(block, []).append((first, end))
         self.requests += 1
         return [Ask(block, first, end)]
 
-    def answered(self, block: int, first: int, end: int, lost: Iterable[int]) -> list[Effect]:
-        """The answer to a request, or an unasked one: release everybody who waits inside."""
-        asked = self._asked.get(block, [])
-        if (first, end) in asked:
-            asked.remove((first, end))
+    def answered(self, block: int, first: int, end: int, lost: Iterable[int] = ()) -> list[Effect]:
+        """Pages ``first`` to ``end`` have an answer, asked for or not, whole requests or parts: release all who
+        wait."""
+        asked = self._asked.get(block)
+        if asked:
+            self._asked[block] = [
+                (low, high)
+                for start, stop in asked
+                for low, high in ((start, min(stop, first)), (max(start, end), stop))
+                if low < high
+            ]
         gone = set(lost)
+        if end - first == 1:
+            keys = [(block, first)] if (block, first) in self._waiting else []
+        else:
+            keys = sorted(key for key in self._waiting if key[0] == block and first <= key[1] < end)
         effects: list[Effect] = []
-        for number, page in sorted(key for key in self._waiting if key[0] == block and first <= key[1] < end):
-            for waiter in sorted(self._waiting.pop((number, page))):
-                effects.append(Release(waiter, block, page, page in gone))
+        for key in keys:
+            for waiter in sorted(self._waiting.pop(key)):
+                effects.append(Release(waiter, block, key[1], key[1] in gone))
         return effects
+
+    def first_free(self, block: int, first: int, end: int) -> tuple[int, int] | None:
+        """The first part of a range that is not in flight."""
+        for start, stop in sorted(self._asked.get(block, ())):
+            if start <= first < stop:
+                first = stop
+            elif first < start < end:
+                end = start
+        return (first, end) if first < end else None
 
     def asked_anew(self) -> list[Effect]:
         """Whoever was asked has died: everything in flight is asked again, in the old order."""
@@ -100,6 +116,10 @@ class Engine:
     def idle(self) -> bool:
         """Nothing in flight and nobody waiting."""
         return not self._waiting and not any(self._asked.values())
+
+    def waited_for(self, block: int) -> list[int]:
+        """Pages of a block that somebody stands at."""
+        return sorted(page for number, page in self._waiting if number == block)
 
     def _in_flight(self, block: int, page: int) -> bool:
         return any(first <= page < end for first, end in self._asked.get(block, ()))

@@ -62,6 +62,7 @@ class Wish:
     block: int
     offset: int
     length: int
+    left: int
     sent: float = 0.0
     attempts: int = 0
 
@@ -83,14 +84,19 @@ class Flow:
 
     def wish(self, client: int, block: int, offset: int, length: int, now: float) -> list[Effect]:
         """A range is wanted by a client, or by nobody yet (BACKGROUND)."""
-        self._queues.setdefault(client, deque()).append(Wish(client, block, offset, length))
+        self._queues.setdefault(client, deque()).append(Wish(client, block, offset, length, length))
         return self._pump(now)
 
-    def answered(self, request: int, now: float) -> tuple[list[Effect], float]:
-        """The answer to a request has come, in full: what may be sent now, and how long it took (0.0: unknown)."""
-        wish = self._flying.pop(request, None)
+    def answered(self, request: int, length: int, now: float) -> tuple[list[Effect], float]:
+        """``length`` bytes of a request have come. When that is all of it: what may be sent now, and how many seconds
+        it took (0.0 before that, and for a request that nobody remembers)."""
+        wish = self._flying.get(request)
         if wish is None:
             return [], 0.0
+        wish.left -= length
+        if wish.left > 0:
+            return [], 0.0
+        del self._flying[request]
         self._landed(wish)
         return self._pump(now), now - wish.sent
 
@@ -168,7 +174,7 @@ class Flow:
     def _pump(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
         while self.up and (wish := self._take()) is not None:
-            wish.sent, wish.attempts = now, wish.attempts + 1
+            wish.sent, wish.attempts, wish.left = now, wish.attempts + 1, wish.length
             urgent = wish.client != BACKGROUND
             self._bytes += wish.length
             if urgent:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import mmap
 import os
+import select
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import zmq
@@ -25,7 +27,7 @@ from postcopy_kernel.userfaultfd import (
     open_userfaultfd,
 )
 from postcopy_protocol import statistics
-from postcopy_protocol.codec import decode, encode
+from postcopy_protocol.codec import decode, encode, unpack_offsets
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.messages import (
     AskExport,
@@ -41,8 +43,11 @@ from postcopy_protocol.messages import (
     Message,
     RegionGrant,
     Report,
+    RequestPages,
     WorkerHello,
 )
+from postcopy_protocol.return_path import FROM_SOURCE
+from postcopy_protocol.sources import RemoteSource, Source
 
 from . import control, ending, status
 from .blocks import RamBlock
@@ -52,6 +57,8 @@ from .client_zero import ClientZero
 from .custody import Custody
 from .ending import available_memory
 from .exports import Exports
+from .link import Link, Stream
+from .paging import Paging
 from .porter import (
     ENDPOINT,
     IDENTITY,
@@ -67,6 +74,7 @@ from .porter import (
     Visit,
 )
 from .reception import Reception
+from .remote import FRAME_LIMIT, Advice, ask_advice, load_keys, secure
 from .runtime import RuntimeDirectory, notify
 from .settings import Settings
 from .status import History
@@ -75,7 +83,7 @@ from .workforce import Workforce
 
 log = logging.getLogger("postcopy")
 
-FROM_ROUTER = (WorkerHello, Report, Fetched, AskStatus, AskStop, AskExport, AskProgress)
+FROM_ROUTER = (WorkerHello, Report, Fetched, RequestPages, AskStatus, AskStop, AskExport, AskProgress)
 AUDIT_SECONDS = 5.0
 SCARCE = 128 << 20
 """Bytes available on the machine below which only pages that are waited for are placed."""
@@ -97,8 +105,15 @@ class House:
         self._core.handshake()
         self.blocks: dict[str, RamBlock] = {}
         signal.signal(signal.SIGIO, self._lease_wanted)  # before the first lease: unheard, it would end us
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._context.setsockopt(zmq.MAX_SOCKETS, 16384)
+        self._stop_bell = descriptors.create_eventfd()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: descriptors.signal_eventfd(self._stop_bell))
+        self._keys = load_keys(settings.curve_secret, settings.source_key) if settings.curve_secret else None
+        advice = self._ask_sources()
         self.blocks = {
-            name: RamBlock(number, name, source, settings.page_size)
+            name: RamBlock(number, name, source, settings.page_size, advice[name].size if name in advice else 0)
             for number, (name, source) in enumerate(settings.sources.items(), 1)
         }
         self._by_number = {block.number: block for block in self.blocks.values()}
@@ -109,15 +124,58 @@ class House:
         self._house_fd = memory.create_memfd("postcopy-house", statistics.PAGE_BYTES)
         self._house = memoryview(mmap.mmap(self._house_fd, statistics.PAGE_BYTES)).cast("Q")
         self._house[statistics.WINDOW_LIMIT] = settings.fault_around
-        self._context: zmq.Context[Any] = zmq.Context()
-        self._context.setsockopt(zmq.MAX_SOCKETS, 16384)
         self._router = self._bind()
-        self._stop_bell = descriptors.create_eventfd()
         self._door = self._open_door()
         self.custody = Custody()
         self.exports = Exports()
         self._ticked = self._audited = 0.0
+        self._allowed = True
         self._people()
+        self._connect_sources(advice)
+
+    def _ask_sources(self) -> dict[str, Advice]:
+        """What the sources of remote blocks say of them, by our names; waits for sources that are not there yet."""
+        advice: dict[str, Advice] = {}
+        for endpoint, blocks in _by_endpoint(self.settings.sources).items():
+            told = ask_advice(
+                self._context,
+                endpoint,
+                sorted(set(blocks.values())),
+                self.settings.page_size,
+                self._keys,
+                self.settings.plain_tcp,
+                lambda: bool(select.select([self._stop_bell], [], [], 0)[0]),
+            )
+            advice |= {name: told[theirs] for name, theirs in blocks.items()}
+        return advice
+
+    def _connect_sources(self, advice: dict[str, Advice]) -> None:
+        """One link for every endpoint, over our one router."""
+        for number, (endpoint, names) in enumerate(_by_endpoint(self.settings.sources).items(), 1):
+            blocks = [self.blocks[name] for name in names]
+            streams = [Stream(b.number, names[b.name], b.page_size, b.size, advice[b.name].identity) for b in blocks]
+            identity = b"s%d" % number
+            link = Link(
+                endpoint,
+                streams,
+                self.settings.source_timeout,
+                partial(self._answer, identity),
+                self._link_event,
+                self.paging.gave_up,
+            )
+            self._links[identity] = link
+            self.paging.links |= dict.fromkeys((block.number for block in blocks), link)
+            self._router.setsockopt(zmq.MAXMSGSIZE, FRAME_LIMIT)
+            secure(self._router, endpoint, self._keys, self.settings.plain_tcp)
+            self._router.setsockopt(zmq.CONNECT_ROUTING_ID, identity)
+            self._router.connect(endpoint)
+
+    def _link_event(self, kind: str, detail: str) -> None:
+        self._event(kind, detail)
+        if kind == "pause":
+            for link in self._links.values():
+                if link.state == "paused":
+                    self.paging.source_lost(link)
 
     def _people(self) -> None:
         """Porter, workforce, client zero and reception, in the order in which they need one another."""
@@ -125,11 +183,24 @@ class House:
         self.workforce = Workforce(self.custody, self.porter, self._describe, self._news)
         self._keep_what_workers_need()
         self.zero = ClientZero(self._core, self._by_number, self.custody, self._send_worker, self._event)
+        self.paging = Paging(
+            self._core,
+            self._by_number,
+            self.settings.fault_around,
+            self.zero.fetch,
+            self._send_worker,
+            self.zero.release,
+            self._event,
+        )
+        self.paging.poison_on_loss = self.settings.poison_on_loss
+        self._links: dict[bytes, Link] = {}
+        self.zero.paging = self.paging
         allowed = frozenset({os.geteuid()}) | self.settings.allow_uids
         self.reception = Reception(
             self.blocks, self.custody, self.porter, self._device, allowed, self.limit, self._event
         )
         self.zero.workforce = self.reception.workforce = self.workforce
+        self.reception.left = self.paging.left
         self.watchdog = Watchdog(self.workforce, self.reception, self.zero, self.settings.handler_timeout, self._event)
 
     def _bind(self) -> zmq.Socket[bytes]:
@@ -166,14 +237,15 @@ class House:
 
     def run(self) -> None:
         """Serve until told to end. Signals wake the porter; nothing else happens in their handlers."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: descriptors.signal_eventfd(self._stop_bell))
         self.porter.start()
         self.porter.watch_custodian(self.custody.start())
         while self.state != "ending":
-            identity, *frames = self._router.recv_multipart()
-            if identity != IDENTITY and frames:
-                self._guarded(self._heard, identity, frames[-1])
+            frames = self._router.recv_multipart(copy=False)
+            identity = frames[0].bytes
+            if identity in self._links:
+                self._guarded(self._source_said, self._links[identity], frames)
+            elif identity != IDENTITY and len(frames) > 1:
+                self._guarded(self._heard, identity, frames[-1].bytes)
             while self.porter.box:
                 self._guarded(self._happened, self.porter.box.popleft())
         self._end()
@@ -198,6 +270,19 @@ class House:
             log.exception("cannot handle %s", what[-1])
             self.history.add("bug", f"{type(error).__name__}: {error}")
 
+    def _source_said(self, link: Link, frames: list[zmq.Frame]) -> None:
+        """A word of a source, with the bytes of pages behind it."""
+        now = time.monotonic()
+        try:
+            message = decode(frames[1].buffer, expect=FROM_SOURCE)
+            raw = [frame.buffer for frame in frames[2:]]
+            arrived = link.heard(message, [len(buffer) for buffer in raw], now)
+        except BadMessage as error:
+            return self._event("source-nonsense", f"source {link.endpoint}: {error}; not used")
+        if arrived is not None:
+            self.paging.arrived(arrived, [memory.address_of(buffer) for buffer in raw])
+            self.paging.background(self.settings.background_rate, self._allowed, now)
+
     def _heard(self, identity: bytes, frame: bytes) -> None:
         try:
             message = decode(frame, expect=FROM_ROUTER)
@@ -211,8 +296,18 @@ class House:
                 self._report(message)
             case Fetched():
                 self.zero.fetched(message)
+            case RequestPages():
+                self._pages_requested(message)
             case _:
                 self._answer(identity, control.answer(self, message))
+
+    def _pages_requested(self, message: RequestPages) -> None:
+        block = self._by_number.get(message.block)
+        if block is None or message.worker not in self.reception.clients:
+            return
+        offsets = unpack_offsets(message.offsets)
+        shift = block.page_size.bit_length() - 1
+        self.paging.fault(message.worker, block, [offset >> shift for offset in offsets if offset < block.length])
 
     def _happened(self, happening: Happening) -> None:
         match happening:
@@ -244,8 +339,11 @@ class House:
 
     def _tick(self, now: float) -> None:
         self.workforce.tick()
-        allowed = self._memory_allows()
-        self.porter.ring_at(self.zero.background(self.settings.background_rate, allowed))
+        self._allowed = self._memory_allows()
+        self.porter.ring_at(self.zero.background(self.settings.background_rate, self._allowed))
+        for link in self._links.values():
+            link.tick(now)
+        self.paging.background(self.settings.background_rate, self._allowed, now)
         if now - self._ticked < 1.0:
             return
         self._ticked = now
@@ -255,6 +353,8 @@ class House:
             if not block.complete and block.look_complete():
                 log.info("block %s is complete: its clients are released", block.name)
                 self._event("complete", f"block {block.name}: every page is received")
+                if block.number in self.paging.links:
+                    self.paging.links[block.number].complete(block.number)
             if block.complete:
                 self.reception.release(block)
         if now - self._audited >= AUDIT_SECONDS:
@@ -372,7 +472,7 @@ class House:
     def document(self) -> bytes:
         blocks = list(self.blocks.values())
         return status.document(
-            self.started, self.state, blocks, self.reception, self.workforce, self.zero, self.history
+            self.started, self.state, blocks, self.reception, self.workforce, self.zero, self.paging, self.history
         )
 
     # --- the end ------------------------------------------------------------------------------------------------------
@@ -404,6 +504,15 @@ def _quarantine(grant: BlockGrant) -> BlockGrant:
     from dataclasses import replace
 
     return replace(grant, kind=QUARANTINED, detail="", source=-1)
+
+
+def _by_endpoint(sources: Mapping[str, Source]) -> dict[str, dict[str, str]]:
+    """Remote blocks by endpoint: our name of each, and its name there."""
+    found: dict[str, dict[str, str]] = {}
+    for name, source in sources.items():
+        if isinstance(source, RemoteSource):
+            found.setdefault(source.endpoint, {})[name] = source.block
+    return found
 
 
 def _device() -> int:

@@ -99,6 +99,7 @@ class Reception:
     ) -> None:
         self.clients: dict[int, Client] = {}
         self.workforce: Workforce
+        self.left: Callable[[int], None] = lambda number: None
         self._blocks = blocks
         self._by_number = {block.number: block for block in blocks.values()}
         self._custody = custody
@@ -336,6 +337,7 @@ class Reception:
 
     def _close(self, client: Client) -> None:
         self.clients.pop(client.number, None)
+        self.left(client.number)
         self._custody.drop(client.key)
         self._porter.forget_process(client.pidfd)
         os.close(client.pidfd)

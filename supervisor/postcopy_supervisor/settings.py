@@ -18,6 +18,10 @@ LARGEST_WINDOW = 1 << 20
 nothing."""
 
 
+AUTO_RATE = -1
+"""Remote blocks as fast as their source gives them, local ones not at all."""
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Sizes in bytes, times in seconds, rates in bytes a second."""
@@ -27,12 +31,17 @@ class Settings:
     page_size: int = PAGE_4K
     fault_around: int = LARGEST_WINDOW
     adaptive: bool = True
-    background_rate: int = 0
+    background_rate: int = AUTO_RATE
     max_memory: int = 0
     allow_uids: frozenset[int] = frozenset()
     handler_timeout: float = 30.0
     die_with_parent: int = 0
     log_level: str = "info"
+    curve_secret: str = ""
+    source_key: str = ""
+    plain_tcp: bool = False
+    poison_on_loss: bool = False
+    source_timeout: float = 5.0
 
 
 def parse(arguments: list[str]) -> Settings:
@@ -52,12 +61,19 @@ def parse(arguments: list[str]) -> Settings:
         page_size={"4K": PAGE_4K, "2M": PAGE_2M}[told.page_size.upper()],
         fault_around=LARGEST_WINDOW if auto else _window(told.fault_around),
         adaptive=auto,
-        background_rate=_size("--background-rate", told.background_rate, zero=True),
+        background_rate=AUTO_RATE
+        if told.background_rate == "auto"
+        else _size("--background-rate", told.background_rate, zero=True),
         max_memory=_size("--max-memory", told.max_memory, zero=True),
         allow_uids=frozenset(told.allow_uid),
         handler_timeout=told.handler_timeout,
         die_with_parent=told.die_with_parent,
         log_level=told.log_level,
+        curve_secret=told.curve_secret,
+        source_key=told.source_key,
+        plain_tcp=told.plain_tcp,
+        poison_on_loss=told.on_source_loss == "poison",
+        source_timeout=told.source_timeout,
     )
 
 
@@ -102,8 +118,8 @@ def _parser() -> _Parser:
     parser = _Parser(
         prog="postcopy serve",
         description="Serve RAM blocks populated lazily: clients attach at once, pages come when they are touched.",
-        epilog="SOURCE is a file, handler:MODULE:FUNCTION?size=SIZE, or zero:SIZE. Sizes take K, M, G. "
-        "SIGTERM ends in order.",
+        epilog="SOURCE is a file, handler:MODULE:FUNCTION?size=SIZE, zero:SIZE, ipc://PATH/BLOCK or "
+        "tcp://HOST:PORT/BLOCK. Sizes take K, M, G. SIGTERM ends in order.",
     )
     add = parser.add_argument
     add("blocks", nargs="+", metavar="NAME=SOURCE", help="a RAM block and where its bytes come from")
@@ -115,7 +131,12 @@ def _parser() -> _Parser:
         metavar="auto|SIZE",
         help="pages placed around a fault (auto: grows on sequences)",
     )
-    add("--background-rate", default="0", metavar="RATE", help="bytes a second placed before anybody asks (0: none)")
+    add(
+        "--background-rate",
+        default="auto",
+        metavar="auto|RATE",
+        help="bytes a second placed before anybody asks (0: none; auto: remote blocks at full rate, local ones not)",
+    )
     add("--max-memory", default="0", metavar="SIZE", help="stop fault-around and background beyond it (0: no limit)")
     add(
         "--allow-uid",
@@ -132,6 +153,16 @@ def _parser() -> _Parser:
         metavar="SECONDS",
         help="a handler that takes longer is killed",
     )
+    add("--curve-secret", default="", metavar="FILE", help="our CURVE key pair, for tcp sources (postcopy keygen)")
+    add("--source-key", default="", metavar="FILE", help="public CURVE key of the tcp sources")
+    add("--plain-tcp", action="store_true", help="let tcp sources be plain: everybody on the way can read and change")
+    add(
+        "--on-source-loss",
+        default="wait",
+        choices=("wait", "poison"),
+        help="what missing pages do while a source is away",
+    )
+    add("--source-timeout", default=5.0, type=_seconds, metavar="SECONDS", help="silence after which a source is lost")
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     add("--die-with-parent", type=int, default=0, metavar="PID", help="end when the process PID, our parent, ends")
     return parser

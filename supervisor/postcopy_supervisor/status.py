@@ -16,6 +16,8 @@ from postcopy_protocol.messages import VERSION
 
 from .blocks import RamBlock
 from .client_zero import ClientZero
+from .link import Link
+from .paging import Paging
 from .reception import Client, Reception
 from .workforce import Workforce
 
@@ -51,6 +53,7 @@ def document(
     reception: Reception,
     workforce: Workforce,
     zero: ClientZero,
+    paging: Paging,
     history: History,
 ) -> bytes:
     """UTF-8 JSON."""
@@ -64,11 +67,11 @@ def document(
         "state": state,
         "blocks": [_block(block) for block in blocks],
         "clients": clients,
-        "sources": [],
+        "sources": [_source(link) for link in dict.fromkeys(paging.links.values())],
         "totals": {
             "faults": total[statistics.FAULTS] + zero.faults,
-            "requests": total[statistics.REQUESTS] + zero.engine.requests,
-            "deduplicated": total[statistics.DEDUPLICATED] + zero.engine.deduplicated,
+            "requests": total[statistics.REQUESTS] + paging.engine.requests,
+            "deduplicated": total[statistics.DEDUPLICATED] + paging.engine.deduplicated,
             "placed": total[statistics.PLACED],
             "placed_around": total[statistics.AROUND],
             "wakes": total[statistics.WAKES],
@@ -96,6 +99,19 @@ def _block(block: RamBlock) -> dict[str, Any]:
         "lost": lost,
         "complete": block.complete,
         "polluted": [[first * block.page_size, (last - first) * block.page_size] for first, last in block.polluted],
+    }
+
+
+def _source(link: Link) -> dict[str, Any]:
+    return {
+        "endpoint": link.endpoint,
+        "state": link.shown,
+        "requests": link.requests,
+        "pages": link.pages,
+        "bytes": link.bytes,
+        "in_flight": link.flow.in_flight,
+        "waiting": link.flow.waiting,
+        "latency_us": statistics.summary(link.words),
     }
 
 

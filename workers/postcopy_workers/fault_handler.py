@@ -24,7 +24,7 @@ All system calls come through ``Calls``: the tests run this very code on a simul
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import monotonic_ns, perf_counter_ns
 
 from postcopy_kernel.userfaultfd import (
@@ -54,8 +54,9 @@ from postcopy_protocol.statistics import (
 from postcopy_protocol.statistics import LOST as LOST_PAGES
 from postcopy_protocol.window import FaultAround
 
-from .page_sources import HandlerFailed, SourceChanged
+from .page_sources import Elsewhere, HandlerFailed, RemotePages, SourceChanged
 from .placing import COPY_DONTWAKE, Block, Calls, Structure
+from .requests import Requests
 
 FAULT_WRITE = 1
 FAULT_MINOR = 4
@@ -107,8 +108,10 @@ class FaultHandler:
         report: Callable[[str, int, int, str], None],
         calls: Calls,
         pause: Callable[[float], None],
+        requests: Requests | None = None,
     ) -> None:
         self.userfaultfd = userfaultfd
+        self._requests = requests
         self.regions = sorted(regions, key=lambda region: region.start)
         self._words = words
         self._house = house
@@ -135,6 +138,8 @@ class FaultHandler:
             self.message(words[0], words[1], words[2])
             return
         seen: set[int] = set()
+        if self._requests is not None:
+            self._requests.hold()
         for at in range(0, count * MESSAGE_WORDS, MESSAGE_WORDS):
             address = words[at + 2]
             if words[at] & 0xFF == EVENT_PAGEFAULT and address in seen:
@@ -142,6 +147,27 @@ class FaultHandler:
                 continue  # answering the first has woken, or will wake, every thread on that page
             seen.add(address)
             self.message(words[at], words[at + 1], address)
+        if self._requests is not None:
+            self._requests.flush()
+
+    def woken(self, number: int, offsets: Sequence[int], *, lost: bool) -> None:
+        """The supervisor's word on pages of a remote block that this client waits for: placed, or not to be had.
+        Called by the waker, on a handler of its own: the two threads share nothing but regions and maps."""
+        for region in self.regions:
+            block = region.block
+            if block.grant.block != number:
+                continue
+            for offset in offsets:
+                page = offset >> block.shift
+                if not region.first_page <= page < region.end_page:
+                    continue
+                if lost:
+                    self._words[LOST_PAGES] += 1
+                    self._poison(region, page)
+                elif self._continue(region.base + offset, 1 << block.shift):
+                    self._release(region, page, 0)
+                else:
+                    self._words[WAKES] += 1
 
     def message(self, event: int, flags: int, address: int) -> None:
         """Answer one message of any kind; raises ClientGone or CannotGoOn."""
@@ -175,6 +201,8 @@ class FaultHandler:
     def _answer(self, region: Region) -> Answer:
         """What a fault in this region is answered by. Lean closures are for what is common and worth it: 4K pages
         whose bytes lie in a file; a huge page, or one that a function makes, costs far more than the way there."""
+        if isinstance(region.block.pages, RemotePages):
+            return self._remote_answer(region)
         if not region.block.pages.linear or region.block.shift != BASE_SHIFT:
             return self._careful_answer(region)
         return self._private_answer(region) if region.private else self._shared_answer(region)
@@ -189,6 +217,24 @@ class FaultHandler:
                 return outside(address)
             words[FAULTS] += 1
             return uncommon(region, page, flags, perf_counter_ns())
+
+        return answer
+
+    def _remote_answer(self, region: Region) -> Answer:
+        base, shift, words, uncommon = region.base, region.block.shift, self._words, self._uncommon
+        first, end, outside = region.first_page, region.end_page, self._outside
+        received, number = region.block.received, region.block.grant.block
+        assert self._requests is not None
+        ask = self._requests.ask
+
+        def answer(flags: int, address: int) -> None:
+            page = address - base >> shift
+            if not first <= page < end:
+                return outside(address)
+            words[FAULTS] += 1
+            if received[page] >= RECEIVED or flags & FAULT_MINOR:
+                return uncommon(region, page, flags, perf_counter_ns())
+            return ask(number, page << shift)
 
         return answer
 
@@ -311,6 +357,11 @@ class FaultHandler:
             if not self._released_after_all(region, page):
                 self._poison(region, page)  # for this client only; another client's worker asks the handler again
             block.report("handler-failed", page, str(failed))
+        except Elsewhere:
+            # Marked received, but punched: the mark is withdrawn first, or we would be told that the page is there.
+            block.received[page] = PLACING
+            assert self._requests is not None
+            self._requests.ask(block.grant.block, page << block.shift)
         words[BUSY_SINCE_NS] = 0
         words[bucket(perf_counter_ns() - begun)] += 1
         if pages > 1:

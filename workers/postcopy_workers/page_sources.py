@@ -151,6 +151,32 @@ class NoPages:
         return None
 
 
+class Elsewhere(Exception):
+    """The bytes are not to be had in this process: the supervisor is asked for the page."""
+
+
+class RemotePages:
+    """Pages that come over a return path, placed by the supervisor: a worker only asks and wakes."""
+
+    descriptor = -1
+    linear = 0
+
+    def __init__(self, grant: BlockGrant) -> None:
+        self.size = grant.size
+
+    def locate(self, offset: int, length: int) -> int:
+        raise Elsewhere
+
+    def check(self) -> None:
+        return None
+
+    def content(self, offset: int, length: int) -> bytes:
+        raise HandlerFailed("a page that nobody of ours placed cannot be compared with its source here")
+
+    def forget(self) -> None:
+        return None
+
+
 class HandlerPages:
     """Pages made by a user's function ``(offset, length) -> bytes | None``; it may raise PageLost.
 

@@ -34,14 +34,16 @@ from postcopy_kernel.filewatch import give_up_lease, lease_wanted
 from postcopy_kernel.memory import DONTFORK, DONTNEED, Mapping
 from postcopy_kernel.userfaultfd import MESSAGE_BYTES, RegisterMode, Userfaultfd, open_userfaultfd
 from postcopy_protocol import statistics
-from postcopy_protocol.codec import encode
-from postcopy_protocol.messages import Assignment, BlockGrant, Report, WorkerHello
+from postcopy_protocol.codec import decode, encode, unpack_offsets
+from postcopy_protocol.errors import BadMessage
+from postcopy_protocol.messages import Assignment, BlockGrant, Lost, Report, Wake, WorkerHello
 from postcopy_protocol.received import CHANGED, LEASED, WATCHED
 from postcopy_protocol.window import FaultAround
 
 from .fault_handler import EVENT_PAGEFAULT, MESSAGE_WORDS, CannotGoOn, ClientGone, FaultHandler, Region
-from .page_sources import FilePages, Handler, HandlerPages, NoPages, PageSource, SourceChanged, ZeroPages
+from .page_sources import FilePages, Handler, HandlerPages, NoPages, PageSource, RemotePages, SourceChanged, ZeroPages
 from .placing import Block, Calls, OwnMapping
+from .requests import Requests
 
 BATCH = 16
 SOURCE_CHECK_SECONDS = 1.0
@@ -90,6 +92,7 @@ class Worker:
         self.words[statistics.WORKER_PID] = os.getpid()
         self.words[statistics.INCARNATION] = assignment.incarnation
         self.words[statistics.BUSY_SINCE_NS] = 0
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._own = self._own_userfaultfd()
         process.drop_privileges()
         self.blocks = {grant.block: self._block(grant) for grant in assignment.blocks}
@@ -126,6 +129,8 @@ class Worker:
                 reason = f"cannot import {grant.detail}: {type(error).__name__}: {error}"
                 self.reports("handler-failed", grant.block, 0, reason)
                 return NoPages(grant, reason)
+        if grant.kind == "remote":
+            return RemotePages(grant)
         if grant.kind == "quarantined":
             return NoPages(grant, "the client is quarantined: its worker crashed too often")
         raise CannotGoOn(f"block {grant.name}: kind {grant.kind} is unknown to this worker")
@@ -137,16 +142,23 @@ class Worker:
         found: Handler = getattr(importlib.import_module(module), function)
         return found
 
-    def connect(self) -> zmq.Socket[bytes]:
-        """The channel to the supervisor; made after the fork, since a context never crosses one. Says hello."""
-        context = zmq.Context()
-        context.setsockopt(zmq.MAX_SOCKETS, 8)
-        channel = context.socket(zmq.DEALER)
+    @property
+    def remote(self) -> bool:
+        """Does any block come over a return path?"""
+        return any(isinstance(block.pages, RemotePages) for block in self.blocks.values())
+
+    def connect(self, role: bytes = b"w") -> zmq.Socket[bytes]:
+        """A channel to the supervisor, for one thread: ``w`` is the one on which it answers. The context is made after
+        the fork, which none survives."""
+        if self._context is None:
+            self._context = zmq.Context()
+            self._context.setsockopt(zmq.MAX_SOCKETS, 8)
+        channel: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         channel.setsockopt(zmq.LINGER, 0)
         channel.setsockopt(zmq.RECONNECT_IVL, 10)
         channel.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-        channel.setsockopt(zmq.SNDHWM, 1000)
-        channel.setsockopt(zmq.ROUTING_ID, b"w%d.%d" % (self.assignment.worker, self.assignment.incarnation))
+        channel.setsockopt(zmq.SNDHWM, 1000 if role != b"q" else 0)  # requests are bounded: each page once
+        channel.setsockopt(zmq.ROUTING_ID, b"%s%d.%d" % (role, self.assignment.worker, self.assignment.incarnation))
         channel.connect(self.assignment.endpoint)
         return channel
 
@@ -176,7 +188,14 @@ class Worker:
                 block.received[block.trust_at] = CHANGED
                 self.reports("source-changed", number, 0, f"{changed}; pages that are missing by now are lost")
 
-    def fault_handler(self) -> FaultHandler:
+    def requests(self) -> Requests | None:
+        """For the main thread, whose channel it owns; None where every block is local."""
+        if not self.remote:
+            return None
+        channel = self.connect(b"q")
+        return Requests(self.assignment.worker, self.words, channel.send)
+
+    def fault_handler(self, requests: Requests | None) -> FaultHandler:
         told = self.assignment
         regions = []
         for grant in told.regions:
@@ -184,7 +203,7 @@ class Worker:
             around = FaultAround(max(1, told.fault_around >> block.shift), told.adaptive)
             regions.append(Region(grant, block, around))
         return FaultHandler(
-            self._fds[told.userfaultfd], regions, self.words, self.house, self.reports, Calls(), time.sleep
+            self._fds[told.userfaultfd], regions, self.words, self.house, self.reports, Calls(), time.sleep, requests
         )
 
 
@@ -197,8 +216,9 @@ class Attendant(threading.Thread):
 
     def run(self) -> None:
         worker = self._worker
-        channel = worker.connect()
-        worker.hello(channel)
+        channel = worker.connect(b"r" if worker.remote else b"w")
+        if not worker.remote:  # else the waker says it
+            worker.hello(channel)
         quit_fd, client = (worker.descriptor(place) for place in (worker.assignment.quit, worker.assignment.client))
         poller = zmq.Poller()
         for thing in (quit_fd, client, worker.reports.bell, channel):
@@ -212,19 +232,50 @@ class Attendant(threading.Thread):
             if quit_fd in ready or client in ready:
                 os._exit(0)
             if channel in ready:
-                channel.recv()  # wakes of remote blocks will come here
+                channel.recv()  # nothing is said to a worker of local blocks
             worker.check_sources()
+
+
+class Waker(threading.Thread):
+    """The third thread, where blocks are remote: it sleeps in recv() and wakes the client where the supervisor says."""
+
+    def __init__(self, worker: Worker, handler: FaultHandler, requests: Requests) -> None:
+        super().__init__(name="waker", daemon=True)
+        self._worker = worker
+        self._handler = handler
+        self._requests = requests
+
+    def run(self) -> None:
+        channel = self._worker.connect()
+        self._worker.hello(channel)
+        while True:
+            try:
+                message = decode(channel.recv(), expect=(Wake, Lost))
+                assert isinstance(message, Wake | Lost)
+                offsets = unpack_offsets(message.offsets)
+                self._requests.answered(message.block, offsets)
+                self._handler.woken(message.block, offsets, lost=isinstance(message, Lost))
+            except BadMessage as error:
+                log.warning("worker %d: not understood: %s", self._worker.assignment.worker, error)
+            except ClientGone:
+                os._exit(0)
+            except OSError:
+                log.exception("worker %d cannot wake", self._worker.assignment.worker)
+                os._exit(3)
 
 
 def serve_client(assignment: Assignment, fds: list[int]) -> NoReturn:
     """The life of a client's worker; never returns."""
     worker = Worker(assignment, fds)
-    handler = worker.fault_handler()
+    requests = worker.requests()
+    handler = worker.fault_handler(requests)
     userfaultfd = fds[assignment.userfaultfd]
     os.set_blocking(userfaultfd, True)
     attendant = Attendant(worker)
     handler.wake_everything()
     attendant.start()
+    if requests is not None:
+        Waker(worker, worker.fault_handler(requests), requests).start()
     try:
         _read_for_ever(userfaultfd, handler)
     except ClientGone:

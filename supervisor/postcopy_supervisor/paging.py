@@ -1,0 +1,257 @@
+"""Paging: who waits for which page (the engine), where its bytes are asked for, and how they get into the block.
+
+Local blocks are fetched through worker zero; remote ones over the link of their source, and placed here, through the
+core userfaultfd: store PLACING, UFFDIO_COPY, store RECEIVED, then word to exactly the workers whose clients wait.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+
+from postcopy_kernel.memory import Mapping
+from postcopy_kernel.userfaultfd import Status, Userfaultfd
+from postcopy_protocol.codec import pack_offsets
+from postcopy_protocol.messages import Lost, Message, Wake
+from postcopy_protocol.received import LOST, MISSING, PLACING, RECEIVED, SHARED
+from postcopy_protocol.return_path import LOST as LOST_RANGE
+from postcopy_protocol.return_path import ZERO
+from postcopy_protocol.window import FaultAround
+
+from .blocks import RamBlock
+from .engine import Ask, Effect, Engine, Release
+from .flow import BACKGROUND
+from .link import Arrived, Link
+
+log = logging.getLogger(__name__)
+
+REMOTE_WINDOW = 256 << 10
+"""Largest fault-around of a remote block: while clients wait, no answer is longer than that."""
+PIECE_BUSY, PIECE_CALM = 256 << 10, 1 << 20
+ZERO_PIECE = 1 << 20
+MISSING_BYTE, RECEIVED_BYTE = bytes((MISSING,)), bytes((RECEIVED,))
+
+
+class Paging:
+    """The engine and its surroundings. ``fetch`` asks worker zero; ``to_worker`` sends; ``release_own`` lets client
+    zero run on (block, page, lost)."""
+
+    def __init__(
+        self,
+        core: Userfaultfd,
+        blocks: dict[int, RamBlock],
+        fault_around: int,
+        fetch: Callable[[Ask], None],
+        to_worker: Callable[[int, Message], None],
+        release_own: Callable[[RamBlock, int, bool], None],
+        event: Callable[[str, str], None],
+    ) -> None:
+        self.engine = Engine()
+        self.links: dict[int, Link] = {}  # by block
+        self.poison_on_loss = False
+        self._core = core
+        self._blocks = blocks
+        self._around = fault_around
+        self._fetch = fetch
+        self._to_worker = to_worker
+        self._release_own = release_own
+        self._event = event
+        self._windows: dict[tuple[int, int], FaultAround] = {}
+        self._cursor = dict.fromkeys(blocks, 0)
+        self._credit = 0.0
+        self._credited = time.monotonic()
+        self._zeros = Mapping.anonymous(ZERO_PIECE)
+        self._urgent = True
+
+    # --- faults -------------------------------------------------------------------------------------------------------
+
+    def fault(self, waiter: int, block: RamBlock, pages: Sequence[int], window: int = 0) -> None:
+        """A waiter stands at these pages. ``window``: pages to ask for with each, where no window of ours is to
+        grow."""
+        effects: list[Effect] = []
+        for page in pages:
+            state = block.received[page]
+            if state in (RECEIVED, LOST):
+                effects.append(Release(waiter, block.number, page, state == LOST))
+            elif self.poison_on_loss and block.number in self.links and self.links[block.number].state == "paused":
+                effects.append(Release(waiter, block.number, page, True))
+            else:
+                end = min(block.pages, page + (window or self._window(waiter, block, page)))
+                self._cursor[block.number] = end
+                effects += self.engine.fault(waiter, block.number, page, end)
+        self._do(effects, waiter)
+
+    def _window(self, waiter: int, block: RamBlock, page: int) -> int:
+        key = (waiter, block.number)
+        around = self._windows.get(key)
+        if around is None:
+            largest = max(1, min(self._around, REMOTE_WINDOW) // block.page_size)
+            around = self._windows[key] = FaultAround(largest)
+        return around.window(page)
+
+    def left(self, waiter: int) -> None:
+        """A client is gone."""
+        self.engine.leave(waiter)
+        for link in set(self.links.values()):
+            link.flow.gone(waiter)
+        for key in [key for key in self._windows if key[0] == waiter]:
+            del self._windows[key]
+
+    def do(self, effects: list[Effect]) -> None:
+        """Carry out what the engine says for nobody in particular."""
+        self._do(effects, BACKGROUND)
+
+    def _do(self, effects: list[Effect], client: int) -> None:
+        woken: dict[tuple[int, int, bool], list[int]] = {}
+        for effect in effects:
+            if isinstance(effect, Ask):
+                self._ask(effect, client)
+            elif effect.waiter == 0:
+                self._release_own(self._blocks[effect.block], effect.page, effect.lost)
+            else:
+                woken.setdefault((effect.waiter, effect.block, effect.lost), []).append(effect.page)
+        for (worker, number, lost), pages in woken.items():
+            size = self._blocks[number].page_size
+            offsets = pack_offsets([page * size for page in pages])
+            self._to_worker(worker, Lost(number, offsets) if lost else Wake(number, offsets))
+
+    def _ask(self, ask: Ask, client: int) -> None:
+        link = self.links.get(ask.block)
+        if link is None:
+            return self._fetch(ask)
+        size = self._blocks[ask.block].page_size
+        link.wish(client, ask.block, ask.first * size, (ask.end - ask.first) * size, time.monotonic())
+        return None
+
+    # --- pages that have come -----------------------------------------------------------------------------------------
+
+    def arrived(self, arrived: Arrived, addresses: Sequence[int]) -> None:
+        """Place what a source has sent (``addresses`` of the raw frames), then release whoever waits."""
+        block = self._blocks[arrived.block]
+        for offset, length, kind, frame in arrived.ranges:
+            first, end = offset // block.page_size, (offset + length) // block.page_size
+            lost: Sequence[int] = ()
+            if kind == LOST_RANGE:
+                lost = self.lose(block, first, end, arrived.reason)
+            elif kind == ZERO:
+                self._place_zeros(block, first, end)
+            else:
+                self.place(block, first, end, addresses[frame])
+            self.do(self.engine.answered(block.number, first, end, lost))
+
+    def place(self, block: RamBlock, first: int, end: int, source: int) -> None:
+        """Put pages into the block from memory at ``source``; those that are received already stay as they are."""
+        size, received = block.page_size, block.received
+        if end - first == 1:
+            if received[first] != RECEIVED:
+                self._copy(block, first, end, source)
+            return
+        states, at = received[first:end], 0
+        while at < len(states):
+            stop = states.find(RECEIVED_BYTE, at)
+            stop = len(states) if stop < 0 else stop
+            if stop > at:
+                self._copy(block, first + at, first + stop, source + at * size)
+            at = stop + 1
+
+    def _copy(self, block: RamBlock, first: int, end: int, source: int) -> None:
+        size, received, base = block.page_size, block.received, block.mapping.address
+        while first < end:
+            received[first:end] = bytes((PLACING,)) * (end - first)
+            outcome = self._core.copy(base + first * size, source, (end - first) * size)
+            done = max(0, outcome.done) // size
+            received[first : first + done] = bytes((RECEIVED,)) * done
+            first, source = first + done, source + done * size
+            if outcome.status is Status.PRESENT:
+                self._settle(block, first, source)
+                first, source = first + 1, source + size
+            elif outcome.status is Status.EXHAUSTED:
+                self._event("no-memory", f"block {block.name}: no memory for page {first}; it is tried again")
+                time.sleep(0.01)
+            elif outcome.status not in (Status.DONE, Status.PARTIAL, Status.RETRY):
+                raise OSError(errno.EIO, f"UFFDIO_COPY into block {block.name}: {outcome.status.name}")
+
+    def _settle(self, block: RamBlock, page: int, source: int) -> None:
+        """Nobody but us places pages of a remote block: a page that is there already is a predecessor's, or a
+        stranger's."""
+        size = block.page_size
+        want = Mapping(source, size).view(size, writable=False)
+        if os.pread(block.memory, size, page * size) != want:
+            if not block.received[block.pages + SHARED]:
+                os.pwrite(block.memory, want, page * size)
+            self._event("polluted", f"block {block.name}: page {page} was made by an unregistered mapping")
+        block.received[page] = RECEIVED
+
+    def _place_zeros(self, block: RamBlock, first: int, end: int) -> None:
+        step = max(1, ZERO_PIECE // block.page_size)
+        if block.page_size > ZERO_PIECE and self._zeros.length < block.page_size:
+            self._zeros = Mapping.anonymous(block.page_size)
+        for at in range(first, end, step):
+            self.place(block, at, min(end, at + step), self._zeros.address)
+
+    def lose(self, block: RamBlock, first: int, end: int, reason: str) -> list[int]:
+        """Mark what is absent as lost; the pages that are."""
+        lost = [page for page in range(first, end) if block.received[page] in (MISSING, PLACING)]
+        for page in lost:
+            block.received[page] = LOST
+        if lost:
+            self._event("lost", f"block {block.name}: {len(lost)} pages from page {lost[0]}: {reason}")
+        return lost
+
+    def gave_up(self, number: int, offset: int, length: int) -> None:
+        """A source never answered for this range."""
+        block = self._blocks[number]
+        first, end = offset // block.page_size, (offset + length) // block.page_size
+        lost = self.lose(block, first, end, "its source gives no answer")
+        self.do(self.engine.answered(number, first, end, lost))
+
+    def source_lost(self, link: Link) -> None:
+        """With ``--on-source-loss poison``: whoever waits is told that the page does not come."""
+        if not self.poison_on_loss:
+            return
+        for number in [number for number, other in self.links.items() if other is link]:
+            for page in self.engine.waited_for(number):
+                self.do(self.engine.answered(number, page, page + 1, [page]))
+
+    # --- background ---------------------------------------------------------------------------------------------------
+
+    def background(self, rate: int, allowed: bool, now: float) -> None:
+        """Ask for what nobody has asked for yet, next to where somebody did; ``rate`` in bytes a second (-1: all that
+        the link takes), urgent requests first."""
+        for number, link in self.links.items():
+            block = self._blocks[number]
+            room = link.flow.room_for_background(now) if allowed and rate else 0
+            while room > 0 and self._afford(rate, now):
+                piece = self._next_piece(block, min(room, PIECE_CALM))
+                if piece is None:
+                    break
+                length = (piece[1] - piece[0]) * block.page_size
+                self._credit -= length
+                room -= length
+                self.do(self.engine.ask(number, *piece))
+
+    def _afford(self, rate: int, now: float) -> bool:
+        if rate < 0:
+            return True
+        self._credit = min(self._credit + (now - self._credited) * rate, float(max(PIECE_CALM, rate // 4)))
+        self._credited = now
+        return self._credit >= PIECE_BUSY
+
+    def _next_piece(self, block: RamBlock, length: int) -> tuple[int, int] | None:
+        """The next run of missing pages behind the cursor, around the end of the block once."""
+        pages = max(1, length // block.page_size)
+        for low, high in ((self._cursor[block.number], block.pages), (0, self._cursor[block.number])):
+            first = block.received.find(MISSING_BYTE, low, high)
+            while first >= 0:
+                end = min(high, first + pages)
+                states = block.received[first:end]
+                end = first + len(states) - len(states.lstrip(MISSING_BYTE))
+                self._cursor[block.number] = end
+                free = self.engine.first_free(block.number, first, end)
+                if free is not None:
+                    return free
+                first = block.received.find(MISSING_BYTE, end, high)
+        return None

@@ -1,0 +1,126 @@
+"""Page sources at the other end of a return path: the security of the connection, and the first advice.
+
+A remote block's size is not known before its source has been asked, so ``serve`` asks first, and waits (saying so)
+while nobody listens at the endpoint. tcp wants CURVE keys, or to be told by name that it may be plain.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+import zmq.auth
+
+from postcopy_protocol.codec import decode, encode
+from postcopy_protocol.errors import BadInput, BadMessage
+from postcopy_protocol.return_path import FEATURES, MAX_RANGE_BYTES, Advise, Advised, SourceRefused
+
+log = logging.getLogger(__name__)
+
+ASK_SECONDS = 0.5
+SAY_SECONDS = 5.0
+FRAME_LIMIT = MAX_RANGE_BYTES + (64 << 10)
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """CURVE: our own pair, and the public key by which a source is known. All Z85 texts."""
+
+    public: bytes
+    secret: bytes
+    source: bytes
+
+
+def load_keys(secret_file: str, source_file: str) -> Keys:
+    """Keys of files that ``postcopy keygen`` makes. Raises BadInput."""
+    try:
+        public, secret = zmq.auth.load_certificate(secret_file)
+        source, _ = zmq.auth.load_certificate(source_file)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot load keys: {error}") from None
+    if secret is None:
+        raise BadInput(f"{secret_file} holds no secret key; --curve-secret wants the file that ends with .key_secret")
+    return Keys(public, secret, source)
+
+
+def secure(channel: zmq.Socket[Any], endpoint: str, keys: Keys | None, plain_tcp: bool) -> None:
+    """Set up a socket for its next connect. Raises BadInput for a tcp endpoint that nobody has secured."""
+    if not endpoint.startswith("tcp://"):
+        return
+    if keys is not None:
+        channel.curve_publickey, channel.curve_secretkey = keys.public, keys.secret
+        channel.curve_serverkey = keys.source
+    elif not plain_tcp:
+        raise BadInput(
+            f"{endpoint}: tcp wants keys (--curve-secret FILE --source-key FILE, made by postcopy keygen), "
+            "or --plain-tcp on a network that you trust with every byte"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """What a source says of a block."""
+
+    size: int
+    identity: str
+
+
+def ask_advice(
+    context: zmq.Context[Any],
+    endpoint: str,
+    names: Sequence[str],
+    page_size: int,
+    keys: Keys | None,
+    plain_tcp: bool,
+    stopped: Callable[[], bool],
+) -> dict[str, Advice]:
+    """Ask a source for its blocks until it has answered for all. Raises BadInput when it refuses one, or
+    ``stopped``."""
+    channel = context.socket(zmq.DEALER)
+    channel.setsockopt(zmq.LINGER, 0)
+    channel.setsockopt(zmq.MAXMSGSIZE, FRAME_LIMIT)
+    try:
+        secure(channel, endpoint, keys, plain_tcp)
+        channel.connect(endpoint)
+        return _ask(channel, endpoint, names, page_size, stopped)
+    except zmq.ZMQError as error:
+        raise BadInput(f"source {endpoint}: {error.strerror}") from None
+    finally:
+        channel.close()
+
+
+def _ask(
+    channel: zmq.Socket[Any], endpoint: str, names: Sequence[str], page_size: int, stopped: Callable[[], bool]
+) -> dict[str, Advice]:
+    known: dict[str, Advice] = {}
+    said, asked = time.monotonic() - SAY_SECONDS + 0.5, -ASK_SECONDS
+    while len(known) < len(names):
+        if stopped():
+            raise BadInput(f"told to end while waiting for the source at {endpoint}")
+        now = time.monotonic()
+        if now - asked >= ASK_SECONDS:
+            asked = now
+            for name in names:
+                if name not in known and channel.poll(0, zmq.POLLOUT):
+                    channel.send(encode(Advise(name, page_size, FEATURES)))
+        if now - said >= SAY_SECONDS:
+            said = now
+            log.warning("waiting for the source at %s: it does not answer yet", endpoint)
+        if channel.poll(100):
+            _hear(channel.recv_multipart()[0], endpoint, known)
+    return known
+
+
+def _hear(frame: bytes, endpoint: str, known: dict[str, Advice]) -> None:
+    try:
+        message = decode(frame, expect=(Advised, SourceRefused))
+    except BadMessage as error:
+        raise BadInput(f"the source at {endpoint} is not one, or of another version: {error}") from None
+    if isinstance(message, SourceRefused):
+        raise BadInput(f"the source at {endpoint} refuses block {message.name} ({message.code}): {message.reason}")
+    assert isinstance(message, Advised)
+    known[message.name] = Advice(message.size, message.identity)

@@ -1,0 +1,54 @@
+"""Requests for pages of remote blocks: each page once however many threads wait, all of one read in one message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import perf_counter_ns
+
+from postcopy_protocol.codec import encode, pack_offsets
+from postcopy_protocol.messages import RequestPages
+from postcopy_protocol.statistics import DEDUPLICATED, REQUESTS, bucket
+
+
+class Requests:
+    """What is asked for and not yet answered. ``ask`` belongs to the main thread, ``answered`` to the waker; the two
+    meet in a dict whose single operations are atomic. A page is taken out before its waiters are woken, so a
+    fault that comes after the wake is asked for again rather than forgotten."""
+
+    def __init__(self, worker: int, words: memoryview, send: Callable[[bytes], None]) -> None:
+        self._worker = worker
+        self._words = words
+        self._send = send
+        self._asked: dict[tuple[int, int], int] = {}
+        self._held: dict[int, list[int]] | None = None
+
+    def ask(self, block: int, offset: int) -> None:
+        """The client waits for the page at ``offset``."""
+        key = (block, offset)
+        if key in self._asked:
+            self._words[DEDUPLICATED] += 1
+            return
+        self._asked[key] = perf_counter_ns()
+        self._words[REQUESTS] += 1
+        if self._held is None:
+            self._send(encode(RequestPages(self._worker, block, pack_offsets([offset]))))
+        else:
+            self._held.setdefault(block, []).append(offset)
+
+    def hold(self) -> None:
+        """Several messages follow: gather."""
+        self._held = {}
+
+    def flush(self) -> None:
+        """Send what was gathered, one message a block."""
+        held, self._held = self._held, None
+        for block, offsets in (held or {}).items():
+            self._send(encode(RequestPages(self._worker, block, pack_offsets(offsets))))
+
+    def answered(self, block: int, offsets: tuple[int, ...]) -> None:
+        """The supervisor has spoken; how long each took goes into the histogram."""
+        now = perf_counter_ns()
+        for offset in offsets:
+            begun = self._asked.pop((block, offset), None)
+            if begun is not None:
+                self._words[bucket(now - begun)] += 1
