@@ -93,8 +93,9 @@ class Exports:
         """Raises BadInput when there can be no such file, or the block is being exported already."""
         if not os.path.isabs(path):
             raise BadInput(f"{path}: an export needs an absolute path")
-        if os.path.isdir(path):
-            raise BadInput(f"cannot write {path}: it is a directory")
+        path = os.path.realpath(path)
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise BadInput(f"cannot write {path}: it is there and no regular file")
         if any(export.running and export.block is block for export in self._jobs.values()):
             raise BadInput(f"block {block.name} is being exported already")
         export = self._jobs[self._next] = Export(self._next, block, path)

@@ -93,12 +93,12 @@ QUARANTINED = "quarantined"
 class House:
     """Everything between the first descriptor and the last."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, runtime: RuntimeDirectory) -> None:
         self.settings = settings
         self.started = time.monotonic()
         self.history = History()
         self.limit = descriptors.raise_descriptor_limit()
-        self.runtime = RuntimeDirectory(settings.directory)
+        self.runtime = runtime
         self.state = "starting"
         self._device = _device()
         self._core = open_userfaultfd(device=self._device if self._device >= 0 else None)
@@ -495,7 +495,6 @@ class House:
         self.custody.end()
         self._router.close()
         self._context.term()
-        self.runtime.close()
         log.info("ended")
 
 
@@ -527,4 +526,8 @@ def serve(settings: Settings) -> None:
     process.name_process("postcopy-superv")
     if settings.die_with_parent:
         process.die_with_parent(settings.die_with_parent, signal.SIGTERM)
-    House(settings).run()
+    runtime = RuntimeDirectory(settings.directory)
+    try:
+        House(settings, runtime).run()
+    finally:
+        runtime.close()

@@ -65,7 +65,7 @@ class Errands:
         if end - first > 1:
             try:
                 placed = block.widen(block.own.userfaultfd, block.own.address, first, end, COPY_DONTWAKE)
-                block.placed_own(placed)
+                block.tidy(placed)
                 self._words[statistics.PLACED] += placed
             except (PageLost, SourceChanged, HandlerFailed):
                 pass  # page by page below, each with its own answer

@@ -245,7 +245,7 @@ class FaultHandler:
         source = block.pages.linear - base  # from an address of the client to the bytes that belong there
         structure = Structure(5, 0, 0, 1 << BASE_SHIFT)
         copy, buffer = structure.words, structure.buffer
-        window, uncommon, widen = region.around.window, self._uncommon, self._widen
+        window, uncommon, widen, tidy = region.around.window, self._uncommon, self._widen, block.tidy
         first, end, outside = region.first_page, region.end_page, self._outside
 
         def answer(flags: int, address: int) -> None:
@@ -272,7 +272,9 @@ class FaultHandler:
                 words[(bits << 3) + (took >> bits - 4) + BIAS] += 1
             else:
                 words[bucket(took)] += 1
-            words[PLACED] += 1
+            words[PLACED] = placed = words[PLACED] + 1
+            if not placed & TIDY_MASK:
+                tidy(TIDY_MASK + 1)
             pages = window(page)
             if pages > 1:
                 widen(region, page, pages)
@@ -289,7 +291,7 @@ class FaultHandler:
         copy, copy_buffer = copy_structure.words, copy_structure.buffer
         release_structure = Structure(4, 0, 1 << BASE_SHIFT)
         release, release_buffer = release_structure.words, release_structure.buffer
-        window, uncommon, widen, placed_own = region.around.window, self._uncommon, self._widen, block.placed_own
+        window, uncommon, widen, tidy = region.around.window, self._uncommon, self._widen, block.tidy
         first, end, outside = region.first_page, region.end_page, self._outside
         # A write is let fault again: it goes to the client's own copy at once, without a read-only mapping first.
         waking = 0 if region.grant.announced else FAULT_WRITE
@@ -322,7 +324,7 @@ class FaultHandler:
                 words[bucket(took)] += 1
             words[PLACED] = placed = words[PLACED] + 1
             if not placed & TIDY_MASK:
-                placed_own(TIDY_MASK + 1)
+                tidy(TIDY_MASK + 1)
             pages = window(page)
             if pages > 1:
                 widen(region, page, pages)
@@ -456,7 +458,6 @@ class FaultHandler:
         try:
             if region.private:
                 placed = block.widen(block.own.userfaultfd, block.own.address, page + 1, end, COPY_DONTWAKE)
-                block.placed_own(placed)
                 if region.grant.announced and placed:
                     self._continue_received(region, page + 1, end)
             else:
@@ -465,6 +466,7 @@ class FaultHandler:
             return  # the fault of the page itself will say it, to whoever needs it
         finally:
             self._words[BUSY_SINCE_NS] = 0
+        block.tidy(placed)
         self._words[PLACED] += placed
         self._words[AROUND] += placed
 

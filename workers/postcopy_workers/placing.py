@@ -131,11 +131,12 @@ class Block:
     def fill_own(self, first: int, count: int) -> int:
         """Place pages through the worker's own mapping; see fill."""
         failed = self.fill(self.own.userfaultfd, self.own.address, first, count, COPY_DONTWAKE)
-        self.placed_own(count)
+        self.tidy(count)
         return failed
 
-    def placed_own(self, count: int) -> None:
-        """Count pages placed through the own mapping and drop its page tables now and then."""
+    def tidy(self, count: int) -> None:
+        """Count pages placed and drop, now and then, the page tables of our own mapping and of the file's: what is
+        mapped nowhere else counts as this worker's private memory."""
         self._undropped += count << self.shift
         if self._undropped >= DROP_AFTER:
             self._undropped = 0
