@@ -52,7 +52,6 @@ MOST_STRANGERS = 256
 DESCRIPTORS_PER_CLIENT = 8
 SPARE_DESCRIPTORS = 24
 """For the house's own work: an export, a custodian started anew, libzmq, which aborts when it has none."""
-COUNT_EVERY = 16
 
 
 @dataclass(slots=True)
@@ -112,7 +111,7 @@ class Reception:
         self._event = event
         self._by_connection: dict[socket.socket, Client] = {}
         self._next = 1
-        self._counted, self._since_count = 0, COUNT_EVERY
+        self._estimate = limit  # the first visitor is counted
         self.past = statistics.merge(())
 
     # --- the door -----------------------------------------------------------------------------------------------------
@@ -124,7 +123,7 @@ class Reception:
             if who.uid not in self._allowed:
                 raise Refusal("denied", f"user {who.uid} may not attach here (serve --allow-uid {who.uid} allows it)")
             strangers = sum(client.userfaultfd is None for client in self.clients.values())
-            if strangers >= MOST_STRANGERS or self._descriptors() + SPARE_DESCRIPTORS > self._limit:
+            if strangers >= MOST_STRANGERS or not self._room():
                 raise Refusal("limit", f"no room for another client: {self._limit} descriptors (ulimit -n)")
             pidfd = descriptors.peer_pidfd(connection)
         except (Refusal, OSError) as error:
@@ -138,14 +137,14 @@ class Reception:
         self._porter.watch_process(pidfd)
         self._porter.watch_visitor(connection)
 
-    def _descriptors(self) -> int:
-        """Descriptors in use once everybody who has come is attached; counted now and then, since counting costs."""
-        self._since_count += 1
-        if self._since_count >= COUNT_EVERY:
-            unfinished = sum(client.number not in self.workforce.fleet.slots for client in self.clients.values())
-            self._counted = descriptors.count_descriptors() + unfinished * DESCRIPTORS_PER_CLIENT
-            self._since_count = 0
-        return self._counted + (self._since_count + 1) * DESCRIPTORS_PER_CLIENT
+    def _room(self) -> bool:
+        """Do one more client's descriptors fit? Counting costs, so it is done only where the estimate says no."""
+        self._estimate += DESCRIPTORS_PER_CLIENT
+        if self._estimate + SPARE_DESCRIPTORS <= self._limit:
+            return True
+        unfinished = sum(client.number not in self.workforce.fleet.slots for client in self.clients.values()) + 1
+        self._estimate = descriptors.count_descriptors() + unfinished * DESCRIPTORS_PER_CLIENT
+        return self._estimate + SPARE_DESCRIPTORS <= self._limit
 
     def said(self, connection: socket.socket, message: Message | BadMessage | None, fds: tuple[int, ...]) -> None:
         """A visitor has spoken; what it sent beside its words is ours to close."""
