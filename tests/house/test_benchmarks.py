@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks import __main__ as program
 from benchmarks.__main__ import BENCHMARKS
-from benchmarks.bench import BenchmarkFailed
+from benchmarks.bench import Bench, BenchmarkFailed
 from benchmarks.docs import write_docs
 from benchmarks.figures import Row, markdown, percentile, ratio_row, value_row
 
@@ -78,6 +80,27 @@ def test_an_unknown_benchmark_is_a_usage_error() -> None:
     )
     assert done.returncode == 2
     assert "nonsense" in done.stderr and "recovery" in done.stderr
+
+
+def test_a_failing_benchmark_leaves_the_others_their_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(bench: Bench) -> list[Row]:
+        raise BenchmarkFailed("client process 1 read wrong bytes: 3 pages")
+
+    def works(bench: Bench) -> list[Row]:
+        return [value_row("a figure", [1.0], "ms")]
+
+    monkeypatch.setattr(program, "BENCHMARKS", {"first": fails, "second": works})
+    target = tmp_path / "figures.json"
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        status = program.main(["--quick", "--json", str(target)])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert status == 1
+    assert "benchmarks: first: client process 1 read wrong bytes" in capsys.readouterr().err
+    assert list(json.loads(target.read_text())["benchmarks"]) == ["second"]
 
 
 def test_a_ratio_is_the_median_of_the_ratios_of_pairs() -> None:
