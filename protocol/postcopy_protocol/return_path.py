@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from .errors import BadInput, BadMessage
-from .geometry import PAGE_SIZES, page_count
+from .geometry import page_count
 from .messages import Message
 
 MAX_RANGES = 256

@@ -124,7 +124,7 @@ class SourceConversation:
         if len(self.streams) - len(ended) >= MAX_STREAMS:
             raise SourceRefusal("limit", f"a supervisor may have {MAX_STREAMS} streams", message.name)
         for old in ended:
-            self._end(old)
+            self.end(old)
         features = tuple(feature for feature in FEATURES if feature in message.features)
         stream = Stream(self._number(), offer, message.page_size, features)
         self.streams[stream.number] = stream
@@ -168,10 +168,11 @@ class SourceConversation:
     def complete(self, message: Complete) -> Stream:
         """The stream that has ended. Raises SourceRefusal."""
         stream = self._stream(message)
-        self._end(stream)
+        self.end(stream)
         return stream
 
-    def _end(self, stream: Stream) -> None:
+    def end(self, stream: Stream) -> None:
+        """Forget a stream."""
         stream.phase = Phase.ENDED
         stream.window = 0
         del self.streams[stream.number]

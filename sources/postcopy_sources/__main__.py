@@ -1,0 +1,54 @@
+"""``python -m postcopy_sources``: the program behind ``postcopy source``."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+
+from postcopy_kernel.process import die_with_parent
+from postcopy_protocol.errors import BadInput, PostcopyError
+
+
+def main() -> int:
+    """Exit status: 0 ended in order, 1 could not serve, 2 usage."""
+    from .settings import parse
+
+    try:
+        settings = parse(sys.argv[1:])
+        logging.basicConfig(
+            level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
+        )
+        if settings.die_with_parent:
+            die_with_parent(settings.die_with_parent, signal.SIGTERM)
+        from .file_source import FileSource
+        from .serving import serve
+
+        serve(
+            [FileSource(name, path) for name, path in settings.files.items()],
+            settings.listen,
+            curve=settings.curve,
+            allow=settings.allow,
+            plain_tcp=settings.plain_tcp,
+            identity=settings.identity,
+            readers=settings.readers,
+            read_timeout=settings.read_timeout,
+        )
+    except BadInput as error:
+        return _complain(str(error), 2)
+    except PostcopyError as error:
+        return _complain(str(error), 1)
+    except OSError as error:
+        return _complain(f"{error.filename or 'file'}: {error.strerror}", 1)
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _complain(text: str, status: int) -> int:
+    print(f"postcopy source: {text}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

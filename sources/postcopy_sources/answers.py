@@ -1,0 +1,127 @@
+"""From what a source gives, or does instead, to what is sent: the one place where a source's data is judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+
+from postcopy_protocol.errors import PageLost
+from postcopy_protocol.return_path import DATA, LOST, ZERO, pack_range, pack_ranges, unpack_ranges
+
+Buffer = bytes | bytearray | memoryview
+Read = Callable[[int, int], Buffer | None]
+
+KIND = {DATA: bytes([DATA]), ZERO: bytes([ZERO]), LOST: bytes([LOST])}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The fields of Pages that do not depend on who asks, and its raw frames."""
+
+    ranges: bytes
+    kinds: bytes
+    reason: str
+    frames: tuple[Buffer, ...]
+
+
+@lru_cache(16)
+def zeros(length: int) -> bytes:
+    return bytes(length)
+
+
+def lost_answer(offset: int, length: int, reason: str) -> Answer:
+    return Answer(pack_range(offset, length), KIND[LOST], reason, ())
+
+
+def answer_of(data: Buffer | None, offset: int, wanted: int, length: int) -> Answer:
+    """Data of ``wanted`` bytes as pages of ``length`` bytes, the rest zeros. Raises PageLost for unusable data."""
+    if data is None:
+        return Answer(pack_range(offset, length), KIND[ZERO], "", ())
+    if isinstance(data, memoryview):
+        data = bytes(data)
+    if not isinstance(data, (bytes, bytearray)):
+        raise PageLost(f"the source gave {type(data).__name__} instead of bytes")
+    if len(data) != wanted:
+        raise PageLost(f"the source gave {len(data)} bytes instead of {wanted}")
+    if wanted < length:
+        data = data + bytes(length - wanted)
+    # Comparing stops at the first byte that differs: next to nothing for data, and zeros need not travel.
+    if data == zeros(length):
+        return Answer(pack_range(offset, length), KIND[ZERO], "", ())
+    return Answer(pack_range(offset, length), KIND[DATA], "", (data,))
+
+
+def read_answer(read: Read, offset: int, length: int, size: int, page_size: int) -> Answer:
+    """Read whole pages. What cannot be read is lost, page by page, and why is told. BlockingIOError passes."""
+    try:
+        return _read_whole(read, offset, length, size)
+    except BlockingIOError:
+        raise
+    except BaseException as error:  # not ours: whatever a source's code throws concerns its pages only
+        if length == page_size:
+            return lost_answer(offset, length, reason_of(error))
+    pages = [
+        read_answer(read, place, page_size, size, page_size) for place in range(offset, offset + length, page_size)
+    ]
+    return joined(pages, range(offset, offset + length, page_size), page_size)
+
+
+def _read_whole(read: Read, offset: int, length: int, size: int) -> Answer:
+    wanted = min(length, size - offset)
+    return answer_of(read(offset, wanted), offset, wanted, length)
+
+
+def joined(pages: list[Answer], places: range, page_size: int) -> Answer:
+    """Answers of single pages as one: neighbours of one kind become one range, data stays a frame a page."""
+    ranges, kinds = [], b""
+    told = [(place, page.kinds) for place, page in zip(places, pages, strict=True)]
+    for kind, run in _runs(told):
+        ranges.append((run[0], len(run) * page_size))
+        kinds += kind
+    reasons = dict.fromkeys(page.reason for page in pages if page.reason)
+    return Answer(pack_ranges(ranges), kinds, "; ".join(list(reasons)[:4]), tuple(f for p in pages for f in p.frames))
+
+
+def _runs(told: list[tuple[int, bytes]]) -> list[tuple[bytes, list[int]]]:
+    runs: list[tuple[bytes, list[int]]] = []
+    for kind, group in groupby(told, key=lambda one: one[1]):
+        places = [place for place, _ in group]
+        if kind == KIND[DATA]:
+            runs += [(kind, [place]) for place in places]
+        else:
+            runs.append((kind, places))
+    return runs
+
+
+def reason_of(error: BaseException) -> str:
+    """One line for people."""
+    if isinstance(error, PageLost):
+        return str(error)
+    text = " ".join(str(error).split())
+    return f"the source raised {type(error).__name__}{': ' if text else ''}{text}"
+
+
+def merged(answers: list[Answer]) -> Answer:
+    """Answers for several ranges as one."""
+    if len(answers) == 1:
+        return answers[0]
+    return Answer(
+        b"".join([answer.ranges for answer in answers]),
+        b"".join([answer.kinds for answer in answers]),
+        "; ".join(list(dict.fromkeys(answer.reason for answer in answers if answer.reason))[:4]),
+        tuple([frame for answer in answers for frame in answer.frames]),
+    )
+
+
+def expanded(answer: Answer) -> Answer:
+    """The answer with zeros as bytes, for a supervisor that wants them so."""
+    if ZERO not in answer.kinds:
+        return answer
+    given = iter(answer.frames)
+    frames: list[Buffer] = []
+    for (_, length), kind in zip(unpack_ranges(answer.ranges), answer.kinds, strict=True):
+        if kind != LOST:
+            frames.append(zeros(length) if kind == ZERO else next(given))
+    return Answer(answer.ranges, answer.kinds.replace(KIND[ZERO], KIND[DATA]), answer.reason, tuple(frames))

@@ -1,0 +1,320 @@
+"""The loop of a page source: one ROUTER, one thread, urgent before background, and nobody else's fault stops it.
+
+The thread sleeps in ``recv`` of the ROUTER. What a source can read at once (``read_now``) is read and sent right there;
+the rest goes to Readers, whose answers come back through a Mailbox that knocks at the same ROUTER. Background reads
+that need not wait are done here too, a piece at a time, and only while no message is waiting.
+
+Nothing is sent blocking. A supervisor that does not take its answers gets an outbox, and its requests count as open as
+long as their answers lie there: what it may have open is bounded, so is what it can make this program keep.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+
+import zmq
+
+from postcopy_protocol.codec import decode, encode
+from postcopy_protocol.errors import BadMessage
+from postcopy_protocol.messages import Message
+from postcopy_protocol.return_path import (
+    FROM_SUPERVISOR,
+    Advise,
+    Complete,
+    Listen,
+    Pages,
+    Ping,
+    Pong,
+    Range,
+    RequestRanges,
+)
+from postcopy_protocol.source_conversation import Offer, Phase, SourceConversation, SourceRefusal, Stream
+
+from .answers import Answer, Read, expanded, lost_answer, merged, read_answer
+from .mailbox import Mailbox
+from .peer import Peer, Sender, Task, abandon, pieces_of
+from .readers import Job, Readers
+from .source import PageSource, PushStream, StreamEnded
+
+EXPECTED = frozenset(FROM_SUPERVISOR)
+MAX_PEERS = 256
+"""Supervisors that are remembered; beyond it the one that has been silent longest is forgotten."""
+MAX_PUSHING = 64
+"""Threads in ``listening`` of sources."""
+PIECE = 256 << 10
+"""Bytes of pages in one message, unless one page is larger: an urgent page waits for no more than one piece."""
+
+TICK = 0.25  # seconds between looks at reads that hang
+_RETRY = 0.005  # ... and at an outbox
+
+log = logging.getLogger(__name__)
+
+
+class Loop:
+    """Serves ``sources`` on ``socket``, a bound ROUTER, until something is raised in its thread by a signal."""
+
+    def __init__(
+        self,
+        sources: Mapping[str, tuple[PageSource, Offer]],
+        socket: zmq.Socket[bytes],
+        mailbox: Mailbox,
+        readers: Readers,
+    ) -> None:
+        self._sources = {name: source for name, (source, _) in sources.items()}
+        self._read_now: dict[str, Read | None] = {
+            name: getattr(source, "read_now", None) for name, source in self._sources.items()
+        }
+        self._offers = {name: offer for name, (_, offer) in sources.items()}
+        self._socket = socket
+        self._mailbox = mailbox
+        self._readers = readers
+        self._sender = Sender(socket, self._forget)
+        self._peers: dict[bytes, Peer] = {}
+        self._streaming: deque[Peer] = deque()
+        self._pushing: set[threading.Thread] = set()
+        # Numbers that another life of this source has not given out: late answers must not fit (return_path.py).
+        self._number = itertools.count(secrets.randbits(40) + 1).__next__
+        self._next_tick = 0.0
+        self._heard: dict[type[Message], Callable[[Peer, Message], None]] = {
+            RequestRanges: self._request,  # type: ignore[dict-item]  # each is called with its own class only
+            Ping: self._ping,  # type: ignore[dict-item]
+            Listen: self._listen,  # type: ignore[dict-item]
+            Advise: self._advise,  # type: ignore[dict-item]
+            Complete: self._complete,  # type: ignore[dict-item]
+        }
+
+    def run(self) -> None:
+        """Never returns."""
+        self._socket.setsockopt(zmq.RCVTIMEO, int(TICK * 1000))
+        while True:
+            if self._streaming and not self._socket.poll(0):
+                self._stream()
+            else:
+                with suppress(zmq.Again):
+                    self._hear(self._socket.recv_multipart())
+            now = time.monotonic()
+            if now >= self._next_tick:
+                self._tick(now)
+
+    def _tick(self, now: float) -> None:
+        self._readers.check()
+        held = bool(self._sender.held)
+        if held:
+            self._sender.flush()
+        if held != bool(self._sender.held) or held:
+            self._hurry()
+        self._next_tick = now + (_RETRY if self._sender.held else TICK)
+
+    def _hurry(self) -> None:
+        """Wait shorter while something lies in an outbox."""
+        pause = _RETRY if self._sender.held else TICK
+        self._socket.setsockopt(zmq.RCVTIMEO, int(pause * 1000))
+        self._next_tick = min(self._next_tick, time.monotonic() + pause)
+
+    # --- heard ------------------------------------------------------------------------------------------------------
+
+    def _hear(self, frames: Sequence[bytes]) -> None:
+        name = frames[0]
+        if name == self._mailbox.name:
+            return self._errands()
+        peer = self._peers.get(name) or Peer(name, SourceConversation(self._offers, self._number))
+        peer.heard = time.monotonic()
+        try:
+            if len(frames) != 2:
+                raise BadMessage(f"{len(frames) - 1} frames came, a supervisor sends one")
+            message: Message = decode(frames[1], expect=EXPECTED)
+            self._heard[type(message)](peer, message)
+        except BadMessage as error:
+            self._refuse(peer, SourceRefusal.of(error))
+        except SourceRefusal as refusal:
+            self._refuse(peer, refusal)
+
+    def _errands(self) -> None:
+        for errand in self._mailbox.empty():
+            try:
+                errand()
+            except Exception:
+                log.exception("bug: an answer could not be sent")
+
+    def _refuse(self, peer: Peer, refusal: SourceRefusal) -> None:
+        log.debug("refused %s: %s", refusal.code, refusal)
+        self._sender.say(peer, encode(refusal.message()))
+
+    def _ping(self, peer: Peer, message: Ping) -> None:
+        self._sender.say(peer, encode(Pong(message.nonce)))
+
+    def _advise(self, peer: Peer, message: Advise) -> None:
+        advised, ended = peer.conversation.advise(message)
+        for old in ended:
+            self._ended(peer, old)
+        self._remember(peer)
+        log.info("%s is advised in pages of %d to %s", message.name, message.page_size, peer.name.hex())
+        self._sender.say(peer, encode(advised))
+
+    def _listen(self, peer: Peer, message: Listen) -> None:
+        stream = peer.conversation.listen(message)
+        pusher = peer.pushers.get(stream.number)
+        if pusher is None and stream.window:
+            pusher = self._push_from(peer, stream)
+        if pusher is not None:
+            pusher.grant(stream.window)
+
+    def _complete(self, peer: Peer, message: Complete) -> None:
+        stream = peer.conversation.complete(message)
+        self._ended(peer, stream)
+        log.info("%s is complete at %s", stream.offer.name, peer.name.hex())
+
+    def _ended(self, peer: Peer, stream: Stream) -> None:
+        pusher = peer.pushers.pop(stream.number, None)
+        if pusher is not None:
+            pusher.end()
+
+    # --- asked ------------------------------------------------------------------------------------------------------
+
+    def _request(self, peer: Peer, message: RequestRanges) -> None:
+        stream, ranges = peer.conversation.request(message)
+        task = Task(peer, stream, message.request, sum([length for _, length in ranges]))
+        read_now = self._read_now[stream.offer.name]
+        if read_now is not None and message.urgent:
+            return self._answer_now(task, ranges, read_now)
+        for offset, length in pieces_of(ranges, max(PIECE, stream.page_size)):
+            task.left += 1
+            if read_now is None:
+                self._read_later(task, offset, length, urgent=message.urgent)
+            else:
+                if not peer.pieces:
+                    self._streaming.append(peer)
+                peer.pieces.append((task, offset, length))
+
+    def _answer_now(self, task: Task, ranges: Sequence[Range], read_now: Read) -> None:
+        """Urgent, and read at once: as few messages as pieces allow."""
+        size, page_size = task.stream.offer.size, task.stream.page_size
+        ready: list[Answer] = []
+        weight, waiting = 0, []
+        task.left = 1  # held open until everything is on its way
+        for offset, length in pieces_of(ranges, max(PIECE, page_size)):
+            try:
+                answer = read_answer(read_now, offset, length, size, page_size)
+            except BlockingIOError:
+                waiting.append((offset, length))
+                continue
+            if ready and weight + length > PIECE:
+                task.left += 1
+                self._answer(task, merged(ready))
+                ready, weight = [], 0
+            ready.append(answer)
+            weight += length
+        task.left += len(waiting) - (not ready)
+        for offset, length in waiting:
+            self._read_later(task, offset, length, urgent=True)
+        if ready:
+            self._answer(task, merged(ready))
+
+    def _stream(self) -> None:
+        """One piece of background, of whoever is next."""
+        peer = self._streaming.popleft()
+        if not peer.pieces:
+            return
+        if peer.outbox:  # it does not take what it has asked for
+            self._streaming.append(peer)
+            time.sleep(0)  # the tick flushes
+            return
+        task, offset, length = peer.pieces.popleft()
+        if peer.pieces:
+            self._streaming.append(peer)
+        offer = task.stream.offer
+        read_now = self._read_now[offer.name]
+        if read_now is None or task.stream.phase is Phase.ENDED:
+            return self._answer(task, lost_answer(offset, length, ""))
+        try:
+            answer = read_answer(read_now, offset, length, offer.size, task.stream.page_size)
+        except BlockingIOError:
+            return self._read_later(task, offset, length, urgent=False)
+        self._answer(task, answer)
+
+    def _read_later(self, task: Task, offset: int, length: int, *, urgent: bool) -> None:
+        stream = task.stream
+        read = self._sources[stream.offer.name].read
+
+        def read_unless_ended() -> Answer:
+            if stream.phase is Phase.ENDED:
+                return lost_answer(offset, length, "")
+            return read_answer(read, offset, length, stream.offer.size, stream.page_size)
+
+        def done(answer: Answer) -> None:
+            self._mailbox.post(partial(self._answer, task, answer))
+
+        self._readers.put(Job(read_unless_ended, done, partial(lost_answer, offset, length)), urgent=urgent)
+
+    def _answer(self, task: Task, answer: Answer) -> None:
+        if task.stream.phase is Phase.ENDED:  # nobody wants it any more
+            task.left -= 1
+            if not task.left:
+                task.peer.conversation.answered(task.length)
+            return
+        self._sender.answer(task.peer, self._parts(task.stream, task.request, answer), task)
+        if self._sender.held:
+            self._hurry()
+
+    def _parts(self, stream: Stream, request: int, answer: Answer) -> list[bytes | bytearray | memoryview]:
+        if "zero" not in stream.features:
+            answer = expanded(answer)
+        head = encode(Pages(stream.number, request, answer.ranges, answer.kinds, answer.reason))
+        return [head, *answer.frames]
+
+    # --- pushed -----------------------------------------------------------------------------------------------------
+
+    def _push_from(self, peer: Peer, stream: Stream) -> PushStream | None:
+        listening = getattr(self._sources[stream.offer.name], "listening", None)
+        if listening is None:
+            return None
+        self._pushing = {thread for thread in self._pushing if thread.is_alive()}
+        if len(self._pushing) >= MAX_PUSHING:
+            log.warning("%d threads push already: %s is not pushed", MAX_PUSHING, stream.offer.name)
+            return None
+
+        def send(answer: Answer) -> None:
+            self._mailbox.post(partial(self._pushed, peer, stream, answer))
+
+        pusher = PushStream(stream.offer.size, stream.page_size, send)
+        thread = threading.Thread(target=_push, args=(listening, pusher), name="pusher", daemon=True)
+        peer.pushers[stream.number] = pusher
+        self._pushing.add(thread)
+        thread.start()
+        return pusher
+
+    def _pushed(self, peer: Peer, stream: Stream, answer: Answer) -> None:
+        if stream.phase is Phase.LISTENING:
+            self._sender.answer(peer, self._parts(stream, 0, answer), None)
+            if self._sender.held:
+                self._hurry()
+
+    # --- who is there -----------------------------------------------------------------------------------------------
+
+    def _remember(self, peer: Peer) -> None:
+        if peer.name not in self._peers and len(self._peers) >= MAX_PEERS:
+            self._forget(min(self._peers.values(), key=lambda one: one.heard))
+        self._peers[peer.name] = peer
+
+    def _forget(self, peer: Peer) -> None:
+        """It is told so when it speaks again: out of phase."""
+        if self._peers.pop(peer.name, None) is not None:
+            log.info("the supervisor %s is gone", peer.name.hex())
+        abandon(peer)
+
+
+def _push(listening: Callable[[PushStream], None], pusher: PushStream) -> None:
+    try:
+        listening(pusher)
+    except StreamEnded:
+        pass
+    except BaseException:  # not ours: pages that are not pushed will be asked for
+        log.exception("listening of a source failed")

@@ -1,0 +1,126 @@
+"""What the loop remembers of one supervisor, and how it sends to it without ever waiting."""
+
+from __future__ import annotations
+
+import errno
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import zmq
+
+from postcopy_protocol.return_path import MAX_OPEN_BYTES
+from postcopy_protocol.source_conversation import SourceConversation, Stream
+
+from .answers import Buffer
+from .source import PushStream
+
+SEND_QUEUE = 256
+"""Messages to one supervisor that ZeroMQ keeps. With PIECE (loop.py) that bounds what one that does not read costs."""
+
+
+@dataclass(slots=True, eq=False)
+class Task:
+    """A request and how many of its answers are still to be sent. ``length``: bytes asked for."""
+
+    peer: Peer
+    stream: Stream
+    request: int
+    length: int
+    left: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Peer:
+    """One supervisor. ``pieces``: background reads to come; ``outbox``: messages that it did not take yet, each with
+    the task that one of them brings nearer to its end."""
+
+    name: bytes
+    conversation: SourceConversation
+    heard: float = 0.0
+    pieces: deque[tuple[Task, int, int]] = field(default_factory=deque)
+    outbox: deque[tuple[Sequence[Buffer], Task | None]] = field(default_factory=deque)
+    outbox_bytes: int = 0
+    pushers: dict[int, PushStream] = field(default_factory=dict)
+
+
+class Sender:
+    """Sends to supervisors through the ROUTER. ``gone`` is called with the peer that is there no more."""
+
+    def __init__(self, socket: zmq.Socket[bytes], gone: Callable[[Peer], None]) -> None:
+        self._socket = socket
+        self._gone = gone
+        self.held: set[Peer] = set()
+
+    def answer(self, peer: Peer, parts: Sequence[Buffer], task: Task | None) -> None:
+        """Send pages. What the peer does not take waits in its outbox; unasked pages (no task) wait there only as long
+        as they are few, because nothing else bounds them."""
+        if not peer.outbox and self._send(peer, parts):
+            _settle(task)
+        elif task is not None or peer.outbox_bytes < MAX_OPEN_BYTES:
+            peer.outbox.append((parts, task))
+            peer.outbox_bytes += _weight(parts)
+            self.held.add(peer)
+
+    def say(self, peer: Peer, data: bytes) -> None:
+        """Send a word that may be lost: a refusal or a pong that has to wait is worth nothing."""
+        if not peer.outbox:
+            self._send(peer, (data,))
+
+    def flush(self) -> None:
+        """Try again what was not taken."""
+        for peer in list(self.held):
+            while peer.outbox and self._send(peer, peer.outbox[0][0]):
+                if peer.outbox:  # not emptied because the peer is gone
+                    parts, task = peer.outbox.popleft()
+                    peer.outbox_bytes -= _weight(parts)
+                    _settle(task)
+            if not peer.outbox:
+                self.held.discard(peer)
+
+    def _send(self, peer: Peer, parts: Sequence[Buffer]) -> bool:
+        """False: not now. A peer that is gone takes everything."""
+        try:
+            # Once the first frame is taken, so are the others: ZeroMQ sends whole messages or none.
+            self._socket.send(peer.name, zmq.SNDMORE | zmq.DONTWAIT)
+            for part in parts[:-1]:
+                self._socket.send(part, zmq.SNDMORE | zmq.DONTWAIT)
+            self._socket.send(parts[-1], zmq.DONTWAIT)
+            return True
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            if error.errno != errno.EHOSTUNREACH:
+                raise
+            self._gone(peer)
+            return True
+
+
+def _settle(task: Task | None) -> None:
+    if task is not None:
+        task.left -= 1
+        if not task.left:
+            task.peer.conversation.answered(task.length)
+
+
+def _weight(parts: Sequence[Buffer]) -> int:
+    return sum(map(len, parts))
+
+
+def abandon(peer: Peer) -> None:
+    """Forget what was to be done for a peer that is gone."""
+    for stream in list(peer.conversation.streams.values()):
+        peer.conversation.end(stream)
+    for pusher in peer.pushers.values():
+        pusher.end()
+    peer.pushers.clear()
+    peer.pieces.clear()
+    peer.outbox.clear()
+    peer.outbox_bytes = 0
+
+
+def pieces_of(ranges: Sequence[tuple[int, int]], largest: int) -> Iterator[tuple[int, int]]:
+    """The ranges, none longer than ``largest`` bytes."""
+    for offset, length in ranges:
+        for place in range(offset, offset + length, largest):
+            yield place, min(largest, offset + length - place)

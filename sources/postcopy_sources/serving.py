@@ -1,0 +1,160 @@
+"""From sources and endpoints to a program that serves: sockets, keys, signals, the end in order."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket as sockets
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+import zmq
+
+from postcopy_protocol.curve_keys import KeyPair
+from postcopy_protocol.errors import BadInput, PostcopyError
+from postcopy_protocol.places import SOCKET_PATH_BYTES
+from postcopy_protocol.sizes import format_size
+from postcopy_protocol.source_conversation import Offer
+
+from .curve import Gate, protect
+from .loop import Loop
+from .mailbox import Mailbox
+from .peer import SEND_QUEUE
+from .readers import Readers
+from .source import PageSource, offer_of
+
+MAX_MESSAGE = 1 << 16
+"""Bytes of a frame that a supervisor may send; ZeroMQ hangs up on more."""
+_LINGER_MS = 500  # what is answered may still leave
+_HEARTBEAT_MS, _SILENT_MS = 5000, 20000
+
+log = logging.getLogger(__name__)
+
+
+class Ended(BaseException):
+    """A signal ends the loop."""
+
+
+def serve(
+    sources: Iterable[PageSource],
+    listen: str,
+    *,
+    curve: KeyPair | None = None,
+    allow: Sequence[bytes] = (),
+    plain_tcp: bool = False,
+    identity: str = "",
+    readers: int = 4,
+    read_timeout: float = 30.0,
+) -> None:
+    """Serve until SIGTERM or SIGINT (from the main thread), or for ever. ``listen``: ``ipc:///PATH`` or
+    ``tcp://HOST:PORT``; tcp takes ``curve`` (this source's key pair) and the public keys that it allows, or
+    ``plain_tcp``. A read that takes longer than ``read_timeout`` seconds is lost; ``readers`` threads read.
+
+    Raises BadInput for what cannot be served, PostcopyError for an endpoint that cannot be had.
+    """
+    judge_endpoint(listen, curve, allow, plain_tcp)
+    known: dict[str, tuple[PageSource, Offer]] = {}
+    for source in sources:
+        offer = offer_of(source, identity)
+        if offer.name in known:
+            raise BadInput(f"the name {offer.name} is used twice: every block needs a name of its own")
+        known[offer.name] = (source, offer)
+    if not known:
+        raise BadInput("there is nothing to serve: name a source")
+    with _signals(), zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        router.setsockopt(zmq.LINGER, _LINGER_MS)
+        if curve is not None:
+            Gate(context, allow).open()
+            protect(router, curve)
+        endpoint = _bind(router, listen)
+        with Mailbox(context, router) as mailbox, suppress(Ended):
+            log.info("ready: %s at %s", ", ".join(_described(offer) for _, offer in known.values()), endpoint)
+            Loop(known, router, mailbox, Readers(readers, read_timeout)).run()
+        if listen.startswith("ipc://"):  # ZeroMQ leaves it
+            with suppress(OSError):
+                os.unlink(listen.removeprefix("ipc://"))
+    log.info("ended")
+
+
+def judge_endpoint(listen: str, curve: KeyPair | None, allow: Sequence[bytes], plain_tcp: bool) -> None:
+    """Raises BadInput for an endpoint that is none, or that anybody could read who reaches it."""
+    scheme, _, place = listen.partition("://")
+    if scheme == "ipc":
+        if not place.startswith("/"):
+            raise BadInput(f"{listen!r}: the socket of an ipc endpoint is an absolute path, ipc:///PATH")
+        if len(os.fsencode(place)) > SOCKET_PATH_BYTES:
+            raise BadInput(f"{listen!r} is too long: a socket path may have {SOCKET_PATH_BYTES} bytes")
+    elif scheme != "tcp" or ":" not in place:
+        raise BadInput(f"{listen!r} is no endpoint: write ipc:///PATH or tcp://HOST:PORT")
+    elif curve is None and not plain_tcp:
+        raise BadInput(
+            f"{listen}: anybody who reaches it could read everything; give --curve-secret and --allow-key "
+            "(make keys with postcopy keygen), or say --plain-tcp"
+        )
+    if curve is not None and plain_tcp:
+        raise BadInput("--plain-tcp and --curve-secret exclude each other")
+    if (curve is None) != (not allow):
+        raise BadInput("--curve-secret and --allow-key belong together: who may come in, and how we are known")
+
+
+def _bind(router: zmq.Socket[bytes], listen: str) -> str:
+    """The endpoint as it came out (a port may have been chosen). Raises PostcopyError."""
+    router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # who is gone is noticed when it is answered
+    router.setsockopt(zmq.ROUTER_HANDOVER, 1)  # who comes back on a new connection is the same
+    router.setsockopt(zmq.SNDHWM, SEND_QUEUE)
+    router.setsockopt(zmq.RCVHWM, SEND_QUEUE)
+    router.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE)
+    if listen.startswith("tcp://"):
+        router.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+        router.setsockopt(zmq.HEARTBEAT_TIMEOUT, _SILENT_MS)
+    else:
+        _refuse_second(listen.removeprefix("ipc://"))
+    before = os.umask(0o077)  # an ipc socket has the rights that the umask leaves it
+    try:
+        router.bind(listen)
+    except zmq.ZMQError as error:
+        raise PostcopyError(f"cannot listen at {listen}: {error.strerror}") from None
+    finally:
+        os.umask(before)
+    return router.getsockopt_string(zmq.LAST_ENDPOINT)
+
+
+def _refuse_second(path: str) -> None:
+    """ZeroMQ takes a socket path away from whoever listens there; what a dead program left it may take."""
+    with sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(path)
+        except OSError:
+            return
+    raise PostcopyError(f"another program listens at ipc://{path}: end it, or choose another endpoint")
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """SIGTERM and SIGINT raise Ended in the main thread; elsewhere they are not ours."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, _end) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    except Ended:  # before the loop, or after it
+        log.info("ended")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    # Once: a second one must not disturb the end that the first one began.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise Ended
+
+
+def _described(offer: Offer) -> str:
+    return f"{offer.name} ({format_size(offer.size)}, {offer.identity})"
