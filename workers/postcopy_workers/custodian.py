@@ -153,8 +153,8 @@ def main() -> None:
     channel = socket.socket(fileno=parser.parse_args().channel)
     channel.setblocking(True)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    # A Ctrl-C at the supervisor's terminal is the supervisor's business. Not setsid(): a session is a scheduling group of
-    # its own (autogroup), and every hand-over between client and worker would cross groups: 1.44 x C instead of 1.23 x.
+    # A Ctrl-C at the supervisor's terminal is the supervisor's business. Not setsid(): a session is a scheduling group
+    # of its own (autogroup), and every hand-over between client and worker would cross: 1.44 x C instead of 1.23 x.
     os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     process.name_process("postcopy-cust")
