@@ -157,6 +157,8 @@ def _mended(shape: _Shape, words: tuple[object, ...], skip: int) -> tuple[object
 
 def _fit(text: str) -> str:
     """Text for people, made to fit: UTF-8 of at most MAX_TEXT bytes."""
+    if text.isascii() and len(text) <= MAX_TEXT:
+        return text
     return text.encode("utf-8", "backslashreplace")[:MAX_TEXT].decode("utf-8", "ignore")
 
 

@@ -54,12 +54,13 @@ def answer_of(data: Buffer | None, offset: int, wanted: int, length: int) -> Ans
 
 
 def read_answer(read: Read, offset: int, length: int, size: int, page_size: int) -> Answer:
-    """Read whole pages. What cannot be read is lost, page by page, and why is told. BlockingIOError passes."""
+    """Read whole pages. What cannot be read is lost, page by page, and why is told. BlockingIOError passes, and what is
+    no Exception: a signal that ends the loop may arrive in here."""
     try:
         return _read_whole(read, offset, length, size)
     except BlockingIOError:
         raise
-    except BaseException as error:  # not ours: whatever a source's code throws concerns its pages only
+    except Exception as error:  # not ours: whatever a source's code throws concerns its pages only
         if length == page_size:
             return lost_answer(offset, length, reason_of(error))
     pages = [

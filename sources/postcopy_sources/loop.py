@@ -38,9 +38,9 @@ from postcopy_protocol.return_path import (
 )
 from postcopy_protocol.source_conversation import Offer, Phase, SourceConversation, SourceRefusal, Stream
 
-from .answers import Answer, Read, expanded, lost_answer, merged, read_answer
+from .answers import Answer, Buffer, Read, expanded, lost_answer, merged, read_answer, reason_of
 from .mailbox import Mailbox
-from .peer import Peer, Sender, Task, abandon, pieces_of
+from .peer import Peer, Sender, Task, abandon, pieces_of, settle
 from .readers import Job, Readers
 from .source import PageSource, PushStream, StreamEnded
 
@@ -53,7 +53,7 @@ PIECE = 256 << 10
 """Bytes of pages in one message, unless one page is larger: an urgent page waits for no more than one piece."""
 
 TICK = 0.25  # seconds between looks at reads that hang
-_RETRY = 0.005  # ... and at an outbox
+RETRY = 0.005  # ... and at an outbox
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class Loop:
         self._pushing: set[threading.Thread] = set()
         # Numbers that another life of this source has not given out: late answers must not fit (return_path.py).
         self._number = itertools.count(secrets.randbits(40) + 1).__next__
-        self._next_tick = 0.0
+        self._next_tick = self._pause = 0.0
         self._heard: dict[type[Message], Callable[[Peer, Message], None]] = {
             RequestRanges: self._request,  # type: ignore[dict-item]  # each is called with its own class only
             Ping: self._ping,  # type: ignore[dict-item]
@@ -93,10 +93,10 @@ class Loop:
 
     def run(self) -> None:
         """Never returns."""
-        self._socket.setsockopt(zmq.RCVTIMEO, int(TICK * 1000))
+        self._keep_pace(0.0)
         while True:
             if self._streaming and not self._socket.poll(0):
-                self._stream()
+                self._stream(self._streaming.popleft())
             else:
                 with suppress(zmq.Again):
                     self._hear(self._socket.recv_multipart())
@@ -106,18 +106,17 @@ class Loop:
 
     def _tick(self, now: float) -> None:
         self._readers.check()
-        held = bool(self._sender.held)
-        if held:
-            self._sender.flush()
-        if held != bool(self._sender.held) or held:
-            self._hurry()
-        self._next_tick = now + (_RETRY if self._sender.held else TICK)
+        for peer in self._sender.flush():
+            self._enqueue(peer)
+        self._keep_pace(now)
 
-    def _hurry(self) -> None:
-        """Wait shorter while something lies in an outbox."""
-        pause = _RETRY if self._sender.held else TICK
-        self._socket.setsockopt(zmq.RCVTIMEO, int(pause * 1000))
-        self._next_tick = min(self._next_tick, time.monotonic() + pause)
+    def _keep_pace(self, now: float) -> None:
+        """Look again sooner while something lies in an outbox."""
+        pause = RETRY if self._sender.held else TICK
+        if pause != self._pause:
+            self._pause = pause
+            self._socket.setsockopt(zmq.RCVTIMEO, int(pause * 1000))
+        self._next_tick = now + pause
 
     # --- heard ------------------------------------------------------------------------------------------------------
 
@@ -190,9 +189,8 @@ class Loop:
             if read_now is None:
                 self._read_later(task, offset, length, urgent=message.urgent)
             else:
-                if not peer.pieces:
-                    self._streaming.append(peer)
                 peer.pieces.append((task, offset, length))
+                self._enqueue(peer)
 
     def _answer_now(self, task: Task, ranges: Sequence[Range], read_now: Read) -> None:
         """Urgent, and read at once: as few messages as pieces allow."""
@@ -218,22 +216,22 @@ class Loop:
         if ready:
             self._answer(task, merged(ready))
 
-    def _stream(self) -> None:
-        """One piece of background, of whoever is next."""
-        peer = self._streaming.popleft()
-        if not peer.pieces:
-            return
-        if peer.outbox:  # it does not take what it has asked for
+    def _enqueue(self, peer: Peer) -> None:
+        if peer.pieces and not peer.queued:
+            peer.queued = True
             self._streaming.append(peer)
-            time.sleep(0)  # the tick flushes
+
+    def _stream(self, peer: Peer) -> None:
+        """One piece of background, of whoever is next. Who does not take its answers is left out until it does."""
+        peer.queued = False
+        if peer.outbox or not peer.pieces:
             return
         task, offset, length = peer.pieces.popleft()
-        if peer.pieces:
-            self._streaming.append(peer)
+        self._enqueue(peer)
         offer = task.stream.offer
         read_now = self._read_now[offer.name]
         if read_now is None or task.stream.phase is Phase.ENDED:
-            return self._answer(task, lost_answer(offset, length, ""))
+            return settle(task)
         try:
             answer = read_answer(read_now, offset, length, offer.size, task.stream.page_size)
         except BlockingIOError:
@@ -247,7 +245,10 @@ class Loop:
         def read_unless_ended() -> Answer:
             if stream.phase is Phase.ENDED:
                 return lost_answer(offset, length, "")
-            return read_answer(read, offset, length, stream.offer.size, stream.page_size)
+            try:
+                return read_answer(read, offset, length, stream.offer.size, stream.page_size)
+            except BaseException as error:  # SystemExit and its like: not ours, and no reason for a thread to end
+                return lost_answer(offset, length, reason_of(error))
 
         def done(answer: Answer) -> None:
             self._mailbox.post(partial(self._answer, task, answer))
@@ -256,15 +257,15 @@ class Loop:
 
     def _answer(self, task: Task, answer: Answer) -> None:
         if task.stream.phase is Phase.ENDED:  # nobody wants it any more
-            task.left -= 1
-            if not task.left:
-                task.peer.conversation.answered(task.length)
-            return
-        self._sender.answer(task.peer, self._parts(task.stream, task.request, answer), task)
-        if self._sender.held:
-            self._hurry()
+            return settle(task)
+        self._send(task.peer, self._parts(task.stream, task.request, answer), task)
 
-    def _parts(self, stream: Stream, request: int, answer: Answer) -> list[bytes | bytearray | memoryview]:
+    def _send(self, peer: Peer, parts: Sequence[Buffer], task: Task | None) -> None:
+        self._sender.answer(peer, parts, task)
+        if self._sender.held and self._pause != RETRY:
+            self._keep_pace(time.monotonic())
+
+    def _parts(self, stream: Stream, request: int, answer: Answer) -> list[Buffer]:
         if "zero" not in stream.features:
             answer = expanded(answer)
         head = encode(Pages(stream.number, request, answer.ranges, answer.kinds, answer.reason))
@@ -293,9 +294,7 @@ class Loop:
 
     def _pushed(self, peer: Peer, stream: Stream, answer: Answer) -> None:
         if stream.phase is Phase.LISTENING:
-            self._sender.answer(peer, self._parts(stream, 0, answer), None)
-            if self._sender.held:
-                self._hurry()
+            self._send(peer, self._parts(stream, 0, answer), None)
 
     # --- who is there -----------------------------------------------------------------------------------------------
 

@@ -41,6 +41,8 @@ class Peer:
     pieces: deque[tuple[Task, int, int]] = field(default_factory=deque)
     outbox: deque[tuple[Sequence[Buffer], Task | None]] = field(default_factory=deque)
     outbox_bytes: int = 0
+    queued: bool = False
+    """Is in the loop's round of those that have pieces to come."""
     pushers: dict[int, PushStream] = field(default_factory=dict)
 
 
@@ -56,7 +58,7 @@ class Sender:
         """Send pages. What the peer does not take waits in its outbox; unasked pages (no task) wait there only as long
         as they are few, because nothing else bounds them."""
         if not peer.outbox and self._send(peer, parts):
-            _settle(task)
+            settle(task)
         elif task is not None or peer.outbox_bytes < MAX_OPEN_BYTES:
             peer.outbox.append((parts, task))
             peer.outbox_bytes += _weight(parts)
@@ -67,16 +69,20 @@ class Sender:
         if not peer.outbox:
             self._send(peer, (data,))
 
-    def flush(self) -> None:
-        """Try again what was not taken."""
+    def flush(self) -> list[Peer]:
+        """Try again what was not taken. Peers whose outbox is empty now."""
         for peer in list(self.held):
-            while peer.outbox and self._send(peer, peer.outbox[0][0]):
-                if peer.outbox:  # not emptied because the peer is gone
-                    parts, task = peer.outbox.popleft()
-                    peer.outbox_bytes -= _weight(parts)
-                    _settle(task)
-            if not peer.outbox:
-                self.held.discard(peer)
+            self._empty(peer)
+        free = [peer for peer in self.held if not peer.outbox]
+        self.held.difference_update(free)
+        return free
+
+    def _empty(self, peer: Peer) -> None:
+        while peer.outbox and self._send(peer, peer.outbox[0][0]):
+            if peer.outbox:  # not emptied because the peer is gone
+                parts, task = peer.outbox.popleft()
+                peer.outbox_bytes -= _weight(parts)
+                settle(task)
 
     def _send(self, peer: Peer, parts: Sequence[Buffer]) -> bool:
         """False: not now. A peer that is gone takes everything."""
@@ -96,7 +102,8 @@ class Sender:
             return True
 
 
-def _settle(task: Task | None) -> None:
+def settle(task: Task | None) -> None:
+    """One answer of a task is sent, or wanted no more."""
     if task is not None:
         task.left -= 1
         if not task.left:

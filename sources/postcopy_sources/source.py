@@ -26,7 +26,7 @@ from postcopy_protocol.return_path import MAX_RANGE_BYTES
 from postcopy_protocol.source_conversation import Offer
 from postcopy_protocol.sources import parse_block_name
 
-from .answers import Answer, Buffer, answer_of, lost_answer
+from .answers import Answer, Buffer, answer_of, lost_answer, reason_of
 
 SAMPLES = 64
 """Places of 4096 bytes, evenly spaced, that the default identity looks at."""
@@ -139,8 +139,9 @@ def _sample(source: PageSource, offset: int) -> bytes:
     start = offset - offset % source.page_size
     length = min(source.page_size, source.size - start)
     try:
-        data = source.read(start, length)
+        (page,) = answer_of(source.read(start, length), start, length, source.page_size).frames or (b"",)
     except PageLost:
         return b"lost"
-    page = bytes(length) if data is None else bytes(data)
-    return page[offset - start :][:PAGE_4K].ljust(PAGE_4K, b"\0")
+    except Exception as error:
+        raise PostcopyError(f"{source.name} cannot be identified: {reason_of(error)}") from error
+    return bytes(page[offset - start :][:PAGE_4K]).ljust(PAGE_4K, b"\0")
