@@ -126,7 +126,7 @@ def obey(line: str) -> dict[str, Any]:
             exec(compile(line, "order", "exec"), globals())
             return {"is": None}
         value = eval(code, globals())
-        return {"is": value if isinstance(value, (int, float, str, list, dict, bool)) else None}
+        return {"is": value if isinstance(value, (int, float, str, list, dict)) else None}
     except Exception as error:
         return {"error": type(error).__name__, "text": str(error)}
 

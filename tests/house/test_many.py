@@ -67,17 +67,17 @@ def moved(house: House, victims: list[Puppet], before: dict[int, int]) -> dict[i
 
 def test_many_threads_of_one_client(runtime_dir: Path, source_file: SourceFile) -> None:
     """Several threads on one page are several messages; each must run on."""
-    path = source_file(8 << 20)
+    path = source_file(2 << 20)
     with House(runtime_dir, f"ram0={path}", fault_around="4K") as house:
         client = house.client()
         client.do(
             "def populate(): [b.ensure(at, 16384) for at in range(0, b.size, 16384)]\n"
-            "threads = [threading.Thread(target=populate) for _ in range(16)]\n"
+            "threads = [threading.Thread(target=populate) for _ in range(8)]\n"
             "[t.start() for t in threads]; [t.join() for t in threads]",
             60,
         )
         assert client.do(f"check(b, {str(path)!r})") == -1
-        house.await_received((8 << 20) // PAGE)
+        house.await_received((2 << 20) // PAGE)
 
 
 def test_questions_while_all_this_goes_on(runtime_dir: Path, source_file: SourceFile) -> None:
