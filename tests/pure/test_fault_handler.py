@@ -14,7 +14,7 @@ from postcopy_protocol.received import LEASED, LOST, MISSING, PLACING, RECEIVED,
 from postcopy_workers.fault_handler import CannotGoOn, ClientGone
 from postcopy_workers.placing import Calls
 from tests.simulated.effort import effort
-from tests.simulated.kernel import SIGBUS, failure
+from tests.simulated.kernel import POISON, SIGBUS, failure
 from tests.simulated.world import EVENT, Client, Kind, World
 
 PAGES = 12
@@ -291,6 +291,18 @@ def test_what_a_dead_worker_had_read_is_found_by_its_successor(make: Make) -> No
 
 
 @pytest.mark.parametrize("kind", EACH, ids=str)
+def test_an_event_that_comes_between_a_fault_and_its_answer_delays_it_only(make: Make, kind: Kind) -> None:
+    world = make(kind)
+    client = world.clients[0]
+    thread = world.touch(client, 1)
+    world.step(client)  # the fault is read, the event is not
+    client.userfaultfd.events.append(EVENT)
+    world.settle()
+    assert thread.outcome == world.source.page(1)
+    assert [kind for kind, *_ in world.reports] == ["foreign-event"]
+
+
+@pytest.mark.parametrize("kind", EACH, ids=str)
 def test_a_placed_page_without_its_mark_is_ours(make: Make, kind: Kind) -> None:
     world = make(kind)
     client = world.clients[0]
@@ -342,24 +354,24 @@ def test_a_failing_handler_is_asked_again_for_another_client(make: Make) -> None
 
 def test_a_handler_that_fails_when_another_worker_was_in_time_does_no_harm(make: Make) -> None:
     world = make(Kind("private"), Kind("private"), kind="handler")
-    first, second = world.clients
-    late = world.touch(second, 2)
-    world.step(second)  # it has read the message and stands before its COPY, or its look at the page
-    assert touched_by(world, first, 2) == world.source.page(2)
-    world.function.failing.add(2)
+    threads = [world.touch(client, 2) for client in world.clients]
+    for client in world.clients:
+        world.step(client)
+        assert client.life is not None and client.life.at == "copy"
+    world.kill(world.clients[0], "after")  # placed, not marked
+    world.function.failing.add(2)  # so nobody can compare it with its source
     world.settle()
-    assert late.outcome == world.source.page(2)
+    assert [thread.outcome for thread in threads] == [world.source.page(2)] * 2
 
 
-def touched_by(world: World, client: Client, page: int) -> bytes | str | None:
-    """As ``touched``, but only this client's worker runs."""
-    thread = world.touch(client, page)
-    while world.busy(client) or thread in world.kernel.woken:
-        if thread in world.kernel.woken:
-            world.kernel.run(thread)
-        if world.busy(client):
-            world.step(client)
-    return thread.outcome
+def test_whoever_waits_at_a_page_that_is_poisoned_already_is_woken(make: Make) -> None:
+    world = make(Kind("private"))
+    client = world.clients[0]
+    world.change_the_file(4096)
+    thread = world.touch(client, 2)
+    client.space.table[client.address(2)] = POISON  # by the supervisor, which has not woken anybody yet
+    world.settle()
+    assert thread.outcome == SIGBUS
 
 
 def test_an_announced_client_is_shown_no_strangers_page(make: Make) -> None:
