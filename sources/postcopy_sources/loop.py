@@ -193,28 +193,27 @@ class Loop:
                 self._enqueue(peer)
 
     def _answer_now(self, task: Task, ranges: Sequence[Range], read_now: Read) -> None:
-        """Urgent, and read at once: as few messages as pieces allow."""
-        size, page_size = task.stream.offer.size, task.stream.page_size
+        """Urgent, and read at once: in as few messages as pieces allow."""
         ready: list[Answer] = []
-        weight, waiting = 0, []
-        task.left = 1  # held open until everything is on its way
-        for offset, length in pieces_of(ranges, max(PIECE, page_size)):
-            try:
-                answer = read_answer(read_now, offset, length, size, page_size)
-            except BlockingIOError:
-                waiting.append((offset, length))
-                continue
+        weight, task.left = 0, 1  # held open until everything is on its way
+        for offset, length in pieces_of(ranges, max(PIECE, task.stream.page_size)):
             if ready and weight + length > PIECE:
                 task.left += 1
                 self._answer(task, merged(ready))
                 ready, weight = [], 0
-            ready.append(answer)
-            weight += length
-        task.left += len(waiting) - (not ready)
-        for offset, length in waiting:
-            self._read_later(task, offset, length, urgent=True)
+            try:
+                ready.append(self._read(task.stream, read_now, offset, length))
+                weight += length
+            except BlockingIOError:
+                task.left += 1
+                self._read_later(task, offset, length, urgent=True)
         if ready:
             self._answer(task, merged(ready))
+        else:
+            settle(task)
+
+    def _read(self, stream: Stream, read: Read, offset: int, length: int) -> Answer:
+        return read_answer(read, offset, length, stream.offer.size, stream.page_size)
 
     def _enqueue(self, peer: Peer) -> None:
         if peer.pieces and not peer.queued:
@@ -228,12 +227,11 @@ class Loop:
             return
         task, offset, length = peer.pieces.popleft()
         self._enqueue(peer)
-        offer = task.stream.offer
-        read_now = self._read_now[offer.name]
+        read_now = self._read_now[task.stream.offer.name]
         if read_now is None or task.stream.phase is Phase.ENDED:
             return settle(task)
         try:
-            answer = read_answer(read_now, offset, length, offer.size, task.stream.page_size)
+            answer = self._read(task.stream, read_now, offset, length)
         except BlockingIOError:
             return self._read_later(task, offset, length, urgent=False)
         self._answer(task, answer)
@@ -246,7 +244,7 @@ class Loop:
             if stream.phase is Phase.ENDED:
                 return lost_answer(offset, length, "")
             try:
-                return read_answer(read, offset, length, stream.offer.size, stream.page_size)
+                return self._read(stream, read, offset, length)
             except BaseException as error:  # SystemExit and its like: not ours, and no reason for a thread to end
                 return lost_answer(offset, length, reason_of(error))
 
