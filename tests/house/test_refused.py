@@ -85,7 +85,7 @@ def without_rights(command: list[str], before: str = "pass") -> tuple[int, str]:
         (["-a=zero:1M"], USAGE, ""),
         (["a b=zero:1M"], USAGE, "no name"),
         (["x" * 65 + "=zero:1M"], USAGE, "no name"),
-        (["a=tcp://127.0.0.1:1/x"], FAILED, "not supported"),
+        (["a=tcp://127.0.0.1:1/x"], FAILED, "--plain-tcp"),
         ([], USAGE, ""),
     ],
 )

@@ -1,0 +1,101 @@
+"""The house's people restarted in every order: the supervisor killed while clients live, and another in its place."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+from tests.conftest import SourceFile
+from tests.house.house import PAGE, House, PuppetError, alive, until, word
+
+PAGES = 512
+
+
+def crash(house: House) -> None:
+    house.process.kill()
+    assert house.wait() == -signal.SIGKILL
+
+
+def test_clients_run_on_when_the_supervisor_is_killed(runtime_dir: Path, source_file: SourceFile) -> None:
+    """Local blocks need nobody but the worker: every byte still comes, in both modes."""
+    path = source_file(24 << 20)
+    with House(runtime_dir, f"ram0={path}", fault_around="4K") as house:
+        clients = [house.client("ram0", mode) for mode in ("private", "shared") * 2]
+        for seed, client in enumerate(clients):
+            client.begin(f"check(b, {str(path)!r}, 'random', 4096, {seed})")
+        until(lambda: all(house.record(client)["faults"] > 20 for client in clients), "they fault")
+        assert house.block()["received"] < (24 << 20) // PAGE
+        crash(house)
+        assert [client.answer() for client in clients] == [-1] * 4
+        people = house.people()
+        assert people
+        for client in clients:
+            client.close()
+        until(lambda: not any(alive(pid) for pid in people), "workers and custodian end with the last client", 10)
+        clean(runtime_dir)
+
+
+def clean(runtime_dir: Path) -> None:
+    """What a killed supervisor cannot tidy up."""
+    for name in ("door", "private/router"):
+        (runtime_dir / name).unlink(missing_ok=True)
+
+
+def test_a_client_without_a_house_is_told(runtime_dir: Path, source_file: SourceFile) -> None:
+    with House(runtime_dir, f"ram0={source_file(PAGES * PAGE)}") as house:
+        client = house.client()
+        crash(house)
+        for order in ("attach('ram0')", "attach('ram1', 'shared')"):
+            try:
+                client.do(order)
+            except PuppetError as error:
+                assert error.kind == "NoSupervisor" and str(runtime_dir) in error.text
+            else:
+                raise AssertionError("attached, to whom?")
+        assert client.do("words(b, [8])") == [word(8 * PAGE)]
+        assert client.do("child('words(b, [8])')") == "ended -11", "a fork's child is nobody's client: no zeros"
+        client.do("b.close()")
+        client.close()
+        until(lambda: not house.people(), "nobody is left", 10)
+        clean(runtime_dir)
+
+
+def test_the_second_supervisor_serves_other_clients_beside_the_old_workers(
+    runtime_dir: Path, source_file: SourceFile
+) -> None:
+    path, other = source_file(PAGES * PAGE), source_file(PAGES * PAGE, 7, "other.bin")
+    with House(runtime_dir, f"ram0={path}") as first:
+        old = first.client("ram0", "shared")
+        assert old.do("words(b, [1])") == [word(PAGE)]
+        crash(first)
+        with House(runtime_dir, f"ram0={other}") as second:
+            new = second.client("ram0", "shared")
+            for page in (2, 300, 511):
+                assert new.do(f"words(b, [{page}])") == [word(page * PAGE, 7)]
+                assert old.do(f"words(b, [{page}])") == [word(page * PAGE)]
+            old.attach("ram0", "private", "c")
+            assert old.do("words(c, [9])") == [word(9 * PAGE, 7)]
+            assert old.do("words(b, [9])") == [word(9 * PAGE)]
+            assert not [event for event in second.status()["events"] if event["kind"] == "bug"]
+            old.close()
+
+
+def test_nothing_is_left_of_a_house_that_has_done_its_work(runtime_dir: Path, source_file: SourceFile) -> None:
+    """The whole life of a house: no process, no socket, no memory but what clients still hold."""
+    path = source_file(4 << 20)
+    with House(runtime_dir, f"ram0={path}", f"ram1={path}") as house:
+        clients = [house.client(name, mode) for name in ("ram0", "ram1") for mode in ("private", "shared")]
+        for client in clients:
+            client.begin(f"check(b, {str(path)!r}, 'random')")
+        assert [client.answer() for client in clients] == [-1] * 4
+        people = house.people()
+        house.audit()
+        house.end()
+        until(lambda: not any(alive(pid) for pid in people), "all are gone", 2)
+        assert not [entry for entry in runtime_dir.rglob("*") if not entry.is_dir()]
+        maps = [Path(f"/proc/{client.pid}/maps").read_text() for client in clients]
+        assert all("memfd:postcopy-ram" in text for text in maps), "what is attached stays attached"
+        for client in clients:
+            client.do("b.close()")
+        maps = [Path(f"/proc/{client.pid}/maps").read_text() for client in clients]
+        assert not any("memfd:postcopy-ram" in text for text in maps)
