@@ -17,6 +17,8 @@ def main() -> None:
     arguments = sys.argv[1:]
     if arguments[:1] == ["serve"]:  # before anything is imported: the supervisor starts as fast as it can
         sys.exit(_serve(arguments[1:]))
+    if arguments[:1] == ["source"]:
+        sys.exit(_become("postcopy_sources", arguments[1:]))
     try:
         status = _run(arguments)
         sys.stdout.flush()
@@ -34,8 +36,13 @@ def _serve(arguments: list[str]) -> int:
     missing = [name for name in ("postcopy_supervisor", "prctl") if find_spec(name) is None]
     if missing:
         return _complain(f"serve needs {' and '.join(missing)}: pip install 'postcopy[supervisor]'", FAILED)
+    return _become("postcopy_supervisor", arguments)
+
+
+def _become(program: str, arguments: list[str]) -> int:
+    """Become another wing's program; returns only when that fails."""
     try:
-        os.execv(sys.executable, [sys.executable, "-m", "postcopy_supervisor", *arguments])
+        os.execv(sys.executable, [sys.executable, "-m", program, *arguments])
     except OSError as error:
         return _complain(f"cannot start {sys.executable}: {error.strerror}", FAILED)
 

@@ -9,10 +9,11 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 
-from postcopy_protocol import codec, door, messages, received
+from postcopy_protocol import codec, door, messages, received, return_path
 from postcopy_protocol.codec import MESSAGES, decode, encode, shape_of
 from postcopy_protocol.messages import REFUSALS, REPORTS, VERSION, Message
 from postcopy_protocol.places import SOCKET_PATH_BYTES
+from postcopy_protocol.return_path import FROM_SOURCE, FROM_SUPERVISOR, SOURCE_REFUSALS, pack_ranges
 
 README = (Path(__file__).parents[2] / "protocol" / "README.md").read_text()
 PLAIN = {bool: "bool", str: "str", bytes: "bin"}
@@ -42,36 +43,52 @@ def described(kind: type[Message]) -> list[str]:
 
 
 def test_the_table_of_messages_is_complete_and_true() -> None:
-    table = {row[1]: [*row[:2], *row[3:]] for row in rows("## 7. All messages")}
+    table = {row[1]: [*row[:2], *row[3:]] for row in rows("## 8. All messages")}
     assert table == {kind.__name__: described(kind) for kind in MESSAGES.values()}
 
 
 def test_who_speaks_at_the_door() -> None:
-    heard = [row[1] for row in rows("## 7. All messages") if row[2] == "C > S"]
+    heard = [row[1] for row in rows("## 8. All messages") if row[2] == "C > S"]
     assert heard == [kind.__name__ for kind in door.FROM_CLIENT]
 
 
-EXAMPLES = [
-    re.split(r"\s{2,}", line) for line in README.split("```examples\n")[1].split("```")[0].splitlines() if line.strip()
-]
+def examples(fence: str) -> list[list[str]]:
+    lines = README.split(f"```{fence}\n")[1].split("```")[0].splitlines()
+    return [re.split(r"\s{2,}", line) for line in lines if line.strip()]
 
 
-@pytest.mark.parametrize(("said", "bytes_"), EXAMPLES, ids=[said.split("(")[0] for said, _ in EXAMPLES])
+EXAMPLES = examples("examples")
+RETURN_PATH = examples("return-path")
+EVERY_EXAMPLE = EXAMPLES + RETURN_PATH
+PACKED = re.compile(r"pack_ranges\((.*?\])\)")
+
+
+@pytest.mark.parametrize(("said", "bytes_"), EVERY_EXAMPLE, ids=[said.split("(")[0] for said, _ in EVERY_EXAMPLE])
 def test_examples(said: str, bytes_: str) -> None:
-    name, _, arguments = said.partition("(")
-    kind: type[Message] = getattr(messages, name)
-    message = kind(*ast.literal_eval(f"({arguments.rstrip(')')},)" if arguments != ")" else "()"))
+    name, _, arguments = said[:-1].partition("(")
+    kind: type[Message] = getattr(messages, name, None) or getattr(return_path, name)
+    plain = PACKED.sub(lambda found: repr(pack_ranges(ast.literal_eval(found[1]))), arguments)
+    message = kind(*ast.literal_eval(f"({plain},)" if plain else "()"))
     assert encode(message).hex(" ") == bytes_
     assert decode(bytes.fromhex(bytes_), expect=(kind,)) == message
 
 
 def test_every_message_of_the_door_has_an_example() -> None:
-    at_the_door = {row[1] for row in rows("## 7. All messages") if "C" in row[2].split(" > ")}
+    at_the_door = {row[1] for row in rows("## 8. All messages") if "C" in row[2].split(" > ")}
     assert {said.split("(")[0] for said, _ in EXAMPLES} == at_the_door
+
+
+def test_every_message_of_the_return_path_has_an_example() -> None:
+    table = {row[1]: row[2] for row in rows("## 8. All messages")}
+    assert [name for name, way in table.items() if way == "S > P"] == [kind.__name__ for kind in FROM_SUPERVISOR]
+    assert [name for name, way in table.items() if way == "P > S"] == [kind.__name__ for kind in FROM_SOURCE]
+    shown = {said.split("(")[0] for said, _ in RETURN_PATH}
+    assert shown == {kind.__name__ for kind in (*FROM_SUPERVISOR, *FROM_SOURCE)}
 
 
 def test_refusals_and_reports() -> None:
     assert sorted(row[0] for row in rows("### Refusals")) == sorted(REFUSALS)
+    assert tuple(row[0] for row in rows("### Refusals of a source")) == SOURCE_REFUSALS
     kinds = README.split("`kind` is one of ")[1].split(".\n")[0]
     assert tuple(re.findall(r"`([a-z-]+)`", kinds)) == REPORTS
 
@@ -90,6 +107,9 @@ def test_refusals_and_reports() -> None:
         f"may have {SOCKET_PATH_BYTES} bytes",
         f"{received.MISSING} missing, {received.PLACING} being placed, {received.RECEIVED} received",
         f"{received.LOST} lost",
+        f"none twice, 1 to {return_path.MAX_RANGES} of them, at most {return_path.MAX_RANGE_BYTES} bytes together",
+        f"At most {return_path.MAX_OPEN_REQUESTS} requests and {return_path.MAX_OPEN_BYTES} bytes",
+        f"{return_path.DATA} data, {return_path.ZERO} zero, {return_path.LOST} lost",
     ],
 )
 def test_limits(sentence: str) -> None:

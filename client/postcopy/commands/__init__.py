@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from . import control, demo, doctor, load, memory
+from . import control, demo, doctor, load, memory, source
 
 # typer has click inside from some version on; this is the same class in all of them.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
@@ -23,10 +23,11 @@ def application() -> typer.Typer:
         rich_markup_mode=None,
     )
     app.callback(invoke_without_command=True)(_start)
-    app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True}, add_help_option=False)(
-        serve
-    )
-    for group in (demo, control, memory, load, doctor):
+    for program in (serve, source.source):
+        app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True}, add_help_option=False)(
+            program
+        )
+    for group in (demo, control, memory, load, doctor, source):
         group.add_to(app)
     return app
 
