@@ -21,7 +21,9 @@ BUFFER = 4 << 20
 class Custody:
     """``keep`` and ``drop`` are remembered: a new custodian is given everything that the old one kept."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, device: bool) -> None:
+        """``device``: workers make their own userfaultfd through /dev/userfaultfd, for which they need no rights."""
+        self._device = device
         self._kept: dict[str, tuple[bytes, tuple[int, ...]]] = {}
         self._unsent: collections.deque[tuple[bytes, tuple[int, ...]]] = collections.deque()
         self._process: subprocess.Popen[bytes] | None = None
@@ -35,9 +37,10 @@ class Custody:
         for end in (ours, theirs):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
         ours.setblocking(False)
+        command = [sys.executable, "-m", "postcopy_workers.custodian", "--channel", str(theirs.fileno())]
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "postcopy_workers.custodian", "--channel", str(theirs.fileno())],
+                command if self._device else [*command, "--keep-privileges"],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

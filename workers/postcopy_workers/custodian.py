@@ -107,11 +107,14 @@ class Custodian:
             return self._say(ForkFailed(order.worker, order.incarnation, f"not kept here: {', '.join(missing)}"))
         fds = [fd for key in order.keys for fd in self._kept[key]]
         try:
+            # Decoded on this side of the fork: what the codec touches would be copied for every worker (0.4 MB).
+            assignment = decode(order.assignment, expect=(Assignment,))
             pid = os.fork()
-        except OSError as error:
-            return self._say(ForkFailed(order.worker, order.incarnation, f"fork: {error.strerror}"))
+        except (OSError, BadMessage) as error:
+            return self._say(ForkFailed(order.worker, order.incarnation, f"fork: {error}"))
         if pid == 0:
-            _be_worker(order, fds)
+            assert isinstance(assignment, Assignment)
+            _be_worker(assignment, fds)
         pidfd = process.pidfd_open(pid)  # no race: nobody but us reaps it
         self._workers[pidfd] = (pid, order.worker, order.incarnation)
         self._poll.register(pidfd, select.POLLIN)
@@ -131,14 +134,13 @@ class Custodian:
             descriptors.send_message(self._channel, encode(message), fds or [], wait=True)
 
 
-def _be_worker(order: ForkWorker, fds: list[int]) -> NoReturn:
+def _be_worker(assignment: Assignment, fds: list[int]) -> NoReturn:
     """In the child: close what is not ours, then live as a worker. Whatever goes wrong ends this process only."""
     status = 70
     try:
         descriptors.close_others(set(fds))
-        process.name_process(f"postcopy-w{order.worker}")
-        assignment = decode(order.assignment, expect=(Assignment,))
-        live = errand.serve_errands if order.worker == 0 else worker.serve_client
+        process.name_process(f"postcopy-w{assignment.worker}")
+        live = errand.serve_errands if assignment.worker == 0 else worker.serve_client
         live(assignment, fds)
     except BaseException:
         traceback.print_exc()
@@ -150,7 +152,9 @@ def _be_worker(order: ForkWorker, fds: list[int]) -> NoReturn:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m postcopy_workers.custodian", description=__doc__)
     parser.add_argument("--channel", type=int, required=True, help="descriptor of the socket to the supervisor")
-    channel = socket.socket(fileno=parser.parse_args().channel)
+    parser.add_argument("--keep-privileges", action="store_true", help="workers need them once (no /dev/userfaultfd)")
+    told = parser.parse_args()
+    channel = socket.socket(fileno=told.channel)
     channel.setblocking(True)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     # A Ctrl-C at the supervisor's terminal is the supervisor's business. Not setsid(): a session is a scheduling group
@@ -159,6 +163,10 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     process.name_process("postcopy-cust")
     descriptors.raise_descriptor_limit()
+    if not told.keep_privileges:
+        # Here instead of in every worker, which inherits it: the doing would cost each of them 0.4 MB.
+        process.drop_privileges()
+        worker.PRIVILEGED = False
     gc.collect()
     gc.freeze()  # what is imported by now stays shared between all workers
     Custodian(channel).run()

@@ -45,6 +45,8 @@ from .page_sources import FilePages, Handler, HandlerPages, NoPages, PageSource,
 from .placing import Block, Calls, OwnMapping
 from .requests import Requests
 
+PRIVILEGED = True
+"""False once the custodian has given up what a worker must not have, for itself and all that it forks."""
 BATCH = 16
 SOURCE_CHECK_SECONDS = 1.0
 MAX_REPORTS_OF_A_KIND = 16
@@ -94,7 +96,8 @@ class Worker:
         self.words[statistics.BUSY_SINCE_NS] = 0
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._own = self._own_userfaultfd()
-        process.drop_privileges()
+        if PRIVILEGED:
+            process.drop_privileges()
         self.blocks = {grant.block: self._block(grant) for grant in assignment.blocks}
 
     def descriptor(self, place: int) -> int:
@@ -220,19 +223,18 @@ class Attendant(threading.Thread):
         if not worker.remote:  # else the waker says it
             worker.hello(channel)
         quit_fd, client = (worker.descriptor(place) for place in (worker.assignment.quit, worker.assignment.client))
-        poller = zmq.Poller()
-        for thing in (quit_fd, client, worker.reports.bell, channel):
-            poller.register(thing, zmq.POLLIN)
+        bell = worker.reports.bell
+        waiting = select.poll()  # nothing is said to this channel: the waker has the one that is answered
+        for fd in (quit_fd, client, bell):
+            waiting.register(fd, select.POLLIN)
         while True:
-            ready = dict(poller.poll(int(SOURCE_CHECK_SECONDS * 1000)))
-            if worker.reports.bell in ready:
-                os.eventfd_read(worker.reports.bell)
+            ready = [fd for fd, _ in waiting.poll(SOURCE_CHECK_SECONDS * 1000)]
+            if bell in ready:
+                os.eventfd_read(bell)
             for frame in worker.reports.take():
                 worker.say(channel, frame)
             if quit_fd in ready or client in ready:
                 os._exit(0)
-            if channel in ready:
-                channel.recv()  # nothing is said to a worker of local blocks
             worker.check_sources()
 
 
