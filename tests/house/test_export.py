@@ -184,7 +184,7 @@ def test_the_end_cancels_an_export(runtime_dir: Path, module: Path) -> None:
 def test_what_is_no_file_is_not_replaced(runtime_dir: Path, source_file: SourceFile, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "out")
     with House(runtime_dir, f"ram0={source_file(PAGE)}") as house:
-        assert "not a regular file" in refusal(house, tmp_path / "out")
+        assert "no regular file" in refusal(house, tmp_path / "out")
         assert (tmp_path / "out").is_fifo()
         assert left(tmp_path) == ["out"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import SourceFile
-from tests.house.house import PAGE, House, Puppet, alive, until
+from tests.house.house import PAGE, House, Puppet, alive, end_by_pidfd, until
 
 CLIENTS = 64
 SIZE = 300 * (1 << 20) + 4099
@@ -35,15 +35,18 @@ def faults(house: House, clients: list[Puppet]) -> dict[int, int]:
 def test_64_clients_read_every_byte_while_some_of_the_house_dies(runtime_dir: Path, source_file: SourceFile) -> None:
     path = source_file(SIZE)
     pages = -(-SIZE // PAGE)
-    with House(runtime_dir, f"ram0={path}", fault_around="16K") as house:
+    with House(runtime_dir, f"ram0={path}", fault_around="4K") as house:
         clients = started(house)
         doomed, *rest = clients
         victims = rest[:VICTIMS]
         for seed, client in enumerate(clients):
             client.begin(f"check(b, {str(path)!r}, 'random', 65536, {seed})")
         until(lambda: min(faults(house, [doomed, *victims]).values()) > 5, "all of them fault", 30)
+        workers = {record["pid"]: record["worker_pid"] for record in house.status()["clients"]}
         before = faults(house, victims)
-        killed = [house.kill_worker(client) for client in victims]
+        killed = [workers[client.pid] for client in victims]
+        for pid in killed:
+            end_by_pidfd(pid, signal.SIGKILL, "postcopy-w")
         doomed.kill()
         assert house.block()["received"] < pages, "the kills came in the middle"
         until(lambda: not any(alive(pid) for pid in killed), "the workers are dead")
