@@ -227,7 +227,8 @@ REPORTS = (
 
 @dataclass(frozen=True, slots=True)
 class Wake(Message):
-    """Pages of a remote block are placed: wake whoever waits for them (packed u64 offsets)."""
+    """Pages of a remote block are placed: wake whoever waits for them (packed u64 offsets). Block 0 answers a hello:
+    earlier answers may be lost, so wake everybody and ask again for what they then fault on."""
 
     TAG = 50
     block: int

@@ -27,6 +27,7 @@ from postcopy_protocol.received import (
     WATCHED,
     Audit,
     polluted,
+    runs_of,
 )
 from postcopy_protocol.sizes import format_size
 from postcopy_protocol.sources import FileSource, HandlerSource, RemoteSource, Source, ZeroSource
@@ -198,6 +199,15 @@ class RamBlock:
             received += piece.count(RECEIVED)
             lost += piece.count(LOST)
         return received, lost
+
+    def lost_pages(self) -> list[int]:
+        """Pages that are marked lost."""
+        return [
+            page
+            for at, piece in self._map_pieces()
+            for start, stop in runs_of(piece, LOST)
+            for page in range(at + start, at + stop)
+        ]
 
     def present_runs(self) -> Iterator[tuple[int, int]]:
         """Runs of pages that the kernel says are in the block. Not for hugetlb, which claims data everywhere."""

@@ -19,7 +19,7 @@ from postcopy_protocol import statistics
 from postcopy_protocol.codec import unpack_offsets
 from postcopy_protocol.geometry import AddressSpace, Region
 from postcopy_protocol.messages import Fetch, Fetched, Message
-from postcopy_protocol.received import MISSING
+from postcopy_protocol.received import LOST, RECEIVED
 
 from .blocks import RamBlock
 from .custody import Custody
@@ -33,6 +33,9 @@ NUMBER = 0
 KEY = "client/0"
 PIECE = 1 << 20
 """Bytes asked of worker zero at a time: more would keep an urgent page behind them waiting."""
+
+
+RECEIVED_BYTE, LOST_BYTE = bytes((RECEIVED,)), bytes((LOST,))
 
 
 class ClientZero:
@@ -141,16 +144,18 @@ class ClientZero:
         return now + max(0.005, PIECE / rate)
 
     def _next_piece(self) -> tuple[int, int, int] | None:
+        """Block, first and end page of what is not there yet; around the end of a block once more, for what was in
+        flight or left over by a worker that died."""
         for block in self._blocks.values():
-            if block.kind != "local":
+            if block.kind != "local" or block.complete:
                 continue
-            at = self._cursor[block.number]
-            while at < block.pages:
+            for _ in range(block.pages // max(1, PIECE // block.page_size) + 2):
+                at = self._cursor[block.number]
                 end = self._piece_end(block, at)
-                if MISSING in block.received[at:end]:
-                    self._cursor[block.number] = end
+                self._cursor[block.number] = end if end < block.pages else 0
+                states = block.received[at:end]
+                if states.count(RECEIVED_BYTE) + states.count(LOST_BYTE) < len(states):
                     return block.number, at, end
-                at = self._cursor[block.number] = end
         return None
 
     # --- for exports --------------------------------------------------------------------------------------------------

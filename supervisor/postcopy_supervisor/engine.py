@@ -117,6 +117,10 @@ class Engine:
         """Nothing in flight and nobody waiting."""
         return not self._waiting and not any(self._asked.values())
 
+    def waits(self, waiter: int) -> bool:
+        """Does it stand anywhere?"""
+        return any(waiter in waiters for waiters in self._waiting.values())
+
     def waited_for(self, block: int) -> list[int]:
         """Pages of a block that somebody stands at."""
         return sorted(page for number, page in self._waiting if number == block)

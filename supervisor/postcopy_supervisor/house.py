@@ -44,6 +44,7 @@ from postcopy_protocol.messages import (
     RegionGrant,
     Report,
     RequestPages,
+    Wake,
     WorkerHello,
 )
 from postcopy_protocol.return_path import FROM_SOURCE
@@ -172,10 +173,11 @@ class House:
 
     def _link_event(self, kind: str, detail: str) -> None:
         self._event(kind, detail)
-        if kind == "pause":
-            for link in self._links.values():
-                if link.state == "paused":
-                    self.paging.source_lost(link)
+        for link in self._links.values():
+            if kind == "pause" and link.state == "paused":
+                self.paging.source_lost(link)
+            elif kind == "recover" and link.state == "up":
+                self.paging.source_back(link)
 
     def _people(self) -> None:
         """Porter, workforce, client zero and reception, in the order in which they need one another."""
@@ -194,6 +196,7 @@ class House:
         )
         self.paging.poison_on_loss = self.settings.poison_on_loss
         self._links: dict[bytes, Link] = {}
+        self._babble: dict[str, int] = {}
         self.zero.paging = self.paging
         allowed = frozenset({os.geteuid()}) | self.settings.allow_uids
         self.reception = Reception(
@@ -201,7 +204,15 @@ class House:
         )
         self.zero.workforce = self.reception.workforce = self.workforce
         self.reception.left = self.paging.left
-        self.watchdog = Watchdog(self.workforce, self.reception, self.zero, self.settings.handler_timeout, self._event)
+        self.paging.clients_with = self.reception.with_block
+        self.watchdog = Watchdog(
+            self.workforce,
+            self.reception,
+            self.zero,
+            self.paging.engine,
+            self.settings.handler_timeout,
+            self._event,
+        )
 
     def _bind(self) -> zmq.Socket[bytes]:
         router: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
@@ -278,28 +289,41 @@ class House:
             raw = [frame.buffer for frame in frames[2:]]
             arrived = link.heard(message, [len(buffer) for buffer in raw], now)
         except BadMessage as error:
-            return self._event("source-nonsense", f"source {link.endpoint}: {error}; not used")
+            return self._nonsense(link, error)
         if arrived is not None:
             self.paging.arrived(arrived, [memory.address_of(buffer) for buffer in raw])
             self.paging.background(self.settings.background_rate, self._allowed, now)
 
+    def _nonsense(self, link: Link, error: BadMessage) -> None:
+        """Told when its number has doubled: a source that babbles must not drown everything else."""
+        count = self._babble[link.endpoint] = self._babble.get(link.endpoint, 0) + 1
+        if count & (count - 1) == 0:
+            self._event("source-nonsense", f"source {link.endpoint}: {error}; not used ({count} such words)")
+
     def _heard(self, identity: bytes, frame: bytes) -> None:
         try:
             message = decode(frame, expect=FROM_ROUTER)
+            match message:
+                case WorkerHello():
+                    self._hello(message)
+                case Report():
+                    self._report(message)
+                case Fetched():
+                    self.zero.fetched(message)
+                case RequestPages():
+                    self._pages_requested(message)
+                case _:
+                    self._answer(identity, control.answer(self, message))
         except BadMessage as error:
             log.warning("router: what %r said is no message: %s", identity[:32], error)
-            return self._answer(identity, ControlRefused(f"not understood: {error}"))
-        match message:
-            case WorkerHello():
-                self.workforce.hello(message)
-            case Report():
-                self._report(message)
-            case Fetched():
-                self.zero.fetched(message)
-            case RequestPages():
-                self._pages_requested(message)
-            case _:
-                self._answer(identity, control.answer(self, message))
+            self._answer(identity, ControlRefused(f"not understood: {error}"))
+
+    def _hello(self, message: WorkerHello) -> None:
+        """A worker is there. Before its hello the road to it may not have been open, and answers to requests that it
+        had sent on its other channel were lost: a wake of nothing tells it to ask anew."""
+        self.workforce.hello(message)
+        if message.worker in self.reception.clients and self._links:
+            self._send_worker(message.worker, Wake(0, b""))
 
     def _pages_requested(self, message: RequestPages) -> None:
         block = self._by_number.get(message.block)
@@ -434,7 +458,7 @@ class House:
 
     def _event(self, kind: str, detail: str) -> None:
         self.history.add(kind, detail)
-        quiet = kind in ("complete", "memory")
+        quiet = kind in ("complete", "memory", "source", "recover", "healed")
         log.log(logging.INFO if quiet else logging.WARNING, "%s: %s", kind, detail)
 
     def _send_worker(self, worker: int, message: Message) -> None:

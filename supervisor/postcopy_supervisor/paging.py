@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from postcopy_kernel.memory import Mapping
 from postcopy_kernel.userfaultfd import Status, Userfaultfd
 from postcopy_protocol.codec import pack_offsets
+from postcopy_protocol.geometry import runs
 from postcopy_protocol.messages import Lost, Message, Wake
 from postcopy_protocol.received import LOST, MISSING, PLACING, RECEIVED, SHARED
 from postcopy_protocol.return_path import LOST as LOST_RANGE
@@ -52,6 +53,7 @@ class Paging:
         self.engine = Engine()
         self.links: dict[int, Link] = {}  # by block
         self.poison_on_loss = False
+        self.placed = 0
         self._core = core
         self._blocks = blocks
         self._around = fault_around
@@ -64,7 +66,9 @@ class Paging:
         self._credit = 0.0
         self._credited = time.monotonic()
         self._zeros = Mapping.anonymous(ZERO_PIECE)
-        self._urgent = True
+        self.clients_with: Callable[[int], list[int]] = lambda block: []
+        self._told_lost: dict[int, set[int]] = {}  # by block: pages that some client was told are lost
+        self._healing: dict[int, set[int]] = {}
 
     # --- faults -------------------------------------------------------------------------------------------------------
 
@@ -95,8 +99,6 @@ class Paging:
     def left(self, waiter: int) -> None:
         """A client is gone."""
         self.engine.leave(waiter)
-        for link in set(self.links.values()):
-            link.flow.gone(waiter)
         for key in [key for key in self._windows if key[0] == waiter]:
             del self._windows[key]
 
@@ -114,6 +116,8 @@ class Paging:
             else:
                 woken.setdefault((effect.waiter, effect.block, effect.lost), []).append(effect.page)
         for (worker, number, lost), pages in woken.items():
+            if lost:
+                self._told_lost.setdefault(number, set()).update(pages)
             size = self._blocks[number].page_size
             offsets = pack_offsets([page * size for page in pages])
             self._to_worker(worker, Lost(number, offsets) if lost else Wake(number, offsets))
@@ -141,6 +145,7 @@ class Paging:
             else:
                 self.place(block, first, end, addresses[frame])
             self.do(self.engine.answered(block.number, first, end, lost))
+            self._heal(block, first, end)
 
     def place(self, block: RamBlock, first: int, end: int, source: int) -> None:
         """Put pages into the block from memory at ``source``; those that are received already stay as they are."""
@@ -164,6 +169,7 @@ class Paging:
             outcome = self._core.copy(base + first * size, source, (end - first) * size)
             done = max(0, outcome.done) // size
             received[first : first + done] = bytes((RECEIVED,)) * done
+            self.placed += done
             first, source = first + done, source + done * size
             if outcome.status is Status.PRESENT:
                 self._settle(block, first, source)
@@ -215,6 +221,31 @@ class Paging:
         for number in [number for number, other in self.links.items() if other is link]:
             for page in self.engine.waited_for(number):
                 self.do(self.engine.answered(number, page, page + 1, [page]))
+
+    def source_back(self, link: Link) -> None:
+        """It may have again what was lost: those pages are asked for once more."""
+        for number in [number for number, other in self.links.items() if other is link]:
+            block = self._blocks[number]
+            pages = self._told_lost.pop(number, set()) | set(block.lost_pages())
+            for page in pages:
+                if block.received[page] == LOST:
+                    block.received[page] = MISSING  # absent, by the proof that LOST needs
+            self._healing.setdefault(number, set()).update(pages)
+            for first, end in runs(pages):
+                self.do(self.engine.ask(number, first, end))
+
+    def _heal(self, block: RamBlock, first: int, end: int) -> None:
+        """A page that was lost has come after all: whoever was given SIGBUS there gets it mapped (CONTINUE)."""
+        healing = self._healing.get(block.number)
+        if not healing:
+            return
+        back = {page for page in healing if first <= page < end and block.received[page] == RECEIVED}
+        healing -= back
+        if back:
+            offsets = pack_offsets([page * block.page_size for page in sorted(back)])
+            for worker in self.clients_with(block.number):
+                self._to_worker(worker, Wake(block.number, offsets))
+            self._event("healed", f"block {block.name}: {len(back)} lost pages from page {min(back)} are there again")
 
     # --- background ---------------------------------------------------------------------------------------------------
 

@@ -34,7 +34,8 @@ from .blocks import RamBlock
 
 log = logging.getLogger(__name__)
 
-IDENTITY = b"porter"
+IDENTITY = b"porter-" + os.urandom(16).hex().encode()
+"""Nobody can guess it: with ROUTER_HANDOVER a stranger who could would take the bell away from us."""
 ENDPOINT = "inproc://porter"
 TICK_SECONDS = 0.25
 ACCEPT_AT_ONCE = 64

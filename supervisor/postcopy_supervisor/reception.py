@@ -122,8 +122,10 @@ class Reception:
             who = descriptors.peer_credentials(connection)
             if who.uid not in self._allowed:
                 raise Refusal("denied", f"user {who.uid} may not attach here (serve --allow-uid {who.uid} allows it)")
-            strangers = sum(client.userfaultfd is None for client in self.clients.values())
-            if strangers >= MOST_STRANGERS or not self._room():
+            strangers = [client for client in self.clients.values() if client.userfaultfd is None]
+            if len(strangers) >= MOST_STRANGERS:
+                self.remove(min(strangers, key=lambda client: client.since), "said nothing while others came")
+            if not self._room():
                 raise Refusal("limit", f"no room for another client: {self._limit} descriptors (ulimit -n)")
             pidfd = descriptors.peer_pidfd(connection)
         except (Refusal, OSError) as error:
@@ -374,6 +376,12 @@ class Reception:
                 self._send(client.connection, message)
 
     # --- what a worker is told ----------------------------------------------------------------------------------------
+
+    def with_block(self, block: int) -> list[int]:
+        """Clients that have regions of a block."""
+        return [
+            number for number, client in self.clients.items() if any(region.block == block for region in client.regions)
+        ]
 
     def grants(self, number: int) -> tuple[Client, list[RamBlock]]:
         """A client and the blocks that its regions show."""

@@ -49,6 +49,7 @@ def load_keys(secret_file: str, source_file: str) -> Keys:
 
 def secure(channel: zmq.Socket[Any], endpoint: str, keys: Keys | None, plain_tcp: bool) -> None:
     """Set up a socket for its next connect. Raises BadInput for a tcp endpoint that nobody has secured."""
+    channel.curve_server = 0  # sets the mechanism back to none: a tcp source may have been connected before
     if not endpoint.startswith("tcp://"):
         return
     if keys is not None:

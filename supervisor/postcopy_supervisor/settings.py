@@ -11,7 +11,7 @@ from postcopy_protocol.errors import BadInput
 from postcopy_protocol.geometry import PAGE_2M, PAGE_4K
 from postcopy_protocol.places import runtime_directory
 from postcopy_protocol.sizes import parse_size
-from postcopy_protocol.sources import Source, parse_named
+from postcopy_protocol.sources import RemoteSource, Source, parse_named
 
 LARGEST_WINDOW = 1 << 20
 """Bytes of the largest window of ``--fault-around auto``: beyond it a COPY blocks its loop for long and gains
@@ -53,6 +53,8 @@ def parse(arguments: list[str]) -> Settings:
         name, source = parse_named(text)
         if name in sources:
             raise BadInput(f"the name {name} is used twice: every block needs a name of its own")
+        if isinstance(source, RemoteSource) and source in sources.values():
+            raise BadInput(f"{source} is named twice: one block of it is enough, any number of clients may attach it")
         sources[name] = source
     auto = told.fault_around == "auto"
     return Settings(

@@ -57,22 +57,23 @@ def document(
     history: History,
 ) -> bytes:
     """UTF-8 JSON."""
-    clients = [_client(client, workforce, blocks) for client in reception.clients.values()]
+    paused = {number for number, link in paging.links.items() if link.state == "paused"}
+    clients = [_client(client, workforce, blocks, paused) for client in reception.clients.values()]
     pages = [client.words.tolist() for client in reception.clients.values() if client.words is not None]
     total = statistics.merge([reception.past, zero.words.tolist(), *pages])
     told = {
         "protocol": VERSION,
         "pid": os.getpid(),
         "uptime_s": round(time.monotonic() - started, 3),
-        "state": state,
+        "state": "paused" if paused and state == "running" else state,
         "blocks": [_block(block) for block in blocks],
         "clients": clients,
         "sources": [_source(link) for link in dict.fromkeys(paging.links.values())],
         "totals": {
             "faults": total[statistics.FAULTS] + zero.faults,
-            "requests": total[statistics.REQUESTS] + paging.engine.requests,
+            "requests": paging.engine.requests,
             "deduplicated": total[statistics.DEDUPLICATED] + paging.engine.deduplicated,
-            "placed": total[statistics.PLACED],
+            "placed": total[statistics.PLACED] + paging.placed,
             "placed_around": total[statistics.AROUND],
             "wakes": total[statistics.WAKES],
             "lost": total[statistics.LOST],
@@ -115,11 +116,13 @@ def _source(link: Link) -> dict[str, Any]:
     }
 
 
-def _client(client: Client, workforce: Workforce, blocks: Sequence[RamBlock]) -> dict[str, Any]:
+def _client(client: Client, workforce: Workforce, blocks: Sequence[RamBlock], paused: set[int]) -> dict[str, Any]:
     names = {block.number: block.name for block in blocks}
     words = client.words.tolist() if client.words is not None else [0] * statistics.WORDS
     slot = workforce.fleet.slots.get(client.number)
     shown = slot.shown if slot is not None else ("running" if client.released else "starting")
+    if shown == "running" and any(region.block in paused for region in client.regions):
+        shown = "paused"
     seen = {(region.block, region.mode): None for region in [*client.regions, *client.released]}
     return {
         "id": client.number,

@@ -10,6 +10,7 @@ from postcopy_protocol.statistics import BUSY_SINCE_NS, FAULTS, OUTSIDE
 
 from .client_zero import NUMBER as ZERO
 from .client_zero import ClientZero
+from .engine import Engine
 from .reception import Reception
 from .workforce import Workforce
 
@@ -25,12 +26,14 @@ class Watchdog:
         workforce: Workforce,
         reception: Reception,
         zero: ClientZero,
+        engine: Engine,
         handler_timeout: float,
         event: Callable[[str, str], None],
     ) -> None:
         self._workforce = workforce
         self._reception = reception
         self._zero = zero
+        self._engine = engine
         self._timeout = handler_timeout
         self._event = event
         self._watched: dict[int, tuple[int, float]] = {}
@@ -52,9 +55,17 @@ class Watchdog:
                 self._watch_client(number, words, now)
 
     def _watch_client(self, number: int, words: memoryview, now: float) -> None:
-        """Waiters, read or unread, while the worker is busy with nothing and answers nothing: it hangs."""
+        """Waiters, read or unread, while the worker is busy with nothing and answers nothing: it hangs. Where it has
+        asked us for pages, only what it has not read counts: those it has may wait for a source as long as it takes."""
         ufd, faults = self._reception.clients[number].userfaultfd, words[FAULTS]
-        if ufd is None or words[BUSY_SINCE_NS] or stuck_faults(ufd.fileno())[1] <= words[OUTSIDE]:
+        if ufd is None:
+            return
+        unread, waiting = stuck_faults(ufd.fileno())
+        if self._engine.waits(number):
+            waiting = unread
+        else:
+            waiting -= words[OUTSIDE]  # read, and left waiting on purpose
+        if words[BUSY_SINCE_NS] or waiting <= 0:
             self._watched.pop(number, None)
             return
         seen, since = self._watched.setdefault(number, (faults, now))

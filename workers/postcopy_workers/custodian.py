@@ -109,16 +109,22 @@ class Custodian:
         try:
             # Decoded on this side of the fork: what the codec touches would be copied for every worker (0.4 MB).
             assignment = decode(order.assignment, expect=(Assignment,))
+            hear, tell = os.pipe()
             pid = os.fork()
         except (OSError, BadMessage) as error:
             return self._say(ForkFailed(order.worker, order.incarnation, f"fork: {error}"))
         if pid == 0:
             assert isinstance(assignment, Assignment)
-            _be_worker(assignment, fds)
+            os.close(tell)
+            _be_worker(assignment, fds, hear)
+        os.close(hear)
         pidfd = process.pidfd_open(pid)  # no race: nobody but us reaps it
         self._workers[pidfd] = (pid, order.worker, order.incarnation)
         self._poll.register(pidfd, select.POLLIN)
         self._say(WorkerForked(order.worker, order.incarnation, pid), [pidfd])
+        # Only now may it live: if we die before, nobody has its pidfd, and a second life would read the same ufd.
+        os.write(tell, b"!")
+        os.close(tell)
 
     def _reap(self, pidfd: int) -> None:
         pid, number, incarnation = self._workers.pop(pidfd)
@@ -134,11 +140,14 @@ class Custodian:
             descriptors.send_message(self._channel, encode(message), fds or [], wait=True)
 
 
-def _be_worker(assignment: Assignment, fds: list[int]) -> NoReturn:
+def _be_worker(assignment: Assignment, fds: list[int], hear: int) -> NoReturn:
     """In the child: close what is not ours, then live as a worker. Whatever goes wrong ends this process only."""
     status = 70
     try:
-        descriptors.close_others(set(fds))
+        descriptors.close_others({*fds, hear})
+        if not os.read(hear, 1):
+            os._exit(status)
+        os.close(hear)
         process.name_process(f"postcopy-w{assignment.worker}")
         live = errand.serve_errands if assignment.worker == 0 else worker.serve_client
         live(assignment, fds)

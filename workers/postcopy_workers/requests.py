@@ -52,3 +52,7 @@ class Requests:
             begun = self._asked.pop((block, offset), None)
             if begun is not None:
                 self._words[bucket(now - begun)] += 1
+
+    def forget(self) -> None:
+        """Nothing counts as asked for; whoever waits is to be woken, and asks again."""
+        self._asked.clear()

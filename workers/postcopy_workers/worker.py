@@ -254,6 +254,10 @@ class Waker(threading.Thread):
             try:
                 message = decode(channel.recv(), expect=(Wake, Lost))
                 assert isinstance(message, Wake | Lost)
+                if not message.block:  # the supervisor has heard our hello: what it said before may not have come
+                    self._requests.forget()
+                    self._handler.wake_everything()
+                    continue
                 offsets = unpack_offsets(message.offsets)
                 self._requests.answered(message.block, offsets)
                 self._handler.woken(message.block, offsets, lost=isinstance(message, Lost))
