@@ -5,9 +5,14 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+from typing import TYPE_CHECKING
 
 from postcopy_kernel.process import die_with_parent
 from postcopy_protocol.errors import BadInput, PostcopyError
+
+if TYPE_CHECKING:
+    from .settings import Settings
+    from .source import PageSource
 
 
 def main() -> int:
@@ -21,11 +26,10 @@ def main() -> int:
         )
         if settings.die_with_parent:
             die_with_parent(settings.die_with_parent, signal.SIGTERM)
-        from .file_source import FileSource
         from .serving import serve
 
         serve(
-            [FileSource(name, path) for name, path in settings.files.items()],
+            _sources(settings),
             settings.listen,
             curve=settings.curve,
             allow=settings.allow,
@@ -43,6 +47,16 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _sources(settings: Settings) -> list[PageSource]:
+    if settings.house:
+        from .house_source import HouseSource
+
+        return [HouseSource(settings.house, name) for name in settings.files]
+    from .file_source import FileSource
+
+    return [FileSource(name, path) for name, path in settings.files.items()]
 
 
 def _complain(text: str, status: int) -> int:

@@ -9,7 +9,8 @@ from typing import NoReturn
 
 from postcopy_protocol.curve_keys import PUBLIC_ENDING, KeyPair, read_keys
 from postcopy_protocol.errors import BadInput
-from postcopy_protocol.sources import FileSource, parse_named
+from postcopy_protocol.places import runtime_directory
+from postcopy_protocol.sources import FileSource, parse_block_name, parse_named
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,8 @@ class Settings:
     """Times in seconds."""
 
     files: dict[str, str]
+    """Files by block name; with ``house`` the blocks' names, to nothing."""
+    house: str
     listen: str
     curve: KeyPair | None
     allow: tuple[bytes, ...]
@@ -33,7 +36,8 @@ def parse(arguments: list[str]) -> Settings:
     OSError for a key file that cannot be read."""
     told = _parser().parse_args(arguments)
     return Settings(
-        files=_files(told.blocks),
+        files=_files(told.blocks) if told.house is None else {parse_block_name(name): "" for name in told.blocks},
+        house="" if told.house is None else runtime_directory(told.house, os.environ),
         listen=told.listen,
         curve=_keys(told.curve_secret, secret=True) if told.curve_secret else None,
         allow=tuple(_keys(path, secret=False).public for place in told.allow_key for path in _public_files(place)),
@@ -105,7 +109,8 @@ def _parser() -> _Parser:
         epilog="Over tcp CURVE keys are wanted (postcopy keygen). SIGTERM ends in order.",
     )
     add = parser.add_argument
-    add("blocks", nargs="+", metavar="NAME=FILE", help="a block and the file that it is")
+    add("blocks", nargs="+", metavar="NAME=FILE", help="a block and the file that it is (with --from: NAME)")
+    add("--from", dest="house", metavar="RUNTIME_DIR", help="serve blocks of the supervisor there, as they come")
     add("--listen", required=True, metavar="ENDPOINT", help="ipc:///PATH or tcp://HOST:PORT")
     add("--curve-secret", metavar="FILE", help="our own keys, the file that ends in .key_secret")
     add(

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import zmq
-import zmq.auth
 
 from postcopy_protocol.codec import decode, encode
+from postcopy_protocol.curve_keys import KeyPair, read_keys
 from postcopy_protocol.errors import BadInput, BadMessage
 from postcopy_protocol.return_path import FEATURES, MAX_RANGE_BYTES, Advise, Advised, SourceRefused
 
@@ -37,14 +37,18 @@ class Keys:
 
 def load_keys(secret_file: str, source_file: str) -> Keys:
     """Keys of files that ``postcopy keygen`` makes. Raises BadInput."""
+    if not source_file:
+        raise BadInput("--curve-secret wants --source-key FILE too, the public key by which the source is known")
+    ours, source = _read(secret_file, secret=True), _read(source_file, secret=False)
+    return Keys(ours.public, ours.secret or b"", source.public)
+
+
+def _read(path: str, *, secret: bool) -> KeyPair:
     try:
-        public, secret = zmq.auth.load_certificate(secret_file)
-        source, _ = zmq.auth.load_certificate(source_file)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"cannot load keys: {error}") from None
-    if secret is None:
-        raise BadInput(f"{secret_file} holds no secret key; --curve-secret wants the file that ends with .key_secret")
-    return Keys(public, secret, source)
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return read_keys(file.read(1 << 16), path, secret=secret)
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error.strerror}") from None
 
 
 def secure(channel: zmq.Socket[Any], endpoint: str, keys: Keys | None, plain_tcp: bool) -> None:
