@@ -2,8 +2,10 @@
 
 Urgent before background: ranges that somebody waits for are sent at once, up to a bound of requests and bytes in
 flight, and what does not fit waits in a queue *per client*, served in turns, so that one client's storm does not
-starve another. Background pieces go only into a window that is small while anything urgent is under way: on one
-connection an urgent answer stands behind whatever was asked before it.
+starve another. Background pieces have a bound of requests of their own, and go only into a window that is small while
+anything urgent is under way: on one connection an urgent answer stands behind whatever was asked before it.
+
+The wishes of a client that leaves stay: the engine counts them as asked for, and others may wait for the same pages.
 
 A request that is not answered in ``patience`` seconds is sent again under a new number; after ``attempts`` its pages
 are lost. While the source is away nothing is sent and no time passes; when it is back everything open is sent anew.
@@ -12,6 +14,7 @@ are lost. While the source is away nothing is sent and no time passes; when it i
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 BACKGROUND = -1
@@ -20,7 +23,8 @@ BACKGROUND = -1
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bytes and seconds. ``calm`` is for how long after an urgent request background pieces stay small."""
+    """Bytes and seconds; ``requests`` urgent ones in flight, and as many of the background. ``calm`` is for how long
+    after an urgent request background pieces stay small."""
 
     requests: int = 64
     bytes: int = 8 << 20
@@ -56,13 +60,14 @@ Effect = Send | GiveUp
 
 @dataclass(slots=True)
 class Wish:
-    """A range on its way: asked for ``attempts`` times, last at ``sent`` (monotonic seconds)."""
+    """A range on its way: asked for ``attempts`` times, last at ``sent`` (monotonic seconds). ``missing``: what has not
+    come of it since then, as (offset, end)."""
 
     client: int
     block: int
     offset: int
     length: int
-    left: int
+    missing: list[tuple[int, int]] = field(default_factory=list)
     sent: float = 0.0
     attempts: int = 0
 
@@ -77,6 +82,7 @@ class Flow:
     _queues: dict[int, deque[Wish]] = field(default_factory=dict)
     _bytes: int = 0
     _background: int = 0
+    _pieces: int = 0
     _next: int = 1
     _urgent_at: float = -1e9
 
@@ -84,34 +90,35 @@ class Flow:
 
     def wish(self, client: int, block: int, offset: int, length: int, now: float) -> list[Effect]:
         """A range is wanted by a client, or by nobody yet (BACKGROUND)."""
-        self._queues.setdefault(client, deque()).append(Wish(client, block, offset, length, length))
+        self._queues.setdefault(client, deque()).append(Wish(client, block, offset, length))
         return self._pump(now)
 
-    def answered(self, request: int, length: int, now: float) -> tuple[list[Effect], float]:
-        """``length`` bytes of a request have come. When that is all of it: what may be sent now, and how many seconds
-        it took (0.0 before that, and for a request that nobody remembers)."""
+    def answered(
+        self, request: int, block: int, ranges: Sequence[tuple[int, int]], now: float
+    ) -> tuple[list[Effect], float]:
+        """``ranges`` (offset, length) have come in answer to a request. When that was the rest of it: what may be sent
+        now, and how many seconds it took (0.0 before that, and for a request that nobody remembers)."""
         wish = self._flying.get(request)
-        if wish is None:
+        if wish is None or wish.block != block:
             return [], 0.0
-        wish.left -= length
-        if wish.left > 0:
+        for offset, length in ranges:
+            wish.missing = _less(wish.missing, offset, offset + length)
+        if wish.missing:
             return [], 0.0
         del self._flying[request]
         self._landed(wish)
         return self._pump(now), now - wish.sent
 
-    def gone(self, client: int) -> None:
-        """A client has left: what it wanted and was not asked yet is not asked; what flies is brought all the same."""
-        self._queues.pop(client, None)
-
     def lost_source(self) -> None:
         """Nothing can be sent; everything open will be sent anew."""
         self.up = False
-        for wish in self._flying.values():
+        for wish in reversed(self._flying.values()):  # the oldest will be first in its queue
             self._landed(wish)
-            wish.attempts = 0
             self._queues.setdefault(wish.client, deque()).appendleft(wish)
         self._flying.clear()
+        for queue in self._queues.values():
+            for wish in queue:
+                wish.attempts = 0
 
     def found_source(self, now: float) -> list[Effect]:
         """It is there (again)."""
@@ -123,7 +130,7 @@ class Flow:
         effects: list[Effect] = []
         if not self.up:
             return effects
-        for request, wish in list(self._flying.items()):
+        for request, wish in reversed(list(self._flying.items())):
             if now - wish.sent < self.limits.patience:
                 continue
             del self._flying[request]
@@ -160,6 +167,11 @@ class Flow:
         background = sum(wish.length for wish in self._flying.values() if wish.client == BACKGROUND)
         assert self._background == background
         assert self.up or not self._flying
+        pieces = [wish for wish in self._flying.values() if wish.client == BACKGROUND]
+        assert len(pieces) == self._pieces <= self.limits.requests
+        assert len(self._flying) - self._pieces <= self.limits.requests
+        assert all(wish.missing for wish in self._flying.values())
+        assert not self.up or self._take() is None, "something waits though there is room"
         urgent = self._bytes - background
         largest = max((wish.length for wish in self._flying.values()), default=0)
         assert urgent <= self.limits.bytes + largest
@@ -170,17 +182,20 @@ class Flow:
         self._bytes -= wish.length
         if wish.client == BACKGROUND:
             self._background -= wish.length
+            self._pieces -= 1
 
     def _pump(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
         while self.up and (wish := self._take()) is not None:
-            wish.sent, wish.attempts, wish.left = now, wish.attempts + 1, wish.length
+            wish.sent, wish.attempts = now, wish.attempts + 1
+            wish.missing = [(wish.offset, wish.offset + wish.length)]
             urgent = wish.client != BACKGROUND
             self._bytes += wish.length
             if urgent:
                 self._urgent_at = now
             else:
                 self._background += wish.length
+                self._pieces += 1
             request, self._next = self._next, self._next + 1
             self._flying[request] = wish
             effects.append(Send(request, wish.block, wish.offset, wish.length, urgent))
@@ -188,16 +203,26 @@ class Flow:
 
     def _take(self) -> Wish | None:
         """The next wish: clients in turns, background last; None when there is no room or nothing waits."""
-        if len(self._flying) >= self.limits.requests or self._bytes - self._background >= self.limits.bytes:
-            return None
-        for client in list(self._queues):
-            if client == BACKGROUND:
+        urgent, size = len(self._flying) - self._pieces, self._bytes - self._background
+        for client, queue in self._queues.items():
+            if client == BACKGROUND or not queue:
                 continue
-            queue = self._queues.pop(client)
+            if urgent >= self.limits.requests or size >= self.limits.bytes:
+                return None
+            del self._queues[client]
+            wish = queue.popleft()
             if queue:
-                wish = queue.popleft()
-                if queue:
-                    self._queues[client] = queue  # behind the others: its next turn comes after theirs
-                return wish
-        queue = self._queues.get(BACKGROUND, deque())
-        return queue.popleft() if queue else None
+                self._queues[client] = queue  # behind the others: its next turn comes after theirs
+            return wish
+        pieces = self._queues.get(BACKGROUND)
+        return pieces.popleft() if pieces and self._pieces < self.limits.requests else None
+
+
+def _less(ranges: list[tuple[int, int]], start: int, stop: int) -> list[tuple[int, int]]:
+    """Ranges (offset, end) without those from ``start`` to ``stop``."""
+    return [
+        (low, high)
+        for offset, end in ranges
+        for low, high in ((offset, min(end, start)), (max(offset, stop), end))
+        if low < high
+    ]

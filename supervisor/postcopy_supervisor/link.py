@@ -5,6 +5,11 @@
 No socket is here: words go out through ``send`` and come in through ``heard``. A source that comes back at the
 endpoint, or another one there, is the same source if size and identity of every block are the same; else it is
 refused, and we wait on.
+
+What is said while nobody is there may be delivered later (ZeroMQ keeps it), all at once. So nothing but Ping is said
+then, and only its Pong brings an Advise: Advises that pile up would each end the stream of the one before. While the
+link is up, a Listen for every stream goes with the Ping: it renews the window of pushed pages, and a source that was
+started anew in between, which would answer the Ping, refuses it.
 """
 
 from __future__ import annotations
@@ -37,6 +42,8 @@ log = logging.getLogger(__name__)
 
 ADVISE_SECONDS = 1.0
 PING_SECONDS = 1.0
+REFUSALS = 16
+"""Refusals that are told between two times of being up."""
 PUSH_WINDOW = 16 << 20
 STRANGERS_WORDS = ("out-of-phase", "bad-range", "bad-message")
 
@@ -85,8 +92,11 @@ class Link:
         self._send = send
         self._event = event
         self._gave_up = gave_up
-        self._heard_at = self._advised_at = self._pinged_at = -1e9
-        self._refused = ""
+        self._advised_at = self._pinged_at = -1e9
+        self._silent_since: float | None = None  # when the first Ping was sent that nothing followed
+        self._nonce = self._nonce_lost = 0
+        self._complete: set[int] = set()
+        self._refused: set[str] = set()
 
     @property
     def shown(self) -> str:
@@ -101,19 +111,17 @@ class Link:
 
     def complete(self, block: int) -> None:
         """Nothing more will be asked of this block."""
+        self._complete.add(block)
         number = self._numbers.get(block)
         if number is not None and self.state == "up":
             self._send(Complete(number))
 
     def tick(self, now: float) -> None:
-        if self.state == "up":
-            if now - self._heard_at > self._patience:
-                self._pause(f"nothing heard for {self._patience:g} s")
-            elif now - self._pinged_at >= PING_SECONDS:
-                self._pinged_at = now
-                self._send(Ping(1))
-        if self.state != "up" and now - self._advised_at >= ADVISE_SECONDS:
-            self._advise(now)
+        silent = self._silent_since
+        if self.state == "up" and silent is not None and now - silent > self._patience:
+            self._pause(f"nothing heard for {self._patience:g} s")
+        if now - self._pinged_at >= min(PING_SECONDS, self._patience / 2):
+            self._ping(now)
         self._do(self.flow.tick(now))
 
     # --- what the source says -----------------------------------------------------------------------------------------
@@ -124,10 +132,12 @@ class Link:
             case Pages():
                 return self._pages(message, frame_lengths, now)
             case Advised():
-                self._heard_at = now
                 self._advised(message, now)
+                self._silent_since = None
             case Pong():
-                self._heard_at = now
+                self._silent_since = None
+                if self.state != "up" and message.nonce > self._nonce_lost and self._may_advise(now):
+                    self._advise(now)
             case SourceRefused():
                 self._was_refused(message, now)
         return None
@@ -138,11 +148,11 @@ class Link:
             return None  # a late answer, from before a recover
         stream = self._streams[block]
         ranges = check_pages(message, frame_lengths, stream.page_size, stream.size)
-        self._heard_at = now
+        self._silent_since = None
         length = sum(length for _, length, _, _ in ranges)
         self.pages += length // stream.page_size
         self.bytes += sum(frame_lengths)
-        effects, took = self.flow.answered(message.request, length, now)
+        effects, took = self.flow.answered(message.request, block, [(at, size) for at, size, _, _ in ranges], now)
         if took:
             self.words[statistics.bucket(int(took * 1e9))] += 1
         self._do(effects)
@@ -157,29 +167,45 @@ class Link:
                 f"block {message.name} is another one now: {message.size} bytes of {message.identity}, "
                 f"it was {stream.size} bytes of {stream.identity}"
             )
-        old = self._numbers.pop(stream.block, None)
-        if old is not None:
-            self._blocks.pop(old, None)
+        if stream.block in self._numbers or message.stream in self._blocks:
+            raise BadMessage(f"the source advises block {message.name} again, unasked")
         self._numbers[stream.block], self._blocks[message.stream] = message.stream, stream.block
         self._send(Listen(message.stream, PUSH_WINDOW))
         if self.state != "up" and len(self._numbers) == len(self._streams):
-            again, self.state, self._refused = self.state == "paused", "up", ""
+            again, self.state = self.state == "paused", "up"
+            self._refused.clear()
             self._event("recover" if again else "source", f"source {self.endpoint} is {'back' if again else 'there'}")
             self._do(self.flow.found_source(now))
 
     def _was_refused(self, message: SourceRefused, now: float) -> None:
         why = f"source {self.endpoint} refuses ({message.code}) {message.name}: {message.reason}"
-        if self.state == "up" and message.code in STRANGERS_WORDS:
+        if message.code in STRANGERS_WORDS:
+            if self.state != "up":
+                return None  # to what was said before the loss was noticed
             self._pause(f"it does not know us: {message.reason}")
-            return self._advise(now)
+            return self._advise(now) if self._may_advise(now) else None
         return self._refuse_source(why)
 
     def _refuse_source(self, why: str) -> None:
-        if why != self._refused:  # it is asked every second; it is told once
-            self._refused = why
+        if why not in self._refused and len(self._refused) < REFUSALS:  # it is asked every second; it is told once
+            self._refused.add(why)
             self._event("source-refused", why)
 
     # --- effects ------------------------------------------------------------------------------------------------------
+
+    def _ping(self, now: float) -> None:
+        self._pinged_at = now
+        if self._silent_since is None:
+            self._silent_since = now
+        self._nonce += 1
+        self._send(Ping(self._nonce))
+        if self.state == "up":
+            for block, number in self._numbers.items():
+                if block not in self._complete:
+                    self._send(Listen(number, PUSH_WINDOW))
+
+    def _may_advise(self, now: float) -> bool:
+        return now - self._advised_at >= ADVISE_SECONDS
 
     def _advise(self, now: float) -> None:
         self._advised_at = now
@@ -189,6 +215,7 @@ class Link:
 
     def _pause(self, why: str) -> None:
         self.state = "paused"
+        self._nonce_lost, self._pinged_at = self._nonce, -1e9
         self._numbers.clear()
         self._blocks.clear()
         self.flow.lost_source()

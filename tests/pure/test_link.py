@@ -1,0 +1,348 @@
+"""The link to a source over a wire that reorders, stalls, duplicates and drops, with a source that dies and comes back:
+at rest nobody waits for a page that has arrived, and every page was asked for once."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from postcopy_protocol.messages import Message
+from postcopy_protocol.return_path import (
+    Advise,
+    Advised,
+    Complete,
+    Listen,
+    Pages,
+    Ping,
+    Pong,
+    RequestRanges,
+    SourceRefused,
+    pack_ranges,
+)
+from tests.simulated.effort import effort
+from tests.simulated.wire import LONGER, NAMES, OTHER, PAGE, PAGES, RIGHT, SIZES, Source, Supervisor, Word
+
+which = st.integers(0, 99)
+STYLES = ("whole", "whole", "pages", "zero", "lost", "first", "twice", "never")
+
+
+class Path(RuleBasedStateMachine):
+    """``out`` of the supervisor and ``back`` are the two directions of the wire."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.supervisor = Supervisor()
+        self.source = Source()
+        self.source.start(RIGHT)
+        self.back: list[Word] = []
+        self.clients = 0
+
+    @property
+    def out(self) -> list[Word]:
+        return self.supervisor.out
+
+    # --- clients ------------------------------------------------------------------------------------------------------
+
+    @rule(client=st.integers(1, 3), block=st.integers(1, 2), page=st.integers(0, 7), window=st.integers(1, 4))
+    def fault(self, client: int, block: int, page: int, window: int) -> None:
+        self.supervisor.fault(client, block, page % PAGES[block], window)
+
+    @rule(block=st.integers(1, 2), page=st.integers(0, 7), window=st.integers(1, 4))
+    def background(self, block: int, page: int, window: int) -> None:
+        self.supervisor.background(block, page % PAGES[block], window)
+
+    @rule(client=st.integers(1, 3))
+    def leave(self, client: int) -> None:
+        self.supervisor.leave(client)
+
+    # --- the wire -----------------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.out and self.source.content)
+    @rule(at=st.integers(-3, 3), style=st.sampled_from(STYLES))
+    def deliver(self, at: int, style: str) -> None:
+        self.back += self.source.hear(self.out.pop(max(0, at) % len(self.out)).message, style)
+
+    @precondition(lambda self: self.back)
+    @rule(at=st.integers(-3, 3))
+    def deliver_back(self, at: int) -> None:
+        self.supervisor.hear(self.back.pop(max(0, at) % len(self.back)))
+
+    @rule()
+    def deliver_all(self) -> None:
+        """As ZeroMQ does it: everything, in order."""
+        for _ in range(20):
+            self._exchange()
+
+    def _exchange(self) -> None:
+        if self.source.content:
+            words, self.out[:] = self.out[:], []
+            for word in words:
+                self.back += self.source.hear(word.message)
+        words, self.back = self.back, []
+        for word in words:
+            self.supervisor.hear(word)
+
+    @precondition(lambda self: self.back)
+    @rule(which=which)
+    def twice(self, which: int) -> None:
+        self.back.append(self.back[which % len(self.back)])
+
+    @precondition(lambda self: self.out)
+    @rule(which=which)
+    def drop(self, which: int) -> None:
+        self.out.pop(which % len(self.out))
+
+    @precondition(lambda self: self.back)
+    @rule(which=which)
+    def drop_back(self, which: int) -> None:
+        self.back.pop(which % len(self.back))
+
+    @rule(seconds=st.sampled_from((0.25, 0.25, 1.0, 5.1, 10.0)))
+    def time_passes(self, seconds: float) -> None:
+        self.supervisor.tick(seconds)
+
+    # --- the source ---------------------------------------------------------------------------------------------------
+
+    @rule()
+    def die(self) -> None:
+        self.source.stop()
+
+    @rule(content=st.sampled_from((RIGHT, RIGHT, OTHER, LONGER)))
+    def start(self, content: str) -> None:
+        self.source.start(content)
+
+    @precondition(lambda self: self.source.listening())
+    @rule(which=which, page=st.integers(0, 4), kind=st.integers(0, 2))
+    def push(self, which: int, page: int, kind: int) -> None:
+        streams = self.source.listening()
+        self.back.append(self.source.pages(streams[which % len(streams)][0], 0, [(page * PAGE, PAGE)], kind))
+
+    @rule(stream=st.integers(0, 2000), request=st.integers(0, 9), page=st.integers(0, 20), frames=st.integers(0, 2))
+    def nonsense(self, stream: int, request: int, page: int, frames: int) -> None:
+        """Pages of no stream, or of the wrong form: nothing comes of it."""
+        known = self.supervisor.link._blocks
+        number = sorted(known)[stream % len(known)] if known and stream % 2 else stream
+        message = Pages(number, request, pack_ranges([(page * PAGE + 1, PAGE)]), b"\0", "")
+        before = set(self.supervisor.received)
+        self.supervisor.hear(Word(message, (PAGE,) * frames, OTHER))
+        assert self.supervisor.received == before
+
+    @rule(code=st.sampled_from(("limit", "denied", "out-of-phase", "no-such-block", "failed")), text=which)
+    def refuse(self, code: str, text: int) -> None:
+        self.back.append(Word(SourceRefused(code, "one", f"because {text}")))
+
+    # --- what holds ---------------------------------------------------------------------------------------------------
+
+    @invariant()
+    def holds(self) -> None:
+        self.supervisor.check()
+
+    def teardown(self) -> None:
+        """A good source, a good wire, and some time: nobody waits, nothing is open."""
+        self.source.start(RIGHT)
+        for _ in range(400):
+            if self.supervisor.engine.idle and self.supervisor.link.state == "up":
+                break
+            self.supervisor.tick(0.25)
+            self._exchange()
+            self.supervisor.check()
+        assert not self.supervisor.waiting and self.supervisor.engine.idle
+        assert self.supervisor.link.state == "up"
+
+
+TestPath = Path.TestCase
+TestPath.settings = effort(300, 60)
+
+
+# --- told one by one --------------------------------------------------------------------------------------------------
+
+
+class Talk:
+    """A supervisor and a source with a wire that does as ZeroMQ does."""
+
+    def __init__(self, patience: float = 5.0) -> None:
+        self.supervisor = Supervisor(patience)
+        self.source = Source()
+        self.source.start(RIGHT)
+        self.said: list[Message] = []
+
+    def go(self, seconds: float = 0.0, style: str = "whole") -> None:
+        """Time passes in ticks; what is said is heard at once while the source lives, and later if it does not."""
+        for _ in range(max(1, int(seconds / 0.25))):
+            if seconds:
+                self.supervisor.tick(0.25)
+            while self.supervisor.out and self.source.content:
+                word = self.supervisor.out.pop(0)
+                self.said.append(word.message)
+                for answer in self.source.hear(word.message, style):
+                    self.supervisor.hear(answer)
+            self.supervisor.check()
+
+    def kinds(self) -> list[str]:
+        return [kind for kind, _ in self.supervisor.events]
+
+    def count(self, kind: type[Message]) -> int:
+        return sum(isinstance(message, kind) for message in self.said)
+
+
+@pytest.fixture
+def talk() -> Talk:
+    talk = Talk()
+    talk.go(1.0)
+    assert talk.supervisor.link.state == "up"
+    return talk
+
+
+def test_it_begins_in_the_phases_of_the_field(talk: Talk) -> None:
+    order = [type(message) for message in talk.said]
+    assert order[:1] == [Ping]
+    assert order.index(Advise) < order.index(Listen)
+    assert talk.count(Advise) == len(NAMES)
+    assert talk.kinds() == ["source"] and talk.supervisor.link.shown == "up"
+
+
+def test_each_page_is_asked_for_once_however_many_wait(talk: Talk) -> None:
+    for page in range(8):
+        for client in range(1, 9):
+            talk.supervisor.fault(client, 1, page, 2)
+        talk.supervisor.background(1, 0, 8)
+    talk.go()
+    assert Counter(talk.source.asked) == Counter(("one", page) for page in range(8))
+    assert not talk.supervisor.waiting
+    assert talk.supervisor.engine.deduplicated == 8 * 8 - 1, "all but the first found their page on its way"
+
+
+def test_what_a_leaver_asked_for_comes_to_those_who_stay(talk: Talk) -> None:
+    talk.source.stop()
+    talk.supervisor.fault(1, 1, 3, 1)
+    talk.supervisor.fault(2, 1, 3, 1)
+    talk.supervisor.leave(1)
+    talk.source.start(RIGHT)
+    talk.go(30)
+    assert not talk.supervisor.waiting and (1, 3) in talk.supervisor.received
+
+
+def test_a_long_absence_is_one_pause_and_one_recover(talk: Talk) -> None:
+    talk.source.stop()
+    talk.supervisor.fault(1, 1, 3, 1)
+    talk.go(100)
+    assert talk.supervisor.link.shown == "paused" and talk.kinds() == ["source", "pause"]
+    asked = talk.count(Advise)
+    talk.source.start(RIGHT)
+    talk.go(1.5)
+    assert talk.kinds() == ["source", "pause", "recover"] and not talk.supervisor.waiting
+    assert talk.count(Advise) == asked + len(NAMES), "one Advise a block, however long it was away"
+
+
+@pytest.mark.parametrize("waiting", [False, True])
+def test_a_restart_that_nobody_saw_is_found_out_within_a_ping(talk: Talk, waiting: bool) -> None:
+    if waiting:
+        talk.supervisor.fault(1, 1, 3, 1)
+        talk.supervisor.out.clear()  # asked of the one that died
+    talk.source.start(RIGHT)
+    talk.go(2.5)
+    assert talk.kinds() == ["source", "pause", "recover"]
+    assert not talk.supervisor.waiting
+
+
+@pytest.mark.parametrize("patience", [0.1, 0.3, 1.0])
+def test_a_short_patience_does_not_flap(patience: float) -> None:
+    talk = Talk(patience)
+    talk.go(30)
+    assert talk.kinds() == ["source"]
+    talk.source.stop()
+    talk.go(3)
+    assert talk.kinds() == ["source", "pause"]
+
+
+@pytest.mark.parametrize(
+    ("content", "size", "identity"), [(OTHER, SIZES[1], OTHER), (LONGER, SIZES[1] + 7 * PAGE, "same")]
+)
+def test_another_content_is_refused_with_both_values(talk: Talk, content: str, size: int, identity: str) -> None:
+    talk.supervisor.fault(1, 1, 3, 1)
+    talk.supervisor.out.clear()
+    talk.source.start(content)
+    talk.go(60)
+    refusals = [detail for kind, detail in talk.supervisor.events if kind == "source-refused"]
+    assert len(refusals) == len(NAMES), "each is told once"
+    assert f"{size} bytes of {identity}" in refusals[0] and f"it was {SIZES[1]} bytes of {RIGHT}" in refusals[0]
+    assert talk.supervisor.waiting == {(1, 1, 3)} and talk.supervisor.link.shown == "paused"
+    talk.source.start(RIGHT)
+    talk.go(2.5)
+    assert not talk.supervisor.waiting and talk.supervisor.link.shown == "up"
+
+
+def test_late_answers_of_an_old_stream_are_nothing(talk: Talk) -> None:
+    link = talk.supervisor.link
+    old = link._numbers[1]
+    talk.source.start(RIGHT)
+    talk.go(2.5)
+    late = talk.source.pages(old, 0, [(0, PAGE)], 0)
+    late.content = OTHER
+    talk.supervisor.hear(late)
+    assert not talk.supervisor.received and link._numbers[1] != old
+
+
+def test_a_source_that_refuses_everything_is_asked_once_a_second(talk: Talk) -> None:
+    """Advised, but no request is ever in phase: no faster than the advises go."""
+    talk.supervisor.fault(1, 1, 3, 1)
+    before = talk.count(RequestRanges)
+    for _ in range(40):
+        talk.supervisor.tick(0.25)
+        while talk.supervisor.out:
+            message = talk.supervisor.out.pop(0).message
+            talk.said.append(message)
+            strange = isinstance(message, RequestRanges)
+            answers = [Word(SourceRefused("out-of-phase", "", "no"))] if strange else talk.source.hear(message)
+            for answer in answers:
+                talk.supervisor.hear(answer)
+    assert talk.count(RequestRanges) - before <= 12
+    assert talk.supervisor.waiting
+
+
+def test_a_source_that_answers_everything_but_this_loses_the_page(talk: Talk) -> None:
+    talk.supervisor.fault(1, 1, 3, 2)
+    talk.go(25, "never")
+    assert talk.supervisor.waiting
+    talk.go(10, "never")
+    assert not talk.supervisor.waiting and talk.supervisor.lost == {(1, 3), (1, 4)}
+    assert talk.kinds() == ["source"], "it is not away"
+    talk.supervisor.hear(talk.source.pages(talk.supervisor.link._numbers[1], 0, [(3 * PAGE, PAGE)], 0))
+    assert talk.supervisor.lost == {(1, 4)}, "a late answer heals"
+
+
+def test_a_stray_advised_changes_nothing(talk: Talk) -> None:
+    numbers = dict(talk.supervisor.link._numbers)
+    talk.supervisor.hear(Word(Advised("one", 77, SIZES[1], RIGHT, ())))
+    talk.supervisor.hear(Word(Advised("three", 78, SIZES[1], RIGHT, ())))
+    assert talk.supervisor.link._numbers == numbers and talk.kinds() == ["source", "source-nonsense", "source-nonsense"]
+
+
+def test_one_stream_number_for_two_blocks_is_nonsense() -> None:
+    supervisor = Supervisor()
+    supervisor.tick(1)
+    supervisor.hear(Word(Pong(1)))
+    supervisor.hear(Word(Advised("one", 7, SIZES[1], RIGHT, ())))
+    supervisor.hear(Word(Advised("two", 7, SIZES[2], RIGHT, ())))
+    assert supervisor.link.state == "advising" and supervisor.events[-1][0] == "source-nonsense"
+
+
+def test_refusals_are_told_once_and_not_for_ever(talk: Talk) -> None:
+    for number in range(1000):
+        talk.supervisor.hear(Word(SourceRefused("limit", "one", f"reason {number}")))
+        talk.supervisor.hear(Word(SourceRefused("limit", "one", "the same")))
+    assert talk.kinds().count("source-refused") <= 16
+    assert talk.supervisor.link.state == "up"
+
+
+def test_complete_is_told_once_and_the_ping_goes_on(talk: Talk) -> None:
+    link = talk.supervisor.link
+    for block in NAMES:
+        link.complete(block)
+    talk.go(20)
+    assert talk.count(Complete) == len(NAMES)
+    assert talk.kinds() == ["source"], "a Listen for a stream that has ended would be refused"
+    assert not talk.source.listening()

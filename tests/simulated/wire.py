@@ -1,0 +1,218 @@
+"""A simulated return path: the wire between link and source, a source of the real law, and the supervisor's side of it
+(engine, link, and a received map where ``Paging`` has memory)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from postcopy_protocol.errors import BadMessage
+from postcopy_protocol.messages import Message
+from postcopy_protocol.return_path import (
+    DATA,
+    LOST,
+    ZERO,
+    Advise,
+    Complete,
+    Listen,
+    Pages,
+    Ping,
+    Pong,
+    RequestRanges,
+    pack_ranges,
+)
+from postcopy_protocol.source_conversation import Offer, Phase, SourceConversation, SourceRefusal
+from postcopy_supervisor.engine import Ask, Effect, Engine, Release
+from postcopy_supervisor.link import Arrived, Link, Stream
+
+PAGE = 4096
+SIZES = {1: 8 * PAGE, 2: 4 * PAGE + 17}
+NAMES = {1: "one", 2: "two"}
+PAGES = {1: 8, 2: 5}
+RIGHT, OTHER, LONGER = "right", "other", "longer"
+
+
+@dataclass(slots=True)
+class Word:
+    """A message on its way, the lengths of its frames, and which content its pages are of."""
+
+    message: Message
+    frames: tuple[int, ...] = ()
+    content: str = RIGHT
+
+
+@dataclass
+class Source:
+    """A source program, life after life: ``content`` is None while it is dead. Stream numbers go on, as real ones."""
+
+    content: str | None = RIGHT
+    numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1000))
+    conversation: SourceConversation | None = None
+    asked: list[tuple[str, int]] = field(default_factory=list)  # every page of every request that was heard
+
+    def start(self, content: str) -> None:
+        self.content = content
+        extra = 7 * PAGE if content == LONGER else 0
+        identity = "same" if content == LONGER else content
+        offers = {name: Offer(name, SIZES[block] + extra, PAGE, identity) for block, name in NAMES.items()}
+        self.conversation = SourceConversation(offers, self.numbers.__next__)
+
+    def stop(self) -> None:
+        self.content = self.conversation = None
+
+    def hear(self, message: Message, style: str = "whole") -> list[Word]:
+        assert self.conversation is not None and self.content is not None
+        try:
+            match message:
+                case Advise():
+                    return [Word(self.conversation.advise(message)[0])]
+                case Listen():
+                    self.conversation.listen(message)
+                case Complete():
+                    self.conversation.complete(message)
+                case Ping():
+                    return [Word(Pong(message.nonce))]
+                case RequestRanges():
+                    return self._request(message, style)
+        except SourceRefusal as refusal:
+            return [Word(refusal.message())]
+        return []
+
+    def _request(self, message: RequestRanges, style: str) -> list[Word]:
+        assert self.conversation is not None
+        stream, ranges = self.conversation.request(message)
+        self.conversation.answered(sum(length for _, length in ranges))
+        pages = [at for offset, length in ranges for at in range(offset, offset + length, PAGE)]
+        self.asked += [(stream.offer.name, at // PAGE) for at in pages]
+        number, request = stream.number, message.request
+        if style == "never":
+            return []
+        if style == "whole":
+            return [self.pages(number, request, ranges, DATA)]
+        kind = {"zero": ZERO, "lost": LOST}.get(style, DATA)
+        words = [self.pages(number, request, [(at, PAGE)], kind) for at in pages]
+        if style == "first":  # and nothing more
+            return words[:1]
+        return words * 2 if style == "twice" else words
+
+    def pages(self, stream: int, request: int, ranges: Sequence[tuple[int, int]], kind: int) -> Word:
+        frames = tuple(length for _, length in ranges) if kind == DATA else ()
+        kinds = bytes([kind]) * len(ranges)
+        return Word(Pages(stream, request, pack_ranges(ranges), kinds, "gone"), frames, self.content or RIGHT)
+
+    def listening(self) -> list[tuple[int, str]]:
+        """Streams that take pushed pages."""
+        streams = self.conversation.streams.values() if self.conversation else ()
+        return [(stream.number, stream.offer.name) for stream in streams if stream.phase is Phase.LISTENING]
+
+
+class Supervisor:
+    """Engine and link as Paging and House join them, with sets for memory. ``out`` is what goes to the source."""
+
+    def __init__(self, patience: float = 5.0) -> None:
+        self.now = 1000.0
+        self.engine = Engine()
+        self.out: list[Word] = []
+        self.events: list[tuple[str, str]] = []
+        self.received: set[tuple[int, int]] = set()
+        self.lost: set[tuple[int, int]] = set()
+        self.waiting: set[tuple[int, int, int]] = set()
+        streams = [Stream(block, NAMES[block], PAGE, SIZES[block], RIGHT) for block in SIZES]
+        self.link = Link(
+            "ipc:///x", streams, patience, self._send, lambda *event: self.events.append(event), self._gave_up
+        )
+
+    def _send(self, message: Message) -> None:
+        self.out.append(Word(message))
+
+    def _gave_up(self, block: int, offset: int, length: int) -> None:
+        self._lose(block, offset, length)
+
+    def _lose(self, block: int, offset: int, length: int) -> None:
+        pages = [
+            page for page in range(offset // PAGE, (offset + length) // PAGE) if (block, page) not in self.received
+        ]
+        self.lost |= {(block, page) for page in pages}
+        self._do(self.engine.answered(block, offset // PAGE, (offset + length) // PAGE, pages), -1)
+
+    def fault(self, client: int, block: int, page: int, window: int) -> None:
+        if (block, page) in self.received | self.lost:
+            return
+        self.waiting.add((client, block, page))
+        end = min(PAGES[block], page + window)
+        self._do(self.engine.fault(client, block, page, end), client)
+
+    def background(self, block: int, page: int, window: int) -> None:
+        if (block, page) not in self.received | self.lost:
+            self._do(self.engine.ask(block, page, min(PAGES[block], page + window)), -1)
+
+    def leave(self, client: int) -> None:
+        self.engine.leave(client)
+        self.waiting = {key for key in self.waiting if key[0] != client}
+
+    def hear(self, word: Word) -> None:
+        try:
+            arrived = self.link.heard(word.message, word.frames, self.now)
+        except BadMessage as error:
+            self.events.append(("source-nonsense", str(error)))
+            return
+        if arrived is not None:
+            assert word.content == RIGHT, "pages of another content were taken"
+            self._arrived(arrived)
+
+    def _arrived(self, arrived: Arrived) -> None:
+        for offset, length, kind, _ in arrived.ranges:
+            if kind == LOST:
+                self._lose(arrived.block, offset, length)
+                continue
+            pages = range(offset // PAGE, (offset + length) // PAGE)
+            self.received |= {(arrived.block, page) for page in pages}
+            self.lost -= self.received
+            self._do(self.engine.answered(arrived.block, pages.start, pages.stop), -1)
+
+    def tick(self, seconds: float) -> None:
+        self.now += seconds
+        self.link.tick(self.now)
+
+    def _do(self, effects: Sequence[Effect], client: int) -> None:
+        for effect in effects:
+            if isinstance(effect, Ask):
+                length = (effect.end - effect.first) * PAGE
+                self.link.wish(client, effect.block, effect.first * PAGE, length, self.now)
+            else:
+                self._release(effect)
+
+    def _release(self, release: Release) -> None:
+        key = (release.waiter, release.block, release.page)
+        assert key in self.waiting, f"{key} is released twice, or never waited"
+        assert release.lost or key[1:] in self.received, "released before its page was there"
+        self.waiting.discard(key)
+
+    def check(self) -> None:
+        """What must hold after every event."""
+        self.engine.check()
+        self.link.flow.check()
+        waiting = {key for key, _ in _pairs(self.engine)}
+        assert not waiting & self.received, "somebody waits for a page that has arrived"
+        assert {key[1:] for key in self.waiting} == waiting
+        flow = self.link.flow
+        wishes = [*flow._flying.values(), *(wish for queue in flow._queues.values() for wish in queue)]
+        asked = [(wish.block, page) for wish in wishes for page in _pages_of(wish.offset, wish.length)]
+        assert len(asked) == len(set(asked)), "a page is on its way twice"
+        open_pages = {
+            (block, page) for block, ranges in self.engine._asked.items() for lo, hi in ranges for page in range(lo, hi)
+        }
+        assert open_pages <= set(asked), f"counted as asked for, and is not: {open_pages - set(asked)}"
+        assert set(self.link._blocks) == set(self.link._numbers.values())
+        kinds = [kind for kind, _ in self.events if kind in ("source", "pause", "recover")]
+        assert kinds[:1] in ([], ["source"]) and set(kinds[1::2]) <= {"pause"} and set(kinds[2::2]) <= {"recover"}
+        assert (self.link.state == "up") == (bool(kinds) and kinds[-1] != "pause")
+
+
+def _pairs(engine: Engine) -> list[tuple[tuple[int, int], set[int]]]:
+    return list(engine._waiting.items())
+
+
+def _pages_of(offset: int, length: int) -> range:
+    return range(offset // PAGE, (offset + length) // PAGE)
