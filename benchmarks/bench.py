@@ -29,6 +29,7 @@ from postcopy.control import Control
 from .machine import ROOT
 
 PAGE = 4096
+RANDOM_PIECE = 64 << 20
 ANSWER_WITHIN = 60.0
 WORKER_WITHIN = 30.0
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -117,9 +118,13 @@ class Bench:
         self.cpu = max(os.sched_getaffinity(0))
         self._stack = ExitStack()
         self.directory = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="postcopy-bench-"))
+        # Not $TMPDIR if it can be helped: a socket's path may have 107 bytes.
+        short = "/tmp" if os.access("/tmp", os.W_OK | os.X_OK) else None
+        self.sockets = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="pc-", dir=short))
         self.library = self._compile("toucher.c", "toucher.so", "-shared", "-fPIC")
         self.floor = [self._compile("floor.c", "floor")]
-        self.file = self._warm_file("ram", self.length)
+        self.chain = [self._compile("chain.c", "chain")]
+        self.file = self.warm_file("ram", self.length)
 
     def say(self, words: str) -> None:
         """Progress, for people, on stderr."""
@@ -147,12 +152,29 @@ class Bench:
 
     # --- what is measured ---------------------------------------------------------------------------------------------
 
-    def supervisor(
-        self, blocks: Sequence[str], *, pinned: bool = False, fault_around: str = "auto"
-    ) -> postcopy.Supervisor:
-        """A fresh supervisor that serves the warm file under each of these names."""
+    @contextmanager
+    def source(self, blocks: Sequence[str], *, pinned: bool = False, file: str = "") -> Iterator[dict[str, str]]:
+        """A page source that serves the warm file (or ``file``) under each of these names: the SOURCE of each."""
+        endpoint = f"ipc://{self.sockets}/source"
+        command = [sys.executable, "-m", "postcopy_sources", *(f"{name}={file or self.file}" for name in blocks)]
+        command += ["--listen", endpoint, "--die-with-parent", str(os.getpid()), "--log-level", "warning"]
         with self.placed(pinned):
-            return postcopy.Supervisor(dict.fromkeys(blocks, self.file), fault_around=fault_around)
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        try:
+            yield {name: f"{endpoint}/{name}" for name in blocks}  # who connects waits until it listens
+            if process.poll() is not None:
+                raise BenchmarkFailed(f"the page source ended with status {process.returncode}")
+        finally:
+            process.terminate()
+            process.wait(10)
+
+    def supervisor(
+        self, blocks: Sequence[str] | Mapping[str, str], *, pinned: bool = False, **options: Any
+    ) -> postcopy.Supervisor:
+        """A fresh supervisor that serves the warm file under each of these names, or these SOURCEs."""
+        sources = blocks if isinstance(blocks, Mapping) else dict.fromkeys(blocks, self.file)
+        with self.placed(pinned):
+            return postcopy.Supervisor(sources, **options)
 
     def client(self, *, pinned: bool = False, keep: Sequence[int] = (), **spec: Any) -> ClientProcess:
         """A client process of ``spec`` (see client.py), ready."""
@@ -170,6 +192,10 @@ class Bench:
         """A shared client of the C floor: over the block ``memory``, or over one of its own."""
         keep = [memory] if memory >= 0 else []
         return self.client(pinned=pinned, keep=keep, handler=self.floor, memory=memory)
+
+    def chain_client(self, mode: str, *, pinned: bool = False) -> ClientProcess:
+        """A client of the C chain of four processes: the floor of a remote fault."""
+        return self.client(pinned=pinned, handler=self.chain, mode=mode)
 
     def house_client(
         self, supervisor: postcopy.Supervisor, block: str, mode: str, *, pinned: bool = False
@@ -200,10 +226,13 @@ class Bench:
             raise BenchmarkFailed(f"cc cannot compile {source}: {done.stderr.strip()}")
         return target
 
-    def _warm_file(self, name: str, length: int) -> str:
+    def warm_file(self, name: str, length: int) -> str:
+        """A file of random bytes that lies in the page cache."""
         path = os.path.join(self.directory, name)
         with open(path, "wb") as file:
-            file.write(random.Random(length).randbytes(length))
+            chance = random.Random(length)
+            for written in range(0, length, RANDOM_PIECE):
+                file.write(chance.randbytes(min(RANDOM_PIECE, length - written)))
             file.flush()
             os.fsync(file.fileno())  # or its write-back disturbs the first pairs
         with open(path, "rb") as file:

@@ -4,8 +4,10 @@ Run as ``python -m benchmarks.client SPEC`` with SPEC a JSON object:
 
 * ``parent``: pid of the harness, whose end is this process's end
 * ``library``: the compiled toucher.c; ``file``: what the block must hold; ``length``: bytes, a multiple of a page
-* ``handler``: the floor's command: it is started with ``USERFAULTFD FILE ADDRESS LENGTH`` as this client's handler
-* or ``runtime_dir``, ``block``, ``mode``: attach to a running supervisor by :func:`postcopy.attach`
+* ``handler``: the floor's command: it is started with ``USERFAULTFD FILE ADDRESS LENGTH MEMORY`` as this client's
+  handler; ``mode`` is then how the client maps (shared, unless told)
+* or ``runtime_dir``, ``block``, ``mode``: attach to a running supervisor by :func:`postcopy.attach`; without ``block``
+  attach when told to ``join``
 
 It writes ``{"ready": ...}``, then answers each JSON line on stdin with one on stdout, and ends at the end of stdin.
 The touching itself is C (see toucher.c); Python only says where, so that floor and house are measured alike.
@@ -55,6 +57,18 @@ class Toucher:
         total = self._c.read_through(ctypes.c_void_p(base), ctypes.c_uint64(length), span)
         return {"sum": total, "span": list(span)}
 
+    def touch_missing(
+        self, base: int, offsets: Sequence[int], wanted: int, interval: int
+    ) -> tuple[list[int], list[int]]:
+        """Touch missing pages, one every ``interval`` ns; the offsets that were touched and how long each took."""
+        candidates = (ctypes.c_uint64 * len(offsets))(*offsets)
+        touched, took = (ctypes.c_uint64 * wanted)(), (ctypes.c_uint64 * wanted)()
+        count, most, pause = (ctypes.c_uint64(number) for number in (len(offsets), wanted, interval))
+        done = self._c.touch_missing(ctypes.c_void_p(base), candidates, count, most, pause, touched, took)
+        if done < 0:
+            raise OSError(-done, os.strerror(-done))
+        return touched[:done], took[:done]
+
     def peer(self, name: str, path: str, length: int) -> Answer:
         """``read_mapped`` or ``read_copied``: the same reading of a warm file without any of us."""
         span = (ctypes.c_uint64 * 2)()
@@ -77,10 +91,10 @@ class Toucher:
         arguments = ctypes.c_void_p(base), ctypes.c_void_p(truth), wanted, ctypes.c_uint64(len(offsets))
         return int(self._c.wrong_pages(*arguments, ctypes.c_uint64(PAGE)))
 
-    def become_floor_client(self, memory: int, length: int) -> tuple[int, int]:
-        """Map and register as a shared client of the floor: the address and the userfaultfd."""
+    def become_floor_client(self, memory: int, length: int, private: bool) -> tuple[int, int]:
+        """Map and register as a client of the floor: the address and the userfaultfd."""
         base = ctypes.c_void_p()
-        result = self._c.become_floor_client(memory, ctypes.c_uint64(length), ctypes.byref(base))
+        result = self._c.become_floor_client(memory, ctypes.c_uint64(length), private, ctypes.byref(base))
         if result < 0:
             raise OSError(-result, os.strerror(-result), "userfaultfd")
         return base.value or 0, result
@@ -102,15 +116,19 @@ class Client:
             self._join_floor()
         elif spec.get("block"):
             self._join_house()
+        elif spec.get("runtime_dir"):
+            import postcopy.client  # noqa: F401  # so that a later join is not the import's time
 
     def _join_floor(self) -> None:
         memory = self.spec.get("memory", -1)
         if memory < 0:
             memory = os.memfd_create("floor")
             os.truncate(memory, self.length)
-        self.base, userfaultfd = self.c.become_floor_client(memory, self.length)
-        command = [*self.spec["handler"], str(userfaultfd), self.spec["file"], hex(self.base), str(self.length)]
-        handler = subprocess.Popen(command, pass_fds=[userfaultfd], stdout=subprocess.PIPE)
+        private = self.spec.get("mode") == "private"
+        self.base, userfaultfd = self.c.become_floor_client(memory, self.length, private)
+        told = [str(userfaultfd), self.spec["file"], hex(self.base), str(self.length), str(memory)]
+        command = [*self.spec["handler"], *told]
+        handler = subprocess.Popen(command, pass_fds=[userfaultfd, memory], stdout=subprocess.PIPE)
         assert handler.stdout is not None
         if not handler.stdout.readline():
             raise RuntimeError(f"the handler ended before it was ready: {command}")
@@ -132,6 +150,20 @@ class Client:
         answer = self.c.touch(self.base, offsets, order.get("start", 0))
         answer["wrong"] = self.c.wrong_pages(self.base, self.truth, offsets)
         return answer
+
+    def touch_missing(self, order: Answer) -> Answer:
+        """Touch at most ``count`` missing pages of the block, ``rate`` a second, in the order that ``seed`` gives."""
+        pages = list(range(self.length // PAGE))
+        random.Random(order["seed"]).shuffle(pages)
+        interval = 1_000_000_000 // order["rate"]
+        touched, took = self.c.touch_missing(self.base, [page * PAGE for page in pages], order["count"], interval)
+        return {"ns": took, "wrong": self.c.wrong_pages(self.base, self.truth, touched)}
+
+    def join(self, order: Answer) -> Answer:
+        """Attach to ``block`` in ``mode``."""
+        self.spec |= {"block": order["block"], "mode": order["mode"]}
+        self._join_house()
+        return {}
 
     def read(self, order: Answer) -> Answer:
         """Read the block in order, once."""
@@ -187,6 +219,8 @@ def main() -> None:
     client = Client(spec)
     orders: dict[str, Callable[[Answer], Answer]] = {
         "touch": client.touch,
+        "touch_missing": client.touch_missing,
+        "join": client.join,
         "read": client.read,
         "peers": client.peers,
         "kill": client.kill,

@@ -1,7 +1,8 @@
 """Figures and how they are told: rows of a table, Markdown for the documentation, JSON for programs.
 
-A row is a median with its spread (smallest and greatest of the samples) and, where there is one, a goal: the most that
-the figure may be. A ratio's samples are ratios of pairs that ran one after the other, never a ratio of two medians.
+A row is a median with its spread (smallest and greatest of the samples) and, where there is one, a goal: the most, or
+the least, that the figure may be. A ratio's samples are ratios of pairs that ran one after the other, never a ratio of
+two medians.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ Pair = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One figure. ``goal`` and ``stretch`` are the most it may be, or None; ``samples`` is what it was made from."""
+    """One figure. ``goal`` and ``stretch`` are the most it may be (the least, where ``least`` says so), or None;
+    ``samples`` is what it was made from, nothing where nothing could be measured. ``held``: whether what was promised
+    in the same breath, and stands in the detail, held too."""
 
     name: str
     value: float
@@ -29,21 +32,26 @@ class Row:
     stretch: float | None = None
     detail: str = ""
     samples: list[Any] = field(default_factory=list)
+    least: bool = False
+    held: bool = True
 
     @property
     def verdict(self) -> str:
         """``met``, ``missed``, ``stretch`` (better than was asked), or nothing where no goal is set."""
-        if self.goal is None:
+        if self.goal is None or not self.samples:
             return ""
-        if self.value > self.goal:
+        if not self.held or not self._within(self.goal):
             return "missed"
-        return "stretch" if self.stretch is not None and self.value <= self.stretch else "met"
+        return "stretch" if self.stretch is not None and self._within(self.stretch) else "met"
+
+    def _within(self, bound: float) -> bool:
+        return self.value >= bound if self.least else self.value <= bound
 
     def cells(self) -> tuple[str, str, str, str, str, str]:
         """Name, value, spread, goal, verdict and detail, as people read them."""
         return (
             self.name,
-            _told(self.value, self.unit),
+            _told(self.value, self.unit) if self.samples else "",
             f"{_number(self.low)} - {_number(self.high)}" if len(self.samples) > 1 else "",
             self._goal_told(),
             self.verdict,
@@ -53,7 +61,7 @@ class Row:
     def _goal_told(self) -> str:
         if self.goal is None:
             return ""
-        told = f"<= {_told(self.goal, self.unit)}"
+        told = f"{'>=' if self.least else '<='} {_told(self.goal, self.unit)}"
         return told if self.stretch is None else f"{told} ({_number(self.stretch)})"
 
 
@@ -68,14 +76,14 @@ def ratio_row(
     *,
     unit: str = "us",
     labels: tuple[str, str] = ("ours", "C"),
+    least: bool = False,
 ) -> Row:
     """A ratio ours/theirs from pairs; the detail tells both medians in ``unit``."""
     ratios = [ours / theirs for ours, theirs in pairs]
     ours, theirs = (median(side) for side in zip(*pairs, strict=True))
     detail = f"{labels[0]} {_told(ours, unit)}, {labels[1]} {_told(theirs, unit)}, {len(pairs)} pairs"
-    return Row(
-        name, median(ratios), min(ratios), max(ratios), "x", goal, stretch, detail, [list(pair) for pair in pairs]
-    )
+    samples = [list(pair) for pair in pairs]
+    return Row(name, median(ratios), min(ratios), max(ratios), "x", goal, stretch, detail, samples, least)
 
 
 def value_row(

@@ -1,6 +1,6 @@
 /* The floor: the least that a handler of a shared client can do, in C. One process for one client.
  *
- *     floor USERFAULTFD FILE ADDRESS LENGTH
+ *     floor USERFAULTFD FILE ADDRESS LENGTH MEMORY
  *
  * Blocking read of one message, UFFDIO_COPY of that page straight from a mapping of the file, which wakes the toucher;
  * a page that another handler has placed is only woken. No statistics, no received map, no fault-around, no second
@@ -31,7 +31,7 @@ static int die(const char *what)
 
 int main(int argc, char **argv)
 {
-	if (argc != 5)
+	if (argc != 6) /* MEMORY, the block's descriptor, is for handlers that place through it */
 		return 2;
 	int ufd = atoi(argv[1]);
 	uint64_t base = strtoull(argv[3], NULL, 0), length = strtoull(argv[4], NULL, 0);

@@ -9,6 +9,7 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -51,6 +52,34 @@ int touch(const volatile uint8_t *base, const uint64_t *offsets, uint64_t count,
 	}
 	span[1] = now();
 	return 0;
+}
+
+/* Touch missing pages in an open loop: one every `interval` ns, in the order of `offsets`. A touch that is late because the
+ * one before took long is timed from the instant at which it was due, so that a slow answer counts for all whom it would
+ * have made wait; one that was waited for is timed from its beginning. Pages that are in the block are passed over: mincore() answers for the block of a shared mapping. Gives the number of touches,
+ * which is less than `wanted` only when no missing page was left; touched[i] is the offset of touch i. */
+int touch_missing(const volatile uint8_t *base, const uint64_t *offsets, uint64_t count, uint64_t wanted,
+		  uint64_t interval, uint64_t *touched, uint64_t *nanoseconds)
+{
+	uint64_t due = now() + interval, done = 0;
+	for (uint64_t i = 0; i < count && done < wanted; i++) {
+		unsigned char present;
+		uint64_t begun = due;
+		if (now() < due) {
+			wait_until(due);
+			begun = 0;
+		}
+		if (mincore((void *)(uintptr_t)(base + offsets[i]), 1, &present) < 0)
+			return -errno;
+		if (present & 1)
+			continue;
+		begun = begun ? begun : now();
+		(void)base[offsets[i]];
+		nanoseconds[done] = now() - begun;
+		touched[done++] = offsets[i];
+		due += interval;
+	}
+	return (int)done;
 }
 
 /* Read every word from the first to the last; answers their sum, so that no compiler leaves the reading out. */
@@ -130,11 +159,20 @@ uint64_t wrong_pages(const uint8_t *base, const uint8_t *truth, const uint64_t *
 	return wrong;
 }
 
-/* Be a shared client of the floor: map the block, register it for missing pages, answer the userfaultfd (blocking). */
-int become_floor_client(int memory, uint64_t length, uint8_t **base)
+/* Be a client of the floor: map the block (private: copy-on-write of a descriptor that cannot write), register it for
+ * missing pages, answer the userfaultfd (blocking). */
+int become_floor_client(int memory, uint64_t length, int private, uint8_t **base)
 {
 	uint64_t api[3] = {0xAA, 0, 0};
-	*base = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, memory, 0);
+	int flags = (private ? MAP_PRIVATE : MAP_SHARED) | MAP_NORESERVE;
+	if (private) {
+		char path[32];
+		snprintf(path, sizeof path, "/proc/self/fd/%d", memory);
+		memory = open(path, O_RDONLY | O_CLOEXEC);
+		if (memory < 0)
+			return -errno;
+	}
+	*base = mmap(NULL, length, PROT_READ | PROT_WRITE, flags, memory, 0);
 	if (*base == MAP_FAILED || madvise(*base, length, MADV_DONTFORK) < 0)
 		return -errno;
 	int device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);

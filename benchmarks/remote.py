@@ -1,0 +1,138 @@
+"""``remote``: pages that come over a return path, from a page source program at the other end of an ipc socket.
+
+One fault is compared with a C chain of the same four processes on raw sockets (chain.c): client, worker, supervisor,
+source. The stream of a whole block, and urgent faults while it streams, are in stream.py; then many clients at once.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+from postcopy.control import Control
+
+from . import stream
+from .bench import Bench, BenchmarkFailed, ClientProcess
+from .figures import Pair, Row, percentile, ratio_row, value_row
+from .machine import ROOT
+
+MODES = ("shared", "private")
+GOAL, STRETCH = 5.0, 4.0
+QEMU = "qemu-system-x86_64"
+LOAD_WITHIN = 120.0
+
+
+def run(bench: Bench) -> list[Row]:
+    """One fault, the stream, many clients."""
+    rows = [row for pinned in (True, False) for row in _faults(bench, pinned)]
+    rows.append(_qemu())
+    rows += stream.run(bench)
+    rows.append(_lockstep(bench))
+    rows.append(_random(bench))
+    return rows
+
+
+# --- one fault --------------------------------------------------------------------------------------------------------
+
+
+def _faults(bench: Bench, pinned: bool) -> list[Row]:
+    medians: dict[str, list[Pair]] = {mode: [] for mode in MODES}
+    tails: dict[str, list[Pair]] = {mode: [] for mode in MODES}
+    where = "pinned" if pinned else "unpinned"
+    for number in range(bench.scale.pairs):
+        bench.say(f"remote, {where}: pair {number + 1} of {bench.scale.pairs}")
+        for mode in MODES:
+            sides: dict[str, list[float]] = {}
+            for side in ("ours", "chain") if number % 2 else ("chain", "ours"):
+                sides[side] = (_ours if side == "ours" else _chain)(bench, mode, pinned, number)
+            for kept, percent in ((medians, 50), (tails, 99)):
+                kept[mode].append((percentile(sides["ours"], percent), percentile(sides["chain"], percent)))
+    rows = []
+    for mode in MODES:
+        goals = (GOAL, STRETCH) if pinned else (None, None)
+        rows.append(ratio_row(f"remote fault p50, {mode}, {where}", medians[mode], *goals))
+        rows.append(ratio_row(f"remote fault p99, {mode}, {where}", tails[mode]))
+    return rows
+
+
+def _ours(bench: Bench, mode: str, pinned: bool, seed: int) -> list[float]:
+    with (
+        bench.source(["ram"], pinned=pinned) as blocks,
+        bench.supervisor(blocks, pinned=pinned, background_rate=0) as supervisor,
+        bench.house_client(supervisor, "ram", mode, pinned=pinned) as client,
+    ):
+        return _touches(bench, client, seed)
+
+
+def _chain(bench: Bench, mode: str, pinned: bool, seed: int) -> list[float]:
+    with bench.chain_client(mode, pinned=pinned) as client:
+        return _touches(bench, client, seed)
+
+
+def _touches(bench: Bench, client: ClientProcess, seed: int) -> list[float]:
+    """Microseconds of each touch, at random, of missing pages."""
+    answer = client.ask(do="touch", seed=seed, count=bench.scale.of(4000, 200))
+    return [nanoseconds / 1000 for nanoseconds in answer["ns"]]
+
+
+def _qemu() -> Row:
+    """QEMU's own post-copy belongs into this table, where there is one. No figure stands here that nobody measured."""
+    found = "installed, not measured by this harness" if shutil.which(QEMU) else "not installed"
+    return Row("QEMU's own post-copy, guest stall p50", 0.0, 0.0, 0.0, "us", detail=f"{QEMU}: {found}")
+
+
+# --- many clients -----------------------------------------------------------------------------------------------------
+
+
+def _lockstep(bench: Bench) -> Row:
+    """All clients touch the same page at the same time, page after page."""
+    clients, touches = bench.scale.of(64, 4), bench.scale.of(400, 50)
+    bench.say(f"remote: {clients} clients in lockstep")
+    status = _load(bench, clients, touches, "lockstep")[1]
+    requests, received = status["sources"][0]["requests"], status["blocks"][0]["received"]
+    told = (
+        f"{received} pages, {requests} requests, deduplicated {status['totals']['deduplicated']}, "
+        f"faults {status['totals']['faults']}, {clients} clients"
+    )
+    return value_row(
+        f"source requests a page, {clients} clients in lockstep", [requests / received], "", 1, detail=told
+    )
+
+
+def _random(bench: Bench) -> Row:
+    """Pages a second that clients touch for the first time, against the best of fewer clients, in turns."""
+    crowds = bench.scale.of(64, 4), bench.scale.of(16, 2), bench.scale.of(4, 1), 1
+    found: dict[int, list[float]] = {clients: [] for clients in crowds}
+    for number in range(bench.scale.of(3, 1)):
+        for clients in found if number % 2 else reversed(found):
+            bench.say(f"remote: {clients} clients at random, round {number + 1}")
+            report, _ = _load(bench, clients, bench.pages // clients, "random")
+            found[clients].append(report["first_touches"] / report["seconds"])
+    many, *fewer = found
+    pairs = [(found[many][at], max(found[clients][at] for clients in fewer)) for at in range(len(found[many]))]
+    labels = (f"{many} clients", "best of " + ", ".join(map(str, fewer)))
+    name = f"first touches a second, {many} clients at random"
+    return ratio_row(name, pairs, 0.9, unit="/s", labels=labels, least=True)
+
+
+def _load(bench: Bench, clients: int, touches: int, pattern: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reports of ``postcopy load`` (which compares every page with the file) and of the supervisor, page by page."""
+    with (
+        bench.source(["ram"]) as blocks,
+        bench.supervisor(blocks, fault_around="4K", background_rate=0) as supervisor,
+    ):
+        command = [sys.executable, "-m", "postcopy", "load", "--runtime-dir", supervisor.runtime_dir, "--json"]
+        command += ["--clients", str(clients), "--touches", str(touches), "--pattern", pattern, "--mode", "mixed"]
+        command += ["--verify", bench.file]
+        try:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LOAD_WITHIN)
+        except subprocess.TimeoutExpired as error:
+            raise BenchmarkFailed(f"{clients} clients were not done within {LOAD_WITHIN:.0f} s") from error
+        if done.returncode:
+            raise BenchmarkFailed(f"postcopy load ended with status {done.returncode}: {done.stderr.strip()[-500:]}")
+        report: dict[str, Any] = json.loads(done.stdout)
+        with Control(supervisor.runtime_dir) as control:
+            return report, control.status()
