@@ -8,6 +8,7 @@ import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from postcopy_kernel import memory
 from postcopy_kernel.filewatch import give_up_lease, lease, lease_wanted
@@ -35,6 +36,8 @@ from postcopy_protocol.sources import FileSource, HandlerSource, RemoteSource, S
 LARGEST_BLOCK = 16 << 40
 """Bytes: what a process can map several times over (47 bits of addresses)."""
 MAP_PIECE = 1 << 20
+AUDIT_RUNS = 1000
+"""Runs of present pages looked at in one step of an audit: some milliseconds."""
 COPY_SECONDS = 0.002
 """By then a worker that had not yet seen that the lease is given up has made its COPY of the unchanged file."""
 
@@ -108,6 +111,8 @@ class RamBlock:
             self.received[self.pages + TRUST] = WATCHED
         self.complete = False
         self.polluted: tuple[tuple[int, int], ...] = ()
+        self._audit: Iterator[tuple[int, int]] | None = None
+        self._strange: list[tuple[int, int]] = []
 
     def _memory(self) -> int:
         try:
@@ -231,18 +236,29 @@ class RamBlock:
         return self.complete
 
     def audit(self) -> int:
-        """Look for pages that nobody of ours placed; remembers them and returns how many there are.
+        """Look for pages that nobody of ours placed; remembers them and returns how many there are."""
+        self._audit = None
+        while not self.audit_step():
+            pass
+        return sum(last - first for first, last in self.polluted)
+
+    def audit_step(self, runs: int = AUDIT_RUNS) -> bool:
+        """A part of an audit, so that a block of many scattered pages holds nobody up; True: the block is through.
 
         Presence is asked first and the map read after it: our own workers store PLACING before a page can appear.
         """
         if self.page_size == PAGE_2M:
-            return 0
-        strange: list[tuple[int, int]] = []
-        for start, stop in self.present_runs():
+            return True
+        if self._audit is None:
+            self._audit, self._strange = self.present_runs(), []
+        for start, stop in islice(self._audit, runs):
             found: Audit = polluted(os.pread(self.map_fd, stop - start, start), [(0, stop - start)])
-            strange += [(first + start, last + start) for first, last in found.polluted]
-        self.polluted = tuple(strange)
-        return sum(last - first for first, last in strange)
+            self._strange += [(first + start, last + start) for first, last in found.polluted]
+            runs -= 1
+        if runs == 0:
+            return False
+        self._audit, self.polluted = None, tuple(self._strange)
+        return True
 
     def story(self, page: int) -> str:
         """State of a page in a word."""

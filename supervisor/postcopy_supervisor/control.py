@@ -27,7 +27,7 @@ def answer(house: House, message: Message) -> Message:
         match message:
             case AskStatus(audit):
                 if audit:
-                    house.audit()
+                    house.auditor.now()
                 return StatusAnswer(house.document())
             case AskStop(keep_workers):
                 if keep_workers:

@@ -13,7 +13,7 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -34,31 +34,25 @@ from postcopy_protocol.messages import (
     AskProgress,
     AskStatus,
     AskStop,
-    Assignment,
-    BlockGrant,
     ControlRefused,
     CustodianReady,
     Ending,
     Fetched,
     Message,
-    RegionGrant,
     Report,
     RequestPages,
     Wake,
     WorkerHello,
 )
-from postcopy_protocol.return_path import FROM_SOURCE
-from postcopy_protocol.sources import RemoteSource, Source
 
-from . import control, ending, status
+from . import briefing, control, ending, status
+from .auditor import Auditor
 from .blocks import RamBlock
-from .client_zero import KEY as ZERO_KEY
 from .client_zero import NUMBER as ZERO
 from .client_zero import ClientZero
 from .custody import Custody
 from .ending import available_memory
 from .exports import Exports
-from .link import Link, Stream
 from .paging import Paging
 from .porter import (
     ENDPOINT,
@@ -75,9 +69,9 @@ from .porter import (
     Visit,
 )
 from .reception import Reception
-from .remote import FRAME_LIMIT, Advice, ask_advice, load_keys, secure
 from .runtime import RuntimeDirectory, notify
 from .settings import Settings
+from .sources import Sources
 from .status import History
 from .watchdog import Watchdog
 from .workforce import Workforce
@@ -85,10 +79,8 @@ from .workforce import Workforce
 log = logging.getLogger("postcopy")
 
 FROM_ROUTER = (WorkerHello, Report, Fetched, RequestPages, AskStatus, AskStop, AskExport, AskProgress)
-AUDIT_SECONDS = 5.0
 SCARCE = 128 << 20
 """Bytes available on the machine below which only pages that are waited for are placed."""
-QUARANTINED = "quarantined"
 
 
 class House:
@@ -102,6 +94,7 @@ class House:
         self.runtime = runtime
         self.state = "starting"
         self._device = _device()
+        self.has_device = self._device >= 0
         self._core = open_userfaultfd(device=self._device if self._device >= 0 else None)
         self._core.handshake()
         self.blocks: dict[str, RamBlock] = {}
@@ -111,8 +104,8 @@ class House:
         self._stop_bell = descriptors.create_eventfd()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: descriptors.signal_eventfd(self._stop_bell))
-        self._keys = load_keys(settings.curve_secret, settings.source_key) if settings.curve_secret else None
-        advice = self._ask_sources()
+        self.sources = Sources(self._context, settings, self._event)
+        advice = self.sources.ask(lambda: bool(select.select([self._stop_bell], [], [], 0)[0]))
         self.blocks = {
             name: RamBlock(number, name, source, settings.page_size, advice[name].size if name in advice else 0)
             for number, (name, source) in enumerate(settings.sources.items(), 1)
@@ -129,60 +122,16 @@ class House:
         self._door = self._open_door()
         self.custody = Custody(device=self._device >= 0)
         self.exports = Exports()
-        self._ticked = self._audited = 0.0
+        self._ticked = 0.0
+        self.auditor = Auditor(list(self.blocks.values()), self._event)
         self._allowed = True
         self._people()
-        self._connect_sources(advice)
-
-    def _ask_sources(self) -> dict[str, Advice]:
-        """What the sources of remote blocks say of them, by our names; waits for sources that are not there yet."""
-        advice: dict[str, Advice] = {}
-        for endpoint, blocks in _by_endpoint(self.settings.sources).items():
-            told = ask_advice(
-                self._context,
-                endpoint,
-                sorted(set(blocks.values())),
-                self.settings.page_size,
-                self._keys,
-                self.settings.plain_tcp,
-                lambda: bool(select.select([self._stop_bell], [], [], 0)[0]),
-            )
-            advice |= {name: told[theirs] for name, theirs in blocks.items()}
-        return advice
-
-    def _connect_sources(self, advice: dict[str, Advice]) -> None:
-        """One link for every endpoint, over our one router."""
-        for number, (endpoint, names) in enumerate(_by_endpoint(self.settings.sources).items(), 1):
-            blocks = [self.blocks[name] for name in names]
-            streams = [Stream(b.number, names[b.name], b.page_size, b.size, advice[b.name].identity) for b in blocks]
-            identity = b"s%d" % number
-            link = Link(
-                endpoint,
-                streams,
-                self.settings.source_timeout,
-                partial(self._answer, identity),
-                self._link_event,
-                self.paging.gave_up,
-            )
-            self._links[identity] = link
-            self.paging.links |= dict.fromkeys((block.number for block in blocks), link)
-            self._router.setsockopt(zmq.MAXMSGSIZE, FRAME_LIMIT)
-            secure(self._router, endpoint, self._keys, self.settings.plain_tcp)
-            self._router.setsockopt(zmq.CONNECT_ROUTING_ID, identity)
-            self._router.connect(endpoint)
-
-    def _link_event(self, kind: str, detail: str) -> None:
-        self._event(kind, detail)
-        for link in self._links.values():
-            if kind == "pause" and link.state == "paused":
-                self.paging.source_lost(link)
-            elif kind == "recover" and link.state == "up":
-                self.paging.source_back(link)
+        self.sources.connect(self._router, advice, self.blocks, self.paging, self._answer)
 
     def _people(self) -> None:
         """Porter, workforce, client zero and reception, in the order in which they need one another."""
         self.porter = Porter(self._context, self._core, self._stop_bell, self._door, SourceWatch(self.blocks.values()))
-        self.workforce = Workforce(self.custody, self.porter, self._describe, self._news)
+        self.workforce = Workforce(self.custody, self.porter, partial(briefing.brief, self), self._news)
         self._keep_what_workers_need()
         self.zero = ClientZero(self._core, self._by_number, self.custody, self._send_worker, self._event)
         self.paging = Paging(
@@ -195,8 +144,6 @@ class House:
             self._event,
         )
         self.paging.poison_on_loss = self.settings.poison_on_loss
-        self._links: dict[bytes, Link] = {}
-        self._babble: dict[str, int] = {}
         self.zero.paging = self.paging
         allowed = frozenset({os.geteuid()}) | self.settings.allow_uids
         self.reception = Reception(
@@ -253,8 +200,8 @@ class House:
         while self.state != "ending":
             frames = self._router.recv_multipart(copy=False)
             identity = frames[0].bytes
-            if identity in self._links:
-                self._guarded(self._source_said, self._links[identity], frames)
+            if identity in self.sources.links:
+                self._guarded(self._source_said, identity, frames)
             elif identity != IDENTITY and len(frames) > 1:
                 self._guarded(self._heard, identity, frames[-1].bytes)
             while self.porter.box:
@@ -281,24 +228,9 @@ class House:
             log.exception("cannot handle %s", what[-1])
             self.history.add("bug", f"{type(error).__name__}: {error}")
 
-    def _source_said(self, link: Link, frames: list[zmq.Frame]) -> None:
-        """A word of a source, with the bytes of pages behind it."""
-        now = time.monotonic()
-        try:
-            message = decode(frames[1].buffer, expect=FROM_SOURCE)
-            raw = [frame.buffer for frame in frames[2:]]
-            arrived = link.heard(message, [len(buffer) for buffer in raw], now)
-        except BadMessage as error:
-            return self._nonsense(link, error)
-        if arrived is not None:
-            self.paging.arrived(arrived, [memory.address_of(buffer) for buffer in raw])
-            self.paging.background(self.settings.background_rate, self._allowed, now)
-
-    def _nonsense(self, link: Link, error: BadMessage) -> None:
-        """Told when its number has doubled: a source that babbles must not drown everything else."""
-        count = self._babble[link.endpoint] = self._babble.get(link.endpoint, 0) + 1
-        if count & (count - 1) == 0:
-            self._event("source-nonsense", f"source {link.endpoint}: {error}; not used ({count} such words)")
+    def _source_said(self, identity: bytes, frames: list[zmq.Frame]) -> None:
+        if self.sources.heard(identity, frames):
+            self.paging.background(self.settings.background_rate, self._allowed, time.monotonic())
 
     def _heard(self, identity: bytes, frame: bytes) -> None:
         try:
@@ -322,7 +254,7 @@ class House:
         """A worker is there. Before its hello the road to it may not have been open, and answers to requests that it
         had sent on its other channel were lost: a wake of nothing tells it to ask anew."""
         self.workforce.hello(message)
-        if message.worker in self.reception.clients and self._links:
+        if message.worker in self.reception.clients and self.sources.links:
             self._send_worker(message.worker, Wake(0, b""))
 
     def _pages_requested(self, message: RequestPages) -> None:
@@ -365,9 +297,9 @@ class House:
         self.workforce.tick()
         self._allowed = self._memory_allows()
         self.porter.ring_at(self.zero.background(self.settings.background_rate, self._allowed))
-        for link in self._links.values():
-            link.tick(now)
+        self.sources.tick(now)
         self.paging.background(self.settings.background_rate, self._allowed, now)
+        self.auditor.step(now)
         if now - self._ticked < 1.0:
             return
         self._ticked = now
@@ -381,9 +313,6 @@ class House:
                     self.paging.links[block.number].complete(block.number)
             if block.complete:
                 self.reception.release(block)
-        if now - self._audited >= AUDIT_SECONDS:
-            self._audited = now
-            self.audit()
         for export in self.exports.unasked():
             export.cancel()
             self.zero.give_up(export.block)
@@ -411,45 +340,10 @@ class House:
                 self.zero.worker_lost()
         elif what == "gone" and worker != ZERO:
             self.reception.worker_gone(worker)
-        elif what == QUARANTINED:
-            self._event(QUARANTINED, f"worker {worker} crashed too often; its client's missing pages are poisoned")
-
-    def _describe(self, worker: int, incarnation: int, quarantined: bool) -> tuple[list[str], Assignment]:
-        """What a worker is told, and the keys of its descriptors in the order of their places."""
-        device = 2 if self._device >= 0 else -1
-        keys, place = ["house"], 3 if self._device >= 0 else 2
-        if worker == ZERO:
-            keys.append(ZERO_KEY)
-            name, ufd, client, figures, place = "zero", -1, -1, place, place + 1
-            blocks, regions = list(self.blocks.values()), list[RegionGrant]()
-        else:
-            record, blocks = self.reception.grants(worker)
-            keys.append(record.key)
-            name, ufd, client, figures, place = record.name, place, place + 1, place + 2, place + 3
-            regions = record.regions
-        grants: list[BlockGrant] = []
-        for block in blocks:
-            grant, fds = block.grant(place)
-            keys.append(f"block/{block.number}")
-            place += len(fds)
-            grants.append(_quarantine(grant) if quarantined else grant)
-        return keys, Assignment(
-            worker=worker,
-            incarnation=incarnation,
-            name=name,
-            endpoint=self.runtime.endpoint,
-            userfaultfd=ufd,
-            client=client,
-            quit=0,
-            statistics=figures,
-            house=1,
-            device=device,
-            fault_around=self.settings.fault_around,
-            adaptive=self.settings.adaptive,
-            handler_path=os.getcwd(),
-            blocks=tuple(grants),
-            regions=tuple(regions),
-        )
+        elif what == briefing.QUARANTINED:
+            self._event(
+                briefing.QUARANTINED, f"worker {worker} crashed too often; its client's missing pages are poisoned"
+            )
 
     def _report(self, report: Report) -> None:
         block = self._by_number.get(report.block)
@@ -479,20 +373,6 @@ class House:
         """As SIGTERM does."""
         descriptors.signal_eventfd(self._stop_bell)
 
-    def audit(self) -> int:
-        """Pages present that nobody of ours placed, in all blocks; news of them is an event."""
-        total = 0
-        for block in self.blocks.values():
-            before = block.polluted
-            found = block.audit()
-            total += found
-            if found and block.polluted != before:
-                first = block.polluted[0][0] * block.page_size
-                self._event(
-                    "polluted", f"block {block.name}: {found} pages that nobody of ours placed, from offset {first}"
-                )
-        return total
-
     def document(self) -> bytes:
         blocks = list(self.blocks.values())
         return status.document(
@@ -520,22 +400,6 @@ class House:
         self._router.close()
         self._context.term()
         log.info("ended")
-
-
-def _quarantine(grant: BlockGrant) -> BlockGrant:
-    """The same block without its source: present pages are served, the others are poisoned for this client."""
-    from dataclasses import replace
-
-    return replace(grant, kind=QUARANTINED, detail="", source=-1)
-
-
-def _by_endpoint(sources: Mapping[str, Source]) -> dict[str, dict[str, str]]:
-    """Remote blocks by endpoint: our name of each, and its name there."""
-    found: dict[str, dict[str, str]] = {}
-    for name, source in sources.items():
-        if isinstance(source, RemoteSource):
-            found.setdefault(source.endpoint, {})[name] = source.block
-    return found
 
 
 def _device() -> int:

@@ -1,0 +1,46 @@
+"""The auditor: pages that are present though nobody of ours placed them, looked for by and by and on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from .blocks import RamBlock
+
+SECONDS = 5.0
+"""Between two rounds through all blocks."""
+
+
+class Auditor:
+    """Goes through the blocks in turns; what it finds stands in their ``polluted``, and news is an event."""
+
+    def __init__(self, blocks: Sequence[RamBlock], event: Callable[[str, str], None]) -> None:
+        self._blocks = blocks
+        self._event = event
+        self._turn = 0
+        self._due = 0.0
+
+    def now(self) -> None:
+        """All of it, at once."""
+        for block in self._blocks:
+            before = block.polluted
+            block.audit()
+            self._tell(block, before)
+
+    def step(self, now: float) -> None:
+        """Some milliseconds of it, when it is time."""
+        if now < self._due:
+            return
+        block = self._blocks[self._turn]
+        before = block.polluted
+        if not block.audit_step():
+            return
+        self._tell(block, before)
+        self._turn = (self._turn + 1) % len(self._blocks)
+        if self._turn == 0:
+            self._due = now + SECONDS
+
+    def _tell(self, block: RamBlock, before: tuple[tuple[int, int], ...]) -> None:
+        if not block.polluted or block.polluted == before:
+            return
+        found, first = sum(last - first for first, last in block.polluted), block.polluted[0][0] * block.page_size
+        self._event("polluted", f"block {block.name}: {found} pages that nobody of ours placed, from offset {first}")
