@@ -123,7 +123,8 @@ class Custodian:
         self._poll.register(pidfd, select.POLLIN)
         self._say(WorkerForked(order.worker, order.incarnation, pid), [pidfd])
         # Only now may it live: if we die before, nobody has its pidfd, and a second life would read the same ufd.
-        os.write(tell, b"!")
+        with contextlib.suppress(BrokenPipeError):  # it has been killed already: its pidfd says so
+            os.write(tell, b"!")
         os.close(tell)
 
     def _reap(self, pidfd: int) -> None:
