@@ -6,10 +6,12 @@ never has one; a scripted client (``tests/wire/caller.py``'s ways, here in a pup
 
 from __future__ import annotations
 
+import signal
+from contextlib import suppress
 from pathlib import Path
 
 from tests.conftest import SourceFile
-from tests.house.house import PAGE, House, until, word
+from tests.house.house import PAGE, House, end_by_pidfd, until, word
 
 POLLUTE = """
 from postcopy.session import Session
@@ -100,9 +102,10 @@ def test_a_worker_killed_between_placing_and_marking_is_no_pollution(
             client.begin(f"check(b, {str(path)!r}, 'random', 4096, {seed})")
         for _ in range(4):
             for client in clients:
-                record = house.record(client)
-                if record["worker_pid"] and not client.answered(0.01):
-                    house.kill_worker(client)
+                pid = house.record(client)["worker_pid"]
+                with suppress(ProcessLookupError, FileNotFoundError):  # released, or another's life has just ended
+                    if pid and not client.answered(0.01):
+                        end_by_pidfd(pid, signal.SIGKILL, "postcopy-")
             assert house.status(audit=True)["totals"]["polluted"] == 0
         assert [client.answer() for client in clients] == [-1, -1]
         assert house.events("polluted") == []

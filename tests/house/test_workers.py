@@ -22,7 +22,10 @@ def kill_now(house: House, client: Puppet, killed: set[int]) -> bool:
     pid = int(house.record(client).get("worker_pid") or 0)
     if pid in killed or not alive(pid):
         return False
-    end_by_pidfd(pid, signal.SIGKILL, "postcopy-")
+    try:
+        end_by_pidfd(pid, signal.SIGKILL, "postcopy-")
+    except (ProcessLookupError, FileNotFoundError):
+        return False  # it has just ended by itself
     killed.add(pid)
     return True
 
