@@ -33,6 +33,7 @@ REMOTE_WINDOW = 256 << 10
 """Largest fault-around of a remote block: while clients wait, no answer is longer than that."""
 PIECE_BUSY, PIECE_CALM = 256 << 10, 1 << 20
 ZERO_PIECE = 1 << 20
+DROP_AFTER = 32 << 20
 MISSING_BYTE, RECEIVED_BYTE = bytes((MISSING,)), bytes((RECEIVED,))
 
 
@@ -53,7 +54,7 @@ class Paging:
         self.engine = Engine()
         self.links: dict[int, Link] = {}  # by block
         self.poison_on_loss = False
-        self.placed = 0
+        self.placed = self._undropped = 0
         self._core = core
         self._blocks = blocks
         self._around = fault_around
@@ -170,6 +171,10 @@ class Paging:
             done = max(0, outcome.done) // size
             received[first : first + done] = bytes((RECEIVED,)) * done
             self.placed += done
+            self._undropped += done * size
+            if self._undropped >= DROP_AFTER:  # our page tables of what we placed count as our memory; the data stays
+                self._undropped = 0
+                block.forget_own_pages()
             first, source = first + done, source + done * size
             if outcome.status is Status.PRESENT:
                 self._settle(block, first, source)
