@@ -58,7 +58,9 @@ def until(look: Callable[[], Found], what: str, within: float = 15.0) -> Found:
 
 def environment(**more: str) -> dict[str, str]:
     """That of this test, with the wings of this checkout to import from."""
-    paths = [str(ROOT), *(str(ROOT / wing) for wing in WINGS)] + [path for path in [os.environ.get("PYTHONPATH")] if path]
+    paths = [str(ROOT), *(str(ROOT / wing) for wing in WINGS)] + [
+        path for path in [os.environ.get("PYTHONPATH")] if path
+    ]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **more}
 
 
