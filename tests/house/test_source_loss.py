@@ -1,0 +1,215 @@
+"""A source that is lost, comes back, comes back as another, or has lost pages: clients wait, and see no wrong byte."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import SourceFile
+from tests.house.house import PAGE, House, Puppet, PuppetError, until, word
+from tests.house.remote import Source, await_state, kinds, source_of
+
+SIZE = 2048 * PAGE
+SLOW: dict[str, Any] = {"background_rate": "0", "fault_around": "4K", "source_timeout": "1"}
+CHANGES = ("source", "pause", "recover")
+
+
+@pytest.fixture
+def source(source_file: SourceFile) -> Iterator[Source]:
+    """Of a file of SIZE."""
+    with Source(f"ram0={source_file(SIZE)}") as source:
+        yield source
+
+
+def began(house: House, *orders: str) -> list[Puppet]:
+    """Clients of both modes in turn, each with its order begun and its first request sent."""
+    clients = [house.client("ram0", ("private", "shared")[number % 2]) for number in range(len(orders))]
+    for client, order in zip(clients, orders, strict=True):
+        client.begin(order)
+        until(lambda client=client: house.record(client)["requests"], "it asks")  # type: ignore[misc]
+    return clients
+
+
+def path_of(source: Source) -> Path:
+    return Path(source._blocks[0].partition("=")[2])
+
+
+def test_killed_and_back_while_clients_run(runtime_dir: Path, source: Source) -> None:
+    """Twice. Waiters wait, everything is right, and the events are one pause and one recover each."""
+    with House(runtime_dir, source.block(), **SLOW) as house:
+        path = path_of(source)
+        clients = began(house, *(f"check(b, {str(path)!r}, 'random', 4096, {seed})" for seed in range(4)))
+        for life in range(2):
+            source.end()
+            await_state(house, "paused")
+            assert house.status()["state"] == "paused"
+            stood = house.block()["received"]
+            until(lambda: not any(client.answered(0.5) for client in clients), "they wait", 5)
+            assert house.block()["received"] == stood < SIZE // PAGE, "and nothing comes meanwhile"
+            source.start()
+            await_state(house, "up", 5)
+            until(lambda stood=stood: house.block()["received"] > stood, "it goes on", 5)  # type: ignore[misc]
+            assert kinds(house, *CHANGES) == ["source", *["pause", "recover"] * (life + 1)]
+        assert [client.answer(60) for client in clients] == [-1] * 4
+        assert house.status()["state"] == "running" and not house.events("source-refused")
+        assert house.status()["totals"]["restarts"] == 0
+
+
+def test_what_is_received_stays_usable(runtime_dir: Path, source: Source) -> None:
+    with House(runtime_dir, source.block(), **SLOW) as house:
+        assert house.client().do("words(b, [5, 6])") == [word(5 * PAGE), word(6 * PAGE)]
+        source.end()
+        await_state(house, "paused")
+        late = house.client("ram0", "shared")
+        assert late.do("words(b, [5, 6])") == [word(5 * PAGE), word(6 * PAGE)]
+        late.begin("words(b, [7])")
+        assert not late.answered(1)
+        late.kill()
+        late.status()
+
+
+def test_waiters_wait_longer_than_any_watchdog(runtime_dir: Path, source: Source) -> None:
+    """Nobody is killed, nothing is poisoned, because a source is away for long."""
+    with House(runtime_dir, source.block(), **SLOW) as house:
+        source.end()
+        (client,) = began(house, "words(b, [7])")
+        worker = house.worker(client)
+        begun = time.monotonic()
+        until(lambda: client.answered(1) or time.monotonic() - begun > 9, "nine seconds", 20)
+        assert not client.answered()
+        source.start()
+        assert client.answer(5) == [word(7 * PAGE)]
+        assert house.worker(client) == worker and house.status()["totals"]["restarts"] == 0
+        assert not house.events("watchdog")
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_restart_faster_than_the_timeout(runtime_dir: Path, source: Source, waits: bool) -> None:
+    """Nobody sees it go; found out at the next Ping at the latest, and before that by whoever asks."""
+    with House(runtime_dir, source.block(), background_rate="0", fault_around="4K", source_timeout="30") as house:
+        client = house.client()
+        assert client.do("words(b, [7])") == [word(7 * PAGE)]
+        if waits:
+            source.tell(signal.SIGSTOP)
+            client.begin("words(b, [8])")
+            until(lambda: source_of(house)["in_flight"], "it asks")
+        source.end()
+        source.start()
+        if not waits:
+            client.begin("words(b, [8])")
+        assert client.answer(5) == [word(8 * PAGE)]
+        await_state(house, "up")
+        assert kinds(house, *CHANGES) == ["source", "pause", "recover"]
+
+
+def test_a_source_that_stands_still(runtime_dir: Path, source: Source) -> None:
+    with House(runtime_dir, source.block(), **SLOW) as house:
+        source.tell(signal.SIGSTOP)
+        (client,) = began(house, "words(b, [7, 8, 9])")
+        await_state(house, "paused")
+        source.tell(signal.SIGCONT)
+        assert client.answer(5) == [word(page * PAGE) for page in (7, 8, 9)]
+        assert kinds(house, *CHANGES) == ["source", "pause", "recover"]
+
+
+@pytest.mark.parametrize("what", ["content", "size"])
+def test_another_content_at_the_endpoint(
+    runtime_dir: Path, source: Source, source_file: SourceFile, tmp_path: Path, what: str
+) -> None:
+    """Refused with the values of both sides; clients wait on, and run on when the right one is back."""
+    other = source_file(SIZE, 3, "other") if what == "content" else source_file(SIZE + 1, 0, "other")
+    with House(runtime_dir, source.block(), **SLOW) as house:
+        clients = [house.client("ram0", mode) for mode in ("private", "shared")]
+        source.end()
+        await_state(house, "paused")
+        right = source._blocks
+        source.start(f"ram0={other}")
+        for client in clients:
+            client.begin("words(b, [7, 2047])")
+        (said,) = until(lambda: house.events("source-refused"), "it is refused")
+        assert f"it was {SIZE} bytes of" in said and f"{other.stat().st_size} bytes of" in said
+        assert not any(client.answered(1) for client in clients)
+        assert house.block()["received"] == 0 and len(house.events("source-refused")) == 1
+        source.end()
+        source.start(*right)
+        assert [client.answer(10) for client in clients] == [[word(7 * PAGE), word(2047 * PAGE)]] * 2
+
+
+def test_another_source_of_the_same_content(runtime_dir: Path, source: Source, source_file: SourceFile) -> None:
+    copy = source_file(SIZE, 0, "copy")
+    with House(runtime_dir, source.block(), **SLOW) as house:
+        source.end()
+        (client,) = began(house, f"check(b, {str(copy)!r}, 'random')")
+        path_of(source).unlink()
+        source.start(f"ram0={copy}")
+        assert client.answer(20) == -1
+
+
+def test_poison_on_source_loss(runtime_dir: Path, source: Source) -> None:
+    """Who waits gets SIGBUS or PageLost, who comes later too; never zeros. What is received stays."""
+    with House(runtime_dir, source.block(), on_source_loss="poison", **SLOW) as house:
+        keeper = house.client()
+        assert keeper.do("words(b, [5])") == [word(5 * PAGE)]
+        source.tell(signal.SIGSTOP)
+        toucher, sharer, ensurer = began(house, "words(b, [7])", "words(b, [8])", f"b.ensure({9 * PAGE}, 1, 20)")
+        await_state(house, "paused")
+        assert [client.status() for client in (toucher, sharer)] == [-signal.SIGBUS] * 2
+        with pytest.raises(PuppetError) as told:
+            ensurer.answer(5)
+        assert told.value.kind == "PageLost"
+        assert keeper.do("words(b, [5])") == [word(5 * PAGE)]
+        late = house.client("ram0", "shared")
+        late.begin("words(b, [10])")
+        assert late.status() == -signal.SIGBUS
+        source.tell(signal.SIGCONT)
+        await_state(house, "up")
+        fresh = [house.client("ram0", mode) for mode in ("private", "shared")]
+        assert [client.do("words(b, [7, 8, 9, 10])") for client in fresh] == [
+            [word(page * PAGE) for page in (7, 8, 9, 10)]
+        ] * 2
+        assert ensurer.do(f"b.ensure({20 * PAGE}, 1, 20)") is None
+
+
+@pytest.mark.parametrize("mode", ["private", "shared"])
+def test_a_file_that_is_cut_at_the_source(runtime_dir: Path, source: Source, mode: str) -> None:
+    """Its pages are lost, and named; never zeros, never a mixture."""
+    with House(runtime_dir, source.block(), **SLOW) as house:
+        client = house.client("ram0", mode)
+        assert client.do("words(b, [5])") == [word(5 * PAGE)]
+        os.truncate(path_of(source), 1000 * PAGE + 7)
+        for page in (1000, 1500):
+            with pytest.raises(PuppetError) as told:
+                client.do(f"b.ensure({page * PAGE}, 1, 20)")
+            assert told.value.kind == "PageLost"
+            toucher = house.client("ram0", mode)
+            toucher.begin(f"words(b, [{page}])")
+            assert toucher.status() == -signal.SIGBUS
+        assert client.do("words(b, [5])") == [word(5 * PAGE)]
+        assert house.block()["lost"] >= 2
+        assert any("1000" in said and "cut" in said for said in house.events("lost"))
+
+
+def test_lost_pages_are_healed_by_a_source_that_has_them(runtime_dir: Path, source: Source) -> None:
+    path = path_of(source)
+    whole = path.read_bytes()
+    with House(runtime_dir, source.block(), **SLOW) as house:
+        clients = [house.client("ram0", mode) for mode in ("private", "shared")]
+        os.truncate(path, 1000 * PAGE)
+        for client in clients:
+            with pytest.raises(PuppetError):
+                client.do(f"b.ensure({1500 * PAGE}, 1, 20)")
+        source.end()
+        path.write_bytes(whole)
+        await_state(house, "paused")
+        source.start()
+        await_state(house, "up")
+        for client in [*clients, house.client("ram0", "shared")]:
+            client.do(f"b.ensure({1500 * PAGE}, 1, 20)")
+            assert client.do("words(b, [1500])") == [word(1500 * PAGE)]
+        assert house.block()["lost"] == 0
