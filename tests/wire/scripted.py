@@ -38,18 +38,23 @@ Kind = TypeVar("Kind", bound=Message)
 Heard = tuple[Message, list[bytes]]
 
 
+def environment() -> dict[str, str]:
+    """That of this test, with the wings of this checkout to import from."""
+    path = os.pathsep.join(str(ROOT / wing) for wing in ("protocol", "kernel", "sources", "client"))
+    return {**os.environ, "PYTHONPATH": path}
+
+
 class SourceProgram:
     """``python -m postcopy_sources WORDS`` (or another ``program``), ready when the constructor returns. At its end it
     must end in order on SIGTERM and must not have logged a traceback."""
 
     def __init__(self, *words: str, program: Sequence[str] = ("-m", "postcopy_sources"), ready: bool = True) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
-        path = os.pathsep.join(str(ROOT / wing) for wing in ("protocol", "kernel", "sources"))
         self.process = subprocess.Popen(
             [sys.executable, *program, *words],
             stdin=subprocess.DEVNULL,
             stderr=self._log,
-            env={**os.environ, "PYTHONPATH": path},
+            env=environment(),
         )
         if ready:
             self.wait_for_log("ready:")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,16 +12,14 @@ import zmq.auth
 from postcopy_protocol.curve_keys import KeyPair, read_keys, write_keys
 from postcopy_protocol.errors import BadInput
 from tests.conftest import SourceFile
-from tests.wire.scripted import PAGE, ROOT, ScriptedSupervisor, SourceProgram
+from tests.wire.scripted import PAGE, ROOT, ScriptedSupervisor, SourceProgram, environment
 
 EXAMPLE = (ROOT / "docs" / "sources.md").read_text("utf-8").split("```python\n")[1].split("```")[0]
-WINGS = ("protocol", "kernel", "sources", "client")
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join(str(ROOT / wing) for wing in WINGS)
     command = [sys.executable, "-m", "postcopy", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": path})
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment())
 
 
 def test_the_example_does_what_it_says(tmp_path: Path, runtime_dir: Path) -> None:
