@@ -95,7 +95,8 @@ class Loop:
         """Never returns."""
         self._keep_pace(0.0)
         while True:
-            if self._streaming and not self._socket.poll(0):
+            # The option tells what poll(0) would, at a tenth of its price.
+            if self._streaming and not int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
                 self._stream(self._streaming.popleft())
             else:
                 with suppress(zmq.Again):

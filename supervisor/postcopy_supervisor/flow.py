@@ -28,8 +28,8 @@ class Limits:
 
     requests: int = 64
     bytes: int = 8 << 20
-    background_busy: int = 256 << 10
-    background_calm: int = 16 << 20
+    background_busy: int = 1 << 20
+    background_calm: int = 4 << 20
     patience: float = 10.0
     attempts: int = 3
     calm: float = 0.05
@@ -152,12 +152,15 @@ class Flow:
         """Wishes not sent yet."""
         return sum(map(len, self._queues.values()))
 
+    def busy(self, now: float) -> bool:
+        """Has somebody been waiting a moment ago?"""
+        return now - self._urgent_at < self.limits.calm
+
     def room_for_background(self, now: float) -> int:
         """Bytes of background that may be wished for now; 0 while urgent wishes wait."""
         if not self.up or any(queue for client, queue in self._queues.items() if client != BACKGROUND):
             return 0
-        busy = now - self._urgent_at < self.limits.calm
-        window = self.limits.background_busy if busy else self.limits.background_calm
+        window = self.limits.background_busy if self.busy(now) else self.limits.background_calm
         waiting = sum(wish.length for wish in self._queues.get(BACKGROUND, ()))
         return max(0, window - self._background - waiting)
 

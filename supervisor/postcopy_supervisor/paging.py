@@ -260,8 +260,10 @@ class Paging:
         for number, link in self.links.items():
             block = self._blocks[number]
             room = link.flow.room_for_background(now) if allowed and rate else 0
-            while room > 0 and self._afford(rate, now):
-                piece = self._next_piece(block, min(room, PIECE_CALM))
+            most = PIECE_BUSY if link.flow.busy(now) else PIECE_CALM
+            # Not into every gap: a small piece would come back as a small gap, and soon all pieces would be small.
+            while room >= PIECE_BUSY and self._afford(rate, now):
+                piece = self._next_piece(block, min(room, most))
                 if piece is None:
                     break
                 length = (piece[1] - piece[0]) * block.page_size
