@@ -73,7 +73,8 @@ class Source:
 
     def __enter__(self) -> Source:
         try:
-            self.start()
+            if self.process is None:
+                self.start()
         except BaseException:
             self.close()
             raise

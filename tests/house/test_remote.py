@@ -53,7 +53,8 @@ def test_several_blocks_and_several_sources(runtime_dir: Path, source_file: Sour
     one = Source(f"x={paths[0]}", f"y={paths[1]}")
     two = Source(f"x={paths[2]}")
     local = f"file={paths[3]}"
-    with one, two, House(runtime_dir, one.block("x"), one.block("y"), two.block("x", "z"), local) as house:
+    blocks = [one.block("x"), one.block("y"), two.block("x", "z"), local]
+    with one, two, House(runtime_dir, *blocks, source_timeout="1") as house:
         clients = [house.client(None) for _ in range(2)]
         for client, mode in zip(clients, ("private", "shared"), strict=True):
             for name in ("x", "y", "z", "file"):
