@@ -148,6 +148,10 @@ class Flow:
         return len(self._flying)
 
     @property
+    def bytes_in_flight(self) -> int:
+        return self._bytes
+
+    @property
     def waiting(self) -> int:
         """Wishes not sent yet."""
         return sum(map(len, self._queues.values()))

@@ -124,7 +124,6 @@ class House:
         self.exports = Exports()
         self._ticked = 0.0
         self.auditor = Auditor(list(self.blocks.values()), self._event)
-        self._allowed = True
         self._people()
         self.sources.connect(self._router, advice, self.blocks, self.paging, self._answer)
 
@@ -230,7 +229,7 @@ class House:
 
     def _source_said(self, identity: bytes, frames: list[zmq.Frame]) -> None:
         if self.sources.heard(identity, frames):
-            self.paging.background(self.settings.background_rate, self._allowed, time.monotonic())
+            self.paging.background(self.settings.background_rate, self._memory_left(), time.monotonic())
 
     def _heard(self, identity: bytes, frame: bytes) -> None:
         try:
@@ -295,10 +294,10 @@ class House:
 
     def _tick(self, now: float) -> None:
         self.workforce.tick()
-        self._allowed = self._memory_allows()
-        self.porter.ring_at(self.zero.background(self.settings.background_rate, self._allowed))
+        self._look_at_memory()
+        self.porter.ring_at(self.zero.background(self.settings.background_rate, self.paging.roomy))
         self.sources.tick(now)
-        self.paging.background(self.settings.background_rate, self._allowed, now)
+        self.paging.background(self.settings.background_rate, self._memory_left(), now)
         self.auditor.step(now)
         if now - self._ticked < 1.0:
             return
@@ -317,17 +316,21 @@ class House:
             export.cancel()
             self.zero.give_up(export.block)
 
-    def _memory_allows(self) -> bool:
+    def _look_at_memory(self) -> None:
         """Under ``--max-memory``, and the machine is not about to run out: else only the pages that are waited for."""
-        allowed = available_memory() > SCARCE
-        if self.settings.max_memory:
-            placed = sum(os.fstat(block.memory).st_blocks * 512 for block in self.blocks.values())
-            allowed = placed + self.settings.fault_around <= self.settings.max_memory
-        limit = self.settings.fault_around if allowed else 0
-        if self._house[statistics.WINDOW_LIMIT] != limit:
-            self._house[statistics.WINDOW_LIMIT] = limit
-            self._event("memory", "enough again" if allowed else "scarce: fault-around and background work stop")
-        return allowed
+        roomy = available_memory() > SCARCE and self._memory_left() >= self.settings.fault_around
+        if roomy != self.paging.roomy:
+            self.paging.roomy = roomy
+            self._house[statistics.WINDOW_LIMIT] = self.settings.fault_around if roomy else 0
+            self._event("memory", "enough again" if roomy else "scarce: fault-around and background work stop")
+
+    def _memory_left(self) -> int:
+        """Bytes that may still be placed unasked under ``--max-memory``, less what is on its way."""
+        if not self.settings.max_memory:
+            return 1 << 62
+        placed = sum(os.fstat(block.memory).st_blocks * 512 for block in self.blocks.values())
+        coming = sum(link.flow.bytes_in_flight for link in self.sources.links.values())
+        return self.settings.max_memory - placed - coming
 
     # --- workers ------------------------------------------------------------------------------------------------------
 

@@ -55,6 +55,8 @@ class Paging:
         self.links: dict[int, Link] = {}  # by block
         self.poison_on_loss = False
         self.placed = self._undropped = 0
+        self.roomy = True
+        """False: memory is scarce, only pages that are waited for may come."""
         self._core = core
         self._blocks = blocks
         self._around = fault_around
@@ -84,10 +86,15 @@ class Paging:
             elif self.poison_on_loss and block.number in self.links and self.links[block.number].state == "paused":
                 effects.append(Release(waiter, block.number, page, True))
             else:
-                end = min(block.pages, page + (window or self._window(waiter, block, page)))
+                end = self._end(block, page, window or self._window(waiter, block, page))
                 self._cursor[block.number] = end
                 effects += self.engine.fault(waiter, block.number, page, end)
         self._do(effects, waiter)
+
+    def _end(self, block: RamBlock, page: int, window: int) -> int:
+        """End of what is asked for with a page: as far as the window goes and everything is missing."""
+        behind = block.received[page + 1 : min(block.pages, page + window)] if window > 1 and self.roomy else b""
+        return page + 1 + len(behind) - len(behind.lstrip(MISSING_BYTE))
 
     def _window(self, waiter: int, block: RamBlock, page: int) -> int:
         key = (waiter, block.number)
@@ -254,12 +261,14 @@ class Paging:
 
     # --- background ---------------------------------------------------------------------------------------------------
 
-    def background(self, rate: int, allowed: bool, now: float) -> None:
+    def background(self, rate: int, left: int, now: float) -> None:
         """Ask for what nobody has asked for yet, next to where somebody did; ``rate`` in bytes a second (-1: all that
-        the link takes), urgent requests first."""
+        the link takes), urgent requests first, and no more than ``left`` bytes."""
+        if not rate:
+            return
         for number, link in self.links.items():
             block = self._blocks[number]
-            room = link.flow.room_for_background(now) if allowed and rate else 0
+            room = min(left, link.flow.room_for_background(now))
             most = PIECE_BUSY if link.flow.busy(now) else PIECE_CALM
             # Not into every gap: a small piece would come back as a small gap, and soon all pieces would be small.
             while room >= PIECE_BUSY and self._afford(rate, now):
@@ -268,7 +277,7 @@ class Paging:
                     break
                 length = (piece[1] - piece[0]) * block.page_size
                 self._credit -= length
-                room -= length
+                room, left = room - length, left - length
                 self.do(self.engine.ask(number, *piece))
 
     def _afford(self, rate: int, now: float) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -63,7 +64,9 @@ class Sources:
         """One link for every endpoint."""
         self._paging = paging
         for number, (endpoint, names) in enumerate(_by_endpoint(self._settings.sources).items(), 1):
-            identity, ours = b"s%d" % number, [blocks[name] for name in names]
+            # Nobody can guess it: with ROUTER_HANDOVER a stranger who could would take the source's place.
+            identity = b"s%d-" % number + os.urandom(16).hex().encode()
+            ours = [blocks[name] for name in names]
             streams = [Stream(b.number, names[b.name], b.page_size, b.size, advice[b.name].identity) for b in ours]
             link = Link(
                 endpoint,

@@ -140,12 +140,18 @@ class Supervisor:
         if (block, page) in self.received | self.lost:
             return
         self.waiting.add((client, block, page))
-        end = min(PAGES[block], page + window)
-        self._do(self.engine.fault(client, block, page, end), client)
+        self._do(self.engine.fault(client, block, page, self._end(block, page, window)), client)
+
+    def _end(self, block: int, page: int, window: int) -> int:
+        """As the supervisor's paging does: a window ends where something is there already."""
+        end = page + 1
+        while end < min(PAGES[block], page + window) and (block, end) not in self.received | self.lost:
+            end += 1
+        return end
 
     def background(self, block: int, page: int, window: int) -> None:
         if (block, page) not in self.received | self.lost:
-            self._do(self.engine.ask(block, page, min(PAGES[block], page + window)), -1)
+            self._do(self.engine.ask(block, page, self._end(block, page, window)), -1)
 
     def leave(self, client: int) -> None:
         self.engine.leave(client)
