@@ -90,7 +90,10 @@ class Flow:
 
     def wish(self, client: int, block: int, offset: int, length: int, now: float) -> list[Effect]:
         """A range is wanted by a client, or by nobody yet (BACKGROUND)."""
-        self._queues.setdefault(client, deque()).append(Wish(client, block, offset, length))
+        wish = Wish(client, block, offset, length)
+        if client != BACKGROUND and self._free:  # the rule, and somebody waits: no queue for it
+            return [self._launch(wish, now)]
+        self._queues.setdefault(client, deque()).append(wish)
         return self._pump(now)
 
     def answered(
@@ -101,8 +104,11 @@ class Flow:
         wish = self._flying.get(request)
         if wish is None or wish.block != block:
             return [], 0.0
-        for offset, length in ranges:
-            wish.missing = _less(wish.missing, offset, offset + length)
+        if len(ranges) == 1 and ranges[0] == (wish.offset, wish.length):
+            wish.missing = []  # all at once, which is the rule
+        else:
+            for offset, length in ranges:
+                wish.missing = _less(wish.missing, offset, offset + length)
         if wish.missing:
             return [], 0.0
         del self._flying[request]
@@ -193,20 +199,33 @@ class Flow:
 
     def _pump(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
-        while self.up and (wish := self._take()) is not None:
-            wish.sent, wish.attempts = now, wish.attempts + 1
-            wish.missing = [(wish.offset, wish.offset + wish.length)]
-            urgent = wish.client != BACKGROUND
-            self._bytes += wish.length
-            if urgent:
-                self._urgent_at = now
-            else:
-                self._background += wish.length
-                self._pieces += 1
-            request, self._next = self._next, self._next + 1
-            self._flying[request] = wish
-            effects.append(Send(request, wish.block, wish.offset, wish.length, urgent))
+        while self.up and self._queues and (wish := self._take()) is not None:
+            effects.append(self._launch(wish, now))
         return effects
+
+    @property
+    def _free(self) -> bool:
+        """May an urgent wish be sent at once, overtaking nobody?"""
+        return (
+            self.up
+            and len(self._queues) == (BACKGROUND in self._queues)
+            and len(self._flying) - self._pieces < self.limits.requests
+            and self._bytes - self._background < self.limits.bytes
+        )
+
+    def _launch(self, wish: Wish, now: float) -> Send:
+        wish.sent, wish.attempts = now, wish.attempts + 1
+        wish.missing = [(wish.offset, wish.offset + wish.length)]
+        urgent = wish.client != BACKGROUND
+        self._bytes += wish.length
+        if urgent:
+            self._urgent_at = now
+        else:
+            self._background += wish.length
+            self._pieces += 1
+        request, self._next = self._next, self._next + 1
+        self._flying[request] = wish
+        return Send(request, wish.block, wish.offset, wish.length, urgent)
 
     def _take(self) -> Wish | None:
         """The next wish: clients in turns, background last; None when there is no room or nothing waits."""

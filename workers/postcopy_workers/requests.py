@@ -9,6 +9,8 @@ from postcopy_protocol.codec import encode, pack_offsets
 from postcopy_protocol.messages import RequestPages
 from postcopy_protocol.statistics import DEDUPLICATED, REQUESTS, bucket
 
+OFFSET_BYTES = 8
+
 
 class Requests:
     """What is asked for and not yet answered. ``ask`` belongs to the main thread, ``answered`` to the waker; the two
@@ -21,6 +23,7 @@ class Requests:
         self._send = send
         self._asked: dict[tuple[int, int], int] = {}
         self._held: dict[int, list[int]] | None = None
+        self._heads: dict[int, bytes] = {}
 
     def ask(self, block: int, offset: int) -> None:
         """The client waits for the page at ``offset``."""
@@ -31,9 +34,16 @@ class Requests:
         self._asked[key] = perf_counter_ns()
         self._words[REQUESTS] += 1
         if self._held is None:
-            self._send(encode(RequestPages(self._worker, block, pack_offsets([offset]))))
+            head = self._heads.get(block) or self._head(block)
+            self._send(head + offset.to_bytes(OFFSET_BYTES, "little"))
         else:
             self._held.setdefault(block, []).append(offset)
+
+    def _head(self, block: int) -> bytes:
+        """All of a request for one page but its offset, which stands at the end: somebody waits while it is made."""
+        whole = encode(RequestPages(self._worker, block, pack_offsets([0])))
+        self._heads[block] = whole[:-OFFSET_BYTES]
+        return self._heads[block]
 
     def hold(self) -> None:
         """Several messages follow: gather."""
