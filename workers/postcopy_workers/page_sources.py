@@ -85,7 +85,10 @@ class FilePages:
         return self._staging.address
 
     def check(self) -> None:
-        now = os.fstat(self.descriptor)
+        try:
+            now = os.fstat(self.descriptor)
+        except OSError as error:  # ESTALE: a network file system has lost it
+            raise SourceChanged(f"the file cannot be looked at: {error.strerror}") from None
         if now.st_size != self.size:
             raise SourceChanged(f"the file has {now.st_size} bytes, it had {self.size}")
         if now.st_mtime_ns != self._time:

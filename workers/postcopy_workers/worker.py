@@ -218,6 +218,14 @@ class Attendant(threading.Thread):
         self._worker = worker
 
     def run(self) -> None:
+        try:
+            self._attend()
+        except Exception:
+            # Without its attendant a worker would hear neither quit nor its client's end: a successor is better.
+            log.exception("worker %d has lost its attendant", self._worker.assignment.worker)
+            os._exit(3)
+
+    def _attend(self) -> NoReturn:
         worker = self._worker
         channel = worker.connect(b"r" if worker.remote else b"w")
         if not worker.remote:  # else the waker says it
