@@ -46,12 +46,12 @@ def _rows(bench: Bench, file: str, length: int) -> list[Row]:
     solo: list[Pair] = []
     urgent: list[Pair] = []
     kept: list[float] = []
-    calm = _urgent(bench, file, length, rate="0")[0]
     for number in range(bench.scale.pairs):
         bench.say(f"remote, stream: round {number + 1} of {bench.scale.pairs}")
         alone = _copy_alone(file, length)
         streamed = _stream(bench, file, length)
         solo.append((streamed, alone))
+        calm, _ = _urgent(bench, file, length, rate="0")
         waited, rate = _urgent(bench, file, length, rate="auto")
         urgent.append((percentile(waited, 99), percentile(calm, 50)))
         kept.append(rate / streamed)
@@ -105,7 +105,7 @@ def _urgent(bench: Bench, file: str, length: int, rate: str) -> tuple[list[float
     ):
         client.ask(do="join", block="ram", mode="shared")
         if rate == "0":
-            return _open_loop(client, bench.scale.of(1000, 50)), 0.0
+            return _open_loop(client, bench.scale.of(400, 50)), 0.0
         with Watch(supervisor, length) as watch:
             waited = _open_loop(client, 100_000)
             return waited, watch.rate()
