@@ -286,6 +286,18 @@ def test_late_answers_of_an_old_stream_are_nothing(talk: Talk) -> None:
     assert not talk.supervisor.received and link._numbers[1] != old
 
 
+def test_a_pong_from_before_the_loss_brings_no_advise(talk: Talk) -> None:
+    """It says that the source lived once: an Advise to nobody would only lie there."""
+    old = talk.supervisor.link._nonce
+    talk.source.stop()
+    talk.go(20)
+    talk.supervisor.out.clear()
+    talk.supervisor.hear(Word(Pong(old)))
+    assert not talk.supervisor.out
+    talk.supervisor.hear(Word(Pong(talk.supervisor.link._nonce)))
+    assert [type(word.message) for word in talk.supervisor.out] == [Advise, Advise]
+
+
 def test_a_source_that_refuses_everything_is_asked_once_a_second(talk: Talk) -> None:
     """Advised, but no request is ever in phase: no faster than the advises go."""
     talk.supervisor.fault(1, 1, 3, 1)
