@@ -259,7 +259,7 @@ def test_a_short_patience_does_not_flap(patience: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "size", "identity"), [(OTHER, SIZES[1], OTHER), (LONGER, SIZES[1] + 7 * PAGE, "same")]
+    ("content", "size", "identity"), [(OTHER, SIZES[1], OTHER), (LONGER, SIZES[1] + 7 * PAGE, RIGHT)]
 )
 def test_another_content_is_refused_with_both_values(talk: Talk, content: str, size: int, identity: str) -> None:
     talk.supervisor.fault(1, 1, 3, 1)

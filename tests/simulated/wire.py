@@ -54,7 +54,7 @@ class Source:
     def start(self, content: str) -> None:
         self.content = content
         extra = 7 * PAGE if content == LONGER else 0
-        identity = "same" if content == LONGER else content
+        identity = RIGHT if content == LONGER else content
         offers = {name: Offer(name, SIZES[block] + extra, PAGE, identity) for block, name in NAMES.items()}
         self.conversation = SourceConversation(offers, self.numbers.__next__)
 
