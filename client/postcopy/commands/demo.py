@@ -50,8 +50,9 @@ def demo(
         touching(2 * clients * _touches(size)) as progress,
     ):
         crowd.until("waiting", progress)
-        crowd.go()
+        # Before they go on: half of the block is missing, so the client cannot be done without a successor.
         killed = _kill_a_worker(supervisor.runtime_dir)
+        crowd.go()
         crowd.until("done", progress)
         seconds = time.perf_counter() - begun
         with Control(supervisor.runtime_dir) as control:
