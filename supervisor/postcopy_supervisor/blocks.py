@@ -22,6 +22,7 @@ from postcopy_protocol.received import (
     FLAGS,
     LEASED,
     LOST,
+    PLACING,
     RECEIVED,
     SHARED,
     TRUST,
@@ -204,6 +205,17 @@ class RamBlock:
             received += piece.count(RECEIVED)
             lost += piece.count(LOST)
         return received, lost
+
+    def promote_interrupted(self) -> None:
+        """Pages that are present and still marked PLACING: a worker ended between its COPY and its mark. The kernel
+        shows a page only when it is filled, so they are received."""
+        if self.page_size == PAGE_2M:
+            return
+        for at, piece in self._map_pieces():
+            for start, stop in runs_of(piece, PLACING):
+                for page in range(at + start, at + stop):
+                    if memory.is_present(self.memory, page * self.page_size):
+                        self.received[page] = RECEIVED
 
     def lost_pages(self) -> list[int]:
         """Pages that are marked lost."""

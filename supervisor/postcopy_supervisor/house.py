@@ -123,6 +123,7 @@ class House:
         self.custody = Custody(device=self._device >= 0)
         self.exports = Exports()
         self._ticked = 0.0
+        self._interrupted = False
         self.auditor = Auditor(list(self.blocks.values()), self._event)
         self._people()
         self.sources.connect(self._router, advice, self.blocks, self.paging, self._answer)
@@ -305,6 +306,8 @@ class House:
         self.reception.tick(now)
         self.watchdog.tick(now)
         for block in self.blocks.values():
+            if self._interrupted and not block.complete:
+                block.promote_interrupted()
             if not block.complete and block.look_complete():
                 log.info("block %s is complete: its clients are released", block.name)
                 self._event("complete", f"block {block.name}: every page is received")
@@ -312,6 +315,7 @@ class House:
                     self.paging.links[block.number].complete(block.number)
             if block.complete:
                 self.reception.release(block)
+        self._interrupted = False
         for export in self.exports.unasked():
             export.cancel()
             self.zero.give_up(export.block)
@@ -335,6 +339,7 @@ class House:
     # --- workers ------------------------------------------------------------------------------------------------------
 
     def _news(self, what: str, worker: int) -> None:
+        self._interrupted |= what in ("restarting", "gone")
         if what == "ready":
             self.zero.worker_ready() if worker == ZERO else self.reception.worker_ready(worker)
         elif what == "restarting":

@@ -193,7 +193,10 @@ class Block:
         state = self.received[page]
         if state != RECEIVED:
             if not self.received[self.shared_at]:
-                self._repair(page)
+                # A function that does not repeat itself proves nothing against another worker's page; a page that is
+                # still marked MISSING is nobody's of ours.
+                if state == MISSING or self.grant.kind != "handler":
+                    self._repair(page)
             elif state == MISSING:
                 self.report(
                     "polluted", page, "somebody's unregistered mapping made this page; shared clients write here"
@@ -205,8 +208,6 @@ class Block:
     def _repair(self, page: int) -> None:
         if self._huge:
             return  # read and write do not work on every hugetlb memfd; a shared mapping would be needed
-        if self.grant.kind == "handler":
-            return  # a function that does not repeat itself is no proof of what another worker has placed
         offset, length = page << self.shift, 1 << self.shift
         self.pages.check()  # a file that has changed proves nothing
         want = self.pages.content(offset, length)
