@@ -64,7 +64,7 @@ def serve(
         known[offer.name] = (source, offer)
     if not known:
         raise BadInput("there is nothing to serve: name a source")
-    with _signals(), zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+    with _signals(), _context() as context, context.socket(zmq.ROUTER) as router:
         router.setsockopt(zmq.LINGER, _LINGER_MS)
         if curve is not None:
             Gate(context, allow).open()
@@ -131,6 +131,16 @@ def _refuse_second(path: str) -> None:
         except OSError:
             return
     raise PostcopyError(f"another program listens at ipc://{path}: end it, or choose another endpoint")
+
+
+@contextmanager
+def _context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
+    """Ended by term(): zmq.Context as a context manager would close the gate's socket under its thread, and abort."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    try:
+        yield context
+    finally:
+        context.term()
 
 
 @contextmanager
