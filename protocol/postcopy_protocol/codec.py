@@ -40,6 +40,7 @@ _NONE = -1
 _LOWEST = {
     "BlockGrant": {"memory": _NONE, "received": _NONE, "source": _NONE, "source_mtime_ns": -(1 << 63)},
     "Assignment": dict.fromkeys(("userfaultfd", "client", "quit", "statistics", "house", "device"), _NONE),
+    "BlockNote": {"source_mtime_ns": -(1 << 63)},
     "Report": {"block": _NONE, "offset": _NONE},
 }
 

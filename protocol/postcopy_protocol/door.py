@@ -11,6 +11,7 @@ by ``opened``; what it could not do it takes back by ``withdraw`` (Mapped) or ``
     ---------  -----------------  ------------------------------------------------
     strange    Hello              greeted
     greeted    OfferUserfaultfd   ready
+    greeted    Resume             ready; resumed() gives back what the client had
     ready      OpenBlock          ready; opened() makes the block known
     ready      Mapped             ready; the region is known
     ready      Unmap              ready; the region is forgotten
@@ -27,6 +28,7 @@ and what it may make us remember is bounded.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -42,13 +44,15 @@ from .messages import (
     OfferUserfaultfd,
     OpenBlock,
     Refused,
+    RegionGrant,
+    Resume,
     Unmap,
 )
 from .sources import is_block_name
 
 KINDS = ("native", "vhost-user")
 MODES = ("private", "shared")
-FROM_CLIENT = (Hello, OfferUserfaultfd, OpenBlock, Mapped, Unmap, Goodbye)
+FROM_CLIENT = (Hello, OfferUserfaultfd, OpenBlock, Mapped, Unmap, Goodbye, Resume)
 """What the supervisor expects at its door."""
 
 MAX_REGIONS = 64
@@ -121,7 +125,7 @@ class DoorConversation:
         match message:
             case Hello():
                 self._hello(message)
-            case OfferUserfaultfd():
+            case OfferUserfaultfd() | Resume():
                 self._at(message, Stage.GREETED)
                 self.stage = Stage.READY
             case OpenBlock():
@@ -189,6 +193,16 @@ class DoorConversation:
         """What came with OfferUserfaultfd is none, or of no use: the client may offer another."""
         if self.stage is Stage.READY:
             self.stage = Stage.GREETED
+
+    def refuse_resume(self) -> None:
+        """The client is not the one that it says: it may offer a userfaultfd instead."""
+        self.refuse_userfaultfd()
+
+    def resumed(self, regions: Iterable[RegionGrant]) -> None:
+        """What the client had before its connection ended. Blocks that it had opened are opened by ``opened``."""
+        self.regions = AddressSpace(
+            Region(region.block, region.mode, region.address, region.length, region.offset) for region in regions
+        )
 
     def withdraw(self, block: int, address: int) -> Region:
         """The supervisor refuses a Mapped that was in order, such as one that the kernel did not register."""

@@ -82,6 +82,15 @@ class Goodbye(Message):
     TAG = 6
 
 
+@dataclass(frozen=True, slots=True)
+class Resume(Message):
+    """Instead of OfferUserfaultfd: the same process was client ``client`` of this supervisor or its predecessor, whose
+    connection has ended."""
+
+    TAG = 7
+    client: int
+
+
 # --- door: supervisor -> client ---------------------------------------------------------------------------------------
 
 
@@ -157,6 +166,15 @@ class Released(Message):
 
     TAG = 27
     block: int
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed(Message):
+    """Answer to Resume: everything of the client is as it was. ``released``: numbers of the blocks that
+    are whole by now (packed u64)."""
+
+    TAG = 28
+    released: bytes
 
 
 REFUSALS = ("no-such-block", "denied", "bad-message", "bad-version", "bad-descriptor", "bad-range", "limit", "failed")
@@ -361,6 +379,46 @@ class ForkWorker(Message):
     assignment: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class TakeOver(Message):
+    """First word on the custodian's own socket: a new supervisor wants everything that is kept. Nothing is given up: a
+    connection that ends leaves the custodian as it was."""
+
+    TAG = 83
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Adopt(Message):
+    """A worker that another custodian forked: watch it, and replace it when no supervisor lives. 1 descriptor: its
+    pidfd; ``keys`` and ``assignment`` as in ForkWorker."""
+
+    TAG = 84
+    DESCRIPTORS = 1
+    worker: int
+    incarnation: int
+    pid: int
+    keys: tuple[str, ...]
+    assignment: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class WhenOrphaned(Message):
+    """What to do without a supervisor: after ``timeout_ms`` the missing pages of remote blocks wait on, or are poisoned
+    when touched (``poison``); with no client left, the custodian ends."""
+
+    TAG = 85
+    timeout_ms: int
+    poison: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Dismiss(Message):
+    """The supervisor ends in order: forget everything, end with the last worker."""
+
+    TAG = 86
+
+
 # --- custodian channel: custodian -> supervisor -----------------------------------------------------------------------
 
 
@@ -401,6 +459,27 @@ class WorkerExited(Message):
     worker: int
     incarnation: int
     status: int
+
+
+@dataclass(frozen=True, slots=True)
+class Kept(Message):
+    """Answer to TakeOver, one a key: what Keep said, and the descriptors."""
+
+    TAG = 94
+    DESCRIPTORS = 16
+    key: str
+    meta: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class InventoryEnd(Message):
+    """All of ``kept`` Kept and ``workers`` WorkerForked (one a living worker) have been said; from here on the channel
+    is that of any supervisor."""
+
+    TAG = 95
+    pid: int
+    kept: int
+    workers: int
 
 
 # --- what a worker is told at its birth -------------------------------------------------------------------------------
@@ -464,3 +543,38 @@ class Assignment(Message):
     handler_path: str
     blocks: tuple[BlockGrant, ...]
     regions: tuple[RegionGrant, ...]
+
+
+# --- notes of a supervisor to its successor: the ``meta`` of Keep, which a custodian does not read --------------------
+
+
+@dataclass(frozen=True, slots=True)
+class BlockNote(Message):
+    """Key ``block/N``; descriptors: memory, received map, and the file of a local block. ``source`` is SOURCE as serve
+    was told it; ``kind``, ``detail`` as in BlockGrant; ``identity`` is the remote source's word for its content."""
+
+    TAG = 103
+    block: int
+    name: str
+    source: str
+    size: int
+    page_size: int
+    kind: str
+    detail: str
+    identity: str
+    source_size: int
+    source_mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClientNote(Message):
+    """Key ``client/N``; descriptors: userfaultfd, pidfd, statistics page. Kept anew before any change is answered."""
+
+    TAG = 104
+    client: int
+    name: str
+    kind: str
+    uid: int
+    pid: int
+    regions: tuple[RegionGrant, ...]
+    released: tuple[RegionGrant, ...]

@@ -33,6 +33,7 @@ from postcopy_protocol.messages import (
     OpenBlock,
     RegionGrant,
     Released,
+    Resume,
     Unmap,
     Unmapped,
     UserfaultfdAccepted,
@@ -179,6 +180,9 @@ class Reception:
             case OfferUserfaultfd():
                 self._take_userfaultfd(client, fds[0])
                 return True
+            case Resume():
+                client.conversation.refuse_resume()
+                raise Refusal("denied", f"client {message.client} is not known here")
             case OpenBlock():
                 self._open(client, message)
             case Mapped():

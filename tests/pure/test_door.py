@@ -30,6 +30,7 @@ from postcopy_protocol.messages import (
     OfferUserfaultfd,
     OpenBlock,
     Refused,
+    Resume,
     Unmap,
     Welcome,
 )
@@ -143,7 +144,12 @@ class Door(RuleBasedStateMachine):
 
     @rule(kind=st.sampled_from(FROM_CLIENT), more=st.integers(1, 3))
     def too_many_descriptors(self, kind: type[Message], more: int) -> None:
-        messages = {Hello: Hello("a", "native"), OpenBlock: OpenBlock("a", "private"), Mapped: Mapped(0, 0, 0, 0)}
+        messages = {
+            Hello: Hello("a", "native"),
+            OpenBlock: OpenBlock("a", "private"),
+            Mapped: Mapped(0, 0, 0, 0),
+            Resume: Resume(1),
+        }
         message = messages.get(kind) or (Unmap(0, 0) if kind is Unmap else kind())
         assert code_of(self.door, message, type(message).DESCRIPTORS + more) == "bad-descriptor"
 
