@@ -182,7 +182,7 @@ def encode_or_pack(kind: type[Message], make: Callable[[str], Any]) -> bytes:
         return bytes(msgpack.packb([VERSION, kind.TAG, *values]))
 
 
-def void(*_: Any) -> None:
+def void(*_: Any, **__: Any) -> None:
     """Takes anything, says nothing."""
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from .blocks import RamBlock
+from .history import Tell
 
 SECONDS = 5.0
 """Between two rounds through all blocks."""
@@ -13,7 +14,7 @@ SECONDS = 5.0
 class Auditor:
     """Goes through the blocks in turns; what it finds stands in their ``polluted``, and news is an event."""
 
-    def __init__(self, blocks: Sequence[RamBlock], event: Callable[[str, str], None]) -> None:
+    def __init__(self, blocks: Sequence[RamBlock], event: Tell) -> None:
         self._blocks = blocks
         self._event = event
         self._turn = 0
@@ -42,5 +43,13 @@ class Auditor:
     def _tell(self, block: RamBlock, before: tuple[tuple[int, int], ...]) -> None:
         if not block.polluted or block.polluted == before:
             return
-        found, first = sum(last - first for first, last in block.polluted), block.polluted[0][0] * block.page_size
-        self._event("polluted", f"block {block.name}: {found} pages that nobody of ours placed, from offset {first}")
+        found, size = sum(last - first for first, last in block.polluted), block.page_size
+        first, length = block.polluted[0][0] * size, (block.polluted[-1][1] - block.polluted[0][0]) * size
+        self._event(
+            "polluted",
+            f"block {block.name}: {found} pages that nobody of ours placed, from offset {first}",
+            block=block.name,
+            offset=first,
+            length=length,
+            cause="a mapping that is not registered made them",
+        )

@@ -53,6 +53,7 @@ from .client_zero import ClientZero
 from .custody import Custody
 from .ending import available_memory
 from .exports import Exports
+from .history import History
 from .paging import Paging
 from .porter import (
     ENDPOINT,
@@ -72,7 +73,6 @@ from .reception import Reception
 from .runtime import RuntimeDirectory, notify
 from .settings import Settings
 from .sources import Sources
-from .status import History
 from .watchdog import Watchdog
 from .workforce import Workforce
 
@@ -131,7 +131,8 @@ class House:
     def _people(self) -> None:
         """Porter, workforce, client zero and reception, in the order in which they need one another."""
         self.porter = Porter(self._context, self._core, self._stop_bell, self._door, SourceWatch(self.blocks.values()))
-        self.workforce = Workforce(self.custody, self.porter, partial(briefing.brief, self), self._news)
+        describe = partial(briefing.brief, self)
+        self.workforce = Workforce(self.custody, self.porter, describe, self._news, self._event)
         self._keep_what_workers_need()
         self.zero = ClientZero(self._core, self._by_number, self.custody, self._send_worker, self._event)
         self.paging = Paging(
@@ -226,7 +227,7 @@ class House:
             act(*what)
         except Exception as error:
             log.exception("cannot handle %s", what[-1])
-            self.history.add("bug", f"{type(error).__name__}: {error}")
+            self.history.tell("bug", f"{type(error).__name__}: {error}")
 
     def _source_said(self, identity: bytes, frames: list[zmq.Frame]) -> None:
         if self.sources.heard(identity, frames):
@@ -277,7 +278,9 @@ class House:
                 self.state = "ending"
             case CustodianSaid(message, fds):
                 if message is None:
-                    self._event("restart", "the custodian died; another is started with everything it kept")
+                    cause = "its channel has ended"
+                    text = "the custodian died; another is started with everything it kept"
+                    self._event("restart", text, pid=self.custody.pid, cause=cause)
                 self.workforce.custodian_said(message, fds)
                 if self.state == "starting" and isinstance(message, CustodianReady):
                     self._ready()
@@ -309,8 +312,8 @@ class House:
             if self._interrupted and not block.complete:
                 block.promote_interrupted()
             if not block.complete and block.look_complete():
-                log.info("block %s is complete: its clients are released", block.name)
-                self._event("complete", f"block {block.name}: every page is received")
+                text = f"block {block.name}: every page is received; its clients are released"
+                self._event("complete", text, block=block.name)
                 if block.number in self.paging.links:
                     self.paging.links[block.number].complete(block.number)
             if block.complete:
@@ -342,26 +345,29 @@ class House:
         self._interrupted |= what in ("restarting", "gone")
         if what == "ready":
             self.zero.worker_ready() if worker == ZERO else self.reception.worker_ready(worker)
-        elif what == "restarting":
-            self._event("restart", f"worker {worker} ended unasked; a successor takes over")
-            if worker == ZERO:
-                self.zero.worker_lost()
+        elif what == "restarting" and worker == ZERO:
+            self.zero.worker_lost()
         elif what == "gone" and worker != ZERO:
             self.reception.worker_gone(worker)
-        elif what == briefing.QUARANTINED:
-            self._event(
-                briefing.QUARANTINED, f"worker {worker} crashed too often; its client's missing pages are poisoned"
-            )
 
     def _report(self, report: Report) -> None:
+        """A worker's word: an event, with what it concerns."""
+        if report.kind == "failed":
+            self.workforce.explain(report.worker, report.detail)
         block = self._by_number.get(report.block)
-        where = f" block {block.name} offset {report.offset}" if block else ""
-        self._event(report.kind, f"worker {report.worker}:{where} {report.detail}")
+        where: dict[str, int | str] = {"worker": report.worker, "cause": report.detail}
+        if report.worker != ZERO:
+            where["client"] = report.worker
+        if block is None:
+            return self._event(report.kind, f"worker {report.worker}: {report.detail}", **where)
+        where["block"] = block.name
+        if report.kind != "source-changed":  # which concerns every page that is missing
+            where |= {"offset": max(0, report.offset), "length": block.page_size}
+        text = f"worker {report.worker}: block {block.name} offset {report.offset} {report.detail}"
+        return self._event(report.kind, text, **where)
 
-    def _event(self, kind: str, detail: str) -> None:
-        self.history.add(kind, detail)
-        quiet = kind in ("complete", "memory", "source", "recover", "healed")
-        log.log(logging.INFO if quiet else logging.WARNING, "%s: %s", kind, detail)
+    def _event(self, kind: str, detail: str, **where: int | str) -> None:
+        self.history.tell(kind, detail, **where)
 
     def _send_worker(self, worker: int, message: Message) -> None:
         slot = self.workforce.fleet.slots.get(worker)

@@ -37,6 +37,7 @@ from postcopy_protocol.return_path import (
 )
 
 from .flow import Effect, Flow, GiveUp, Send
+from .history import Tell
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class Link:
         streams: Sequence[Stream],
         patience: float,
         send: Callable[[Message], None],
-        event: Callable[[str, str], None],
+        event: Tell,
         gave_up: Callable[[int, int, int], None],
     ) -> None:
         self.endpoint = endpoint
@@ -189,7 +190,7 @@ class Link:
     def _refuse_source(self, why: str) -> None:
         if why not in self._refused and len(self._refused) < REFUSALS:  # it is asked every second; it is told once
             self._refused.add(why)
-            self._event("source-refused", why)
+            self._event("source-refused", why, cause=why)
 
     # --- effects ------------------------------------------------------------------------------------------------------
 
@@ -219,7 +220,7 @@ class Link:
         self._numbers.clear()
         self._blocks.clear()
         self.flow.lost_source()
-        self._event("pause", f"source {self.endpoint} is lost: {why}; what is missing waits")
+        self._event("pause", f"source {self.endpoint} is lost: {why}; what is missing waits", cause=why)
 
     def _do(self, effects: Sequence[Effect]) -> None:
         for effect in effects:

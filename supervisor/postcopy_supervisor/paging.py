@@ -25,6 +25,7 @@ from postcopy_protocol.window import FaultAround
 from .blocks import RamBlock
 from .engine import Ask, Effect, Engine, Release
 from .flow import BACKGROUND
+from .history import Tell
 from .link import Arrived, Link
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class Paging:
         fetch: Callable[[Ask], None],
         to_worker: Callable[[int, Message], None],
         release_own: Callable[[RamBlock, int, bool], None],
-        event: Callable[[str, str], None],
+        event: Tell,
     ) -> None:
         self.engine = Engine()
         self.links: dict[int, Link] = {}  # by block
@@ -187,7 +188,7 @@ class Paging:
                 self._settle(block, first, source)
                 first, source = first + 1, source + size
             elif outcome.status is Status.EXHAUSTED:
-                self._event("no-memory", f"block {block.name}: no memory for page {first}; it is tried again")
+                self._about(block, first, 1, "no-memory", f"no memory for page {first}; it is tried again", "no memory")
                 time.sleep(0.01)
             elif outcome.status not in (Status.DONE, Status.PARTIAL, Status.RETRY):
                 raise OSError(errno.EIO, f"UFFDIO_COPY into block {block.name}: {outcome.status.name}")
@@ -200,7 +201,8 @@ class Paging:
         if os.pread(block.memory, size, page * size) != want:
             if not block.received[block.pages + SHARED]:
                 os.pwrite(block.memory, want, page * size)
-            self._event("polluted", f"block {block.name}: page {page} was made by an unregistered mapping")
+            text = f"page {page} was made by an unregistered mapping"
+            self._about(block, page, 1, "polluted", text, "a mapping that is not registered made it")
         block.received[page] = RECEIVED
 
     def _place_zeros(self, block: RamBlock, first: int, end: int) -> None:
@@ -216,7 +218,8 @@ class Paging:
         for page in lost:
             block.received[page] = LOST
         if lost:
-            self._event("lost", f"block {block.name}: {len(lost)} pages from page {lost[0]}: {reason}")
+            text = f"{len(lost)} pages from page {lost[0]}: {reason}"
+            self._about(block, lost[0], lost[-1] + 1 - lost[0], "lost", text, reason)
         return lost
 
     def gave_up(self, number: int, offset: int, length: int) -> None:
@@ -257,7 +260,14 @@ class Paging:
             offsets = pack_offsets([page * block.page_size for page in sorted(back)])
             for worker in self.clients_with(block.number):
                 self._to_worker(worker, Wake(block.number, offsets))
-            self._event("healed", f"block {block.name}: {len(back)} lost pages from page {min(back)} are there again")
+            text = f"{len(back)} lost pages from page {min(back)} are there again"
+            self._about(block, min(back), max(back) + 1 - min(back), "healed", text, "a source has them again")
+
+    def _about(self, block: RamBlock, first: int, pages: int, kind: str, text: str, cause: str) -> None:
+        """An event about pages of a block."""
+        size = block.page_size
+        text = f"block {block.name}: {text}"
+        self._event(kind, text, block=block.name, offset=first * size, length=pages * size, cause=cause)
 
     # --- background ---------------------------------------------------------------------------------------------------
 

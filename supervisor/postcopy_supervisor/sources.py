@@ -18,6 +18,7 @@ from postcopy_protocol.return_path import FROM_SOURCE
 from postcopy_protocol.sources import RemoteSource, Source
 
 from .blocks import RamBlock
+from .history import Tell
 from .link import Link, Stream
 from .paging import Paging
 from .remote import FRAME_LIMIT, Advice, ask_advice, load_keys, secure
@@ -27,7 +28,7 @@ from .settings import Settings
 class Sources:
     """Links by the routing id that our router gives them."""
 
-    def __init__(self, context: zmq.Context[Any], settings: Settings, event: Callable[[str, str], None]) -> None:
+    def __init__(self, context: zmq.Context[Any], settings: Settings, event: Tell) -> None:
         """Raises BadInput for keys that cannot be loaded."""
         self.links: dict[bytes, Link] = {}
         self._context = context
@@ -73,7 +74,7 @@ class Sources:
                 streams,
                 self._settings.source_timeout,
                 partial(send, identity),
-                self._link_event,
+                partial(self._link_event, endpoint),
                 paging.gave_up,
             )
             self.links[identity] = link
@@ -101,8 +102,8 @@ class Sources:
         for link in self.links.values():
             link.tick(now)
 
-    def _link_event(self, kind: str, detail: str) -> None:
-        self._event(kind, detail)
+    def _link_event(self, endpoint: str, kind: str, detail: str, **where: int | str) -> None:
+        self._event(kind, detail, source=endpoint, **where)
         for link in self.links.values():
             if kind == "pause" and link.state == "paused":
                 self._paging.source_lost(link)
@@ -113,7 +114,8 @@ class Sources:
         """Told when its number has doubled: a source that babbles must not drown everything else."""
         count = self._babble[link.endpoint] = self._babble.get(link.endpoint, 0) + 1
         if count & (count - 1) == 0:
-            self._event("source-nonsense", f"source {link.endpoint}: {error}; not used ({count} such words)")
+            text = f"source {link.endpoint}: {error}; not used ({count} such words)"
+            self._event("source-nonsense", text, source=link.endpoint, cause=str(error))
 
 
 def _by_endpoint(sources: Mapping[str, Source]) -> dict[str, dict[str, str]]:

@@ -6,9 +6,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from postcopy_protocol import statistics
@@ -16,34 +14,11 @@ from postcopy_protocol.messages import VERSION
 
 from .blocks import RamBlock
 from .client_zero import ClientZero
+from .history import History
 from .link import Link
 from .paging import Paging
 from .reception import Client, Reception
 from .workforce import Workforce
-
-
-@dataclass(frozen=True, slots=True)
-class Happened:
-    """One line of the history: when (seconds since the epoch), what kind, and what exactly."""
-
-    at: float
-    kind: str
-    detail: str
-
-
-class History:
-    """The last things that a person should know, oldest first."""
-
-    def __init__(self, length: int = 512) -> None:
-        self._lines: deque[Happened] = deque(maxlen=length)
-        self.counts: dict[str, int] = {}
-
-    def add(self, kind: str, detail: str) -> None:
-        self.counts[kind] = self.counts.get(kind, 0) + 1
-        self._lines.append(Happened(time.time(), kind, detail))
-
-    def tell(self) -> list[dict[str, Any]]:
-        return [{"at": round(line.at, 3), "kind": line.kind, "detail": line.detail} for line in self._lines]
 
 
 def document(
@@ -82,7 +57,7 @@ def document(
             "repaired": history.counts.get("polluted", 0),
             "latency_us": statistics.summary(total),
         },
-        "events": history.tell(),
+        "events": history.document(),
     }
     return json.dumps(told).encode()
 

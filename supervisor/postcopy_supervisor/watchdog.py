@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 from postcopy_kernel.userfaultfd import stuck_faults
 from postcopy_protocol.statistics import BUSY_SINCE_NS, FAULTS, OUTSIDE
@@ -11,6 +10,7 @@ from postcopy_protocol.statistics import BUSY_SINCE_NS, FAULTS, OUTSIDE
 from .client_zero import NUMBER as ZERO
 from .client_zero import ClientZero
 from .engine import Engine
+from .history import Tell
 from .reception import Reception
 from .workforce import Workforce
 
@@ -28,7 +28,7 @@ class Watchdog:
         zero: ClientZero,
         engine: Engine,
         handler_timeout: float,
-        event: Callable[[str, str], None],
+        event: Tell,
     ) -> None:
         self._workforce = workforce
         self._reception = reception
@@ -49,8 +49,7 @@ class Watchdog:
                 continue
             busy = words[BUSY_SINCE_NS]
             if busy and time.monotonic_ns() - busy > self._timeout * 1e9:
-                self._event("watchdog", f"worker {number} is busy with one page for {self._timeout:g} s")
-                self._workforce.kill(number, "its source does not answer")
+                self._kill(number, f"is busy with one page for {self._timeout:g} s: its source does not answer")
             elif number != ZERO:
                 self._watch_client(number, words, now)
 
@@ -73,5 +72,9 @@ class Watchdog:
             self._watched[number] = (faults, now)
         elif now - since > STUCK_SECONDS:
             self._watched.pop(number)
-            self._event("watchdog", f"worker {number} answers no fault for {STUCK_SECONDS:g} s")
-            self._workforce.kill(number, "it answers no faults")
+            self._kill(number, f"answers no fault for {STUCK_SECONDS:g} s")
+
+    def _kill(self, number: int, why: str) -> None:
+        whose = {"worker": number, "client": number} if number != ZERO else {"worker": number}
+        self._event("watchdog", f"worker {number} {why}; it is killed", **whose, cause=why)
+        self._workforce.kill(number, why)

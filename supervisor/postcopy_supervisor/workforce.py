@@ -26,6 +26,7 @@ from postcopy_protocol.messages import (
 from . import fleet
 from .custody import Custody
 from .fleet import Fleet
+from .history import Tell
 from .porter import Porter
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,9 @@ log = logging.getLogger(__name__)
 Describe = Callable[[int, int, bool], "tuple[list[str], Assignment]"]
 """(worker, incarnation, quarantined) -> keys of its descriptors in order, and what it is told."""
 News = Callable[[str, int], None]
-"""(``ready``, ``gone``, ``restarting`` or ``quarantined``, worker)."""
+"""(``ready``, ``gone`` or ``restarting``, worker)."""
+EXPLAIN_SECONDS = 1.0
+"""For so long a restart waits to be told, because the custodian, which reaps, says how the worker ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +48,28 @@ class Running:
     pid: int
     pidfd: int
 
+    @property
+    def key(self) -> Life:
+        return self.worker, self.incarnation
+
+
+Life = tuple[int, int]
+"""Worker and incarnation."""
+
 
 class Workforce:
     """All workers of the house, worker zero among them."""
 
-    def __init__(self, custody: Custody, porter: Porter, describe: Describe, news: News) -> None:
+    def __init__(self, custody: Custody, porter: Porter, describe: Describe, news: News, tell: Tell) -> None:
         self.fleet = Fleet()
         self._custody = custody
         self._porter = porter
         self._describe = describe
         self._news = news
+        self._tell = tell
         self._running: dict[int, Running] = {}  # by pidfd
+        self._causes: dict[Life, str] = {}  # of lives that end, or have ended untold
+        self._untold: dict[Life, tuple[Running, float]] = {}
 
     # --- wishes -------------------------------------------------------------------------------------------------------
 
@@ -73,8 +87,14 @@ class Workforce:
         """The watchdog's word: SIGKILL, and the law of crashes takes its course."""
         for life in self._running.values():
             if life.worker == worker:
-                log.warning("worker %d (pid %d) is killed: %s", worker, life.pid, why)
+                self._causes[life.key] = f"watchdog: {why}"
                 _kill(life)
+
+    def explain(self, worker: int, why: str) -> None:
+        """A worker's own last word: why it ends."""
+        for life in self._running.values():
+            if life.worker == worker:
+                self._causes[life.key] = why
 
     # --- what status shows --------------------------------------------------------------------------------------------
 
@@ -109,10 +129,11 @@ class Workforce:
                 self._porter.watch_process(life.pidfd)
                 self._do(self.fleet.forked(message.worker, message.incarnation, now))
             case ForkFailed():
-                log.error("worker %d could not be forked: %s", message.worker, message.reason)
+                text = f"worker {message.worker} could not be forked; it is tried again"
+                self._tell("restart", text, **_whose(message.worker, message.incarnation), cause=message.reason)
                 self._do(self.fleet.fork_failed(message.worker, message.incarnation, now))
             case WorkerExited():
-                self._log_exit(message)
+                self._reaped(message)
 
     def hello(self, message: WorkerHello) -> None:
         self._do(self.fleet.hello(message.worker, message.incarnation, time.monotonic()))
@@ -124,21 +145,52 @@ class Workforce:
             return False
         os.close(pidfd)
         slot = self.fleet.slots.get(life.worker)
-        if slot is not None and slot.state != "ending" and slot.incarnation == life.incarnation:
+        now = time.monotonic()
+        unasked = slot is not None and slot.state != "ending" and slot.incarnation == life.incarnation
+        if unasked:
             self._news("restarting", life.worker)
-        self._do(self.fleet.exited(life.worker, life.incarnation, time.monotonic()))
+            self._untold[life.key] = life, now + EXPLAIN_SECONDS
+        self._do(self.fleet.exited(life.worker, life.incarnation, now))
+        if life.key in self._causes:
+            self._tell_end(life.key)
         return True
 
     def tick(self) -> None:
         self._custody.flush()
-        self._do(self.fleet.tick(time.monotonic()))
+        now = time.monotonic()
+        for key in [key for key, (_, due) in self._untold.items() if now >= due]:
+            self._tell_end(key)
+        self._do(self.fleet.tick(now))
 
-    def _log_exit(self, message: WorkerExited) -> None:
+    def _reaped(self, message: WorkerExited) -> None:
+        """The custodian's word on how a worker ended; it comes a moment before or after that of its pidfd."""
         code = os.waitstatus_to_exitcode(message.status)
-        slot = self.fleet.slots.get(message.worker)
-        expected = code == 0 or slot is None or slot.state == "ending" or slot.incarnation != message.incarnation
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
-        log.log(logging.DEBUG if expected else logging.WARNING, "worker %d ended with %s", message.worker, how)
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+        log.debug("worker %d ended with %s", message.worker, how)
+        key = message.worker, message.incarnation
+        if key in self._untold or any(life.key == key for life in self._running.values()):
+            self._causes.setdefault(key, how)  # the watchdog's word, or its own, says more
+        if key in self._untold:
+            self._tell_end(key)
+
+    def _tell_end(self, key: Life) -> None:
+        """A worker that nobody told to has ended: the event, with the cause as far as it is known."""
+        cause = self._causes.pop(key, "unknown: nobody has reaped it")
+        life, _ = self._untold.pop(key, (None, 0.0))
+        if life is None:
+            return  # it was to end
+        slot = self.fleet.slots.get(life.worker)
+        text = f"worker {life.worker} (pid {life.pid}) ended unasked: {cause}; a successor takes over"
+        where: dict[str, int | str] = {**_whose(*key), "pid": life.pid, "cause": cause}
+        if slot is not None:
+            where["restarts"] = slot.restarts
+        self._tell("restart", text, **where)
+
+    def _tell_quarantine(self, worker: int) -> None:
+        slot, policy = self.fleet.slots[worker], self.fleet.policy
+        cause = f"{len(slot.crashes)} crashes in {policy.interval:g} s, {policy.limit} are forgiven"
+        text = f"worker {worker} crashed too often; its client's missing pages are poisoned"
+        self._tell("quarantined", text, **_whose(worker, slot.incarnation), restarts=slot.restarts, cause=cause)
 
     # --- effects ------------------------------------------------------------------------------------------------------
 
@@ -158,8 +210,14 @@ class Workforce:
                 case fleet.Gone(worker):
                     self._news("gone", worker)
                 case fleet.Quarantine(worker):
-                    self._news("quarantined", worker)
+                    self._tell_quarantine(worker)
         self._porter.ring_at(0.0 if self._custody.behind else self.fleet.next_due())
+
+
+def _whose(worker: int, incarnation: int) -> dict[str, int | str]:
+    """The fields of an event about a worker; a client has its worker's number, worker zero has no client."""
+    who: dict[str, int | str] = {"worker": worker, "incarnation": incarnation}
+    return {"client": worker, **who} if worker else who
 
 
 def _kill(life: Running) -> None:

@@ -120,7 +120,7 @@ class Supervisor:
         self.waiting: set[tuple[int, int, int]] = set()
         streams = [Stream(block, NAMES[block], PAGE, SIZES[block], RIGHT) for block in SIZES]
         self.link = Link(
-            "ipc:///x", streams, patience, self._send, lambda *event: self.events.append(event), self._gave_up
+            "ipc:///x", streams, patience, self._send, lambda *event, **_: self.events.append(event), self._gave_up
         )
 
     def _send(self, message: Message) -> None:
