@@ -16,6 +16,8 @@ PRIVATE = "private"
 """Sub-directory of the supervisor's own user."""
 ROUTER = "private/router"
 """ZeroMQ ipc socket of workers and of the command line."""
+CUSTODIAN = "private/custodian"
+"""Unix SEQPACKET socket of the custodian: where the next supervisor takes over."""
 LOCK = "private/lock"
 """Locked (flock) by the one supervisor of this directory."""
 
@@ -47,6 +49,11 @@ def door_path(directory: str) -> str:
 def router_endpoint(directory: str) -> str:
     """ZeroMQ endpoint of the router, ``ipc://...``. Raises BadInput when its path is too long for a socket address."""
     return "ipc://" + _socket_path(directory, ROUTER)
+
+
+def custodian_path(directory: str) -> str:
+    """Path of the custodian's socket. Raises BadInput when it is too long for a socket address."""
+    return _socket_path(directory, CUSTODIAN)
 
 
 def _socket_path(directory: str, name: str) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from postcopy_kernel import descriptors
 from postcopy_protocol.codec import encode
-from postcopy_protocol.messages import Drop, ForkWorker, Keep, Message
+from postcopy_protocol.messages import Dismiss, Drop, ForkWorker, Keep, Message
 
 log = logging.getLogger(__name__)
 BUFFER = 4 << 20
@@ -21,8 +21,10 @@ BUFFER = 4 << 20
 class Custody:
     """``keep`` and ``drop`` are remembered: a new custodian is given everything that the old one kept."""
 
-    def __init__(self, *, device: bool) -> None:
-        """``device``: workers make their own userfaultfd through /dev/userfaultfd, for which they need no rights."""
+    def __init__(self, directory: str, *, device: bool) -> None:
+        """``directory``: the runtime directory. ``device``: workers make their own userfaultfd through
+        /dev/userfaultfd, for which they need no rights."""
+        self._directory = directory
         self._device = device
         self._kept: dict[str, tuple[bytes, tuple[int, ...]]] = {}
         self._unsent: collections.deque[tuple[bytes, tuple[int, ...]]] = collections.deque()
@@ -38,6 +40,7 @@ class Custody:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
         ours.setblocking(False)
         command = [sys.executable, "-m", "postcopy_workers.custodian", "--channel", str(theirs.fileno())]
+        command += ["--directory", self._directory]
         with theirs:
             self._process = subprocess.Popen(
                 command if self._device else [*command, "--keep-privileges"],
@@ -89,7 +92,13 @@ class Custody:
         return bool(self._unsent)
 
     def lost(self) -> None:
-        """Its channel has ended."""
+        """Its channel has ended. It is killed first if it lives: left alone, it would replace workers by itself, and
+        two lives would read one userfaultfd."""
+        if self._process is not None:
+            self._process.kill()
+        self._close()
+
+    def _close(self) -> None:
         if self.channel is not None:
             self.channel.close()
         self.channel = None
@@ -104,6 +113,7 @@ class Custody:
             self._process = None
 
     def end(self) -> None:
-        """Orderly: without a channel and without workers it ends by itself."""
-        self.lost()
+        """Orderly: dismissed, it ends with its last worker."""
+        self._send(Dismiss(), ())
+        self._close()
         self.reap()

@@ -120,7 +120,7 @@ class House:
         self._house[statistics.WINDOW_LIMIT] = settings.fault_around
         self._router = self._bind()
         self._door = self._open_door()
-        self.custody = Custody(device=self._device >= 0)
+        self.custody = Custody(runtime.path, device=self._device >= 0)
         self.exports = Exports()
         self._ticked = 0.0
         self._interrupted = False

@@ -11,7 +11,7 @@ import socket
 import stat
 
 from postcopy_protocol.errors import BadInput
-from postcopy_protocol.places import DOOR, LOCK, PRIVATE, ROUTER, door_path, router_endpoint
+from postcopy_protocol.places import CUSTODIAN, DOOR, LOCK, PRIVATE, ROUTER, custodian_path, door_path, router_endpoint
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +23,7 @@ class RuntimeDirectory:
         self.path = path
         self.door = door_path(path)
         self.endpoint = router_endpoint(path)
+        self.custodian = custodian_path(path)
         _make(path, 0o711)
         _make(os.path.join(path, PRIVATE), 0o700)
         self._lock = self._claim()
@@ -56,8 +57,9 @@ class RuntimeDirectory:
     def close(self) -> None:
         """Remove the sockets, give up the claim. The directory stays if anybody else's file is in it."""
         self._clean()
-        with contextlib.suppress(OSError):
-            os.unlink(os.path.join(self.path, LOCK))
+        for name in (CUSTODIAN, LOCK):
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(self.path, name))
         os.close(self._lock)
         for directory in (os.path.join(self.path, PRIVATE), self.path):
             with contextlib.suppress(OSError):

@@ -376,8 +376,18 @@ class House:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait(10)
+        if self.process.returncode == -signal.SIGKILL:
+            self._end_orphans()
         self._context.term()
         self._log.close()
+
+    def _end_orphans(self) -> None:
+        """A custodian outlives a supervisor that was killed, in the hope of another."""
+        for pid in self.people():
+            with contextlib.suppress(OSError, AssertionError):
+                end_by_pidfd(pid, signal.SIGKILL, "postcopy-")
+        for name in ("door", "private/router", "private/custodian"):
+            (self.directory / name).unlink(missing_ok=True)
 
 
 def refused(directory: Path | str, *blocks: str, options: dict[str, Option] | None = None) -> tuple[int, str]:

@@ -3,9 +3,11 @@
 A small program with one thread, no ZeroMQ context and nothing of a user's in it. It has imported all that a worker
 needs, so a fork is a worker (11 ms from attach to the first byte; a fresh interpreter takes 94). It outlives the
 supervisor: while it lives, no last reference of a shared userfaultfd is closed, which would turn the pages its client
-waits for into zeros.
+waits for into zeros; workers that die are replaced (``orphan.py`` is the law); and the next supervisor takes over at
+its own socket (``rendezvous.py``).
 
-``python -m postcopy_workers.custodian --channel FD`` with a SEQPACKET socket whose other end the supervisor holds.
+``python -m postcopy_workers.custodian --channel FD --directory DIR`` with a SEQPACKET socket whose other end the
+supervisor holds.
 """
 
 from __future__ import annotations
@@ -18,121 +20,320 @@ import os
 import select
 import signal
 import socket
+import struct
 import sys
-import traceback
-from typing import NoReturn
+import time
+from dataclasses import dataclass, replace
 
 from postcopy_kernel import descriptors, process
 from postcopy_protocol.codec import decode, encode
-from postcopy_protocol.errors import BadMessage
+from postcopy_protocol.errors import BadInput, BadMessage
 from postcopy_protocol.messages import (
+    Adopt,
     Assignment,
+    ClientNote,
     CustodianReady,
+    Dismiss,
     Drop,
     ForkFailed,
     ForkWorker,
+    InventoryEnd,
     Keep,
+    Kept,
     Message,
+    WhenOrphaned,
     WorkerExited,
     WorkerForked,
 )
 
-from . import errand, worker
+from . import orphan, worker
+from .forking import fork_worker
+from .orphan import Orphan, State
+from .rendezvous import Rendezvous
 
 MESSAGE_LIMIT = 1 << 18
+SEND_SECONDS = 5
+"""A new supervisor that does not read what it is given is none."""
+ORDERS = (Keep, Drop, ForkWorker, Adopt, WhenOrphaned, Dismiss)
+HOUSE, QUIT = "house", 0
+CLIENT, PIDFD = "client/", 1
 log = logging.getLogger("postcopy.custodian")
 
 
-class Custodian:
-    """Kept descriptors by key, running workers by pid, and the channel to the supervisor while there is one."""
+@dataclass(frozen=True, slots=True)
+class Life:
+    """A worker's process. ``child``: ours to reap; else a custodian before us has forked it."""
 
-    def __init__(self, channel: socket.socket) -> None:
+    pid: int
+    worker: int
+    incarnation: int
+    child: bool
+
+
+class Custodian:
+    """Descriptors by key, workers by pidfd, their last orders by number, and the channel while there is one."""
+
+    def __init__(self, channel: socket.socket, rendezvous: Rendezvous | None) -> None:
         self._channel: socket.socket | None = channel
-        self._kept: dict[str, tuple[int, ...]] = {}
-        self._workers: dict[int, tuple[int, int, int]] = {}  # pidfd: (pid, worker, incarnation)
+        self._rendezvous = rendezvous
+        self._law = Orphan()
+        self._kept: dict[str, tuple[bytes, tuple[int, ...]]] = {}
+        self._orders: dict[int, tuple[tuple[str, ...], bytes]] = {}
+        self._lives: dict[int, Life] = {}
+        self._clients: dict[int, int] = {}  # pidfd: client, watched only without a supervisor
         self._poll = select.poll()
         self._poll.register(channel, select.POLLIN)
 
     def run(self) -> None:
-        """Serve until the supervisor has gone and the last worker has ended."""
+        """Live until nobody is left to care for."""
         self._say(CustodianReady(os.getpid()))
-        while self._channel is not None or self._workers:
-            for fd, _ in self._poll.poll():
-                if fd in self._workers:
-                    self._reap(fd)
-                elif self._channel is not None and fd == self._channel.fileno():
-                    self._listen(self._channel)
+        while self._law.state is not State.DISMISSED or self._lives:
+            for fd, _ in self._poll.poll(self._patience()):
+                self._look(fd)
+            now = time.monotonic()
+            self._do(self._law.tick(now))
+            self._show_out(now)
+            if self._law.state is State.DISMISSED:
+                self._shut()
+
+    def _patience(self) -> float | None:
+        dues = [self._law.next_due(), self._rendezvous.next_due() if self._rendezvous else None]
+        due = min((due for due in dues if due is not None), default=None)
+        return None if due is None else max(0.0, due - time.monotonic()) * 1000 + 1
+
+    def _look(self, fd: int) -> None:
+        if fd in self._lives:
+            if process.pidfd_exited(fd):  # not a number that was closed and used again since the poll
+                self._reap(fd)
+        elif self._channel is not None and fd == self._channel.fileno():
+            self._listen(self._channel)
+        elif fd in self._clients:
+            if process.pidfd_exited(fd):
+                self._do(self._law.client_ended(self._clients[fd]))
+        elif self._rendezvous is not None and fd == self._rendezvous.fileno():
+            visitor = self._rendezvous.visit(time.monotonic())
+            if visitor >= 0:
+                self._poll.register(visitor, select.POLLIN)
+        elif self._rendezvous is not None and self._rendezvous.waits(fd):
+            self._poll.unregister(fd)
+            connection = self._rendezvous.hear(fd)
+            if connection is not None:
+                self._taken(connection)
+
+    # --- with a supervisor --------------------------------------------------------------------------------------------
 
     def _listen(self, channel: socket.socket) -> None:
         try:
             received = descriptors.receive_message(channel, max_bytes=MESSAGE_LIMIT, wait=True)
+            if not received.data:  # a reset is told before the last words that came with it
+                received = descriptors.receive_message(channel, max_bytes=MESSAGE_LIMIT, wait=True)
+        except descriptors.TruncatedMessage:
+            return log.exception("no room for what the supervisor gives to keep")
         except OSError:
-            return self._orphaned()
+            return self._lost()
         if not received.data:
-            return self._orphaned()
+            return self._lost()
         try:
-            message = decode(received.data, expect=(Keep, Drop, ForkWorker))
+            message = decode(received.data, expect=ORDERS)
         except BadMessage:
             log.exception("the supervisor said something that this custodian does not understand")
             return descriptors.close_all(received.fds)
-        if isinstance(message, Keep):
-            self._drop(message.key)
-            self._kept[message.key] = tuple(received.fds)
-            return None
-        descriptors.close_all(received.fds)
-        if isinstance(message, ForkWorker):
-            self._fork(message)
-        elif isinstance(message, Drop):
-            self._drop(message.key)
+        self._law.heard()
+        self._obey(message, received.fds)
+
+    def _obey(self, message: Message, fds: tuple[int, ...]) -> None:
+        match message:
+            case Keep():
+                return self._keep(message, fds)
+            case Adopt() if len(fds) == 1:
+                return self._adopt(message, fds[0])
+            case Drop():
+                self._drop(message.key)
+            case ForkWorker():
+                self._ordered(message)
+            case WhenOrphaned():
+                self._law.told(message.timeout_ms / 1000, message.poison)
+            case Dismiss():
+                self._law.dismissed()
+        descriptors.close_all(fds)
+
+    def _keep(self, message: Keep, fds: tuple[int, ...]) -> None:
+        _, old = self._kept.pop(message.key, (b"", ()))
+        self._kept[message.key] = (message.meta, fds)
+        descriptors.close_all(old)
+        client = _client(message.key)
+        if client and len(fds) > PIDFD:
+            self._law.kept(client, _has_regions(message.meta))
 
     def _drop(self, key: str) -> None:
-        descriptors.close_all(self._kept.pop(key, ()))
+        _, fds = self._kept.pop(key, (b"", ()))
+        client = _client(key)
+        if client:
+            self._law.dropped(client)
+            self._orders.pop(client, None)
+            if len(fds) > PIDFD and self._clients.pop(fds[PIDFD], None) is not None:
+                self._poll.unregister(fds[PIDFD])
+        descriptors.close_all(fds)
 
-    def _orphaned(self) -> None:
-        """No supervisor any more. Workers go on with what they can do alone; worker zero has nobody to work for."""
-        if self._workers:
-            log.warning("the supervisor is gone; %d workers go on for their clients", len(self._workers))
+    def _adopt(self, told: Adopt, pidfd: int) -> None:
+        """A custodian before us has forked it; it is watched, and replaced, like one of ours."""
+        self._orders[told.worker] = (told.keys, told.assignment)
+        with contextlib.suppress(BadMessage):
+            assignment = decode(told.assignment, expect=(Assignment,))
+            assert isinstance(assignment, Assignment)
+            self._law.ordered(told.worker, told.incarnation, _has_remote(assignment))
+        self._watch(pidfd, Life(told.pid, told.worker, told.incarnation, child=False))
+
+    def _ordered(self, order: ForkWorker) -> None:
+        number, incarnation = order.worker, order.incarnation
+        self._orders[number] = (order.keys, order.assignment)
+        try:
+            if number and self._lives_on(number):
+                raise OSError("another life of it has not ended")
+            assignment = self._read(number)
+            self._law.ordered(number, incarnation, _has_remote(assignment))
+            self._fork(assignment)
+        except (OSError, BadMessage) as error:
+            self._say(ForkFailed(number, incarnation, str(error)))
+
+    def _lives_on(self, number: int) -> bool:
+        if not self._law.lives_of(number):
+            return False
+        return any(life.worker == number and not process.pidfd_exited(fd) for fd, life in self._lives.items())
+
+    # --- workers ------------------------------------------------------------------------------------------------------
+
+    def _read(self, number: int) -> Assignment:
+        """The worker's last order. Read on this side of the fork: what the codec touches would be copied for every
+        worker (0.4 MB)."""
+        assignment = decode(self._orders[number][1], expect=(Assignment,))
+        assert isinstance(assignment, Assignment)
+        return assignment
+
+    def _fork(self, assignment: Assignment) -> None:
+        number, incarnation = assignment.worker, assignment.incarnation
+        keys = self._orders[number][0]
+        missing = [key for key in keys if key not in self._kept]
+        if missing:
+            raise BadMessage(f"not kept here: {', '.join(missing)}")
+        newborn = fork_worker(assignment, [fd for key in keys for fd in self._kept[key][1]])
+        self._watch(newborn.pidfd, Life(newborn.pid, number, incarnation, child=True))
+        self._say(WorkerForked(number, incarnation, newborn.pid), [newborn.pidfd])
+        # Only now may it live: if we die before, nobody has its pidfd, and a second life would read the same ufd.
+        newborn.live()
+
+    def _watch(self, pidfd: int, life: Life) -> None:
+        self._lives[pidfd] = life
+        self._poll.register(pidfd, select.POLLIN)
+        self._law.forked(life.worker, life.incarnation, time.monotonic())
+
+    def _reap(self, pidfd: int) -> None:
+        life = self._lives.pop(pidfd)
+        self._poll.unregister(pidfd)
+        os.close(pidfd)
+        client_gone = False
+        if life.child:
+            _, status = os.waitpid(life.pid, 0)
+            client_gone = os.waitstatus_to_exitcode(status) == worker.CLIENT_GONE
+            self._say(WorkerExited(life.worker, life.incarnation, status))
+        self._do(self._law.exited(life.worker, life.incarnation, client_gone, time.monotonic()))
+
+    # --- without one --------------------------------------------------------------------------------------------------
+
+    def _lost(self) -> None:
+        """The channel has ended. Workers go on with what they can do alone; worker zero has nobody to work for."""
         if self._channel is not None:
             self._poll.unregister(self._channel)
             self._channel.close()
         self._channel = None
-        for pidfd, (_, number, _) in self._workers.items():
-            if number == 0:
+        if self._law.state is State.DISMISSED:
+            return
+        log.warning("the supervisor is gone; %d workers go on for %d clients", len(self._lives), self._law.clients)
+        if HOUSE in self._kept:
+            with contextlib.suppress(OSError):  # it died while it ended in order: its clients are still here
+                os.eventfd_read(self._kept[HOUSE][1][QUIT])
+        for key, (_, fds) in self._kept.items():
+            if _client(key) and len(fds) > PIDFD:
+                self._clients[fds[PIDFD]] = _client(key)
+                self._poll.register(fds[PIDFD], select.POLLIN)
+        if self._rendezvous is not None:
+            self._poll.register(self._rendezvous.fileno(), select.POLLIN)
+        self._do(self._law.lost(time.monotonic()))
+
+    def _do(self, effects: list[orphan.Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case orphan.Fork():
+                    self._replace(effect)
+                case orphan.Kill(number):
+                    self._kill(number)
+                case orphan.Drop(number):
+                    self._drop(f"{CLIENT}{number}")
+                case orphan.Say(text):
+                    log.warning("%s", text)
+
+    def _replace(self, effect: orphan.Fork) -> None:
+        try:
+            assignment = replace(self._read(effect.worker), incarnation=effect.incarnation)
+            self._fork(_without_remote(assignment) if effect.poison else assignment)
+            log.warning("worker %d is replaced (incarnation %d)", effect.worker, effect.incarnation)
+        except (OSError, BadMessage) as error:
+            log.error("worker %d cannot be replaced: %s", effect.worker, error)
+            self._law.fork_failed(effect.worker, time.monotonic())
+
+    def _kill(self, number: int) -> None:
+        for pidfd, life in self._lives.items():
+            if life.worker == number:
                 with contextlib.suppress(ProcessLookupError):
                     process.pidfd_signal(pidfd, signal.SIGKILL)
 
-    def _fork(self, order: ForkWorker) -> None:
-        missing = [key for key in order.keys if key not in self._kept]
-        if missing:
-            return self._say(ForkFailed(order.worker, order.incarnation, f"not kept here: {', '.join(missing)}"))
-        fds = [fd for key in order.keys for fd in self._kept[key]]
-        try:
-            # Decoded on this side of the fork: what the codec touches would be copied for every worker (0.4 MB).
-            assignment = decode(order.assignment, expect=(Assignment,))
-            hear, tell = os.pipe()
-            pid = os.fork()
-        except (OSError, BadMessage) as error:
-            return self._say(ForkFailed(order.worker, order.incarnation, f"fork: {error}"))
-        if pid == 0:
-            assert isinstance(assignment, Assignment)
-            os.close(tell)
-            _be_worker(assignment, fds, hear)
-        os.close(hear)
-        pidfd = process.pidfd_open(pid)  # no race: nobody but us reaps it
-        self._workers[pidfd] = (pid, order.worker, order.incarnation)
-        self._poll.register(pidfd, select.POLLIN)
-        self._say(WorkerForked(order.worker, order.incarnation, pid), [pidfd])
-        # Only now may it live: if we die before, nobody has its pidfd, and a second life would read the same ufd.
-        with contextlib.suppress(BrokenPipeError):  # it has been killed already: its pidfd says so
-            os.write(tell, b"!")
-        os.close(tell)
+    def _show_out(self, now: float) -> None:
+        for fd in self._rendezvous.silent(now) if self._rendezvous else ():
+            self._poll.unregister(fd)
+            assert self._rendezvous is not None
+            self._rendezvous.show_out(fd)
 
-    def _reap(self, pidfd: int) -> None:
-        pid, number, incarnation = self._workers.pop(pidfd)
-        self._poll.unregister(pidfd)
-        os.close(pidfd)
-        _, status = os.waitpid(pid, 0)
-        self._say(WorkerExited(number, incarnation, status))
+    def _shut(self) -> None:
+        """Nobody can take over any more."""
+        if self._rendezvous is None:
+            return
+        for fd in (*self._rendezvous.visitors, self._rendezvous.fileno()):
+            with contextlib.suppress(KeyError):  # with a supervisor it is not watched
+                self._poll.unregister(fd)
+        self._rendezvous.close()
+        self._rendezvous = None
+
+    # --- the next one -------------------------------------------------------------------------------------------------
+
+    def _taken(self, connection: socket.socket) -> None:
+        """Tell all that is kept. Until the end of the inventory has been sent, whoever does not read is given up."""
+        assert self._rendezvous is not None
+        for fd in self._rendezvous.visitors:
+            self._poll.unregister(fd)
+            self._rendezvous.show_out(fd)
+        self._poll.unregister(self._rendezvous.fileno())
+        for pidfd in self._clients:
+            self._poll.unregister(pidfd)
+        self._clients.clear()
+        self._do(self._law.taken())
+        self._channel = connection
+        self._poll.register(connection, select.POLLIN)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@qq", SEND_SECONDS, 0))
+        try:
+            self._tell_all(connection)
+        except OSError as error:
+            log.error("what is kept could not be handed over: %s", error)
+            return self._lost()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@qq", 0, 0))
+
+    def _tell_all(self, connection: socket.socket) -> None:
+        for key, (meta, fds) in self._kept.items():
+            descriptors.send_message(connection, encode(Kept(key, meta)), fds, wait=True)
+        for pidfd, life in self._lives.items():
+            words = encode(WorkerForked(life.worker, life.incarnation, life.pid))
+            descriptors.send_message(connection, words, [pidfd], wait=True)
+        last = InventoryEnd(os.getpid(), len(self._kept), len(self._lives))
+        descriptors.send_message(connection, encode(last), wait=True)
 
     def _say(self, message: Message, fds: list[int] | None = None) -> None:
         if self._channel is None:
@@ -141,27 +342,40 @@ class Custodian:
             descriptors.send_message(self._channel, encode(message), fds or [], wait=True)
 
 
-def _be_worker(assignment: Assignment, fds: list[int], hear: int) -> NoReturn:
-    """In the child: close what is not ours, then live as a worker. Whatever goes wrong ends this process only."""
-    status = 70
+def _client(key: str) -> int:
+    """The number of the client whose key this is; 0: another key, or worker zero's."""
+    number = key.removeprefix(CLIENT)
+    return int(number) if number != key and number.isdecimal() else 0
+
+
+def _has_regions(meta: bytes) -> bool:
+    """A client without regions, such as one whose blocks are complete, needs no worker."""
     try:
-        descriptors.close_others({*fds, hear})
-        if not os.read(hear, 1):
-            os._exit(status)
-        os.close(hear)
-        process.name_process(f"postcopy-w{assignment.worker}")
-        live = errand.serve_errands if assignment.worker == 0 else worker.serve_client
-        live(assignment, fds)
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-    finally:
-        os._exit(status)
+        note = decode(meta, expect=(ClientNote,))
+    except BadMessage:
+        return True
+    assert isinstance(note, ClientNote)
+    return bool(note.regions)
+
+
+def _has_remote(assignment: Assignment) -> bool:
+    return any(grant.kind == "remote" for grant in assignment.blocks)
+
+
+def _without_remote(assignment: Assignment) -> Assignment:
+    """Local blocks go on; pages that only a supervisor could bring are poisoned at their fault."""
+    reason = "no supervisor came back within the orphan timeout"
+    blocks = (
+        replace(grant, kind="orphaned", detail=reason) if grant.kind == "remote" else grant
+        for grant in assignment.blocks
+    )
+    return replace(assignment, blocks=tuple(blocks))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m postcopy_workers.custodian", description=__doc__)
     parser.add_argument("--channel", type=int, required=True, help="descriptor of the socket to the supervisor")
+    parser.add_argument("--directory", required=True, help="the runtime directory: the next supervisor comes there")
     parser.add_argument("--keep-privileges", action="store_true", help="workers need them once (no /dev/userfaultfd)")
     told = parser.parse_args()
     channel = socket.socket(fileno=told.channel)
@@ -177,9 +391,14 @@ def main() -> None:
         # Here instead of in every worker, which inherits it: the doing would cost each of them 0.4 MB.
         process.drop_privileges()
         worker.PRIVILEGED = False
+    try:
+        rendezvous = Rendezvous(told.directory)
+    except (OSError, BadInput) as error:
+        log.error("no supervisor will be able to take over: %s", error)
+        rendezvous = None
     gc.collect()
     gc.freeze()  # what is imported by now stays shared between all workers
-    Custodian(channel).run()
+    Custodian(channel, rendezvous).run()
 
 
 if __name__ == "__main__":

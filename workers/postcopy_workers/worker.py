@@ -49,6 +49,8 @@ PRIVILEGED = True
 """False once the custodian has given up what a worker must not have, for itself and all that it forks."""
 BATCH = 16
 SOURCE_CHECK_SECONDS = 1.0
+CLIENT_GONE, TOLD_TO_LEAVE, FAILED = 0, 4, 3
+"""Exit statuses. The first says that nobody is left to serve: an orphaned custodian forks no successor."""
 MAX_REPORTS_OF_A_KIND = 16
 """A client that provokes one report after another is heard this often, then each time the number has doubled."""
 
@@ -134,6 +136,8 @@ class Worker:
                 return NoPages(grant, reason)
         if grant.kind == "remote":
             return RemotePages(grant)
+        if grant.kind == "orphaned":
+            return NoPages(grant, grant.detail)
         if grant.kind == "quarantined":
             return NoPages(grant, "the client is quarantined: its worker crashed too often")
         raise CannotGoOn(f"block {grant.name}: kind {grant.kind} is unknown to this worker")
@@ -159,7 +163,7 @@ class Worker:
         channel: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         channel.setsockopt(zmq.LINGER, 0)
         channel.setsockopt(zmq.RECONNECT_IVL, 10)
-        channel.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        channel.setsockopt(zmq.RECONNECT_IVL_MAX, 160)  # a supervisor that takes over wants its workers soon
         channel.setsockopt(zmq.SNDHWM, 1000 if role != b"q" else 0)  # requests are bounded: each page once
         channel.setsockopt(zmq.ROUTING_ID, b"%s%d.%d" % (role, self.assignment.worker, self.assignment.incarnation))
         channel.connect(self.assignment.endpoint)
@@ -223,7 +227,7 @@ class Attendant(threading.Thread):
         except Exception:
             # Without its attendant a worker would hear neither quit nor its client's end: a successor is better.
             log.exception("worker %d has lost its attendant", self._worker.assignment.worker)
-            os._exit(3)
+            os._exit(FAILED)
 
     def _attend(self) -> NoReturn:
         worker = self._worker
@@ -241,8 +245,10 @@ class Attendant(threading.Thread):
                 os.eventfd_read(bell)
             for frame in worker.reports.take():
                 worker.say(channel, frame)
-            if quit_fd in ready or client in ready:
-                os._exit(0)
+            if client in ready:
+                os._exit(CLIENT_GONE)
+            if quit_fd in ready:
+                os._exit(TOLD_TO_LEAVE)
             worker.check_sources()
 
 
@@ -272,10 +278,10 @@ class Waker(threading.Thread):
             except BadMessage as error:
                 log.warning("worker %d: not understood: %s", self._worker.assignment.worker, error)
             except ClientGone:
-                os._exit(0)
+                os._exit(CLIENT_GONE)
             except OSError:
                 log.exception("worker %d cannot wake", self._worker.assignment.worker)
-                os._exit(3)
+                os._exit(FAILED)
 
 
 def serve_client(assignment: Assignment, fds: list[int]) -> NoReturn:
@@ -293,9 +299,9 @@ def serve_client(assignment: Assignment, fds: list[int]) -> NoReturn:
     try:
         _read_for_ever(userfaultfd, handler)
     except ClientGone:
-        _leave(worker, "client-gone", "its memory is gone", 0)
+        _leave(worker, "client-gone", "its memory is gone", CLIENT_GONE)
     except (CannotGoOn, OSError) as error:
-        _leave(worker, "failed", str(error), 3)
+        _leave(worker, "failed", str(error), FAILED)
 
 
 def _read_for_ever(userfaultfd: int, handler: FaultHandler) -> NoReturn:
