@@ -36,6 +36,7 @@ def test_names() -> None:
     )
     assert places.door_path("/run/x") == "/run/x/door"
     assert places.router_endpoint("/run/x") == "ipc:///run/x/private/router"
+    assert places.custodian_path("/run/x") == "/run/x/private/custodian"
 
 
 def test_a_socket_path_may_have_107_bytes() -> None:
