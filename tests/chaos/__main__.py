@@ -1,0 +1,87 @@
+"""``python -m tests.chaos --minutes N --seed S``: rounds of chaos until the time is over or something is found.
+
+Exit status: 0 nothing was found; 1 something was (a directory with the evidence is named); 2 usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import report
+from .monkey import WEIGHTS, acts
+from .round import Plan, Round, Tally
+
+ENOUGH_MEMORY = 2 << 30
+"""Bytes that must be available before a round; less would make the machine's killer part of the chaos."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    told = _parser().parse_args(arguments)
+    without = frozenset(word for text in told.without for word in text.split(","))
+    plan = Plan(told.clients, told.mib * 256, told.round_seconds, told.pause, tuple(told.option))
+    tally, began = Tally(), time.monotonic()
+    mind = acts(told.seed, told.gap, without)
+    seeds = random.Random(told.seed ^ 0xC0FFEE)
+    directory = Path(tempfile.mkdtemp(prefix="postcopy-chaos-", dir=told.directory))
+    if not told.json:
+        print(f"seed {told.seed}; evidence, if any, in {directory}", flush=True)
+    while time.monotonic() - began < told.minutes * 60 and not tally.findings:
+        if report.available_memory() < ENOUGH_MEMORY:
+            tally.findings.append("less than 2 GiB of memory are available: no round begun")
+            break
+        left = told.minutes * 60 - (time.monotonic() - began)
+        tally.rounds += 1
+        place = directory / f"round-{tally.rounds}"
+        place.mkdir()
+        plan.seconds = max(10.0, min(told.round_seconds, left))
+        round_ = Round(plan, seeds.getrandbits(40), mind, tally, place)
+        tally.findings += round_.play()
+        if not tally.findings:
+            shutil.rmtree(place)
+        if not told.json:
+            print(report.line(tally, time.monotonic() - began), flush=True)
+    seconds = time.monotonic() - began
+    if tally.findings:
+        (directory / "findings").write_text("\n".join(tally.findings) + "\n")
+    else:
+        shutil.rmtree(directory)
+    document = report.document(tally, told.seed, told.clients, seconds, str(directory) if tally.findings else "")
+    if told.json:
+        print(json.dumps(document, indent=1))
+    else:
+        report.print_table(document)
+    return 1 if tally.findings or document["not_nothing"] else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="chaos", description="Kill, stop and cut everybody; check every byte.")
+    parser.add_argument("--minutes", type=float, default=2.0, help="begin no round after that (2)")
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
+    parser.add_argument("--clients", type=int, default=32, help="programs at a time, half private, half shared (32)")
+    parser.add_argument("--mib", type=int, default=128, help="size of each of the two blocks in MiB (128)")
+    parser.add_argument("--round-seconds", type=float, default=90.0, help="chaos in a round of fresh blocks (90)")
+    parser.add_argument("--gap", type=float, default=0.9, help="seconds between two acts on average (0.9)")
+    parser.add_argument("--pause", type=float, default=0.04, help="seconds between a program's operations (0.04)")
+    parser.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        metavar="KIND[,KIND]",
+        help=f"leave out these acts, or all of these victims: {', '.join(WEIGHTS)}",
+    )
+    parser.add_argument("--option", action="append", default=[], help="one more word for the supervisor's command line")
+    parser.add_argument("--directory", default="/tmp", help="where the files and the evidence are (/tmp)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
