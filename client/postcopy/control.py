@@ -21,13 +21,17 @@ import zmq
 from postcopy_kernel.process import pidfd_open
 from postcopy_protocol.codec import decode, encode
 from postcopy_protocol.messages import (
+    AskEvents,
     AskExport,
     AskProgress,
+    AskResume,
     AskStatus,
     AskStop,
     ControlRefused,
+    EventsAnswer,
     ExportProgress,
     Message,
+    ResumeAnswer,
     StatusAnswer,
     StopAnswer,
 )
@@ -38,6 +42,7 @@ from .errors import AttachDenied, BadMessage, NoSupervisor, PostcopyError
 TIMEOUT = 10.0
 
 Answer = TypeVar("Answer", bound=Message)
+Found = TypeVar("Found", dict[str, Any], list[Any])
 
 
 class Control:
@@ -60,14 +65,16 @@ class Control:
 
     def status(self, *, audit: bool = False) -> dict[str, Any]:
         """The status document (see the README for its fields). ``audit``: look for polluted pages first."""
-        document = self._ask(AskStatus(audit), StatusAnswer).document
+        return self._json(self._ask(AskStatus(audit), StatusAnswer).document, dict)
+
+    def _json(self, document: bytes, kind: type[Found]) -> Found:
         try:
-            status = json.loads(document)
+            found = json.loads(document)
         except ValueError as error:
-            raise BadMessage(f"the supervisor in {self.directory} sent a status that is no JSON") from error
-        if not isinstance(status, dict):
-            raise BadMessage(f"the supervisor in {self.directory} sent a status that is no object")
-        return status
+            raise BadMessage(f"the supervisor in {self.directory} sent a document that is no JSON") from error
+        if not isinstance(found, kind):
+            raise BadMessage(f"the supervisor in {self.directory} sent a document that is no {kind.__name__}")
+        return found
 
     def stop(self, *, keep_workers: bool = False, timeout: float = 60.0) -> int:
         """End the supervisor and wait until its process has ended; returns its pid."""
@@ -85,6 +92,15 @@ class Control:
         finally:
             os.close(pidfd)
         return pid
+
+    def events(self, after: int = 0) -> list[dict[str, Any]]:
+        """Events that are kept, with numbers greater than ``after``, oldest first."""
+        events = self._json(self._ask(AskEvents(after), EventsAnswer).document, list)
+        return [event for event in events if isinstance(event, dict)]
+
+    def resume(self, client: int) -> int:
+        """End a client's quarantine; the number of pages that are healed by and by."""
+        return self._ask(AskResume(client), ResumeAnswer).healing
 
     def export(self, name: str, path: str) -> ExportProgress:
         """Begin to write block ``name`` to ``path``. Ask ``progress`` at least every 10 s, or it is cancelled."""

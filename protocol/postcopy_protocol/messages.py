@@ -311,6 +311,31 @@ class AskProgress(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class AskStory(Message):
+    """What is known of one page's life: the page at ``offset`` of the block ``name``."""
+
+    TAG = 64
+    name: str
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class AskEvents(Message):
+    """Events that are kept, with numbers greater than ``after``."""
+
+    TAG = 65
+    after: int
+
+
+@dataclass(frozen=True, slots=True)
+class AskResume(Message):
+    """End the quarantine of a client (0: of worker zero): a fresh worker, its crashes forgiven."""
+
+    TAG = 66
+    client: int
+
+
+@dataclass(frozen=True, slots=True)
 class StatusAnswer(Message):
     """The status document as UTF-8 JSON (its fields are part of the interface, not of the wire)."""
 
@@ -344,6 +369,31 @@ class ControlRefused(Message):
 
     TAG = 73
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoryAnswer(Message):
+    """A page's life as UTF-8 JSON."""
+
+    TAG = 74
+    document: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class EventsAnswer(Message):
+    """Events, oldest first, as a UTF-8 JSON array of what ``status`` has under ``events``."""
+
+    TAG = 75
+    document: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeAnswer(Message):
+    """The quarantine is over; ``healing``: pages that were poisoned by it and are brought now."""
+
+    TAG = 76
+    client: int
+    healing: int
 
 
 # --- custodian channel: supervisor -> custodian -----------------------------------------------------------------------

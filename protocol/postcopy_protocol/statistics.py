@@ -49,6 +49,12 @@ BEYOND = 1 << _HIGH_BITS
 # A value of b bits has its upper four in 8..15: word = HISTOGRAM + (b - 1 - _LOW_BITS) * 8 + (upper four - 8).
 BIAS = HISTOGRAM - (1 + _LOW_BITS) * 8 - 8
 
+DENIED = LAST_BUCKET + 1  # pages noted behind it, see ``deny``
+UNNOTED = DENIED + 1  # pages that found no room there
+DENIED_AT = UNNOTED + 1
+MOST_DENIED = WORDS - DENIED_AT
+_PAGE_BITS = 40
+
 # --- words of the house page ------------------------------------------------------------------------------------------
 
 WINDOW_LIMIT = 0  # bytes: the largest fault-around that memory pressure allows now
@@ -118,3 +124,35 @@ def merge(pages: Iterable[Sequence[int]]) -> tuple[int, ...]:
             total[word] += words[word]
         total[LONGEST_NS] = max(total[LONGEST_NS], words[LONGEST_NS])
     return tuple(total)
+
+
+# --- pages denied to one client ---------------------------------------------------------------------------------------
+
+
+def deny(words: memoryview, block: int, page: int) -> None:
+    """Note a page that this client was given SIGBUS for though others may have it, because its worker had no source: it
+    is healed when there is one. Killed between the stores a note may be there twice, which is no harm."""
+    entry, count = block << _PAGE_BITS | page, words[DENIED]
+    if entry in words[DENIED_AT : DENIED_AT + count].tolist():
+        return
+    if count >= MOST_DENIED:
+        words[UNNOTED] += 1
+        return
+    words[DENIED_AT + count] = entry
+    words[DENIED] = count + 1
+
+
+def allow(words: memoryview, block: int, page: int) -> None:
+    """Forget the note: the page is healed."""
+    entry, count = block << _PAGE_BITS | page, words[DENIED]
+    for at in range(DENIED_AT + count - 1, DENIED_AT - 1, -1):
+        if words[at] == entry:
+            count -= 1
+            words[at] = words[DENIED_AT + count]
+            words[DENIED] = count
+
+
+def denied(words: Sequence[int]) -> list[tuple[int, int]]:
+    """(block, page) of every page that is noted."""
+    count = min(words[DENIED], MOST_DENIED)
+    return [(word >> _PAGE_BITS, word & (1 << _PAGE_BITS) - 1) for word in words[DENIED_AT : DENIED_AT + count]]

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import TYPE_CHECKING
 
+from postcopy_protocol import statistics
 from postcopy_protocol.errors import BadInput
 from postcopy_protocol.messages import (
+    AskEvents,
     AskExport,
     AskProgress,
+    AskResume,
     AskStatus,
     AskStop,
     ControlRefused,
+    EventsAnswer,
     Message,
+    ResumeAnswer,
     StatusAnswer,
     StopAnswer,
 )
 
 if TYPE_CHECKING:
     from .house import House
+
+
+QUESTIONS = (AskStatus, AskStop, AskEvents, AskResume, AskExport, AskProgress)
 
 
 def answer(house: House, message: Message) -> Message:
@@ -34,6 +43,10 @@ def answer(house: House, message: Message) -> Message:
                     raise BadInput("--keep-workers is not supported by this version: nothing is ended")
                 house.ask_to_end()
                 return StopAnswer(os.getpid())
+            case AskEvents(after):
+                return EventsAnswer(json.dumps(house.history.document(after)).encode())
+            case AskResume(client):
+                return _resume(house, client)
             case AskExport(name, path):
                 return _export(house, name, path)
             case AskProgress(job, cancel):
@@ -41,6 +54,14 @@ def answer(house: House, message: Message) -> Message:
         raise BadInput(f"{type(message).__name__} is no question")
     except BadInput as error:
         return ControlRefused(str(error))
+
+
+def _resume(house: House, number: int) -> Message:
+    client = house.reception.clients.get(number)
+    if number and client is None:
+        raise BadInput(f"there is no client {number} here")
+    house.workforce.resume(number)
+    return ResumeAnswer(number, client.words[statistics.DENIED] if client and client.words else 0)
 
 
 def _export(house: House, name: str, path: str) -> Message:

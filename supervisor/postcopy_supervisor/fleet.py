@@ -8,8 +8,8 @@ predecessor's pidfd has said that it is gone.
     starting --hello--> running --exit--> waiting --due--> starting        (restart, ever later when it crashes often)
         any --renew--> ending --exit--> starting                           (its assignment has changed)
         any --leave--> ending --exit--> (gone)
-    more than ``limit`` crashes in ``interval``: quarantined; the next lives run nothing of a user's and poison what is
-    missing
+    more than ``limit`` crashes in ``interval``: quarantined. The next lives run nothing of a user's and poison what is
+    missing; or (not ``poison``) there is none: resting, what is missing waits until an operator says resume
 """
 
 from __future__ import annotations
@@ -17,18 +17,22 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+LONGEST_BACKOFF = 5.0
+
 
 @dataclass(frozen=True, slots=True)
 class RestartPolicy:
     """Seconds, but for ``limit``: crashes within ``interval`` that are forgiven. ``backoff`` doubles from crash to
-    crash until a life has lasted ``stable``."""
+    crash until a life has lasted ``stable``. ``poison``: what is missing for a quarantined client is poisoned, else it
+    waits. ``start_deadline``: for a worker to say hello."""
 
     limit: int = 5
     interval: float = 60.0
     backoff: float = 0.02
     stable: float = 10.0
     start_deadline: float = 20.0
-    longest_backoff: float = 5.0
+    longest_backoff: float = LONGEST_BACKOFF
+    poison: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +80,7 @@ class Slot:
     """What is known of one worker."""
 
     worker: int
-    state: str = "starting"  # starting, running, waiting, ending
+    state: str = "starting"  # starting, running, waiting, resting, ending
     incarnation: int = 0
     forked: bool = False
     since: float = 0.0
@@ -127,9 +131,20 @@ class Fleet:
         slot.then_leave = True
         return self._end(slot, now)
 
+    def resume(self, worker: int, now: float) -> list[Effect]:
+        """An operator trusts a quarantined worker's next life: its crashes are forgiven."""
+        slot = self.slots[worker]
+        slot.quarantined = False
+        slot.crashes.clear()
+        if slot.state in ("resting", "waiting"):
+            return self._fork(slot, now)
+        return [] if slot.state == "ending" else self.renew(worker, now)
+
     def _end(self, slot: Slot, now: float) -> list[Effect]:
         if slot.state == "waiting":  # nothing runs
             return self._after_the_end(slot, now)
+        if slot.state == "resting":  # nothing runs, and nothing shall: whoever waits for the change is answered
+            return self._after_the_end(slot, now) if slot.then_leave else [Ready(slot.worker)]
         was, slot.state, slot.since = slot.state, "ending", now
         # Asked for but not yet there: it is killed when it comes.
         return [Kill(slot.worker, slot.incarnation)] if slot.forked and was != "ending" else []
@@ -228,6 +243,9 @@ class Fleet:
         if len(slot.crashes) > policy.limit and not slot.quarantined:
             slot.quarantined = True
             effects.append(Quarantine(slot.worker))
+        if slot.quarantined and not policy.poison:
+            slot.state, slot.forked = "resting", False
+            return [*effects, Ready(slot.worker)]  # an attach that waits for this worker is answered
         # The first crash costs the client as little time as can be; the second and later ones wait.
         wait = 0.0 if len(slot.crashes) == 1 else policy.backoff * 2 ** (len(slot.crashes) - 2)
         slot.state, slot.forked, slot.due = "waiting", False, now + min(wait, policy.longest_backoff)

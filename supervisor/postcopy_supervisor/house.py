@@ -30,10 +30,6 @@ from postcopy_protocol import statistics
 from postcopy_protocol.codec import decode, encode, unpack_offsets
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.messages import (
-    AskExport,
-    AskProgress,
-    AskStatus,
-    AskStop,
     ControlRefused,
     CustodianReady,
     Ending,
@@ -78,7 +74,7 @@ from .workforce import Workforce
 
 log = logging.getLogger("postcopy")
 
-FROM_ROUTER = (WorkerHello, Report, Fetched, RequestPages, AskStatus, AskStop, AskExport, AskProgress)
+FROM_ROUTER = (WorkerHello, Report, Fetched, RequestPages, *control.QUESTIONS)
 SCARCE = 128 << 20
 """Bytes available on the machine below which only pages that are waited for are placed."""
 
@@ -133,6 +129,7 @@ class House:
         self.porter = Porter(self._context, self._core, self._stop_bell, self._door, SourceWatch(self.blocks.values()))
         describe = partial(briefing.brief, self)
         self.workforce = Workforce(self.custody, self.porter, describe, self._news, self._event)
+        self.workforce.fleet.policy = self.settings.restart
         self._keep_what_workers_need()
         self.zero = ClientZero(self._core, self._by_number, self.custody, self._send_worker, self._event)
         self.paging = Paging(
@@ -307,6 +304,7 @@ class House:
             return
         self._ticked = now
         self.reception.tick(now)
+        self.reception.wake_resting()
         self.watchdog.tick(now)
         for block in self.blocks.values():
             if self._interrupted and not block.complete:

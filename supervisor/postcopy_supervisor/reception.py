@@ -7,6 +7,7 @@ with and registered by us.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import mmap
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from postcopy_kernel import descriptors, memory, process
-from postcopy_kernel.userfaultfd import RegisterMode, Userfaultfd, is_userfaultfd
+from postcopy_kernel.userfaultfd import RegisterMode, Userfaultfd, is_userfaultfd, stuck_faults
 from postcopy_protocol import statistics
 from postcopy_protocol.codec import encode
 from postcopy_protocol.door import DoorConversation, Refusal
@@ -328,6 +329,17 @@ class Reception:
                 self.remove(client, f"said nothing useful for {SILENCE_SECONDS:.0f} s")
             elif client.connection is None and not client.leaving and client.regions and _is_void(client):
                 self.remove(client, "its memory is gone (exec)")
+
+    def wake_resting(self) -> None:
+        """Clients whose quarantine lets missing pages wait have no worker: whoever waits is woken now and then, to find
+        the page if somebody else has brought it, or to wait on."""
+        for number in self.workforce.resting:
+            client = self.clients.get(number)
+            if client is None or client.userfaultfd is None or not stuck_faults(client.userfaultfd.fileno())[1]:
+                continue
+            for region in client.regions:
+                with contextlib.suppress(OSError):  # its memory has just gone
+                    client.userfaultfd.wake(region.address, region.length)
 
     def remove(self, client: Client, why: str) -> None:
         """Everything of the client goes: worker first, then descriptors."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 from postcopy_protocol.errors import BadInput
@@ -12,6 +12,8 @@ from postcopy_protocol.geometry import PAGE_2M, PAGE_4K
 from postcopy_protocol.places import runtime_directory
 from postcopy_protocol.sizes import parse_size
 from postcopy_protocol.sources import RemoteSource, Source, parse_named
+
+from .fleet import LONGEST_BACKOFF, RestartPolicy
 
 LARGEST_WINDOW = 1 << 20
 """Bytes of the largest window of ``--fault-around auto``: beyond it a COPY blocks its loop for long and gains
@@ -42,6 +44,7 @@ class Settings:
     plain_tcp: bool = False
     poison_on_loss: bool = False
     source_timeout: float = 5.0
+    restart: RestartPolicy = field(default_factory=RestartPolicy)
 
 
 def parse(arguments: list[str]) -> Settings:
@@ -76,6 +79,14 @@ def parse(arguments: list[str]) -> Settings:
         plain_tcp=told.plain_tcp,
         poison_on_loss=told.on_source_loss == "poison",
         source_timeout=told.source_timeout,
+        restart=RestartPolicy(
+            limit=told.restart_limit,
+            interval=told.restart_interval,
+            backoff=told.restart_backoff,
+            stable=told.restart_stable,
+            start_deadline=told.start_timeout,
+            poison=told.quarantine == "poison",
+        ),
     )
 
 
@@ -108,6 +119,22 @@ def _seconds(text: str) -> float:
     if not 0.1 <= value <= 86400:
         raise argparse.ArgumentTypeError(f"{text!r}: write 0.1 to 86400 seconds")
     return value
+
+
+def _backoff(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.001 <= value <= LONGEST_BACKOFF:
+        raise argparse.ArgumentTypeError(f"{text!r}: write 0.001 to {LONGEST_BACKOFF:g} seconds")
+    return value
+
+
+def _limit(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 6:
+        raise argparse.ArgumentTypeError(f"{text!r}: a number of crashes is 0 to 999999")
+    return int(text)
 
 
 def _uid(text: str) -> int:
@@ -165,6 +192,41 @@ def _parser() -> _Parser:
         help="what missing pages do while a source is away",
     )
     add("--source-timeout", default=5.0, type=_seconds, metavar="SECONDS", help="silence after which a source is lost")
+    _add_restart(parser)
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     add("--die-with-parent", type=int, default=0, metavar="PID", help="end when the process PID, our parent, ends")
     return parser
+
+
+def _add_restart(parser: _Parser) -> None:
+    """How workers that end unasked are replaced, and when no more."""
+    law, add = RestartPolicy(), parser.add_argument
+    add("--restart-limit", default=law.limit, type=_limit, metavar="N", help="crashes of a worker that are forgiven")
+    add(
+        "--restart-interval",
+        default=law.interval,
+        type=_seconds,
+        metavar="SECONDS",
+        help="in which more than N crashes put a client into quarantine",
+    )
+    add(
+        "--restart-backoff",
+        default=law.backoff,
+        type=_backoff,
+        metavar="SECONDS",
+        help="wait before the second restart, doubled from crash to crash (the first waits for nothing)",
+    )
+    add(
+        "--restart-stable",
+        default=law.stable,
+        type=_seconds,
+        metavar="SECONDS",
+        help="a worker that lived so long has its earlier crashes forgiven",
+    )
+    add("--start-timeout", default=law.start_deadline, type=_seconds, metavar="SECONDS", help="for a worker to start")
+    add(
+        "--quarantine",
+        default="poison",
+        choices=("poison", "wait"),
+        help="missing pages of a quarantined client: SIGBUS, or wait until postcopy resume CLIENT",
+    )

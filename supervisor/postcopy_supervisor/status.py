@@ -14,6 +14,7 @@ from postcopy_protocol.messages import VERSION
 
 from .blocks import RamBlock
 from .client_zero import ClientZero
+from .fleet import RestartPolicy
 from .history import History
 from .link import Link
 from .paging import Paging
@@ -57,9 +58,21 @@ def document(
             "repaired": history.counts.get("polluted", 0),
             "latency_us": statistics.summary(total),
         },
+        "restart_policy": _policy(workforce.fleet.policy),
         "events": history.document(),
     }
     return json.dumps(told).encode()
+
+
+def _policy(policy: RestartPolicy) -> dict[str, Any]:
+    return {
+        "limit": policy.limit,
+        "interval_s": policy.interval,
+        "backoff_s": policy.backoff,
+        "stable_s": policy.stable,
+        "start_timeout_s": policy.start_deadline,
+        "quarantine": "poison" if policy.poison else "wait",
+    }
 
 
 def _block(block: RamBlock) -> dict[str, Any]:
@@ -117,5 +130,6 @@ def _client(client: Client, workforce: Workforce, blocks: Sequence[RamBlock], pa
         "lost": words[statistics.LOST],
         "failures": words[statistics.FAILURES],
         "restarts": slot.restarts if slot is not None else 0,
+        "denied": words[statistics.DENIED] + words[statistics.UNNOTED],
         "latency_us": statistics.summary(words),
     }

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from postcopy_kernel import process
 from postcopy_protocol.codec import encode
+from postcopy_protocol.errors import BadInput
 from postcopy_protocol.messages import (
     Assignment,
     CustodianReady,
@@ -82,6 +83,19 @@ class Workforce:
 
     def leave(self, worker: int) -> None:
         self._do(self.fleet.leave(worker, time.monotonic()))
+
+    def resume(self, worker: int) -> None:
+        """End its quarantine. Raises BadInput if it is in none."""
+        slot = self.fleet.slots.get(worker)
+        if slot is None or not slot.quarantined:
+            raise BadInput(f"client {worker} is not quarantined")
+        self._tell("resumed", f"worker {worker}: quarantine ended by an operator", **_whose(worker, slot.incarnation))
+        self._do(self.fleet.resume(worker, time.monotonic()))
+
+    @property
+    def resting(self) -> list[int]:
+        """Quarantined workers that do not run: what their clients miss waits."""
+        return [slot.worker for slot in self.fleet.slots.values() if slot.state == "resting"]
 
     def kill(self, worker: int, why: str) -> None:
         """The watchdog's word: SIGKILL, and the law of crashes takes its course."""
@@ -180,7 +194,8 @@ class Workforce:
         if life is None:
             return  # it was to end
         slot = self.fleet.slots.get(life.worker)
-        text = f"worker {life.worker} (pid {life.pid}) ended unasked: {cause}; a successor takes over"
+        then = "it has no successor" if slot is not None and slot.state == "resting" else "a successor takes over"
+        text = f"worker {life.worker} (pid {life.pid}) ended unasked: {cause}; {then}"
         where: dict[str, int | str] = {**_whose(*key), "pid": life.pid, "cause": cause}
         if slot is not None:
             where["restarts"] = slot.restarts
@@ -189,7 +204,8 @@ class Workforce:
     def _tell_quarantine(self, worker: int) -> None:
         slot, policy = self.fleet.slots[worker], self.fleet.policy
         cause = f"{len(slot.crashes)} crashes in {policy.interval:g} s, {policy.limit} are forgiven"
-        text = f"worker {worker} crashed too often; its client's missing pages are poisoned"
+        text = f"worker {worker} crashed too often; its client's missing pages "
+        text += "are poisoned" if policy.poison else f"wait for: postcopy resume {worker}"
         self._tell("quarantined", text, **_whose(worker, slot.incarnation), restarts=slot.restarts, cause=cause)
 
     # --- effects ------------------------------------------------------------------------------------------------------

@@ -30,10 +30,13 @@ from postcopy_protocol.messages import (
     AskStatus,
     AskStop,
     ControlRefused,
+    EventsAnswer,
     ExportProgress,
     Message,
+    ResumeAnswer,
     StatusAnswer,
     StopAnswer,
+    StoryAnswer,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,6 +45,8 @@ PUPPET = Path(__file__).with_name("puppet.py")
 READY_WITHIN = 20.0
 END_WITHIN = 20.0
 PAGE = 4096
+
+ANSWERS = (StatusAnswer, ExportProgress, StopAnswer, StoryAnswer, EventsAnswer, ResumeAnswer, ControlRefused)
 
 Found = TypeVar("Found")
 Option = str | int | float | list[int]
@@ -267,7 +272,7 @@ class House:
         with self.dealer() as dealer:
             dealer.send(encode(question))
             assert dealer.poll(int(within * 1000)), f"no answer to {question} in {within:g} s: {self.log()[-2000:]}"
-            return decode(dealer.recv(), expect=(StatusAnswer, ExportProgress, StopAnswer, ControlRefused))
+            return decode(dealer.recv(), expect=ANSWERS)
 
     @contextlib.contextmanager
     def dealer(self, identity: bytes = b"") -> Iterator[zmq.Socket[bytes]]:

@@ -134,6 +134,14 @@ class History(RuleBasedStateMachine):
         if client.space.alive and client.life is not None and client.life.over:
             self.world.live(client)
 
+    @rule(number=which, ends=st.booleans())
+    def quarantine(self, number: int, ends: bool) -> None:
+        """The next lives of a client's worker have no source; or have one again, and heal what was denied."""
+        client, number = self._client(number), number % len(self.world.clients)
+        if client.life is not None and not client.life.over:
+            self.world.kill(client, "before")
+        self.world.quarantined.discard(number) if ends else self.world.quarantined.add(number)
+
     # --- the house and strangers --------------------------------------------------------------------------------------
 
     @rule(page=pages)
@@ -183,6 +191,7 @@ class History(RuleBasedStateMachine):
         self.world.memory.room = None
         self.world.settle()
         self.world.check_rest()
+        self.world.check_healed()
 
     @invariant()
     def holds(self) -> None:
@@ -362,6 +371,42 @@ def test_a_handler_that_fails_when_another_worker_was_in_time_does_no_harm(make:
     world.function.failing.add(2)  # so nobody can compare it with its source
     world.settle()
     assert [thread.outcome for thread in threads] == [world.source.page(2)] * 2
+
+
+@pytest.mark.parametrize("kind", EACH, ids=str)
+def test_what_a_quarantined_client_was_denied_is_healed_when_it_is_resumed(make: Make, kind: Kind) -> None:
+    world = make(kind, kind)
+    client, other = world.clients
+    world.quarantined.add(0)
+    world.kill(client, "before")
+    assert [touched(world, client, page) for page in (2, 3)] == [SIGBUS, SIGBUS]
+    assert touched(world, other, 3) == world.source.page(3), "others can have it"
+    assert touched(world, client, 4, 7) == SIGBUS and 4 not in world.memory.pages
+    assert list(world.map[2:5]) == [MISSING, RECEIVED, MISSING]
+    world.kill(client, "before")
+    assert touched(world, client, 2) == SIGBUS, "a successor in quarantine heals nothing"
+    world.quarantined.clear()
+    world.kill(client, "before")
+    world.settle()
+    assert [touched(world, client, page) for page in (2, 3, 4)] == [world.source.page(page) for page in (2, 3, 4)]
+    assert statistics.denied(client.words) == []
+
+
+def test_what_cannot_be_had_stays_denied(make: Make) -> None:
+    world = make(Kind("private"))
+    (client,) = world.clients
+    world.quarantined.add(0)
+    world.kill(client, "before")
+    assert touched(world, client, 2) == SIGBUS
+    world.source.unreadable.add(2)
+    world.quarantined.clear()
+    world.kill(client, "before")
+    world.settle()
+    assert touched(world, client, 2) == SIGBUS
+    world.source.unreadable.clear()
+    world.kill(client, "before")
+    world.settle()
+    assert touched(world, client, 2) == world.source.page(2)
 
 
 def test_whoever_waits_at_a_page_that_is_poisoned_already_is_woken(make: Make) -> None:

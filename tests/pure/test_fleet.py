@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import strategies as st
@@ -40,9 +40,11 @@ class Wanted:
 class Workers(RuleBasedStateMachine):
     """The fleet beside a custodian, processes and a clock of its own."""
 
+    policy = POLICY
+
     def __init__(self) -> None:
         super().__init__()
-        self.fleet = Fleet(POLICY)
+        self.fleet = Fleet(self.policy)
         self.now = 100.0
         self.orders: list[Fork] = []
         self.alive: list[Process] = []
@@ -90,6 +92,13 @@ class Workers(RuleBasedStateMachine):
         worker = self._pick(number)
         if worker is not None:
             self._do(self.fleet.renew(worker, self.now))
+
+    @rule(number=which)
+    def resume(self, number: int) -> None:
+        worker = self._pick(number)
+        if worker is not None and self.fleet.slots[worker].quarantined:
+            self._do(self.fleet.resume(worker, self.now))
+            assert not self.fleet.slots[worker].quarantined and not self.fleet.slots[worker].crashes
 
     @rule(number=which)
     def leave(self, number: int) -> None:
@@ -168,9 +177,17 @@ class Workers(RuleBasedStateMachine):
         assert set(self.fleet.slots) == {worker for worker, wanted in self.wanted.items() if not wanted.gone}
         assert self.fleet.restarts == sum(wanted.restarts for wanted in self.wanted.values())
 
+    @invariant()
+    def who_rests_is_quarantined(self) -> None:
+        for slot in self.fleet.slots.values():
+            assert slot.state != "resting" or (slot.quarantined and not self.policy.poison)
+
     def teardown(self) -> None:
-        """After the dust settles every wanted worker runs, and no other."""
+        """After the dust settles every wanted worker runs, and no other; whoever rests is resumed first."""
         for _ in range(200):
+            for slot in list(self.fleet.slots.values()):
+                if slot.state == "resting":
+                    self._do(self.fleet.resume(slot.worker, self.now))
             while self.orders:
                 self.fork(0)
             for one in list(self.alive):
@@ -189,8 +206,16 @@ class Workers(RuleBasedStateMachine):
         assert set(self.fleet.slots) == {worker for worker, wanted in self.wanted.items() if not wanted.leaving}
 
 
+class Resting(Workers):
+    """Quarantine lets missing pages wait: no worker at all."""
+
+    policy = replace(POLICY, poison=False)
+
+
 TestWorkers = Workers.TestCase
-TestWorkers.settings = effort(250, 50)
+TestWorkers.settings = effort(200, 50)
+TestResting = Resting.TestCase
+TestResting.settings = effort(100, 50)
 
 
 def crash(fleet: Fleet, now: float, *, lived: float = 0.0) -> list[Effect]:
@@ -267,3 +292,27 @@ def test_what_is_ordered_but_not_yet_forked_ends_when_it_comes(wish: str) -> Non
     assert fleet.hello(1, 1, 0.0) == []
     assert fleet.forked(1, 1, 0.0) == [Kill(1, 1)]
     assert fleet.exited(1, 1, 0.0) == ([Fork(1, 2)] if wish == "renew" else [Gone(1)])
+
+
+def test_a_quarantine_that_waits_runs_nothing_until_it_is_resumed() -> None:
+    fleet = Fleet(replace(POLICY, poison=False))
+    effects, now = fleet.start(1, 0.0), 0.0
+    while not fleet.slots[1].quarantined:
+        effects, now = crash(fleet, now), now + 0.1
+        effects += fleet.tick(now + POLICY.longest_backoff)
+    assert effects == [Quarantine(1), Ready(1)], "whoever waits to be attached is answered"
+    assert fleet.tick(now + 1000) == [] and fleet.next_due() is None
+    assert fleet.renew(1, now) == [Ready(1)]
+    number = fleet.slots[1].incarnation
+    assert fleet.resume(1, now) == [Fork(1, number + 1)]
+    assert fleet.slots[1].shown == "restarting"
+    fleet.forked(1, number + 1, now)
+    assert fleet.hello(1, number + 1, now) == [Ready(1)] and fleet.slots[1].shown == "running"
+    assert fleet.exited(1, number + 1, now) == [Fork(1, number + 2)], "its crashes are forgiven"
+
+
+def test_who_rests_may_leave() -> None:
+    fleet = Fleet(RestartPolicy(limit=0, poison=False))
+    fleet.start(1, 0.0)
+    assert fleet.fork_failed(1, 1, 0.0) == [Quarantine(1), Ready(1)]
+    assert fleet.leave(1, 0.0) == [Gone(1)] and not fleet.slots

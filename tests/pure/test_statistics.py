@@ -95,3 +95,27 @@ def test_no_two_words_share_a_place() -> None:
     places = [getattr(statistics, name) for name in names]
     assert len(set(places)) == len(places) and max(places) < HISTOGRAM
     assert statistics.WINDOW_LIMIT != statistics.ENDING
+
+
+@quick
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 1000), st.integers(0, (1 << 40) - 1)), max_size=60))
+def test_pages_that_are_denied_are_noted_once_and_forgotten_again(steps: list[tuple[bool, int, int]]) -> None:
+    words = memoryview(bytearray(statistics.PAGE_BYTES)).cast("Q")
+    noted: list[tuple[int, int]] = []
+    for deny, block, page in steps:
+        block, page = block % 3 + 1, page % 5 + (1 << 39)
+        if deny:
+            statistics.deny(words, block, page)
+            noted += [] if (block, page) in noted else [(block, page)]
+        else:
+            statistics.allow(words, block, page)
+            noted = [note for note in noted if note != (block, page)]
+        assert sorted(statistics.denied(words)) == sorted(noted)
+    assert not any(words[: statistics.DENIED])
+
+
+def test_more_pages_than_fit_are_counted() -> None:
+    words = memoryview(bytearray(statistics.PAGE_BYTES)).cast("Q")
+    for page in range(statistics.MOST_DENIED + 3):
+        statistics.deny(words, 1, page)
+    assert len(statistics.denied(words)) == statistics.MOST_DENIED and words[statistics.UNNOTED] == 3

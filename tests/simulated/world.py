@@ -14,7 +14,7 @@ from postcopy_protocol.messages import BlockGrant, RegionGrant
 from postcopy_protocol.received import CHANGED, FLAGS, LOST, MISSING, RECEIVED, SHARED, TRUST, WATCHED
 from postcopy_protocol.window import FaultAround
 from postcopy_workers.fault_handler import MESSAGE_WORDS, ClientGone, FaultHandler, Region
-from postcopy_workers.page_sources import PageSource
+from postcopy_workers.page_sources import NoPages, PageSource
 from postcopy_workers.placing import Block, Calls, OwnMapping
 
 from .kernel import SIGBUS, Area, Kernel, Memory, Space, Thread, Userfaultfd
@@ -90,6 +90,7 @@ class World:
         self.reports: list[tuple[str, int, int, str]] = []
         self.paused: list[float] = []
         self.births = 0
+        self.quarantined: set[int] = set()  # clients, by number, whose next workers have no source
         # What was done to the block that our code cannot be blamed for: pages by deed.
         self.punched: set[int] = set()
         self.polluted: set[int] = set()
@@ -112,7 +113,7 @@ class World:
         words = memoryview(bytearray(statistics.PAGE_BYTES)).cast("Q")
         return Client(kind, space, ufd, self.kernel.open(ufd), grant, words)
 
-    def block(self, calls: Calls) -> Block:
+    def block(self, calls: Calls, quarantined: bool = False) -> Block:
         """A block as a new worker makes it: from the grant, an own mapping and the shared received map."""
         self.births += 1
         space = self.kernel.space(f"worker {self.births}", self.page_size)
@@ -120,7 +121,8 @@ class World:
         start = (self.births + 64) << 36
         space.areas.append(Area(start, start + self.memory.size, self.memory, 0, True, ufd))
         own = OwnMapping(self.kernel.open(ufd), start, space.table.clear)
-        return Block(self.grant, self.descriptor, memoryview(self.map), self._pages(), own, self._report, calls)
+        pages = NoPages(self.grant, "quarantined") if quarantined else self._pages()
+        return Block(self.grant, self.descriptor, memoryview(self.map), pages, own, self._report, calls)
 
     def _pages(self) -> PageSource:
         if self.grant.kind == "handler":
@@ -142,7 +144,8 @@ class World:
                 life.call("pause", lambda: None)
 
         kind = client.kind
-        region = Region(client.grant, self.block(calls), FaultAround(kind.largest, kind.adaptive))
+        quarantined = self.clients.index(client) in self.quarantined
+        region = Region(client.grant, self.block(calls, quarantined), FaultAround(kind.largest, kind.adaptive))
         return FaultHandler(client.descriptor, [region], client.words, self.house, self._report, calls, pause)
 
     def live(self, client: Client) -> Life:
@@ -152,6 +155,7 @@ class World:
         def work(life: Life) -> None:
             handler = client.handler = self.fault_handler(client, life.calls_of(self.kernel), life)
             handler.wake_everything()
+            handler.heal()
             words = memoryview(bytearray(32 * BATCH)).cast("Q")
             while True:
                 taken = life.call("read", lambda: self.kernel.messages(client.descriptor, BATCH))
@@ -254,7 +258,8 @@ class World:
         page = (thread.address - client.grant.address + client.grant.offset) // self.page_size
         if isinstance(thread.outcome, str):
             assert thread.outcome == SIGBUS, f"page {page}: {thread.outcome}"
-            assert self.may_be_lost(page), f"{client.space.name} got SIGBUS at page {page}, which can be had"
+            denied = (0, page) in statistics.denied(client.words)
+            assert denied or self.may_be_lost(page), f"{client.space.name} got SIGBUS at page {page}, which can be had"
             return
         found = thread.outcome
         assert found is not None
@@ -305,6 +310,13 @@ class World:
         for page, bytes_of_it in self.memory.pages.items():
             if page not in self.polluted:
                 assert bytes_of_it == self.truth[page], f"page {page} is not what it should be"
+
+    def check_healed(self) -> None:
+        """A client that is not in quarantine has no poison at a page that is there."""
+        for number, client in enumerate(self.clients):
+            if client.space.alive and number not in self.quarantined:
+                stuck = [page for _, page in statistics.denied(client.words) if self.map[page] == RECEIVED]
+                assert not stuck, f"{client.space.name} was denied pages {stuck}, which are there"
 
 
 EVENT = (int(abi.EventKind.REMOVE), 0, 0)

@@ -46,12 +46,15 @@ from postcopy_protocol.statistics import (
     PLACED,
     WAKES,
     WINDOW_LIMIT,
+    allow,
     bucket,
+    denied,
+    deny,
 )
 from postcopy_protocol.statistics import LOST as LOST_PAGES
 from postcopy_protocol.window import FaultAround
 
-from .page_sources import Elsewhere, HandlerFailed, RemotePages, SourceChanged
+from .page_sources import Elsewhere, HandlerFailed, NoPages, RemotePages, SourceChanged
 from .placing import COPY_DONTWAKE, Block, Calls, Structure
 from .requests import Requests
 
@@ -130,6 +133,40 @@ class FaultHandler:
         everything."""
         for region in self.regions:
             self._wake(region.start, region.end - region.start)
+
+    def heal(self) -> None:
+        """Pages that were poisoned because a predecessor had no source (quarantine): place them and let CONTINUE take
+        the poison away. What cannot be had stays SIGBUS; a remote page is asked for, and its wake heals it."""
+        for number, page in denied(self._words):
+            mine = [
+                region
+                for region in self.regions
+                if region.block.grant.block == number and region.first_page <= page < region.end_page
+            ]
+            healed = [self._heal(region, page) for region in mine]
+            if all(healed):
+                allow(self._words, number, page)
+
+    def _heal(self, region: Region, page: int) -> bool:
+        block = region.block
+        if isinstance(block.pages, NoPages) or block.received[page] == LOST:
+            return False
+        if block.received[page] != RECEIVED or not block.present(page):
+            self._words[BUSY_SINCE_NS] = monotonic_ns()
+            try:
+                block.pages.check()
+                if block.fill_own(page, 1):
+                    return False
+            except (PageLost, SourceChanged, HandlerFailed):
+                return False
+            except Elsewhere:
+                assert self._requests is not None
+                self._requests.ask(block.grant.block, page << block.shift)
+                return False
+            finally:
+                self._words[BUSY_SINCE_NS] = 0
+        failed = self._continue(region.base + (page << block.shift), 1 << block.shift)
+        return failed in (0, errno.EEXIST, errno.ENOENT)
 
     def messages(self, words: memoryview, count: int) -> None:
         """Answer ``count`` messages (4 words each) that one read gave; a page is resolved once however many wait."""
@@ -349,6 +386,8 @@ class FaultHandler:
             words[FAILURES] += 1
             if not self._released_after_all(region, page):
                 self._poison(region, page)  # for this client only; another client's worker asks the handler again
+                if isinstance(block.pages, NoPages):
+                    deny(words, block.grant.block, page)
             block.report("handler-failed", page, str(failed))
         except Elsewhere:
             # Marked received, but punched: the mark is withdrawn first, or we would be told that the page is there.

@@ -297,6 +297,7 @@ def serve_client(assignment: Assignment, fds: list[int]) -> NoReturn:
     if requests is not None:
         Waker(worker, worker.fault_handler(requests), requests).start()
     try:
+        handler.heal()
         _read_for_ever(userfaultfd, handler)
     except ClientGone:
         _leave(worker, "client-gone", "its memory is gone", CLIENT_GONE)

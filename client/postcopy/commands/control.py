@@ -23,7 +23,7 @@ _ASK_EVERY = 0.2
 
 
 def add_to(app: typer.Typer) -> None:
-    for command in (status, stop, export):
+    for command in (status, resume, stop, export):
         app.command()(command)
 
 
@@ -75,6 +75,16 @@ def stop(
     with Control(runtime_dir) as control:
         pid = control.stop(keep_workers=keep_workers)
         print(f"the supervisor in {control.directory} (pid {pid}) has ended")
+
+
+def resume(
+    client: Annotated[int, typer.Argument(metavar="CLIENT", min=0, max=2**63 - 1, help="Its number in status.")],
+    runtime_dir: RuntimeDir = None,
+) -> None:
+    """End the quarantine of a client: a fresh worker, its crashes forgiven, what it was denied brought again."""
+    with Control(runtime_dir) as control:
+        healing = control.resume(client)
+        print(f"client {client} goes on" + (f"; {healing} pages that it was denied are brought" if healing else ""))
 
 
 def export(
