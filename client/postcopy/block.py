@@ -80,6 +80,13 @@ class Block:
     def __len__(self) -> int:
         return self.size
 
+    @property
+    def received(self) -> memoryview:
+        """The received map, one byte a page (see ``postcopy_protocol.received``), read-only: never early, maybe
+        late. Raises ValueError once the block is closed."""
+        self._open()
+        return self._map
+
     def ensure(self, offset: int = 0, length: int | None = None, timeout: float | None = None) -> None:
         """Wait until the pages of the range are present, without the GIL.
 

@@ -12,6 +12,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -50,7 +51,8 @@ class Member:
 class Crowd:
     """Client processes that run ``steps`` (see ``toucher``) on a block. A context manager: at its end all are gone.
 
-    ``modes`` gives the mode of each, and so their number; ``file`` is what touches are checked against, or None.
+    ``modes`` gives the mode of each, and so their number; ``verify`` says what touches are checked against (see
+    ``load.truth``), or None.
     """
 
     def __init__(
@@ -59,14 +61,21 @@ class Crowd:
         runtime_dir: str,
         modes: list[str],
         steps: list[dict[str, Any]],
-        file: str | None,
+        verify: str | None,
         seed: int = 1,
     ) -> None:
         self.members: list[Member] = []
         self._selector = selectors.DefaultSelector()
         self._slots = os.memfd_create("postcopy-crowd", os.MFD_CLOEXEC)
         os.ftruncate(self._slots, 8 * len(modes))
-        job = {"name": name, "runtime_dir": runtime_dir, "steps": steps, "file": file, "seed": seed, "timeout": 60.0}
+        job = {
+            "name": name,
+            "runtime_dir": runtime_dir,
+            "steps": steps,
+            "verify": verify,
+            "seed": seed,
+            "timeout": 60.0,
+        }
         job |= {"clients": len(modes), "barrier": self._slots, "parent": os.getpid()}
         try:
             for index, mode in enumerate(modes):
@@ -88,21 +97,29 @@ class Crowd:
         self.members.append(member)
         self._selector.register(process.stdout, selectors.EVENT_READ, member)
 
-    def until(self, state: str, progress: Callable[[int], None] = lambda touches: None) -> None:
-        """Listen until every living client is in ``state`` or over. ``progress`` hears the sum of touches."""
+    def until(
+        self,
+        state: str,
+        progress: Callable[[int], None] = lambda touches: None,
+        meanwhile: Callable[[], float] | None = None,
+    ) -> None:
+        """Listen until every living client is in ``state`` or over. ``progress`` hears the sum of touches;
+        ``meanwhile`` is called at times, and says in how many seconds it wants to be called again."""
         while any(member.state != state and not member.over for member in self.members):
-            for key, _ in self._selector.select():
+            for key, _ in self._selector.select(meanwhile() if meanwhile is not None else None):
                 self._hear(key.data)
             progress(sum(member.touches for member in self.members))
 
-    def go(self) -> None:
-        """Let everybody who waits go on."""
+    def go(self) -> int:
+        """Let everybody who waits go on; the instant that counts as their start (CLOCK_MONOTONIC, ns)."""
+        origin = time.monotonic_ns()
         for member in self.members:
             if member.process.stdin is not None and not member.over:
                 member.state = "ready"
                 with suppress(BrokenPipeError):
-                    member.process.stdin.write(b"go\n")
+                    member.process.stdin.write(b"%d\n" % origin)
                     member.process.stdin.flush()
+        return origin
 
     def failures(self) -> list[str]:
         """One line for every client that did not do its job to the end."""

@@ -2,14 +2,15 @@
 
 It attaches, says ``{"ready": PID}`` on its stdout, and works through the steps of its job::
 
-    {"do": "wait"}                                             until a line (or the end) comes on stdin
-    {"do": "touch", "pattern": P, "touches": N, "pages": [first, end]}
-    {"do": "compare"}                                          every byte with the file, in order
+    {"do": "wait"}                          until a line (the instant of the start, in ns) or the end comes on stdin
+    {"do": "touch", "pattern": P, ...}      see ``Touching``
+    {"do": "compare"}                       every byte with the truth, in order
 
 At times it says ``{"touches": N}``, at the end ``{"result": {...}}`` or ``{"error": "..."}``. A line is one message.
 
-A touch is a plain read of one byte, timed here. Only the first touch of a page by this client counts as a latency: the
-later ones are memory accesses. The histogram has the layout of ``postcopy_protocol.statistics``.
+A touch is a plain access of one byte, timed here. One toucher indexes the memory, which is the fastest that Python
+can. A page fault in the middle of that keeps the GIL, so where several threads touch the kernel does it for them
+(a byte is written to, or read from, a memfd), without the GIL.
 """
 
 from __future__ import annotations
@@ -17,24 +18,47 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import random
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 from postcopy_kernel.process import die_with_parent
-from postcopy_protocol import statistics
-from postcopy_protocol.statistics import bucket
+from postcopy_protocol.received import RECEIVED
 
 from .block import Block
 from .client import attach
 from .errors import PostcopyError
+from .load.patterns import Place, order
+from .load.recorder import Recorder, together
+from .load.truth import Truth, parse
 
-_TELL_EVERY_NS = 200_000_000
+TELL_EVERY_NS = 200_000_000
+OVERTIME = 1.0
+"""An open loop that cannot keep up is ended this many durations after its time; what was due is counted as missed."""
 _PIECE = 1 << 20
-_SCATTER = 2654435761  # a large prime: spreads the popular pages of the zipf pattern over the block
+_FAR = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class Touching:
+    """A ``touch`` step. Times in seconds, 0: no limit, no pause. ``rate``: touches a second of this client, whatever
+    they take (open loop); 0: the next when the last is over (closed loop). ``writes``: share of touches that write."""
+
+    pattern: str = "random"
+    touches: int = 0
+    pages: tuple[int, int] | None = None
+    seconds: float = 0.0
+    rate: float = 0.0
+    think: float = 0.0
+    ramp: float = 0.0
+    threads: int = 1
+    writes: float = 0.0
+    stride: int = 16
 
 
 class Toucher:
@@ -45,66 +69,48 @@ class Toucher:
         self.memory = block.buf
         self.index: int = job["index"]
         self.clients: int = job["clients"]
-        self.random = random.Random(job["seed"] + self.index)
-        self.together = random.Random(job["seed"])  # the same in every client: lockstep
-        self.file = os.open(job["file"], os.O_RDONLY) if job.get("file") else None
+        self.seed: int = job["seed"]
+        self.truth: Truth | None = parse(job["verify"]) if job.get("verify") else None
         self.barrier = Barrier(job["barrier"], self.index, self.clients)
-        self.words = [0] * statistics.WORDS
         self.seen = bytearray(block.pages)
-        self.touches = self.compared = self.wrong = 0
+        self.compared = self.wrong = 0
         self.first_wrong: int | None = None
+        self.origin = time.monotonic_ns()
+        self.recorders: list[Recorder] = []
         self._told = time.monotonic_ns()
+        self._lock = threading.Lock()
 
     def work(self, steps: list[dict[str, Any]]) -> None:
         for step in steps:
             match step["do"]:
                 case "wait":
                     say({"waiting": self.touches})
-                    sys.stdin.readline()
+                    self.origin = int(sys.stdin.readline() or time.monotonic_ns())
                 case "touch":
-                    self.touch(step)
+                    self.touch(Touching(**{key: value for key, value in step.items() if key != "do"}))
                 case "compare":
                     self.compare()
 
-    def touch(self, step: dict[str, Any]) -> None:
-        memory, size, last = self.memory, self.block.page_size, self.block.size - 1
-        first, end = step.get("pages") or (0, self.block.pages)
-        clock = time.perf_counter_ns
-        for page in self.pages(step["pattern"], step["touches"], first, end):
-            offset = min(page * size + self.touches % size, last)
-            begun = clock()
-            memory[offset]
-            taken = clock() - begun
-            self.touches += 1
-            if not self.seen[page]:
-                self.seen[page] = 1
-                self.count(taken)
-            if self.file is not None:
-                self.check(page * size, min(size, self.block.size - page * size))
-            if not self.touches & 63:
-                self.tell()
+    @property
+    def touches(self) -> int:
+        return sum(recorder.touches for recorder in self.recorders)
 
-    def count(self, taken: int) -> None:
-        self.words[statistics.FAULTS] += 1
-        self.words[bucket(taken)] += 1
-        if taken > self.words[statistics.LONGEST_NS]:
-            self.words[statistics.LONGEST_NS] = taken
-
-    def pages(self, pattern: str, touches: int, first: int, end: int) -> Iterator[int]:
-        """Page numbers of ``[first, end)`` in the order of the pattern."""
-        span = end - first
-        if pattern == "sequential":
-            # Everybody starts somewhere else, so that together they cover the block early.
-            start = span * self.index // self.clients
-            yield from (first + (start + n) % span for n in range(touches))
-        elif pattern == "zipf":
-            yield from (first + (int(span ** self.random.random()) - 1) * _SCATTER % span for _ in range(touches))
-        elif pattern == "lockstep":
-            for step in range(touches):
-                self.barrier.meet(step + 1)
-                yield first + self.together.randrange(span)
+    def touch(self, step: Touching) -> None:
+        """All threads of a step, from its begin to its end."""
+        sleep_until(self.origin + int(step.ramp * 1e9 * self.index / self.clients))
+        strands = [Strand(self, step, thread) for thread in range(step.threads)]
+        self.recorders += [strand.recorder for strand in strands]
+        if step.threads == 1:
+            strands[0].run()
         else:
-            yield from (first + self.random.randrange(span) for _ in range(touches))
+            threads = [threading.Thread(target=strand.guarded, daemon=True) for strand in strands]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        self.barrier.leave()
+        if failed := [strand.failure for strand in strands if strand.failure]:
+            raise failed[0]
 
     def compare(self) -> None:
         for at in range(0, self.block.size, _PIECE):
@@ -112,30 +118,142 @@ class Toucher:
             self.tell()
 
     def check(self, offset: int, length: int) -> None:
-        assert self.file is not None
-        found, wanted = bytes(self.memory[offset : offset + length]), os.pread(self.file, length, offset)
-        self.compared += length
-        if found != wanted:
-            bad = [n for n in range(length) if found[n : n + 1] != wanted[n : n + 1]]
-            self.wrong += len(bad)
-            if self.first_wrong is None:
-                self.first_wrong = offset + bad[0]
+        assert self.truth is not None
+        found, wanted = bytes(self.memory[offset : offset + length]), self.truth(offset, length)
+        with self._lock:
+            self.compared += length
+            if found != wanted:
+                bad = [n for n in range(length) if found[n : n + 1] != wanted[n : n + 1]]
+                self.wrong += len(bad)
+                if self.first_wrong is None:
+                    self.first_wrong = offset + bad[0]
 
     def tell(self) -> None:
         now = time.monotonic_ns()
-        if now - self._told >= _TELL_EVERY_NS:
-            self._told = now
-            say({"touches": self.touches})
+        if now - self._told >= TELL_EVERY_NS:
+            with self._lock:
+                self._told = now
+                say({"touches": self.touches})
 
     def result(self) -> dict[str, Any]:
-        return {
-            "touches": self.touches,
-            "first_touches": self.words[statistics.FAULTS],
-            "compared": self.compared,
-            "wrong": self.wrong,
-            "first_wrong": self.first_wrong,
-            "words": self.words,
-        }
+        record = together([recorder.told() for recorder in self.recorders])
+        found = {"compared": self.compared, "wrong": self.wrong, "first_wrong": self.first_wrong}
+        return {**record, "first_touches": sum(record["words"][64:]), **found}
+
+
+class Strand:
+    """One touching thread."""
+
+    def __init__(self, toucher: Toucher, step: Touching, thread: int) -> None:
+        self._toucher = toucher
+        self._step = step
+        self._thread = thread
+        self.recorder = Recorder(toucher.origin, open_loop=step.rate > 0)
+        self.failure: Exception | None = None
+        self._access = direct(toucher.memory) if step.threads == 1 else by_kernel(toucher.memory)
+
+    def guarded(self) -> None:
+        """``run`` in a thread: what goes wrong is kept for the main one."""
+        try:
+            self.run()
+        except Exception as error:
+            self.failure = error
+
+    def run(self) -> None:
+        toucher, recorder, access, seen = self._toucher, self.recorder, self._access, self._toucher.seen
+        size, last = toucher.block.page_size, toucher.block.size - 1
+        clock, writes, truth = time.monotonic_ns, self._step.writes, toucher.truth
+        received = toucher.block.received
+        for number, (page, due) in enumerate(self._due(), 1):
+            offset = min(page * size + number % size, last)
+            # Spread evenly: of 100 touches with a share of 0.3 the 4th, 7th, 10th, 14th ... write.
+            value = -1
+            if writes and int(number * writes) != int((number - 1) * writes):
+                value = truth(offset, 1)[0] if truth is not None else number & 0xFF
+            missing = received[page] != RECEIVED
+            begun = clock()
+            access(offset, value)
+            ended = clock()
+            recorder.touch(begun, ended, due or begun, first=not seen[page], missing=missing)
+            seen[page] = 1
+            if truth is not None:
+                toucher.check(page * size, min(size, toucher.block.size - page * size))
+            if not number & 63:
+                toucher.tell()
+
+    def _due(self) -> Iterator[tuple[int, int]]:
+        """Pages, each when its time has come, with the instant at which it was due (0: at once, whenever that is)."""
+        step, begin = self._step, time.monotonic_ns()
+        end = begin + int(step.seconds * 1e9) if step.seconds else _FAR
+        pages = self._pages()
+        share, rest = divmod(step.touches, step.threads)
+        mine = share + (self._thread < rest) if step.touches else 1 << 60
+        if not step.rate:
+            for _ in range(mine):
+                if time.monotonic_ns() >= end:
+                    return
+                yield next(pages), 0
+                if step.think:
+                    time.sleep(step.think)
+            return
+        interval = 1e9 * step.threads / step.rate
+        begin += int(interval * self._thread / step.threads)
+        limit = end + int(OVERTIME * step.seconds * 1e9)
+        for number in range(mine):
+            due = begin + round(number * interval)
+            if due >= end:
+                return
+            if time.monotonic_ns() >= limit:
+                self.recorder.missed = min(mine, ceil((end - begin) / interval)) - number
+                return
+            # Our own alarm clock may be late; that is not the memory's doing. Late for another touch is.
+            yield next(pages), sleep_until(due) or due
+
+    def _pages(self) -> Iterator[int]:
+        step, toucher = self._step, self._toucher
+        first, end = step.pages or (0, toucher.block.pages)
+        index = toucher.index * step.threads + self._thread
+        place = Place(index, toucher.clients * step.threads, first, end, toucher.seed, step.stride)
+        return order(step.pattern, place, toucher.barrier.meet)
+
+
+Access = Callable[[int, int], object]
+"""(offset, value): read the byte, or write ``value`` (0 to 255) where it is not -1."""
+
+
+def direct(memory: memoryview) -> Access:
+    """By Python itself, with the GIL."""
+
+    def access(offset: int, value: int) -> None:
+        if value < 0:
+            memory[offset]
+        else:
+            memory[offset] = value
+
+    return access
+
+
+def by_kernel(memory: memoryview) -> Access:
+    """By system calls that sleep in the fault without the GIL."""
+    sink = os.memfd_create("postcopy-sink", os.MFD_CLOEXEC)
+    well = os.memfd_create("postcopy-well", os.MFD_CLOEXEC)
+    os.pwrite(well, bytes(range(256)), 0)
+
+    def access(offset: int, value: int) -> object:
+        byte = memory[offset : offset + 1]
+        return os.pwrite(sink, byte, 0) if value < 0 else os.preadv(well, [byte], value)
+
+    return access
+
+
+def sleep_until(instant: int) -> int:
+    """Sleep until an instant (CLOCK_MONOTONIC, ns) that is ahead; the instant of waking up, or 0 when there was
+    nothing to sleep for."""
+    ahead = instant - time.monotonic_ns()
+    if ahead <= 0:
+        return 0
+    time.sleep(ahead / 1e9)
+    return time.monotonic_ns()
 
 
 class Barrier:
@@ -152,6 +270,10 @@ class Barrier:
         self._steps[self._index] = step
         while any(other < step for other in self._steps):
             os.sched_yield()
+
+    def leave(self) -> None:
+        """Nobody needs to wait for us any more."""
+        self._steps[self._index] = _FAR
 
 
 def say(message: dict[str, Any]) -> None:

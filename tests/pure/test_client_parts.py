@@ -7,8 +7,8 @@ import os
 import random
 import threading
 import time
+from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -22,8 +22,8 @@ from postcopy.crowd import Member
 from postcopy.deadline import Deadline
 from postcopy.errors import PageLost, PageTimeout, PostcopyError
 from postcopy.filling import STEP, Job, Prefetcher, fill
+from postcopy.load.patterns import PATTERNS, Place, order
 from postcopy.supervisor import _options
-from postcopy.toucher import Toucher
 
 PAGE = 4096
 
@@ -188,25 +188,23 @@ def test_pieces_are_inside_and_as_many_as_wanted(pages: int, sample: float) -> N
 # --- load test --------------------------------------------------------------------------------------------------------
 
 
-def toucher(pages: int, index: int = 0, clients: int = 2) -> Toucher:
-    made = object.__new__(Toucher)
-    made.index, made.clients = index, clients
-    made.random, made.together = random.Random(index), random.Random(9)
-    made.barrier = cast(Any, SimpleNamespace(meet=lambda step: None))
-    return made
-
-
-@pytest.mark.parametrize("pattern", ["random", "sequential", "zipf", "lockstep"])
-@given(first=st.integers(0, 50), span=st.integers(1, 500))
-def test_patterns_stay_in_their_range(pattern: str, first: int, span: int) -> None:
-    pages = list(toucher(1000).pages(pattern, 200, first, first + span))
+@pytest.mark.parametrize("pattern", PATTERNS)
+@given(first=st.integers(0, 50), span=st.integers(1, 500), stride=st.integers(1, 600), index=st.integers(0, 1))
+def test_patterns_stay_in_their_range(pattern: str, first: int, span: int, stride: int, index: int) -> None:
+    pages = list(islice(order(pattern, Place(index, 2, first, first + span, 9, stride)), 200))
     assert len(pages) == 200
     assert all(first <= page < first + span for page in pages)
 
 
+@given(span=st.integers(1, 300), stride=st.integers(1, 400), index=st.integers(0, 3))
+def test_a_stride_comes_to_every_page_once_a_round(span: int, stride: int, index: int) -> None:
+    pages = list(islice(order("stride", Place(index, 4, 0, span, 9, stride)), span))
+    assert sorted(pages) == list(range(span))
+
+
 def test_what_the_patterns_are_named_for() -> None:
     def take(pattern: str, index: int, touches: int = 1000) -> list[int]:
-        return list(toucher(100, index).pages(pattern, touches, 0, 100))
+        return list(islice(order(pattern, Place(index, 2, 0, 100, 9)), touches))
 
     assert take("sequential", 0, 100) == list(range(100))
     assert take("sequential", 1, 3) == [50, 51, 52]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import sysconfig
 import time
@@ -13,13 +12,13 @@ from typing import Annotated, Any
 
 import typer
 
-from postcopy_kernel.process import pidfd_open, pidfd_signal
 from postcopy_protocol import statistics
 from postcopy_protocol.sizes import format_size
 
 from ..control import Control
 from ..crowd import Crowd
 from ..errors import PostcopyError
+from ..load.watch import kill_a_worker
 from ..supervisor import Supervisor
 from .load import MOST_CLIENTS, touching
 
@@ -95,21 +94,11 @@ def _steps(size: int) -> list[dict[str, Any]]:
 
 
 def _kill_a_worker(runtime_dir: str) -> int | None:
-    """SIGKILL the worker of a client; its pid, or None when there is none (any more). Checked after the pidfd is open:
-    until then the number may have become somebody else's."""
+    """SIGKILL the worker of a client; its pid, or None when there is none (any more)."""
     with Control(runtime_dir) as control:
         for client in control.status()["clients"]:
-            pid = client.get("worker_pid")
-            if not pid:
-                continue
-            with suppress(ProcessLookupError):
-                pidfd = pidfd_open(pid)
-                try:
-                    if any(other.get("worker_pid") == pid for other in control.status()["clients"]):
-                        pidfd_signal(pidfd, signal.SIGKILL)
-                        return int(pid)
-                finally:
-                    os.close(pidfd)
+            if killed := kill_a_worker(control, client):
+                return killed
     return None
 
 

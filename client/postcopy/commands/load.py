@@ -7,23 +7,31 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
-from postcopy_protocol import statistics
 from postcopy_protocol.places import runtime_directory
 from postcopy_protocol.sizes import format_size
 from postcopy_protocol.sources import parse_block_name
 
-from ..crowd import Crowd, Member
+from ..control import Control
+from ..crowd import Crowd
 from ..errors import BadInput, PostcopyError
+from ..load import truth
+from ..load.findings import findings
+from ..load.patterns import PATTERNS
+from ..load.watch import Watch
+from ..supervisor import Supervisor
+from ..toucher import Touching
 from .options import Json, RuntimeDir
 
-PATTERNS = ("random", "sequential", "zipf", "lockstep")
 MODES = ("private", "shared", "mixed")
 MOST_CLIENTS = 4096
+TOUCHES = 10_000
+OWN_BLOCK = "load"
 
 
 def add_to(app: typer.Typer) -> None:
@@ -35,118 +43,188 @@ def load(
     pattern: Annotated[
         str, typer.Option("--pattern", metavar="|".join(PATTERNS), help="Order of the touches.")
     ] = "random",
-    touches: Annotated[int, typer.Option("--touches", min=1, help="Touches of each client.")] = 10_000,
+    touches: Annotated[
+        int | None, typer.Option("--touches", min=1, help=f"Touches of each client [default: {TOUCHES}].")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option("--seconds", min=0.001, help="Touch that long, instead or at most.")
+    ] = None,
     mode: Annotated[str, typer.Option("--mode", metavar="|".join(MODES), help="mixed: every other one.")] = "private",
-    verify: Annotated[str | None, typer.Option("--verify", metavar="FILE", help="Check every page touched.")] = None,
+    rate: Annotated[
+        float, typer.Option("--rate", min=0.0, help="Touches a second of each client, whatever they take (open loop).")
+    ] = 0.0,
+    think: Annotated[float, typer.Option("--think", min=0.0, help="Seconds between touches (closed loop).")] = 0.0,
+    ramp: Annotated[float, typer.Option("--ramp", min=0.0, help="Seconds over which the clients begin.")] = 0.0,
+    threads: Annotated[int, typer.Option("--threads", min=1, max=256, help="Touching threads of each client.")] = 1,
+    writes: Annotated[float, typer.Option("--writes", min=0.0, max=1.0, help="Share of touches that write.")] = 0.0,
+    stride: Annotated[int, typer.Option("--stride", min=1, help="Pages from one touch to the next (stride).")] = 16,
+    verify: Annotated[
+        str | None,
+        typer.Option("--verify", metavar="FILE|zeros|handler:M:F", help="Check every page touched."),
+    ] = None,
+    kill_workers: Annotated[
+        float, typer.Option("--kill-workers", min=0.0, metavar="EVERY", help="SIGKILL a worker every EVERY seconds.")
+    ] = 0.0,
+    report: Annotated[
+        str | None, typer.Option("--report", metavar="FILE.html|.png|.md", help="Write a report with plots.")
+    ] = None,
     block: Annotated[
         str | None, typer.Option("--block", metavar="NAME", help="[default: the first one served]")
+    ] = None,
+    serve: Annotated[
+        str | None, typer.Option("--serve", metavar="SOURCE", help="Start a supervisor for it, end it at the end.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Same seed, same touches.")] = 1,
     as_json: Json = False,
     runtime_dir: RuntimeDir = None,
 ) -> None:
     """Load test: parallel client processes touch a block, timed in the client."""
+    _check_words(pattern, mode, rate, think, threads)
+    step = Touching(
+        pattern=pattern,
+        touches=touches or (0 if seconds else TOUCHES),
+        seconds=seconds or 0.0,
+        rate=rate,
+        think=think,
+        ramp=ramp,
+        threads=threads,
+        writes=writes,
+        stride=stride,
+    )
+    if verify is not None:
+        verify = verify if verify == truth.ZEROS or verify.startswith(truth.HANDLER) else os.path.abspath(verify)
+        truth.parse(verify)
+    elif writes and mode != "private":
+        raise BadInput("--writes into shared memory needs --verify: what is written is what belongs there")
+    modes = [("private", "shared")[n % 2] if mode == "mixed" else mode for n in range(clients)]
+    write = _writer(report)
+    with ExitStack() as stack:
+        if serve is not None:
+            directory = stack.enter_context(Supervisor({OWN_BLOCK: serve})).runtime_dir
+        else:
+            directory = os.path.abspath(runtime_directory(runtime_dir, os.environ))
+        control = stack.enter_context(Control(directory))
+        name = parse_block_name(block) if block is not None else _first_block(control, directory)
+        size = _check_size(directory, name, verify)
+        found = _run(stack.enter_context(Crowd(name, directory, modes, _steps(step), verify, seed)), control, name,
+                     step, kill_workers, seed)  # fmt: skip
+    found |= {"block": name, "size": size, "pattern": pattern, "mode": mode, "verified": verify is not None}
+    found["asked"] = {**asdict(step), "kill_workers": kill_workers, "seed": seed, "served": serve}
+    if write is not None:
+        write(found)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        _show(found)
+    _judge(found)
+
+
+def _check_words(pattern: str, mode: str, rate: float, think: float, threads: int) -> None:
     if pattern not in PATTERNS:
         raise BadInput(f"--pattern {pattern!r} is none of {', '.join(PATTERNS)}")
     if mode not in MODES:
         raise BadInput(f"--mode {mode!r} is none of {', '.join(MODES)}")
-    if verify is not None:
-        os.close(os.open(verify, os.O_RDONLY))
-    directory = os.path.abspath(runtime_directory(runtime_dir, os.environ))
-    name = parse_block_name(block) if block is not None else _first_block(directory)
-    _check_size(directory, name, verify)
-    modes = [("private", "shared")[n % 2] if mode == "mixed" else mode for n in range(clients)]
-    steps: list[dict[str, Any]] = [{"do": "wait"}, {"do": "touch", "pattern": pattern, "touches": touches}]
-    with Crowd(name, directory, modes, steps, verify, seed) as crowd:
-        crowd.until("waiting")
-        begun = time.perf_counter()
-        crowd.go()
-        with touching(touches * clients) as progress:
-            crowd.until("done", progress)
-        report = _report(crowd, time.perf_counter() - begun)
-    report |= {"block": name, "pattern": pattern, "mode": mode, "verified": verify is not None}
-    if as_json:
-        print(json.dumps(report))
-    else:
-        _show(report)
-    _judge(report)
+    if rate and think:
+        raise BadInput("--rate and --think: an open loop has no think time, its rate says when the next touch is due")
+    if pattern == "lockstep" and threads > 1:
+        raise BadInput("--pattern lockstep is for one thread a client: all clients meet before each touch")
 
 
-def _first_block(directory: str) -> str:
-    from ..control import Control
+def _writer(report: str | None) -> Callable[[dict[str, Any]], None] | None:
+    """Who writes the report; found out before the test runs. Raises BadInput, PostcopyError."""
+    if report is None:
+        return None
+    from ..load.pages import writer
 
-    with Control(directory) as control:
-        blocks = control.status().get("blocks") or []
+    return writer(os.path.abspath(report), sys.argv[1:])
+
+
+def _steps(step: Touching) -> list[dict[str, Any]]:
+    return [{"do": "wait"}, {"do": "touch", **asdict(step)}]
+
+
+def _run(crowd: Crowd, control: Control, name: str, step: Touching, kill_every: float, seed: int) -> dict[str, Any]:
+    crowd.until("waiting")
+    origin = crowd.go()
+    watch = Watch(control, crowd, name, origin, kill_every, seed)
+    with touching(step.touches * len(crowd.members)) as progress:
+        crowd.until("done", progress, watch.look)
+    seconds = (time.monotonic_ns() - origin) / 1e9
+    if not watch.trouble:
+        try:
+            watch.sample()
+        except PostcopyError as error:
+            watch.trouble = str(error)
+    return findings(crowd, watch, seconds)
+
+
+def _first_block(control: Control, directory: str) -> str:
+    blocks = control.status().get("blocks") or []
     if not blocks:
         raise PostcopyError(f"the supervisor in {directory} serves no block")
     return str(blocks[0]["name"])
 
 
-def _check_size(directory: str, name: str, file: str | None) -> None:
-    """Attach once before the crowd does: what is wrong is then told once, by its own exception."""
+def _check_size(directory: str, name: str, verify: str | None) -> int:
+    """Attach once before the crowd does: what is wrong is then told once, by its own exception. Bytes of the block."""
     from ..client import attach
 
     with attach(name, directory) as block:
-        if file is not None and os.stat(file).st_size != block.size:
-            raise PostcopyError(f"block {name} has {block.size} bytes, {file} has {os.stat(file).st_size}")
+        wanted = truth.size_of(verify) if verify is not None else None
+        if wanted is not None and wanted != block.size:
+            raise PostcopyError(f"block {name} has {block.size} bytes, {verify} has {wanted}")
+        return block.size
 
 
 @contextmanager
 def touching(total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal's stderr; otherwise nothing."""
+    """A progress bar on a terminal's stderr; otherwise nothing. ``total`` 0: nobody knows how many it will be."""
     if not sys.stderr.isatty():
         yield lambda touches: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
-    with Progress("touches", BarColumn(), MofNCompleteColumn(), console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("touches", total=total)
+    columns = ("touches", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("touches", total=total or None)
         yield lambda touches: bar.update(task, completed=touches)
 
 
-def _report(crowd: Crowd, seconds: float) -> dict[str, Any]:
-    done = [member.result for member in crowd.members if member.result]
-    words = statistics.merge(result["words"] for result in done)
-    touches = sum(member.touches for member in crowd.members)
-    return {
-        "clients": len(crowd.members),
-        "touches": touches,
-        "first_touches": words[statistics.FAULTS],
-        "seconds": round(seconds, 6),
-        "touches_per_s": round(touches / seconds, 1),
-        "compared": sum(result["compared"] for result in done),
-        "wrong": sum(result["wrong"] for result in done),
-        "died": crowd.failures(),
-        "latency_us": statistics.summary(words),
-        "each": [_each(member) for member in crowd.members],
-    }
+# --- what people read -------------------------------------------------------------------------------------------------
 
 
-def _each(member: Member) -> dict[str, Any]:
-    result = {key: value for key, value in member.result.items() if key != "words"}
-    if member.result:
-        result["latency_us"] = statistics.summary(member.result["words"])
-    figures = {"pid": member.process.pid, "mode": member.mode, "state": member.state, "touches": member.touches}
-    return {**figures, **result}
-
-
-def _show(report: dict[str, Any]) -> None:
-    latency = report["latency_us"]
-    print(f"{report['clients']} clients, {report['pattern']}, {report['mode']}, block {report['block']}")
-    print(f"{report['touches']} touches in {report['seconds']:.3f} s: {report['touches_per_s']:.0f} a second")
+def _show(found: dict[str, Any]) -> None:
+    latency = found["latency_us"]
+    print(f"{found['clients']} clients, {found['pattern']}, {found['mode']}, block {found['block']}")
+    print(f"{found['touches']} touches in {found['seconds']:.3f} s: {found['touches_per_s']:.0f} a second")
     print(
-        f"{report['first_touches']} first touches of a page: p50 {latency['p50']} us, p99 {latency['p99']} us, "
+        f"{found['first_touches']} first touches of a page: p50 {latency['p50']} us, p99 {latency['p99']} us, "
         f"max {latency['max']} us"
     )
-    if report["verified"]:
-        print(f"{format_size(report['compared'])} compared, {report['wrong']} bytes wrong")
+    fault = found["fault_us"]
+    print(
+        f"{found['faults']} of them found the page missing: p50 {fault['p50']} us, p99 {fault['p99']} us, "
+        f"max {fault['max']} us"
+    )
+    if "response_us" in found:
+        response = found["response_us"]
+        print(
+            f"every touch from when it was due: p50 {response['p50']} us, p99 {response['p99']} us, "
+            f"max {response['max']} us; {found['missed']} were due and not made in time"
+        )
+    if found["clients"] > 1:
+        print(f"fairness between clients (1.0: all the same) {found['fairness']:.3f}")
+    if found["kills"]:
+        print(f"{len(found['kills'])} workers killed, {found['supervisor'].get('restarts', 0)} restarted")
+    if found["verified"]:
+        print(f"{format_size(found['compared'])} compared, {found['wrong']} bytes wrong")
 
 
-def _judge(report: dict[str, Any]) -> None:
+def _judge(found: dict[str, Any]) -> None:
     """Raise PostcopyError when a client died or saw a wrong byte."""
-    first = next((each["first_wrong"] for each in report["each"] if each.get("first_wrong") is not None), None)
-    wrong = [f"{report['wrong']} bytes were wrong, the first at offset {first}"] if report["wrong"] else []
-    if trouble := [*report["died"][:3], *wrong]:
-        more = f" ({len(report['died'])} clients in all)" if len(report["died"]) > 3 else ""
+    first = next((each["first_wrong"] for each in found["each"] if each.get("first_wrong") is not None), None)
+    wrong = [f"{found['wrong']} bytes were wrong, the first at offset {first}"] if found["wrong"] else []
+    if trouble := [*found["died"][:3], *wrong]:
+        more = f" ({len(found['died'])} clients in all)" if len(found["died"]) > 3 else ""
         raise PostcopyError("; ".join(trouble) + more)

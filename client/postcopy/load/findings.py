@@ -1,0 +1,100 @@
+"""What a load test has found, as one JSON document: the figures of ``postcopy load --json`` and of every report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from postcopy_protocol import statistics
+
+from ..crowd import Crowd, Member
+from . import recorder
+from .watch import Watch
+
+PERCENTS = (50, 75, 90, 95, 99, 99.5, 99.9, 99.99, 99.999)
+COUNTED = ("faults", "placed", "placed_around", "deduplicated", "requests", "wakes", "restarts", "lost", "polluted")
+
+
+def findings(crowd: Crowd, watch: Watch, seconds: float) -> dict[str, Any]:
+    """Latencies in microseconds, times in seconds since the start."""
+    done = [member.result for member in crowd.members if member.result]
+    words = statistics.merge(result["words"] for result in done)
+    faults = statistics.merge(result["faults"] for result in done)
+    touches = sum(member.touches for member in crowd.members)
+    found = {
+        "clients": len(crowd.members),
+        "touches": touches,
+        "first_touches": words[statistics.FAULTS],
+        "faults": faults[statistics.FAULTS],
+        "seconds": round(seconds, 6),
+        "touches_per_s": round(touches / seconds, 1),
+        "compared": sum(result["compared"] for result in done),
+        "wrong": sum(result["wrong"] for result in done),
+        "missed": sum(result["missed"] for result in done),
+        "died": crowd.failures(),
+        "latency_us": statistics.summary(words),
+        "percentiles_us": _percentiles(words),
+        "fault_us": statistics.summary(faults),
+        "fault_percentiles_us": _percentiles(faults),
+        "timeline": _timeline(done),
+        "residency": watch.residency,
+        "kills": watch.kills,
+        "fairness": fairness([_rate(result) for result in done]),
+        "supervisor": _supervisor(watch),
+        "each": [_each(member) for member in crowd.members],
+    }
+    if responses := [result["response"] for result in done if result.get("response")]:
+        response = statistics.merge(responses)
+        found |= {"response_us": statistics.summary(response), "response_percentiles_us": _percentiles(response)}
+    return found
+
+
+def fairness(shares: Sequence[float]) -> float:
+    """Jain's index: 1.0 everybody got the same, 1/n one got everything; 1.0 for nobody at all."""
+    squares = len(shares) * sum(share * share for share in shares)
+    return round(sum(shares) ** 2 / squares, 4) if squares else 1.0
+
+
+def _percentiles(words: Sequence[int]) -> list[list[float]]:
+    """[percent, microseconds], as far as there are enough samples for the percentile to mean something."""
+    samples = statistics.count(words)
+    wanted = [percent for percent in PERCENTS if samples * (100 - percent) / 100 >= 1]
+    return [[percent, round(statistics.percentile(words, percent), 1)] for percent in wanted]
+
+
+def _timeline(done: list[dict[str, Any]]) -> dict[str, Any]:
+    width, bins = recorder.merged(done)
+    last = max(bins, default=-1)
+    rows = [bins.get(number, [0] * 4) for number in range(last + 1)]
+    return {
+        "bin_s": width / 1e9,
+        "touches": [row[recorder.TOUCHES] for row in rows],
+        "first_touches": [row[recorder.FIRSTS] for row in rows],
+        "faults": [row[recorder.MISSING] for row in rows],
+        "slowest_us": [round(row[recorder.SLOWEST] / 1e3, 1) for row in rows],
+    }
+
+
+def _rate(result: dict[str, Any]) -> float:
+    """Touches a second of one client, from its own first to its own last."""
+    taken = (result["ended"] - result["begun"]) / 1e9
+    return float(result["touches"]) / taken if taken > 0 else 0.0
+
+
+def _supervisor(watch: Watch) -> dict[str, Any]:
+    """What the supervisor counted between the first look and the last, and why there was no later one."""
+    before, after = watch.first["totals"], watch.last["totals"]
+    counted = {name: after[name] - before.get(name, 0) for name in COUNTED if name in after}
+    return {**counted, "trouble": watch.trouble}
+
+
+def _each(member: Member) -> dict[str, Any]:
+    figures = {"pid": member.process.pid, "mode": member.mode, "state": member.state, "touches": member.touches}
+    if not member.result:
+        return figures
+    kept = ("touches", "first_touches", "compared", "wrong", "first_wrong", "missed", "seconds")
+    result = {key: member.result[key] for key in kept}
+    told = {"latency_us": statistics.summary(member.result["words"])}
+    told["fault_us"] = statistics.summary(member.result["faults"])
+    faults = member.result["faults"][statistics.FAULTS]
+    return {**figures, **result, "faults": faults, "touches_per_s": round(_rate(member.result), 1), **told}
