@@ -27,6 +27,7 @@ from postcopy_protocol.messages import (
     AskResume,
     AskStatus,
     AskStop,
+    AskStory,
     ControlRefused,
     EventsAnswer,
     ExportProgress,
@@ -34,6 +35,7 @@ from postcopy_protocol.messages import (
     ResumeAnswer,
     StatusAnswer,
     StopAnswer,
+    StoryAnswer,
 )
 from postcopy_protocol.places import router_endpoint, runtime_directory
 
@@ -97,6 +99,10 @@ class Control:
         """Events that are kept, with numbers greater than ``after``, oldest first."""
         events = self._json(self._ask(AskEvents(after), EventsAnswer).document, list)
         return [event for event in events if isinstance(event, dict)]
+
+    def story(self, name: str, offset: int) -> dict[str, Any]:
+        """What is known of one page's life."""
+        return self._json(self._ask(AskStory(name, offset), StoryAnswer).document, dict)
 
     def resume(self, client: int) -> int:
         """End a client's quarantine; the number of pages that are healed by and by."""

@@ -15,19 +15,24 @@ from postcopy_protocol.messages import (
     AskResume,
     AskStatus,
     AskStop,
+    AskStory,
     ControlRefused,
     EventsAnswer,
     Message,
     ResumeAnswer,
     StatusAnswer,
     StopAnswer,
+    StoryAnswer,
 )
 
+from .story import story
+
 if TYPE_CHECKING:
+    from .blocks import RamBlock
     from .house import House
 
 
-QUESTIONS = (AskStatus, AskStop, AskEvents, AskResume, AskExport, AskProgress)
+QUESTIONS = (AskStatus, AskStop, AskStory, AskEvents, AskResume, AskExport, AskProgress)
 
 
 def answer(house: House, message: Message) -> Message:
@@ -43,6 +48,9 @@ def answer(house: House, message: Message) -> Message:
                     raise BadInput("--keep-workers is not supported by this version: nothing is ended")
                 house.ask_to_end()
                 return StopAnswer(os.getpid())
+            case AskStory(name, offset):
+                told = story(_block(house, name), offset, house.reception, house.paging, house.history)
+                return StoryAnswer(json.dumps(told).encode())
             case AskEvents(after):
                 return EventsAnswer(json.dumps(house.history.document(after)).encode())
             case AskResume(client):
@@ -56,6 +64,13 @@ def answer(house: House, message: Message) -> Message:
         return ControlRefused(str(error))
 
 
+def _block(house: House, name: str) -> RamBlock:
+    block = house.blocks.get(name)
+    if block is None:
+        raise BadInput(f"no block {name} here; there are {', '.join(sorted(house.blocks))}")
+    return block
+
+
 def _resume(house: House, number: int) -> Message:
     client = house.reception.clients.get(number)
     if number and client is None:
@@ -65,9 +80,7 @@ def _resume(house: House, number: int) -> Message:
 
 
 def _export(house: House, name: str, path: str) -> Message:
-    block = house.blocks.get(name)
-    if block is None:
-        raise BadInput(f"no block {name} here; there are {', '.join(sorted(house.blocks))}")
+    block = _block(house, name)
     house.zero.heal(block)
     return house.exports.start(block, path).progress()
 

@@ -125,6 +125,10 @@ class Engine:
         """Pages of a block that somebody stands at."""
         return sorted(page for number, page in self._waiting if number == block)
 
+    def standing(self, block: int, page: int) -> list[int]:
+        """Who stands at a page."""
+        return sorted(self._waiting.get((block, page), ()))
+
     def _in_flight(self, block: int, page: int) -> bool:
         return any(first <= page < end for first, end in self._asked.get(block, ()))
 

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+PAST = 1024
 BACKGROUND = -1
 """The "client" of pieces that nobody waits for yet."""
 
@@ -85,6 +86,9 @@ class Flow:
     _pieces: int = 0
     _next: int = 1
     _urgent_at: float = -1e9
+    past: deque[tuple[Wish, float]] = field(default_factory=lambda: deque(maxlen=PAST))
+    """The last wishes that have landed, and when their answer came (0.0: it did not). One append a request: it is
+    what ``status --story`` knows of a page's way here."""
 
     # --- events -------------------------------------------------------------------------------------------------------
 
@@ -112,7 +116,7 @@ class Flow:
         if wish.missing:
             return [], 0.0
         del self._flying[request]
-        self._landed(wish)
+        self._landed(wish, now)
         return self._pump(now), now - wish.sent
 
     def lost_source(self) -> None:
@@ -162,6 +166,15 @@ class Flow:
         """Wishes not sent yet."""
         return sum(map(len, self._queues.values()))
 
+    def open_wish(self, block: int, offset: int) -> tuple[Wish, bool] | None:
+        """The wish that brings the bytes at ``offset``, and whether it is sent."""
+        queued = (wish for queue in self._queues.values() for wish in queue)
+        for sent, wishes in ((True, iter(self._flying.values())), (False, queued)):
+            for wish in wishes:
+                if wish.block == block and wish.offset <= offset < wish.offset + wish.length:
+                    return wish, sent
+        return None
+
     def busy(self, now: float) -> bool:
         """Has somebody been waiting a moment ago?"""
         return now - self._urgent_at < self.limits.calm
@@ -191,7 +204,8 @@ class Flow:
 
     # --- the law ------------------------------------------------------------------------------------------------------
 
-    def _landed(self, wish: Wish) -> None:
+    def _landed(self, wish: Wish, came: float = 0.0) -> None:
+        self.past.append((wish, came))
         self._bytes -= wish.length
         if wish.client == BACKGROUND:
             self._background -= wish.length

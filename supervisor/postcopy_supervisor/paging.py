@@ -249,6 +249,10 @@ class Paging:
             for first, end in runs(pages):
                 self.do(self.engine.ask(number, first, end))
 
+    def told_lost(self, block: int, page: int) -> bool:
+        """Was some client told that it is lost, since its source was last there?"""
+        return page in self._told_lost.get(block, ())
+
     def _heal(self, block: RamBlock, first: int, end: int) -> None:
         """A page that was lost has come after all: whoever was given SIGBUS there gets it mapped (CONTINUE)."""
         healing = self._healing.get(block.number)

@@ -104,11 +104,17 @@ def _source(link: Link) -> dict[str, Any]:
     }
 
 
+def shown_state(client: Client, workforce: Workforce) -> str:
+    """Of its worker, or of the client that needs none (any more, or yet)."""
+    slot = workforce.fleet.slots.get(client.number)
+    return slot.shown if slot is not None else ("running" if client.released else "starting")
+
+
 def _client(client: Client, workforce: Workforce, blocks: Sequence[RamBlock], paused: set[int]) -> dict[str, Any]:
     names = {block.number: block.name for block in blocks}
     words = client.words.tolist() if client.words is not None else [0] * statistics.WORDS
     slot = workforce.fleet.slots.get(client.number)
-    shown = slot.shown if slot is not None else ("running" if client.released else "starting")
+    shown = shown_state(client, workforce)
     if shown == "running" and any(region.block in paused for region in client.regions):
         shown = "paused"
     seen = {(region.block, region.mode): None for region in [*client.regions, *client.released]}

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from postcopy_protocol.messages import AskResume, ControlRefused, ResumeAnswer
+from postcopy_protocol.messages import AskResume, AskStory, ControlRefused, ResumeAnswer, StoryAnswer
 from tests.conftest import SourceFile
-from tests.house.house import PAGE, House, Puppet, PuppetError, until, word
-from tests.house.remote import Source
+from tests.house.house import PAGE, House, Puppet, PuppetError, environment, until, word
+from tests.house.remote import Source, await_state
 
 
 def told(house: House, kind: str, **where: Any) -> list[dict[str, Any]]:
@@ -153,3 +156,113 @@ def test_a_client_attaches_and_leaves_in_a_quarantine_that_waits(runtime_dir: Pa
         doomed.begin("words(b, [5])")
         doomed.kill()
         until(lambda: not house.record(doomed), "it is forgotten", 2)
+
+
+# --- stories ----------------------------------------------------------------------------------------------------------
+
+
+def story(house: House, page: int, name: str = "ram0") -> dict[str, Any]:
+    answer = house.ask(AskStory(name, page * PAGE + 17))
+    assert isinstance(answer, StoryAnswer), answer
+    told = json.loads(answer.document)
+    assert isinstance(told, dict)
+    return told
+
+
+def test_the_story_of_a_page_of_a_file(runtime_dir: Path, source_file: SourceFile) -> None:
+    path = source_file(64 * PAGE)
+    with House(runtime_dir, f"ram0={path}", fault_around="4K") as house:
+        client, other = house.client(), house.client("ram0", "shared")
+        before = story(house, 7)
+        assert (before["state"], before["present"], before["waiting"], before["request"]) == (
+            "missing",
+            False,
+            [],
+            None,
+        )
+        assert before["offset"] == 7 * PAGE and before["source"] == str(path)
+        assert [one["modes"] for one in before["clients"]] == [["private"], ["shared"]]
+        assert client.do("words(b, [7])") == [word(7 * PAGE)]
+        until(lambda: story(house, 7)["state"] == "received", "it is marked")
+        after = story(house, 7)
+        assert (after["present"], after["polluted"], after["life"]) == (True, False, [])
+        assert "not recorded" in after["not_recorded"]
+        path.write_bytes(path.read_bytes()[: 20 * PAGE])
+        with pytest.raises(PuppetError):
+            other.do(f"b.ensure({30 * PAGE}, 1)")
+        until(lambda: story(house, 30)["state"] == "lost", "it is lost")
+        assert {one["kind"] for one in story(house, 30)["life"]} == {"source-changed"}
+        assert all(one["cause"] for one in story(house, 30)["life"])
+
+
+def test_the_story_of_a_page_from_elsewhere(runtime_dir: Path, source_file: SourceFile) -> None:
+    path = source_file(64 * PAGE)
+    options: dict[str, Any] = {"background_rate": "0", "fault_around": "4K", "source_timeout": "1"}
+    with Source(f"ram0={path}") as source, House(runtime_dir, source.block(), **options) as house:
+        client, other = house.client(), house.client()
+        number = house.record(client)["id"]
+        assert client.do("words(b, [7])") == [word(7 * PAGE)]
+        (asked,) = story(house, 7)["life"]
+        assert (asked["kind"], asked["client"], asked["offset"], asked["length"]) == ("asked", number, 7 * PAGE, PAGE)
+        assert asked["attempts"] == 1 and 0 < asked["took_ms"] < 15000 and asked["at"] <= asked["answered_at"]
+        source.tell(signal.SIGSTOP)
+        for one in (client, other):
+            one.begin("words(b, [9])")
+        until(lambda: len(story(house, 9)["waiting"]) == 2, "both stand there")
+        request = story(house, 9)["request"]
+        assert request["state"] == "sent" and request["client"] in story(house, 9)["waiting"]
+        await_state(house, "paused")
+        assert story(house, 9)["request"]["state"] == "queued"
+        (paused,) = told(house, "pause", source=source.endpoint)
+        assert paused["cause"] == "nothing heard for 1 s"
+        source.tell(signal.SIGCONT)
+        assert [one.answer() for one in (client, other)] == [[word(9 * PAGE)]] * 2
+        life = story(house, 9)["life"]
+        assert [one["kind"] for one in life] == ["asked"] * len(life) and "took_ms" in life[-1]
+        assert story(house, 9)["waiting"] == [] and story(house, 9)["request"] is None
+        assert told(house, "recover", source=source.endpoint)
+
+
+def postcopy(house: House, *words: str) -> tuple[int, str, str]:
+    """Exit status, output and complaint of the command line."""
+    command = [sys.executable, "-m", "postcopy", *words, "--runtime-dir", str(house.directory)]
+    done = subprocess.run(command, env=environment(), capture_output=True, timeout=60, check=False, text=True)
+    return done.returncode, done.stdout, done.stderr.strip()
+
+
+def test_the_command_line(runtime_dir: Path, source_file: SourceFile) -> None:
+    path = source_file(64 * PAGE)
+    options: dict[str, Any] = {"restart_limit": 0, "restart_backoff": 0.5, "quarantine": "wait"}
+    with House(runtime_dir, f"ram0={path}", **options) as house:
+        client = house.client()
+        number = quarantine(house, client)
+        until(lambda: told(house, "restart"), "it is told")
+        policy = house.status()["restart_policy"]
+        assert (policy["limit"], policy["backoff_s"], policy["quarantine"]) == (0, 0.5, "wait")
+        status, said, _ = postcopy(house, "status", "--events", "--json")
+        assert status == 0
+        assert {event["kind"] for event in json.loads(said)["events"]} == {"quarantined", "restart"}
+        status, said, _ = postcopy(house, "status", "--events")
+        assert status == 0 and "signal SIGKILL" in said and len(said.splitlines()) == 2
+        for place in ("ram0+28K", "ram0+0x7000", "ram0+28672"):
+            status, said, _ = postcopy(house, "status", "--story", place, "--json")
+            assert status == 0 and json.loads(said)["page"] == 7
+        status, said, _ = postcopy(house, "status", "--story", "ram0+0")
+        assert status == 0 and f"client {number}" in said and "quarantined" in said and "not recorded" in said
+        for words, wanted in (
+            (("status", "--story", "ram0"), 2),
+            (("status", "--story", "ram0+0xg"), 2),
+            (("status", "--story", "ram0+-1"), 2),
+            (("status", "--story", "+4K"), 2),
+            (("status", "--story", "ram0+4K", "--events"), 2),
+            (("status", "--follow"), 2),
+            (("status", "--story", "ram9+4K"), 1),
+            (("status", "--story", "ram0+1G"), 1),
+            (("resume", "x"), 2),
+            (("resume", "77"), 1),
+        ):
+            status, said, complaint = postcopy(house, *words)
+            assert (status, said) == (wanted, "") and len(complaint.splitlines()) == 1, (words, status, complaint)
+        assert postcopy(house, "resume", str(number)) == (0, f"client {number} goes on\n", "")
+        status, _, complaint = postcopy(house, "resume", str(number))
+        assert status == 1 and complaint == f"postcopy: client {number} is not quarantined"

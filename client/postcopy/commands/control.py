@@ -15,8 +15,9 @@ from postcopy_protocol.sizes import format_size
 from postcopy_protocol.sources import parse_block_name
 
 from ..control import TIMEOUT, Control
-from ..errors import AttachDenied, NoSupervisor, PostcopyError
-from .options import Json, RuntimeDir
+from ..errors import AttachDenied, BadInput, NoSupervisor, PostcopyError
+from .explaining import show_events, show_story
+from .options import Json, RuntimeDir, page_place
 
 _POLL = 0.05
 _ASK_EVERY = 0.2
@@ -33,11 +34,24 @@ def status(
     ] = None,
     as_json: Json = False,
     audit: Annotated[bool, typer.Option("--audit", help="Look for pages that nobody of ours placed, first.")] = False,
+    events: Annotated[bool, typer.Option("--events", help="Show what happened, and why, oldest first.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="With --events: go on as they happen.")] = False,
+    story: Annotated[
+        str | None, typer.Option("--story", metavar="BLOCK+OFFSET", help="Show what is known of one page's life.")
+    ] = None,
     runtime_dir: RuntimeDir = None,
 ) -> None:
-    """Show what the supervisor sees: blocks, clients, totals."""
-    document = _wait_for(runtime_dir, wait, audit)
-    if as_json:
+    """Show what the supervisor sees: blocks, clients, totals; or events, or the story of a page."""
+    if (events and story is not None) or (follow and not events):
+        raise BadInput("--events and --story go one at a time, and --follow goes with --events")
+    page = None if story is None else page_place(story)
+    plain = not events and page is None
+    document = _wait_for(runtime_dir, wait, audit) if plain or audit or wait is not None else {}
+    if events:
+        show_events(runtime_dir, as_json=as_json, follow=follow)
+    elif page is not None:
+        show_story(runtime_dir, *page, as_json=as_json)
+    elif as_json:
         print(json.dumps(document))
     else:
         _show(document)
