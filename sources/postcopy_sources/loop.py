@@ -22,6 +22,7 @@ from functools import partial
 
 import zmq
 
+from postcopy_kernel import crashpoints
 from postcopy_protocol.codec import decode, encode
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.messages import Message
@@ -85,8 +86,9 @@ class Loop:
         # Numbers that another life of this source has not given out: late answers must not fit (return_path.py).
         self._number = itertools.count(secrets.randbits(40) + 1).__next__
         self._next_tick = self._pause = 0.0
+        request = crashpoints.around("source.asked", self._request, "source.answered")
         self._heard: dict[type[Message], Callable[[Peer, Message], None]] = {
-            RequestRanges: self._request,  # type: ignore[dict-item]  # each is called with its own class only
+            RequestRanges: request,  # type: ignore[dict-item]  # each is called with its own class only
             Ping: self._ping,  # type: ignore[dict-item]
             Listen: self._listen,  # type: ignore[dict-item]
             Advise: self._advise,  # type: ignore[dict-item]

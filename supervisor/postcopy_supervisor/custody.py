@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from postcopy_kernel import descriptors
+from postcopy_kernel import crashpoints, descriptors
 from postcopy_protocol.codec import encode
 from postcopy_protocol.messages import Dismiss, Drop, ForkWorker, Keep, Message
 
@@ -47,6 +47,7 @@ class Custody:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                env=crashpoints.environment(self.pid == 0, "custodian."),
             )
         self.channel, self.pid = ours, self._process.pid
         self._unsent.clear()

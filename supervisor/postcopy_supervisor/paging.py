@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 
+from postcopy_kernel import crashpoints
 from postcopy_kernel.memory import Mapping
 from postcopy_kernel.userfaultfd import Status, Userfaultfd
 from postcopy_protocol.codec import pack_offsets
@@ -58,11 +59,11 @@ class Paging:
         self.placed = self._undropped = 0
         self.roomy = True
         """False: memory is scarce, only pages that are waited for may come."""
-        self._core = core
+        self._core = crashpoints.watched(core, "copy", "page.arrived", "page.placed")
         self._blocks = blocks
         self._around = fault_around
         self._fetch = fetch
-        self._to_worker = to_worker
+        self._to_worker = crashpoints.before("page.marked", to_worker)
         self._release_own = release_own
         self._event = event
         self._windows: dict[tuple[int, int], FaultAround] = {}

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from postcopy_kernel import descriptors, memory, process
+from postcopy_kernel import crashpoints, descriptors, memory, process
 from postcopy_kernel.userfaultfd import RegisterMode, Userfaultfd, is_userfaultfd, stuck_faults
 from postcopy_protocol import statistics
 from postcopy_protocol.codec import encode
@@ -162,6 +162,7 @@ class Reception:
             if isinstance(message, BadMessage):
                 raise Refusal.of(message)
             client.conversation.hear(message, len(fds))
+            crashpoints.at("door." + type(message).__name__)
             taken = self._grant(client, message, fds)
         except Refusal as refusal:
             assert client is not None
@@ -382,6 +383,7 @@ class Reception:
     def _send(connection: socket.socket, message: Message, fds: tuple[int, ...] = ()) -> bool:
         try:
             descriptors.send_message(connection, encode(message), fds)
+            crashpoints.at("door." + type(message).__name__)
         except OSError:  # gone, or it does not read: a client that does not listen is not waited for
             return False
         return True

@@ -25,7 +25,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 
-from postcopy_kernel import descriptors, process
+from postcopy_kernel import crashpoints, descriptors, process
 from postcopy_protocol.codec import decode, encode
 from postcopy_protocol.errors import BadInput, BadMessage
 from postcopy_protocol.messages import (
@@ -161,6 +161,7 @@ class Custodian:
         _, old = self._kept.pop(message.key, (b"", ()))
         self._kept[message.key] = (message.meta, fds)
         descriptors.close_all(old)
+        crashpoints.at("custodian.kept")
         client = _client(message.key)
         if client and len(fds) > PIDFD:
             self._law.kept(client, _has_regions(message.meta))
@@ -218,9 +219,12 @@ class Custodian:
             raise BadMessage(f"not kept here: {', '.join(missing)}")
         newborn = fork_worker(assignment, [fd for key in keys for fd in self._kept[key][1]])
         self._watch(newborn.pidfd, Life(newborn.pid, number, incarnation, child=True))
+        crashpoints.at("custodian.forked")
         self._say(WorkerForked(number, incarnation, newborn.pid), [newborn.pidfd])
+        crashpoints.at("custodian.announced")
         # Only now may it live: if we die before, nobody has its pidfd, and a second life would read the same ufd.
         newborn.live()
+        crashpoints.at("custodian.released")
 
     def _watch(self, pidfd: int, life: Life) -> None:
         self._lives[pidfd] = life

@@ -29,7 +29,7 @@ from typing import NoReturn
 
 import zmq
 
-from postcopy_kernel import descriptors, process
+from postcopy_kernel import crashpoints, descriptors, process
 from postcopy_kernel.filewatch import give_up_lease, lease_wanted
 from postcopy_kernel.memory import DONTFORK, DONTNEED, Mapping
 from postcopy_kernel.userfaultfd import MESSAGE_BYTES, RegisterMode, Userfaultfd, open_userfaultfd
@@ -40,6 +40,7 @@ from postcopy_protocol.messages import Assignment, BlockGrant, Lost, Report, Wak
 from postcopy_protocol.received import CHANGED, LEASED, WATCHED
 from postcopy_protocol.window import FaultAround
 
+from . import crashing
 from .fault_handler import EVENT_PAGEFAULT, MESSAGE_WORDS, CannotGoOn, ClientGone, FaultHandler, Region
 from .page_sources import FilePages, Handler, HandlerPages, NoPages, PageSource, RemotePages, SourceChanged, ZeroPages
 from .placing import Block, Calls, OwnMapping
@@ -200,7 +201,8 @@ class Worker:
         if not self.remote:
             return None
         channel = self.connect(b"q")
-        return Requests(self.assignment.worker, self.words, channel.send)
+        send = crashpoints.around("worker.unasked", channel.send, "worker.asked")
+        return Requests(self.assignment.worker, self.words, send)
 
     def fault_handler(self, requests: Requests | None) -> FaultHandler:
         told = self.assignment
@@ -209,9 +211,8 @@ class Worker:
             block = self.blocks[grant.block]
             around = FaultAround(max(1, told.fault_around >> block.shift), told.adaptive)
             regions.append(Region(grant, block, around))
-        return FaultHandler(
-            self._fds[told.userfaultfd], regions, self.words, self.house, self.reports, Calls(), time.sleep, requests
-        )
+        calls, ufd = crashing.calls(), self._fds[told.userfaultfd]
+        return FaultHandler(ufd, regions, self.words, self.house, self.reports, calls, time.sleep, requests)
 
 
 class Attendant(threading.Thread):
@@ -264,6 +265,7 @@ class Waker(threading.Thread):
     def run(self) -> None:
         channel = self._worker.connect()
         self._worker.hello(channel)
+        woken = crashpoints.before("worker.told", self._handler.woken)
         while True:
             try:
                 message = decode(channel.recv(), expect=(Wake, Lost))
@@ -274,7 +276,7 @@ class Waker(threading.Thread):
                     continue
                 offsets = unpack_offsets(message.offsets)
                 self._requests.answered(message.block, offsets)
-                self._handler.woken(message.block, offsets, lost=isinstance(message, Lost))
+                woken(message.block, offsets, lost=isinstance(message, Lost))
             except BadMessage as error:
                 log.warning("worker %d: not understood: %s", self._worker.assignment.worker, error)
             except ClientGone:
@@ -286,6 +288,8 @@ class Waker(threading.Thread):
 
 def serve_client(assignment: Assignment, fds: list[int]) -> NoReturn:
     """The life of a client's worker; never returns."""
+    if assignment.incarnation > 1:
+        crashpoints.disarm()
     worker = Worker(assignment, fds)
     requests = worker.requests()
     handler = worker.fault_handler(requests)
