@@ -5,7 +5,10 @@
     PostcopyError
      |-- ...                      see postcopy_protocol.errors
      |-- UserfaultfdUnavailable   also an OSError, with the kernel's errno
-     `-- PageTimeout              also a TimeoutError: ensure() gave up waiting; the pages still come
+     |-- PageTimeout              also a TimeoutError: ensure() gave up waiting; the pages still come
+     |-- BackEndGone              no vhost-user back-end there (any more)
+     |-- BackEndTimeout           also a TimeoutError: a vhost-user back-end does not answer
+     `-- VhostUserError           a vhost-user back-end broke a rule, or cannot do what is asked
 """
 
 from __future__ import annotations
@@ -23,10 +26,13 @@ from postcopy_protocol.errors import (
     PostcopyError,
 )
 from postcopy_protocol.messages import Refused
+from postcopy_protocol.vhost_user import VhostUserError
 
 __all__ = [
     "AttachDenied",
     "AttachTimeout",
+    "BackEndGone",
+    "BackEndTimeout",
     "BadInput",
     "BadMessage",
     "NoSuchBlock",
@@ -35,6 +41,7 @@ __all__ = [
     "PageTimeout",
     "PostcopyError",
     "UserfaultfdUnavailable",
+    "VhostUserError",
     "refusal",
     "unavailable",
 ]
@@ -49,6 +56,14 @@ class UserfaultfdUnavailable(errors.UserfaultfdUnavailable, KernelUnavailable):
 
 class PageTimeout(PostcopyError, TimeoutError):
     """``Block.ensure`` waited as long as it was told to; the pages are still on their way."""
+
+
+class BackEndGone(PostcopyError):
+    """No vhost-user back-end listens there, or it has closed the connection."""
+
+
+class BackEndTimeout(PostcopyError, TimeoutError):
+    """A vhost-user back-end has not answered in time; it may wait for a page."""
 
 
 _REFUSALS: dict[str, type[PostcopyError]] = {

@@ -11,6 +11,7 @@ by ``opened``; what it could not do it takes back by ``withdraw`` (Mapped) or ``
     ---------  -----------------  ------------------------------------------------
     strange    Hello              greeted
     greeted    OfferUserfaultfd   ready
+    greeted    OfferBackEnd       ready (vhost-user only)
     greeted    Resume             ready; resumed() gives back what the client had
     ready      OpenBlock          ready; opened() makes the block known
     ready      Mapped             ready; the region is known
@@ -41,6 +42,7 @@ from .messages import (
     Hello,
     Mapped,
     Message,
+    OfferBackEnd,
     OfferUserfaultfd,
     OpenBlock,
     Refused,
@@ -52,7 +54,7 @@ from .sources import is_block_name
 
 KINDS = ("native", "vhost-user")
 MODES = ("private", "shared")
-FROM_CLIENT = (Hello, OfferUserfaultfd, OpenBlock, Mapped, Unmap, Goodbye, Resume)
+FROM_CLIENT = (Hello, OfferUserfaultfd, OpenBlock, Mapped, Unmap, Goodbye, Resume, OfferBackEnd)
 """What the supervisor expects at its door."""
 
 MAX_REGIONS = 64
@@ -128,6 +130,11 @@ class DoorConversation:
             case OfferUserfaultfd() | Resume():
                 self._at(message, Stage.GREETED)
                 self.stage = Stage.READY
+            case OfferBackEnd():
+                self._at(message, Stage.GREETED)
+                if self.kind != "vhost-user":
+                    raise Refusal("bad-message", "only a vhost-user front-end has a back-end to offer")
+                self.stage = Stage.READY
             case OpenBlock():
                 self._at(message, Stage.READY)
                 _open(message)
@@ -190,7 +197,7 @@ class DoorConversation:
         self.blocks[block] = Grant(block, mode, pages, page_size)
 
     def refuse_userfaultfd(self) -> None:
-        """What came with OfferUserfaultfd is none, or of no use: the client may offer another."""
+        """What came with the offer is no userfaultfd, or of no use: the client may offer another."""
         if self.stage is Stage.READY:
             self.stage = Stage.GREETED
 

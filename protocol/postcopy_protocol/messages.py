@@ -91,6 +91,16 @@ class Resume(Message):
     client: int
 
 
+@dataclass(frozen=True, slots=True)
+class OfferBackEnd(Message):
+    """Instead of OfferUserfaultfd, by a ``vhost-user`` front-end: the userfaultfd of the back-end, past its handshake,
+    and a pidfd of the back-end's process (2 descriptors). From now on regions are the back-end's, which registers
+    them."""
+
+    TAG = 8
+    DESCRIPTORS = 2
+
+
 # --- door: supervisor -> client ---------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from postcopy_kernel import crashpoints, descriptors, memory, process
+from postcopy_kernel import address_space, crashpoints, descriptors, memory, process
 from postcopy_kernel.userfaultfd import RegisterMode, Userfaultfd, is_userfaultfd, stuck_faults
 from postcopy_protocol import statistics
 from postcopy_protocol.codec import encode
@@ -30,6 +30,7 @@ from postcopy_protocol.messages import (
     Hello,
     Mapped,
     Message,
+    OfferBackEnd,
     OfferUserfaultfd,
     OpenBlock,
     RegionGrant,
@@ -76,6 +77,8 @@ class Client:
     attaching: list[RegionGrant] = field(default_factory=list)
     unmapping: list[Unmap] = field(default_factory=list)
     leaving: bool = False
+    back_end: bool = False
+    """A vhost-user back-end: ``pid``, ``pidfd`` and memory are its own, the connection is its front-end's."""
 
     @property
     def name(self) -> str:
@@ -182,6 +185,9 @@ class Reception:
             case OfferUserfaultfd():
                 self._take_userfaultfd(client, fds[0])
                 return True
+            case OfferBackEnd():
+                self._take_back_end(client, *fds)
+                return True
             case Resume():
                 client.conversation.refuse_resume()
                 raise Refusal("denied", f"client {message.client} is not known here")
@@ -207,10 +213,26 @@ class Reception:
             raise Refusal(
                 "bad-descriptor", f"userfaultfd handshake: {error.strerror}; send it before UFFDIO_API"
             ) from None
+        self._accept(client, userfaultfd)
+
+    def _take_back_end(self, client: Client, fd: int, pidfd: int) -> None:
+        """The client is the back-end's process from now on: its life, its pid, its memory."""
+        try:
+            pid = _judge_back_end(client.uid, fd, pidfd)
+        except Refusal:
+            client.conversation.refuse_userfaultfd()
+            raise
+        self._porter.forget_process(client.pidfd)
+        os.close(client.pidfd)
+        client.pid, client.pidfd, client.back_end = pid, pidfd, True
+        self._porter.watch_process(pidfd)
+        self._accept(client, Userfaultfd(fd))
+
+    def _accept(self, client: Client, userfaultfd: Userfaultfd) -> None:
         client.userfaultfd = userfaultfd
         client.statistics = memory.create_memfd(f"postcopy-c{client.number}", statistics.PAGE_BYTES)
         client.words = memoryview(mmap.mmap(client.statistics, statistics.PAGE_BYTES)).cast("Q")
-        self._custody.keep(client.key, client.name.encode(), (fd, client.pidfd, client.statistics))
+        self._custody.keep(client.key, client.name.encode(), (userfaultfd.fd, client.pidfd, client.statistics))
         self._say(client, UserfaultfdAccepted())
 
     def _open(self, client: Client, message: OpenBlock) -> None:
@@ -230,7 +252,7 @@ class Reception:
     def _map(self, client: Client, message: Mapped) -> None:
         block = self._by_number[message.block]
         mode = client.conversation.blocks[message.block].mode
-        foreign = client.uid != os.geteuid()
+        foreign = client.uid != os.geteuid() and not client.back_end  # a back-end registers as it likes
         region = RegionGrant(message.block, mode, message.address, message.length, message.offset, foreign)
         if block.complete:
             client.released.append(region)
@@ -239,7 +261,8 @@ class Reception:
         assert client.userfaultfd is not None
         how = RegisterMode.MISSING | RegisterMode.MINOR if foreign else RegisterMode.MISSING
         try:
-            client.userfaultfd.register(region.address, region.length, how)
+            if not client.back_end:
+                client.userfaultfd.register(region.address, region.length, how)
         except OSError as error:
             client.conversation.withdraw(message.block, message.address)
             raise Refusal("bad-range", _why_not(error, region)) from None
@@ -328,6 +351,8 @@ class Reception:
         for client in list(self.clients.values()):
             if client.userfaultfd is None and now - client.since > SILENCE_SECONDS:
                 self.remove(client, f"said nothing useful for {SILENCE_SECONDS:.0f} s")
+            elif client.connection is None and not client.leaving and client.back_end and _has_let_go(client):
+                self.remove(client, "the back-end has let go of its memory")
             elif client.connection is None and not client.leaving and client.regions and _is_void(client):
                 self.remove(client, "its memory is gone (exec)")
 
@@ -419,11 +444,47 @@ def _why_not(error: OSError, region: RegionGrant) -> str:
     return where + reasons.get(error.errno or 0, error.strerror or "unknown")
 
 
+def _judge_back_end(uid: int, fd: int, pidfd: int) -> int:
+    """The back-end's pid. Raises Refusal: what came is not a userfaultfd past its handshake, and a pidfd of a process
+    that the front-end's user may speak for."""
+    try:
+        pid = address_space.pid_of(pidfd)
+        owner = address_space.owner_of(pid)
+    except (OSError, ValueError) as error:
+        raise Refusal("bad-descriptor", f"the second descriptor of OfferBackEnd names no process: {error}") from None
+    if uid not in (0, owner):
+        raise Refusal("denied", f"process {pid} is user {owner}'s: a front-end of user {uid} may not speak for it")
+    if not is_userfaultfd(fd):
+        raise Refusal("bad-descriptor", "the first descriptor of OfferBackEnd is no userfaultfd")
+    try:
+        Userfaultfd(fd).wake(1 << 16, mmap.PAGESIZE)  # nobody waits there; what had no handshake says EINVAL
+    except OSError as error:
+        raise Refusal("bad-descriptor", f"the back-end's userfaultfd had no handshake: {error.strerror}") from None
+    return pid
+
+
+def _has_let_go(client: Client) -> bool:
+    """Has a back-end without a front-end unmapped, or unregistered, all that it had? One whose address space we may not
+    read is served to its end."""
+    if process.pidfd_exited(client.pidfd):
+        return True
+    try:
+        return not address_space.any_registered(
+            client.pid, ((region.address, region.length) for region in client.regions)
+        )
+    except PermissionError:
+        return False
+    except OSError:
+        return True
+
+
 def _is_void(client: Client) -> bool:
     """Is the memory that the userfaultfd belongs to gone? Registering again what is registered changes nothing, but it
     says ENOMEM for a memory that has ended (exec, exit)."""
     if process.pidfd_exited(client.pidfd) or client.userfaultfd is None:
         return True
+    if client.back_end:
+        return False
     region = client.regions[0]
     how = RegisterMode.MISSING | RegisterMode.MINOR if region.announced else RegisterMode.MISSING
     try:

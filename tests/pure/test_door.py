@@ -27,6 +27,7 @@ from postcopy_protocol.messages import (
     Hello,
     Mapped,
     Message,
+    OfferBackEnd,
     OfferUserfaultfd,
     OpenBlock,
     Refused,
@@ -206,6 +207,15 @@ def test_a_userfaultfd_must_come_with_its_offer() -> None:
     conversation.hear(Hello("test", "native"), 0)
     assert code_of(conversation, OfferUserfaultfd(), 0) == "bad-descriptor"
     assert code_of(conversation, OfferUserfaultfd()) == ""
+
+
+def test_only_a_front_end_has_a_back_end() -> None:
+    for kind, code in (("native", "bad-message"), ("vhost-user", "")):
+        conversation = DoorConversation()
+        conversation.hear(Hello("test", kind), 0)
+        assert code_of(conversation, OfferBackEnd(), 1) == "bad-descriptor"
+        assert code_of(conversation, OfferBackEnd()) == code
+        assert conversation.stage is (Stage.GREETED if code else Stage.READY)
 
 
 def test_a_region_has_the_mode_of_the_latest_open() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from postcopy_kernel.descriptors import close_all
 from postcopy_kernel.memory import Mapping
 from postcopy_kernel.userfaultfd import open_userfaultfd
 from postcopy_protocol.codec import encode
@@ -23,6 +24,7 @@ from postcopy_protocol.messages import (
     Hello,
     Mapped,
     Message,
+    OfferBackEnd,
     OfferUserfaultfd,
     OpenBlock,
     Refused,
@@ -30,6 +32,7 @@ from postcopy_protocol.messages import (
     Unmap,
     Unmapped,
     UserfaultfdAccepted,
+    Welcome,
 )
 from tests.conftest import SourceFile
 from tests.house.house import PAGE, House, Puppet, descriptors, until, word
@@ -229,6 +232,46 @@ def test_a_userfaultfd_of_another_process(watched: Watched) -> None:
     watched.alone()
 
 
+def test_back_ends_that_are_none(watched: Watched) -> None:
+    """OfferBackEnd wants a userfaultfd past its handshake and a pidfd of a living process, from a front-end."""
+    gone = os.fork()
+    if gone == 0:
+        os._exit(0)
+    dead, mine, event = os.pidfd_open(gone), os.pidfd_open(os.getpid()), os.eventfd(0)
+    os.waitpid(gone, 0)
+    with open_userfaultfd() as shaken, open_userfaultfd() as fresh:
+        shaken.handshake()
+        for fds in (
+            [],
+            [shaken.fd],
+            [shaken.fd, event],
+            [shaken.fd, dead],
+            [fresh.fd, mine],
+            [event, mine],
+            [mine] * 3,
+        ):
+            with Caller(watched.house.directory) as caller:
+                caller.say(Hello("front", "vhost-user"))
+                caller.get(Welcome)
+                caller.say(OfferBackEnd(), fds)
+                assert caller.refusal() == "bad-descriptor", fds
+                assert caller.ended()
+        with Caller(watched.house.directory) as caller:
+            caller.hello()
+            caller.say(OfferBackEnd(), [shaken.fd, mine])
+            assert caller.refusal() == "bad-message" and caller.ended()
+        with Caller(watched.house.directory) as caller:  # a good one, whose ranges were never registered
+            caller.say(Hello("front", "vhost-user"))
+            caller.get(Welcome)
+            caller.say(OfferBackEnd(), [shaken.fd, mine])
+            caller.get(UserfaultfdAccepted)
+            opened, _ = caller.open()
+            caller.say(Mapped(opened.block, 1 << 40, opened.pages * opened.page_size, 0))
+            caller.get(Attached)
+    close_all((dead, mine, event))
+    watched.alone()
+
+
 # --- addresses --------------------------------------------------------------------------------------------------------
 
 
@@ -273,6 +316,7 @@ def test_lies_about_addresses(watched: Watched) -> None:
 LIAR = """
 from tests.wire.caller import PATIENCE, Caller
 from postcopy_protocol.messages import Attached, Mapped
+from postcopy_kernel.descriptors import close_all
 from postcopy_kernel.memory import Mapping
 caller = Caller(directory)
 caller.hello(); caller.offer()

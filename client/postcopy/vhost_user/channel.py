@@ -1,0 +1,151 @@
+"""The stream socket to a back-end: one question, one answer, every wait with an end.
+
+A back-end may sleep in a page fault on its message thread and answer only when the page has come; so a wait is long,
+and what ends it early is the end of the connection, of the back-end's process, or of the caller's patience.
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import select
+import socket
+from contextlib import suppress
+
+from postcopy_kernel.descriptors import Credentials, close_all, peer_credentials, peer_pidfd
+from postcopy_protocol.vhost_conversation import Question
+from postcopy_protocol.vhost_user import MOST_DESCRIPTORS, Frame, FrameReader, VhostUserError
+
+from ..deadline import Deadline
+from ..errors import BackEndGone, BackEndTimeout, PostcopyError
+
+
+class Channel:
+    """A connection to the back-end that listens at ``path``. Raises BackEndGone when there is none."""
+
+    def __init__(self, path: str, timeout: float = 30.0) -> None:
+        self.path = path
+        self.timeout = timeout
+        self._reader = FrameReader()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._connect()
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def _connect(self) -> None:
+        try:
+            self._socket.connect(self.path)
+        except OSError as error:
+            why = {errno.ENOENT: "there is no such socket", errno.ECONNREFUSED: "nobody listens"}
+            told = why.get(error.errno or 0, error.strerror)
+            raise BackEndGone(
+                f"no vhost-user back-end at {self.path}: {told}; start it as the socket's server"
+            ) from None
+        self._socket.setblocking(False)
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    @property
+    def credentials(self) -> Credentials:
+        """Of the process that made the listening socket: mostly the back-end itself."""
+        return peer_credentials(self._socket)
+
+    def pidfd(self) -> int:
+        """A pidfd of that process (the caller's to close). Raises BackEndGone."""
+        try:
+            return peer_pidfd(self._socket)
+        except OSError as error:
+            raise BackEndGone(f"the process that made {self.path} is gone ({error.strerror})") from None
+
+    @property
+    def hung_up(self) -> bool:
+        """Has the back-end closed the connection? Never waits."""
+        try:
+            return self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def ask(self, question: Question) -> Frame | None:
+        """Send, and give the answer's frame, if there is one; its descriptors are the caller's.
+
+        Raises BackEndGone (it hung up), BackEndTimeout, VhostUserError (no frame).
+        """
+        self.send(question)
+        return self.receive(question.request.name) if question.answered else None
+
+    def send(self, question: Question) -> None:
+        """Header, payload and descriptors in one message, as the specification wants."""
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", question.fds))] if question.fds else []
+        data, deadline = memoryview(question.data), Deadline(self.timeout)
+        while data:
+            try:
+                sent = self._socket.sendmsg([data], rights, socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                self._wait(select.POLLOUT, deadline, question.request.name)
+                continue
+            except OSError as error:
+                raise self._gone(question.request.name) from error
+            data, rights = data[sent:], []
+
+    def receive(self, what: str, timeout: float | None = None) -> Frame:
+        """The next frame. ``what`` is being waited for, in words for people."""
+        deadline = Deadline(self.timeout if timeout is None else timeout)
+        while True:
+            try:
+                data, ancillary, flags, _ = self._socket.recvmsg(
+                    self._reader.wanted, socket.CMSG_SPACE(4 * (MOST_DESCRIPTORS + 1)), socket.MSG_CMSG_CLOEXEC
+                )
+            except BlockingIOError:
+                self._wait(select.POLLIN, deadline, what)
+                continue
+            except OSError as error:
+                raise self._gone(what) from error
+            fds = _descriptors(ancillary)
+            if flags & socket.MSG_CTRUNC:
+                close_all(fds)
+                raise VhostUserError("framing", f"the answer to {what} came with too many descriptors")
+            if not data:
+                raise self._gone(what)
+            if (frame := self._feed(data, fds)) is not None:
+                return frame
+
+    def _feed(self, data: bytes, fds: tuple[int, ...]) -> Frame | None:
+        try:
+            return self._reader.feed(data, fds)
+        except VhostUserError:
+            close_all(self._reader.dropped())
+            raise
+
+    def _wait(self, event: int, deadline: Deadline, what: str) -> None:
+        poll = select.poll()
+        poll.register(self._socket, event)
+        if not poll.poll(deadline.milliseconds()):
+            raise BackEndTimeout(f"the back-end at {self.path} did not answer {what} within {deadline.seconds} s")
+
+    def _gone(self, what: str) -> PostcopyError:
+        return BackEndGone(f"the back-end at {self.path} closed the connection at {what}; its own log says why")
+
+    def close(self) -> None:
+        close_all(self._reader.dropped())
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+
+def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> tuple[int, ...]:
+    fds = array.array("i")
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+    return tuple(fds)
+
+
+def close_frame(frame: Frame | None) -> None:
+    """Close what came with a frame that is not kept."""
+    if frame is not None:
+        close_all(frame.fds)

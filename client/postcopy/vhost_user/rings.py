@@ -1,0 +1,148 @@
+"""A split virtqueue in guest memory: the driver's side.
+
+A ``Ring`` works on any writable buffer: a file's bytes before they are served (so that the back-end finds the ring in
+missing pages), or a block's memory afterwards. Nothing in it waits. Numbers are little-endian, as virtio 1 says.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Final
+
+from postcopy_kernel.descriptors import create_eventfd, signal_eventfd
+
+if TYPE_CHECKING:
+    from .back_end import BackEnd
+
+NEXT: Final = 1
+DEVICE_WRITES: Final = 2
+INDIRECT: Final = 4
+
+_DESCRIPTOR: Final = struct.Struct("<QIHH")
+_INDEX: Final = struct.Struct("<H")
+_USED: Final = struct.Struct("<II")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One buffer of a request: ``length`` bytes at guest address ``guest``."""
+
+    guest: int
+    length: int
+    device_writes: bool = False
+
+    @property
+    def flags(self) -> int:
+        return DEVICE_WRITES if self.device_writes else 0
+
+
+def chain(pieces: Sequence[Piece], first: int = 0) -> bytes:
+    """Descriptors of one request, chained, for the places from ``first`` on."""
+    last = len(pieces) - 1
+    return b"".join(
+        _DESCRIPTOR.pack(
+            piece.guest, piece.length, piece.flags | (NEXT if n < last else 0), first + n + 1 if n < last else 0
+        )
+        for n, piece in enumerate(pieces)
+    )
+
+
+@dataclass(slots=True)
+class Ring:
+    """``size`` descriptors; its three parts begin at these offsets of ``memory``."""
+
+    memory: memoryview
+    size: int
+    descriptors: int
+    available: int
+    used: int
+    next_available: int = 0
+    next_used: int = 0
+
+    def submit(self, pieces: Sequence[Piece], first: int) -> None:
+        """Write a request's descriptors to the places from ``first`` on, and make it available."""
+        at = self.descriptors + first * _DESCRIPTOR.size
+        data = chain(pieces, first)
+        self.memory[at : at + len(data)] = data
+        self._offer(first)
+
+    def submit_indirect(self, table: Piece, first: int) -> None:
+        """Make a request available whose descriptors stand at ``table``."""
+        at = self.descriptors + first * _DESCRIPTOR.size
+        self.memory[at : at + _DESCRIPTOR.size] = _DESCRIPTOR.pack(table.guest, table.length, INDIRECT, 0)
+        self._offer(first)
+
+    def _offer(self, first: int) -> None:
+        slot = self.available + 4 + 2 * (self.next_available % self.size)
+        _INDEX.pack_into(self.memory, slot, first)
+        self.next_available = (self.next_available + 1) & 0xFFFF
+        _INDEX.pack_into(self.memory, self.available + 2, self.next_available)
+
+    def completed(self) -> list[tuple[int, int]]:
+        """Requests that the device has used since the last look: (first descriptor, bytes written)."""
+        found = []
+        index = _INDEX.unpack_from(self.memory, self.used + 2)[0]
+        while self.next_used != index:
+            found.append(_USED.unpack_from(self.memory, self.used + 4 + 8 * (self.next_used % self.size)))
+            self.next_used = (self.next_used + 1) & 0xFFFF
+        return found
+
+    @property
+    def in_flight(self) -> int:
+        return (self.next_available - self.next_used) & 0xFFFF
+
+
+class Bells:
+    """Kick and call of a ring: eventfds."""
+
+    def __init__(self) -> None:
+        self.kick = create_eventfd()
+        self.call = create_eventfd()
+
+    def ring(self) -> None:
+        """Tell the device that something is available."""
+        signal_eventfd(self.kick)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for a call. A call is a hint: look whether anything was used, and do not rely on one."""
+        poll = select.poll()
+        poll.register(self.call, select.POLLIN)
+        if not poll.poll(max(0.0, seconds) * 1000):
+            return False
+        os.eventfd_read(self.call)
+        return True
+
+    def close(self) -> None:
+        os.close(self.kick)
+        os.close(self.call)
+
+    def __enter__(self) -> Bells:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def start_ring(
+    back_end: BackEnd, index: int, ring: Ring, bells: Bells, block: str | None = None, base: int | None = None
+) -> None:
+    """Tell the back-end of a ring whose memory is ``block`` (default: the first one), and enable it.
+
+    The back-end reads the ring on its message thread here: it may fault, and answers when the pages have come."""
+    address = back_end.user_address
+    talk, ask = back_end.talk, back_end.ask
+    name = next(iter(back_end.blocks)) if block is None else block
+    ask(talk.set_vring_num(index, ring.size))
+    ask(talk.set_vring_base(index, ring.next_used if base is None else base))
+    parts = (ring.descriptors, ring.used, ring.available)
+    ask(talk.set_vring_addr(index, *(address(name, part) for part in parts)))
+    ask(talk.set_vring_call(index, bells.call))
+    ask(talk.set_vring_kick(index, bells.kick))
+    ask(talk.set_vring_enable(index, True))

@@ -1,0 +1,84 @@
+"""Real vhost-user back-ends as Debian has them, started for a test and ended with it."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.house.house import until
+
+SECTOR = 512
+
+
+def disk_bytes(sectors: int) -> bytes:
+    """Every sector is full of its own number."""
+    return b"".join(struct.pack("<Q", n) * (SECTOR // 8) for n in range(sectors))
+
+
+@dataclass
+class Program:
+    """A running back-end."""
+
+    process: subprocess.Popen[bytes]
+    socket: Path
+    disk: Path
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def kill(self, number: int = 9) -> None:
+        self.process.send_signal(number)
+        self.process.wait(20)
+
+
+def listens(path: Path) -> bool:
+    """Is there a listening socket? Looked up: a connection would be the back-end's first front-end."""
+    return path.exists() and str(path) in Path("/proc/net/unix").read_text()
+
+
+@contextmanager
+def running(command: list[str], path: Path, disk: Path) -> Iterator[Program]:
+    assert shutil.which(command[0]), f"{command[0]} is missing: scripts/install"
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
+        try:
+
+            def ready() -> bool:
+                assert process.poll() is None, _tell(log)
+                return listens(path)
+
+            until(ready, f"{command[0]} listens", 30)
+            yield Program(process, path, disk)
+        finally:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(10)
+            if process.stdin is not None:
+                process.stdin.close()
+            path.unlink(missing_ok=True)
+
+
+def _tell(log: object) -> str:
+    log.seek(0)  # type: ignore[attr-defined]
+    return str(log.read()[-2000:])  # type: ignore[attr-defined]
+
+
+@contextmanager
+def storage_daemon(directory: Path, sectors: int = 2048, queues: int = 1, name: str = "blk") -> Iterator[Program]:
+    """qemu-storage-daemon with one writable virtio-blk export, on libvhost-user."""
+    disk, path = directory / f"{name}.img", directory / f"{name}.sock"
+    disk.write_bytes(disk_bytes(sectors))
+    export = f"type=vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path={path},writable=on,num-queues={queues}"
+    command = ["qemu-storage-daemon", "--blockdev", f"driver=file,filename={disk},node-name=f"]
+    with running([*command, "--blockdev", "driver=raw,file=f,node-name=d", "--export", export], path, disk) as program:
+        yield program

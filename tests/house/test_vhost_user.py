@@ -1,0 +1,282 @@
+"""Real back-ends on memory whose pages are missing: data, faults, and everybody's death."""
+
+from __future__ import annotations
+
+import mmap
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from postcopy import attach
+from postcopy.errors import BackEndGone, BackEndTimeout
+from postcopy.vhost_user import BackEnd, GuestMemory, blk
+from postcopy.vhost_user.rings import Bells, Ring, start_ring
+from tests.house.back_ends import disk_bytes, storage_daemon
+from tests.house.house import House, end_by_pidfd, until
+
+pytestmark = pytest.mark.usefixtures("require_userfaultfd")
+
+PAGE = 4096
+PAGES = 64
+RING, AVAILABLE, USED = 0, PAGE, 2 * PAGE
+FIRST = 3  # the first page behind the ring
+STRIDE = 3  # pages of one request: header and status, two of data
+
+
+def guest_image(path: Path, requests: list[tuple[int, int]], guest: int = 0) -> None:
+    """Guest memory with a ring on which ``requests`` (kind, sector) are available already, each of two pages."""
+    image = bytearray(PAGES * PAGE)
+    ring = Ring(memoryview(image), 32, RING, AVAILABLE, USED)
+    for n, (kind, sector) in enumerate(requests):
+        at = (FIRST + STRIDE * n) * PAGE
+        image[at : at + 16] = blk.header(kind, sector)
+        image[at + 100] = blk.PENDING
+        image[at + PAGE : at + 3 * PAGE] = bytes([n + 1]) * (2 * PAGE)
+        pieces = blk.request(kind, guest + at, [(guest + at + PAGE, 2 * PAGE)], guest + at + 100)
+        ring.submit(pieces, 3 * n)
+    path.write_bytes(image)
+
+
+def pages_of(requests: int) -> list[int]:
+    return list(range(FIRST + STRIDE * requests))
+
+
+@contextmanager
+def guest(directory: Path, tmp_path: Path, requests: list[tuple[int, int]], **options: Any) -> Iterator[House]:
+    """A house whose block ``guest`` is such an image; a fault brings one page."""
+    guest_image(tmp_path / "guest.img", requests)
+    with House(directory, f"guest={tmp_path / 'guest.img'}", fault_around="4K", **options) as house:
+        yield house
+
+
+class Driver:
+    """The rings of one back-end, driven from this process through a mapping of the block that touches only what the
+    back-end has brought in. ``attach`` would do; this one proves that nobody else faulted."""
+
+    def __init__(self, back_end: BackEnd, block: str = "guest", index: int = 0) -> None:
+        shared = back_end.blocks[block]
+        self.back_end, self.index, self.shared = back_end, index, shared
+        self.memory = mmap.mmap(shared.memory, shared.length)
+        self.view = memoryview(self.memory)
+        self.ring = Ring(self.view, 32, RING, AVAILABLE, USED)
+        self.bells = Bells()
+
+    def start(self, offered: int) -> None:
+        start_ring(self.back_end, self.index, self.ring, self.bells, self.shared.name)
+        self.ring.next_available = offered
+        self.bells.ring()
+
+    def received(self) -> list[int]:
+        return [page for page, mark in enumerate(self.shared.marks()) if mark == 2]
+
+    def finish(self, within: float = 30.0) -> None:
+        """Wait until all that is available is used. The used page may be read once it is there."""
+        until(lambda: 2 in self.received(), "the used ring is there", within)
+        until(lambda: (self.ring.completed(), self.ring.in_flight == 0)[1], "all requests are used", within)
+
+    def data(self, n: int) -> bytes:
+        at = (FIRST + STRIDE * n) * PAGE
+        return bytes(self.view[at + PAGE : at + 3 * PAGE])
+
+    def status(self, n: int) -> int:
+        return self.view[(FIRST + STRIDE * n) * PAGE + 100]
+
+    def close(self) -> None:
+        self.view.release()
+        self.memory.close()
+        self.bells.close()
+
+    def __enter__(self) -> Driver:
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self.close()
+
+
+def sectors(first: int) -> bytes:
+    return disk_bytes(first + 16)[first * 512 :]
+
+
+def record(house: House, name: str) -> dict[str, Any]:
+    return next((client for client in house.status()["clients"] if client["name"] == name), {})
+
+
+def test_a_read_into_missing_pages(runtime_dir: Path, tmp_path: Path) -> None:
+    requests = [(blk.READ, 0), (blk.READ, 64), (blk.READ, 1000)]
+    with guest(runtime_dir, tmp_path, requests) as house, storage_daemon(tmp_path) as program:
+        with BackEnd(program.socket, ["guest"], runtime_dir) as back_end:
+            assert back_end.pid == program.pid
+            assert back_end.quirks == ["addresses-echoed"]
+            assert blk.capacity(back_end.ask(back_end.talk.get_config(0, 8))) == 2048
+            with Driver(back_end) as driver:
+                assert driver.received() == []
+                driver.start(len(requests))
+                driver.finish()
+                for n, (_, sector) in enumerate(requests):
+                    assert driver.status(n) == 0
+                    assert driver.data(n) == sectors(sector)
+                assert driver.received() == pages_of(3)
+                shown = record(house, "blk.sock")
+                assert (shown["kind"], shown["pid"], shown["faults"]) == ("vhost-user", program.pid, 12)
+                assert back_end.ask(back_end.talk.get_vring_base(0)) == 3
+        until(lambda: not record(house, "blk.sock"), "the back-end's client has gone")
+        # It has let go and can come back; what is there need not come again.
+        with BackEnd(program.socket, ["guest"], runtime_dir) as back_end, Driver(back_end) as driver:
+            assert driver.received() == pages_of(3)
+
+
+def test_a_write_out_of_missing_pages(runtime_dir: Path, tmp_path: Path) -> None:
+    with guest(runtime_dir, tmp_path, [(blk.WRITE, 32)]), storage_daemon(tmp_path) as program:
+        with BackEnd(program.socket, ["guest"], runtime_dir) as back_end, Driver(back_end) as driver:
+            driver.start(1)
+            driver.finish()
+            assert driver.status(0) == 0
+        until(lambda: program.disk.read_bytes()[32 * 512 :][: 2 * PAGE] == b"\1" * (2 * PAGE), "the write arrived")
+
+
+def test_its_worker_is_killed(runtime_dir: Path, tmp_path: Path) -> None:
+    """While the back-end sleeps in a fault on its message thread: a successor makes it answer SET_VRING_ADDR."""
+    with (
+        guest(runtime_dir, tmp_path, [(blk.READ, 8)] * 4) as house,
+        storage_daemon(tmp_path) as program,
+        BackEnd(program.socket, ["guest"], runtime_dir) as back_end,
+        Driver(back_end) as driver,
+    ):
+        worker = until(lambda: record(house, "blk.sock")["worker_pid"], "it has a worker")
+        end_by_pidfd(worker, signal.SIGSTOP, "postcopy-w")
+        where = [back_end.user_address("guest", part) for part in (RING, USED, AVAILABLE)]
+        question = back_end.talk.set_vring_addr(0, *where)
+        back_end.channel.send(question)
+        with pytest.raises(BackEndTimeout):
+            back_end.channel.receive("SET_VRING_ADDR", timeout=0.3)
+        assert driver.received() == []
+        end_by_pidfd(worker, signal.SIGKILL, "postcopy-w")
+        back_end.talk.heard(question, back_end.channel.receive("SET_VRING_ADDR"))
+        until(lambda: driver.received() == [USED // PAGE], "the page it waited for is marked")
+        driver.start(4)
+        driver.finish()
+        assert [driver.data(n) for n in range(4)] == [sectors(8)] * 4
+        until(lambda: record(house, "blk.sock")["restarts"] == 1, "a successor was counted")
+
+
+def test_a_back_end_dies_and_comes_back(runtime_dir: Path, tmp_path: Path) -> None:
+    with guest(runtime_dir, tmp_path, [(blk.READ, 8)]) as house:
+        with storage_daemon(tmp_path) as program:
+            back_end = BackEnd(program.socket, ["guest"], runtime_dir)
+            program.kill()
+            until(lambda: not record(house, "blk.sock"), "the dead back-end's client has gone")
+            assert back_end.gone
+            with pytest.raises(BackEndGone, match="closed the connection"):
+                back_end.ask(back_end.talk.barrier())
+            back_end.close()
+        with (
+            storage_daemon(tmp_path) as program,
+            BackEnd(program.socket, ["guest"], runtime_dir) as back_end,
+            Driver(back_end) as driver,
+        ):
+            driver.start(1)
+            driver.finish()
+            assert driver.data(0) == sectors(8)
+
+
+def test_post_copy_ends(runtime_dir: Path, tmp_path: Path) -> None:
+    """Once all pages are there the back-end runs without us, and not one fault follows."""
+    with (
+        guest(runtime_dir, tmp_path, [(blk.READ, 8)] * 2) as house,
+        storage_daemon(tmp_path) as program,
+        BackEnd(program.socket, ["guest"], runtime_dir) as back_end,
+        Driver(back_end) as driver,
+    ):
+        driver.start(2)
+        driver.finish()
+        assert not back_end.complete
+        with attach("guest", runtime_dir, mode="shared") as block:
+            block.ensure()
+        until(lambda: back_end.complete, "the block is released")
+        faults = record(house, "blk.sock")["faults"]
+        back_end.end()
+        at = 40 * PAGE
+        driver.view[at : at + 16] = blk.header(blk.READ, 100)
+        driver.ring.submit(blk.request(blk.READ, at, [(at + PAGE, 2 * PAGE)], at + 100), 0)
+        driver.bells.ring()
+        driver.finish()
+        assert bytes(driver.view[at + PAGE : at + 3 * PAGE]) == sectors(100)
+        assert record(house, "blk.sock")["faults"] == faults
+
+
+def test_two_back_ends_and_four_native_clients(runtime_dir: Path, tmp_path: Path) -> None:
+    """All on the same block: each page is placed once, whoever touches it first."""
+    with ExitStack() as stack:
+        house = stack.enter_context(guest(runtime_dir, tmp_path, [(blk.READ, 8)] * 3))
+        programs = [stack.enter_context(storage_daemon(tmp_path, name=f"blk{n}")) for n in range(2)]
+        ends = [stack.enter_context(BackEnd(program.socket, ["guest"], runtime_dir)) for program in programs]
+        clients = [house.client("guest", mode) for mode in ("private", "shared") * 2]
+        first = stack.enter_context(Driver(ends[0]))
+        for client in clients:
+            client.begin(f"hash(bytes(b.buf[{40 * PAGE}:]))")
+        first.start(3)
+        first.finish()
+        for client in clients:
+            client.answer()
+            assert client.do(f"b.buf[{FIRST * PAGE + PAGE}]") == 8
+        second = stack.enter_context(Driver(ends[1]))
+        second.ring.next_used = 3
+        start_ring(ends[1], 0, second.ring, second.bells)
+        at = 50 * PAGE  # there since the clients read it: our own mapping is not registered
+        second.view[at : at + 16] = blk.header(blk.READ, 200)
+        second.ring.next_available = 3
+        second.ring.submit(blk.request(blk.READ, at, [(at + PAGE, 2 * PAGE)], at + 100), 12)
+        second.bells.ring()
+        second.finish()
+        assert bytes(second.view[at + PAGE : at + 3 * PAGE]) == sectors(200)
+        kinds = sorted(client["kind"] for client in house.status()["clients"])
+        assert kinds == ["native"] * 4 + ["vhost-user"] * 2
+
+
+def test_regions_anywhere(runtime_dir: Path, tmp_path: Path) -> None:
+    """Three regions out of two blocks, with holes between them, in no order; the ring in one, the data in another."""
+    guest_image(tmp_path / "guest.img", [(blk.READ, 8)], guest=1 << 32)
+    (tmp_path / "more.img").write_bytes(bytes(range(256)) * 16 * 40)
+    blocks = [f"{name}={tmp_path / name}.img" for name in ("guest", "more")]
+    with House(runtime_dir, *blocks, fault_around="4K") as house, storage_daemon(tmp_path) as program:
+        memory = [
+            GuestMemory("more", 8 * PAGE, 16 * PAGE, 0),
+            GuestMemory("guest", 0, None, 1 << 32),
+            GuestMemory("more", 24 * PAGE, 16 * PAGE, 1 << 20),
+        ]
+        with BackEnd(program.socket, memory, runtime_dir) as back_end, Driver(back_end) as driver:
+            assert back_end.guest_address("more", 25 * PAGE) == (1 << 20) + PAGE
+            driver.start(1)
+            driver.finish()
+            assert driver.data(0) == sectors(8)
+            assert record(house, "blk.sock")["faults"] == 6
+            assert house.block("more")["received"] == 0
+            with pytest.raises(ValueError, match="no region"):
+                back_end.guest_address("more", 0)
+
+
+def test_a_front_end_that_is_killed(runtime_dir: Path, tmp_path: Path) -> None:
+    """Its back-end is served until it has let go of its memory, and then it is nobody's client."""
+    with guest(runtime_dir, tmp_path, [(blk.READ, 8)]) as house, storage_daemon(tmp_path) as program:
+        puppet = house.client(None)
+        puppet.do("__import__('postcopy.vhost_user')")
+        puppet.do(
+            f"e = __import__('postcopy').vhost_user.BackEnd({str(program.socket)!r}, ['guest'], {str(runtime_dir)!r})"
+        )
+        assert record(house, "blk.sock")["pid"] == program.pid
+        puppet.kill()
+        puppet.status()
+        until(lambda: not record(house, "blk.sock"), "its client is forgotten")
+        with BackEnd(program.socket, ["guest"], runtime_dir) as back_end, Driver(back_end) as driver:
+            driver.start(1)
+            driver.finish()
+            assert driver.data(0) == sectors(8)
+
+
+def test_nobody_there(runtime_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(BackEndGone, match="no such socket"):
+        BackEnd(tmp_path / "nobody", ["guest"], runtime_dir)
