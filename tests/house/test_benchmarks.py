@@ -40,7 +40,12 @@ FIGURES = {
         "in lockstep",
         "clients at random",
     ],
-    "recovery": ["killed to next fault resolved, p50", "killed to next fault resolved, p99"],
+    "recovery": [
+        "killed to next fault resolved, p50",
+        "killed to next fault resolved, p99",
+        "workers killed, p50",
+        "workers killed at once, p99",
+    ],
 }
 
 
