@@ -115,6 +115,11 @@ class ClientZero:
             if isinstance(ask, Ask) and self._blocks[ask.block].kind == "local":
                 self.fetch(ask)
 
+    def outstanding(self) -> list[Ask]:
+        """What worker zero has been asked for and has not answered."""
+        asks = self.paging.engine.asked_anew() if not self.paging.engine.idle else []
+        return [ask for ask in asks if isinstance(ask, Ask) and self._blocks[ask.block].kind == "local"]
+
     def worker_lost(self) -> None:
         self._ready = False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from postcopy_kernel.userfaultfd import stuck_faults
-from postcopy_protocol.statistics import BUSY_SINCE_NS, FAULTS, OUTSIDE
+from postcopy_protocol.statistics import BUSY_SINCE_NS, FAULTS, OUTSIDE, PLACED
 
 from .client_zero import NUMBER as ZERO
 from .client_zero import ClientZero
@@ -36,7 +36,7 @@ class Watchdog:
         self._engine = engine
         self._timeout = handler_timeout
         self._event = event
-        self._watched: dict[int, tuple[int, float]] = {}
+        self._watched: dict[int, tuple[object, float]] = {}
 
     def tick(self, now: float) -> None:
         """Once a second: kill what hangs; the law of crashes takes its course."""
@@ -50,8 +50,18 @@ class Watchdog:
             busy = words[BUSY_SINCE_NS]
             if busy and time.monotonic_ns() - busy > self._timeout * 1e9:
                 self._kill(number, f"is busy with one page for {self._timeout:g} s: its source does not answer")
-            elif number != ZERO:
+            elif number == ZERO:
+                self._watch_zero(words, now)
+            else:
                 self._watch_client(number, words, now)
+
+    def _watch_zero(self, words: memoryview, now: float) -> None:
+        """It has been asked for pages, is busy with none, and nothing comes: it is stopped."""
+        asked = self._zero.outstanding()
+        if words[BUSY_SINCE_NS] or not asked:
+            self._watched.pop(ZERO, None)
+            return
+        self._look(ZERO, (words[PLACED], asked), now)
 
     def _watch_client(self, number: int, words: memoryview, now: float) -> None:
         """Waiters, read or unread, while the worker is busy with nothing and answers nothing: it hangs. Where it has
@@ -67,9 +77,13 @@ class Watchdog:
         if words[BUSY_SINCE_NS] or waiting <= 0:
             self._watched.pop(number, None)
             return
-        seen, since = self._watched.setdefault(number, (faults, now))
-        if seen != faults:
-            self._watched[number] = (faults, now)
+        self._look(number, faults, now)
+
+    def _look(self, number: int, figure: object, now: float) -> None:
+        """Something is to be done and nothing is in hand: does the figure move?"""
+        seen, since = self._watched.setdefault(number, (figure, now))
+        if seen != figure:
+            self._watched[number] = (figure, now)
         elif now - since > STUCK_SECONDS:
             self._watched.pop(number)
             self._kill(number, f"answers no fault for {STUCK_SECONDS:g} s")

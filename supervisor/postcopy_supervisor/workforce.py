@@ -201,6 +201,15 @@ class Workforce:
             where["restarts"] = slot.restarts
         self._tell("restart", text, **where)
 
+    def _killed(self, life: Running) -> None:
+        """By the law: when it was not to end, because it was too slow to start."""
+        slot = self.fleet.slots.get(life.worker)
+        if slot is not None and slot.state == "starting" and slot.incarnation == life.incarnation:
+            why = f"says nothing for {self.fleet.policy.start_deadline:g} s"
+            self._causes[life.key] = f"watchdog: {why}"
+            text = f"worker {life.worker} (pid {life.pid}) {why} after its start; it is killed"
+            self._tell("watchdog", text, **_whose(*life.key), pid=life.pid, cause=why)
+
     def _tell_quarantine(self, worker: int) -> None:
         slot, policy = self.fleet.slots[worker], self.fleet.policy
         cause = f"{len(slot.crashes)} crashes in {policy.interval:g} s, {policy.limit} are forgiven"
@@ -220,6 +229,7 @@ class Workforce:
                 case fleet.Kill(worker, incarnation):
                     for life in self._running.values():
                         if (life.worker, life.incarnation) == (worker, incarnation):
+                            self._killed(life)
                             _kill(life)
                 case fleet.Ready(worker):
                     self._news("ready", worker)
