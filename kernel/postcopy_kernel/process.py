@@ -17,6 +17,7 @@ NAME_LENGTH: Final = 15  # what the kernel keeps of a name (TASK_COMM_LEN - 1)
 
 _PR_SET_PDEATHSIG: Final = 1
 _PR_CAPBSET_DROP: Final = 24
+_PR_SET_NO_NEW_PRIVS: Final = 38
 _CAPABILITY_VERSION_3: Final = 0x20080522
 _HIGHEST_CAPABILITY: Final = 63  # width of the kernel's sets
 _STATUS_FIELDS: Final = {
@@ -44,6 +45,13 @@ def name_process(name: str) -> None:
     import prctl
 
     prctl.set_name(name[:NAME_LENGTH])
+
+
+def set_no_new_privs() -> None:
+    """No exec gives this thread, and what it starts, any right that it does not have. Raises OSError."""
+    code = _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    if code:
+        raise OSError(code, f"PR_SET_NO_NEW_PRIVS: {os.strerror(code)}")
 
 
 def drop_privileges() -> None:

@@ -39,7 +39,7 @@ MAX_OFFSETS = MAX_BYTES // 8
 _NONE = -1
 _LOWEST = {
     "BlockGrant": {"memory": _NONE, "received": _NONE, "source": _NONE, "source_mtime_ns": -(1 << 63)},
-    "Assignment": dict.fromkeys(("userfaultfd", "client", "quit", "statistics", "house", "device"), _NONE),
+    "Assignment": dict.fromkeys(("userfaultfd", "client", "quit", "statistics", "house", "device", "cgroup"), _NONE),
     "BlockNote": {"source_mtime_ns": -(1 << 63)},
     "Report": {"block": _NONE, "offset": _NONE},
 }

@@ -585,7 +585,9 @@ class RegionGrant(Message):
 class Assignment(Message):
     """All a worker ever knows. Descriptor places (-1: none): the client's userfaultfd and pidfd (none for worker zero),
     the quit eventfd, the statistics page, the house page, an open /dev/userfaultfd. ``fault_around`` is the largest
-    window in bytes, ``adaptive`` whether it grows from one page or is fixed."""
+    window in bytes, ``adaptive`` whether it grows from one page or is fixed. ``walls`` is auto, all or off: what the
+    worker gives up. Descriptors from place ``cgroup`` on (-1: none) are ``cgroup.procs`` files that it writes itself
+    into."""
 
     TAG = 102
     worker: int
@@ -601,6 +603,8 @@ class Assignment(Message):
     fault_around: int
     adaptive: bool
     handler_path: str
+    walls: str
+    cgroup: int
     blocks: tuple[BlockGrant, ...]
     regions: tuple[RegionGrant, ...]
 

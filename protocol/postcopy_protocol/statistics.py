@@ -36,6 +36,7 @@ BUSY_SINCE_NS = 17  # CLOCK_MONOTONIC of the fault in hand; 0 idle
 WORKER_PID = 18
 INCARNATION = 19
 OUTSIDE = 20  # faults outside every region, left waiting on purpose
+WALLS = 21  # what the worker has given up, as bits (see walls)
 
 HISTOGRAM = 64
 """First word of the histogram."""
@@ -59,6 +60,22 @@ _PAGE_BITS = 40
 
 WINDOW_LIMIT = 0  # bytes: the largest fault-around that memory pressure allows now
 ENDING = 1  # not 0: the house ends, place nothing more
+
+# --- bits of WALLS ----------------------------------------------------------------------------------------------------
+
+NO_CAPABILITIES, NO_NEW_PRIVILEGES, LANDLOCK, SECCOMP, CGROUP = 1, 2, 4, 8, 16
+_WALLS = {
+    NO_CAPABILITIES: "no-capabilities",
+    NO_NEW_PRIVILEGES: "no-new-privileges",
+    LANDLOCK: "landlock",
+    SECCOMP: "seccomp",
+    CGROUP: "cgroup",
+}
+
+
+def walls(bits: int) -> list[str]:
+    """The walls around a worker, by name."""
+    return [name for bit, name in _WALLS.items() if bits & bit]
 
 
 def bucket(ns: int) -> int:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .house import House
 
 QUARANTINED = "quarantined"
+CGROUPS = "cgroups"
+"""Key of the ``cgroup.procs`` files into which workers write themselves."""
 QUIT, HOUSE_PAGE, DEVICE = 0, 1, 2
 """Places of what every worker gets under the key ``house``; the device is missing where there is none."""
 
@@ -37,6 +39,8 @@ def brief(house: House, worker: int, incarnation: int, quarantined: bool) -> tup
         keys.append(f"block/{block.number}")
         place += len(fds)
         grants.append(_without_source(grant) if quarantined else grant)
+    if house.settings.worker_cgroups:
+        keys.append(CGROUPS)
     return keys, Assignment(
         worker=worker,
         incarnation=incarnation,
@@ -51,6 +55,8 @@ def brief(house: House, worker: int, incarnation: int, quarantined: bool) -> tup
         fault_around=house.settings.fault_around,
         adaptive=house.settings.adaptive,
         handler_path=os.getcwd(),
+        walls=house.settings.walls,
+        cgroup=place if house.settings.worker_cgroups else -1,
         blocks=tuple(grants),
         regions=tuple(regions),
     )

@@ -66,7 +66,7 @@ from .porter import (
     Visit,
 )
 from .reception import Reception
-from .runtime import RuntimeDirectory, notify
+from .runtime import RuntimeDirectory, cgroup_procs, notify
 from .settings import Settings
 from .sources import Sources
 from .watchdog import Watchdog
@@ -186,6 +186,8 @@ class House:
     def _keep_what_workers_need(self) -> None:
         house = (self._quit, self._house_fd) + ((self._device,) if self._device >= 0 else ())
         self.custody.keep("house", b"", house)
+        if self.settings.worker_cgroups:
+            self.custody.keep(briefing.CGROUPS, b"", [cgroup_procs(path) for path in self.settings.worker_cgroups])
         for block in self.blocks.values():
             self.custody.keep(f"block/{block.number}", block.name.encode(), block.grant(0)[1])
 

@@ -81,6 +81,19 @@ def _make(path: str, mode: int) -> None:
         raise BadInput(f"runtime directory {path}: {error.strerror}; choose another with --runtime-dir") from None
 
 
+def cgroup_procs(directory: str) -> int:
+    """The file of a cgroup into which workers write themselves, open: they inherit it and need no path nor right."""
+    path = os.path.join(directory, "cgroup.procs")
+    try:
+        opened = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise BadInput(
+            f"--worker-cgroup {directory}: {path} cannot be written: {error.strerror}; "
+            "make the cgroup (mkdir) and give us its cgroup.procs"
+        ) from None
+    return opened
+
+
 def notify(state: str) -> None:
     """One word to the service manager, if there is one (sd_notify(3))."""
     path = os.environ.get("NOTIFY_SOCKET")

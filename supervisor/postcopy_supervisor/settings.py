@@ -45,6 +45,8 @@ class Settings:
     poison_on_loss: bool = False
     source_timeout: float = 5.0
     restart: RestartPolicy = field(default_factory=RestartPolicy)
+    walls: str = "auto"
+    worker_cgroups: tuple[str, ...] = ()
 
 
 def parse(arguments: list[str]) -> Settings:
@@ -87,6 +89,8 @@ def parse(arguments: list[str]) -> Settings:
             start_deadline=told.start_timeout,
             poison=told.quarantine == "poison",
         ),
+        walls=told.walls,
+        worker_cgroups=tuple(told.worker_cgroup),
     )
 
 
@@ -193,6 +197,19 @@ def _parser() -> _Parser:
     )
     add("--source-timeout", default=5.0, type=_seconds, metavar="SECONDS", help="silence after which a source is lost")
     _add_restart(parser)
+    add(
+        "--walls",
+        default="auto",
+        choices=("auto", "all", "off"),
+        help="Landlock and seccomp for workers that run no handler of yours (all: for those too; off: for none)",
+    )
+    add(
+        "--worker-cgroup",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a cgroup that workers enter (repeat for several hierarchies)",
+    )
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     add("--die-with-parent", type=int, default=0, metavar="PID", help="end when the process PID, our parent, ends")
     return parser

@@ -137,5 +137,6 @@ def _client(client: Client, workforce: Workforce, blocks: Sequence[RamBlock], pa
         "failures": words[statistics.FAILURES],
         "restarts": slot.restarts if slot is not None else 0,
         "denied": words[statistics.DENIED] + words[statistics.UNNOTED],
+        "walls": statistics.walls(words[statistics.WALLS]),
         "latency_us": statistics.summary(words),
     }

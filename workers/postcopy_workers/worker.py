@@ -40,7 +40,7 @@ from postcopy_protocol.messages import Assignment, BlockGrant, Lost, Report, Wak
 from postcopy_protocol.received import CHANGED, LEASED, WATCHED
 from postcopy_protocol.window import FaultAround
 
-from . import crashing
+from . import crashing, walls
 from .fault_handler import EVENT_PAGEFAULT, MESSAGE_WORDS, CannotGoOn, ClientGone, FaultHandler, Region
 from .page_sources import FilePages, Handler, HandlerPages, NoPages, PageSource, RemotePages, SourceChanged, ZeroPages
 from .placing import Block, Calls, OwnMapping
@@ -102,6 +102,21 @@ class Worker:
         if PRIVILEGED:
             process.drop_privileges()
         self.blocks = {grant.block: self._block(grant) for grant in assignment.blocks}
+        self._raise_walls()
+
+    def _raise_walls(self) -> None:
+        """All is open that will ever be, and there is one thread: walls hold for those that come."""
+        told = self.assignment
+        cgroups = self._fds[told.cgroup :] if told.cgroup >= 0 else []
+        try:
+            walls.enter(cgroups)
+        except OSError as error:
+            raise CannotGoOn(f"cannot enter its cgroup: {error}") from None
+        handlers = any(grant.kind == "handler" for grant in told.blocks)
+        standing, wrong = walls.raise_walls(told.walls, len(self._fds), runs_handler=handlers)
+        self.words[statistics.WALLS] = standing | (statistics.CGROUP if cgroups else 0)
+        for what in wrong:
+            self.reports("no-wall", -1, -1, what)
 
     def descriptor(self, place: int) -> int:
         return self._fds[place]

@@ -20,6 +20,7 @@ GOOD, LIMITED, BAD = "good", "limited", "bad"
 
 _OLDEST = (5, 14)  # MADV_POPULATE_READ
 _POISON = (6, 6)
+_WHOLE_LANDLOCK = 6
 _WANTED_FILES = 4096
 _DEVICE = "/dev/userfaultfd"
 
@@ -53,7 +54,7 @@ def doctor(as_json: Json = False) -> None:
 def examine() -> list[Finding]:
     """Every finding. A check that itself fails is a finding."""
     findings: list[Finding] = []
-    for check in (_kernel, _userfaultfd, _device, _sysctl, _memory, _limits, _processes, _packages):
+    for check in (_kernel, _userfaultfd, _device, _sysctl, _memory, _limits, _processes, _walls, _packages):
         try:
             findings += check()
         except Exception as error:
@@ -130,6 +131,22 @@ def _processes() -> Iterator[Finding]:
 
     os.close(pidfd_open(os.getpid()))
     yield Finding("pidfd", GOOD, "processes can be watched")
+
+
+def _walls() -> Iterator[Finding]:
+    from postcopy_kernel import landlock, seccomp
+
+    if version := landlock.abi():
+        lacking = (
+            "" if version >= _WHOLE_LANDLOCK else "Linux 6.12 also takes signals and abstract sockets from workers"
+        )
+        yield Finding("landlock", GOOD, f"ABI {version}: workers open no path", lacking)
+    else:
+        yield Finding("landlock", LIMITED, "not there", "boot with lsm=landlock,... (CONFIG_SECURITY_LANDLOCK)")
+    if seccomp.available():
+        yield Finding("seccomp", GOOD, "workers start no program, trace nobody, have no socket but AF_UNIX")
+    else:
+        yield Finding("seccomp", LIMITED, "no filter for this kernel or machine", "x86_64 and aarch64 have one")
 
 
 def _packages() -> Iterator[Finding]:
