@@ -9,22 +9,41 @@ Invariants of the flow are checked after every word of a source.
 from __future__ import annotations
 
 import argparse
+import logging
 import random
+import socket
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields
 from itertools import count
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgpack  # type: ignore[import-untyped, unused-ignore]
 
 from postcopy_protocol import codec
-from postcopy_protocol.codec import decode, encode
+from postcopy_protocol.codec import decode, encode, unpack_offsets
 from postcopy_protocol.door import FROM_CLIENT, DoorConversation, Refusal
 from postcopy_protocol.errors import BadMessage
-from postcopy_protocol.messages import VERSION, Hello, Message, OfferUserfaultfd
+from postcopy_protocol.messages import (
+    VERSION,
+    ControlRefused,
+    Fetched,
+    Hello,
+    Lost,
+    Message,
+    OfferUserfaultfd,
+    Report,
+    RequestPages,
+    Resumed,
+    TakeOver,
+    Wake,
+    WorkerHello,
+)
 from postcopy_protocol.return_path import (
     FROM_SOURCE,
     FROM_SUPERVISOR,
@@ -35,11 +54,16 @@ from postcopy_protocol.return_path import (
     pack_ranges,
 )
 from postcopy_protocol.source_conversation import Offer, SourceConversation, SourceRefusal
+from postcopy_supervisor import control
+from postcopy_supervisor.history import History
 from postcopy_supervisor.link import Link, Stream
+from postcopy_workers.rendezvous import Rendezvous, Visitor
 
 PAGE = 4096
 ALL = tuple(codec.MESSAGES.values())
 Listener = Callable[[bytes], None]
+FROM_WORKER = (WorkerHello, Report, Fetched, RequestPages)
+TO_WORKER = (Wake, Lost)
 
 
 class Fuzzer:
@@ -53,7 +77,29 @@ class Fuzzer:
             "door": (self._door, FROM_CLIENT),
             "source": (self._source, FROM_SUPERVISOR),
             "link": (self._link, FROM_SOURCE),
+            "router": (self._router, FROM_WORKER),
+            "control": (self._control, control.QUESTIONS),
+            "worker": (self._worker, TO_WORKER),
+            "resumed": (lambda data: void(unpack_offsets(decode(data, expect=(Resumed,)).released)), (Resumed,)),
+            "rendezvous": (self._rendezvous, (TakeOver,)),
         }
+        with tempfile.TemporaryDirectory(prefix="pcf-", dir="/tmp") as directory:
+            (Path(directory) / "private").mkdir()
+            self.rendezvous = Rendezvous(directory)
+        # What a question needs of the house before a block or a client is named that is there.
+        self.house = cast(
+            Any,
+            SimpleNamespace(
+                blocks={},
+                reception=SimpleNamespace(clients={}),
+                history=History(),
+                exports=SimpleNamespace(get=void),
+                workforce=SimpleNamespace(resume=void),
+                auditor=SimpleNamespace(now=void),
+                document=lambda: b"{}",
+                ask_to_end=void,
+            ),
+        )
         self._fresh()
 
     def _fresh(self) -> None:
@@ -110,6 +156,36 @@ class Fuzzer:
             self.link.tick(self.now)
         finally:
             self.link.flow.check()
+
+    def _router(self, data: bytes) -> None:
+        match decode(data, expect=FROM_WORKER):
+            case RequestPages(_, _, offsets) | Fetched(_, _, _, offsets):
+                unpack_offsets(offsets)
+
+    def _control(self, data: bytes) -> None:
+        answer = control.answer(self.house, decode(data, expect=control.QUESTIONS))
+        if isinstance(answer, ControlRefused):
+            raise BadMessage(answer.reason)
+        encode(answer)
+
+    def _worker(self, data: bytes) -> None:
+        message = decode(data, expect=TO_WORKER)
+        assert isinstance(message, Wake | Lost)
+        unpack_offsets(message.offsets)
+
+    def _rendezvous(self, data: bytes) -> None:
+        """The custodian's own socket; each input is the first word of a visitor."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            theirs.send(data)
+            self.rendezvous._visitors[ours.fileno()] = Visitor(ours, 0.0)
+            taken = self.rendezvous.hear(ours.fileno())
+        if taken is None:
+            raise BadMessage("not taken")
+        taken.close()
+
+    def close(self) -> None:
+        self.rendezvous.close()
 
     # --- inputs -------------------------------------------------------------------------------------------------------
 
@@ -191,6 +267,7 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
     told = parser.parse_args()
+    logging.disable()
     fuzzer, began = Fuzzer(told.seed), time.monotonic()
     for number in range(told.inputs):
         try:

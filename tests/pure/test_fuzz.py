@@ -11,11 +11,14 @@ from tests import fuzz
 @pytest.mark.parametrize("seed", range(4))
 def test_nothing_breaks_a_listener(seed: int) -> None:
     fuzzer = fuzz.Fuzzer(seed)
-    for _ in range(10_000):
-        fuzzer.one()
+    try:
+        for _ in range(15_000):
+            fuzzer.one()
+    finally:
+        fuzzer.close()
     for listener in fuzzer.listeners:
-        assert fuzzer.outcomes[f"{listener}: taken"] > 20, "too little of it is in order"
-        assert fuzzer.outcomes[f"{listener}: refused"] > 500
+        assert fuzzer.outcomes[f"{listener}: taken"] > 20, f"{listener}: too little of it is in order"
+        assert fuzzer.outcomes[f"{listener}: refused"] > 300, listener
 
 
 def test_a_listener_that_breaks_is_found() -> None:
@@ -25,5 +28,8 @@ def test_a_listener_that_breaks_is_found() -> None:
         raise IndexError(data[0])
 
     fuzzer.listeners = {"fragile": (fragile, FROM_CLIENT)}
-    with pytest.raises(AssertionError, match="fragile broke on"):
-        fuzzer.one()
+    try:
+        with pytest.raises(AssertionError, match="fragile broke on"):
+            fuzzer.one()
+    finally:
+        fuzzer.close()
