@@ -29,7 +29,8 @@ LOST = 6  # pages that their source could not supply
 FAILURES = 7  # calls that failed and were reported
 POLLUTED = 8  # pages found present that nobody of ours placed
 BEGUN = 9  # messages read and begun; BEGUN - FAULTS is what a worker was doing when it died
-LAST_COUNTER = BEGUN
+AROUND_USED = 10  # of those placed by fault-around: in windows that a stream of faults went through to the end
+LAST_COUNTER = AROUND_USED
 
 LONGEST_NS = 16  # longest latency seen (0: the histogram's last bucket stands for it)
 BUSY_SINCE_NS = 17  # CLOCK_MONOTONIC of the fault in hand; 0 idle
@@ -122,6 +123,21 @@ def longest(words: Sequence[int]) -> float:
     used = (word for word in range(LAST_BUCKET, HISTOGRAM - 1, -1) if words[word])
     word = next(used, None)
     return 0.0 if word is None else bounds(word)[1] / 1000
+
+
+def sum_ns(words: Sequence[int]) -> int:
+    """Nanoseconds of all latencies together, each taken as the middle of its bucket (within 1/16): how long a client's
+    threads stood at missing pages. Costs the fault path nothing."""
+    return sum(words[word] * sum(bounds(word)) // 2 for word in range(HISTOGRAM, LAST_BUCKET + 1) if words[word])
+
+
+def cumulative(words: Sequence[int]) -> list[tuple[int, int]]:
+    """(upper bound in ns, latencies up to it) for every power of two; the last has them all."""
+    found, total = [], 0
+    for word in range(HISTOGRAM, LAST_BUCKET + 1, 8):
+        total += sum(words[word : word + 8])
+        found.append((bounds(word + 7)[1], total))
+    return found
 
 
 def summary(words: Sequence[int]) -> dict[str, float]:

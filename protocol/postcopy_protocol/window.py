@@ -23,18 +23,22 @@ class FaultAround:
     ``largest_pages`` may be changed at any time (memory pressure lowers it). ``adaptive=False``: the window is fixed.
     """
 
-    __slots__ = ("_expected", "adaptive", "largest_pages")
+    __slots__ = ("_expected", "adaptive", "largest_pages", "used")
 
     def __init__(self, largest_pages: int, adaptive: bool = True) -> None:
         self.largest_pages = largest_pages
         self.adaptive = adaptive
+        self.used = 0
+        """Pages beyond the faulting ones in windows that were gone through; whoever counts them takes them away."""
         self._expected: dict[int, int] = {}
 
     def window(self, page: int) -> int:
         """Pages to place from ``page`` on, at least 1. The caller clips them to region, block and what is missing."""
         expected = self._expected
         if page in expected:
-            width = expected.pop(page) << 1
+            width = expected.pop(page)
+            self.used += width - 1
+            width <<= 1
             if width > self.largest_pages:
                 width = self.largest_pages or 1
             expected[page + width] = width

@@ -41,7 +41,7 @@ from postcopy_protocol.messages import (
     WorkerHello,
 )
 
-from . import briefing, control, ending, status
+from . import briefing, control, ending, status, tracing
 from .auditor import Auditor
 from .blocks import RamBlock
 from .client_zero import NUMBER as ZERO
@@ -381,6 +381,12 @@ class House:
             # EHOSTUNREACH: gone, or not back yet; its successor asks or wakes by itself. EAGAIN: it does not listen.
             log.debug("router: %r does not hear: %s", identity, error)
 
+    @property
+    def state_shown(self) -> str:
+        """As ``status`` says it: paused while a source is away."""
+        paused = any(link.state == "paused" for link in self.paging.links.values())
+        return "paused" if paused and self.state == "running" else self.state
+
     # --- control ------------------------------------------------------------------------------------------------------
 
     def ask_to_end(self) -> None:
@@ -430,6 +436,13 @@ def serve(settings: Settings) -> None:
         process.die_with_parent(settings.die_with_parent, signal.SIGTERM)
     runtime = RuntimeDirectory(settings.directory)
     try:
-        House(settings, runtime).run()
+        house = House(settings, runtime)
+        if settings.trace:
+            tracing.install(house, settings.trace)
+        if settings.metrics is not None:
+            from . import metrics
+
+            metrics.start(house, settings.metrics)
+        house.run()
     finally:
         runtime.close()

@@ -20,6 +20,8 @@ LARGEST_WINDOW = 1 << 20
 nothing."""
 
 
+POINTS = ("loop", "quit", "core", "foreign", "request", "place", "wake")
+"""Trace points of ``--trace`` (see ``tracing``)."""
 AUTO_RATE = -1
 """Remote blocks as fast as their source gives them, local ones not at all."""
 
@@ -44,6 +46,8 @@ class Settings:
     plain_tcp: bool = False
     poison_on_loss: bool = False
     source_timeout: float = 5.0
+    metrics: tuple[str, int] | None = None
+    trace: frozenset[str] = frozenset()
     restart: RestartPolicy = field(default_factory=RestartPolicy)
     walls: str = "auto"
     worker_cgroups: tuple[str, ...] = ()
@@ -81,6 +85,8 @@ def parse(arguments: list[str]) -> Settings:
         plain_tcp=told.plain_tcp,
         poison_on_loss=told.on_source_loss == "poison",
         source_timeout=told.source_timeout,
+        metrics=_address(told.metrics) if told.metrics else None,
+        trace=_points(told.trace),
         restart=RestartPolicy(
             limit=told.restart_limit,
             interval=told.restart_interval,
@@ -106,6 +112,20 @@ def _size(option: str, text: str, *, zero: bool = False) -> int:
         return parse_size(text, zero=zero)
     except BadInput as error:
         raise BadInput(f"{option}: {error}") from None
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise BadInput(f"--metrics {text!r}: write HOST:PORT, as in 127.0.0.1:9464")
+    return host.strip("[]"), int(port)
+
+
+def _points(text: str) -> frozenset[str]:
+    asked = frozenset(text.split(",")) if text else frozenset()
+    if unknown := asked - frozenset(POINTS) - {"all"}:
+        raise BadInput(f"--trace {min(unknown)!r} is none of {', '.join(POINTS)}, all")
+    return frozenset(POINTS) if "all" in asked else asked
 
 
 def _window(text: str) -> int:
@@ -210,6 +230,8 @@ def _parser() -> _Parser:
         metavar="DIR",
         help="a cgroup that workers enter (repeat for several hierarchies)",
     )
+    add("--metrics", default="", metavar="HOST:PORT", help="answer Prometheus there, as in 127.0.0.1:9464")
+    add("--trace", default="", metavar="POINT,...", help=f"log these, one line each: {', '.join(POINTS)}, all")
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     add("--die-with-parent", type=int, default=0, metavar="PID", help="end when the process PID, our parent, ends")
     return parser

@@ -51,6 +51,8 @@ def document(
             "deduplicated": total[statistics.DEDUPLICATED] + paging.engine.deduplicated,
             "placed": total[statistics.PLACED] + paging.placed,
             "placed_around": total[statistics.AROUND],
+            "around_used": total[statistics.AROUND_USED],
+            "blocked_s": blocked_s(total),
             "wakes": total[statistics.WAKES],
             "lost": total[statistics.LOST],
             "restarts": workforce.restarts,
@@ -73,6 +75,11 @@ def _policy(policy: RestartPolicy) -> dict[str, Any]:
         "start_timeout_s": policy.start_deadline,
         "quarantine": "poison" if policy.poison else "wait",
     }
+
+
+def blocked_s(words: Sequence[int]) -> float:
+    """Seconds that threads stood at missing pages, all waits added up."""
+    return round(statistics.sum_ns(words) / 1e9, 6)
 
 
 def _block(block: RamBlock) -> dict[str, Any]:
@@ -131,6 +138,9 @@ def _client(client: Client, workforce: Workforce, blocks: Sequence[RamBlock], pa
         "faults": words[statistics.FAULTS],
         "placed": words[statistics.PLACED],
         "placed_around": words[statistics.AROUND],
+        "around_used": words[statistics.AROUND_USED],
+        "deduplicated": words[statistics.DEDUPLICATED],
+        "blocked_s": blocked_s(words),
         "requests": words[statistics.REQUESTS],
         "wakes": words[statistics.WAKES],
         "lost": words[statistics.LOST],

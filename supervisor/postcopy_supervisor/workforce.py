@@ -117,6 +117,11 @@ class Workforce:
         lives = (life for life in self._running.values() if life.worker == worker)
         return next((life.pid for life in lives if slot and life.incarnation == slot.incarnation), None)
 
+    def restarts_of(self, worker: int) -> int:
+        """Of one worker."""
+        slot = self.fleet.slots.get(worker)
+        return slot.restarts if slot is not None else 0
+
     @property
     def restarts(self) -> int:
         return self.fleet.restarts

@@ -119,3 +119,14 @@ def test_more_pages_than_fit_are_counted() -> None:
     for page in range(statistics.MOST_DENIED + 3):
         statistics.deny(words, 1, page)
     assert len(statistics.denied(words)) == statistics.MOST_DENIED and words[statistics.UNNOTED] == 3
+
+
+@quick
+@given(st.lists(latencies, max_size=60))
+def test_sum_and_cumulative_buckets(values: list[int]) -> None:
+    words = filled(values)
+    assert statistics.sum_ns(words) == pytest.approx(sum(values), rel=0.0626)
+    steps = statistics.cumulative(words)
+    for bound, count in steps:
+        assert count == sum(ns < bound for ns in values)
+    assert steps[-1][1] == len(values)

@@ -89,3 +89,13 @@ def test_the_largest_may_shrink_at_any_time_but_one_page_is_always_placed() -> N
     around.largest_pages = 256
     assert around.window(page + 5) == 2, "it grows again from what it had"
     assert FaultAround(0, adaptive=False).window(5) == 1
+
+
+def test_what_a_stream_went_through_counts_as_used() -> None:
+    around = FaultAround(8)
+    page = 0
+    for _ in range(6):  # windows of 1, 2, 4, 8, 8, 8: beyond their first pages 0, 1, 3, 7, 7 were gone through
+        page += around.window(page)
+    assert around.used == 0 + 1 + 3 + 7 + 7
+    around.window(1000)
+    assert around.used == 18

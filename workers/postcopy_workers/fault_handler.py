@@ -38,6 +38,7 @@ from postcopy_protocol.messages import RegionGrant
 from postcopy_protocol.received import CHANGED, LOST, PLACING, RECEIVED
 from postcopy_protocol.statistics import (
     AROUND,
+    AROUND_USED,
     BUSY_SINCE_NS,
     DEDUPLICATED,
     FAILURES,
@@ -499,6 +500,8 @@ class FaultHandler:
         block.tidy(placed)
         self._words[PLACED] += placed
         self._words[AROUND] += placed
+        self._words[AROUND_USED] += region.around.used
+        region.around.used = 0
 
     # --- the client's userfaultfd -------------------------------------------------------------------------------------
 
