@@ -286,16 +286,16 @@ class House:
             case ProcessEnded(pidfd):
                 if not self.workforce.process_ended(pidfd):
                     self.reception.process_ended(pidfd)
-            case Visit(connection):
-                self.reception.visit(connection)
+            case Visit(connection, at):
+                self.reception.visit(connection, at)
             case DoorSaid(connection, message, fds):
                 self.reception.said(connection, message, fds)
-            case Tick():
-                self._tick(time.monotonic())
+            case Tick(at):
+                self._tick(time.monotonic(), at)
 
     # --- what happens by itself ---------------------------------------------------------------------------------------
 
-    def _tick(self, now: float) -> None:
+    def _tick(self, now: float, at: float) -> None:
         self.workforce.tick()
         self._look_at_memory()
         self.porter.ring_at(self.zero.background(self.settings.background_rate, self.paging.roomy))
@@ -305,7 +305,7 @@ class House:
         if now - self._ticked < 1.0:
             return
         self._ticked = now
-        self.reception.tick(now)
+        self.reception.tick(at)
         self.reception.wake_resting()
         self.watchdog.tick(now)
         for block in self.blocks.values():

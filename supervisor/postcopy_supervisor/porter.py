@@ -71,9 +71,10 @@ class ProcessEnded:
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """A new connection at the door."""
+    """A new connection at the door, taken ``at`` this monotonic time."""
 
     connection: socket.socket
+    at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,9 @@ class DoorSaid:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Time has passed."""
+    """Time has passed; ``at``: the monotonic time when this was put into the box."""
+
+    at: float
 
 
 Happening = CoreFaults | QuitAsked | CustodianSaid | ProcessEnded | Visit | DoorSaid | Tick
@@ -201,7 +204,7 @@ class Porter(threading.Thread):
             now = time.monotonic()
             if now - ticked >= TICK_SECONDS or (self._due is not None and now >= self._due):
                 ticked, self._due = now, None
-                self.box.append(Tick())
+                self.box.append(Tick(now))
             if self.box:
                 with contextlib.suppress(zmq.Again):  # the box is looked into after every message anyway
                     bell.send(b"", zmq.DONTWAIT)
@@ -249,7 +252,7 @@ class Porter(threading.Thread):
                 time.sleep(0.05)  # no descriptor left: they wait in the backlog, and we do not spin over them
                 return
             connection.setblocking(False)
-            self.box.append(Visit(connection))
+            self.box.append(Visit(connection, time.monotonic()))
 
     def _hear_custodian(self, channel: socket.socket) -> None:
         try:

@@ -52,6 +52,9 @@ log = logging.getLogger(__name__)
 SILENCE_SECONDS = 10.0
 """A visitor who has not offered a userfaultfd by then is shown out."""
 MOST_STRANGERS = 256
+"""Or an eighth of our descriptors, if that is more: beyond it a visitor who keeps silent makes room for the next."""
+SILENT_SECONDS = 1.0
+"""Counted from our last answer to what was heard: an honest crowd waits for us, not we for it."""
 DESCRIPTORS_PER_CLIENT = 8
 SPARE_DESCRIPTORS = 24
 """For the house's own work: an export, a custodian started anew, libzmq, which aborts when it has none."""
@@ -68,6 +71,7 @@ class Client:
     pidfd: int
     conversation: DoorConversation
     since: float
+    """When it was let in or last understood (monotonic)."""
     userfaultfd: Userfaultfd | None = None
     statistics: int = -1
     words: memoryview | None = None
@@ -121,15 +125,17 @@ class Reception:
 
     # --- the door -----------------------------------------------------------------------------------------------------
 
-    def visit(self, connection: socket.socket) -> None:
-        """Somebody has connected."""
+    def visit(self, connection: socket.socket, at: float) -> None:
+        """Somebody had connected ``at`` this time: all that was said before it has been heard."""
         try:
             who = descriptors.peer_credentials(connection)
             if who.uid not in self._allowed:
                 raise Refusal("denied", f"user {who.uid} may not attach here (serve --allow-uid {who.uid} allows it)")
             strangers = [client for client in self.clients.values() if client.userfaultfd is None]
-            if len(strangers) >= MOST_STRANGERS:
-                self.remove(min(strangers, key=lambda client: client.since), "said nothing while others came")
+            if len(strangers) >= max(MOST_STRANGERS, self._limit // 8):
+                oldest = min(strangers, key=lambda client: client.since)
+                if at - oldest.since > SILENT_SECONDS:
+                    self.remove(oldest, "said nothing while others came")
             if not self._room():
                 raise Refusal("limit", f"no room for another client: {self._limit} descriptors (ulimit -n)")
             pidfd = descriptors.peer_pidfd(connection)
@@ -165,6 +171,7 @@ class Reception:
             if isinstance(message, BadMessage):
                 raise Refusal.of(message)
             client.conversation.hear(message, len(fds))
+            client.since = time.monotonic()
             crashpoints.at("door." + type(message).__name__)
             taken = self._grant(client, message, fds)
         except Refusal as refusal:
@@ -347,9 +354,10 @@ class Reception:
         if client.userfaultfd is None or not (client.regions or client.attaching):
             self.remove(client, "hung up")
 
-    def tick(self, now: float) -> None:
+    def tick(self, at: float) -> None:
+        """``at``: when the tick was made. What was said before it has been heard, however late it is by now."""
         for client in list(self.clients.values()):
-            if client.userfaultfd is None and now - client.since > SILENCE_SECONDS:
+            if client.userfaultfd is None and at - client.since > SILENCE_SECONDS:
                 self.remove(client, f"said nothing useful for {SILENCE_SECONDS:.0f} s")
             elif client.connection is None and not client.leaving and client.back_end and _has_let_go(client):
                 self.remove(client, "the back-end has let go of its memory")
