@@ -109,6 +109,7 @@ class Fleet:
         self.slots: dict[int, Slot] = {}
         self.restarts = 0
         """Crashes of all workers so far, those that are gone included."""
+        self._forked_last = 0.0
 
     # --- wishes -------------------------------------------------------------------------------------------------------
 
@@ -153,13 +154,14 @@ class Fleet:
 
     def forked(self, worker: int, incarnation: int, now: float) -> list[Effect]:
         """The custodian has forked it."""
+        self._forked_last = now
         slot = self.slots.get(worker)
         if slot is None:
             return [Kill(worker, incarnation)]
         if incarnation != slot.incarnation:
             slot.strays += 1  # asked for again after a deadline, and now both came
             return [Kill(worker, incarnation)]
-        slot.forked = True
+        slot.forked, slot.since = True, now
         return [Kill(worker, incarnation)] if slot.state == "ending" else []
 
     def hello(self, worker: int, incarnation: int, now: float) -> list[Effect]:
@@ -210,7 +212,7 @@ class Fleet:
                 if slot.forked:
                     slot.since = now
                     effects.append(Kill(slot.worker, slot.incarnation))
-                else:
+                elif now - self._forked_last > self.policy.start_deadline:  # else a crowd stands before it in the queue
                     effects += self._fork(slot, now)
         return effects
 

@@ -276,6 +276,19 @@ def test_a_late_fork_is_a_stray_and_its_end_renews() -> None:
     assert fleet.slots[1].strays == 0
 
 
+def test_a_crowd_waits_for_its_custodian_not_for_a_deadline() -> None:
+    fleet = Fleet(POLICY)
+    for worker in range(1, 100):
+        fleet.start(worker, 0.0)
+    for worker in range(1, 90):  # one after another, the last long after the deadline of its order
+        assert fleet.forked(worker, 1, float(worker)) == []
+        assert fleet.tick(float(worker)) == [], "neither ordered twice nor killed at birth"
+        assert fleet.hello(worker, 1, float(worker)) == [Ready(worker)]
+    silence = 89.0 + POLICY.start_deadline
+    assert fleet.tick(silence) == []
+    assert fleet.tick(silence + 1) == [Fork(worker, 2) for worker in range(90, 100)]
+
+
 def test_a_worker_that_says_nothing_is_killed_and_tried_again() -> None:
     fleet = Fleet(POLICY)
     fleet.start(1, 0.0)
