@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import report
-from .monkey import WEIGHTS, acts
+from .monkey import CROWD_KINDS, HOUSE_KINDS, WEIGHTS, acts
 from .round import Plan, Round, Tally
 
 ENOUGH_MEMORY = 2 << 30
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     without = frozenset(word for text in told.without for word in text.split(","))
     plan = Plan(told.clients, told.mib * 256, told.round_seconds, told.pause, tuple(told.option))
     tally, began = Tally(), time.monotonic()
-    mind = acts(told.seed, told.gap, without)
+    monkeys = [acts(told.seed, told.gap, kinds, without) for kinds in (CROWD_KINDS, HOUSE_KINDS)]
     seeds = random.Random(told.seed ^ 0xC0FFEE)
     directory = Path(tempfile.mkdtemp(prefix="postcopy-chaos-", dir=told.directory))
     if not told.json:
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         place = directory / f"round-{tally.rounds}"
         place.mkdir()
         plan.seconds = max(10.0, min(told.round_seconds, left))
-        round_ = Round(plan, seeds.getrandbits(40), mind, tally, place)
+        round_ = Round(plan, seeds.getrandbits(40), monkeys, tally, place)
         tally.findings += round_.play()
         if not tally.findings:
             shutil.rmtree(place)
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--clients", type=int, default=32, help="programs at a time, half private, half shared (32)")
     parser.add_argument("--mib", type=int, default=128, help="size of each of the two blocks in MiB (128)")
     parser.add_argument("--round-seconds", type=float, default=90.0, help="chaos in a round of fresh blocks (90)")
-    parser.add_argument("--gap", type=float, default=0.9, help="seconds between two acts on average (0.9)")
+    parser.add_argument("--gap", type=float, default=0.9, help="seconds between a monkey's acts on average (0.9)")
     parser.add_argument("--pause", type=float, default=0.04, help="seconds between a program's operations (0.04)")
     parser.add_argument(
         "--without",

@@ -1,8 +1,9 @@
 """The chaos monkey's mind: what is done to whom, after how long, for how long. All of it comes from the seed alone.
 
-An act is drawn with the same number of draws whatever it is, and never looks at what the last one did: two runs of one
-seed do the same acts in the same order. Only which process stands behind "the third of the workers", and how long an
-act waits until the house may bear it, is the run's.
+There are two monkeys, one for workers and clients, of which any number may die, and one for the house, which waits
+until the house is back. An act is drawn with the same number of draws whatever it is, and never looks at what the last
+one did: two runs of one seed do the same acts in the same order. Only which process stands behind "the third of the
+workers", and how long an act waits until the house may bear it, is the run's.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ WEIGHTS = {
     "directory full": 2,
 }
 LONGEST_STOP = 3.0
+CROWD_KINDS = frozenset(kind for kind in WEIGHTS if kind.partition(" ")[0] not in HOUSE)
+HOUSE_KINDS = frozenset(WEIGHTS) - CROWD_KINDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +58,15 @@ class Act:
         return self.who in HOUSE
 
 
-def acts(seed: int, mean_gap: float, without: frozenset[str] = frozenset()) -> Iterator[Act]:
-    """All acts of a seed, one every ``mean_gap`` seconds on average; ``without``: kinds, or first words, left out."""
-    chance = random.Random(seed)
-    weights = {kind: weight for kind, weight in WEIGHTS.items() if not {kind, kind.partition(" ")[0]} & without}
+def acts(seed: int, mean_gap: float, kinds: frozenset[str], without: frozenset[str] = frozenset()) -> Iterator[Act]:
+    """All acts of a seed that are of these ``kinds``, one every ``mean_gap`` seconds on average; ``without``: kinds, or
+    first words, left out."""
+    chance = random.Random(f"{seed} {sorted(kinds)}")
+    weights = {
+        kind: WEIGHTS[kind] for kind in WEIGHTS if kind in kinds and not {kind, kind.partition(" ")[0]} & without
+    }
     number = 0
-    while True:
+    while weights:
         number += 1
         kind = chance.choices(list(weights), list(weights.values()))[0]
         gap, pause = chance.expovariate(1 / mean_gap), chance.uniform(0.05, LONGEST_STOP)

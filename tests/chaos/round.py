@@ -13,7 +13,7 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,10 +73,10 @@ class Wait:
 
 
 class Round:
-    """``acts`` is the monkey's mind, which goes on from round to round."""
+    """``monkeys`` are the monkeys' minds, which go on from round to round."""
 
-    def __init__(self, plan: Plan, seed: int, acts: Iterator[Act], tally: Tally, directory: Path) -> None:
-        self.plan, self.seed, self.acts, self.tally = plan, seed, acts, tally
+    def __init__(self, plan: Plan, seed: int, monkeys: Sequence[Iterator[Act]], tally: Tally, directory: Path) -> None:
+        self.plan, self.seed, self.monkeys, self.tally = plan, seed, monkeys, tally
         self.directory = directory
         self.random = random.Random(seed)
         contents = Contents(seed)
@@ -157,15 +157,15 @@ class Round:
     def chaos(self) -> None:
         """Acts and replacements until the front has come to the end of the blocks."""
         end = self.begun + self.plan.seconds
-        next_act = next(self.acts)
-        due = time.monotonic() + 2.0 + next_act.gap  # they have begun
+        begun = time.monotonic() + 2.0  # they have begun
+        intended = [(monkey, act, begun + act.gap) for monkey in self.monkeys if (act := next(monkey, None))]
         while time.monotonic() < end and not self.findings:
             self.look_around()
-            now = time.monotonic()
-            if now >= due and now < end - 1 and self.may(next_act):
-                self.do(next_act)
-                next_act = next(self.acts)
-                due = time.monotonic() + next_act.gap
+            for place, (monkey, act, due) in enumerate(intended):
+                if due <= time.monotonic() < end - 1 and self.may(act):
+                    self.do(act)
+                    act = next(monkey)
+                    intended[place] = monkey, act, time.monotonic() + act.gap
             time.sleep(STEP)
 
     def last_pass(self) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.chaos import round as rounds
 from tests.chaos.contents import PAGE, SEATS, SLOT_EVERY, ZONE, Contents
-from tests.chaos.monkey import HOUSE, WEIGHTS, Act, acts
+from tests.chaos.monkey import CROWD_KINDS, HOUSE, HOUSE_KINDS, WEIGHTS, Act, acts
 from tests.chaos.round import Plan, Round, Tally
 from tests.house.house import ROOT, environment
 
@@ -40,15 +40,10 @@ def test_chaos_for_a_short_while(tmp_path: Path) -> None:
 PLAN = Plan(clients=3, pages=2048, seconds=5.0, pause=0.01)
 
 
-def nothing() -> Iterator[Act]:
-    while True:
-        yield Act(0, "worker kill", 1e9, 0.0, (), 0)
-
-
 @pytest.mark.xdist_group("chaos")
 def test_one_wrong_byte_is_found(tmp_path: Path) -> None:
     tally = Tally()
-    round_ = Round(PLAN, 1, nothing(), tally, tmp_path)
+    round_ = Round(PLAN, 1, [], tally, tmp_path)
     with round_.files[0].open("r+b") as file:
         file.seek(1000 * PAGE + 77)
         byte = file.read(1)[0]
@@ -67,10 +62,10 @@ def test_a_client_that_waits_too_long_is_found(tmp_path: Path, monkeypatch: pyte
 
     def stop() -> Iterator[Act]:
         yield Act(1, "worker stop for good", 0.0, 0.0, (0.0, 0.0, 0.0), 0)
-        yield from nothing()
+        yield Act(2, "worker kill", 1e9, 0.0, (), 0)
 
     tally = Tally()
-    found = Round(Plan(3, 2048, 20.0, 0.01), 2, stop(), tally, tmp_path).play()
+    found = Round(Plan(3, 2048, 20.0, 0.01), 2, [stop()], tally, tmp_path).play()
     assert found and "is stuck" in found[0] and tally.counts["stuck clients"]
     assert "userfaultfd" in (tmp_path / "processes.txt").read_text()
 
@@ -88,7 +83,7 @@ class Leaking(Round):
 def test_what_is_left_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounds, "LEAVE_WITHIN", 5.0)
     tally = Tally()
-    leaking = Leaking(Plan(2, 256, 2.0, 0.01), 3, nothing(), tally, tmp_path)
+    leaking = Leaking(Plan(2, 256, 2.0, 0.01), 3, [], tally, tmp_path)
     found = leaking.play()
     leaking.stray.wait(5)
     assert any(f"process {leaking.stray.pid}" in finding for finding in found), found
@@ -131,10 +126,12 @@ def test_the_oracle_knows_whose_slot_it_is() -> None:
 
 
 def test_acts_are_the_seeds() -> None:
-    first, again = list(islice(acts(7, 1.0), 500)), list(islice(acts(7, 1.0), 500))
-    assert first == again != list(islice(acts(8, 1.0), 500))
-    assert {act.kind for act in first} == set(WEIGHTS)
-    assert {act.who for act in first if act.of_house} == set(HOUSE)
-    without = list(islice(acts(7, 1.0, frozenset({"supervisor", "worker kill"})), 500))
-    assert not {act.kind for act in without} & {"worker kill", "supervisor kill", "supervisor stop"}
-    assert "worker stop" in {act.kind for act in without}
+    every = frozenset(WEIGHTS)
+    first, again = list(islice(acts(7, 1.0, every), 500)), list(islice(acts(7, 1.0, every), 500))
+    assert first == again != list(islice(acts(8, 1.0, every), 500))
+    assert {act.kind for act in first} == every == CROWD_KINDS | HOUSE_KINDS
+    assert {act.who for act in islice(acts(7, 1.0, HOUSE_KINDS), 500)} == set(HOUSE)
+    assert {act.who for act in islice(acts(7, 1.0, CROWD_KINDS), 500)} == {"worker", "client"}
+    without = {act.kind for act in islice(acts(7, 1.0, every, frozenset({"supervisor", "worker kill"})), 500)}
+    assert not without & {"worker kill", "supervisor kill", "supervisor stop"} and "worker stop" in without
+    assert list(acts(7, 1.0, HOUSE_KINDS, frozenset(HOUSE))) == []
