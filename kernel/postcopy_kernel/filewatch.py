@@ -34,6 +34,11 @@ def lease(fd: int) -> bool:
     return True
 
 
+def hear_of_lease(fd: int) -> None:
+    """SIGIO for the lease on this open file comes to us from now on, whichever process took it."""
+    fcntl.fcntl(fd, fcntl.F_SETOWN, os.getpid())
+
+
 def lease_wanted(fd: int) -> bool:
     """Is somebody waiting for us to give up the lease (or is it gone already)?"""
     return fcntl.fcntl(fd, fcntl.F_GETLEASE) != fcntl.F_RDLCK

@@ -119,11 +119,11 @@ def pidfd_signal(pidfd: int, signal: int) -> None:
     signals.pidfd_send_signal(pidfd, signal)
 
 
-def pidfd_exited(pidfd: int) -> bool:
-    """Whether the process has ended (reaped or not). Never waits."""
+def pidfd_exited(pidfd: int, within: float = 0.0) -> bool:
+    """Whether the process has ended (reaped or not). Waits for it ``within`` seconds."""
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(0))
+    return bool(poll.poll(within * 1000))
 
 
 def memory_figures(pid: int) -> dict[str, int]:

@@ -640,5 +640,7 @@ class ClientNote(Message):
     kind: str
     uid: int
     pid: int
+    quarantined: bool
+    back_end: bool
     regions: tuple[RegionGrant, ...]
     released: tuple[RegionGrant, ...]

@@ -61,6 +61,7 @@ _PAGE_BITS = 40
 
 WINDOW_LIMIT = 0  # bytes: the largest fault-around that memory pressure allows now
 ENDING = 1  # not 0: the house ends, place nothing more
+RECOVERED = 2  # how many supervisors have taken over from one that was gone
 
 # --- bits of WALLS ----------------------------------------------------------------------------------------------------
 

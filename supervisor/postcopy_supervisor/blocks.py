@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from itertools import islice
 
 from postcopy_kernel import memory
-from postcopy_kernel.filewatch import give_up_lease, lease, lease_wanted
+from postcopy_kernel.filewatch import give_up_lease, hear_of_lease, lease, lease_wanted
 from postcopy_kernel.memory import DONTFORK, DONTNEED, Mapping
 from postcopy_kernel.userfaultfd import RegisterMode, Userfaultfd
 from postcopy_protocol.errors import BadInput
 from postcopy_protocol.geometry import PAGE_2M, page_count
-from postcopy_protocol.messages import BlockGrant
+from postcopy_protocol.messages import BlockGrant, BlockNote
 from postcopy_protocol.received import (
     CHANGED,
     FLAGS,
@@ -33,6 +33,9 @@ from postcopy_protocol.received import (
 )
 from postcopy_protocol.sizes import format_size
 from postcopy_protocol.sources import FileSource, HandlerSource, RemoteSource, Source, ZeroSource
+
+from .recovery import KeptBlock
+from .remote import Advice
 
 LARGEST_BLOCK = 16 << 40
 """Bytes: what a process can map several times over (47 bits of addresses)."""
@@ -89,35 +92,53 @@ def _open_file(name: str, path: str) -> Opened:
 class RamBlock:
     """One served block. ``pages`` of ``page_size`` bytes; the last ``pages * page_size - size`` bytes are zeros."""
 
-    def __init__(self, number: int, name: str, source: Source, page_size: int, remote_size: int = 0) -> None:
+    def __init__(
+        self,
+        number: int,
+        name: str,
+        source: Source,
+        page_size: int,
+        advice: Advice | None = None,
+        kept: KeptBlock | None = None,
+    ) -> None:
+        """``advice``: what the source of a remote block says of it; ``kept``: what a predecessor left of it."""
         self.number = number
         self.name = name
         self.source = source
         self.page_size = page_size
-        self.opened = Opened("remote", "", remote_size) if remote_size else open_source(name, source)
+        self.identity = advice.identity if advice else ""
+        if kept is not None:
+            note = kept.note
+            self.opened = Opened(note.kind, note.detail, note.size, kept.file, note.source_mtime_ns)
+        else:
+            self.opened = Opened("remote", "", advice.size) if advice else open_source(name, source)
         self.size = self.opened.size
         self.pages = page_count(self.size, page_size)
         self.length = self.pages * page_size
         if self.size > LARGEST_BLOCK:
             raise BadInput(f"block {name}: {format_size(self.size)} is too large; at most {format_size(LARGEST_BLOCK)}")
-        self.memory = self._memory()
+        self.memory, self.map_fd = kept.fds[:2] if kept is not None else self._make()
         self.mapping = self._map()
-        self.map_fd = memory.create_memfd(f"postcopy-{name}-map", -(-(self.pages + FLAGS) // 4096) * 4096)
         self.received = mmap.mmap(self.map_fd, 0)
         # Clients get open file descriptions of their own: flags set on theirs (O_APPEND) are not set on ours.
         self.read_only = memory.reopen(self.memory, writable=False)
         self.read_write = memory.reopen(self.memory, writable=True)
         self.map_read_only = memory.reopen(self.map_fd, writable=False)
-        if self.opened.descriptor >= 0 and not lease(self.opened.descriptor):
-            self.received[self.pages + TRUST] = WATCHED
+        if kept is not None:
+            self._settle_interrupted()
+        self._lease(kept is not None)
         self.complete = False
         self.polluted: tuple[tuple[int, int], ...] = ()
         self._audit: Iterator[tuple[int, int]] | None = None
         self._strange: list[tuple[int, int]] = []
 
-    def _memory(self) -> int:
+    def _make(self) -> tuple[int, int]:
+        """Memory and received map, empty."""
         try:
-            return memory.create_memfd(f"postcopy-{self.name}", self.length, self.page_size)
+            return (
+                memory.create_memfd(f"postcopy-{self.name}", self.length, self.page_size),
+                memory.create_memfd(f"postcopy-{self.name}-map", -(-(self.pages + FLAGS) // 4096) * 4096),
+            )
         except OSError as error:
             raise BadInput(f"block {self.name}: no memory of {format_size(self.length)}: {error.strerror}") from None
 
@@ -136,6 +157,19 @@ class RamBlock:
             ) from None
         mapping.advise(DONTFORK)
         return mapping
+
+    def _lease(self, kept: bool) -> None:
+        """A lease on the file; a ``kept`` one that was about to be given up is given up now."""
+        descriptor = self.opened.descriptor
+        if descriptor < 0:
+            return
+        if not kept:
+            if not lease(descriptor):
+                self.received[self.pages + TRUST] = WATCHED
+            return
+        hear_of_lease(descriptor)
+        if self.received[self.pages + TRUST] != LEASED:
+            give_up_lease(descriptor)
 
     def register(self, core: Userfaultfd) -> None:
         """From now on our own touch of a missing page is a message on the core userfaultfd."""
@@ -190,6 +224,22 @@ class RamBlock:
             fds,
         )
 
+    def note(self) -> BlockNote:
+        """For a successor."""
+        opened = self.opened
+        return BlockNote(
+            block=self.number,
+            name=self.name,
+            source=str(self.source),
+            size=self.size,
+            page_size=self.page_size,
+            kind=opened.kind,
+            detail=opened.detail,
+            identity=self.identity,
+            source_size=opened.size,
+            source_mtime_ns=opened.mtime_ns,
+        )
+
     # --- what is there ------------------------------------------------------------------------------------------------
 
     def _map_pieces(self) -> Iterator[tuple[int, bytes]]:
@@ -216,6 +266,15 @@ class RamBlock:
                 for page in range(at + start, at + stop):
                     if memory.is_present(self.memory, page * self.page_size):
                         self.received[page] = RECEIVED
+
+    def _settle_interrupted(self) -> None:
+        """What a predecessor had begun to place. Nobody but the supervisor places pages of a remote block, so what is
+        absent there is missing again, and the background may ask for it."""
+        self.promote_interrupted()
+        if self.kind == "remote":
+            for at, piece in self._map_pieces():
+                for start, stop in runs_of(piece, PLACING):
+                    self.received[at + start : at + stop] = bytes(stop - start)
 
     def lost_pages(self) -> list[int]:
         """Pages that are marked lost."""

@@ -44,9 +44,7 @@ def answer(house: House, message: Message) -> Message:
                     house.auditor.now()
                 return StatusAnswer(house.document())
             case AskStop(keep_workers):
-                if keep_workers:
-                    raise BadInput("--keep-workers is not supported by this version: nothing is ended")
-                house.ask_to_end()
+                house.ask_to_end(keep_workers)
                 return StopAnswer(os.getpid())
             case AskStory(name, offset):
                 told = story(_block(house, name), offset, house.reception, house.paging, house.history)

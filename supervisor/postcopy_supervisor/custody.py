@@ -1,34 +1,42 @@
-"""The supervisor's side of the custodian: start it, give it duplicates, order forks, start it anew when it dies."""
+"""The supervisor's side of the custodian: start it or adopt a predecessor's, give it duplicates, order forks, start it
+anew when it dies."""
 
 from __future__ import annotations
 
 import collections
 import contextlib
 import logging
+import os
+import select
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 
-from postcopy_kernel import crashpoints, descriptors
+from postcopy_kernel import crashpoints, descriptors, process
 from postcopy_protocol.codec import encode
-from postcopy_protocol.messages import Dismiss, Drop, ForkWorker, Keep, Message
+from postcopy_protocol.messages import Adopt, Dismiss, Drop, ForkWorker, Keep, Message, WhenOrphaned
 
 log = logging.getLogger(__name__)
 BUFFER = 4 << 20
+END_SECONDS = 3.0
 
 
 class Custody:
-    """``keep`` and ``drop`` are remembered: a new custodian is given everything that the old one kept."""
+    """``keep`` and ``drop`` are remembered: a new custodian is given everything that the old one kept, and the workers
+    that ``adopt`` names."""
 
-    def __init__(self, directory: str, *, device: bool) -> None:
-        """``directory``: the runtime directory. ``device``: workers make their own userfaultfd through
-        /dev/userfaultfd, for which they need no rights."""
-        self._directory = directory
+    def __init__(self, directory: str, orphans: WhenOrphaned, *, device: bool) -> None:
+        """``device``: workers make their own userfaultfd through /dev/userfaultfd, for which they need no rights."""
         self._device = device
+        self._directory = directory
+        self._orphans = orphans
         self._kept: dict[str, tuple[bytes, tuple[int, ...]]] = {}
         self._unsent: collections.deque[tuple[bytes, tuple[int, ...]]] = collections.deque()
         self._process: subprocess.Popen[bytes] | None = None
+        self._pidfd = -1
         self.channel: socket.socket | None = None
         self.pid = 0
 
@@ -49,11 +57,26 @@ class Custody:
                 stdout=subprocess.DEVNULL,
                 env=crashpoints.environment(self.pid == 0, "custodian."),
             )
-        self.channel, self.pid = ours, self._process.pid
-        self._unsent.clear()
+        self._is_at(ours, self._process.pid, process.pidfd_open(self._process.pid))
         for key, (meta, fds) in self._kept.items():
             self._send(Keep(key, meta), fds)
         return ours
+
+    def take_over(self, channel: socket.socket, pid: int, pidfd: int) -> None:
+        """The custodian of a predecessor is ours from now on."""
+        channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
+        self._is_at(channel, pid, pidfd)
+
+    def _is_at(self, channel: socket.socket, pid: int, pidfd: int) -> None:
+        self.channel, self.pid, self._pidfd = channel, pid, pidfd
+        self._unsent.clear()
+        self._send(self._orphans, ())
+
+    def adopt(
+        self, worker: int, incarnation: int, pid: int, pidfd: int, keys: Sequence[str], assignment: bytes
+    ) -> None:
+        """A worker that this custodian has not forked."""
+        self._send(Adopt(worker, incarnation, pid, tuple(keys), assignment), (pidfd,))
 
     def keep(self, key: str, meta: bytes, fds: Sequence[int]) -> None:
         """Duplicates of ``fds`` under ``key``; the caller keeps its own open until ``drop``."""
@@ -63,6 +86,10 @@ class Custody:
     def drop(self, key: str) -> None:
         if self._kept.pop(key, None) is not None:
             self._send(Drop(key), ())
+
+    def forget(self, key: str) -> None:
+        """Drop what a predecessor kept and we never had."""
+        self._send(Drop(key), ())
 
     def fork(self, worker: int, incarnation: int, keys: Sequence[str], assignment: bytes) -> None:
         self._send(ForkWorker(worker, incarnation, tuple(keys), assignment), ())
@@ -95,9 +122,13 @@ class Custody:
     def lost(self) -> None:
         """Its channel has ended. It is killed first if it lives: left alone, it would replace workers by itself, and
         two lives would read one userfaultfd."""
-        if self._process is not None:
-            self._process.kill()
+        self._kill()
         self._close()
+
+    def _kill(self) -> None:
+        if self._pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                process.pidfd_signal(self._pidfd, signal.SIGKILL)
 
     def _close(self) -> None:
         if self.channel is not None:
@@ -105,12 +136,16 @@ class Custody:
         self.channel = None
 
     def reap(self) -> None:
+        """Wait for its end, then insist."""
+        if self._pidfd < 0:
+            return
+        if not process.pidfd_exited(self._pidfd, END_SECONDS):
+            self._kill()
+            process.pidfd_exited(self._pidfd, END_SECONDS)
+        os.close(self._pidfd)
+        self._pidfd = -1
         if self._process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(1)
-            if self._process.poll() is None:
-                self._process.kill()
-                self._process.wait(5)
+            self._process.wait(END_SECONDS)
             self._process = None
 
     def end(self) -> None:
@@ -118,3 +153,13 @@ class Custody:
         self._send(Dismiss(), ())
         self._close()
         self.reap()
+
+    def step_aside(self) -> None:
+        """Leave everything to a successor, once all that was said is sent."""
+        deadline = time.monotonic() + END_SECONDS
+        while self._unsent and self.channel is not None and time.monotonic() < deadline:
+            select.select([], [self.channel], [], 0.1)
+            self.flush()
+        if self._unsent:
+            log.error("the custodian does not take its last %d words", len(self._unsent))
+        self._close()

@@ -110,13 +110,28 @@ class Fleet:
         self.restarts = 0
         """Crashes of all workers so far, those that are gone included."""
         self._forked_last = 0.0
+        self.used: dict[int, int] = {}
+        """The highest incarnation of a worker that an earlier supervisor knew; its new lives are above it."""
 
     # --- wishes -------------------------------------------------------------------------------------------------------
 
     def start(self, worker: int, now: float) -> list[Effect]:
         """A new worker is wanted."""
-        slot = self.slots[worker] = Slot(worker)
+        slot = self.slots[worker] = Slot(worker, incarnation=self.used.get(worker, 0))
         return self._fork(slot, now)
+
+    def adopt(self, worker: int, incarnation: int, quarantined: bool, now: float) -> list[Effect]:
+        """A life that an earlier supervisor began and that serves on. Of two lives the later one stays."""
+        slot = self.slots.setdefault(worker, Slot(worker))
+        later = incarnation > slot.incarnation
+        effects: list[Effect] = []
+        if slot.forked:
+            slot.strays += 1
+            effects.append(Kill(worker, slot.incarnation if later else incarnation))
+        if later:
+            slot.state, slot.incarnation, slot.forked, slot.since = "running", incarnation, True, now
+            slot.quarantined = quarantined
+        return effects
 
     def renew(self, worker: int, now: float) -> list[Effect]:
         """Its assignment has changed: a successor with the new one."""

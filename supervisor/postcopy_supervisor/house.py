@@ -6,6 +6,7 @@ when it has something in its box. All state is this thread's.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
 import os
@@ -28,7 +29,7 @@ from postcopy_kernel.userfaultfd import (
 )
 from postcopy_protocol import statistics
 from postcopy_protocol.codec import decode, encode, unpack_offsets
-from postcopy_protocol.errors import BadMessage
+from postcopy_protocol.errors import BadInput, BadMessage
 from postcopy_protocol.messages import (
     ControlRefused,
     CustodianReady,
@@ -38,10 +39,12 @@ from postcopy_protocol.messages import (
     Report,
     RequestPages,
     Wake,
+    WhenOrphaned,
     WorkerHello,
 )
 
-from . import briefing, control, ending, status, tracing
+from . import briefing, control, ending, status, takeover, tracing
+from .adoption import Returning, move_in
 from .auditor import Auditor
 from .blocks import RamBlock
 from .client_zero import NUMBER as ZERO
@@ -66,9 +69,11 @@ from .porter import (
     Visit,
 )
 from .reception import Reception
-from .runtime import RuntimeDirectory, cgroup_procs, notify
+from .recovery import Plan
+from .runtime import RuntimeDirectory, SignOfLife, cgroup_procs, notify
 from .settings import Settings
 from .sources import Sources
+from .takeover import Custodian
 from .watchdog import Watchdog
 from .workforce import Workforce
 
@@ -82,14 +87,17 @@ SCARCE = 128 << 20
 class House:
     """Everything between the first descriptor and the last."""
 
-    def __init__(self, settings: Settings, runtime: RuntimeDirectory) -> None:
+    def __init__(
+        self, settings: Settings, runtime: RuntimeDirectory, plan: Plan, custodian: Custodian | None = None
+    ) -> None:
+        """``custodian``: that of the supervisor before us, from which ``plan`` was made."""
         self.settings = settings
         self.started = time.monotonic()
         self.history = History()
         self.limit = descriptors.raise_descriptor_limit()
         self.runtime = runtime
         self.state = "starting"
-        self._device = _device()
+        self._quit, self._house_fd, self._device = _furniture(plan.house)
         self.has_device = self._device >= 0
         self._core = open_userfaultfd(device=self._device if self._device >= 0 else None)
         self._core.handshake()
@@ -101,28 +109,53 @@ class House:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: descriptors.signal_eventfd(self._stop_bell))
         self.sources = Sources(self._context, settings, self._event)
-        advice = self.sources.ask(lambda: bool(select.select([self._stop_bell], [], [], 0)[0]))
+        stopped = partial(select.select, [self._stop_bell], [], [], 0)
+        advice = self.sources.ask(plan.advice, lambda: bool(stopped()[0]))
         self.blocks = {
-            name: RamBlock(number, name, source, settings.page_size, advice[name].size if name in advice else 0)
-            for number, (name, source) in enumerate(settings.sources.items(), 1)
+            name: RamBlock(
+                plan.numbers[name], name, source, settings.page_size, advice.get(name), plan.blocks.get(name)
+            )
+            for name, source in settings.sources.items()
         }
         self._by_number = {block.number: block for block in self.blocks.values()}
         self._lease_wanted()
         for block in self.blocks.values():
             block.register(self._core)
-        self._quit = descriptors.create_eventfd()
-        self._house_fd = memory.create_memfd("postcopy-house", statistics.PAGE_BYTES)
         self._house = memoryview(mmap.mmap(self._house_fd, statistics.PAGE_BYTES)).cast("Q")
         self._house[statistics.WINDOW_LIMIT] = settings.fault_around
+        self._house[statistics.ENDING] = 0  # a predecessor may have been killed at its end
         self._router = self._bind()
         self._door = self._open_door()
-        self.custody = Custody(runtime.path, device=self._device >= 0)
+        orphans = WhenOrphaned(int(settings.orphan_timeout * 1000), settings.poison_orphans)
+        self.custody = Custody(runtime.path, orphans, device=self.has_device)
+        if custodian is not None:
+            self.custody.take_over(custodian.channel, custodian.pid, custodian.pidfd)
         self.exports = Exports()
         self._ticked = 0.0
         self._interrupted = False
+        self._keep_workers = False
+        self._alive = SignOfLife()
+        self.returning = Returning(self._reach)
         self.auditor = Auditor(list(self.blocks.values()), self._event)
         self._people()
         self.sources.connect(self._router, advice, self.blocks, self.paging, self._answer)
+        move_in(plan, self.custody, self.workforce, self.reception)
+        self.returning.expect({number for block in self.paging.links for number in self.reception.with_block(block)})
+        if plan.recovers:
+            self._recovered(plan)
+
+    def _recovered(self, plan: Plan) -> None:
+        self._house[statistics.RECOVERED] += 1
+        took = (time.monotonic() - self.started) * 1000
+        text = (
+            f"{len(plan.clients)} clients, {len(plan.workers)} workers and {len(plan.blocks)} blocks of the supervisor"
+        )
+        self._event("recover", f"{text} before us are taken over, in {took:.0f} ms")
+
+    @property
+    def recovered(self) -> int:
+        """How many supervisors have taken over from one that was gone."""
+        return int(self._house[statistics.RECOVERED])
 
     def _people(self) -> None:
         """Porter, workforce, client zero and reception, in the order in which they need one another."""
@@ -189,14 +222,18 @@ class House:
         if self.settings.worker_cgroups:
             self.custody.keep(briefing.CGROUPS, b"", [cgroup_procs(path) for path in self.settings.worker_cgroups])
         for block in self.blocks.values():
-            self.custody.keep(f"block/{block.number}", block.name.encode(), block.grant(0)[1])
+            self.custody.keep(f"block/{block.number}", encode(block.note()), block.grant(0)[1])
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Serve until told to end. Signals wake the porter; nothing else happens in their handlers."""
         self.porter.start()
-        self.porter.watch_custodian(self.custody.start())
+        if self.custody.channel is not None:
+            self.porter.watch_custodian(self.custody.channel)
+            self._ready()
+        else:
+            self.porter.watch_custodian(self.custody.start())
         while self.state != "ending":
             frames = self._router.recv_multipart(copy=False)
             identity = frames[0].bytes
@@ -300,6 +337,8 @@ class House:
         self._look_at_memory()
         self.porter.ring_at(self.zero.background(self.settings.background_rate, self.paging.roomy))
         self.sources.tick(now)
+        self.porter.ring_at(self.returning.knock(self.workforce.fleet.slots.__contains__, now))
+        self._alive.tick(now)
         self.paging.background(self.settings.background_rate, self._memory_left(), now)
         self.auditor.step(now)
         if now - self._ticked < 1.0:
@@ -374,6 +413,17 @@ class House:
         if slot is not None:
             self._answer(b"w%d.%d" % (worker, slot.incarnation), message)
 
+    def _reach(self, worker: int, message: Message) -> bool:
+        """Has the router taken it: does it know a way to this worker?"""
+        slot = self.workforce.fleet.slots.get(worker)
+        if slot is None:
+            return False
+        try:
+            self._router.send_multipart([b"w%d.%d" % (worker, slot.incarnation), encode(message)], zmq.DONTWAIT)
+        except zmq.ZMQError:
+            return False
+        return True
+
     def _answer(self, identity: bytes, message: Message) -> None:
         try:
             self._router.send_multipart([identity, encode(message)], zmq.DONTWAIT)
@@ -389,14 +439,25 @@ class House:
 
     # --- control ------------------------------------------------------------------------------------------------------
 
-    def ask_to_end(self) -> None:
-        """As SIGTERM does."""
+    def ask_to_end(self, keep_workers: bool = False) -> None:
+        """As SIGTERM does; ``keep_workers``: only we end. Raises BadInput when nobody would keep them."""
+        if keep_workers and (self.state != "running" or self.custody.behind):
+            raise BadInput("the custodian does not listen just now, so clients cannot be kept: nothing is ended")
+        self._keep_workers = keep_workers
         descriptors.signal_eventfd(self._stop_bell)
 
     def document(self) -> bytes:
         blocks = list(self.blocks.values())
         return status.document(
-            self.started, self.state, blocks, self.reception, self.workforce, self.zero, self.paging, self.history
+            self.started,
+            self.state,
+            blocks,
+            self.reception,
+            self.workforce,
+            self.zero,
+            self.paging,
+            self.history,
+            self.recovered,
         )
 
     # --- the end ------------------------------------------------------------------------------------------------------
@@ -405,11 +466,13 @@ class House:
         """In order: exports, workers, poison, word to the clients, descriptors."""
         log.info("ending: %d clients", len(self.reception.clients))
         notify("STOPPING=1")
-        self._house[statistics.ENDING] = 1
         self._door.close()
         for export in self.exports.running:
             export.cancel()
             self.zero.give_up(export.block)
+        if self._keep_workers:
+            return self._step_aside()
+        self._house[statistics.ENDING] = 1
         ending.workers_leave(self.workforce, self._quit)
         ending.poison_holes(self.reception, self._by_number)
         self.reception.tell_all(Ending("the supervisor ends; pages that are missing cannot come any more"))
@@ -417,16 +480,31 @@ class House:
             export.join(2)
         self.porter.stop()
         self.custody.end()
+        self.runtime.nobody_stays()
         self._router.close()
         self._context.term()
         log.info("ended")
 
+    def _step_aside(self) -> None:
+        """Only we go. Clients, workers and custodian go on, and wait for a successor."""
+        self.porter.stop()
+        self.custody.step_aside()
+        self._router.close()
+        self._context.term()
+        log.info("ended; %d clients go on: serve --recover takes them over", len(self.reception.clients))
 
-def _device() -> int:
+
+def _furniture(kept: tuple[int, ...]) -> tuple[int, int, int]:
+    """Quit eventfd, house page and device (-1: there is none): a predecessor's, which its workers hold, or new ones."""
+    if kept:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(kept[0])  # it may have been killed at its end
+        return kept[0], kept[1], kept[2] if len(kept) > 2 else -1
     try:
-        return open_device()
+        device = open_device()
     except UserfaultfdUnavailable:
-        return -1  # the syscall may do; clients then make theirs by it too
+        device = -1  # the syscall may do; clients then make theirs by it too
+    return descriptors.create_eventfd(), memory.create_memfd("postcopy-house", statistics.PAGE_BYTES), device
 
 
 def serve(settings: Settings) -> None:
@@ -436,7 +514,9 @@ def serve(settings: Settings) -> None:
         process.die_with_parent(settings.die_with_parent, signal.SIGTERM)
     runtime = RuntimeDirectory(settings.directory)
     try:
-        house = House(settings, runtime)
+        descriptors.raise_descriptor_limit()
+        custodian, plan = takeover.enter(runtime.custodian, settings)
+        house = House(settings, runtime, plan, custodian)
         if settings.trace:
             tracing.install(house, settings.trace)
         if settings.metrics is not None:

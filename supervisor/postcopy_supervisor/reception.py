@@ -20,12 +20,13 @@ from dataclasses import dataclass, field
 from postcopy_kernel import address_space, crashpoints, descriptors, memory, process
 from postcopy_kernel.userfaultfd import RegisterMode, Userfaultfd, is_userfaultfd, stuck_faults
 from postcopy_protocol import statistics
-from postcopy_protocol.codec import encode
+from postcopy_protocol.codec import encode, pack_offsets
 from postcopy_protocol.door import DoorConversation, Refusal
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.messages import (
     Attached,
     BlockOpened,
+    ClientNote,
     Goodbye,
     Hello,
     Mapped,
@@ -36,6 +37,7 @@ from postcopy_protocol.messages import (
     RegionGrant,
     Released,
     Resume,
+    Resumed,
     Unmap,
     Unmapped,
     UserfaultfdAccepted,
@@ -45,6 +47,7 @@ from postcopy_protocol.messages import (
 from .blocks import RamBlock
 from .custody import Custody
 from .porter import Porter
+from .recovery import KeptClient
 from .workforce import Workforce
 
 log = logging.getLogger(__name__)
@@ -83,6 +86,7 @@ class Client:
     leaving: bool = False
     back_end: bool = False
     """A vhost-user back-end: ``pid``, ``pidfd`` and memory are its own, the connection is its front-end's."""
+    quarantined: bool = False
 
     @property
     def name(self) -> str:
@@ -92,6 +96,22 @@ class Client:
     def key(self) -> str:
         """Its key at the custodian."""
         return f"client/{self.number}"
+
+    def note(self) -> bytes:
+        """For a successor of this supervisor."""
+        return encode(
+            ClientNote(
+                client=self.number,
+                name=self.name,
+                kind=self.conversation.kind,
+                uid=self.uid,
+                pid=self.pid,
+                quarantined=self.quarantined,
+                back_end=self.back_end,
+                regions=tuple(self.regions),
+                released=tuple(self.released),
+            )
+        )
 
 
 class Reception:
@@ -119,7 +139,7 @@ class Reception:
         self._limit = limit
         self._event = event
         self._by_connection: dict[socket.socket, Client] = {}
-        self._next = 1
+        self.next_number = 1
         self._estimate = limit  # the first visitor is counted
         self.past = statistics.merge(())
 
@@ -144,8 +164,8 @@ class Reception:
             self._send(connection, refusal.message())
             connection.close()
             return
-        client = Client(self._next, connection, who.uid, who.pid, pidfd, DoorConversation(), time.monotonic())
-        self._next += 1
+        client = Client(self.next_number, connection, who.uid, who.pid, pidfd, DoorConversation(), time.monotonic())
+        self.next_number += 1
         self.clients[client.number] = self._by_connection[connection] = client
         self._porter.watch_process(pidfd)
         self._porter.watch_visitor(connection)
@@ -196,8 +216,7 @@ class Reception:
                 self._take_back_end(client, *fds)
                 return True
             case Resume():
-                client.conversation.refuse_resume()
-                raise Refusal("denied", f"client {message.client} is not known here")
+                self._resume(client, message)
             case OpenBlock():
                 self._open(client, message)
             case Mapped():
@@ -239,8 +258,61 @@ class Reception:
         client.userfaultfd = userfaultfd
         client.statistics = memory.create_memfd(f"postcopy-c{client.number}", statistics.PAGE_BYTES)
         client.words = memoryview(mmap.mmap(client.statistics, statistics.PAGE_BYTES)).cast("Q")
-        self._custody.keep(client.key, client.name.encode(), (userfaultfd.fd, client.pidfd, client.statistics))
+        self._keep(client)
         self._say(client, UserfaultfdAccepted())
+
+    def _keep(self, client: Client) -> None:
+        """The custodian's note, anew: before any change is answered, and before a worker is forked for it."""
+        assert client.userfaultfd is not None
+        fds = (client.userfaultfd.fd, client.pidfd, client.statistics)
+        self._custody.keep(client.key, client.note(), fds)
+
+    # --- clients of a supervisor before us ----------------------------------------------------------------------------
+
+    def adopt(self, kept: KeptClient) -> None:
+        """A client goes on without a connection, until it resumes or its process ends."""
+        note, (fd, pidfd, figures) = kept.note, kept.fds
+        conversation = DoorConversation()
+        conversation.name, conversation.kind = note.name, note.kind
+        client = Client(note.client, None, note.uid, note.pid, pidfd, conversation, time.monotonic())
+        client.userfaultfd, client.statistics = Userfaultfd(fd), figures
+        client.words = memoryview(mmap.mmap(figures, statistics.PAGE_BYTES)).cast("Q")
+        client.regions, client.released = list(note.regions), list(note.released)
+        client.quarantined, client.back_end = note.quarantined, note.back_end
+        self.clients[client.number] = client
+        self.workforce.used(client.number, client.words[statistics.INCARNATION])
+        self._keep(client)
+        self._porter.watch_process(pidfd)
+
+    def begin_without_worker(self) -> None:
+        """Adopted clients whose workers have ended while nobody was there get one."""
+        for client in self.clients.values():
+            if client.regions and client.number not in self.workforce.fleet.slots:
+                self.workforce.start(client.number)
+
+    def quarantine(self, client: Client, quarantined: bool) -> None:
+        """Its next worker is, or is not, one of a client in quarantine: a successor should know."""
+        if client.quarantined != quarantined:
+            client.quarantined = quarantined
+            self._keep(client)
+
+    def _resume(self, stranger: Client, message: Resume) -> None:
+        """The same process comes again: the stranger's connection becomes the client's it was before."""
+        client = self.clients.get(message.client)
+        if client is None or client is stranger or client.leaving or not _is_same(client, stranger):
+            stranger.conversation.refuse_resume()
+            raise Refusal("denied", f"client {message.client} is not known here, or not you")
+        connection, conversation = stranger.connection, stranger.conversation
+        assert connection is not None
+        self._disconnect(client)
+        client.connection, client.conversation, stranger.connection = connection, conversation, None
+        self._by_connection[connection] = client
+        for region in (*client.regions, *client.released):
+            if (block := self._by_number.get(region.block)) is not None:
+                conversation.opened(block.number, region.mode, block.pages, block.page_size)
+        conversation.resumed([*client.regions, *client.released])
+        self.remove(stranger, f"is client {client.number}, which resumes")
+        self._say(client, Resumed(pack_offsets(sorted({region.block for region in client.released}))))
 
     def _open(self, client: Client, message: OpenBlock) -> None:
         block = self._blocks.get(message.name)
@@ -263,6 +335,7 @@ class Reception:
         region = RegionGrant(message.block, mode, message.address, message.length, message.offset, foreign)
         if block.complete:
             client.released.append(region)
+            self._keep(client)
             self._say(client, Attached(region.block, region.address))
             return self._say(client, Released(region.block))
         assert client.userfaultfd is not None
@@ -275,11 +348,13 @@ class Reception:
             raise Refusal("bad-range", _why_not(error, region)) from None
         client.regions.append(region)
         client.attaching.append(region)
+        self._keep(client)
         self._reassign(client)
 
     def _unmap(self, client: Client, message: Unmap) -> None:
         for regions in (client.regions, client.attaching, client.released):
             regions[:] = [region for region in regions if region.address != message.address]
+        self._keep(client)
         if client.number not in self.workforce.fleet.slots:
             return self._say(client, Unmapped(message.block, message.address))
         # The old worker must be gone before the client may map something else at this address.
@@ -337,6 +412,7 @@ class Reception:
                     log.debug("client %d: unregister: %s", client.number, error)  # it is ending, or has unmapped it
                 client.regions.remove(region)
                 client.released.append(region)
+            self._keep(client)
             self._say(client, Released(block.number))
             self._reassign(client)
 
@@ -439,6 +515,12 @@ class Reception:
         client = self.clients[number]
         numbers = sorted({region.block for region in client.regions})
         return client, [self._by_number[block] for block in numbers]
+
+
+def _is_same(client: Client, visitor: Client) -> bool:
+    """Is the visitor this client's process? A process that lives shares its number with nobody."""
+    same = (client.pid, client.uid) == (visitor.pid, visitor.uid)
+    return same and client.userfaultfd is not None and not process.pidfd_exited(client.pidfd)
 
 
 def _why_not(error: OSError, region: RegionGrant) -> str:

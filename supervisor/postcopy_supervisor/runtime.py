@@ -11,7 +11,7 @@ import socket
 import stat
 
 from postcopy_protocol.errors import BadInput
-from postcopy_protocol.places import CUSTODIAN, DOOR, LOCK, PRIVATE, ROUTER, custodian_path, door_path, router_endpoint
+from postcopy_protocol.places import DOOR, LOCK, PRIVATE, ROUTER, custodian_path, door_path, router_endpoint
 
 log = logging.getLogger(__name__)
 
@@ -54,12 +54,16 @@ class RuntimeDirectory:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(self.path, name))
 
+    def nobody_stays(self) -> None:
+        """The custodian has ended in order; one that was killed at it leaves its socket behind."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.custodian)
+
     def close(self) -> None:
         """Remove the sockets, give up the claim. The directory stays if anybody else's file is in it."""
         self._clean()
-        for name in (CUSTODIAN, LOCK):
-            with contextlib.suppress(OSError):
-                os.unlink(os.path.join(self.path, name))
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(self.path, LOCK))
         os.close(self._lock)
         for directory in (os.path.join(self.path, PRIVATE), self.path):
             with contextlib.suppress(OSError):
@@ -105,3 +109,20 @@ def notify(state: str) -> None:
             channel.sendto(state.encode(), address)
     except OSError as error:
         log.warning("cannot notify %s: %s", path, error)
+
+
+class SignOfLife:
+    """Says that we live (WATCHDOG=1) to a service manager that wants to hear it (sd_watchdog_enabled(3)), twice as
+    often as it asks for. The main loop says it: when that hangs, the manager ends us and a successor recovers."""
+
+    def __init__(self) -> None:
+        wanted, whose = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", "")
+        ours = whose in ("", str(os.getpid()))
+        self._every = int(wanted) / 2e6 if wanted.isdigit() and ours else 0.0
+        self._said = 0.0
+
+    def tick(self, now: float) -> None:
+        """``now`` in seconds, monotonic."""
+        if self._every and now - self._said >= self._every:
+            self._said = now
+            notify("WATCHDOG=1")

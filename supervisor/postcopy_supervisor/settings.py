@@ -51,6 +51,10 @@ class Settings:
     restart: RestartPolicy = field(default_factory=RestartPolicy)
     walls: str = "auto"
     worker_cgroups: tuple[str, ...] = ()
+    recover: bool = False
+    abandon: bool = False
+    orphan_timeout: float = 60.0
+    poison_orphans: bool = False
 
 
 def parse(arguments: list[str]) -> Settings:
@@ -97,6 +101,10 @@ def parse(arguments: list[str]) -> Settings:
         ),
         walls=told.walls,
         worker_cgroups=tuple(told.worker_cgroup),
+        recover=told.recover,
+        abandon=told.abandon,
+        orphan_timeout=told.orphan_timeout,
+        poison_orphans=told.on_orphan == "poison",
     )
 
 
@@ -232,6 +240,7 @@ def _parser() -> _Parser:
     )
     add("--metrics", default="", metavar="HOST:PORT", help="answer Prometheus there, as in 127.0.0.1:9464")
     add("--trace", default="", metavar="POINT,...", help=f"log these, one line each: {', '.join(POINTS)}, all")
+    _add_recovery(parser)
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     add("--die-with-parent", type=int, default=0, metavar="PID", help="end when the process PID, our parent, ends")
     return parser
@@ -268,4 +277,24 @@ def _add_restart(parser: _Parser) -> None:
         default="poison",
         choices=("poison", "wait"),
         help="missing pages of a quarantined client: SIGBUS, or wait until postcopy resume CLIENT",
+    )
+
+
+def _add_recovery(parser: _Parser) -> None:
+    """A supervisor that is gone, and the next one."""
+    last = parser.add_mutually_exclusive_group()
+    last.add_argument("--recover", action="store_true", help="take over what a supervisor that is gone left, if any")
+    last.add_argument("--abandon", action="store_true", help="leave the clients of one that is gone to their workers")
+    parser.add_argument(
+        "--orphan-timeout",
+        default=60.0,
+        type=_seconds,
+        metavar="SECONDS",
+        help="how long clients go on without a supervisor before --on-orphan",
+    )
+    parser.add_argument(
+        "--on-orphan",
+        default="wait",
+        choices=("wait", "poison"),
+        help="what missing pages of remote blocks do then",
     )

@@ -38,10 +38,12 @@ class Sources:
         self._babble: dict[str, int] = {}
         self._paging: Paging
 
-    def ask(self, stopped: Callable[[], bool]) -> dict[str, Advice]:
-        """What the sources of remote blocks say of them, by our names; waits for sources that are not there yet."""
-        advice: dict[str, Advice] = {}
-        for endpoint, blocks in _by_endpoint(self._settings.sources).items():
+    def ask(self, known: Mapping[str, Advice], stopped: Callable[[], bool]) -> dict[str, Advice]:
+        """What the sources of remote blocks say of them, by our names; waits for sources that are not there yet. What
+        is ``known`` is not asked for."""
+        advice = dict(known)
+        unknown = {name: source for name, source in self._settings.sources.items() if name not in known}
+        for endpoint, blocks in _by_endpoint(unknown).items():
             told = ask_advice(
                 self._context,
                 endpoint,

@@ -31,6 +31,7 @@ def document(
     zero: ClientZero,
     paging: Paging,
     history: History,
+    recovered: int = 0,
 ) -> bytes:
     """UTF-8 JSON."""
     paused = {number for number, link in paging.links.items() if link.state == "paused"}
@@ -42,6 +43,7 @@ def document(
         "pid": os.getpid(),
         "uptime_s": round(time.monotonic() - started, 3),
         "state": "paused" if paused and state == "running" else state,
+        "recovered": recovered,
         "blocks": [_block(block) for block in blocks],
         "clients": clients,
         "sources": [_source(link) for link in dict.fromkeys(paging.links.values())],

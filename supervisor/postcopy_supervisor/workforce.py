@@ -29,6 +29,7 @@ from .custody import Custody
 from .fleet import Fleet
 from .history import Tell
 from .porter import Porter
+from .recovery import KeptWorker
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,21 @@ class Workforce:
         self._untold: dict[Life, tuple[Running, float]] = {}
 
     # --- wishes -------------------------------------------------------------------------------------------------------
+
+    def adopt(self, life: KeptWorker, wanted: bool, quarantined: bool) -> None:
+        """A worker of the supervisor before us goes on; or, not ``wanted`` any more, it ends."""
+        running = Running(life.worker, life.incarnation, life.pid, life.pidfd)
+        self._running[life.pidfd] = running
+        self._porter.watch_process(life.pidfd)
+        self.used(life.worker, life.incarnation)
+        if wanted:
+            self._do(self.fleet.adopt(life.worker, life.incarnation, quarantined, time.monotonic()))
+        else:
+            _kill(running)
+
+    def used(self, worker: int, incarnation: int) -> None:
+        """Some life of this worker had this number."""
+        self.fleet.used[worker] = max(self.fleet.used.get(worker, 0), incarnation)
 
     def start(self, worker: int) -> None:
         self._do(self.fleet.start(worker, time.monotonic()))
@@ -139,6 +155,7 @@ class Workforce:
                 log.error("the custodian is gone; starting another")
                 self._custody.lost()
                 self._porter.watch_custodian(self._custody.start())
+                self._tell_of_workers()
                 self._do(self.fleet.custodian_lost(now))
             case CustodianReady():
                 log.debug("custodian ready (pid %d)", message.pid)
@@ -153,6 +170,14 @@ class Workforce:
                 self._do(self.fleet.fork_failed(message.worker, message.incarnation, now))
             case WorkerExited():
                 self._reaped(message)
+
+    def _tell_of_workers(self) -> None:
+        """The new custodian has not forked them: it is told what it needs to replace them when no supervisor lives."""
+        for life in self._running.values():
+            slot = self.fleet.slots.get(life.worker)
+            if slot is not None and slot.state in ("starting", "running") and slot.incarnation == life.incarnation:
+                keys, assignment = self._describe(life.worker, life.incarnation, slot.quarantined)
+                self._custody.adopt(life.worker, life.incarnation, life.pid, life.pidfd, keys, encode(assignment))
 
     def hello(self, message: WorkerHello) -> None:
         self._do(self.fleet.hello(message.worker, message.incarnation, time.monotonic()))

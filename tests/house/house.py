@@ -74,7 +74,7 @@ def arguments(directory: Path | str, blocks: tuple[str, ...], options: dict[str,
     words = [*blocks, "--runtime-dir", str(directory)]
     for name, value in options.items():
         for one in value if isinstance(value, list) else [value]:
-            words += ["--" + name.replace("_", "-"), str(one)]
+            words += ["--" + name.replace("_", "-"), *([] if one is True else [str(one)])]
     return [sys.executable, "-m", "postcopy_supervisor", *words]
 
 
@@ -210,20 +210,41 @@ class House:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._puppets: list[Puppet] = []
+        self.blocks, self.options = blocks, options
+        self._preexec, self._cwd = preexec, cwd
+        self.start()
+
+    def start(self, *, program: tuple[str, ...] = (), **more: Option) -> None:
+        """Start the supervisor; ``more`` options for this time, ``program`` in place of the supervisor's."""
+        self._begun = os.fstat(self._log.fileno()).st_size
+        command = arguments(self.directory, self.blocks, {**self.options, **more})
         self.process = subprocess.Popen(
-            arguments(directory, blocks, options),
+            [command[0], *program, *command[3:]] if program else command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=self._log,
             env=environment(),
-            preexec_fn=preexec,
-            cwd=cwd,
+            preexec_fn=self._preexec,
+            cwd=self._cwd,
         )
         self.pid = self.process.pid
 
+    def kill(self) -> None:
+        """SIGKILL to the supervisor, and to nobody else."""
+        self.process.kill()
+        self.process.wait(10)
+
+    def recover(self, **more: Any) -> None:
+        """The next supervisor, ready."""
+        self.start(recover=True, **more)
+        self.await_ready()
+
+    def await_ready(self) -> None:
+        until(self._ready, "the supervisor is ready", READY_WITHIN)
+
     def __enter__(self) -> House:
         try:
-            until(self._ready, "the supervisor is ready", READY_WITHIN)
+            self.await_ready()
         except BaseException:
             self._drop()
             raise
@@ -232,10 +253,16 @@ class House:
     def _ready(self) -> bool:
         status = self.process.poll()
         assert status is None, f"the supervisor ended with {status}: {self.log()}"
-        return "ready" in self.log()
+        return " ready: " in self.last_log()
 
     def log(self) -> str:
         return os.pread(self._log.fileno(), os.fstat(self._log.fileno()).st_size, 0).decode("utf-8", "replace")
+
+    def last_log(self) -> str:
+        """What was logged since the last start."""
+        return os.pread(self._log.fileno(), os.fstat(self._log.fileno()).st_size, self._begun).decode(
+            "utf-8", "replace"
+        )
 
     # --- clients ------------------------------------------------------------------------------------------------------
 
@@ -317,9 +344,9 @@ class House:
         assert isinstance(answer, ExportProgress), answer
         return answer
 
-    def stop(self) -> None:
+    def stop(self, keep_workers: bool = False) -> None:
         """AskStop, and the end of the process."""
-        answer = self.ask(AskStop(False))
+        answer = self.ask(AskStop(keep_workers))
         assert isinstance(answer, StopAnswer) and answer.pid == self.pid, answer
 
     # --- the end ------------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ import pytest
 from postcopy_protocol.codec import decode, encode, pack_offsets
 from postcopy_protocol.messages import (
     AskProgress,
-    AskStop,
     ControlRefused,
     ExportProgress,
     Fetched,
@@ -148,9 +147,3 @@ def test_a_crowd_at_the_router(served: tuple[House, Puppet, Path]) -> None:
     finally:
         for stream in streams:
             stream.close()
-
-
-def test_stop_is_not_for_strangers_and_keep_workers_not_yet(served: tuple[House, Puppet, Path]) -> None:
-    house, _, _ = served
-    answer = house.ask(AskStop(True))
-    assert isinstance(answer, ControlRefused) and "keep-workers" in answer.reason

@@ -89,6 +89,8 @@ def stop(
     with Control(runtime_dir) as control:
         pid = control.stop(keep_workers=keep_workers)
         print(f"the supervisor in {control.directory} (pid {pid}) has ended")
+        if keep_workers:
+            print("its clients and their workers go on; take them over: postcopy serve ... --recover")
 
 
 def resume(
