@@ -224,11 +224,20 @@ def program(of: Architecture, pid: int) -> list[Instruction]:
         code += _judged(number, 0, (_EQUAL, pid), ALLOW, DENY)
     for number in (of.mmap, of.mprotect, of.pkey_mprotect):
         code += _judged(number, 2, (_ANY_BIT, _PROT_EXEC), DENY, ALLOW)
-    for numbers in DENIED.values():
-        number_here = numbers[of.column]
-        if number_here is not None:
-            code += [(_EQUAL, 0, 1, number_here), (_RETURN, 0, 0, DENY)]
-    return [*code, (_RETURN, 0, 0, ALLOW)]
+    refused = sorted(number for numbers in DENIED.values() if (number := numbers[of.column]) is not None)
+    return [*code, *_search(refused)]
+
+
+def _search(refused: list[int]) -> list[Instruction]:
+    """Is the number among these? By halves: when a filter is put up, the kernel tries it with every number there is, at
+    every worker's birth."""
+    if len(refused) <= 3:
+        code = [(_EQUAL, len(refused) - at, 0, number) for at, number in enumerate(refused)]
+        return [*code, (_RETURN, 0, 0, ALLOW), (_RETURN, 0, 0, DENY)]
+    half = len(refused) // 2
+    low, high = _search(refused[:half]), _search(refused[half:])
+    # A jump skips 255 instructions at most, which is enough for a list of some 200 numbers.
+    return [(_AT_LEAST, len(low), 0, refused[half]), *low, *high]
 
 
 def _judged(number: int, argument: int, test: tuple[int, int], true: int, false: int) -> list[Instruction]:

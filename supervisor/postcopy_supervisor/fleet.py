@@ -90,6 +90,8 @@ class Slot:
     quarantined: bool = False
     crashes: deque[float] = field(default_factory=deque)
     strays: int = 0
+    unforked: int = 0
+    """Forks in a row that failed."""
 
     @property
     def shown(self) -> str:
@@ -176,7 +178,7 @@ class Fleet:
         if incarnation != slot.incarnation:
             slot.strays += 1  # asked for again after a deadline, and now both came
             return [Kill(worker, incarnation)]
-        slot.forked, slot.since = True, now
+        slot.forked, slot.unforked, slot.since = True, 0, now
         return [Kill(worker, incarnation)] if slot.state == "ending" else []
 
     def hello(self, worker: int, incarnation: int, now: float) -> list[Effect]:
@@ -201,11 +203,17 @@ class Fleet:
         return self._crashed(slot, now)
 
     def fork_failed(self, worker: int, incarnation: int, now: float) -> list[Effect]:
-        """The custodian could not fork it."""
+        """The custodian could not fork it: no memory, no process more. Nothing that its client did, so no crash: it
+        waits, ever longer, until there is room."""
         slot = self.slots.get(worker)
         if slot is None or incarnation != slot.incarnation or slot.forked:
             return []
-        return self._after_the_end(slot, now) if slot.state == "ending" else self._crashed(slot, now)
+        if slot.state == "ending":
+            return self._after_the_end(slot, now)
+        wait = self.policy.backoff * 2 ** min(slot.unforked, 16)
+        slot.unforked += 1
+        slot.state, slot.due = "waiting", now + min(wait, self.policy.longest_backoff)
+        return []
 
     def custodian_lost(self, now: float) -> list[Effect]:
         """Orders to fork that were under way are lost with it; workers that run go on."""

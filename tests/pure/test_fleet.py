@@ -124,7 +124,6 @@ class Workers(RuleBasedStateMachine):
     @rule(number=which)
     def fork_fails(self, number: int) -> None:
         order = self.orders.pop(number % len(self.orders))
-        self._crash(order.worker, order.incarnation)
         self._do(self.fleet.fork_failed(order.worker, order.incarnation, self.now))
 
     @precondition(lambda self: self.alive)
@@ -327,5 +326,25 @@ def test_a_quarantine_that_waits_runs_nothing_until_it_is_resumed() -> None:
 def test_who_rests_may_leave() -> None:
     fleet = Fleet(RestartPolicy(limit=0, poison=False))
     fleet.start(1, 0.0)
-    assert fleet.fork_failed(1, 1, 0.0) == [Quarantine(1), Ready(1)]
+    fleet.forked(1, 1, 0.0)
+    assert fleet.exited(1, 1, 0.0) == [Quarantine(1), Ready(1)]
     assert fleet.leave(1, 0.0) == [Gone(1)] and not fleet.slots
+
+
+def test_a_machine_that_cannot_fork_is_waited_for_and_nobody_is_quarantined() -> None:
+    fleet = Fleet(POLICY)
+    effects, now = fleet.start(1, 0.0), 0.0
+    waits = []
+    for number in range(1, 40):
+        assert effects == [Fork(1, number)]
+        assert fleet.fork_failed(1, number, now) == []
+        due = fleet.next_due()
+        assert due is not None and fleet.tick(due - 0.001) == []
+        waits.append(due - now)
+        now = due
+        effects = fleet.tick(now)
+    assert waits == sorted(waits) and waits[-1] == POLICY.longest_backoff
+    assert not fleet.slots[1].quarantined and fleet.restarts == 0
+    fleet.forked(1, 40, now)
+    assert fleet.hello(1, 40, now) == [Ready(1)]
+    assert fleet.fork_failed(1, 40, now) == [], "it is there: a word of the past"

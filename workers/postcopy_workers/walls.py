@@ -15,7 +15,7 @@ import os
 import resource
 from collections.abc import Callable, Sequence
 
-from postcopy_kernel import landlock, process, seccomp
+from postcopy_kernel import landlock, seccomp
 from postcopy_protocol import statistics
 
 AUTO, ALL, OFF = "auto", "all", "off"
@@ -37,7 +37,7 @@ def raise_walls(which: str, held: int, *, runs_handler: bool) -> tuple[int, list
     and what went wrong, in words."""
     wrong: list[str] = []
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would be a copy of the client's memory
-    standing = _privileges()
+    standing = statistics.NO_CAPABILITIES | statistics.NO_NEW_PRIVILEGES  # given up before, here or in the custodian
     if which == ALL or (which == AUTO and not runs_handler):
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         limit = min(hard, held + DESCRIPTORS)
@@ -54,11 +54,3 @@ def _tried(name: str, restrict: Callable[[], int], bit: int, wrong: list[str]) -
     except OSError as error:
         wrong.append(f"{name} does not stand: {error}")
         return 0
-
-
-def _privileges() -> int:
-    """What the custodian has given up for all of us, as the kernel sees it."""
-    found = process.privileges()
-    none_left = not any(found[kind] for kind in ("permitted", "effective", "inheritable", "ambient"))
-    standing = statistics.NO_CAPABILITIES if none_left else 0
-    return standing | (statistics.NO_NEW_PRIVILEGES if found["no_new_privs"] else 0)
