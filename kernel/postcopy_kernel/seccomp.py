@@ -224,7 +224,7 @@ def program(of: Architecture, pid: int) -> list[Instruction]:
         code += _judged(number, 0, (_EQUAL, pid), ALLOW, DENY)
     for number in (of.mmap, of.mprotect, of.pkey_mprotect):
         code += _judged(number, 2, (_ANY_BIT, _PROT_EXEC), DENY, ALLOW)
-    refused = sorted(number for numbers in DENIED.values() if (number := numbers[of.column]) is not None)
+    refused = sorted(found for numbers in DENIED.values() if (found := numbers[of.column]) is not None)
     return [*code, *_search(refused)]
 
 
