@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mmap
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,8 +17,8 @@ from postcopy import attach
 from postcopy.errors import BackEndGone, BackEndTimeout
 from postcopy.vhost_user import BackEnd, GuestMemory, blk
 from postcopy.vhost_user.rings import Bells, Ring, start_ring
-from tests.house.back_ends import disk_bytes, storage_daemon
-from tests.house.house import House, end_by_pidfd, until
+from tests.house.back_ends import disk_bytes, running, storage_daemon
+from tests.house.house import House, end_by_pidfd, environment, until
 
 pytestmark = pytest.mark.usefixtures("require_userfaultfd")
 
@@ -280,3 +282,89 @@ def test_a_front_end_that_is_killed(runtime_dir: Path, tmp_path: Path) -> None:
 def test_nobody_there(runtime_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(BackEndGone, match="no such socket"):
         BackEnd(tmp_path / "nobody", ["guest"], runtime_dir)
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def attached(runtime_dir: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "postcopy", "attach", "vhost-user", *words, "--runtime-dir", str(runtime_dir)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def line_of(process: subprocess.Popen[str], wanted: str) -> str:
+    assert process.stdout is not None and process.stderr is not None
+    for line in process.stdout:
+        if wanted in line:
+            return line
+    raise AssertionError(process.stderr.read())
+
+
+def test_the_command_attaches_ends_and_comes_back(runtime_dir: Path, tmp_path: Path) -> None:
+    with guest(runtime_dir, tmp_path, []) as house, storage_daemon(tmp_path) as program:
+        words = [str(program.socket), "--block", "guest:64K+128K@0x100000", "--block", "guest:0+64K", "--reconnect"]
+        with attached(runtime_dir, *words) as process:
+            assert f"pid {program.pid}" in line_of(process, "attached")
+            assert "128K of guest from 65536 at 0x100000" in line_of(process, "128K")
+            assert "libvhost-user" in line_of(process, "quirk")
+            assert record(house, "blk.sock")["state"] == "running"
+            program.kill()
+            line_of(process, "waiting for it")
+            with storage_daemon(tmp_path) as program:
+                assert f"pid {program.pid}" in line_of(process, "attached")
+                with attach("guest", runtime_dir) as block:
+                    block.ensure()
+                line_of(process, "post-copy has ended")
+                process.send_signal(signal.SIGINT)
+                assert process.wait(20) == 130
+                until(lambda: not record(house, "blk.sock"), "it has left")
+
+
+REFUSED = [
+    (["SOCKET", "--block", "nothing"], 1, "no block nothing"),
+    (["SOCKET", "--block", "guest@5"], 2, "whole pages"),
+    (["SOCKET", "--block", "guest", "--block", "guest@0"], 2, "overlap"),
+    (["SOCKET", "--block", "guest:0+1G"], 2, "ends at"),
+    (["SOCKET", "--block", "guest:0"], 2, "write NAME"),
+    (["SOCKET"], 2, "--block"),
+    (["SOCKET", "--block", "guest", "--pid", "4194304"], 1, "no process"),
+    (["SOCKET", "--block", "guest", "--pid", str(os.getpid())], 1, "mapped nowhere"),
+    (["/nowhere/at/all", "--block", "guest"], 1, "no such socket"),
+]
+
+
+def test_what_the_command_refuses(runtime_dir: Path, tmp_path: Path) -> None:
+    """In one line, and the same back-end can be attached afterwards."""
+    with guest(runtime_dir, tmp_path, []) as house, storage_daemon(tmp_path) as program:
+        for words, status, text in REFUSED:
+            words = [str(program.socket) if word == "SOCKET" else word for word in words]
+            with attached(runtime_dir, *words) as process:
+                assert process.wait(30) == status
+                assert process.stderr is not None
+                said = process.stderr.read()
+                assert text in said and said.count("\n") == 1, said
+            until(lambda: not house.status()["clients"], "nobody is left")
+        with BackEnd(program.socket, ["guest"], runtime_dir):
+            assert record(house, "blk.sock")
+
+
+def test_a_back_end_without_post_copy(runtime_dir: Path, tmp_path: Path) -> None:
+    """virtiofsd does not offer it; the refusal says why that usually is."""
+    path = tmp_path / "fs.sock"
+    command = ["/usr/lib/qemu/virtiofsd", f"--socket-path={path}", "-o", f"source={tmp_path}", "-o", "sandbox=chroot"]
+    with (
+        guest(runtime_dir, tmp_path, []),
+        running(command, path, tmp_path) as program,
+        attached(runtime_dir, str(program.socket), "--block", "guest") as process,
+    ):
+        assert process.wait(30) == 1
+        assert process.stderr is not None
+        said = process.stderr.read()
+        assert "does not offer post-copy" in said and "CAP_SYS_PTRACE" in said and "seccomp" in said
