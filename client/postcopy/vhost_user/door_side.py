@@ -62,6 +62,15 @@ class SharedBlock:
         with self.received.view(self.length // self.page_size) as view:
             return bytes(view)
 
+    def mark(self, page: int) -> int:
+        """The mark of one page: 0 is missing."""
+        with self.received.view() as view:
+            return view[page]
+
+    def touched(self) -> list[int]:
+        """Pages that somebody of ours has placed or is placing."""
+        return [page for page, mark in enumerate(self.marks()) if mark]
+
     def close(self) -> None:
         os.close(self.memory)
         self.received.close()
