@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import signal
@@ -369,3 +370,54 @@ def test_a_back_end_without_post_copy(runtime_dir: Path, tmp_path: Path) -> None
         assert process.stderr is not None
         said = process.stderr.read()
         assert "does not offer post-copy" in said and "CAP_SYS_PTRACE" in said and "seccomp" in said
+
+
+# --- the probe --------------------------------------------------------------------------------------------------------
+
+
+def probed(*words: str, status: int = 0) -> dict[str, Any]:
+    command = [sys.executable, "-m", "postcopy", "probe", "vhost-user", *words, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment(), check=False)
+    assert done.returncode == status, done.stderr + done.stdout
+    document = json.loads(done.stdout)
+    assert isinstance(document, dict)
+    return document
+
+
+def states(document: dict[str, Any]) -> dict[str, str]:
+    return {rule["rule"]: rule["state"] for rule in document["rules"]}
+
+
+def test_a_probe_of_a_good_back_end(tmp_path: Path) -> None:
+    """Its handler is killed and stopped on the way; the pages that came are exactly the predicted ones."""
+    with storage_daemon(tmp_path, sectors=8192, queues=2) as program:
+        words = ["--disk", str(program.disk), "--requests", "300", "--writes", "--kill-workers", "3", "--delays", "2"]
+        document = probed(str(program.socket), *words)
+    found = states(document)
+    assert document["verdict"] == "passed" and document["quirks"] == ["addresses-echoed"]
+    assert found.pop("addresses") == "quirk"
+    assert set(found.values()) == {"held"}, found
+    assert document["trouble"]["kills"] == 3 and document["trouble"]["delays"] == 2
+    assert document["faults"]["pages"] == document["faults"]["predicted_pages"]
+    assert document["requests"]["done"] == 300 and document["back_end"]["queues"] == 2
+
+
+def test_a_probe_sees_wrong_data(tmp_path: Path) -> None:
+    with storage_daemon(tmp_path) as program:
+        other = tmp_path / "other.img"
+        other.write_bytes(b"\0" + program.disk.read_bytes()[1:])
+        words = ["--requests", "40", "--depth", "4", "--rate", "500"]
+        assert states(probed(str(program.socket), "--disk", str(program.disk), *words))["reads"] == "held"
+        other.write_bytes(bytes(program.disk.stat().st_size))
+        document = probed(str(program.socket), "--disk", str(other), *words, status=1)
+    assert document["verdict"] == "failed"
+    assert states(document)["reads"] == "broken" and states(document)["writes"] == "not applicable"
+
+
+def test_a_probe_of_what_has_no_post_copy(tmp_path: Path) -> None:
+    path = tmp_path / "fs.sock"
+    command = ["/usr/lib/qemu/virtiofsd", f"--socket-path={path}", "-o", f"source={tmp_path}", "-o", "sandbox=chroot"]
+    with running(command, path, tmp_path):
+        document = probed(str(path), "--device", "none", status=1)
+    assert states(document)["pagefault"] == "broken" and states(document)["protocol-features"] == "held"
+    assert set(states(document).values()) == {"held", "broken", "not applicable"}
