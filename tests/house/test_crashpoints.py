@@ -18,7 +18,7 @@ import pytest
 from postcopy_kernel import crashpoints
 from postcopy_kernel.crashpoints import POINTS, VARIABLE
 from tests.conftest import SourceFile
-from tests.house.house import House, environment, until
+from tests.house.house import House, PuppetError, environment, until
 from tests.house.remote import Source, await_state
 
 SIZE = 2 << 20
@@ -74,14 +74,81 @@ def in_a_source(point: str, directory: Path, path: Path, patch: pytest.MonkeyPat
             assert [client.answer(60) for client in clients] == [-1, -1]
 
 
+def dies(house: House, patch: pytest.MonkeyPatch) -> None:
+    """The supervisor dies of its point; the next one takes over, and lives."""
+    assert house.wait(30) == -signal.SIGKILL, house.log()
+    patch.delenv(VARIABLE)
+    house.recover()
+
+
+def in_a_placing_supervisor(point: str, directory: Path, path: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setenv(VARIABLE, f"{point}:5")
+    options: dict[str, Any] = {"fault_around": "4K", "background_rate": "0"}
+    with Source(f"ram0={path}") as source, House(directory, source.block(), **options) as house:
+        clients = [house.client("ram0", mode) for mode in ("private", "shared")]
+        for seed, client in enumerate(clients):
+            client.begin(f"check(b, {str(path)!r}, 'random', 4096, {seed})")
+        dies(house, patch)
+        assert [client.answer(60) for client in clients] == [-1, -1]
+
+
+LEAVING = ("door.Unmap", "door.Unmapped", "door.Goodbye")
+RETURNING = ("door.Resume", "door.Resumed")
+
+
+def at_the_door(point: str, directory: Path, path: Path, patch: pytest.MonkeyPatch) -> None:
+    """One client works on while another is on its way in, or out, or comes back."""
+    blocks = f"ram0={path}", f"ram1={path}"
+    patch.setenv(VARIABLE, f"{point}:{1 if point in LEAVING + RETURNING else 2}")
+    with House(directory, *blocks, fault_around="4K") as house:
+        keeper, guest = house.client("ram0", "shared"), house.client(None)
+        keeper.begin(f"check(b, {str(path)!r}, 'random', 4096)")
+        if point in LEAVING + RETURNING:
+            guest.attach("ram1")
+        if point in RETURNING:
+            house.kill()
+            house.recover()
+            guest.begin("c = attach('ram0')")
+        else:
+            guest.begin("b.close()" if point in LEAVING else "b = attach('ram1')")
+        dies(house, patch)
+        try:
+            guest.answer(60)
+        except PuppetError as error:  # what was begun may fail for want of a supervisor, and for nothing else
+            assert error.kind == "NoSupervisor", error
+        guest.attach("ram1")
+        assert guest.do(f"check(b, {str(path)!r}, 'random', 4096)", 60) == -1
+        assert keeper.answer(60) == -1
+        until(lambda: len(house.status()["clients"]) == 2, "nothing of the conversation that broke is left")
+
+
+def in_a_take_over(point: str, directory: Path, path: Path, patch: pytest.MonkeyPatch) -> None:
+    with Source(f"ram1={path}") as source:
+        blocks = f"ram0={path}", source.block("ram1")
+        with House(directory, *blocks, fault_around="4K", background_rate="0") as house:
+            clients = [house.client(name, mode) for name in ("ram0", "ram1") for mode in ("private", "shared")]
+            for client in clients:
+                client.do("words(b, [1, 2])")
+            house.kill()
+            for seed, client in enumerate(clients):
+                client.begin(f"check(b, {str(path)!r}, 'random', 4096, {seed})")
+            patch.setenv(VARIABLE, f"{point}:{2 if point == 'takeover.half' else 1}")
+            house.start(recover=True)
+            dies(house, patch)
+            assert [client.answer(60) for client in clients] == [-1] * 4
+
+
 SCENARIOS: dict[str, Scenario] = {
+    "page": in_a_placing_supervisor,
+    "door": at_the_door,
+    "takeover": in_a_take_over,
     "worker": in_a_worker,
     "custodian": in_the_custodian,
     "source": in_a_source,
 }
 
 
-@pytest.mark.parametrize("point", [point for point in POINTS if point.partition(".")[0] in SCENARIOS])
+@pytest.mark.parametrize("point", POINTS)
 def test_death_at(point: str, runtime_dir: Path, source_file: SourceFile, monkeypatch: pytest.MonkeyPatch) -> None:
     scenario = SCENARIOS.get(point.partition(".")[0])
     assert scenario, f"no scenario for {point}"
