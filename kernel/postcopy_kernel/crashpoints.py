@@ -45,8 +45,6 @@ POINTS = {
     "door.Unmap": "a client has said it, its worker still serves the region",
     "door.Unmapped": "the client may unmap it, as it knows",
     "door.Goodbye": "a client has said it, everything of it is still here",
-    "door.Resume": "a client is back after a supervisor's death, no answer",
-    "door.Resumed": "it is told that everything is as it was",
     # the supervisor, remote block
     "page.arrived": "a source's page is here, not placed",
     "page.placed": "placed, not marked",
@@ -55,7 +53,7 @@ POINTS = {
     "takeover.asked": "the custodian has been asked for what it keeps",
     "takeover.half": "some of what it keeps is here",
     "takeover.judged": "all of it is here and fits, nothing is changed yet",
-    "takeover.moved": "clients and workers are ours, the door is shut",
+    "takeover.moved": "clients and workers are ours, nobody is answered yet",
     "takeover.ready": "it is ready, its predecessor's clients have not spoken",
     # the custodian
     "custodian.forked": "a worker is forked, the supervisor does not know",

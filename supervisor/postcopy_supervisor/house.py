@@ -20,7 +20,7 @@ from typing import Any
 
 import zmq
 
-from postcopy_kernel import descriptors, memory, process
+from postcopy_kernel import crashpoints, descriptors, memory, process
 from postcopy_kernel.userfaultfd import (
     PageFault,
     UserfaultfdUnavailable,
@@ -142,6 +142,7 @@ class House:
         move_in(plan, self.custody, self.workforce, self.reception)
         self.returning.expect({number for block in self.paging.links for number in self.reception.with_block(block)})
         if plan.recovers:
+            crashpoints.at("takeover.moved")
             self._recovered(plan)
 
     def _recovered(self, plan: Plan) -> None:
@@ -232,6 +233,7 @@ class House:
         if self.custody.channel is not None:
             self.porter.watch_custodian(self.custody.channel)
             self._ready()
+            crashpoints.at("takeover.ready")
         else:
             self.porter.watch_custodian(self.custody.start())
         while self.state != "ending":

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from postcopy_kernel import descriptors, process
+from postcopy_kernel import crashpoints, descriptors, process
 from postcopy_protocol.codec import decode, encode
 from postcopy_protocol.errors import BadInput, BadMessage, BadVersion
 from postcopy_protocol.messages import Dismiss, InventoryEnd, Kept, TakeOver, WorkerForked
@@ -77,6 +77,7 @@ def find(path: str) -> Custodian | None:
     try:
         channel.setblocking(False)
         descriptors.send_message(channel, encode(TakeOver(os.getpid())))
+        crashpoints.at("takeover.asked")
         _collect(custodian)
     except BadVersion as error:
         custodian.leave()
@@ -102,6 +103,7 @@ def _collect(custodian: Custodian) -> None:
         match message:
             case Kept():
                 custodian.kept[message.key] = (message.meta, heard.fds)
+                crashpoints.at("takeover.half")
             case WorkerForked():
                 custodian.workers.append(KeptWorker(message.worker, message.incarnation, message.pid, heard.fds[0]))
             case InventoryEnd():
@@ -146,7 +148,9 @@ def _enter(custodian: Custodian, settings: Settings) -> tuple[Custodian | None, 
     descriptors.close_all(custodian.kept.pop(recovery.CGROUPS, (b"", ()))[1])  # ours are as we are told
     alive = {client.note.client for client in estate.clients if not process.pidfd_exited(client.fds[1])}
     if settings.recover and estate.house:
-        return custodian, judge(estate, settings, alive)
+        plan = judge(estate, settings, alive)
+        crashpoints.at("takeover.judged")
+        return custodian, plan
     if alive:
         raise BadInput(
             f"{len(alive)} clients of a supervisor that is gone live on in {settings.directory}: take them over "

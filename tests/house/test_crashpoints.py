@@ -119,7 +119,8 @@ def at_the_door(point: str, directory: Path, path: Path, patch: pytest.MonkeyPat
         guest.attach("ram1")
         assert guest.do(f"check(b, {str(path)!r}, 'random', 4096)", 60) == -1
         assert keeper.answer(60) == -1
-        until(lambda: len(house.status()["clients"]) == 2, "nothing of the conversation that broke is left")
+        guest.kill()
+        until(lambda: [one["pid"] for one in house.status()["clients"]] == [keeper.pid], "nothing of the guest is left")
 
 
 def in_a_take_over(point: str, directory: Path, path: Path, patch: pytest.MonkeyPatch) -> None:
