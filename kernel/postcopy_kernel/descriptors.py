@@ -21,6 +21,9 @@ from typing import Final
 MOST_DESCRIPTORS: Final = 253  # SCM_MAX_FD: a message that carries more is refused by the kernel (EINVAL)
 
 _SO_PEERPIDFD: Final = 77  # Linux 6.5; no constant in Python
+_SO_PEERGROUPS: Final = 59  # Linux 4.13; no constant in Python
+_GROUP: Final = struct.Struct("=I")
+_MOST_GROUPS: Final = 65536
 _CLOSE_RANGE: Final = 436  # Linux 5.9, the same number on every architecture
 _LAST_DESCRIPTOR: Final = 2**32 - 1
 _CREDENTIALS: Final = struct.Struct("=iII")
@@ -97,6 +100,21 @@ def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> tuple[int, ...]:
 def peer_credentials(sock: socket.socket) -> Credentials:
     """Pid, uid and gid of the process that connected (SO_PEERCRED). The pid alone identifies nobody: see peer_pidfd."""
     return Credentials(*_CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)))
+
+
+def peer_groups(sock: socket.socket) -> frozenset[int]:
+    """Supplementary groups that the process had when it connected (SO_PEERGROUPS). Its own group is in
+    peer_credentials."""
+    room = 64
+    while True:
+        try:
+            raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, room * _GROUP.size)
+        except OSError as error:
+            if error.errno != errno.ERANGE or room > _MOST_GROUPS:
+                raise
+            room *= 4
+            continue
+        return frozenset(group for (group,) in _GROUP.iter_unpack(raw))
 
 
 def peer_pidfd(sock: socket.socket) -> int:

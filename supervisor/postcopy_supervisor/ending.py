@@ -3,7 +3,8 @@
 All stop placing (quit eventfd), workers leave, then exactly the holes of every client are poisoned through our
 duplicates of the shared userfaultfds, in bounded steps; only then are the clients told and descriptors closed. A page
 that is there stays there: the client's mapping holds the memory. Poison costs page tables (2 MiB a GiB and client), so
-there is a budget; what exceeds it waits, for the client holds its own userfaultfd, and a page that waits is not zeros.
+there is a budget of memory and of time; what exceeds it waits, for the client holds its own userfaultfd, and a page
+that waits is not zeros.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import contextlib
 import logging
 import signal
 import time
+from dataclasses import dataclass
 
 from postcopy_kernel import descriptors, process
 from postcopy_kernel.userfaultfd import Status, Userfaultfd
 from postcopy_protocol.messages import RegionGrant
 
 from .blocks import RamBlock
-from .reception import Client, Reception
+from .reception import Reception
 from .workforce import Workforce
 
 log = logging.getLogger(__name__)
@@ -28,6 +30,8 @@ STEP = 64 << 20
 TABLE_BYTES_PER_PAGE = 8
 BUDGET_SHARE = 4
 """A quarter of the memory that is available may go into page tables of poison."""
+POISON_SECONDS = 20.0
+"""And as long may all of it take: some 30 ms a GiB and client (4K pages), within what service managers grant an end."""
 
 
 def workers_leave(workforce: Workforce, quit_fd: int) -> None:
@@ -47,35 +51,51 @@ def workers_leave(workforce: Workforce, quit_fd: int) -> None:
         time.sleep(0.002)
 
 
+@dataclass(slots=True)
+class Budget:
+    """What the end may cost: bytes of page tables, and a moment (monotonic seconds)."""
+
+    bytes: int
+    deadline: float
+
+    def allows(self, pages: int) -> bool:
+        """Take what ``pages`` of poison cost; False: it is used up."""
+        self.bytes -= pages * TABLE_BYTES_PER_PAGE
+        return self.bytes >= 0 and time.monotonic() < self.deadline
+
+
 def poison_holes(reception: Reception, blocks: dict[int, RamBlock]) -> None:
     """Every page that is still missing becomes SIGBUS in every client that has it registered."""
-    budget = available_memory() // BUDGET_SHARE
+    budget = Budget(available_memory() // BUDGET_SHARE, time.monotonic() + POISON_SECONDS)
     for client in list(reception.clients.values()):
         if client.userfaultfd is None or process.pidfd_exited(client.pidfd):
             continue
         for region in client.regions:
-            budget = _poison_region(client, client.userfaultfd, region, blocks[region.block], budget)
+            block = blocks[region.block]
+            if not _poison_region(client.userfaultfd, region, block, budget):
+                log.error(
+                    "client %d: no memory or time to poison all that is missing of block %s: what is not, waits",
+                    client.number,
+                    block.name,
+                )
+            try:
+                client.userfaultfd.wake(region.address, region.length)  # whoever waits for a page that is there
+            except OSError as error:
+                log.debug("client %d: wake: %s", client.number, error)
 
 
-def _poison_region(client: Client, ufd: Userfaultfd, region: RegionGrant, block: RamBlock, budget: int) -> int:
+def _poison_region(ufd: Userfaultfd, region: RegionGrant, block: RamBlock, budget: Budget) -> bool:
+    """False: the budget is used up."""
     for start, length in block.hole_runs():
         first, end = max(start, region.offset), min(start + length, region.offset + region.length)
         while first < end:
             step = min(STEP, end - first)
-            budget -= step // block.page_size * TABLE_BYTES_PER_PAGE
-            if budget < 0:
-                log.error(
-                    "client %d: no memory to poison what is missing of block %s: it waits", client.number, block.name
-                )
-                return 0
+            if not budget.allows(step // block.page_size):
+                return False
             if not _poison(ufd, region.address + first - region.offset, step, block.page_size):
-                return budget
+                return True
             first += step
-    try:
-        ufd.wake(region.address, region.length)  # whoever waits for a page that is there
-    except OSError as error:
-        log.debug("client %d: wake: %s", client.number, error)
-    return budget
+    return True
 
 
 def _poison(ufd: Userfaultfd, start: int, length: int, page_size: int) -> bool:

@@ -181,6 +181,7 @@ class House:
         self.reception = Reception(
             self.blocks, self.custody, self.porter, self._device, allowed, self.limit, self._event
         )
+        self.reception.allowed_groups = self.settings.allow_gids
         self.zero.workforce = self.reception.workforce = self.workforce
         self.reception.left = self.paging.left
         self.paging.clients_with = self.reception.with_block

@@ -136,6 +136,7 @@ class Reception:
         self._porter = porter
         self._device = device
         self._allowed = allowed
+        self.allowed_groups: frozenset[int] = frozenset()
         self._limit = limit
         self._event = event
         self._by_connection: dict[socket.socket, Client] = {}
@@ -149,7 +150,7 @@ class Reception:
         """Somebody had connected ``at`` this time: all that was said before it has been heard."""
         try:
             who = descriptors.peer_credentials(connection)
-            if who.uid not in self._allowed:
+            if who.uid not in self._allowed and not self._allowed_by_group(connection, who.gid):
                 raise Refusal("denied", f"user {who.uid} may not attach here (serve --allow-uid {who.uid} allows it)")
             strangers = [client for client in self.clients.values() if client.userfaultfd is None]
             if len(strangers) >= max(MOST_STRANGERS, self._limit // 8):
@@ -169,6 +170,12 @@ class Reception:
         self.clients[client.number] = self._by_connection[connection] = client
         self._porter.watch_process(pidfd)
         self._porter.watch_visitor(connection)
+
+    def _allowed_by_group(self, connection: socket.socket, own: int) -> bool:
+        """Groups as they were when it connected; what it does to itself later changes nothing."""
+        if not self.allowed_groups:
+            return False
+        return own in self.allowed_groups or not self.allowed_groups.isdisjoint(descriptors.peer_groups(connection))
 
     def _room(self) -> bool:
         """Do one more client's descriptors fit? Counting costs, so it is done only where the estimate says no."""

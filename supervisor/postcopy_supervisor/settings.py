@@ -38,6 +38,7 @@ class Settings:
     background_rate: int = AUTO_RATE
     max_memory: int = 0
     allow_uids: frozenset[int] = frozenset()
+    allow_gids: frozenset[int] = frozenset()
     handler_timeout: float = 30.0
     die_with_parent: int = 0
     log_level: str = "info"
@@ -81,6 +82,7 @@ def parse(arguments: list[str]) -> Settings:
         else _size("--background-rate", told.background_rate, zero=True),
         max_memory=_size("--max-memory", told.max_memory, zero=True),
         allow_uids=frozenset(told.allow_uid),
+        allow_gids=frozenset(told.allow_gid),
         handler_timeout=told.handler_timeout,
         die_with_parent=told.die_with_parent,
         log_level=told.log_level,
@@ -171,7 +173,7 @@ def _limit(text: str) -> int:
 
 def _uid(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) >= 1 << 32:
-        raise argparse.ArgumentTypeError(f"{text!r}: a user id is a number from 0 to 4294967295")
+        raise argparse.ArgumentTypeError(f"{text!r}: a user or group id is a number from 0 to 4294967295")
     return int(text)
 
 
@@ -206,6 +208,14 @@ def _parser() -> _Parser:
         type=_uid,
         metavar="UID",
         help="another user who may attach (repeat)",
+    )
+    add(
+        "--allow-gid",
+        action="append",
+        default=[],
+        type=_uid,
+        metavar="GID",
+        help="a group whose members may attach (repeat)",
     )
     add(
         "--handler-timeout",

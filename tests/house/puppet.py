@@ -86,7 +86,7 @@ def syscall_read(block: postcopy.Block, offset: int, length: int = 8) -> str:
         os.close(writer)
 
 
-def become(uid: int) -> None:
+def become(uid: int, gid: int = -1, groups: tuple[int, ...] = ()) -> None:
     """Give up all rights; everything that is imported later must be here already, because files may be out of reach."""
     import postcopy.block
     import postcopy.client
@@ -95,8 +95,9 @@ def become(uid: int) -> None:
     import postcopy.filling
     import postcopy.session  # noqa: F401
 
-    os.setgroups([])
-    os.setresgid(uid, uid, uid)
+    own = uid if gid < 0 else gid
+    os.setgroups(groups)
+    os.setresgid(own, own, own)
     os.setresuid(uid, uid, uid)
 
 

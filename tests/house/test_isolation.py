@@ -111,6 +111,31 @@ def test_a_user_who_is_not_allowed(runtime_dir: Path, source_file: SourceFile) -
         assert house.status()["clients"] == []
 
 
+@pytest.mark.parametrize(
+    ("gid", "groups", "allowed"),
+    [
+        (5001, "()", True),
+        (NOBODY, "(1, 5001, 7)", True),
+        (5002, "(1, 5003)", False),
+        (5002, "tuple(range(7000, 7200))", False),
+    ],
+)
+def test_a_group_that_is_allowed(
+    runtime_dir: Path, source_file: SourceFile, gid: int, groups: str, allowed: bool
+) -> None:
+    """The peer's own group, or one beside it, as the kernel noted them when it connected."""
+    with House(runtime_dir, f"ram0={source_file(PAGE)}", allow_gid=[5001, 7500]) as house:
+        client = house.client(None)
+        client.do(f"become({NOBODY}, {gid}, {groups})")
+        if allowed:
+            client.attach("ram0")
+            assert client.do("words(b, [0])") == [word(0)]
+            return
+        with pytest.raises(PuppetError) as refused:
+            client.attach("ram0")
+        assert refused.value.kind == "AttachDenied" and str(NOBODY) in refused.value.text
+
+
 def test_an_unprivileged_client_cannot_write_a_private_block(runtime_dir: Path, source_file: SourceFile) -> None:
     """Not through its read-only descriptor opened anew, nor through the router or the lock."""
     with House(runtime_dir, f"ram0={source_file(64 * PAGE)}", allow_uid=[NOBODY]) as house:
