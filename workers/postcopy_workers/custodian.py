@@ -48,7 +48,7 @@ from postcopy_protocol.messages import (
 
 from . import orphan, worker
 from .forking import fork_worker
-from .orphan import Orphan, State
+from .orphan import Orphan
 from .rendezvous import Rendezvous
 
 MESSAGE_LIMIT = 1 << 18
@@ -62,12 +62,24 @@ log = logging.getLogger("postcopy.custodian")
 
 @dataclass(frozen=True, slots=True)
 class Life:
-    """A worker's process. ``child``: ours to reap; else a custodian before us has forked it."""
+    """A worker's process. ``child``: ours to reap; else a custodian before us has forked it. ``poisoned``: it has no
+    remote sources, because no supervisor came in time."""
 
     pid: int
     worker: int
     incarnation: int
-    child: bool
+    began: float
+    child: bool = True
+    poisoned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """By what a worker is forked: the keys of its descriptors, what it is told, its latest incarnation."""
+
+    keys: tuple[str, ...]
+    assignment: bytes
+    incarnation: int
 
 
 class Custodian:
@@ -76,30 +88,25 @@ class Custodian:
     def __init__(self, channel: socket.socket, rendezvous: Rendezvous | None) -> None:
         self._channel: socket.socket | None = channel
         self._rendezvous = rendezvous
-        self._law = Orphan()
         self._kept: dict[str, tuple[bytes, tuple[int, ...]]] = {}
-        self._orders: dict[int, tuple[tuple[str, ...], bytes]] = {}
+        self._orders: dict[int, Order] = {}
         self._lives: dict[int, Life] = {}
+        self._when_orphaned = (0.0, False)
+        self._lost_at: float | None = None
+        self._orphan: Orphan | None = None
         self._clients: dict[int, int] = {}  # pidfd: client, watched only without a supervisor
+        self._ending = False
         self._poll = select.poll()
         self._poll.register(channel, select.POLLIN)
 
     def run(self) -> None:
         """Live until nobody is left to care for."""
         self._say(CustodianReady(os.getpid()))
-        while self._law.state is not State.DISMISSED or self._lives:
-            for fd, _ in self._poll.poll(self._patience()):
+        while not self._ending or self._lives:
+            for fd, _ in self._poll.poll(self._patience() if self._orphan else None):
                 self._look(fd)
-            now = time.monotonic()
-            self._do(self._law.tick(now))
-            self._show_out(now)
-            if self._law.state is State.DISMISSED:
-                self._shut()
-
-    def _patience(self) -> float | None:
-        dues = [self._law.next_due(), self._rendezvous.next_due() if self._rendezvous else None]
-        due = min((due for due in dues if due is not None), default=None)
-        return None if due is None else max(0.0, due - time.monotonic()) * 1000 + 1
+            if self._orphan is not None:
+                self._deputize(self._orphan, time.monotonic())
 
     def _look(self, fd: int) -> None:
         if fd in self._lives:
@@ -107,18 +114,8 @@ class Custodian:
                 self._reap(fd)
         elif self._channel is not None and fd == self._channel.fileno():
             self._listen(self._channel)
-        elif fd in self._clients:
-            if process.pidfd_exited(fd):
-                self._do(self._law.client_ended(self._clients[fd]))
-        elif self._rendezvous is not None and fd == self._rendezvous.fileno():
-            visitor = self._rendezvous.visit(time.monotonic())
-            if visitor >= 0:
-                self._poll.register(visitor, select.POLLIN)
-        elif self._rendezvous is not None and self._rendezvous.waits(fd):
-            self._poll.unregister(fd)
-            connection = self._rendezvous.hear(fd)
-            if connection is not None:
-                self._taken(connection)
+        elif self._orphan is not None:
+            self._look_orphaned(self._orphan, fd)
 
     # --- with a supervisor --------------------------------------------------------------------------------------------
 
@@ -138,7 +135,7 @@ class Custodian:
         except BadMessage:
             log.exception("the supervisor said something that this custodian does not understand")
             return descriptors.close_all(received.fds)
-        self._law.heard()
+        self._lost_at = None  # it is here to stay
         self._obey(message, received.fds)
 
     def _obey(self, message: Message, fds: tuple[int, ...]) -> None:
@@ -152,9 +149,9 @@ class Custodian:
             case ForkWorker():
                 self._ordered(message)
             case WhenOrphaned():
-                self._law.told(message.timeout_ms / 1000, message.poison)
+                self._when_orphaned = (message.timeout_ms / 1000, message.poison)
             case Dismiss():
-                self._law.dismissed()
+                self._end()
         descriptors.close_all(fds)
 
     def _keep(self, message: Keep, fds: tuple[int, ...]) -> None:
@@ -162,63 +159,47 @@ class Custodian:
         self._kept[message.key] = (message.meta, fds)
         descriptors.close_all(old)
         crashpoints.at("custodian.kept")
-        client = _client(message.key)
-        if client and len(fds) > PIDFD:
-            self._law.kept(client, _has_regions(message.meta))
 
     def _drop(self, key: str) -> None:
         _, fds = self._kept.pop(key, (b"", ()))
-        client = _client(key)
-        if client:
-            self._law.dropped(client)
-            self._orders.pop(client, None)
-            if len(fds) > PIDFD and self._clients.pop(fds[PIDFD], None) is not None:
-                self._poll.unregister(fds[PIDFD])
+        self._orders.pop(_client(key), None)
+        if len(fds) > PIDFD and self._clients.pop(fds[PIDFD], None) is not None:
+            self._poll.unregister(fds[PIDFD])
         descriptors.close_all(fds)
 
     def _adopt(self, told: Adopt, pidfd: int) -> None:
         """A custodian before us has forked it; it is watched, and replaced, like one of ours."""
-        self._orders[told.worker] = (told.keys, told.assignment)
-        with contextlib.suppress(BadMessage):
-            assignment = decode(told.assignment, expect=(Assignment,))
-            assert isinstance(assignment, Assignment)
-            self._law.ordered(told.worker, told.incarnation, _has_remote(assignment))
-        self._watch(pidfd, Life(told.pid, told.worker, told.incarnation, child=False))
+        self._orders[told.worker] = Order(told.keys, told.assignment, told.incarnation)
+        self._watch(pidfd, Life(told.pid, told.worker, told.incarnation, time.monotonic(), child=False))
 
-    def _ordered(self, order: ForkWorker) -> None:
-        number, incarnation = order.worker, order.incarnation
-        self._orders[number] = (order.keys, order.assignment)
+    def _ordered(self, told: ForkWorker) -> None:
         try:
-            if number and self._lives_on(number):
+            if told.worker and any(
+                life.worker == told.worker and not process.pidfd_exited(fd) for fd, life in self._lives.items()
+            ):
                 raise OSError("another life of it has not ended")
-            assignment = self._read(number)
-            self._law.ordered(number, incarnation, _has_remote(assignment))
-            self._fork(assignment)
+            self._orders[told.worker] = Order(told.keys, told.assignment, told.incarnation)
+            self._fork(self._read(told.worker))
         except (OSError, BadMessage) as error:
-            self._say(ForkFailed(number, incarnation, str(error)))
-
-    def _lives_on(self, number: int) -> bool:
-        if not self._law.lives_of(number):
-            return False
-        return any(life.worker == number and not process.pidfd_exited(fd) for fd, life in self._lives.items())
+            self._say(ForkFailed(told.worker, told.incarnation, str(error)))
 
     # --- workers ------------------------------------------------------------------------------------------------------
 
     def _read(self, number: int) -> Assignment:
         """The worker's last order. Read on this side of the fork: what the codec touches would be copied for every
         worker (0.4 MB)."""
-        assignment = decode(self._orders[number][1], expect=(Assignment,))
+        assignment = decode(self._orders[number].assignment, expect=(Assignment,))
         assert isinstance(assignment, Assignment)
         return assignment
 
-    def _fork(self, assignment: Assignment) -> None:
+    def _fork(self, assignment: Assignment, *, poisoned: bool = False) -> None:
         number, incarnation = assignment.worker, assignment.incarnation
-        keys = self._orders[number][0]
+        keys = self._orders[number].keys
         missing = [key for key in keys if key not in self._kept]
         if missing:
             raise BadMessage(f"not kept here: {', '.join(missing)}")
         newborn = fork_worker(assignment, [fd for key in keys for fd in self._kept[key][1]])
-        self._watch(newborn.pidfd, Life(newborn.pid, number, incarnation, child=True))
+        self._watch(newborn.pidfd, Life(newborn.pid, number, incarnation, time.monotonic(), poisoned=poisoned))
         crashpoints.at("custodian.forked")
         self._say(WorkerForked(number, incarnation, newborn.pid), [newborn.pidfd])
         crashpoints.at("custodian.announced")
@@ -229,7 +210,6 @@ class Custodian:
     def _watch(self, pidfd: int, life: Life) -> None:
         self._lives[pidfd] = life
         self._poll.register(pidfd, select.POLLIN)
-        self._law.forked(life.worker, life.incarnation, time.monotonic())
 
     def _reap(self, pidfd: int) -> None:
         life = self._lives.pop(pidfd)
@@ -240,7 +220,8 @@ class Custodian:
             _, status = os.waitpid(life.pid, 0)
             client_gone = os.waitstatus_to_exitcode(status) == worker.CLIENT_GONE
             self._say(WorkerExited(life.worker, life.incarnation, status))
-        self._do(self._law.exited(life.worker, life.incarnation, client_gone, time.monotonic()))
+        if self._orphan is not None:
+            self._do(self._orphan.exited(life.worker, life.incarnation, client_gone, time.monotonic()))
 
     # --- without one --------------------------------------------------------------------------------------------------
 
@@ -250,19 +231,68 @@ class Custodian:
             self._poll.unregister(self._channel)
             self._channel.close()
         self._channel = None
-        if self._law.state is State.DISMISSED:
+        if self._ending:
             return
-        log.warning("the supervisor is gone; %d workers go on for %d clients", len(self._lives), self._law.clients)
+        now = time.monotonic()
+        self._lost_at = now if self._lost_at is None else self._lost_at
         if HOUSE in self._kept:
             with contextlib.suppress(OSError):  # it died while it ended in order: its clients are still here
                 os.eventfd_read(self._kept[HOUSE][1][QUIT])
-        for key, (_, fds) in self._kept.items():
-            if _client(key) and len(fds) > PIDFD:
-                self._clients[fds[PIDFD]] = _client(key)
-                self._poll.register(fds[PIDFD], select.POLLIN)
         if self._rendezvous is not None:
             self._poll.register(self._rendezvous.fileno(), select.POLLIN)
-        self._do(self._law.lost(time.monotonic()))
+        self._orphan = self._made_orphan(self._lost_at)
+        log.warning("the supervisor is gone; %d workers go on for %d clients", len(self._lives), self._orphan.clients)
+        self._do(self._orphan.begin(now))
+
+    def _made_orphan(self, lost_at: float) -> Orphan:
+        law = Orphan(lost_at, *self._when_orphaned)
+        for key, (meta, fds) in self._kept.items():
+            number = _client(key)
+            if not number or len(fds) <= PIDFD:
+                continue
+            self._clients[fds[PIDFD]] = number
+            self._poll.register(fds[PIDFD], select.POLLIN)
+            order = self._orders.get(number)
+            law.client(
+                number,
+                order.incarnation if order else 0,
+                wanted=order is not None and _has_regions(meta),
+                remote=order is not None and _has_remote(self._read(number)),
+            )
+        for life in self._lives.values():
+            law.life(life.worker, life.incarnation, life.began, poisoned=life.poisoned)
+        return law
+
+    def _patience(self) -> float | None:
+        """Milliseconds until something is due."""
+        assert self._orphan is not None
+        dues = [self._orphan.next_due(), self._rendezvous.next_due() if self._rendezvous else None]
+        due = min((due for due in dues if due is not None), default=None)
+        return None if due is None else max(0.0, due - time.monotonic()) * 1000 + 1
+
+    def _look_orphaned(self, law: Orphan, fd: int) -> None:
+        if fd in self._clients:
+            if process.pidfd_exited(fd):
+                self._do(law.client_ended(self._clients[fd]))
+        elif self._rendezvous is not None and fd == self._rendezvous.fileno():
+            visitor = self._rendezvous.visit(time.monotonic())
+            if visitor >= 0:
+                self._poll.register(visitor, select.POLLIN)
+        elif self._rendezvous is not None and self._rendezvous.waits(fd):
+            self._poll.unregister(fd)
+            connection = self._rendezvous.hear(fd)
+            if connection is not None:
+                self._taken(law, connection)
+
+    def _deputize(self, law: Orphan, now: float) -> None:
+        self._do(law.tick(now))
+        for fd in self._rendezvous.silent(now) if self._rendezvous else ():
+            self._poll.unregister(fd)
+            assert self._rendezvous is not None
+            self._rendezvous.show_out(fd)
+        if law.ended:
+            log.info("no client is left, and no supervisor came")
+            self._end()
 
     def _do(self, effects: list[orphan.Effect]) -> None:
         for effect in effects:
@@ -277,13 +307,17 @@ class Custodian:
                     log.warning("%s", text)
 
     def _replace(self, effect: orphan.Fork) -> None:
+        assert self._orphan is not None
+        number = effect.worker
         try:
-            assignment = replace(self._read(effect.worker), incarnation=effect.incarnation)
-            self._fork(_without_remote(assignment) if effect.poison else assignment)
-            log.warning("worker %d is replaced (incarnation %d)", effect.worker, effect.incarnation)
+            self._orders[number] = replace(self._orders[number], incarnation=effect.incarnation)
+            assignment = replace(self._read(number), incarnation=effect.incarnation)
+            self._fork(_without_remote(assignment) if effect.poison else assignment, poisoned=effect.poison)
+            self._orphan.forked(number, effect.incarnation, time.monotonic())
+            log.warning("worker %d is replaced (incarnation %d)", number, effect.incarnation)
         except (OSError, BadMessage) as error:
-            log.error("worker %d cannot be replaced: %s", effect.worker, error)
-            self._law.fork_failed(effect.worker, time.monotonic())
+            log.error("worker %d cannot be replaced: %s", number, error)
+            self._orphan.fork_failed(number, time.monotonic())
 
     def _kill(self, number: int) -> None:
         for pidfd, life in self._lives.items():
@@ -291,35 +325,34 @@ class Custodian:
                 with contextlib.suppress(ProcessLookupError):
                     process.pidfd_signal(pidfd, signal.SIGKILL)
 
-    def _show_out(self, now: float) -> None:
-        for fd in self._rendezvous.silent(now) if self._rendezvous else ():
-            self._poll.unregister(fd)
-            assert self._rendezvous is not None
-            self._rendezvous.show_out(fd)
-
-    def _shut(self) -> None:
-        """Nobody can take over any more."""
-        if self._rendezvous is None:
-            return
-        for fd in (*self._rendezvous.visitors, self._rendezvous.fileno()):
-            with contextlib.suppress(KeyError):  # with a supervisor it is not watched
-                self._poll.unregister(fd)
-        self._rendezvous.close()
+    def _end(self) -> None:
+        """Nobody can take over any more; the last worker's end is ours."""
+        self._ending = True
+        self._alone_no_more()
+        if self._rendezvous is not None:
+            self._rendezvous.close()
         self._rendezvous = None
 
-    # --- the next one -------------------------------------------------------------------------------------------------
-
-    def _taken(self, connection: socket.socket) -> None:
-        """Tell all that is kept. Until the end of the inventory has been sent, whoever does not read is given up."""
-        assert self._rendezvous is not None
-        for fd in self._rendezvous.visitors:
-            self._poll.unregister(fd)
-            self._rendezvous.show_out(fd)
-        self._poll.unregister(self._rendezvous.fileno())
+    def _alone_no_more(self) -> None:
+        """Watch neither clients nor the rendezvous, and show out whoever is there."""
+        if self._orphan is None:
+            return
+        self._orphan = None
         for pidfd in self._clients:
             self._poll.unregister(pidfd)
         self._clients.clear()
-        self._do(self._law.taken())
+        if self._rendezvous is not None:
+            for fd in self._rendezvous.visitors:
+                self._poll.unregister(fd)
+                self._rendezvous.show_out(fd)
+            self._poll.unregister(self._rendezvous.fileno())
+
+    # --- the next one -------------------------------------------------------------------------------------------------
+
+    def _taken(self, law: Orphan, connection: socket.socket) -> None:
+        """Tell all that is kept. Until the end of the inventory has been sent, whoever does not read is given up."""
+        self._do(law.taken())
+        self._alone_no_more()
         self._channel = connection
         self._poll.register(connection, select.POLLIN)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@qq", SEND_SECONDS, 0))

@@ -2,10 +2,11 @@
 
 ::
 
-    served --channel ends--> orphaned --TakeOver--> served, on trial --first word--> served
-      |                         ^                        |
-      |                         +----channel ends--------+
-      +--Dismiss--> dismissed   orphaned, no client left and the time is over --> dismissed
+    served --channel ends--> orphaned --TakeOver--> on trial --first word--> served
+      |                         ^                      |
+      +--Dismiss--> dismissed   +----channel ends------+
+                                |
+                                +--no client left, and the time is over--> ended
 
 Orphaned, it is the supervisor's deputy in one thing: a client that lives and has memory to serve has a worker. A
 successor is forked only when no life of that worker is left, for two that read one userfaultfd get a part of the
@@ -15,12 +16,14 @@ has changed nothing, not even the time since the loss.
 ``WhenOrphaned`` says what becomes of pages that only a supervisor can bring when nobody comes back in time: they wait
 on, or the workers of clients with remote blocks are replaced by workers that poison what is missing. Local blocks are
 served as long as their clients live, in either case.
+
+An ``Orphan`` is made when a channel ends and forgotten when another is there: with a supervisor a custodian does as
+little as it can, because each page of memory that it writes to is one that its workers share no longer.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
 
 FIRST_WAIT = 0.02
 LONGEST_WAIT = 1.0
@@ -61,21 +64,15 @@ class Say:
 Effect = Fork | Kill | Drop | Say
 
 
-class State(Enum):
-    SERVED = "served"
-    ORPHANED = "orphaned"
-    DISMISSED = "dismissed"
-
-
 @dataclass(slots=True)
 class Ward:
-    """A client and its worker. ``lives``: incarnation -> when it began; ``wanted``: there are regions to serve."""
+    """A client and its worker. ``wanted``: it has regions, and there is an order by which to fork. ``incarnation`` is
+    the latest; ``lives``: incarnation -> when it began; ``poisoned``: these poison what only a supervisor can bring."""
 
-    wanted: bool = False
-    kept: bool = False
-    ordered: bool = False
-    remote: bool = False
-    incarnation: int = 0
+    wanted: bool
+    remote: bool
+    incarnation: int
+    gone: bool = False
     poisoned: bool = False
     lives: dict[int, float] = field(default_factory=dict)
     wait: float = FIRST_WAIT
@@ -83,54 +80,61 @@ class Ward:
 
 
 class Orphan:
-    """All wards by number. Times are monotonic seconds; every method that decides something returns what is to be
-    done, in order."""
+    """One time without a supervisor. Times are monotonic seconds; every method that decides something returns what is
+    to be done, in order. First it is told of every ``client`` and every ``life``, then ``begin``."""
 
-    def __init__(self) -> None:
-        self.state = State.SERVED
-        self.timeout = 0.0
-        self.poison = False
+    def __init__(self, lost_at: float, timeout: float, poison: bool) -> None:
+        self.ended = False
+        """Nobody is left, and nobody came: the custodian is not needed any more."""
+        self._lost_at = lost_at
+        self._timeout = timeout
+        self._poison = poison
         self._wards: dict[int, Ward] = {}
-        self._lost_at: float | None = None
+        self._zero = False
         self._time_is_over = False
         self._poisoning = False
 
-    # --- what is known in any state -----------------------------------------------------------------------------------
+    # --- what there is ------------------------------------------------------------------------------------------------
 
-    def kept(self, client: int, wanted: bool) -> None:
-        """A client's descriptors are kept; ``wanted``: it has regions."""
-        ward = self._ward(client)
-        ward.kept, ward.wanted = True, wanted
+    def client(self, number: int, incarnation: int, *, wanted: bool, remote: bool) -> None:
+        """A client whose descriptors are kept."""
+        self._wards[number] = Ward(wanted, remote, incarnation)
 
-    def dropped(self, client: int) -> None:
-        """Nothing of the client is kept any more."""
-        ward = self._wards.get(client)
-        if ward is not None:
-            ward.kept = ward.wanted = False
-            ward.due = None
-            self._tidy(client)
+    def life(self, worker: int, incarnation: int, began: float, *, poisoned: bool) -> None:
+        """A worker that lives, or has ended without our having looked yet."""
+        if not worker:
+            self._zero = True
+        elif worker in self._wards:
+            ward = self._wards[worker]
+            ward.lives[incarnation] = began
+            ward.poisoned |= poisoned
+            ward.incarnation = max(ward.incarnation, incarnation)
 
-    def ordered(self, worker: int, incarnation: int, remote: bool) -> None:
-        """A supervisor has ordered this life, or told of it (Adopt)."""
-        ward = self._ward(worker)
-        ward.ordered, ward.remote, ward.poisoned = True, remote, False
-        ward.incarnation = max(ward.incarnation, incarnation)
+    def begin(self, now: float) -> list[Effect]:
+        effects: list[Effect] = [Kill(0)] if self._zero else []
+        for worker, ward in self._wards.items():
+            if len(ward.lives) > 1:  # ordered twice by a supervisor that did not live to sort it out
+                effects.append(Kill(worker))
+            elif not ward.lives:
+                self._later(ward, now)
+        return effects
+
+    # --- what happens -------------------------------------------------------------------------------------------------
 
     def forked(self, worker: int, incarnation: int, now: float) -> None:
-        """This life runs."""
-        self._ward(worker).lives[incarnation] = now
+        """A Fork has been done."""
+        self._wards[worker].lives[incarnation] = now
 
-    def lives_of(self, worker: int) -> int:
-        ward = self._wards.get(worker)
-        return len(ward.lives) if ward else 0
+    def fork_failed(self, worker: int, now: float) -> None:
+        """A Fork could not be done: it is tried again."""
+        self._later(self._wards[worker], now)
 
     def exited(self, worker: int, incarnation: int, client_gone: bool, now: float) -> list[Effect]:
         """A life has ended; ``client_gone``: it said that its client's memory is gone."""
-        ward = self._wards[worker]
-        began = ward.lives.pop(incarnation, now)
-        if self.state is not State.ORPHANED or not ward.kept:
-            self._tidy(worker)
+        ward = self._wards.get(worker)
+        if ward is None:
             return []
+        began = ward.lives.pop(incarnation, now)
         if client_gone:
             return self.client_ended(worker)
         if now - began >= STABLE_SECONDS:
@@ -138,69 +142,22 @@ class Orphan:
         self._later(ward, now)
         return []
 
-    def fork_failed(self, worker: int, now: float) -> None:
-        """A Fork could not be done: it is tried again."""
-        self._later(self._ward(worker), now)
-
-    def told(self, timeout: float, poison: bool) -> None:
-        """WhenOrphaned: seconds, and what then."""
-        self.timeout, self.poison = timeout, poison
-
-    # --- supervisors go and come --------------------------------------------------------------------------------------
-
-    def lost(self, now: float) -> list[Effect]:
-        """The channel has ended."""
-        if self.state is State.DISMISSED:
-            return []
-        self.state = State.ORPHANED
-        if self._lost_at is None:
-            self._lost_at = now
-        effects: list[Effect] = [Kill(0)] if self.lives_of(0) else []
-        for worker, ward in self._wards.items():
-            if worker and len(ward.lives) > 1:  # ordered twice by a supervisor that did not live to sort it out
-                effects.append(Kill(worker))
-            elif not ward.lives:
-                ward.wait = FIRST_WAIT
-                self._later(ward, now)
-        return effects
-
-    def taken(self) -> list[Effect]:
-        """Somebody takes over. Workers that poison are killed: with a supervisor there are sources again."""
-        self.state = State.SERVED
-        for ward in self._wards.values():
-            ward.due = None
-        return [Kill(worker) for worker, ward in self._wards.items() if ward.poisoned and ward.lives]
-
-    def heard(self) -> None:
-        """The supervisor has said something: it is here to stay."""
-        self._lost_at = None
-        self._time_is_over = self._poisoning = False
-
-    def dismissed(self) -> None:
-        """The house ends in order."""
-        self.state = State.DISMISSED
-
-    # --- orphaned -----------------------------------------------------------------------------------------------------
-
     def client_ended(self, client: int) -> list[Effect]:
         """The client's process, or its memory, is gone."""
         ward = self._wards.get(client)
-        if ward is None or not ward.kept:
+        if ward is None or ward.gone:
             return []
-        self.dropped(client)
+        ward.gone, ward.due = True, None
         return [Drop(client)]
 
     def tick(self, now: float) -> list[Effect]:
         """Time has passed, or something has happened."""
-        if self.state is not State.ORPHANED:
-            return []
         effects: list[Effect] = []
-        assert self._lost_at is not None
-        if not self._time_is_over and now >= self._lost_at + self.timeout:
+        if not self._time_is_over and now >= self._lost_at + self._timeout:
             self._time_is_over = True
             effects += self._too_late()
         if self._time_is_over and not self.clients:
-            self.state = State.DISMISSED
+            self.ended = True
             return [*effects, *(Kill(worker) for worker, ward in self._wards.items() if ward.lives)]
         for worker, ward in self._wards.items():
             if ward.due is not None and now >= ward.due and not ward.lives:
@@ -212,41 +169,35 @@ class Orphan:
 
     def next_due(self) -> float | None:
         """When ``tick`` has something to do, if nothing else happens."""
-        if self.state is not State.ORPHANED:
-            return None
         dues = [ward.due for ward in self._wards.values() if ward.due is not None and not ward.lives]
-        if not self._time_is_over and self._lost_at is not None:
-            dues.append(self._lost_at + self.timeout)
+        if not self._time_is_over:
+            dues.append(self._lost_at + self._timeout)
         return min(dues, default=None)
+
+    def taken(self) -> list[Effect]:
+        """Somebody takes over. Workers that poison are killed: with a supervisor there are sources again."""
+        return [Kill(worker) for worker, ward in self._wards.items() if ward.poisoned and ward.lives]
 
     @property
     def clients(self) -> int:
         """How many clients live, as far as is known."""
-        return sum(ward.kept for ward in self._wards.values())
+        return sum(not ward.gone for ward in self._wards.values())
 
     # --- within -------------------------------------------------------------------------------------------------------
 
-    def _ward(self, number: int) -> Ward:
-        return self._wards.setdefault(number, Ward())
-
-    def _tidy(self, number: int) -> None:
-        if not self._wards[number].kept and not self._wards[number].lives:
-            del self._wards[number]
-
     def _later(self, ward: Ward, now: float) -> None:
-        if ward.kept and ward.wanted and ward.ordered:
+        if ward.wanted and not ward.gone:
             ward.due = now + ward.wait
             ward.wait = min(2 * ward.wait, LONGEST_WAIT)
 
     def _too_late(self) -> list[Effect]:
-        waiting = [ward for ward in self._wards.values() if ward.kept and ward.wanted and ward.remote]
+        waiting = {worker: ward for worker, ward in self._wards.items() if ward.wanted and ward.remote}
         if not waiting:
             return []
-        after = f"no supervisor for {self.timeout:g} s"
-        if not self.poison:
+        after = f"no supervisor for {self._timeout:g} s"
+        if not self._poison:
             return [Say(f"{after}: missing pages of remote blocks wait on in {len(waiting)} clients")]
         self._poisoning = True
-        for ward in waiting:
-            ward.wait = FIRST_WAIT
-        killed: list[Effect] = [Kill(worker) for worker, ward in self._wards.items() if ward in waiting and ward.lives]
-        return [Say(f"{after}: missing pages of remote blocks are poisoned in {len(waiting)} clients"), *killed]
+        asking = [worker for worker, ward in waiting.items() if ward.lives and not ward.poisoned]
+        said = Say(f"{after}: missing pages of remote blocks are poisoned in {len(waiting)} clients")
+        return [said, *map(Kill, asking)]

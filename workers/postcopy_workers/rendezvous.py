@@ -52,7 +52,7 @@ class Rendezvous:
             os.umask(before)
         found = os.lstat(self._path)
         self._inode = found.st_dev, found.st_ino
-        self._listener.listen(MOST_VISITORS)
+        self._listener.listen(8 * MOST_VISITORS)
 
     def fileno(self) -> int:
         return self._listener.fileno()
