@@ -247,7 +247,7 @@ class Script:
         self.guests.append(guest)
         number = len(self.guests)
         figures = self._mine(create_memfd(f"figures-{number}", statistics.PAGE_BYTES))
-        note = ClientNote(number, "guest", "native", 0, guest.pid, self._regions(guest), ())
+        note = ClientNote(number, "guest", "native", 0, guest.pid, False, False, self._regions(guest), ())
         self.say(Keep(f"client/{number}", encode(note)), (guest.ufd.fd, guest.pidfd, figures))
         self.order(number, 1)
         return guest
@@ -280,6 +280,8 @@ class Script:
             fault_around=PAGE,
             adaptive=False,
             handler_path="/",
+            walls="off",
+            cgroup=-1,
             blocks=(block,),
             regions=self._regions(self.guests[number - 1]),
         )
