@@ -16,16 +16,12 @@ from postcopy.vhost_user.rings import Piece, Ring, chain
 from postcopy_protocol.vhost_user import VhostUserError
 
 
-@given(
-    st.integers(1, 200),
-    st.integers(1, 4),
-    st.integers(1, 64),
-    st.integers(1024, 9000),
-    st.booleans(),
-    st.integers(0, 9),
-)
-def test_no_two_requests_share_a_page(counts: tuple[int, int, int], sectors: int, writes: bool, seed: int) -> None:
-    requests, queues, depth = counts
+sizes = st.tuples(st.integers(1, 200), st.integers(1, 4), st.integers(1, 64))
+
+
+@given(sizes, st.integers(1024, 9000), st.booleans(), st.integers(0, 9))
+def test_no_two_requests_share_a_page(sizes: tuple[int, int, int], sectors: int, writes: bool, seed: int) -> None:
+    requests, queues, depth = sizes
     plan = Plan(Wishes(requests, queues, depth, sectors, writes, True, seed))
     pages = [page for request in plan.requests for page in request.touched()]
     assert sorted(pages) == list(range(3 * queues, plan.pages))
