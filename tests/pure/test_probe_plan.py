@@ -15,7 +15,6 @@ from postcopy.vhost_user.probe_report import BROKEN, RULES, Report
 from postcopy.vhost_user.rings import Piece, Ring, chain
 from postcopy_protocol.vhost_user import VhostUserError
 
-
 sizes = st.tuples(st.integers(1, 200), st.integers(1, 4), st.integers(1, 64))
 
 
