@@ -126,3 +126,18 @@ def test_nothing_is_kept_of_clients_that_left(runtime_dir: Path, source_file: So
             client.kill()
         until(lambda: len(house.status()["clients"]) == 1, "they are forgotten")
         until(lambda: len(descriptors(new)) <= before, "the new custodian has dropped what was theirs", 3)
+
+
+def test_a_supervisor_dies_while_a_worker_is_stopped(runtime_dir: Path, source_file: SourceFile) -> None:
+    """The kernel sends SIGHUP to a process group that becomes an orphan with a stopped member: to all of ours."""
+    path = source_file(64 * PAGE)
+    with House(runtime_dir, f"ram0={path}", fault_around="4K") as house:
+        clients = [house.client("ram0", mode) for mode in ("private", "shared")]
+        others = [house.worker(clients[1]), custodian(house)]
+        house.kill_worker(clients[0], signal.SIGSTOP)
+        house.kill()
+        assert clients[1].do("words(b, [5])") == [word(5 * PAGE)]
+        house.recover()
+        assert [house.worker(clients[1]), custodian(house)] == others
+        for page, client in enumerate(clients, 10):
+            assert client.do(f"words(b, [{page}])") == [word(page * PAGE)]

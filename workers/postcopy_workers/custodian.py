@@ -422,6 +422,9 @@ def main() -> None:
     # of its own (autogroup), and every hand-over between client and worker would cross: 1.44 x C instead of 1.23 x.
     os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # When the supervisor dies our process group is an orphan, and if one member, such as a worker, is stopped in that
+    # moment, the kernel sends SIGHUP to all: custodian and every worker would end with it.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     process.name_process("postcopy-cust")
     descriptors.raise_descriptor_limit()
     if not told.keep_privileges:
