@@ -164,8 +164,9 @@ def merge(pages: Iterable[Sequence[int]]) -> tuple[int, ...]:
 
 
 def deny(words: memoryview, block: int, page: int) -> None:
-    """Note a page that this client was given SIGBUS for though others may have it, because its worker had no source: it
-    is healed when there is one. Killed between the stores a note may be there twice, which is no harm."""
+    """Note a page that this client was given SIGBUS for though others may have it, because its worker had no source or
+    its handler failed: it is healed when there is one, or when the block is whole. Killed between the stores a note may
+    be there twice, which is no harm."""
     entry, count = block << _PAGE_BITS | page, words[DENIED]
     if entry in words[DENIED_AT : DENIED_AT + count].tolist():
         return

@@ -412,6 +412,7 @@ class Reception:
             if not mine or client.leaving or any(region in client.attaching for region in mine):
                 continue
             assert client.userfaultfd is not None
+            self._heal(client, block, mine)
             for region in mine:
                 try:
                     client.userfaultfd.unregister(region.address, region.length)
@@ -422,6 +423,21 @@ class Reception:
             self._keep(client)
             self._say(client, Released(block.number))
             self._reassign(client)
+
+    def _heal(self, client: Client, block: RamBlock, regions: list[RegionGrant]) -> None:
+        """Pages for which this client got SIGBUS, because its handler failed or it had none, while another client's
+        worker was luckier: they are there now, and CONTINUE takes the poison away. Its worker is about to leave, so
+        the notes are ours to strike."""
+        assert client.userfaultfd is not None and client.words is not None
+        for page in [page for number, page in statistics.denied(client.words) if number == block.number]:
+            offset = page * block.page_size
+            for region in regions:
+                if region.offset <= offset < region.offset + region.length:
+                    try:
+                        client.userfaultfd.continue_(region.address + offset - region.offset, block.page_size)
+                    except OSError as error:
+                        log.debug("client %d: heal: %s", client.number, error)
+            statistics.allow(client.words, block.number, page)
 
     # --- the end of a client ------------------------------------------------------------------------------------------
 

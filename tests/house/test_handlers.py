@@ -192,3 +192,26 @@ def test_a_module_that_cannot_be_imported(runtime_dir: Path, module: Path, detai
         assert client.do("words(c, [3])") == [word(3 * PAGE)], "the same worker serves its other block"
         assert any(why in told for told in house.events("handler-failed")), house.status()["events"]
         assert house.status()["totals"]["restarts"] == 0
+
+
+@pytest.mark.parametrize("mode", ["private", "shared"])
+def test_a_page_that_failed_for_one_client_is_healed_when_the_block_is_whole(
+    runtime_dir: Path, module: Path, mode: str
+) -> None:
+    """The poison is in that client's page table: another client's better luck with the function must reach it."""
+    (module / "moody.py").write_text(
+        "import os, pages\n"
+        "def make(offset, length):\n"
+        "    if offset == 3 * 4096 and not os.path.exists('mended'): raise OSError('not today')\n"
+        "    return pages.good(offset, length)\n"
+    )
+    with House(runtime_dir, "ram0=handler:moody:make?size=256K", cwd=module, fault_around="4K") as house:
+        client = house.client("ram0", mode)
+        assert kind_of(client, 3) == "PageLost"
+        assert house.record(client)["denied"] == 1
+        (module / "mended").touch()
+        other = house.client("ram0", mode)
+        assert other.do("words(b, range(64))") == [word(page * PAGE) for page in range(64)]
+        until(lambda: house.record(client)["released"] == ["ram0"], "the block is whole")
+        assert client.do("words(b, range(64))") == [word(page * PAGE) for page in range(64)]
+        assert house.record(client)["denied"] == 0

@@ -387,8 +387,7 @@ class FaultHandler:
             words[FAILURES] += 1
             if not self._released_after_all(region, page):
                 self._poison(region, page)  # for this client only; another client's worker asks the handler again
-                if isinstance(block.pages, NoPages):
-                    deny(words, block.grant.block, page)
+                deny(words, block.grant.block, page)
             block.report("handler-failed", page, str(failed))
         except Elsewhere:
             # Marked received, but punched: the mark is withdrawn first, or we would be told that the page is there.
