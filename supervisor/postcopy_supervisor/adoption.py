@@ -42,6 +42,9 @@ class Returning:
 
 def move_in(plan: Plan, custody: Custody, workforce: Workforce, reception: Reception) -> None:
     """Take over clients first, then the workers that serve them, then start those that are missing."""
+    if not plan.recovers:
+        reception.next_number = plan.first_client
+        return
     reception.next_number = plan.first_client
     for kept in plan.clients:
         reception.adopt(kept)

@@ -30,7 +30,7 @@ def brief(house: House, worker: int, incarnation: int, quarantined: bool) -> tup
         blocks, regions = list(house.blocks.values()), list[RegionGrant]()
     else:
         record, blocks = house.reception.grants(worker)
-        house.reception.quarantine(record, quarantined)
+        house.reception.quarantine(worker, quarantined)
         keys.append(record.key)
         name, ufd, client, figures, place = record.name, place, place + 1, place + 2, place + 3
         regions = record.regions

@@ -117,9 +117,12 @@ class Fleet:
 
     # --- wishes -------------------------------------------------------------------------------------------------------
 
-    def start(self, worker: int, now: float) -> list[Effect]:
-        """A new worker is wanted."""
-        slot = self.slots[worker] = Slot(worker, incarnation=self.used.get(worker, 0))
+    def start(self, worker: int, now: float, quarantined: bool = False) -> list[Effect]:
+        """A new worker is wanted; ``quarantined``: by an earlier supervisor."""
+        slot = self.slots[worker] = Slot(worker, incarnation=self.used.get(worker, 0), quarantined=quarantined)
+        if quarantined and not self.policy.poison:
+            slot.state = "resting"
+            return [Ready(worker)]
         return self._fork(slot, now)
 
     def adopt(self, worker: int, incarnation: int, quarantined: bool, now: float) -> list[Effect]:

@@ -389,6 +389,8 @@ class House:
             self.zero.worker_ready() if worker == ZERO else self.reception.worker_ready(worker)
         elif what == "restarting" and worker == ZERO:
             self.zero.worker_lost()
+        elif what == briefing.QUARANTINED and worker != ZERO:
+            self.reception.quarantine(worker, True)
         elif what == "gone" and worker != ZERO:
             self.reception.worker_gone(worker)
 

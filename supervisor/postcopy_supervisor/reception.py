@@ -295,11 +295,12 @@ class Reception:
         """Adopted clients whose workers have ended while nobody was there get one."""
         for client in self.clients.values():
             if client.regions and client.number not in self.workforce.fleet.slots:
-                self.workforce.start(client.number)
+                self.workforce.start(client.number, client.quarantined)
 
-    def quarantine(self, client: Client, quarantined: bool) -> None:
-        """Its next worker is, or is not, one of a client in quarantine: a successor should know."""
-        if client.quarantined != quarantined:
+    def quarantine(self, number: int, quarantined: bool) -> None:
+        """The client is, or is not any more, in quarantine: a successor should know."""
+        client = self.clients.get(number)
+        if client is not None and client.quarantined != quarantined:
             client.quarantined = quarantined
             self._keep(client)
 

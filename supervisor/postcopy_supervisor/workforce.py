@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 Describe = Callable[[int, int, bool], "tuple[list[str], Assignment]"]
 """(worker, incarnation, quarantined) -> keys of its descriptors in order, and what it is told."""
 News = Callable[[str, int], None]
-"""(``ready``, ``gone`` or ``restarting``, worker)."""
+"""(``ready``, ``gone``, ``restarting`` or ``quarantined``, worker)."""
 EXPLAIN_SECONDS = 1.0
 """For so long a restart waits to be told, because the custodian, which reaps, says how the worker ended."""
 
@@ -90,8 +90,8 @@ class Workforce:
         """Some life of this worker had this number."""
         self.fleet.used[worker] = max(self.fleet.used.get(worker, 0), incarnation)
 
-    def start(self, worker: int) -> None:
-        self._do(self.fleet.start(worker, time.monotonic()))
+    def start(self, worker: int, quarantined: bool = False) -> None:
+        self._do(self.fleet.start(worker, time.monotonic(), quarantined))
 
     def renew(self, worker: int) -> None:
         """Its assignment has changed."""
@@ -267,6 +267,7 @@ class Workforce:
                     self._news("gone", worker)
                 case fleet.Quarantine(worker):
                     self._tell_quarantine(worker)
+                    self._news("quarantined", worker)
         self._porter.ring_at(0.0 if self._custody.behind else self.fleet.next_due())
 
 

@@ -1,0 +1,146 @@
+"""What a next supervisor refuses, in one line and with nothing lost; who else stands before a custodian's door."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from postcopy_kernel import descriptors
+from postcopy_protocol.codec import encode
+from postcopy_protocol.messages import TakeOver
+from tests.conftest import SourceFile
+from tests.house.house import PAGE, House, Option, alive, refused, until, word
+from tests.house.remote import Source
+
+PAGES = 512
+SIZE = PAGES * PAGE
+KEPT = "nothing is changed"
+
+
+@pytest.fixture
+def orphaned(runtime_dir: Path, source_file: SourceFile) -> Iterator[House]:
+    """A house whose supervisor is dead, with one client; its own command line must be able to recover it."""
+    with House(runtime_dir, f"ram0={source_file(SIZE)}", fault_around="4K") as house:
+        client = house.client()
+        assert client.do("words(b, [1])") == [word(PAGE)]
+        worker = house.worker(client)
+        house.kill()
+        yield house
+        house.recover()
+        assert client.do("words(b, [1, 2])") == [word(PAGE), word(2 * PAGE)]
+        assert house.worker(client) == worker and house.block()["received"] >= 2
+
+
+def fails(house: House, *blocks: str, **options: Option) -> str:
+    """The one line of a supervisor that cannot stand."""
+    status, text = refused(house.directory, *(blocks or house.blocks), options=options)
+    lines = [line for line in text.splitlines() if "custodian" not in line or "postcopy serve:" in line]
+    assert status == 1 and len(lines) == 1 and lines[0].startswith("postcopy serve: "), text
+    return lines[0]
+
+
+def test_clients_are_not_forgotten_by_mistake(orphaned: House) -> None:
+    line = fails(orphaned)
+    assert "1 clients" in line and "--recover" in line and "--abandon" in line
+
+
+def test_another_file(orphaned: House, source_file: SourceFile) -> None:
+    other = source_file(SIZE, 1, "other")
+    assert KEPT in fails(orphaned, f"ram0={other}", recover=True)
+
+
+def test_a_file_that_was_replaced(orphaned: House) -> None:
+    path = Path(orphaned.blocks[0].partition("=")[2])
+    path.rename(path.with_suffix(".old"))
+    assert "cannot be opened" in fails(orphaned, recover=True)
+    path.write_bytes(path.with_suffix(".old").read_bytes())
+    assert "another file" in fails(orphaned, recover=True)
+    path.with_suffix(".old").rename(path)
+
+
+@pytest.mark.parametrize("blocks", [["ram1=zero:1M"], ["ram0=zero:2M"], ["ram0=ipc:///tmp/nobody/ram0"]])
+def test_another_command_line(orphaned: House, blocks: list[str]) -> None:
+    assert KEPT in fails(orphaned, *blocks, recover=True)
+
+
+def test_another_page_size(orphaned: House) -> None:
+    assert "pages of 4" in fails(orphaned, recover=True, page_size="2M")
+
+
+def test_a_new_block_that_cannot_be(orphaned: House) -> None:
+    assert "nowhere" in fails(orphaned, *orphaned.blocks, "ram1=/nowhere/at/all", recover=True)
+
+
+def test_a_new_block_beside_the_old_one(orphaned: House) -> None:
+    orphaned.blocks = (*orphaned.blocks, "ram1=zero:1M")
+    orphaned.recover()
+    assert orphaned.client("ram1").do("words(b, [7])") == [0]
+    assert {block["name"] for block in orphaned.status()["blocks"]} == {"ram0", "ram1"}
+    orphaned.kill()
+
+
+def test_strangers_at_the_rendezvous(orphaned: House) -> None:
+    """Nonsense and other versions are shown out; a supervisor that vanishes in between costs nothing."""
+    path = str(orphaned.directory / "private/custodian")
+    for words in (b"nonsense", encode(TakeOver(1))[:-1], b"\x93\x63\x53\x01", encode(TakeOver(os.getpid()))):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as visitor:
+            visitor.connect(path)
+            visitor.settimeout(10)
+            visitor.send(words)
+            heard = descriptors.receive_message(visitor, wait=True)
+            descriptors.close_all(heard.fds)
+
+
+def test_a_custodian_of_another_version(runtime_dir: Path, source_file: SourceFile) -> None:
+    """Whoever answers with another version's words, or with none, is not touched."""
+    (runtime_dir / "private").mkdir(mode=0o700)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(runtime_dir / "private/custodian"))
+        listener.listen(8)
+        house_line = f"ram0={source_file(SIZE)}"
+        for answer in (b"\x92\x63\x5a", b""):
+            pid = os.fork()
+            if pid == 0:
+                with listener.accept()[0] as visitor:
+                    visitor.recv(1000)
+                    if answer:
+                        visitor.send(answer)
+                os._exit(0)
+            status, text = refused(runtime_dir, house_line, options={"recover": True})
+            os.waitpid(pid, 0)
+            assert status == 1 and "version" in text and KEPT in text and "--abandon" in text, text
+            assert text.count("\n") == 0
+        pid = os.fork()
+        if pid == 0:
+            listener.accept()[0].close()
+            os._exit(0)
+        with House(runtime_dir, house_line, abandon=True) as house:
+            os.waitpid(pid, 0)
+            assert house.client().do("words(b, [7])") == [word(7 * PAGE)]
+
+
+def test_abandoned(runtime_dir: Path, source_file: SourceFile) -> None:
+    """The old client goes on with its worker, the new house has nothing to do with it, and neither hears the other."""
+    path = source_file(SIZE)
+    options: dict[str, Any] = {"fault_around": "4K", "background_rate": "0", "orphan_timeout": "0.2"}
+    with Source(f"far={path}") as source, House(runtime_dir, f"ram0={path}", source.block("far"), **options) as house:
+        old, waits = house.client(), house.client("far")
+        people = house.people()
+        house.kill()
+        waits.begin("words(b, [5])")
+        house.start(abandon=True)
+        house.await_ready()
+        assert house.status()["clients"] == [] and house.status()["recovered"] == 0
+        new, far = house.client(), house.client("far")
+        assert old.do("words(b, [1])") == new.do("words(b, [1])") == [word(PAGE)]
+        assert far.do("words(b, [5])") == [word(5 * PAGE)] and not waits.answered(0.3)
+        ids = {record["id"] for record in house.status()["clients"]}
+        assert ids == {3, 4}, "no number is used twice"
+        for client in (old, waits):
+            client.kill()
+        until(lambda: not any(alive(pid) for pid in people), "with its clients the old custodian ends too")
