@@ -82,3 +82,13 @@ def storage_daemon(directory: Path, sectors: int = 2048, queues: int = 1, name: 
     command = ["qemu-storage-daemon", "--blockdev", f"driver=file,filename={disk},node-name=f"]
     with running([*command, "--blockdev", "driver=raw,file=f,node-name=d", "--export", export], path, disk) as program:
         yield program
+
+
+@contextmanager
+def dpdk(directory: Path, *options: str) -> Iterator[Program]:
+    """DPDK's testpmd with one vhost-user port, on rte_vhost, without huge pages or devices."""
+    path = directory / "pmd.sock"
+    device = f"net_vhost0,iface={path},queues=1,postcopy-support=1"
+    command = ["dpdk-testpmd", "--no-huge", "-m", "128", "--no-pci", "--no-shconf", "-l", "0,1", "--vdev", device]
+    with running([*command, "--", "-i", "--total-num-mbufs=2048", *options], path, path) as program:
+        yield program

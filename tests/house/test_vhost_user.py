@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from postcopy import attach
-from postcopy.errors import BackEndGone, BackEndTimeout
+from postcopy.errors import BackEndGone, BackEndTimeout, VhostUserError
 from postcopy.vhost_user import BackEnd, GuestMemory, blk
 from postcopy.vhost_user.rings import Bells, Ring, start_ring
-from tests.house.back_ends import disk_bytes, running, storage_daemon
+from tests.house.back_ends import disk_bytes, dpdk, running, storage_daemon
 from tests.house.house import House, end_by_pidfd, environment, until
 
 pytestmark = pytest.mark.usefixtures("require_userfaultfd")
@@ -421,3 +421,44 @@ def test_a_probe_of_what_has_no_post_copy(tmp_path: Path) -> None:
         document = probed(str(path), "--device", "none", status=1)
     assert states(document)["pagefault"] == "broken" and states(document)["protocol-features"] == "held"
     assert set(states(document).values()) == {"held", "broken", "not applicable"}
+
+
+# --- DPDK -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_probe_of_testpmd(tmp_path: Path) -> None:
+    with dpdk(tmp_path, "--no-mlockall") as program:
+        document = probed(str(program.socket), "--device", "none")
+    assert document["verdict"] == "passed" and document["quirks"] == ["open-before-registered"]
+    found = states(document)
+    assert found["addresses"] == found["registered"] == found["end"] == found["comes-back"] == "held", found
+
+
+def test_testpmd_locks_its_memory(runtime_dir: Path, tmp_path: Path) -> None:
+    """As it does unless told not to: refused before it hears of the memory, which would be zeros at once."""
+    with guest(runtime_dir, tmp_path, []) as house, dpdk(tmp_path) as program:
+        with pytest.raises(VhostUserError, match=r"mlockall.*--no-mlockall") as caught:
+            BackEnd(program.socket, ["guest"], runtime_dir)
+        assert caught.value.rule == "locked-memory"
+        assert house.block("guest")["received"] == 0
+
+
+def test_testpmd_faults_on_its_rings(runtime_dir: Path, tmp_path: Path) -> None:
+    """Two rings of missing pages, in a region in the middle of a block: it reads them on its message thread and its
+    polling thread, and its own addresses are true."""
+    with (
+        guest(runtime_dir, tmp_path, []) as house,
+        dpdk(tmp_path, "--no-mlockall", "--auto-start") as program,
+        BackEnd(program.socket, [GuestMemory("guest", 8 * PAGE, 32 * PAGE)], runtime_dir) as back_end,
+        Driver(back_end) as driver,
+        Bells() as bells,
+    ):
+        assert "addresses-echoed" not in back_end.quirks
+        for index, bell in enumerate((driver.bells, bells)):
+            first = (8 + 4 * index) * PAGE
+            start_ring(back_end, index, Ring(driver.view, 64, first, first + PAGE, first + 2 * PAGE), bell)
+        rings = {8 + 4 * index + part for index in range(2) for part in range(3)}
+        used = {10, 14}
+        until(lambda: used <= set(driver.received()), f"its rings have come: {driver.received()}")
+        assert set(driver.received()) <= rings
+        assert record(house, "pmd.sock")["pid"] == program.pid

@@ -109,6 +109,7 @@ def _tell(back_end: BackEnd) -> None:
 
 QUIRKS = {
     "addresses-echoed": "the memory table came back with our addresses (libvhost-user); its maps told the true ones",
+    "open-before-registered": "its memory is accessible before it is registered (DPDK): a touch then would be zeros",
     "registration-unproven": "that its memory is registered could not be seen (its process may not be looked into)",
 }
 

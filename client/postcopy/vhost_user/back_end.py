@@ -239,6 +239,8 @@ class BackEnd:
             return believe(self.regions, said)
         files = {block.file: (block.number, block.length) for block in self.blocks.values()}
         found = find_mappings(before, after, files, self.regions)
+        if any(at.file in files and at.accessible and at not in before for at in after):
+            self.quirks.append("open-before-registered")
         if said is not None:
             compare(found, self.regions, said)
         return found

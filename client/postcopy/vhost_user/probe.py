@@ -260,6 +260,8 @@ class Run:
         self.report.hold(*HANDSHAKE_RULES)
         if "addresses-echoed" in back_end.quirks:
             self.report.quirk("addresses", "addresses-echoed", "sends our own addresses back, as libvhost-user does")
+        if "open-before-registered" in back_end.quirks:
+            self.report.quirk("populated", "open-before-registered", "could: its memory is accessible before that")
         if "registration-unproven" in back_end.quirks:
             self.report.quirk("registered", "registration-unproven", "its smaps cannot be read from here")
         return back_end

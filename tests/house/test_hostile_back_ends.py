@@ -1,0 +1,147 @@
+"""Back-ends that break one rule each: told by name, and the supervisor and its other clients never notice."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from postcopy.errors import BackEndGone, BackEndTimeout, PostcopyError, VhostUserError
+from postcopy.vhost_user import BackEnd, GuestMemory
+from postcopy.vhost_user.probe import Settings, probe
+from tests.conftest import SourceFile
+from tests.house.back_ends import Program, running
+from tests.house.house import House, until
+
+pytestmark = pytest.mark.usefixtures("require_userfaultfd")
+
+FAKE = Path(__file__).with_name("fake_back_end.py")
+SIZE = 1 << 18
+
+LIES: dict[str, type[Exception] | str] = {
+    "version-at-1": "framing",
+    "huge-at-1": "framing",
+    "many-gifts-at-1": "framing",
+    "gift-at-1": "descriptors",
+    "short-at-1": "size",
+    "no-reply-flag-at-1": "order",
+    "other-request-at-15": "order",
+    "twice-at-1": "order",
+    "hang-up-at-1": BackEndGone,
+    "deaf-at-15": BackEndTimeout,
+    "refuse-3": "acknowledge",
+    "refuse-29": "acknowledge",
+    "hang-up-at-28": BackEndGone,
+    "no-descriptor": "descriptors",
+    "gift-at-28": "descriptors",
+    "no-userfaultfd": "userfaultfd",
+    "unshaken": PostcopyError,
+    "rust-vmm": "rust-vmm-order",
+    "deaf-at-5": BackEndTimeout,
+    "hang-up-at-5": BackEndGone,
+    "short-at-5": "size",
+    "gift-at-5": "descriptors",
+    "wrong-address": "addresses",
+    "maps-nothing": "addresses",
+    "registers-nothing": "registered",
+    "registers-half": "registered",
+    "dies-registered": BackEndGone,
+}
+
+
+@contextlib.contextmanager
+def fake(tmp_path: Path, lie: str) -> Iterator[Program]:
+    path = tmp_path / f"{lie}.sock"
+    with running([sys.executable, str(FAKE), str(path), lie], path, path) as program:
+        yield program
+
+
+@pytest.fixture
+def house(runtime_dir: Path, source_file: SourceFile, request: pytest.FixtureRequest) -> Iterator[House]:
+    polluting = getattr(request, "param", False)
+    with House(runtime_dir, f"guest={source_file(SIZE)}", fault_around="4K", polluting=polluting) as house:
+        yield house
+
+
+def nobody_left(house: House) -> None:
+    until(lambda: [each["kind"] for each in house.status()["clients"]] == ["native"], "only the honest client is left")
+
+
+def test_every_lie_has_its_name(house: House, tmp_path: Path) -> None:
+    honest = house.client("guest", "shared")
+    for lie, expected in LIES.items():
+        with fake(tmp_path, lie) as program:
+            kind = VhostUserError if isinstance(expected, str) else expected
+            timeout = 1.0 if lie.startswith("deaf") or lie == "rust-vmm" else 20.0
+            with pytest.raises(kind) as caught:
+                BackEnd(program.socket, ["guest"], house.directory, timeout=timeout).close()
+            if isinstance(caught.value, VhostUserError):
+                assert caught.value.rule == expected, (lie, caught.value)
+            assert "\n" not in str(caught.value)
+        nobody_left(house)
+    assert house.block("guest")["received"] == 0, "nobody touched anything"
+    assert honest.do("b.buf[8]") == 1
+
+
+def test_good_ones(house: House, tmp_path: Path) -> None:
+    """True addresses or echoed, slow or not, twice in a row, in two overlapping regions."""
+    house.client("guest", "shared")
+    memory = [GuestMemory("guest", 0, SIZE // 2), GuestMemory("guest", SIZE // 4)]
+    for lie, quirks in (("none", []), ("echo", ["addresses-echoed"]), ("slow-at-5", [])):
+        with fake(tmp_path, lie) as program:
+            for _ in range(2):
+                with BackEnd(program.socket, memory, house.directory) as back_end:
+                    assert [quirk for quirk in back_end.quirks if quirk.startswith("addresses")] == quirks
+                    assert [at.length for at in back_end.placed] == [SIZE * 3 // 4, SIZE // 2]
+                nobody_left(house)
+
+
+def test_one_that_refuses_the_end(house: House, tmp_path: Path) -> None:
+    honest = house.client("guest", "shared")
+    with fake(tmp_path, "refuse-30") as program, BackEnd(program.socket, ["guest"], house.directory) as back_end:
+        with pytest.raises(PostcopyError, match="pages are missing"):
+            back_end.end()
+        honest.do("b.ensure()")
+        until(lambda: back_end.complete, "the block is released")
+        with pytest.raises(VhostUserError, match="refuses POSTCOPY_END"):
+            back_end.end()
+    nobody_left(house)
+
+
+@pytest.mark.parametrize("house", [True], indirect=True)
+def test_one_that_populates_its_memory(house: House, tmp_path: Path) -> None:
+    """Zeros are in the block before anybody could help it: told at once, and by the audit."""
+    house.client("guest", "shared")
+    with (
+        fake(tmp_path, "populates") as program,
+        pytest.raises(VhostUserError, match=r"3 pages of block guest .* nobody placed"),
+    ):
+        BackEnd(program.socket, ["guest"], house.directory)
+    nobody_left(house)
+    assert house.status(audit=True)["totals"]["polluted"] == 3
+
+
+@pytest.mark.parametrize(
+    ("lie", "rule"),
+    [
+        ("populates", "populated"),
+        ("registers-half", "registered"),
+        ("refuse-30", "answers"),
+        ("rust-vmm", "table-reply"),
+    ],
+)
+def test_a_probe_tells_which_rule_is_broken(tmp_path: Path, lie: str, rule: str) -> None:
+    with fake(tmp_path, lie) as program:
+        report = probe(Settings(str(program.socket), "none", timeout=2.0 if lie == "rust-vmm" else 20.0))
+    assert not report.passed
+    assert [name for name, state in report.states.items() if state == "broken"] == [rule]
+
+
+def test_a_probe_of_a_good_one(tmp_path: Path) -> None:
+    with fake(tmp_path, "none") as program:
+        report = probe(Settings(str(program.socket), "none"))
+    assert report.passed, report.lines()
+    assert report.states["comes-back"] == "held"
