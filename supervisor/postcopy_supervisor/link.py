@@ -2,7 +2,8 @@
 
     advising --all blocks advised--> up --silence, or a refusal that says "I do not know you"--> paused --advised--> up
 
-No socket is here: words go out through ``send`` and come in through ``heard``. A source that comes back at the
+No socket is here: words go out through ``send``, encoded, and come in through ``heard``; pages that come as they were
+asked for come in through ``expected`` (express.py in the protocol wing says why). A source that comes back at the
 endpoint, or another one there, is the same source if size and identity of every block are the same; else it is
 refused, and we wait on.
 
@@ -19,7 +20,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from postcopy_protocol import statistics
+from postcopy_protocol.codec import encode
 from postcopy_protocol.errors import BadMessage
+from postcopy_protocol.express import REQUESTS_END, Road
 from postcopy_protocol.messages import Message
 from postcopy_protocol.return_path import (
     FEATURES,
@@ -36,7 +39,7 @@ from postcopy_protocol.return_path import (
     pack_ranges,
 )
 
-from .flow import Effect, Flow, GiveUp, Send
+from .flow import Effect, Flow, GiveUp, Send, Wish
 from .history import Tell
 
 log = logging.getLogger(__name__)
@@ -77,7 +80,7 @@ class Link:
         endpoint: str,
         streams: Sequence[Stream],
         patience: float,
-        send: Callable[[Message], None],
+        send: Callable[[bytes], None],
         event: Tell,
         gave_up: Callable[[int, int, int], None],
     ) -> None:
@@ -89,8 +92,10 @@ class Link:
         self._streams = {stream.block: stream for stream in streams}
         self._numbers: dict[int, int] = {}  # block: the source's number of its stream
         self._blocks: dict[int, int] = {}  # and back
+        self._roads: dict[int, Road] = {}
+        self._answers: dict[bytes, Wish] = {}  # by the answer that is expected
         self._patience = patience
-        self._send = send
+        self._send_bytes = send
         self._event = event
         self._gave_up = gave_up
         self._advised_at = self._pinged_at = -1e9
@@ -108,7 +113,11 @@ class Link:
 
     def wish(self, client: int, block: int, offset: int, length: int, now: float) -> None:
         """Ask for a range, now or when the source is back."""
-        self._do(self.flow.wish(client, block, offset, length, now))
+        wish = self.flow.launch(client, block, offset, length, now)
+        if wish is not None:
+            self._ask(wish, True)
+        else:
+            self._do(self.flow.wish(client, block, offset, length, now))
 
     def complete(self, block: int) -> None:
         """Nothing more will be asked of this block."""
@@ -124,8 +133,32 @@ class Link:
         if now - self._pinged_at >= min(PING_SECONDS, self._patience / 2):
             self._ping(now)
         self._do(self.flow.tick(now))
+        if len(self._answers) > 2 * self.flow.in_flight + 16:  # of what was asked again, or answered in another form
+            self._answers = {
+                answer: wish for answer, wish in self._answers.items() if self.flow.flying(wish.request) is wish
+            }
 
     # --- what the source says -----------------------------------------------------------------------------------------
+
+    def expected(self, head: bytes, length: int) -> Wish | None:
+        """Is this the head of an answer just as it was expected, with one frame of ``length`` bytes behind it? Then the
+        wish; its bytes are to be placed, and ``landed`` is to be called. None: nothing is known of it; ``decode`` and
+        ``heard`` are to judge it."""
+        wish = self._answers.pop(head, None)
+        # Asked again under another number, or the source was lost: the pages are good, but they are not this wish's.
+        if wish is None or wish.length != length or self.flow.flying(wish.request) is not wish:
+            return None
+        return wish
+
+    def landed(self, wish: Wish, now: float) -> None:
+        """What was ``expected`` has been placed."""
+        self._silent_since = None
+        self.pages += wish.length // self._streams[wish.block].page_size
+        self.bytes += wish.length
+        self.words[statistics.bucket(int((now - wish.sent) * 1e9))] += 1
+        effects = self.flow.landed(wish, now)
+        if effects:
+            self._do(effects)
 
     def heard(self, message: Message, frame_lengths: Sequence[int], now: float) -> Arrived | None:
         """Take a word of the source; gives pages that have come. Raises BadMessage on words that are not in order."""
@@ -171,6 +204,7 @@ class Link:
         if stream.block in self._numbers or message.stream in self._blocks:
             raise BadMessage(f"the source advises block {message.name} again, unasked")
         self._numbers[stream.block], self._blocks[message.stream] = message.stream, stream.block
+        self._roads[stream.block] = Road(message.stream)
         self._send(Listen(message.stream, PUSH_WINDOW))
         if self.state != "up" and len(self._numbers) == len(self._streams):
             again, self.state = self.state == "paused", "up"
@@ -193,6 +227,18 @@ class Link:
             self._event("source-refused", why, cause=why)
 
     # --- effects ------------------------------------------------------------------------------------------------------
+
+    def _send(self, message: Message) -> None:
+        self._send_bytes(encode(message))
+
+    def _ask(self, wish: Wish, urgent: bool) -> None:
+        self.requests += 1
+        if wish.request < REQUESTS_END:
+            asked, answer = self._roads[wish.block].request(wish.request, wish.offset, wish.length, urgent)
+            self._answers[answer] = wish
+            return self._send_bytes(asked)
+        ranges = pack_ranges([(wish.offset, wish.length)])
+        return self._send(RequestRanges(wish.request, self._numbers[wish.block], urgent, ranges))
 
     def _ping(self, now: float) -> None:
         self._pinged_at = now
@@ -219,14 +265,17 @@ class Link:
         self._nonce_lost, self._pinged_at = self._nonce, -1e9
         self._numbers.clear()
         self._blocks.clear()
+        self._roads.clear()
+        self._answers.clear()
         self.flow.lost_source()
         self._event("pause", f"source {self.endpoint} is lost: {why}; what is missing waits", cause=why)
 
     def _do(self, effects: Sequence[Effect]) -> None:
         for effect in effects:
             match effect:
-                case Send(request, block, offset, length, urgent):
-                    self.requests += 1
-                    self._send(RequestRanges(request, self._numbers[block], urgent, pack_ranges([(offset, length)])))
+                case Send(request, urgent=urgent):
+                    wish = self.flow.flying(request)
+                    if wish is not None:
+                        self._ask(wish, urgent)
                 case GiveUp(block, offset, length):
                     self._gave_up(block, offset, length)

@@ -10,14 +10,15 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from postcopy_kernel import crashpoints
 from postcopy_kernel.memory import Mapping
 from postcopy_kernel.userfaultfd import Status, Userfaultfd
-from postcopy_protocol.codec import pack_offsets
+from postcopy_protocol.codec import encode, pack_offsets
+from postcopy_protocol.express import OFFSET
 from postcopy_protocol.geometry import runs
-from postcopy_protocol.messages import Lost, Message, Wake
+from postcopy_protocol.messages import Lost, Wake
 from postcopy_protocol.received import LOST, MISSING, PLACING, RECEIVED, SHARED
 from postcopy_protocol.return_path import LOST as LOST_RANGE
 from postcopy_protocol.return_path import ZERO
@@ -27,6 +28,7 @@ from .blocks import RamBlock
 from .engine import Ask, Effect, Engine, Release
 from .flow import BACKGROUND
 from .history import Tell
+from .lanes import WorkerLane, worker_lane
 from .link import Arrived, Link
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,8 @@ REMOTE_WINDOW = 256 << 10
 PIECE_BUSY, PIECE_CALM = 256 << 10, 1 << 20
 ZERO_PIECE = 1 << 20
 DROP_AFTER = 32 << 20
+MOST_LANES = 64
+"""Of one worker: it asks for pages of as many blocks, each in one form."""
 MISSING_BYTE, RECEIVED_BYTE = bytes((MISSING,)), bytes((RECEIVED,))
 
 
@@ -49,17 +53,20 @@ class Paging:
         blocks: dict[int, RamBlock],
         fault_around: int,
         fetch: Callable[[Ask], None],
-        to_worker: Callable[[int, Message], None],
+        to_worker: Callable[[int, bytes], None],
         release_own: Callable[[RamBlock, int, bool], None],
         event: Tell,
     ) -> None:
         self.engine = Engine()
         self.links: dict[int, Link] = {}  # by block
         self.poison_on_loss = False
+        self.lanes: dict[bytes, WorkerLane] = {}
+        """By the head of a worker's requests for one page each."""
+        self._lanes_of: dict[int, list[bytes]] = {}
         self.placed = self._undropped = 0
         self.roomy = True
         """False: memory is scarce, only pages that are waited for may come."""
-        self._core = crashpoints.watched(core, "copy", "page.arrived", "page.placed")
+        self.core = crashpoints.watched(core, "copy", "page.arrived", "page.placed")
         self._blocks = blocks
         self._around = fault_around
         self._fetch = fetch
@@ -67,13 +74,14 @@ class Paging:
         self._release_own = release_own
         self._event = event
         self._windows: dict[tuple[int, int], FaultAround] = {}
-        self._cursor = dict.fromkeys(blocks, 0)
+        self.cursor = dict.fromkeys(blocks, 0)
         self._credit = 0.0
         self._credited = time.monotonic()
         self._zeros = Mapping.anonymous(ZERO_PIECE)
         self.clients_with: Callable[[int], list[int]] = lambda block: []
         self._told_lost: dict[int, set[int]] = {}  # by block: pages that some client was told are lost
-        self._healing: dict[int, set[int]] = {}
+        self.healing: dict[int, set[int]] = {}
+        """By block: pages that were lost and are asked for again."""
 
     # --- faults -------------------------------------------------------------------------------------------------------
 
@@ -88,29 +96,41 @@ class Paging:
             elif self.poison_on_loss and block.number in self.links and self.links[block.number].state == "paused":
                 effects.append(Release(waiter, block.number, page, True))
             else:
-                end = self._end(block, page, window or self._window(waiter, block, page))
-                self._cursor[block.number] = end
+                end = self.end_of(block, page, window or self.window_of(waiter, block)(page))
+                self.cursor[block.number] = end
                 effects += self.engine.fault(waiter, block.number, page, end)
         self._do(effects, waiter)
 
-    def _end(self, block: RamBlock, page: int, window: int) -> int:
+    def end_of(self, block: RamBlock, page: int, window: int) -> int:
         """End of what is asked for with a page: as far as the window goes and everything is missing."""
         behind = block.received[page + 1 : min(block.pages, page + window)] if window > 1 and self.roomy else b""
         return page + 1 + len(behind) - len(behind.lstrip(MISSING_BYTE))
 
-    def _window(self, waiter: int, block: RamBlock, page: int) -> int:
+    def window_of(self, waiter: int, block: RamBlock) -> Callable[[int], int]:
+        """Fault-around of one waiter on one block: by page, how many to ask for from there on."""
         key = (waiter, block.number)
         around = self._windows.get(key)
         if around is None:
             largest = max(1, min(self._around, REMOTE_WINDOW) // block.page_size)
             around = self._windows[key] = FaultAround(largest)
-        return around.window(page)
+        return around.window
+
+    def learn(self, data: bytes, waiter: int, block: RamBlock) -> None:
+        """``data`` was a RequestPages of one page, taken by ``decode``: what differs only in the offset needs it no
+        more."""
+        link = self.links.get(block.number)
+        heads = self._lanes_of.setdefault(waiter, [])
+        if link is not None and len(heads) < MOST_LANES:
+            heads.append(data[:-OFFSET])
+            self.lanes[data[:-OFFSET]] = worker_lane(self, waiter, block, link)
 
     def left(self, waiter: int) -> None:
         """A client is gone."""
         self.engine.leave(waiter)
         for key in [key for key in self._windows if key[0] == waiter]:
             del self._windows[key]
+        for head in self._lanes_of.pop(waiter, ()):
+            self.lanes.pop(head, None)
 
     def do(self, effects: list[Effect]) -> None:
         """Carry out what the engine says for nobody in particular."""
@@ -130,7 +150,15 @@ class Paging:
                 self._told_lost.setdefault(number, set()).update(pages)
             size = self._blocks[number].page_size
             offsets = pack_offsets([page * size for page in pages])
-            self._to_worker(worker, Lost(number, offsets) if lost else Wake(number, offsets))
+            self._to_worker(worker, encode(Lost(number, offsets) if lost else Wake(number, offsets)))
+
+    def release(self, waiters: Iterable[int], block: RamBlock, page: int, wake: bytes) -> None:
+        """Let these run on at a page that is there now: ``wake`` tells workers so."""
+        for waiter in waiters:
+            if waiter:
+                self._to_worker(waiter, wake)
+            else:
+                self._release_own(block, page, False)
 
     def _ask(self, ask: Ask, client: int) -> None:
         link = self.links.get(ask.block)
@@ -155,7 +183,7 @@ class Paging:
             else:
                 self.place(block, first, end, addresses[frame])
             self.do(self.engine.answered(block.number, first, end, lost))
-            self._heal(block, first, end)
+            self.heal(block, first, end)
 
     def place(self, block: RamBlock, first: int, end: int, source: int) -> None:
         """Put pages into the block from memory at ``source``; those that are received already stay as they are."""
@@ -176,14 +204,10 @@ class Paging:
         size, received, base = block.page_size, block.received, block.mapping.address
         while first < end:
             received[first:end] = bytes((PLACING,)) * (end - first)
-            outcome = self._core.copy(base + first * size, source, (end - first) * size)
+            outcome = self.core.copy(base + first * size, source, (end - first) * size)
             done = max(0, outcome.done) // size
             received[first : first + done] = bytes((RECEIVED,)) * done
-            self.placed += done
-            self._undropped += done * size
-            if self._undropped >= DROP_AFTER:  # our page tables of what we placed count as our memory; the data stays
-                self._undropped = 0
-                block.forget_own_pages()
+            self.count(block, done)
             first, source = first + done, source + done * size
             if outcome.status is Status.PRESENT:
                 self._settle(block, first, source)
@@ -193,6 +217,14 @@ class Paging:
                 time.sleep(0.01)
             elif outcome.status not in (Status.DONE, Status.PARTIAL, Status.RETRY):
                 raise OSError(errno.EIO, f"UFFDIO_COPY into block {block.name}: {outcome.status.name}")
+
+    def count(self, block: RamBlock, pages: int) -> None:
+        """So many have been placed."""
+        self.placed += pages
+        self._undropped += pages * block.page_size
+        if self._undropped >= DROP_AFTER:  # our page tables of what we placed count as our memory; the data stays
+            self._undropped = 0
+            block.forget_own_pages()
 
     def _settle(self, block: RamBlock, page: int, source: int) -> None:
         """Nobody but us places pages of a remote block: a page that is there already is a predecessor's, or a
@@ -246,7 +278,7 @@ class Paging:
             for page in pages:
                 if block.received[page] == LOST:
                     block.received[page] = MISSING  # absent, by the proof that LOST needs
-            self._healing.setdefault(number, set()).update(pages)
+            self.healing.setdefault(number, set()).update(pages)
             for first, end in runs(pages):
                 self.do(self.engine.ask(number, first, end))
 
@@ -254,17 +286,19 @@ class Paging:
         """Was some client told that it is lost, since its source was last there?"""
         return page in self._told_lost.get(block, ())
 
-    def _heal(self, block: RamBlock, first: int, end: int) -> None:
+    def heal(self, block: RamBlock, first: int, end: int) -> None:
         """A page that was lost has come after all: whoever was given SIGBUS there gets it mapped (CONTINUE)."""
-        healing = self._healing.get(block.number)
+        healing = self.healing.get(block.number)
         if not healing:
             return
         back = {page for page in healing if first <= page < end and block.received[page] == RECEIVED}
         healing -= back
+        if not healing:
+            del self.healing[block.number]
         if back:
             offsets = pack_offsets([page * block.page_size for page in sorted(back)])
             for worker in self.clients_with(block.number):
-                self._to_worker(worker, Wake(block.number, offsets))
+                self._to_worker(worker, encode(Wake(block.number, offsets)))
             text = f"{len(back)} lost pages from page {min(back)} are there again"
             self._about(block, min(back), max(back) + 1 - min(back), "healed", text, "a source has them again")
 
@@ -305,13 +339,13 @@ class Paging:
     def _next_piece(self, block: RamBlock, length: int) -> tuple[int, int] | None:
         """The next run of missing pages behind the cursor, around the end of the block once."""
         pages = max(1, length // block.page_size)
-        for low, high in ((self._cursor[block.number], block.pages), (0, self._cursor[block.number])):
+        for low, high in ((self.cursor[block.number], block.pages), (0, self.cursor[block.number])):
             first = block.received.find(MISSING_BYTE, low, high)
             while first >= 0:
                 end = min(high, first + pages)
                 states = block.received[first:end]
                 end = first + len(states) - len(states.lstrip(MISSING_BYTE))
-                self._cursor[block.number] = end
+                self.cursor[block.number] = end
                 free = self.engine.first_free(block.number, first, end)
                 if free is not None:
                     return free

@@ -13,12 +13,12 @@ import zmq
 from postcopy_kernel import memory
 from postcopy_protocol.codec import decode
 from postcopy_protocol.errors import BadMessage
-from postcopy_protocol.messages import Message
 from postcopy_protocol.return_path import FROM_SOURCE
 from postcopy_protocol.sources import RemoteSource, Source
 
 from .blocks import RamBlock
 from .history import Tell
+from .lanes import SourceLane, source_lane
 from .link import Link, Stream
 from .paging import Paging
 from .remote import FRAME_LIMIT, Advice, ask_advice, load_keys, secure
@@ -31,6 +31,8 @@ class Sources:
     def __init__(self, context: zmq.Context[Any], settings: Settings, event: Tell) -> None:
         """Raises BadInput for keys that cannot be loaded."""
         self.links: dict[bytes, Link] = {}
+        self.lanes: dict[bytes, SourceLane] = {}
+        """By the same id: where answers go first."""
         self._context = context
         self._settings = settings
         self._event = event
@@ -62,7 +64,7 @@ class Sources:
         advice: Mapping[str, Advice],
         blocks: Mapping[str, RamBlock],
         paging: Paging,
-        send: Callable[[bytes, Message], None],
+        send: Callable[[bytes, bytes], None],
     ) -> None:
         """One link for every endpoint."""
         self._paging = paging
@@ -80,20 +82,21 @@ class Sources:
                 paging.gave_up,
             )
             self.links[identity] = link
+            self.lanes[identity] = source_lane(paging, link, ours)
             paging.links |= dict.fromkeys((block.number for block in ours), link)
             router.setsockopt(zmq.MAXMSGSIZE, FRAME_LIMIT)
             secure(router, endpoint, self._keys, self._settings.plain_tcp)
             router.setsockopt(zmq.CONNECT_ROUTING_ID, identity)
             router.connect(endpoint)
 
-    def heard(self, identity: bytes, frames: list[zmq.Frame]) -> bool:
+    def heard(self, identity: bytes, head: zmq.Frame, rest: list[zmq.Frame]) -> bool:
         """A word of a source, with the bytes of pages behind it; True when pages have come."""
         link = self.links[identity]
         try:
-            message = decode(frames[1].buffer, expect=FROM_SOURCE)
-            raw = [frame.buffer for frame in frames[2:]]
+            message = decode(head.buffer, expect=FROM_SOURCE)
+            raw = [frame.buffer for frame in rest]
             arrived = link.heard(message, [len(buffer) for buffer in raw], time.monotonic())
-        except (BadMessage, IndexError) as error:
+        except BadMessage as error:
             self._nonsense(link, error)
             return False
         if arrived is not None:

@@ -22,16 +22,21 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
 
+import zmq
+
 from postcopy_kernel import abi
 from postcopy_kernel.userfaultfd import Outcome, Status, Userfaultfd
 from postcopy_protocol import statistics
-from postcopy_protocol.codec import decode, unpack_offsets
+from postcopy_protocol.codec import decode, encode, pack_offsets, unpack_offsets
 from postcopy_protocol.errors import BadMessage
-from postcopy_protocol.messages import BlockGrant, Lost, Message, RegionGrant, RequestPages, Wake
+from postcopy_protocol.express import OFFSET, head_of
+from postcopy_protocol.messages import BlockGrant, Lost, RegionGrant, RequestPages, Wake
 from postcopy_protocol.received import FLAGS, LOST, MISSING, RECEIVED, SHARED
+from postcopy_protocol.return_path import FROM_SUPERVISOR, Pages, unpack_range
 from postcopy_protocol.window import FaultAround
 from postcopy_supervisor.blocks import RamBlock
 from postcopy_supervisor.flow import Limits
+from postcopy_supervisor.lanes import source_lane
 from postcopy_supervisor.link import Link, Stream
 from postcopy_supervisor.paging import Paging
 from postcopy_workers.fault_handler import MESSAGE_WORDS, ClientGone, FaultHandler, Region
@@ -72,7 +77,7 @@ class Client:
     written: set[int] = field(default_factory=set)
     main: Life | None = None
     waker: Life | None = None
-    mailbox: deque[Message] = field(default_factory=deque)
+    mailbox: deque[bytes] = field(default_factory=deque)
 
     @property
     def served(self) -> bool:
@@ -101,6 +106,10 @@ class Core:
         ufd = simulated.Userfaultfd(self.space)
         self.space.areas.append(Area(self.address, self.address + memory.size, memory, 0, True, ufd))
         self._descriptor, self._calls, self._copy = kernel.open(ufd), life.calls_of(kernel), Structure(5)
+        self.ioctl = self._calls.ioctl
+
+    def fileno(self) -> int:
+        return self._descriptor
 
     def copy(self, target: int, source: int, length: int) -> Outcome:
         for place, value in enumerate((target, source, length, 0, 0)):
@@ -112,6 +121,21 @@ class Core:
             status = {errno.EEXIST: Status.PRESENT, errno.EAGAIN: Status.PARTIAL}[error.errno or 0]
             return Outcome(status, done if status is Status.PARTIAL else 0)
         return Outcome(Status.DONE, length)
+
+
+@dataclass(frozen=True, slots=True)
+class Bytes:
+    """A raw frame, and its buffer: ``length`` bytes at ``address``."""
+
+    address: int
+    length: int
+
+    @property
+    def buffer(self) -> Bytes:
+        return self
+
+    def __len__(self) -> int:
+        return self.length
 
 
 class Supervisor:
@@ -142,11 +166,12 @@ class Supervisor:
         )
         ram = cast(RamBlock, block)
 
-        def to_worker(worker: int, message: Message | bytes) -> None:
-            life.call("tell", lambda: self._tell(worker, message))
+        def to_worker(worker: int, data: bytes) -> None:
+            life.call("tell", lambda: self._tell(worker, data))
 
-        def say(message: Message) -> None:
-            life.call("say", lambda: house.out.append(Word(message)))
+        def say(data: bytes) -> None:
+            word = Word(decode(data, expect=FROM_SUPERVISOR))
+            life.call("say", lambda: house.out.append(word))
 
         paging = self.paging = SimulatedPaging(
             cast(Userfaultfd, core), {BLOCK: ram}, 4 * PAGE, _never, to_worker, _never, self._event
@@ -155,6 +180,7 @@ class Supervisor:
         self.link = Link("ipc:///x", [stream], PATIENCE, say, self._event, paging.gave_up)
         self.link.flow.limits = FOR_EVER
         paging.links[BLOCK] = self.link
+        self.lane = source_lane(paging, self.link, [ram], core.ioctl, lambda buffer: cast(Bytes, buffer).address)
         paging.clients_with = lambda number: [client.number for client in house.clients if client.space.alive]
         while True:
             told = life.call("hear", lambda: self.box.popleft() if self.box else None)
@@ -165,33 +191,51 @@ class Supervisor:
         paging = self.paging
         if kind == "hello":
             self.connected.add(what)
-            paging._to_worker(what, Wake(0, b""))
+            paging._to_worker(what, encode(Wake(0, b"")))
         elif kind == "request":
-            pages = [offset // PAGE for offset in unpack_offsets(what.offsets)]
-            if self.house.client(what.worker).space.alive:
-                paging.fault(what.worker, block, pages)
+            self._requested(what, block)
         elif kind == "left":
             paging.left(what)
         elif kind == "tick":
             self.link.tick(time.monotonic() + self.house.skipped)
         elif kind == "word":
-            try:
-                arrived = self.link.heard(what.message, what.frames, time.monotonic() + self.house.skipped)
-            except BadMessage:  # what comes twice, and after its time: not used
+            self._word(what)
+
+    def _requested(self, data: bytes, block: RamBlock) -> None:
+        lane = self.paging.lanes.get(data[:-OFFSET])
+        if lane is not None:
+            return lane(data)
+        message = decode(data, expect=(RequestPages,))
+        pages = [offset // PAGE for offset in unpack_offsets(message.offsets)]
+        if self.house.client(message.worker).space.alive:
+            if len(pages) == 1:
+                self.paging.learn(data, message.worker, block)
+            self.paging.fault(message.worker, block, pages)
+        return None
+
+    def _word(self, what: Word) -> None:
+        paging = self.paging
+        if isinstance(what.message, Pages) and len(what.frames) == 1:
+            frame = Bytes(SOURCE_AT + unpack_range(what.message.ranges, 0)[0], what.frames[0])
+            if self.lane(encode(what.message), cast(zmq.Frame, frame)) is not None:
                 return
-            if arrived is not None:
-                places = {frame: SOURCE_AT + offset for offset, _, _, frame in arrived.ranges}
-                paging.arrived(arrived, [places.get(frame, 0) for frame in range(len(what.frames))])
+        try:
+            arrived = self.link.heard(what.message, what.frames, time.monotonic() + self.house.skipped)
+        except BadMessage:  # what comes twice, and after its time: not used
+            return
+        if arrived is not None:
+            places = {frame: SOURCE_AT + offset for offset, _, _, frame in arrived.ranges}
+            paging.arrived(arrived, [places.get(frame, 0) for frame in range(len(what.frames))])
 
     def _event(self, kind: str, detail: str, **where: int | str) -> None:
         if kind == "recover" or (kind == "source" and self.house.births > 1):
             self.paging.source_back(self.link)
 
-    def _tell(self, worker: int, message: Message | bytes) -> None:
+    def _tell(self, worker: int, data: bytes) -> None:
         """The router: who is not connected does not hear."""
         client = self.house.client(worker)
         if worker in self.connected and client.served:
-            client.mailbox.append(decode(message, expect=(Wake, Lost)) if isinstance(message, bytes) else message)
+            client.mailbox.append(data)
 
     @property
     def busy(self) -> bool:
@@ -271,8 +315,7 @@ class SimulatedHouse:
 
     def _requests(self, life: Life, client: Client) -> Requests:
         def send(data: bytes) -> None:
-            message = decode(data, expect=(RequestPages,))
-            life.call("ask", lambda: self.tell_supervisor("request", message))
+            life.call("ask", lambda: self.tell_supervisor("request", data))
 
         return Requests(client.number, client.words, send)
 
@@ -315,9 +358,16 @@ class SimulatedHouse:
         handler = self._handler(life, client, -birth, requests)
         life.call("hello", lambda: self.tell_supervisor("hello", client.number))
         mailbox = client.mailbox
+        head, wake = head_of(Wake(BLOCK, pack_offsets([0])), OFFSET), handler.waking(BLOCK)
         while True:
-            message = life.call("listen", lambda: mailbox.popleft() if mailbox else None)
-            if isinstance(message, Wake | Lost):
+            data = life.call("listen", lambda: mailbox.popleft() if mailbox else None)
+            if data is not None and data[:-OFFSET] == head:
+                offset = int.from_bytes(data[-OFFSET:], "little")
+                requests.answered_one(BLOCK, offset)
+                wake(offset)
+            elif data is not None:
+                message = decode(data, expect=(Wake, Lost))
+                assert isinstance(message, Wake | Lost)
                 if not message.block:
                     requests.forget()
                     handler.wake_everything()

@@ -7,10 +7,12 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from postcopy_protocol.codec import decode, encode
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.messages import Message
 from postcopy_protocol.return_path import (
     DATA,
+    FROM_SUPERVISOR,
     LOST,
     ZERO,
     Advise,
@@ -99,7 +101,8 @@ class Source:
     def pages(self, stream: int, request: int, ranges: Sequence[tuple[int, int]], kind: int) -> Word:
         frames = tuple(length for _, length in ranges) if kind == DATA else ()
         kinds = bytes([kind]) * len(ranges)
-        return Word(Pages(stream, request, pack_ranges(ranges), kinds, "gone"), frames, self.content or RIGHT)
+        reason = "gone" if kind == LOST else ""
+        return Word(Pages(stream, request, pack_ranges(ranges), kinds, reason), frames, self.content or RIGHT)
 
     def listening(self) -> list[tuple[int, str]]:
         """Streams that take pushed pages."""
@@ -113,6 +116,7 @@ class Supervisor:
     def __init__(self, patience: float = 5.0) -> None:
         self.now = 1000.0
         self.engine = Engine()
+        self.expected = 0  # answers that came as they were expected
         self.out: list[Word] = []
         self.events: list[tuple[str, str]] = []
         self.received: set[tuple[int, int]] = set()
@@ -123,8 +127,8 @@ class Supervisor:
             "ipc:///x", streams, patience, self._send, lambda *event, **_: self.events.append(event), self._gave_up
         )
 
-    def _send(self, message: Message) -> None:
-        self.out.append(Word(message))
+    def _send(self, data: bytes) -> None:
+        self.out.append(Word(decode(data, expect=FROM_SUPERVISOR)))
 
     def _gave_up(self, block: int, offset: int, length: int) -> None:
         self._lose(block, offset, length)
@@ -158,6 +162,14 @@ class Supervisor:
         self.waiting = {key for key in self.waiting if key[0] != client}
 
     def hear(self, word: Word) -> None:
+        if len(word.frames) == 1:
+            wish = self.link.expected(encode(word.message), word.frames[0])
+            if wish is not None:
+                assert word.content == RIGHT, "pages of another content were taken"
+                self._arrived(Arrived(wish.block, [(wish.offset, wish.length, DATA, 0)], ""))
+                self.link.landed(wish, self.now)
+                self.expected += 1
+                return
         try:
             arrived = self.link.heard(word.message, word.frames, self.now)
         except BadMessage as error:
@@ -206,9 +218,7 @@ class Supervisor:
         wishes = [*flow._flying.values(), *(wish for queue in flow._queues.values() for wish in queue)]
         asked = [(wish.block, page) for wish in wishes for page in _pages_of(wish.offset, wish.length)]
         assert len(asked) == len(set(asked)), "a page is on its way twice"
-        open_pages = {
-            (block, page) for block, ranges in self.engine._asked.items() for lo, hi in ranges for page in range(lo, hi)
-        }
+        open_pages = {(block, page) for block, low, high in self.engine.flying() for page in range(low, high)}
         assert open_pages <= set(asked), f"counted as asked for, and is not: {open_pages - set(asked)}"
         assert set(self.link._blocks) == set(self.link._numbers.values())
         kinds = [kind for kind, _ in self.events if kind in ("source", "pause", "recover")]

@@ -206,6 +206,31 @@ class FaultHandler:
                 else:
                     self._words[WAKES] += 1
 
+    def waking(self, number: int) -> Callable[[int], None]:
+        """``woken`` for one placed page of a block, by its offset: a closure over what never changes, as the answers
+        are."""
+        regions = [region for region in self.regions if region.block.grant.block == number]
+        careful = self.woken
+        if len(regions) != 1:
+            return lambda offset: careful(number, (offset,), lost=False)
+        region, words = regions[0], self._words
+        base, shift, first, end = region.base, region.block.shift, region.first_page, region.end_page
+        userfaultfd, ioctl = self.userfaultfd, self._calls.ioctl
+        structure = Structure(4, 0, 1 << shift)
+        place, buffer = structure.words, structure.buffer
+
+        def wake(offset: int) -> None:
+            if not first <= offset >> shift < end:
+                return
+            place[0] = base + offset
+            try:
+                ioctl(userfaultfd, UFFDIO_CONTINUE, buffer)
+            except OSError:  # mapped already, an event in the way, the client is gone: it knows
+                return careful(number, (offset,), lost=False)
+            words[WAKES] += 1
+
+        return wake
+
     def message(self, event: int, flags: int, address: int) -> None:
         """Answer one message of any kind; raises ClientGone or CannotGoOn."""
         if event & 0xFF == EVENT_PAGEFAULT:

@@ -63,6 +63,12 @@ class Requests:
             if begun is not None:
                 self._words[bucket(now - begun)] += 1
 
+    def answered_one(self, block: int, offset: int) -> None:
+        """``answered`` of one page."""
+        begun = self._asked.pop((block, offset), None)
+        if begun is not None:
+            self._words[bucket(perf_counter_ns() - begun)] += 1
+
     def forget(self) -> None:
         """Nothing counts as asked for; whoever waits is to be woken, and asks again."""
         self._asked.clear()
