@@ -256,6 +256,20 @@ class RamBlock:
             lost += piece.count(LOST)
         return received, lost
 
+    def tally(self, cells: int) -> tuple[list[int], list[int]]:
+        """(received, lost) pages of each of at most ``cells`` equal stretches of the block, the last may be shorter."""
+        stretch = -(-self.pages // cells)
+        received, lost = [0] * -(-self.pages // stretch), [0] * -(-self.pages // stretch)
+        for at, piece in self._map_pieces():
+            first = at
+            while first < at + len(piece):
+                cell = first // stretch
+                end = min((cell + 1) * stretch, at + len(piece))
+                received[cell] += piece.count(RECEIVED, first - at, end - at)
+                lost[cell] += piece.count(LOST, first - at, end - at)
+                first = end
+        return received, lost
+
     def promote_interrupted(self) -> None:
         """Pages that are present and still marked PLACING: a worker ended between its COPY and its mark. The kernel
         shows a page only when it is filled, so they are received."""

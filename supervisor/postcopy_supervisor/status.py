@@ -21,6 +21,9 @@ from .paging import Paging
 from .reception import Client, Reception
 from .workforce import Workforce
 
+MAP_CELLS = 128
+"""Stretches of the residency map of a block."""
+
 
 def document(
     started: float,
@@ -85,7 +88,8 @@ def blocked_s(words: Sequence[int]) -> float:
 
 
 def _block(block: RamBlock) -> dict[str, Any]:
-    received, lost = block.counts()
+    received_map, lost_map = block.tally(MAP_CELLS)
+    received, lost = sum(received_map), sum(lost_map)
     return {
         "name": block.name,
         "size": block.size,
@@ -95,6 +99,7 @@ def _block(block: RamBlock) -> dict[str, Any]:
         "pages": block.pages,
         "received": received,
         "lost": lost,
+        "map": {"pages": -(-block.pages // MAP_CELLS), "received": received_map, "lost": lost_map if lost else []},
         "complete": block.complete,
         "polluted": [[first * block.page_size, (last - first) * block.page_size] for first, last in block.polluted],
     }

@@ -1,0 +1,85 @@
+"""``postcopy top`` in a real terminal (tmux), on a real supervisor with clients."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import SourceFile
+from tests.house.house import House, environment, until
+
+PATIENCE = 60.0
+
+
+class Terminal:
+    """A tmux server of our own with one window of 80x24."""
+
+    def __init__(self, command: str) -> None:
+        self._tmux = ["tmux", "-L", f"pc-{uuid.uuid4().hex[:12]}", "-f", "/dev/null"]
+        self.run("new-session", "-d", "-x", "80", "-y", "24", command)
+
+    def run(self, *words: str) -> str:
+        done = subprocess.run([*self._tmux, *words], capture_output=True, timeout=30, env=environment(TERM="screen"))
+        assert done.returncode == 0, done.stderr.decode()
+        return done.stdout.decode()
+
+    def shows(self, text: str) -> str:
+        """Wait until it is on the screen."""
+        return until(lambda: seen if text in (seen := self.run("capture-pane", "-p")) else "", text, PATIENCE)
+
+    def keys(self, *keys: str) -> None:
+        self.run("send-keys", *keys)
+
+    def close(self) -> None:
+        subprocess.run([*self._tmux, "kill-server"], capture_output=True, timeout=30)
+
+
+@pytest.fixture
+def house(runtime_dir: Path, source_file: SourceFile) -> Iterator[House]:
+    with House(runtime_dir, f"ram0={source_file(4 << 20)}", fault_around="4K") as house:
+        yield house
+
+
+def test_top_in_a_terminal(house: House) -> None:
+    clients = [house.client("ram0", mode) for mode in ("private", "shared")]
+    for one in clients:
+        one.do("[b.buf[at] for at in range(0, 1 << 20, 4096)]")
+    words = [sys.executable, "-m", "postcopy", "top", "--interval", "0.2", "--runtime-dir", str(house.directory)]
+    terminal = Terminal(shlex.join(words) + "; sleep 60")
+    try:
+        screen = terminal.shows("2 clients")
+        assert "ram0" in screen and "25.0%" in screen and "█" in screen
+        assert all(len(row) <= 80 for row in screen.splitlines())
+        assert "deaths" in screen
+        terminal.keys("Enter")
+        shown = terminal.shows("worker_pid")
+        assert any(str(client["worker_pid"]) in shown for client in house.status()["clients"])
+        terminal.keys("Escape")
+        terminal.keys("/")
+        terminal.keys("-l", "nobody")
+        until(lambda: "ram0:p" not in terminal.run("capture-pane", "-p"), "all are filtered away", PATIENCE)
+        terminal.keys("Escape")
+        terminal.shows("ram0:p")
+        terminal.keys("q")
+        until(lambda: "clients" not in terminal.run("capture-pane", "-p"), "it has left the screen", PATIENCE)
+    finally:
+        terminal.close()
+
+
+def test_top_without_a_terminal_is_one_line(house: House) -> None:
+    words = [sys.executable, "-m", "postcopy", "top", "--runtime-dir", str(house.directory)]
+    done = subprocess.run(words, capture_output=True, timeout=PATIENCE, env=environment(), stdin=subprocess.DEVNULL)
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"postcopy: top needs a terminal")
+
+
+def test_top_without_a_supervisor_is_3(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "postcopy", "top", "--runtime-dir", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, timeout=PATIENCE, env=environment())
+    assert done.returncode == 3
