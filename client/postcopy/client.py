@@ -103,9 +103,19 @@ class Client:
 
     def _current(self, deadline: Deadline) -> Session:
         """The session for a new region. One that is of no use any more stays behind with its regions."""
-        if self._session is None or not self._session.usable:
+        if self._session is None or not self._at_hand(self._session, deadline):
             self._session = Session(self.directory, deadline)
         return self._session
+
+    def _at_hand(self, session: Session, deadline: Deadline) -> bool:
+        """Can more be asked through this session, if need be of a supervisor that has taken over?"""
+        if session.usable:
+            return True
+        try:
+            return session.resume(deadline)
+        except (PostcopyError, OSError) as error:
+            log.debug("the session in %s is not resumed: %s", self.directory, error)
+            return False
 
     def _open(self, session: Session, name: str, mode: str, deadline: Deadline) -> Block:
         opened = session.open(name, mode, deadline)
@@ -125,7 +135,7 @@ class Client:
 
     def _take_leave(self, block: Block, deadline: Deadline) -> None:
         session = block.session
-        if session.usable:
+        if self._at_hand(session, deadline):
             try:
                 session.forget(block.number, block.mapping.address, deadline)
             except PostcopyError as error:

@@ -81,6 +81,15 @@ class Door:
             except PostcopyError:
                 self.usable = False
 
+    @property
+    def hung_up(self) -> bool:
+        """Has the supervisor closed the connection, or died?"""
+        if self._socket.fileno() < 0:
+            return False
+        poll = select.poll()
+        poll.register(self._socket, 0)
+        return bool(poll.poll(0))  # only POLLHUP is told unasked
+
     def close(self) -> None:
         self.usable = False
         self._socket.close()

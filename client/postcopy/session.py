@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from postcopy_kernel.descriptors import close_all
 from postcopy_kernel.userfaultfd import Userfaultfd, open_userfaultfd
 from postcopy_kernel.userfaultfd import UserfaultfdUnavailable as KernelUnavailable
+from postcopy_protocol.codec import unpack_offsets
 from postcopy_protocol.door import mapping_length
 from postcopy_protocol.messages import (
     Attached,
@@ -24,6 +25,8 @@ from postcopy_protocol.messages import (
     Mapped,
     OfferUserfaultfd,
     OpenBlock,
+    Resume,
+    Resumed,
     Unmap,
     Unmapped,
     UserfaultfdAccepted,
@@ -32,7 +35,7 @@ from postcopy_protocol.messages import (
 
 from .deadline import Deadline
 from .door import Door
-from .errors import BadMessage, unavailable
+from .errors import AttachDenied, BadMessage, NoSupervisor, unavailable
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +66,13 @@ class Opened:
 
 
 class Session:
-    """One conversation from Hello to Goodbye. Not thread-safe; see ``client.Client``."""
+    """One conversation from Hello to Goodbye, beyond the death of a supervisor if another takes over. Not thread-safe;
+    see ``client.Client``."""
 
     def __init__(self, directory: str, deadline: Deadline) -> None:
         self.door = Door(directory, deadline)
         self.regions = 0
+        self._resumable = True
         self._userfaultfd: Userfaultfd | None = None
         try:
             welcome, device = self.door.ask(Hello(_own_name(), "native"), Welcome, deadline)
@@ -83,6 +88,31 @@ class Session:
         """Whether more can be asked of this supervisor through this connection."""
         self.door.listen()
         return self.door.usable and self.door.ending is None
+
+    def resume(self, deadline: Deadline) -> bool:
+        """Go on with a supervisor that has taken over from the one that died: it serves our regions already. False:
+        there is nothing to resume, or nobody who knows us."""
+        if not self._resumable or not self.regions or self.door.ending is not None or not self.door.hung_up:
+            return False
+        try:
+            door = Door(self.door.directory, deadline)
+        except NoSupervisor:  # not yet
+            return False
+        try:
+            _, device = door.ask(Hello(_own_name(), "native"), Welcome, deadline)
+            close_all(device)
+            resumed, _ = door.ask(Resume(self.client), Resumed, deadline)
+            door.released = self.door.released.union(unpack_offsets(resumed.released))
+        except AttachDenied:  # it is not the dead one's successor: what we have stays with our worker
+            self._resumable = False
+            door.close()
+            return False
+        except BaseException:
+            door.close()
+            raise
+        self.door.close()
+        self.door = door
+        return True
 
     def open(self, name: str, mode: str, deadline: Deadline) -> Opened:
         """Ask for a block and check what came: a size that does not fit its descriptors would be a SIGBUS later."""
@@ -124,6 +154,7 @@ class Session:
 
     def abandon(self) -> None:
         """Close without a word: nothing is attached here, or (in a fork's child) it is somebody else's session."""
+        self._resumable = False
         self.door.close()
         if self._userfaultfd is not None:
             self._userfaultfd.close()

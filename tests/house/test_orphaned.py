@@ -268,6 +268,18 @@ def test_the_last_client_ends_while_time_is_left(runtime_dir: Path, path: Path) 
         assert not (runtime_dir / "private/custodian").exists()
 
 
+def test_abandoned_it_ends_with_the_last_client(runtime_dir: Path, path: Path) -> None:
+    with Script(runtime_dir, path) as script:
+        script.start()
+        script.say(WhenOrphaned(60_000, False))
+        guest = script.guest()
+        script.die()
+        (runtime_dir / "private/custodian").unlink()
+        assert guest.word(1) == word(PAGE)
+        guest.kill()
+        until(lambda: gone(script), "nobody can take over any more")
+
+
 def test_dismissed_it_ends_with_the_last_worker(runtime_dir: Path, path: Path) -> None:
     with Script(runtime_dir, path) as script:
         script.start()

@@ -290,8 +290,9 @@ class Custodian:
             self._poll.unregister(fd)
             assert self._rendezvous is not None
             self._rendezvous.show_out(fd)
-        if law.ended:
-            log.info("no client is left, and no supervisor came")
+        abandoned = self._rendezvous is None or not self._rendezvous.stands
+        if law.ended or (abandoned and not law.clients):
+            log.info("no client is left, and no supervisor %s", "can come" if abandoned else "came")
             self._end()
 
     def _do(self, effects: list[orphan.Effect]) -> None:

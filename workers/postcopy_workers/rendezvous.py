@@ -50,9 +50,20 @@ class Rendezvous:
             self._listener.bind(self._path)
         finally:
             os.umask(before)
-        found = os.lstat(self._path)
-        self._inode = found.st_dev, found.st_ino
+        self._inode = self._found()
         self._listener.listen(8 * MOST_VISITORS)
+
+    def _found(self) -> tuple[int, int] | None:
+        try:
+            found = os.lstat(self._path)
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    @property
+    def stands(self) -> bool:
+        """Can anybody find us? Not when another custodian has taken the place, or the socket has been removed."""
+        return self._found() == self._inode
 
     def fileno(self) -> int:
         return self._listener.fileno()
@@ -121,7 +132,6 @@ class Rendezvous:
         for fd in self.visitors:
             self.show_out(fd)
         self._listener.close()
-        with contextlib.suppress(OSError):
-            found = os.lstat(self._path)
-            if (found.st_dev, found.st_ino) == self._inode:
+        if self.stands:
+            with contextlib.suppress(OSError):
                 os.unlink(self._path)

@@ -1,0 +1,101 @@
+"""Clients beyond the death of a supervisor: whoever takes over is told what they attach and detach, as the dead one
+would have been."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import SourceFile
+from tests.house.house import PAGE, House, PuppetError, until, word
+
+PAGES = 512
+
+
+@pytest.fixture
+def path(source_file: SourceFile) -> Path:
+    return source_file(PAGES * PAGE)
+
+
+def test_what_is_closed_after_a_recovery_is_given_back(runtime_dir: Path, path: Path) -> None:
+    with House(runtime_dir, f"ram0={path}", fault_around="4K") as house:
+        clients = [house.client("ram0", mode) for mode in ("private", "shared")]
+        house.kill()
+        house.recover()
+        for client in clients:
+            assert house.record(client)
+            client.do("b.close()")
+        until(lambda: not house.status()["clients"], "both have said goodbye")
+
+
+def test_more_is_attached_by_the_same_client(runtime_dir: Path, path: Path, source_file: SourceFile) -> None:
+    other = source_file(PAGES * PAGE, 7, "other.bin")
+    with House(runtime_dir, f"ram0={path}", f"ram1={other}", fault_around="4K") as house:
+        client = house.client("ram0", "shared")
+        number = house.record(client)["id"]
+        for page in (5, 6):
+            house.kill()
+            with pytest.raises(PuppetError) as told:
+                client.attach("ram1", "private", "c")
+            assert told.value.kind == "NoSupervisor"
+            house.recover()
+            client.attach("ram1", "private", "c")
+            assert client.do(f"words(c, [{page}])") == [word(page * PAGE, 7)]
+            assert client.do(f"words(b, [{page}])") == [word(page * PAGE)]
+            record = house.record(client)
+            assert record["id"] == number and len(record["blocks"]) == 2
+            assert len(house.status()["clients"]) == 1
+            client.do("c.close()")
+            until(lambda: len(house.record(client)["blocks"]) == 1, "one is left")
+        client.do("b.close()")
+        until(lambda: not house.status()["clients"], "it has said goodbye")
+
+
+def test_a_fork_does_not_resume_its_parents_session(runtime_dir: Path, path: Path) -> None:
+    with House(runtime_dir, f"ram0={path}", fault_around="4K") as house:
+        client = house.client("ram0")
+        number = house.record(client)["id"]
+        house.kill()
+        assert client.do("child('words(b, [8])')") == "ended -11", "nobody to be a client of"
+        house.recover()
+        assert client.do("child('words(b, [8])')") == [word(8 * PAGE)]
+        assert client.do("child('b.close()')") is None
+        assert client.do("words(b, [9])") == [word(9 * PAGE)]
+        until(lambda: [record["id"] for record in house.status()["clients"]] == [number], "the children have left")
+        client.do("b.close()")
+        until(lambda: not house.status()["clients"], "it has said goodbye")
+
+
+def test_one_that_does_not_know_us_gets_a_new_client(runtime_dir: Path, path: Path) -> None:
+    """After ``--abandon``: what was attached stays with its worker, what comes is served anew."""
+    with House(runtime_dir, f"ram0={path}", fault_around="4K") as house:
+        client = house.client("ram0", "shared")
+        assert client.do("words(b, [1])") == [word(PAGE)]
+        house.kill()
+        house.start(abandon=True)
+        house.await_ready()
+        client.attach("ram0", "private", "c")
+        assert len(house.status()["clients"]) == 1 and len(house.record(client)["blocks"]) == 1
+        assert client.do("words(c, [2])") == [word(2 * PAGE)]
+        assert client.do("words(b, [2])") == [word(2 * PAGE)]
+        client.do("b.close()")
+        client.do("c.close()")
+        until(lambda: not house.status()["clients"], "it has said goodbye")
+        client.close()
+
+
+def test_after_an_orderly_end_there_is_nothing_to_resume(runtime_dir: Path, path: Path) -> None:
+    with House(runtime_dir, f"ram0={path}", fault_around="4K") as house:
+        client = house.client("ram0")
+        assert client.do("words(b, [1])") == [word(PAGE)]
+        house.process.send_signal(signal.SIGTERM)
+        assert house.wait() == 0
+        house.start()
+        house.await_ready()
+        client.attach("ram0", "private", "c")
+        assert client.do("words(c, [2])") == [word(2 * PAGE)]
+        assert client.do("words(b, [1])") == [word(PAGE)]
+        assert len(house.record(client)["blocks"]) == 1
+        client.do("b.close()")
