@@ -19,7 +19,7 @@ def crash(house: House) -> None:
 def test_clients_run_on_when_the_supervisor_is_killed(runtime_dir: Path, source_file: SourceFile) -> None:
     """Local blocks need nobody but the worker: every byte still comes, in both modes."""
     path = source_file(24 << 20)
-    with House(runtime_dir, f"ram0={path}", fault_around="4K", orphan_timeout=0) as house:
+    with House(runtime_dir, f"ram0={path}", fault_around="4K", orphan_timeout="0.1") as house:
         clients = [house.client("ram0", mode) for mode in ("private", "shared") * 2]
         for seed, client in enumerate(clients):
             client.begin(f"check(b, {str(path)!r}, 'random', 4096, {seed})")
@@ -42,7 +42,7 @@ def clean(runtime_dir: Path) -> None:
 
 
 def test_a_client_without_a_house_is_told(runtime_dir: Path, source_file: SourceFile) -> None:
-    with House(runtime_dir, f"ram0={source_file(PAGES * PAGE)}", orphan_timeout=0) as house:
+    with House(runtime_dir, f"ram0={source_file(PAGES * PAGE)}", orphan_timeout="0.1") as house:
         client = house.client()
         crash(house)
         for order in ("attach('ram0')", "attach('ram1', 'shared')"):
