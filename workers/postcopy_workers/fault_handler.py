@@ -135,34 +135,35 @@ class FaultHandler:
         for region in self.regions:
             self._wake(region.start, region.end - region.start)
 
-    def heal(self) -> None:
+    def heal(self, ask: Callable[[int, int], None] | None = None) -> None:
         """Pages that were poisoned because a predecessor had no source (quarantine): place them and let CONTINUE take
-        the poison away. What cannot be had stays SIGBUS; a remote page is asked for, and its wake heals it."""
+        the poison away; what cannot be had stays SIGBUS. With ``ask`` (block, offset) it is about remote blocks, by the
+        waker, each time that the supervisor has heard its hello: before, the answer might not find the way."""
         for number, page in denied(self._words):
             mine = [
                 region
                 for region in self.regions
                 if region.block.grant.block == number and region.first_page <= page < region.end_page
             ]
-            healed = [self._heal(region, page) for region in mine]
+            healed = [self._heal(region, page, ask) for region in mine]
             if all(healed):
                 allow(self._words, number, page)
 
-    def _heal(self, region: Region, page: int) -> bool:
+    def _heal(self, region: Region, page: int, ask: Callable[[int, int], None] | None) -> bool:
         block = region.block
-        if isinstance(block.pages, NoPages) or block.received[page] == LOST:
+        remote = isinstance(block.pages, RemotePages)
+        if isinstance(block.pages, NoPages) or block.received[page] == LOST or remote != (ask is not None):
             return False
-        if block.received[page] != RECEIVED or not block.present(page):
+        if ask is not None and block.received[page] != RECEIVED:
+            ask(block.grant.block, page << block.shift)  # its wake heals it
+            return False
+        if ask is None and (block.received[page] != RECEIVED or not block.present(page)):
             self._words[BUSY_SINCE_NS] = monotonic_ns()
             try:
                 block.pages.check()
                 if block.fill_own(page, 1):
                     return False
             except (PageLost, SourceChanged, HandlerFailed):
-                return False
-            except Elsewhere:
-                assert self._requests is not None
-                self._requests.ask(block.grant.block, page << block.shift)
                 return False
             finally:
                 self._words[BUSY_SINCE_NS] = 0

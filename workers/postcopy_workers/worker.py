@@ -282,6 +282,7 @@ class Waker(threading.Thread):
     def run(self) -> None:
         channel = self._worker.connect()
         self._worker.hello(channel)
+        self._again = Requests(self._worker.assignment.worker, self._worker.words, partial(self._worker.say, channel))
         lanes = {head_of(Wake(number, pack_offsets([0])), OFFSET): self._lane(number) for number in self._worker.blocks}
         while True:
             try:
@@ -312,7 +313,9 @@ class Waker(threading.Thread):
         assert isinstance(message, Wake | Lost)
         if not message.block:  # the supervisor has heard our hello: what it said before may not have come
             self._requests.forget()
-            return self._handler.wake_everything()
+            self._handler.wake_everything()
+            self._again.forget()
+            return self._handler.heal(self._again.ask)
         offsets = unpack_offsets(message.offsets)
         self._requests.answered(message.block, offsets)
         crashpoints.before("worker.told", self._handler.woken)(message.block, offsets, lost=isinstance(message, Lost))
@@ -330,10 +333,10 @@ def serve_client(assignment: Assignment, fds: list[int]) -> NoReturn:
     attendant = Attendant(worker)
     handler.wake_everything()
     attendant.start()
-    if requests is not None:
-        Waker(worker, worker.fault_handler(requests), requests).start()
     try:
-        handler.heal()
+        handler.heal()  # before there is a waker, which heals too
+        if requests is not None:
+            Waker(worker, worker.fault_handler(requests), requests).start()
         _read_for_ever(userfaultfd, handler)
     except ClientGone:
         _leave(worker, "client-gone", "its memory is gone", CLIENT_GONE)
