@@ -92,6 +92,11 @@ def any_registered(pid: int, ranges: Iterable[tuple[int, int]]) -> bool:
     return any(first < start + length and start < last for start, length in ranges for first, last in registered)
 
 
+def maps_memory_at(pid: int, address: int) -> bool:
+    """Is a memfd (or another file without a name) mapped at this address? Raises OSError."""
+    return any(at.start <= address < at.end and at.name.endswith("(deleted)") for at in mapped_ranges(pid))
+
+
 def covered(runs: Iterable[tuple[int, int]], start: int, end: int) -> bool:
     """Do the runs, in order, cover the range without a gap?"""
     for first, last in runs:

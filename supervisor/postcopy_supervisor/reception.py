@@ -542,8 +542,11 @@ class Reception:
 
 
 def _is_same(client: Client, visitor: Client) -> bool:
-    """Is the visitor this client's process? A process that lives shares its number with nobody."""
+    """Is the visitor this client's process? A process that lives shares its number with nobody. For a back-end, whose
+    pid is its own, any front-end of its front-end's user may speak that has found none speaking."""
     same = (client.pid, client.uid) == (visitor.pid, visitor.uid)
+    if client.back_end:
+        same = client.uid == visitor.uid and client.connection is None and visitor.conversation.kind == "vhost-user"
     return same and client.userfaultfd is not None and not process.pidfd_exited(client.pidfd)
 
 
@@ -578,14 +581,15 @@ def _judge_back_end(uid: int, fd: int, pidfd: int) -> int:
 
 
 def _has_let_go(client: Client) -> bool:
-    """Has a back-end without a front-end unmapped, or unregistered, all that it had? One whose address space we may not
-    read is served to its end."""
+    """Has a back-end without a front-end unmapped, or unregistered, all that it had? What was released need only be
+    mapped. One whose address space we may not read is served to its end."""
     if process.pidfd_exited(client.pidfd):
         return True
+    waited_for = [(region.address, region.length) for region in client.regions]
     try:
-        return not address_space.any_registered(
-            client.pid, ((region.address, region.length) for region in client.regions)
-        )
+        if any(address_space.maps_memory_at(client.pid, region.address) for region in client.released):
+            return False
+        return not address_space.any_registered(client.pid, waited_for)
     except PermissionError:
         return False
     except OSError:

@@ -92,3 +92,16 @@ def dpdk(directory: Path, *options: str) -> Iterator[Program]:
     command = ["dpdk-testpmd", "--no-huge", "-m", "128", "--no-pci", "--no-shconf", "-l", "0,1", "--vdev", device]
     with running([*command, "--", "-i", "--total-num-mbufs=2048", *options], path, path) as program:
         yield program
+
+
+@contextmanager
+def storage_daemons(directory: Path, count: int) -> Iterator[list[Path]]:
+    """One qemu-storage-daemon with many exports of one disk, read-only."""
+    disk, paths = directory / "many.img", [directory / f"many{n}.sock" for n in range(count)]
+    disk.write_bytes(disk_bytes(2048))
+    command = ["qemu-storage-daemon", "--blockdev", f"driver=file,filename={disk},node-name=f,read-only=on"]
+    command += ["--blockdev", "driver=raw,file=f,node-name=d,read-only=on"]
+    for n, path in enumerate(paths):
+        command += ["--export", f"type=vhost-user-blk,id=e{n},node-name=d,addr.type=unix,addr.path={path}"]
+    with running(command, paths[-1], disk):
+        yield paths

@@ -19,7 +19,7 @@ from postcopy import attach
 from postcopy.errors import BackEndGone, BackEndTimeout, VhostUserError
 from postcopy.vhost_user import BackEnd, GuestMemory, blk
 from postcopy.vhost_user.rings import Bells, Ring, start_ring
-from tests.house.back_ends import disk_bytes, dpdk, running, storage_daemon
+from tests.house.back_ends import disk_bytes, dpdk, running, storage_daemon, storage_daemons
 from tests.house.house import House, end_by_pidfd, environment, until
 
 pytestmark = pytest.mark.usefixtures("require_userfaultfd")
@@ -462,3 +462,57 @@ def test_testpmd_faults_on_its_rings(runtime_dir: Path, tmp_path: Path) -> None:
         until(lambda: used <= set(driver.received()), f"its rings have come: {driver.received()}")
         assert set(driver.received()) <= rings
         assert record(house, "pmd.sock")["pid"] == program.pid
+
+
+# --- several, and a supervisor that dies ------------------------------------------------------------------------------
+
+
+def test_the_supervisor_dies_and_another_comes(runtime_dir: Path, tmp_path: Path) -> None:
+    """Its worker serves on; the front-end finds the successor, and hears from it that everything has come."""
+    with (
+        guest(runtime_dir, tmp_path, [(blk.READ, 8)] * 3) as house,
+        storage_daemon(tmp_path) as program,
+        BackEnd(program.socket, ["guest"], runtime_dir) as back_end,
+        Driver(back_end) as driver,
+    ):
+        house.kill()
+        driver.start(3)
+        driver.finish()
+        assert driver.data(2) == sectors(8)
+        assert back_end.side.ending is None and not back_end.complete
+        house.recover()
+        assert record(house, "blk.sock")["pid"] == program.pid
+        with attach("guest", runtime_dir) as block:
+            block.ensure()
+        until(lambda: back_end.complete, "the front-end has heard that the block is whole")
+        back_end.end()
+        back_end.close()
+        until(lambda: not record(house, "blk.sock"), "it has left the successor")
+
+
+def test_sixteen_at_once(runtime_dir: Path, tmp_path: Path) -> None:
+    """Sixteen devices of one process, each with a userfaultfd of its own and a ring of its own in the same block."""
+    count, stride = 16, 8 * PAGE
+    image = bytearray(count * stride)
+    for n in range(count):
+        base = n * stride
+        ring = Ring(memoryview(image), 8, base, base + PAGE, base + 2 * PAGE)
+        image[base + 3 * PAGE : base + 3 * PAGE + 16] = blk.header(blk.READ, n * 16)
+        ring.submit(blk.request(blk.READ, base + 3 * PAGE, [(base + 4 * PAGE, PAGE)], base + 3 * PAGE + 100), 0)
+    (tmp_path / "guest.img").write_bytes(image)
+    with ExitStack() as stack:
+        house = stack.enter_context(House(runtime_dir, f"guest={tmp_path / 'guest.img'}", fault_around="4K"))
+        sockets = stack.enter_context(storage_daemons(tmp_path, count))
+        ends = [stack.enter_context(BackEnd(path, ["guest"], runtime_dir)) for path in sockets]
+        drivers = [stack.enter_context(Driver(end)) for end in ends]
+        for n, driver in enumerate(drivers):
+            driver.ring = Ring(driver.view, 8, n * stride, n * stride + PAGE, n * stride + 2 * PAGE)
+            driver.start(1)
+        for n, driver in enumerate(drivers):
+            until(lambda driver=driver, n=n: 8 * n + 2 in driver.received(), "its used ring has come")  # type: ignore[misc]
+            until(lambda driver=driver: driver.ring.completed(), "its request is used")  # type: ignore[misc]
+            at = n * stride + 4 * PAGE
+            assert bytes(driver.view[at : at + PAGE]) == sectors(n * 16)[:PAGE]
+        clients = [client for client in house.status()["clients"] if client["kind"] == "vhost-user"]
+        assert [client["faults"] for client in clients] == [5] * count
+        assert len({client["worker_pid"] for client in clients}) == count and len({c["pid"] for c in clients}) == 1

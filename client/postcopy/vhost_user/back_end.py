@@ -133,7 +133,7 @@ class BackEnd:
             self.side = DoorSide(self.directory, name, fd, self.pidfd, timeout)
         finally:
             os.close(fd)
-        self._stack.callback(self.side.door.close)
+        self._stack.callback(self.side.close)
 
     # --- memory -------------------------------------------------------------------------------------------------------
 

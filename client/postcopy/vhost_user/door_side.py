@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import mmap
 import os
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 from postcopy_kernel.descriptors import close_all
 from postcopy_kernel.memory import Mapping, data_runs
+from postcopy_protocol.codec import unpack_offsets
 from postcopy_protocol.door import mapping_length
 from postcopy_protocol.geometry import PAGE_4K
 from postcopy_protocol.messages import (
@@ -18,12 +21,18 @@ from postcopy_protocol.messages import (
     Mapped,
     OfferBackEnd,
     OpenBlock,
+    Resume,
+    Resumed,
     UserfaultfdAccepted,
     Welcome,
 )
 
 from ..deadline import Deadline
 from ..door import Door
+from ..errors import PostcopyError
+
+LOOK_AGAIN_SECONDS = 1.0
+"""Between two looks for the successor of a supervisor that went without a word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +90,8 @@ class DoorSide:
 
     def __init__(self, directory: str, name: str, userfaultfd: int, pidfd: int, timeout: float) -> None:
         self.timeout = timeout
+        self.name = name
+        self._look_again = 0.0
         self.door = Door(directory, Deadline(timeout))
         try:
             welcome, device = self.door.ask(Hello(name, "vhost-user"), Welcome, Deadline(timeout))
@@ -90,6 +101,9 @@ class DoorSide:
         except BaseException:
             self.door.close()
             raise
+
+    def close(self) -> None:
+        self.door.close()
 
     def open(self, name: str) -> SharedBlock:
         """Raises NoSuchBlock and what else a refusal stands for."""
@@ -112,14 +126,37 @@ class DoorSide:
     @property
     def released(self) -> set[int]:
         """Numbers of the blocks that are whole."""
-        self.door.listen()
+        self._listen()
         return self.door.released
 
     @property
     def ending(self) -> str | None:
         """Why the supervisor has ended, if it has said so."""
-        self.door.listen()
+        self._listen()
         return self.door.ending
+
+    def _listen(self) -> None:
+        """Hear what is said unasked. A supervisor that went without a word may have a successor: it is looked for now
+        and then, and knows our back-end by its number."""
+        self.door.listen()
+        if self.door.usable or self.door.ending is not None or time.monotonic() < self._look_again:
+            return
+        self._look_again = time.monotonic() + LOOK_AGAIN_SECONDS
+        with suppress(PostcopyError, OSError):
+            self._resume()
+
+    def _resume(self) -> None:
+        door = Door(self.door.directory, Deadline(self.timeout))
+        try:
+            _, device = door.ask(Hello(self.name, "vhost-user"), Welcome, Deadline(self.timeout))
+            close_all(device)
+            resumed, _ = door.ask(Resume(self.client), Resumed, Deadline(self.timeout))
+        except BaseException:
+            door.close()
+            raise
+        door.released |= {*self.door.released, *unpack_offsets(resumed.released)}
+        self.door.close()
+        self.door = door
 
     def leave(self) -> None:
         """The back-end touches nothing of it any more."""
