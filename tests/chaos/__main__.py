@@ -26,7 +26,7 @@ ENOUGH_MEMORY = 2 << 30
 def main(arguments: Sequence[str] | None = None) -> int:
     told = _parser().parse_args(arguments)
     without = frozenset(word for text in told.without for word in text.split(","))
-    plan = Plan(told.clients, told.mib * 256, told.round_seconds, told.pause, tuple(told.option))
+    plan = Plan(told.clients, told.mib * 256, told.round_seconds, told.pause, tuple(told.option), told.namespaces)
     tally, began = Tally(), time.monotonic()
     monkeys = [acts(told.seed, told.gap, kinds, without) for kinds in (CROWD_KINDS, HOUSE_KINDS)]
     seeds = random.Random(told.seed ^ 0xC0FFEE)
@@ -76,6 +76,9 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="KIND[,KIND]",
         help=f"leave out these acts, or all of these victims: {', '.join(WEIGHTS)}",
+    )
+    parser.add_argument(
+        "--namespaces", action="store_true", help="source and supervisor in two network namespaces, tcp between them"
     )
     parser.add_argument("--option", action="append", default=[], help="one more word for the supervisor's command line")
     parser.add_argument("--directory", default="/tmp", help="where the files and the evidence are (/tmp)")

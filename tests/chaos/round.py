@@ -48,6 +48,7 @@ class Plan:
     seconds: float
     pause: float
     options: tuple[str, ...] = ()
+    namespaces: bool = False
 
 
 @dataclass
@@ -87,7 +88,7 @@ class Round:
         around = self.random.choice(("4K", "16K", "auto"))
         rate = int(plan.pages * 4096 / plan.seconds * self.random.choice((0, 0, 0.2)))
         options = ("--fault-around", around, "--background-rate", str(rate), "--source-timeout", "2", *plan.options)
-        self.stage = Stage(directory, self.files, options)
+        self.stage = Stage(directory, self.files, options, namespaces=plan.namespaces)
         self.table = Progress(directory / "progress", plan.clients, make=True)
         self.journal = (directory / "journal").open("w")
         self.note(f"seed {seed}: {plan.clients} clients, {plan.pages} pages, runs of {self.run_length}, {options}")
@@ -380,8 +381,8 @@ class Round:
                 relay.stall()
                 self.later(act.pause, relay.go)
             case "network down":
-                relay.refuse()
-                self.later(act.pause, relay.accept)
+                self.stage.take_down()
+                self.later(act.pause, self.stage.bring_up)
         self.owe(act.kind, list(self.stage.clients), (1,), act.pause if act.kind != "network cut" else 0.0)
 
     def fill_directory(self, act: Act) -> None:

@@ -24,6 +24,7 @@ from typing import IO, Any
 from postcopy.control import Control
 from postcopy.errors import PostcopyError
 from tests.house.house import alive, environment
+from tests.house.test_networks import HERE, Networks, inside, ip, two_networks
 from tests.wire.relay import Relay
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,8 +78,13 @@ class Watcher(threading.Thread):
 class Stage:
     """One round's processes. ``directory`` is for logs and what else a person may want to see afterwards."""
 
-    def __init__(self, directory: Path, files: tuple[Path, Path], options: tuple[str, ...]) -> None:
+    def __init__(
+        self, directory: Path, files: tuple[Path, Path], options: tuple[str, ...], *, namespaces: bool = False
+    ) -> None:
+        """``namespaces``: source and supervisor live in two networks, with tcp over a wire between them."""
         self.directory, self.files, self.options = directory, files, options
+        self._stack = contextlib.ExitStack()
+        self.networks: Networks | None = self._stack.enter_context(two_networks()) if namespaces else None
         self.identity = f"{os.getpid()}-{directory.name}"
         self.environment = environment(**{MARK: self.identity})
         paths = self.environment["PYTHONPATH"]
@@ -108,7 +114,8 @@ class Stage:
     def start(self) -> None:
         """The house, ready for clients."""
         self.start_source()
-        self.relay = Relay(f"unix:{self.runtime}/line", f"unix:{self.runtime}/source")
+        with self._where("source"):
+            self.relay = Relay(*self._ends())
         self.start_supervisor()
         self.watcher.start()
         limit = time.monotonic() + READY_WITHIN
@@ -117,9 +124,22 @@ class Stage:
                 raise RuntimeError(f"the supervisor does not come up: {self.log('supervisor')[-2000:]}")
             time.sleep(0.05)
 
+    def _ends(self) -> tuple[str, str]:
+        """Where the line between supervisor and source is, and where it leads."""
+        if self.networks is not None:
+            return f"tcp:{HERE}:7000", f"tcp:{HERE}:7001"
+        return f"unix:{self.runtime}/line", f"unix:{self.runtime}/source"
+
+    def _where(self, who: str) -> contextlib.AbstractContextManager[None]:
+        """Whatever is started in this context is on that side of the wire."""
+        if self.networks is None:
+            return contextlib.nullcontext()
+        return inside(self.networks.source if who == "source" else self.networks.clients)
+
     def start_source(self) -> None:
         self.lives["source"] += 1
-        words = [f"{REMOTE}={self.files[1]}", "--listen", f"ipc://{self.runtime}/source"]
+        listen = [f"ipc://{self.runtime}/source"] if self.networks is None else [f"tcp://{HERE}:7001", "--plain-tcp"]
+        words = [f"{REMOTE}={self.files[1]}", "--listen", *listen]
         self.source = self._start("source", "postcopy_sources", *words, "--die-with-parent", str(os.getpid()))
 
     def start_supervisor(self) -> None:
@@ -127,12 +147,14 @@ class Stage:
         self.lives["supervisor"] += 1
         blocks = [f"{LOCAL}={self.files[0]}", f"{REMOTE}={self.relay.endpoint}/{REMOTE}"]
         words = [*blocks, "--runtime-dir", str(self.place), *self.options, "--die-with-parent", str(os.getpid())]
+        if self.networks is not None:
+            words.append("--plain-tcp")
         if self.lives["supervisor"] > 1:
             words.append("--recover")
         self.supervisor = self._start("supervisor", "postcopy_supervisor", *words)
 
     def _start(self, name: str, module: str, *words: str) -> subprocess.Popen[bytes]:
-        with (self.directory / f"{name}.log").open("ab") as log:
+        with (self.directory / f"{name}.log").open("ab") as log, self._where(name):
             return subprocess.Popen(
                 [sys.executable, "-m", module, *words],
                 stdin=subprocess.DEVNULL,
@@ -208,6 +230,21 @@ class Stage:
         path = self.directory / f"{name}.log"
         return path.read_text("utf-8", "replace") if path.exists() else ""
 
+    # --- the line ---------------------------------------------------------------------------------------------------
+
+    def take_down(self) -> None:
+        """The wire between the networks goes dead and nobody is told; without networks the line breaks and refuses."""
+        if self.networks is not None:
+            ip("-n", self.networks.source, "link", "set", "line", "down")
+        elif self.relay is not None:
+            self.relay.refuse()
+
+    def bring_up(self) -> None:
+        if self.networks is not None:
+            ip("-n", self.networks.source, "link", "set", "line", "up")
+        elif self.relay is not None:
+            self.relay.accept()
+
     # --- the runtime directory ----------------------------------------------------------------------------------------
 
     def fill(self) -> bool:
@@ -261,6 +298,7 @@ class Stage:
         if self._tmpfs:
             subprocess.run(["umount", str(self.runtime)], capture_output=True, check=False)
         shutil.rmtree(self.runtime, ignore_errors=True)
+        self._stack.close()
 
 
 def descriptors(pid: int) -> Counter[str]:

@@ -69,8 +69,9 @@ class Networks:
     clients: str
 
 
-@pytest.fixture
-def networks() -> Iterator[Networks]:
+@contextmanager
+def two_networks() -> Iterator[Networks]:
+    """For as long as the context."""
     made = Networks(f"pcs{os.getpid()}", f"pcc{os.getpid()}")
     try:
         for name in (made.source, made.clients):
@@ -85,6 +86,12 @@ def networks() -> Iterator[Networks]:
         for name in (made.source, made.clients):
             if Path(f"/run/netns/{name}").exists():
                 ip("netns", "del", name)
+
+
+@pytest.fixture
+def networks() -> Iterator[Networks]:
+    with two_networks() as made:
+        yield made
 
 
 def keys(directory: Path, *names: str) -> dict[str, str]:
