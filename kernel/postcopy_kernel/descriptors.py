@@ -70,14 +70,16 @@ def receive_message(sock: socket.socket, max_bytes: int = 65536, max_fds: int = 
     """One message with its descriptors, each close-on-exec from its first instant.
 
     The end of the connection (a reset too) is ``Received(b"", ())``; an empty message is taken for it and loses its
-    descriptors. Raises BlockingIOError (nothing there), TruncatedMessage (too long, too many descriptors, or this
-    process has no room for them: RLIMIT_NOFILE).
+    descriptors. A reset is told by the kernel once, and before the last words that the peer has sent: they come first.
+    Raises BlockingIOError (nothing there), TruncatedMessage (too long, too many descriptors, or this process has no
+    room for them: RLIMIT_NOFILE).
     """
     flags = _MSG_CMSG_CLOEXEC | (0 if wait else socket.MSG_DONTWAIT)
+    room = max_bytes, socket.CMSG_SPACE(4 * max_fds), flags
     try:
-        data, ancillary, seen, _ = sock.recvmsg(max_bytes, socket.CMSG_SPACE(4 * max_fds), flags)
+        data, ancillary, seen, _ = sock.recvmsg(*room)
     except ConnectionResetError:  # the peer went away with words of ours unread
-        return Received(b"", ())
+        data, ancillary, seen, _ = sock.recvmsg(*room)
     fds = _descriptors(ancillary)
     # CMSG_SPACE is padded: one descriptor more than asked for may fit.
     if seen & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(fds) > max_fds:

@@ -104,6 +104,21 @@ def test_sending_never_waits(pair: Pair) -> None:
         send_message(pair[0], b"x")
 
 
+def test_the_last_words_of_a_peer_that_was_killed() -> None:
+    """It had not read everything: the kernel tells the reset before the words that it had sent."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        with theirs:
+            send_message(ours, b"never read")
+            send_message(theirs, b"one")
+            send_message(theirs, b"two", [0])
+        assert receive_message(ours).data == b"one"
+        last = receive_message(ours)
+        assert last.data == b"two" and len(last.fds) == 1
+        close_all(last.fds)
+        assert receive_message(ours) == Received(b"", ())
+
+
 def test_a_peer_that_is_gone_is_no_sigpipe() -> None:
     def body(_: socket.socket) -> None:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it; a program that embeds us may not
