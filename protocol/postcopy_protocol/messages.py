@@ -549,7 +549,8 @@ class InventoryEnd(Message):
 class BlockGrant(Message):
     """A block as a worker sees it. Descriptors, at their places in the worker's list (-1: none): ``memory``
     (read-write), ``received`` (read-write), ``source`` (the file). ``kind`` is ``file``, ``handler``, ``zero`` or
-    ``remote``; ``detail`` is ``module:function`` for a handler. ``source_size`` and ``source_mtime_ns`` are the file's
+    ``remote``; or there is no source, and missing pages are poisoned: ``quarantined``, ``orphaned``. ``detail`` is
+    ``module:function`` for a handler, the reason for an orphan. ``source_size`` and ``source_mtime_ns`` are the file's
     at serve."""
 
     TAG = 100

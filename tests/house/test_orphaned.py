@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,8 @@ from postcopy_protocol.messages import (
 )
 from postcopy_protocol.places import custodian_path
 from tests.conftest import SourceFile
-from tests.house.house import PAGE, alive, descriptors, until, word
+from tests.house.house import PAGE, House, PuppetError, alive, descriptors, until, word
+from tests.house.remote import Source
 from tests.house.scripted_supervisor import Script
 
 PAGES = 64
@@ -399,3 +401,31 @@ def test_nobody_comes_and_remote_pages_wait_on(runtime_dir: Path, path: Path) ->
         script.die()
         until(lambda: "wait on in 1 clients" in script.log(), "it is said")
         assert guest.waits() and script.workers(1) == [old]
+
+
+def test_what_was_poisoned_meanwhile_is_healed(runtime_dir: Path, path: Path) -> None:
+    """With a real supervisor, which came too late."""
+    slow: dict[str, Any] = {"fault_around": "4K", "background_rate": "0"}
+    options: dict[str, Any] = {"orphan_timeout": "0.2", "on_orphan": "poison"}
+    with (
+        Source(f"ram0={path}") as source,
+        House(runtime_dir, source.block(), **slow, **options) as house,
+    ):
+        client = house.client()
+        assert client.do("words(b, [1])") == [word(PAGE)]
+        house.kill()
+        until(lambda: "are poisoned in 1 clients" in house.log(), "the time is over")
+        with pytest.raises(PuppetError) as told:
+            client.do(f"b.ensure({5 * PAGE}, 8)")
+        assert told.value.kind == "PageLost"
+        house.recover()
+
+        def healed() -> bool:
+            try:
+                client.do(f"b.ensure({5 * PAGE}, 8)")
+            except PuppetError:
+                return False
+            return True
+
+        until(healed, "the page has come after all")
+        assert client.do("words(b, [5, 6])") == [word(5 * PAGE), word(6 * PAGE)]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from postcopy_protocol.codec import encode
+from postcopy_protocol.messages import Assignment, BlockGrant, ClientNote, RegionGrant
+from postcopy_workers.orders import asks_remote, client_of, wants_worker, without_remote
 from postcopy_workers.orphan import (
     FIRST_WAIT,
     LONGEST_WAIT,
@@ -148,6 +153,43 @@ def test_after_half_a_take_over_workers_that_poison_go_on() -> None:
     assert [type(effect) for effect in law.tick(80.0)] == [Say]
     law.exited(1, 3, False, 81.0)
     assert law.tick(82.0) == [Fork(1, 4, poison=True)]
+
+
+# --- what a custodian understands -------------------------------------------------------------------------------------
+
+GRANT = BlockGrant(1, "ram0", 4096, 4096, 1, "remote", "", 4096, 0, 6, 7, -1)
+REGION = RegionGrant(1, "private", 4096, 4096, 0, False)
+
+
+def assignment(*kinds: str) -> Assignment:
+    blocks = tuple(replace(GRANT, kind=kind) for kind in kinds)
+    return Assignment(1, 1, "x", "ipc://x", 3, 4, 0, 5, 1, 2, 4096, False, "/", "off", -1, blocks, (REGION,))
+
+
+def note(*, quarantined: bool = False, regions: tuple[RegionGrant, ...] = (REGION,)) -> bytes:
+    return encode(ClientNote(1, "x", "native", 0, 5, quarantined, False, regions, ()))
+
+
+def test_who_wants_a_worker() -> None:
+    assert wants_worker(note(), assignment("file"))
+    assert wants_worker(b"unreadable", assignment("file"))
+    assert not wants_worker(note(regions=()), assignment("file"))
+    assert not wants_worker(note(quarantined=True), assignment("file")), "it waits until an operator resumes it"
+    assert wants_worker(note(quarantined=True), assignment("quarantined")), "one that poisons"
+
+
+def test_without_remote_sources() -> None:
+    told = assignment("file", "remote")
+    assert asks_remote(told)
+    poor = without_remote(told)
+    assert [grant.kind for grant in poor.blocks] == ["file", "orphaned"] and not asks_remote(poor)
+
+
+@pytest.mark.parametrize(
+    ("key", "number"), [("client/7", 7), ("client/0", 0), ("client/", 0), ("house", 0), ("block/3", 0), ("client/x", 0)]
+)
+def test_whose_key_it_is(key: str, number: int) -> None:
+    assert client_of(key) == number
 
 
 class Deputy(RuleBasedStateMachine):

@@ -31,7 +31,6 @@ from postcopy_protocol.errors import BadInput, BadMessage
 from postcopy_protocol.messages import (
     Adopt,
     Assignment,
-    ClientNote,
     CustodianReady,
     Dismiss,
     Drop,
@@ -46,8 +45,9 @@ from postcopy_protocol.messages import (
     WorkerForked,
 )
 
-from . import orphan, worker
+from . import orders, orphan, worker
 from .forking import fork_worker
+from .orders import Order
 from .orphan import Orphan
 from .rendezvous import Rendezvous
 
@@ -56,7 +56,7 @@ SEND_SECONDS = 5
 """A new supervisor that does not read what it is given is none."""
 ORDERS = (Keep, Drop, ForkWorker, Adopt, WhenOrphaned, Dismiss)
 HOUSE, QUIT = "house", 0
-CLIENT, PIDFD = "client/", 1
+PIDFD = 1
 log = logging.getLogger("postcopy.custodian")
 
 
@@ -71,15 +71,6 @@ class Life:
     began: float
     child: bool = True
     poisoned: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """By what a worker is forked: the keys of its descriptors, what it is told, its latest incarnation."""
-
-    keys: tuple[str, ...]
-    assignment: bytes
-    incarnation: int
 
 
 class Custodian:
@@ -162,7 +153,7 @@ class Custodian:
 
     def _drop(self, key: str) -> None:
         _, fds = self._kept.pop(key, (b"", ()))
-        self._orders.pop(_client(key), None)
+        self._orders.pop(orders.client_of(key), None)
         if len(fds) > PIDFD and self._clients.pop(fds[PIDFD], None) is not None:
             self._poll.unregister(fds[PIDFD])
         descriptors.close_all(fds)
@@ -247,17 +238,17 @@ class Custodian:
     def _made_orphan(self, lost_at: float) -> Orphan:
         law = Orphan(lost_at, *self._when_orphaned)
         for key, (meta, fds) in self._kept.items():
-            number = _client(key)
+            number = orders.client_of(key)
             if not number or len(fds) <= PIDFD:
                 continue
             self._clients[fds[PIDFD]] = number
             self._poll.register(fds[PIDFD], select.POLLIN)
-            order = self._orders.get(number)
+            told = self._read(number) if number in self._orders else None
             law.client(
                 number,
-                order.incarnation if order else 0,
-                wanted=order is not None and _has_regions(meta),
-                remote=order is not None and _has_remote(self._read(number)),
+                self._orders[number].incarnation if told else 0,
+                wanted=told is not None and orders.wants_worker(meta, told),
+                remote=told is not None and orders.asks_remote(told),
             )
         for life in self._lives.values():
             law.life(life.worker, life.incarnation, life.began, poisoned=life.poisoned)
@@ -303,7 +294,7 @@ class Custodian:
                 case orphan.Kill(number):
                     self._kill(number)
                 case orphan.Drop(number):
-                    self._drop(f"{CLIENT}{number}")
+                    self._drop(f"{orders.CLIENT}{number}")
                 case orphan.Say(text):
                     log.warning("%s", text)
 
@@ -313,7 +304,7 @@ class Custodian:
         try:
             self._orders[number] = replace(self._orders[number], incarnation=effect.incarnation)
             assignment = replace(self._read(number), incarnation=effect.incarnation)
-            self._fork(_without_remote(assignment) if effect.poison else assignment, poisoned=effect.poison)
+            self._fork(orders.without_remote(assignment) if effect.poison else assignment, poisoned=effect.poison)
             self._orphan.forked(number, effect.incarnation, time.monotonic())
             log.warning("worker %d is replaced (incarnation %d)", number, effect.incarnation)
         except (OSError, BadMessage) as error:
@@ -378,36 +369,6 @@ class Custodian:
             return
         with contextlib.suppress(OSError):  # a supervisor that has gone is noticed where we listen
             descriptors.send_message(self._channel, encode(message), fds or [], wait=True)
-
-
-def _client(key: str) -> int:
-    """The number of the client whose key this is; 0: another key, or worker zero's."""
-    number = key.removeprefix(CLIENT)
-    return int(number) if number != key and number.isdecimal() else 0
-
-
-def _has_regions(meta: bytes) -> bool:
-    """A client without regions, such as one whose blocks are complete, needs no worker."""
-    try:
-        note = decode(meta, expect=(ClientNote,))
-    except BadMessage:
-        return True
-    assert isinstance(note, ClientNote)
-    return bool(note.regions)
-
-
-def _has_remote(assignment: Assignment) -> bool:
-    return any(grant.kind == "remote" for grant in assignment.blocks)
-
-
-def _without_remote(assignment: Assignment) -> Assignment:
-    """Local blocks go on; pages that only a supervisor could bring are poisoned at their fault."""
-    reason = "no supervisor came back within the orphan timeout"
-    blocks = (
-        replace(grant, kind="orphaned", detail=reason) if grant.kind == "remote" else grant
-        for grant in assignment.blocks
-    )
-    return replace(assignment, blocks=tuple(blocks))
 
 
 def main() -> None:
