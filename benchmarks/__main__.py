@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from postcopy.errors import PostcopyError
 
-from . import attach, clients8, local, machine, recovery, remote, sequential
+from . import attach, back_end, clients8, local, machine, recovery, remote, sequential
 from .bench import Bench, BenchmarkFailed, Scale
 from .docs import write_docs
 from .figures import HEADINGS, Row, as_document
@@ -25,6 +25,7 @@ BENCHMARKS: Mapping[str, Callable[[Bench], list[Row]]] = {
     "attach": attach.run,
     "recovery": recovery.run,
     "remote": remote.run,
+    "back-end": back_end.run,
 }
 FORMAT = 1
 """Version of the JSON document."""

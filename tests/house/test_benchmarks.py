@@ -40,6 +40,7 @@ FIGURES = {
         "in lockstep",
         "clients at random",
     ],
+    "back-end": ["missing pages p50, pinned", "missing pages p50, unpinned", "missing pages p99, pinned"],
     "recovery": [
         "killed to next fault resolved, p50",
         "killed to next fault resolved, p99",

@@ -130,10 +130,14 @@ class BackEnd:
         try:
             if not is_userfaultfd(fd):
                 raise VhostUserError("userfaultfd", "what came with the answer to POSTCOPY_ADVISE is no userfaultfd")
-            self.side = DoorSide(self.directory, name, fd, self.pidfd, timeout)
+            self.side = self._hand_over(name, fd, timeout)
         finally:
             os.close(fd)
         self._stack.callback(self.side.close)
+
+    def _hand_over(self, name: str, userfaultfd: int, timeout: float) -> DoorSide:
+        """Who resolves the faults: the supervisor."""
+        return DoorSide(self.directory, name, userfaultfd, self.pidfd, timeout)
 
     # --- memory -------------------------------------------------------------------------------------------------------
 
