@@ -1,8 +1,9 @@
 """``back-end``: what does a read of a virtio disk cost when all its pages are missing, against a C handler's?
 
 The same qemu-storage-daemon, the same requests, one at a time: a page of header and status and one to four pages of
-data, none of which has come. Once its userfaultfd is served by our worker, once by the C floor. The time is from the kick to the answer, so it
-has the disk's work and the driver's in it; fault-around is off. Runs alternate, each with a fresh guest memory.
+data, none of which has come. Once its userfaultfd is served by our worker, once by the C floor. The time is from the
+kick to the answer, so it has the disk's work and the driver's in it; fault-around is off. Runs alternate, each with a
+fresh guest memory.
 """
 
 from __future__ import annotations
