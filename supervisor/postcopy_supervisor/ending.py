@@ -117,8 +117,9 @@ def _poison(ufd: Userfaultfd, start: int, length: int, page_size: int) -> bool:
 
 
 def available_memory() -> int:
-    """Bytes that the machine can still give without swapping (MemAvailable)."""
-    with open("/proc/meminfo", encoding="ascii") as meminfo:
+    """Bytes that the machine can still give without swapping (MemAvailable); a guess where that cannot be asked, as
+    without a descriptor left."""
+    with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as meminfo:
         for line in meminfo:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) << 10

@@ -12,6 +12,7 @@ import errno
 import logging
 import mmap
 import os
+import resource
 import socket
 import time
 from collections.abc import Callable
@@ -161,7 +162,7 @@ class Reception:
                 raise Refusal("limit", f"no room for another client: {self._limit} descriptors (ulimit -n)")
             pidfd = descriptors.peer_pidfd(connection)
         except (Refusal, OSError) as error:
-            refusal = error if isinstance(error, Refusal) else Refusal("failed", f"who are you? {error.strerror}")
+            refusal = error if isinstance(error, Refusal) else _unknown(error)
             self._send(connection, refusal.message())
             connection.close()
             return
@@ -179,6 +180,7 @@ class Reception:
 
     def _room(self) -> bool:
         """Do one more client's descriptors fit? Counting costs, so it is done only where the estimate says no."""
+        self._limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # prlimit may have moved it
         self._estimate += DESCRIPTORS_PER_CLIENT
         if self._estimate + SPARE_DESCRIPTORS <= self._limit:
             return True
@@ -548,6 +550,13 @@ def _is_same(client: Client, visitor: Client) -> bool:
     if client.back_end:
         same = client.uid == visitor.uid and client.connection is None and visitor.conversation.kind == "vhost-user"
     return same and client.userfaultfd is not None and not process.pidfd_exited(client.pidfd)
+
+
+def _unknown(error: OSError) -> Refusal:
+    """We cannot find out who has connected."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return Refusal("limit", "no room for another client: no descriptor is left (ulimit -n)")
+    return Refusal("failed", f"who are you? {error.strerror}")
 
 
 def _why_not(error: OSError, region: RegionGrant) -> str:

@@ -69,7 +69,10 @@ class Watchdog:
         ufd, faults = self._reception.clients[number].userfaultfd, words[FAULTS]
         if ufd is None:
             return
-        unread, waiting = stuck_faults(ufd.fileno())
+        try:
+            unread, waiting = stuck_faults(ufd.fileno())
+        except OSError:
+            return  # no descriptor is left to look with: nobody is judged unseen
         if self._engine.waits(number):
             waiting = unread
         else:

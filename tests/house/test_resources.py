@@ -1,0 +1,122 @@
+"""Something runs out: processes, descriptors, memory, a disk. The client concerned waits or is told, the others go on,
+and when there is enough again all is well."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import SourceFile
+from tests.house.broken_disk import BrokenDisk
+from tests.house.house import PAGE, House, PuppetError, until, word
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def cgroup(controller: str) -> Iterator[Path]:
+    """A cgroup of our own in version 1's hierarchy of this controller."""
+    if not (CGROUPS / controller / "cgroup.procs").exists():
+        pytest.skip(f"no hierarchy of version 1 for {controller}")
+    made = CGROUPS / controller / f"postcopy-test-{os.getpid()}"
+    made.mkdir()
+    try:
+        yield made
+    finally:
+        until(lambda: not (made / "cgroup.procs").read_text(), "the cgroup is empty")
+        made.rmdir()
+
+
+@pytest.fixture
+def pids() -> Iterator[Path]:
+    yield from cgroup("pids")
+
+
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    yield from cgroup("memory")
+
+
+def custodian(house: House) -> int:
+    return next(pid for pid in house.people() if Path(f"/proc/{pid}/comm").read_text().startswith("postcopy-cust"))
+
+
+def test_no_more_processes(runtime_dir: Path, source_file: SourceFile, pids: Path) -> None:
+    """A custodian that cannot fork: who attaches waits, nobody is quarantined, and a dead worker's client waits too."""
+    with House(runtime_dir, f"ram0={source_file(64 * PAGE)}") as house:
+        first, second = house.client(), house.client()
+        (pids / "cgroup.procs").write_text(str(custodian(house)))
+        (pids / "pids.max").write_text("1")
+        house.kill_worker(first)
+        until(lambda: "could not be forked" in house.log(), "a fork has failed")
+        first.begin("words(b, [3])")
+        newcomer = house.client(None)
+        newcomer.begin("b = attach('ram0', 'private')")
+        until(lambda: house.log().count("could not be forked") > 12, "it is tried again and again")
+        assert second.do("words(b, [5])") == [word(5 * PAGE)]
+        assert house.events("quarantine") == [] and not first.answered() and not newcomer.answered()
+        (pids / "pids.max").write_text("max")
+        assert first.answer() == [word(3 * PAGE)]
+        newcomer.answer()
+        assert newcomer.do("words(b, [7])") == [word(7 * PAGE)]
+
+
+@pytest.mark.parametrize("spare", [0, 1, 6, 24])
+def test_no_more_descriptors_in_a_running_supervisor(runtime_dir: Path, source_file: SourceFile, spare: int) -> None:
+    with House(runtime_dir, f"ram0={source_file(64 * PAGE)}") as house:
+        first = house.client()
+        before = resource.prlimit(house.pid, resource.RLIMIT_NOFILE)
+        used = len(list(Path(f"/proc/{house.pid}/fd").iterdir()))
+        resource.prlimit(house.pid, resource.RLIMIT_NOFILE, (used + spare, before[1]))
+        client = house.client(None)
+        with pytest.raises(PuppetError) as refused:
+            client.do("attach('ram0', 'private', 2)")
+        assert refused.value.kind in ("AttachDenied", "AttachTimeout"), refused.value
+        assert first.do("words(b, [1])") == [word(PAGE)]
+        resource.prlimit(house.pid, resource.RLIMIT_NOFILE, before)
+        house.kill_worker(first)
+        assert first.do("words(b, [2])") == [word(2 * PAGE)]
+        late = house.client()
+        assert late.do("words(b, [9])") == [word(9 * PAGE)]
+
+
+def test_no_more_memory_for_workers(runtime_dir: Path, source_file: SourceFile, memory: Path) -> None:
+    """What a private client's worker places is charged to the worker. At the limit the client waits; a shared client's
+    pages are charged to the client, and it goes on."""
+    path = source_file(96 << 20)
+    (memory / "memory.limit_in_bytes").write_text(str(64 << 20))
+    (memory / "memory.oom_control").write_text("1")
+    with House(runtime_dir, f"ram0={path}", worker_cgroup=str(memory), fault_around="4K") as house:
+        client, other = house.client(), house.client("ram0", "shared")
+        client.begin(f"check(b, {str(path)!r})")
+        until(lambda: "under_oom 1" in (memory / "memory.oom_control").read_text(), "the limit is reached", 60)
+        assert other.do(f"words(b, [{(95 << 20) // PAGE}])") == [word(95 << 20)]
+        assert not client.answered()
+        (memory / "memory.limit_in_bytes").write_text("-1")
+        assert client.answer(60) == -1
+        assert house.record(client)["state"] == "running" and house.status()["totals"]["lost"] == 0
+
+
+@pytest.mark.skipif(not Path("/dev/fuse").exists(), reason="no FUSE to break a disk with")
+@pytest.mark.parametrize("mode", ["private", "shared"])
+def test_a_disk_that_cannot_be_read(runtime_dir: Path, tmp_path: Path, mode: str) -> None:
+    """EIO for one stretch of the file: these pages are lost, loudly, and no others."""
+    content = b"".join((page * PAGE // 8).to_bytes(8, "little").ljust(PAGE, b"\1") for page in range(64))
+    with contextlib.ExitStack() as stack:
+        path = stack.enter_context(BrokenDisk(tmp_path, content, range(16 * PAGE, 20 * PAGE)))
+        with House(runtime_dir, f"ram0={path}") as house:
+            client, other = house.client("ram0", mode), house.client("ram0", mode)
+            good = [page for page in range(64) if page not in range(16, 20)]
+            assert client.do(f"words(b, {good})") == [page * PAGE // 8 for page in good]
+            with pytest.raises(PuppetError) as lost:
+                client.do(f"b.ensure({17 * PAGE}, 8)")
+            assert lost.value.kind == "PageLost"
+            assert other.do(f"words(b, {good})") == [page * PAGE // 8 for page in good]
+            assert "input/output error" in " ".join(house.events("lost"))
+            assert house.status()["totals"]["restarts"] == 0
+            for one in (client, other):
+                one.do("b.close()")
