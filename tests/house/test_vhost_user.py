@@ -516,3 +516,15 @@ def test_sixteen_at_once(runtime_dir: Path, tmp_path: Path) -> None:
         clients = [client for client in house.status()["clients"] if client["kind"] == "vhost-user"]
         assert [client["faults"] for client in clients] == [5] * count
         assert len({client["worker_pid"] for client in clients}) == count and len({c["pid"] for c in clients}) == 1
+
+
+def test_the_example_of_the_documentation(runtime_dir: Path, tmp_path: Path) -> None:
+    """It reads a sector, through a page that only the back-end touches."""
+    text = (Path(__file__).parents[2] / "docs" / "vhost-user.md").read_text()
+    (tmp_path / "example.py").write_text(text.split("```python\n")[1].split("```")[0])
+    with guest(runtime_dir, tmp_path, []) as house, storage_daemon(tmp_path) as program:
+        command = [sys.executable, str(tmp_path / "example.py"), str(program.socket), str(runtime_dir), "77"]
+        done = subprocess.run(command, capture_output=True, timeout=60, env=environment(), check=False)
+        assert (done.returncode, done.stdout) == (0, sectors(77)[:512]), done.stderr
+        assert b"2048 sectors" in done.stderr
+        assert house.block("guest")["received"] == 5
