@@ -45,6 +45,8 @@ POINTS = {
     "door.Unmap": "a client has said it, its worker still serves the region",
     "door.Unmapped": "the client may unmap it, as it knows",
     "door.Goodbye": "a client has said it, everything of it is still here",
+    "door.Resume": "a client is back after a supervisor's death, no answer",
+    "door.Resumed": "it is told that everything is as it was",
     # the supervisor, remote block
     "page.arrived": "a source's page is here, not placed",
     "page.placed": "placed, not marked",

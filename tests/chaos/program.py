@@ -155,6 +155,7 @@ class Program:
         now = time.monotonic_ns()
         if cold:
             self.row[progress.COLD + block] += 1
+            self.row[progress.BEGAN + block] = begun
             self.row[progress.LAST_COLD + block] = now
             self.row[progress.SLOWEST] = max(self.row[progress.SLOWEST], now - begun)
         self.row[progress.CHECKED] += PAGE

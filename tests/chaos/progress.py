@@ -11,9 +11,10 @@ from pathlib import Path
 
 WORDS = 16
 PID, OPERATIONS, SINCE, WHAT, WRONG, SLOWEST, CHECKED, FORKS, ATTACHES, COLD = range(10)
-LAST_COLD = COLD + 2
-"""``COLD`` and ``LAST_COLD`` are the first of two words, one a block: missing pages touched and served, and when the
-last of them was (CLOCK_MONOTONIC, ns). ``SLOWEST`` is the longest such touch in ns, ``CHECKED`` counts bytes."""
+LAST_COLD, BEGAN = COLD + 2, COLD + 4
+"""``COLD``, ``LAST_COLD`` and ``BEGAN`` are the first of two words, one a block: missing pages touched and served, when
+the last of them was served and when its touch began (CLOCK_MONOTONIC, ns). ``SLOWEST`` is the longest such touch in ns,
+``CHECKED`` counts bytes."""
 PHASE, RUN, FINISH = 0, 0, 1
 """Row 0 is the run's own: its first word is the phase."""
 OPERATION = ("nothing", "attach", "touch", "check", "write", "system call", "fork", "close", "last pass")

@@ -55,7 +55,9 @@ def print_table(document: dict[str, Any]) -> None:
         tail = f"{found['number']:12}{found['p50_s']:9.3f}{found['slowest_s']:11.3f}" if found else ""
         print(f"{kind:24}{number:8}{tail}")
     print(f"{'all':24}{document['kills_in_all']:8}\n")
-    print("(a recovery: from the act to the next missing page that a program concerned was given, its pauses included)")
+    print(
+        "(a recovery: how long a program concerned stood, from the act on, at the next missing page that it was given)"
+    )
     for name, number in document["counts"].items():
         print(f"{name:24}{number:14}")
     print(f"{'slowest touch':24}{document['slowest_touch_s']:14.3f} s\n")

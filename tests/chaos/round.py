@@ -34,6 +34,7 @@ LAST_PASS_WITHIN = 180.0
 LEAVE_WITHIN = 15.0
 CRASHES_A_MINUTE = 4
 """More would put an innocent client into quarantine, as it must."""
+ENOUGH_OPERATIONS = 25
 STEP = 0.02
 WORKER_ZERO = Counter({"anon_inode:[pidfd]": 1, "socket": 2})
 """What worker zero costs whoever watches it. It is started when it is first needed and stays."""
@@ -65,12 +66,13 @@ class Tally:
 
 @dataclass
 class Wait:
-    """Seats that should make progress after an act: since when, on which blocks, who is still owed some."""
+    """Seats that should make progress after an act: since when, on which blocks, who is still owed some (and how many
+    operations it had done). Who does many without needing a missing page is not looked at any longer."""
 
     kind: str
     since: int
     blocks: tuple[int, ...]
-    owed: dict[int, int]  # seat: pid
+    owed: dict[int, tuple[int, int]]  # seat: (pid, operations)
 
 
 class Round:
@@ -240,15 +242,16 @@ class Round:
 
     def look_for_progress(self) -> None:
         for wait in list(self.waits):
-            for seat, pid in list(wait.owed.items()):
+            for seat, (pid, operations) in list(wait.owed.items()):
                 client, row = self.stage.clients.get(seat), self.table.row(seat)
                 if client is None or client.process.pid != pid or client.killed or client.stopped:
                     del wait.owed[seat]
                     continue
-                last = [row[progress.LAST_COLD + block] for block in wait.blocks]
-                if max(last) > wait.since:
-                    seconds = (min(one for one in last if one > wait.since) - wait.since) / 1e9
-                    self.tally.recoveries.setdefault(wait.kind, []).append(seconds)
+                served = [block for block in wait.blocks if row[progress.LAST_COLD + block] > wait.since]
+                for block in served[:1]:
+                    stood = row[progress.LAST_COLD + block] - max(wait.since, row[progress.BEGAN + block])
+                    self.tally.recoveries.setdefault(wait.kind, []).append(stood / 1e9)
+                if served or row[progress.OPERATIONS] - operations > ENOUGH_OPERATIONS:
                     del wait.owed[seat]
             if not wait.owed:
                 self.waits.remove(wait)
@@ -304,7 +307,8 @@ class Round:
             self.to_workers(act, act.victims[: act.workers] if act.workers < 4 else (*act.victims, 0.2, 0.4, 0.6, 0.8))
 
     def owe(self, kind: str, seats: list[int], blocks: tuple[int, ...] = (0, 1), delay: float = 0.0) -> None:
-        owed = {seat: client.process.pid for seat in seats if (client := self.stage.clients.get(seat))}
+        done = {seat: self.table.row(seat)[progress.OPERATIONS] for seat in seats}
+        owed = {seat: (client.process.pid, done[seat]) for seat in seats if (client := self.stage.clients.get(seat))}
         self.waits.append(Wait(kind, time.monotonic_ns() + int(delay * 1e9), blocks, owed))
 
     def to_workers(self, act: Act, victims: tuple[float, ...]) -> None:
