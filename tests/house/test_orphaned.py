@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,10 @@ def test_its_end_in_the_middle_of_an_orderly_end(runtime_dir: Path, path: Path) 
         script.hear(WorkerExited)
         script.die()
         assert guest.word(7) == word(7 * PAGE)
-        assert script.worker(but=old)
+        new = script.worker(but=old)
+        time.sleep(0.3)
+        assert guest.word(8) == word(8 * PAGE)
+        assert script.worker() == new, "it is not told to leave as well"
 
 
 def test_the_next_supervisor_gets_everything(runtime_dir: Path, path: Path) -> None:

@@ -113,8 +113,6 @@ class Custodian:
     def _listen(self, channel: socket.socket) -> None:
         try:
             received = descriptors.receive_message(channel, max_bytes=MESSAGE_LIMIT, wait=True)
-            if not received.data:  # a reset is told before the last words that came with it
-                received = descriptors.receive_message(channel, max_bytes=MESSAGE_LIMIT, wait=True)
         except descriptors.TruncatedMessage:
             return log.exception("no room for what the supervisor gives to keep")
         except OSError:
