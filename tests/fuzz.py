@@ -28,9 +28,11 @@ import msgpack  # type: ignore[import-untyped, unused-ignore]
 from postcopy_protocol import codec
 from postcopy_protocol.codec import decode, encode, unpack_offsets
 from postcopy_protocol.door import FROM_CLIENT, DoorConversation, Refusal
-from postcopy_protocol.errors import BadMessage
+from postcopy_protocol.errors import BadInput, BadMessage
 from postcopy_protocol.messages import (
     VERSION,
+    BlockNote,
+    ClientNote,
     ControlRefused,
     Fetched,
     Hello,
@@ -54,7 +56,8 @@ from postcopy_protocol.return_path import (
     pack_ranges,
 )
 from postcopy_protocol.source_conversation import Offer, SourceConversation, SourceRefusal
-from postcopy_supervisor import control
+from postcopy_protocol.sources import parse_named
+from postcopy_supervisor import control, recovery
 from postcopy_supervisor.history import History
 from postcopy_supervisor.link import Link, Stream
 from postcopy_workers.rendezvous import Rendezvous, Visitor
@@ -82,6 +85,7 @@ class Fuzzer:
             "worker": (self._worker, TO_WORKER),
             "resumed": (lambda data: void(unpack_offsets(decode(data, expect=(Resumed,)).released)), (Resumed,)),
             "rendezvous": (self._rendezvous, (TakeOver,)),
+            "inventory": (self._inventory, (BlockNote, ClientNote)),
         }
         with tempfile.TemporaryDirectory(prefix="pcf-", dir="/tmp") as directory:
             (Path(directory) / "private").mkdir()
@@ -125,7 +129,7 @@ class Fuzzer:
         try:
             listen(data)
             self.outcomes[f"{name}: taken"] += 1
-        except (BadMessage, Refusal, SourceRefusal):
+        except (BadInput, BadMessage, Refusal, SourceRefusal):
             self.outcomes[f"{name}: refused"] += 1
         except Exception as error:
             raise AssertionError(f"{name} broke on {data!r}: {type(error).__name__}: {error}") from error
@@ -183,6 +187,13 @@ class Fuzzer:
         if taken is None:
             raise BadMessage("not taken")
         taken.close()
+
+    def _inventory(self, data: bytes) -> None:
+        """What a custodian says that it keeps, of which the next supervisor makes its plan."""
+        key = self.random.choice(("block/1", "client/1"))
+        estate = recovery.read({"house": (b"", (1, 2, 3)), key: (data, (4, 5, 6)[: self.random.choice((2, 3, 3))])}, ())
+        name, source = parse_named("ram0=zero:256K")
+        recovery.judge(estate, {name: source}, PAGE, {1, 2, PAGE}, {}, {})
 
     def close(self) -> None:
         self.rendezvous.close()
