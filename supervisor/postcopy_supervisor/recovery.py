@@ -188,7 +188,7 @@ def judge(
     """The plan. ``alive``: numbers of the clients whose processes live; ``kept_files``: the file under each kept block,
     by number, as it was when first served; ``named_files``: what the command line names, as it is, missing where it
     cannot be opened. Raises BadInput, in one line, when a client would get other bytes than it had."""
-    clients = tuple(client for client in estate.clients if client.note.client in alive)
+    clients = tuple(client for client in estate.clients if client.note.client in alive and client.blocks)
     adopted: dict[str, KeptBlock] = {}
     for kept in estate.blocks:
         name, source = kept.note.name, sources.get(kept.note.name)

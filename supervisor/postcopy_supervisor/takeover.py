@@ -150,6 +150,8 @@ def _enter(custodian: Custodian, settings: Settings) -> tuple[Custodian | None, 
     if settings.recover and estate.house:
         plan = judge(estate, settings, alive)
         crashpoints.at("takeover.judged")
+        for key in plan.forgotten:
+            descriptors.close_all(custodian.kept[key][1])
         return custodian, plan
     if alive:
         raise BadInput(
