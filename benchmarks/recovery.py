@@ -2,24 +2,35 @@
 
 Every sample of a client alone is a client of its own, because the second crash of one worker is answered later, on
 purpose. With a crowd attached, each client's worker is killed once alone, then once more all together.
+
+Then the supervisor is killed, and started again at once with ``--recover``, as a service manager would; every client
+touches a missing page of a remote block, which nobody but a supervisor can bring.
 """
 
 from __future__ import annotations
 
+import os
+import signal
+import tempfile
 import time
 from contextlib import ExitStack
+from typing import Any
 
+import postcopy
 from postcopy.control import Control
 
 from .bench import WORKER_WITHIN, Bench, BenchmarkFailed, ClientProcess, worker_of
 from .figures import Row, percentile, value_row
 
 GOAL = 20.0
+SUPERVISOR_GOAL = 600.0
+BEFORE = 0.002
+"""Seconds between the supervisor's end and the touches: nobody is answered before it."""
 
 
 def run(bench: Bench) -> list[Row]:
     """Milliseconds from the signal to the byte."""
-    return [*_alone(bench), *_crowd(bench)]
+    return [*_alone(bench), *_crowd(bench), *_supervisor(bench, 1), *_supervisor(bench, bench.scale.of(64, 2))]
 
 
 def _alone(bench: Bench) -> list[Row]:
@@ -81,3 +92,32 @@ def _rows(name: str, samples: list[float], detail: str, goal: float | None = Non
         value_row(f"{name}, p50", samples, "ms", goal, detail=detail),
         value_row(f"{name}, p99", samples, "ms", value=percentile(samples, 99)),
     ]
+
+
+def _supervisor(bench: Bench, count: int) -> list[Row]:
+    kills = bench.scale.of(20 if count == 1 else 5, 1)
+    options: dict[str, Any] = {"background_rate": 0, "fault_around": "4K"}
+    samples: list[float] = []
+    with (
+        bench.source(["ram"]) as blocks,
+        ExitStack() as stack,
+        tempfile.TemporaryDirectory(prefix="pcb-", dir="/tmp") as directory,
+        ExitStack() as clients_end,
+    ):
+        current = stack.enter_context(postcopy.Supervisor(blocks, directory, **options))
+        modes = [("shared", "private")[number % 2] for number in range(count)]
+        clients = [clients_end.enter_context(bench.house_client(current, "ram", mode)) for mode in modes]
+        for kill in range(kills):
+            bench.say(f"recovery: supervisor {kill + 1} of {kills}, {count} clients")
+            start = bench.start_time()
+            for number, client in enumerate(clients):
+                page = kill * count + number
+                client.tell(do="touch", seed=0, count=1, pages=[page, page + 1], start=start)
+            time.sleep(max(0.0, start / 1e9 - time.monotonic() - BEFORE))
+            os.kill(current.pid, signal.SIGKILL)
+            current.close()
+            current = stack.enter_context(postcopy.Supervisor(blocks, directory, recover=True, **options))
+            samples += [client.hear()["ns"][0] / 1e6 for client in clients]
+    many = f"{count} clients" if count > 1 else "one client"
+    detail = f"{kills} kills, started again at once; from the touch, {BEFORE * 1000:g} ms after the signal"
+    return _rows(f"supervisor killed to next remote fault resolved, {many}", samples, detail, SUPERVISOR_GOAL)
