@@ -152,6 +152,8 @@ class House:
 
     def _recovered(self, plan: Plan) -> None:
         self._house[statistics.RECOVERED] += 1
+        for link in self.sources.links.values():
+            link.inherited = True
         took = (time.monotonic() - self.started) * 1000
         text = (
             f"{len(plan.clients)} clients, {len(plan.workers)} workers and {len(plan.blocks)} blocks of the supervisor"
@@ -375,7 +377,7 @@ class House:
         self.workforce.tick()
         self._look_at_memory()
         self.porter.ring_at(self.zero.background(self.settings.background_rate, self.paging.roomy))
-        self.sources.tick(now)
+        self.porter.ring_at(self.sources.tick(now))
         self.porter.ring_at(self.returning.knock(self.workforce.fleet.slots.__contains__, now))
         self._alive.tick(now)
         self.paging.background(self.settings.background_rate, self._memory_left(), now)

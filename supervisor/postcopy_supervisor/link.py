@@ -46,6 +46,9 @@ log = logging.getLogger(__name__)
 
 ADVISE_SECONDS = 1.0
 PING_SECONDS = 1.0
+FIRST_PING_SECONDS = 0.02
+FIRST_PINGS = 50
+"""At the start the connection may not stand yet, and clients of a supervisor before us may be waiting."""
 REFUSALS = 16
 """Refusals that are told between two times of being up."""
 PUSH_WINDOW = 16 << 20
@@ -86,6 +89,8 @@ class Link:
     ) -> None:
         self.endpoint = endpoint
         self.state = "advising"
+        self.inherited = False
+        """A supervisor before us knew this source: silence from the start on is a loss."""
         self.flow = Flow()
         self.words = [0] * statistics.WORDS
         self.requests = self.pages = self.bytes = 0
@@ -109,6 +114,11 @@ class Link:
         """``up``, ``paused`` (it was there), or ``lost`` (not heard of since the start)."""
         return {"up": "up", "paused": "paused"}.get(self.state, "lost")
 
+    @property
+    def hurries(self) -> bool:
+        """Is it about to meet its source, and to be asked for a tick every FIRST_PING_SECONDS?"""
+        return self.state == "advising" and self._nonce < FIRST_PINGS
+
     # --- wishes -------------------------------------------------------------------------------------------------------
 
     def wish(self, client: int, block: int, offset: int, length: int, now: float) -> None:
@@ -128,9 +138,10 @@ class Link:
 
     def tick(self, now: float) -> None:
         silent = self._silent_since
-        if self.state == "up" and silent is not None and now - silent > self._patience:
+        met = self.state == "up" or (self.inherited and self.state == "advising")
+        if met and silent is not None and now - silent > self._patience:
             self._pause(f"nothing heard for {self._patience:g} s")
-        if now - self._pinged_at >= min(PING_SECONDS, self._patience / 2):
+        if now - self._pinged_at >= (FIRST_PING_SECONDS if self.hurries else min(PING_SECONDS, self._patience / 2)):
             self._ping(now)
         self._do(self.flow.tick(now))
         if len(self._answers) > 2 * self.flow.in_flight + 16:  # of what was asked again, or answered in another form

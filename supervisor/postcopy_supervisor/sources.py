@@ -19,7 +19,7 @@ from postcopy_protocol.sources import RemoteSource, Source
 from .blocks import RamBlock
 from .history import Tell
 from .lanes import SourceLane, source_lane
-from .link import Link, Stream
+from .link import FIRST_PING_SECONDS, Link, Stream
 from .paging import Paging
 from .remote import FRAME_LIMIT, Advice, ask_advice, load_keys, secure
 from .settings import Settings
@@ -103,9 +103,11 @@ class Sources:
             self._paging.arrived(arrived, [memory.address_of(buffer) for buffer in raw])
         return arrived is not None
 
-    def tick(self, now: float) -> None:
+    def tick(self, now: float) -> float | None:
+        """Returns when to come again, if that is soon."""
         for link in self.links.values():
             link.tick(now)
+        return now + FIRST_PING_SECONDS if any(link.hurries for link in self.links.values()) else None
 
     def _link_event(self, endpoint: str, kind: str, detail: str, **where: int | str) -> None:
         self._event(kind, detail, source=endpoint, **where)

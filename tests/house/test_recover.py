@@ -276,3 +276,16 @@ def test_another_source_content(runtime_dir: Path, source: Source, source_file: 
         source.end()
         source.start(*right)
         ends(client, 2)
+
+
+def test_poison_when_the_source_is_gone_too(runtime_dir: Path, source: Source) -> None:
+    """``--on-source-loss poison`` holds for a source that the next supervisor has never met."""
+    with House(runtime_dir, source.block(), on_source_loss="poison", source_timeout="1", **SLOW) as house:
+        client = house.client()
+        reads(client, 1)
+        house.kill()
+        source.end()
+        begin(client, 2)
+        house.recover()
+        assert client.status(20) == -signal.SIGBUS
+        assert house.events("pause")
