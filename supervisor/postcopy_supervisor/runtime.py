@@ -98,14 +98,16 @@ def cgroup_procs(directory: str) -> int:
     return opened
 
 
-def notify(state: str) -> None:
-    """One word to the service manager, if there is one (sd_notify(3))."""
+def notify(state: str, patience: float = 2.0) -> None:
+    """One word to the service manager, if there is one (sd_notify(3)). One that does not read is waited for no longer
+    than ``patience`` seconds: its queue is short, and our clients are waiting for us."""
     path = os.environ.get("NOTIFY_SOCKET")
     if not path:
         return
     address = "\0" + path[1:] if path.startswith("@") else path
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.settimeout(patience)
             channel.sendto(state.encode(), address)
     except OSError as error:
         log.warning("cannot notify %s: %s", path, error)
@@ -125,4 +127,4 @@ class SignOfLife:
         """``now`` in seconds, monotonic."""
         if self._every and now - self._said >= self._every:
             self._said = now
-            notify("WATCHDOG=1")
+            notify("WATCHDOG=1", 0.0)
