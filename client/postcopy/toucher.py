@@ -33,6 +33,7 @@ from postcopy_protocol.received import RECEIVED
 from .block import Block
 from .client import attach
 from .errors import PostcopyError
+from .load import replay
 from .load.patterns import Place, order
 from .load.recorder import Recorder, together
 from .load.truth import Truth, parse
@@ -59,6 +60,9 @@ class Touching:
     threads: int = 1
     writes: float = 0.0
     stride: int = 16
+    replay: str = ""
+    """A trace: its clients' pages instead of a pattern, at its times (``speed`` times as fast; 0: no pauses)."""
+    speed: float = 1.0
 
 
 class Toucher:
@@ -148,7 +152,7 @@ class Strand:
         self._toucher = toucher
         self._step = step
         self._thread = thread
-        self.recorder = Recorder(toucher.origin, open_loop=step.rate > 0)
+        self.recorder = Recorder(toucher.origin, open_loop=step.rate > 0 or bool(step.replay and step.speed))
         self.failure: Exception | None = None
         self._access = direct(toucher.memory) if step.threads == 1 else by_kernel(toucher.memory)
 
@@ -164,11 +168,11 @@ class Strand:
         size, last = toucher.block.page_size, toucher.block.size - 1
         clock, writes, truth = time.monotonic_ns, self._step.writes, toucher.truth
         received = toucher.block.received
-        for number, (page, due) in enumerate(self._due(), 1):
+        for number, (page, due, wrote) in enumerate(self._replayed() if self._step.replay else self._due(), 1):
             offset = min(page * size + number % size, last)
             # Spread evenly: of 100 touches with a share of 0.3 the 4th, 7th, 10th, 14th ... write.
             value = -1
-            if writes and int(number * writes) != int((number - 1) * writes):
+            if wrote or (writes and int(number * writes) != int((number - 1) * writes)):
                 value = truth(offset, 1)[0] if truth is not None else number & 0xFF
             missing = received[page] != RECEIVED
             begun = clock()
@@ -181,8 +185,22 @@ class Strand:
             if not number & 63:
                 toucher.tell()
 
-    def _due(self) -> Iterator[tuple[int, int]]:
-        """Pages, each when its time has come, with the instant at which it was due (0: at once, whenever that is)."""
+    def _replayed(self) -> Iterator[tuple[int, int, bool]]:
+        """As ``_due``, from a trace. It may have been written by another block of the same name."""
+        step, toucher, begin = self._step, self._toucher, time.monotonic_ns()
+        mine = replay.share(step.replay, toucher.block.name, toucher.index)[self._thread :: step.threads]
+        writable = toucher.truth is not None or toucher.block.mode == "private"
+        end = begin + int(step.seconds * 1e9) if step.seconds else _FAR
+        for at, page, write in mine[: step.touches or None]:
+            due = begin + int(at / step.speed) if step.speed else 0
+            if max(due, time.monotonic_ns()) >= end:
+                return
+            if page < toucher.block.pages:
+                yield page, (sleep_until(due) or due) if due else 0, write and writable
+
+    def _due(self) -> Iterator[tuple[int, int, bool]]:
+        """Pages, each when its time has come, with the instant at which it was due (0: at once, whenever that is), and
+        whether it must be written (here: as the share of writes says)."""
         step, begin = self._step, time.monotonic_ns()
         end = begin + int(step.seconds * 1e9) if step.seconds else _FAR
         pages = self._pages()
@@ -192,7 +210,7 @@ class Strand:
             for _ in range(mine):
                 if time.monotonic_ns() >= end:
                     return
-                yield next(pages), 0
+                yield next(pages), 0, False
                 if step.think:
                     time.sleep(step.think)
             return
@@ -207,7 +225,7 @@ class Strand:
                 self.recorder.missed = min(mine, ceil((end - begin) / interval)) - number
                 return
             # Our own alarm clock may be late; that is not the memory's doing. Late for another touch is.
-            yield next(pages), sleep_until(due) or due
+            yield next(pages), sleep_until(due) or due, False
 
     def _pages(self) -> Iterator[int]:
         step, toucher = self._step, self._toucher

@@ -27,7 +27,7 @@ from postcopy_kernel.userfaultfd import (
     open_device,
     open_userfaultfd,
 )
-from postcopy_protocol import statistics
+from postcopy_protocol import statistics, trace
 from postcopy_protocol.codec import decode, encode, unpack_offsets
 from postcopy_protocol.errors import BadInput, BadMessage
 from postcopy_protocol.express import OFFSET
@@ -70,6 +70,7 @@ from .porter import (
     Visit,
 )
 from .reception import Reception
+from .recorder import Recorder
 from .recovery import Plan
 from .runtime import RuntimeDirectory, SignOfLife, cgroup_procs, notify
 from .settings import Settings
@@ -143,6 +144,7 @@ class House:
         self.returning = Returning(self._reach)
         self.auditor = Auditor(list(self.blocks.values()), self._event)
         self._people()
+        self.recorder = self._recording()
         self.sources.connect(self._router, advice, self.blocks, self.paging, self._say)
         move_in(plan, self.custody, self.workforce, self.reception)
         self.returning.expect({number for block in self.paging.links for number in self.reception.with_block(block)})
@@ -164,6 +166,14 @@ class House:
     def recovered(self) -> int:
         """How many supervisors have taken over from one that was gone."""
         return int(self._house[statistics.RECOVERED])
+
+    def _recording(self) -> Recorder | None:
+        """Where faults are recorded, clients' figures have room for it, and somebody to take it out."""
+        if not self.settings.record:
+            return None
+        recorder = Recorder(self.settings.record, self.blocks.values(), self.reception.clients.keys())
+        self.reception.figures_bytes, self.reception.figures_made = trace.FIGURES_BYTES, recorder.add
+        return recorder
 
     def _people(self) -> None:
         """Porter, workforce, client zero and reception, in the order in which they need one another."""
@@ -509,6 +519,7 @@ class House:
             self.paging,
             self.history,
             self.recovered,
+            self.recorder.document() if self.recorder is not None else None,
         )
 
     # --- the end ------------------------------------------------------------------------------------------------------
@@ -574,6 +585,12 @@ def serve(settings: Settings) -> None:
             from . import metrics
 
             metrics.start(house, settings.metrics)
-        house.run()
+        if house.recorder is not None:
+            house.recorder.start()
+        try:
+            house.run()
+        finally:
+            if house.recorder is not None:
+                house.recorder.close()
     finally:
         runtime.close()

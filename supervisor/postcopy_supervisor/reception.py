@@ -131,6 +131,9 @@ class Reception:
         self.clients: dict[int, Client] = {}
         self.workforce: Workforce
         self.left: Callable[[int], None] = lambda number: None
+        self.figures_bytes = statistics.PAGE_BYTES
+        """More where faults are recorded: a ring for them stands behind the statistics page."""
+        self.figures_made: Callable[[int, int], None] = lambda number, descriptor: None
         self._blocks = blocks
         self._by_number = {block.number: block for block in blocks.values()}
         self._custody = custody
@@ -265,8 +268,9 @@ class Reception:
 
     def _accept(self, client: Client, userfaultfd: Userfaultfd) -> None:
         client.userfaultfd = userfaultfd
-        client.statistics = memory.create_memfd(f"postcopy-c{client.number}", statistics.PAGE_BYTES)
+        client.statistics = memory.create_memfd(f"postcopy-c{client.number}", self.figures_bytes)
         client.words = memoryview(mmap.mmap(client.statistics, statistics.PAGE_BYTES)).cast("Q")
+        self.figures_made(client.number, client.statistics)
         self._keep(client)
         self._say(client, UserfaultfdAccepted())
 
@@ -286,6 +290,7 @@ class Reception:
         client = Client(note.client, None, note.uid, note.pid, pidfd, conversation, time.monotonic())
         client.userfaultfd, client.statistics = Userfaultfd(fd), figures
         client.words = memoryview(mmap.mmap(figures, statistics.PAGE_BYTES)).cast("Q")
+        self.figures_made(client.number, figures)
         client.regions, client.released = list(note.regions), list(note.released)
         client.quarantined, client.back_end = note.quarantined, note.back_end
         self.clients[client.number] = client

@@ -49,6 +49,7 @@ class Settings:
     source_timeout: float = 5.0
     metrics: tuple[str, int] | None = None
     trace: frozenset[str] = frozenset()
+    record: str = ""
     restart: RestartPolicy = field(default_factory=RestartPolicy)
     walls: str = "auto"
     worker_cgroups: tuple[str, ...] = ()
@@ -93,6 +94,7 @@ def parse(arguments: list[str]) -> Settings:
         source_timeout=told.source_timeout,
         metrics=_address(told.metrics) if told.metrics else None,
         trace=_points(told.trace),
+        record=told.record,
         restart=RestartPolicy(
             limit=told.restart_limit,
             interval=told.restart_interval,
@@ -249,6 +251,7 @@ def _parser() -> _Parser:
         help="a cgroup that workers enter (repeat for several hierarchies)",
     )
     add("--metrics", default="", metavar="HOST:PORT", help="answer Prometheus there, as in 127.0.0.1:9464")
+    add("--record", default="", metavar="FILE", help="write every fault there (read it with: postcopy trace)")
     add("--trace", default="", metavar="POINT,...", help=f"log these, one line each: {', '.join(POINTS)}, all")
     _add_recovery(parser)
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))

@@ -35,6 +35,7 @@ def document(
     paging: Paging,
     history: History,
     recovered: int = 0,
+    record: dict[str, Any] | None = None,
 ) -> bytes:
     """UTF-8 JSON."""
     paused = {number for number, link in paging.links.items() if link.state == "paused"}
@@ -66,6 +67,7 @@ def document(
             "latency_us": statistics.summary(total),
         },
         "restart_policy": _policy(workforce.fleet.policy),
+        "record": record,
         "events": history.document(),
     }
     return json.dumps(told).encode()

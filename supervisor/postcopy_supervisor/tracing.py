@@ -5,7 +5,8 @@
     request  somebody stands at a page: block and offset  place    the supervisor places pages
     wake     a worker is told to wake its client, or that a page is lost
 
-Off by default, and then there is nothing in the way: the points are wrapped around methods only when somebody asks.
+Off by default, and then there is nothing in the way: the points are wrapped around methods only when somebody asks,
+and remote pages then go the careful way instead of the lanes.
 What a worker places from a file or a function passes the supervisor nowhere; ``serve --record`` shows that.
 """
 
@@ -16,8 +17,8 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from postcopy_protocol.codec import unpack_offsets
-from postcopy_protocol.messages import Lost, Message, Wake
+from postcopy_protocol.codec import decode, unpack_offsets
+from postcopy_protocol.messages import Lost, Wake
 
 from .blocks import RamBlock
 from .history import field
@@ -35,12 +36,21 @@ def install(house: House, points: frozenset[str]) -> None:
         _around(house, "run", lambda: say("loop", at="entry"), lambda: say("loop", at="exit"))
     if points & {"quit", "core", "foreign"}:
         _around(house, "_happened", functools.partial(_happening, points))
+    if points & {"request", "place", "wake"}:
+        _close_lanes(house)
     if "request" in points:
         _around(house.paging, "fault", _request)
     if "place" in points:
         _around(house.paging, "place", _place)
     if "wake" in points:
         _around(house.paging, "_to_worker", functools.partial(_wake, house))
+
+
+def _close_lanes(house: House) -> None:
+    """Everything goes the careful way, past the points, and not by the lanes that know only the common case."""
+    lanes = house.sources.lanes
+    lanes.update(dict.fromkeys(lanes, lambda head, frame: None))
+    house.paging.learn = lambda data, waiter, block: None  # type: ignore[method-assign]
 
 
 def say(point: str, **fields: int | str) -> None:
@@ -82,7 +92,8 @@ def _place(block: RamBlock, first: int, end: int, source: int) -> None:
     say("place", block=block.name, offset=first * block.page_size, length=(end - first) * block.page_size)
 
 
-def _wake(house: House, worker: int, message: Message) -> None:
+def _wake(house: House, worker: int, data: bytes) -> None:
+    message = decode(data, expect=(Wake, Lost))
     names = {block.number: block.name for block in house.blocks.values()}
     if isinstance(message, Wake | Lost):
         for offset in unpack_offsets(message.offsets):

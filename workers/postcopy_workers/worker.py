@@ -45,6 +45,7 @@ from . import crashing, walls
 from .fault_handler import EVENT_PAGEFAULT, MESSAGE_WORDS, CannotGoOn, ClientGone, FaultHandler, Region
 from .page_sources import FilePages, Handler, HandlerPages, NoPages, PageSource, RemotePages, SourceChanged, ZeroPages
 from .placing import Block, Calls, OwnMapping
+from .recording import Recording
 from .requests import Requests
 
 PRIVILEGED = True
@@ -330,13 +331,19 @@ def serve_client(assignment: Assignment, fds: list[int]) -> NoReturn:
     handler = worker.fault_handler(requests)
     userfaultfd = fds[assignment.userfaultfd]
     os.set_blocking(userfaultfd, True)
+    recording = Recording.of(fds[assignment.statistics], assignment.worker)
     attendant = Attendant(worker)
     handler.wake_everything()
     attendant.start()
     try:
         handler.heal()  # before there is a waker, which heals too
         if requests is not None:
-            Waker(worker, worker.fault_handler(requests), requests).start()
+            waking = worker.fault_handler(requests)
+            if recording is not None:
+                recording.wrap_wakes(waking)
+            Waker(worker, waking, requests).start()
+        if recording is not None:
+            recording.wrap(handler)
         _read_for_ever(userfaultfd, handler)
     except ClientGone:
         _leave(worker, "client-gone", "its memory is gone", CLIENT_GONE)

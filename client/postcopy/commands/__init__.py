@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from . import back_end, control, demo, doctor, load, memory, probe, source, top
+from . import back_end, control, demo, doctor, load, memory, probe, source, top, trace
 
 # typer has click inside from some version on; this is the same class in all of them.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
@@ -27,7 +27,7 @@ def application() -> typer.Typer:
         app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True}, add_help_option=False)(
             program
         )
-    for group in (back_end, probe, demo, control, memory, load, top, doctor, source):
+    for group in (back_end, probe, demo, control, memory, load, top, trace, doctor, source):
         group.add_to(app)
     return app
 

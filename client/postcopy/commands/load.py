@@ -23,6 +23,7 @@ from ..errors import BadInput, PostcopyError
 from ..load import truth
 from ..load.findings import findings
 from ..load.patterns import PATTERNS
+from ..load.replay import share
 from ..load.watch import Watch
 from ..supervisor import Supervisor
 from ..toucher import Touching
@@ -68,6 +69,12 @@ def load(
     report: Annotated[
         str | None, typer.Option("--report", metavar="FILE.html|.png|.md", help="Write a report with plots.")
     ] = None,
+    replay: Annotated[
+        str | None, typer.Option("--replay", metavar="TRACE", help="The touches of a trace (serve --record).")
+    ] = None,
+    speed: Annotated[
+        float, typer.Option("--speed", min=0.0, help="So many times as fast as the trace; 0: without its pauses.")
+    ] = 1.0,
     block: Annotated[
         str | None, typer.Option("--block", metavar="NAME", help="[default: the first one served]")
     ] = None,
@@ -80,9 +87,11 @@ def load(
 ) -> None:
     """Load test: parallel client processes touch a block, timed in the client."""
     _check_words(pattern, mode, rate, think, threads)
+    if replay and (rate or think or writes or pattern != "random"):
+        raise BadInput("--replay has its own order, times and writes: not with --pattern, --rate, --think, --writes")
     step = Touching(
         pattern=pattern,
-        touches=touches or (0 if seconds else TOUCHES),
+        touches=touches or (0 if seconds or replay else TOUCHES),
         seconds=seconds or 0.0,
         rate=rate,
         think=think,
@@ -90,6 +99,8 @@ def load(
         threads=threads,
         writes=writes,
         stride=stride,
+        replay=os.path.abspath(replay) if replay else "",
+        speed=speed,
     )
     if verify is not None:
         verify = verify if verify == truth.ZEROS or verify.startswith(truth.HANDLER) else os.path.abspath(verify)
@@ -105,9 +116,12 @@ def load(
             directory = os.path.abspath(runtime_directory(runtime_dir, os.environ))
         control = stack.enter_context(Control(directory))
         name = parse_block_name(block) if block is not None else _first_block(control, directory)
+        if step.replay:
+            share(step.replay, name, 0)  # what is wrong with it is said once, not by every client
         size = _check_size(directory, name, verify)
         found = _run(stack.enter_context(Crowd(name, directory, modes, _steps(step), verify, seed)), control, name,
                      step, kill_workers, seed)  # fmt: skip
+    pattern = "recorded" if step.replay else pattern
     found |= {"block": name, "size": size, "pattern": pattern, "mode": mode, "verified": verify is not None}
     found["asked"] = {**asdict(step), "kill_workers": kill_workers, "seed": seed, "served": serve}
     if write is not None:

@@ -101,8 +101,12 @@ def what_was_done(found: Findings) -> str:
         "shared": "shared",
         "mixed": "half of them private (copy-on-write), half shared",
     }[found["mode"]]
+    if asked.get("replay"):
+        each = "as a trace had recorded it"
     loop = "each touch as soon as the last was over"
-    if asked["rate"]:
+    if asked.get("replay"):
+        loop = f"at the recorded times, {asked['speed']:g} times as fast" if asked["speed"] else loop
+    elif asked["rate"]:
         loop = f"{asked['rate']:g} touches a second each, whether or not the last was over (open loop)"
     elif asked["think"]:
         loop = f"with {asked['think']:g} s of thinking between touches"

@@ -1,0 +1,85 @@
+"""``postcopy trace``: read what ``serve --record`` has written."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from typing import Annotated, Any
+
+import typer
+
+from .. import traces
+from ..load.pages import human
+from .options import Json
+
+File = Annotated[str, typer.Argument(metavar="FILE")]
+
+
+def add_to(app: typer.Typer) -> None:
+    group = typer.Typer(help="Read what serve --record has written.", no_args_is_help=True, add_completion=False)
+    for command in (show, summary, diff):
+        group.command()(command)
+    app.add_typer(group, name="trace")
+
+
+def show(
+    file: File,
+    client: Annotated[int | None, typer.Option("--client", help="Only this client's.")] = None,
+    block: Annotated[str | None, typer.Option("--block", metavar="NAME", help="Only of this block.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=0, help="At most so many.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Every fault: when (seconds since the start), client, block, page, what became of it, how long it took."""
+    found = traces.read(file)
+    wanted = (
+        fault
+        for fault in found.faults
+        if (client is None or fault.client == client) and (block is None or found.name(fault.block) == block)
+    )
+    for fault in islice(wanted, limit):
+        told = traces.as_document(found, fault)
+        if as_json:
+            print(json.dumps(told))
+        else:
+            how = "write" if fault.write else "read"
+            print(
+                f"{told['at']:12.6f}  client {fault.client:<4} {told['block']} page {fault.page:<8} {how:5} "
+                f"{told['kind']:8} {human(told['latency_us'])}"
+            )
+
+
+def summary(file: File, as_json: Json = False) -> None:
+    """How many faults, where, in what order, and how long they took."""
+    told = traces.summary(traces.read(file))
+    if as_json:
+        print(json.dumps(told))
+        return
+    rate = f", {told['faults_per_s']:.0f} a second" if told["faults_per_s"] else ""
+    print(f"{told['faults']} faults in {told['seconds']:.3f} s{rate}")
+    for block in told["blocks"]:
+        _tell(block)
+
+
+def _tell(block: dict[str, Any]) -> None:
+    latency = block["latency_us"]
+    share = f" ({block['share_of_block']:.1%} of the block)" if block["share_of_block"] is not None else ""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in block["kinds"].items())
+    print(f"block {block['block']}: {block['faults']} faults of {block['clients']} clients: {kinds}")
+    print(f"  {block['pages']} different pages{share}, {block['in_order']:.0%} in order, {block['writes']} writes")
+    print(f"  p50 {human(latency['p50'])}, p99 {human(latency['p99'])}, max {human(latency['max'])}")
+
+
+def diff(first: File, second: Annotated[str, typer.Argument(metavar="FILE")], as_json: Json = False) -> None:
+    """Which pages two traces have in common, and which was slower."""
+    told = traces.difference(traces.read(first), traces.read(second))
+    if as_json:
+        print(json.dumps(told))
+        return
+    for block in told["blocks"]:
+        print(
+            f"block {block['block']}: {block['in_both']} pages in both, {block['only'][0]} only in the first, "
+            f"{block['only'][1]} only in the second: overlap {block['overlap']:.1%}"
+        )
+        for which, faults, latency in zip(("first", "second"), block["faults"], block["latency_us"], strict=True):
+            p50, p99 = human(latency["p50"]), human(latency["p99"])
+            print(f"  {which + ':':7} {faults} faults, p50 {p50}, p99 {p99}")

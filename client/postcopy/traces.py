@@ -1,0 +1,119 @@
+"""What traces tell: a summary of one, and how two differ. Figures only; ``commands/trace.py`` prints them."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from postcopy_protocol import statistics, trace
+from postcopy_protocol.trace import Fault, Head
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A file of ``serve --record``, its faults in the order of time."""
+
+    path: str
+    head: Head
+    faults: list[Fault]
+
+    def name(self, block: int) -> str:
+        return next((known.name for known in self.head.blocks if known.number == block), f"#{block}")
+
+
+def read(path: str) -> Trace:
+    """Raises BadInput for what is no trace, OSError for what cannot be read."""
+    with open(path, "rb") as file:
+        data = file.read()
+    head, start = trace.head_of(data)
+    return Trace(path, head, sorted(trace.faults(data, start), key=lambda fault: fault.at))
+
+
+@dataclass
+class Tally:
+    """Of one block in one trace."""
+
+    faults: int = 0
+    in_order: int = 0
+    """Faults right behind the client's last one."""
+    kinds: Counter[str] = field(default_factory=Counter)
+    pages: Counter[int] = field(default_factory=Counter)
+    clients: set[int] = field(default_factory=set)
+    writes: int = 0
+    words: list[int] = field(default_factory=lambda: [0] * statistics.WORDS)
+
+
+def tally(found: Trace) -> dict[int, Tally]:
+    """By block."""
+    blocks: dict[int, Tally] = defaultdict(Tally)
+    last: dict[tuple[int, int], int] = {}
+    for fault in found.faults:
+        block = blocks[fault.block]
+        block.faults += 1
+        block.in_order += last.get((fault.client, fault.block)) == fault.page - 1
+        last[fault.client, fault.block] = fault.page
+        block.kinds[trace.KINDS[fault.kind] if fault.kind < len(trace.KINDS) else "unknown"] += 1
+        block.pages[fault.page] += 1
+        block.clients.add(fault.client)
+        block.writes += fault.write
+        block.words[statistics.bucket(fault.latency)] += 1
+        block.words[statistics.LONGEST_NS] = max(block.words[statistics.LONGEST_NS], fault.latency)
+    return dict(blocks)
+
+
+def summary(found: Trace) -> dict[str, Any]:
+    """For people and for JSON."""
+    span = (found.faults[-1].at - found.faults[0].at) / 1e9 if found.faults else 0.0
+    sizes = {known.number: known for known in found.head.blocks}
+    blocks = []
+    for number, block in sorted(tally(found).items()):
+        known = sizes.get(number)
+        pages = -(-known.size // known.page_size) if known is not None else 0
+        blocks.append(
+            {
+                "block": found.name(number),
+                "faults": block.faults,
+                "clients": len(block.clients),
+                "pages": len(block.pages),
+                "share_of_block": round(len(block.pages) / pages, 6) if pages else None,
+                "in_order": round(block.in_order / block.faults, 4),
+                "writes": block.writes,
+                "kinds": dict(sorted(block.kinds.items())),
+                "latency_us": statistics.summary(block.words),
+                "most_wanted": [[page, count] for page, count in block.pages.most_common(5)],
+            }
+        )
+    told = {"file": found.path, "started": found.head.started, "faults": len(found.faults), "seconds": round(span, 6)}
+    return {**told, "faults_per_s": round(len(found.faults) / span, 1) if span else None, "blocks": blocks}
+
+
+def difference(first: Trace, second: Trace) -> dict[str, Any]:
+    """Working sets compared block by block, by name; ``overlap``: pages in both of those in either."""
+    one = {first.name(number): block for number, block in tally(first).items()}
+    two = {second.name(number): block for number, block in tally(second).items()}
+    blocks = []
+    for name in sorted(one.keys() | two.keys()):
+        left, right = one.get(name, Tally()), two.get(name, Tally())
+        both, either = left.pages.keys() & right.pages.keys(), left.pages.keys() | right.pages.keys()
+        blocks.append(
+            {
+                "block": name,
+                "faults": [left.faults, right.faults],
+                "pages": [len(left.pages), len(right.pages)],
+                "in_both": len(both),
+                "only": [len(left.pages) - len(both), len(right.pages) - len(both)],
+                "overlap": round(len(both) / len(either), 4) if either else 1.0,
+                "latency_us": [statistics.summary(left.words), statistics.summary(right.words)],
+            }
+        )
+    return {"files": [first.path, second.path], "blocks": blocks}
+
+
+def as_document(found: Trace, fault: Fault) -> dict[str, Any]:
+    """One record for people and for JSON: ``at`` in seconds, ``latency_us`` in microseconds."""
+    told = asdict(fault)
+    kind = trace.KINDS[fault.kind] if fault.kind < len(trace.KINDS) else f"unknown ({fault.kind})"
+    told |= {"at": fault.at / 1e9, "block": found.name(fault.block), "kind": kind}
+    told["latency_us"] = told.pop("latency") / 1e3
+    return told

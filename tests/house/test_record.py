@@ -1,0 +1,75 @@
+"""``serve --record``: real faults, local and remote, into a file; and the file as a load."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import postcopy
+from postcopy import traces
+from tests.conftest import SourceFile
+from tests.house.house import House, environment
+from tests.house.remote import Source
+from tests.house.test_load import loaded
+
+SIZE = 1 << 20
+PAGES = SIZE // 4096
+
+
+def asked(*words: str, status: int = 0) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "postcopy", *words]
+    done = subprocess.run(command, capture_output=True, timeout=60, env=environment())
+    assert done.returncode == status, done.stderr
+    return done
+
+
+@pytest.mark.parametrize("mode", ["private", "shared"])
+def test_every_fault_is_in_the_file(runtime_dir: Path, source_file: SourceFile, tmp_path: Path, mode: str) -> None:
+    path, target = source_file(SIZE), tmp_path / "trace"
+    with House(runtime_dir, f"ram0={path}", fault_around="4K", record=str(target)) as house:
+        client = house.client("ram0", mode)
+        assert client.do(f"check(b, {str(path)!r}, 'random', 4096, 3)") == -1
+        client.do("b.buf[0]")
+        house.await_received(PAGES)
+        client.close()
+        house.end()
+        faults = traces.read(str(target)).faults
+    assert sorted(fault.page for fault in faults) == list(range(PAGES))
+    assert all(fault.kind == 0 and 0 < fault.latency < 20_000_000_000 for fault in faults)
+    assert target.stat().st_mode & 0o777 == 0o600
+
+
+def test_remote_faults_writes_and_a_killed_worker(runtime_dir: Path, source_file: SourceFile, tmp_path: Path) -> None:
+    path, target = source_file(SIZE), tmp_path / "trace"
+    with (
+        Source(f"ram0={path}") as source,
+        House(runtime_dir, source.block(), background_rate=0, fault_around="4K", record=str(target)) as house,
+    ):
+        client = house.client("ram0", "private")
+        client.do("[b.buf[at] for at in range(0, 10 * 4096, 4096)]")
+        house.kill_worker(client)
+        client.do("b.buf.__setitem__(40 * 4096, 5)")
+        assert house.status()["record"]["lost"] == 0
+        client.close()
+        house.end()
+    found = {fault.page: fault for fault in traces.read(str(target)).faults}
+    assert set(range(10)) <= set(found) and found[3].kind == 3
+    assert found[40].write and not found[3].write
+    summary = json.loads(asked("trace", "summary", "--json", str(target)).stdout)
+    assert summary["blocks"][0]["kinds"]["arrived"] >= 10
+    assert b"client" in asked("trace", "show", "--limit", "2", str(target)).stdout
+    assert b"overlap 100.0%" in asked("trace", "diff", str(target), str(target)).stdout
+    played = loaded("--serve", str(path), "--replay", str(target), "--speed", "0", "--clients", "2")
+    assert played["touches"] == 2 * len(traces.read(str(target)).faults)
+
+
+def test_what_is_no_trace(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"hello")
+    assert b"no trace" in asked("trace", "summary", str(tmp_path / "x"), status=2).stderr
+    assert asked("load", "--serve", "zero:4K", "--replay", str(tmp_path / "x"), status=2).stderr.count(b"\n") == 1
+    with pytest.raises(postcopy.PostcopyError, match="--record"):
+        postcopy.Supervisor({"z": "zero:4K"}, record="/no/such/place")
