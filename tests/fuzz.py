@@ -57,6 +57,8 @@ from postcopy_protocol.return_path import (
 )
 from postcopy_protocol.source_conversation import Offer, SourceConversation, SourceRefusal
 from postcopy_protocol.sources import parse_named
+from postcopy_protocol.vhost_conversation import FrontEnd, Stage, lay_out
+from postcopy_protocol.vhost_user import HEADER, FrameReader, VhostUserError
 from postcopy_supervisor import control, recovery
 from postcopy_supervisor.history import History
 from postcopy_supervisor.link import Link, Stream
@@ -86,6 +88,7 @@ class Fuzzer:
             "resumed": (lambda data: void(unpack_offsets(decode(data, expect=(Resumed,)).released)), (Resumed,)),
             "rendezvous": (self._rendezvous, (TakeOver,)),
             "inventory": (self._inventory, (BlockNote, ClientNote)),
+            "back-end": (self._back_end, ALL),
         }
         with tempfile.TemporaryDirectory(prefix="pcf-", dir="/tmp") as directory:
             (Path(directory) / "private").mkdir()
@@ -120,6 +123,29 @@ class Fuzzer:
         self.link.tick(self.now)
         self.link.wish(3, 1, 0, 8 * PAGE, self.now)
 
+    def _back_end(self, data: bytes) -> None:
+        """A vhost-user back-end answers: anything, or nearly right, under a header that may be a lie."""
+        talk, chance = FrontEnd(), self.random
+        if chance.random() < 0.5:
+            asked = chance.choice([talk.get_features(), talk.barrier()])
+        else:
+            talk.stage = Stage.LISTENING
+            asked = talk.set_mem_table(lay_out([(0, PAGE, None), (PAGE, PAGE, None)]), [0, 0])
+        if chance.random() < 0.7:
+            nearly = bytearray(asked.data[HEADER.size :] or bytes(8))
+            if chance.random() < 0.5:
+                nearly[chance.randrange(len(nearly))] ^= 1 << chance.randrange(8)
+            data = bytes(nearly)
+        request = asked.request if chance.random() < 0.8 else chance.randrange(1 << 32)
+        size = len(data) if chance.random() < 0.8 else chance.randrange(1 << 32)
+        reader, stream = FrameReader(), HEADER.pack(request, chance.choice((5, 5, 5, 5, 13, 1, 4)), size) + data
+        while stream:
+            wanted = reader.wanted
+            frame = reader.feed(stream[:wanted], range(chance.choice((0, 0, 0, 0, 0, 1, 9))))
+            stream = stream[wanted:]
+            if frame is not None:
+                return void(talk.heard(asked, frame))
+
     def one(self) -> None:
         if self.random.random() < 0.01:
             self._fresh()
@@ -129,7 +155,7 @@ class Fuzzer:
         try:
             listen(data)
             self.outcomes[f"{name}: taken"] += 1
-        except (BadInput, BadMessage, Refusal, SourceRefusal):
+        except (BadInput, BadMessage, Refusal, SourceRefusal, VhostUserError):
             self.outcomes[f"{name}: refused"] += 1
         except Exception as error:
             raise AssertionError(f"{name} broke on {data!r}: {type(error).__name__}: {error}") from error

@@ -21,6 +21,8 @@ from postcopy.vhost_user import BackEnd, GuestMemory, blk
 from postcopy.vhost_user.rings import Bells, Ring, start_ring
 from tests.house.back_ends import disk_bytes, dpdk, running, storage_daemon, storage_daemons
 from tests.house.house import House, end_by_pidfd, environment, until
+from tests.house.remote import Source
+from tests.kernel.huge_pool import reserved
 
 pytestmark = pytest.mark.usefixtures("require_userfaultfd")
 
@@ -528,3 +530,53 @@ def test_the_example_of_the_documentation(runtime_dir: Path, tmp_path: Path) -> 
         assert (done.returncode, done.stdout) == (0, sectors(77)[:512]), done.stderr
         assert b"2048 sectors" in done.stderr
         assert house.block("guest")["received"] == 5
+
+
+# --- other blocks -----------------------------------------------------------------------------------------------------
+
+
+def test_a_remote_block(runtime_dir: Path, tmp_path: Path) -> None:
+    """Pages over a return path; the source is killed while the back-end waits, and comes back."""
+    guest_image(tmp_path / "guest.img", [(blk.READ, 8)] * 3)
+    with (
+        Source(f"guest={tmp_path / 'guest.img'}") as source,
+        House(runtime_dir, source.block("guest"), background_rate="0", source_timeout=1) as house,
+        storage_daemon(tmp_path) as program,
+        BackEnd(program.socket, ["guest"], runtime_dir) as back_end,
+        Driver(back_end) as driver,
+    ):
+        source.end()
+        where = [back_end.user_address("guest", part) for part in (RING, USED, AVAILABLE)]
+        question = back_end.talk.set_vring_addr(0, *where)
+        back_end.channel.send(question)
+        until(lambda: house.status()["state"] == "paused", "the loss is noticed")
+        source.start()
+        back_end.talk.heard(question, back_end.channel.receive("SET_VRING_ADDR"))
+        driver.start(3)
+        driver.finish()
+        assert [driver.data(n) for n in range(3)] == [sectors(8)] * 3
+
+
+@pytest.mark.hugetlb
+@pytest.mark.xdist_group("hugetlb")
+def test_huge_pages(runtime_dir: Path, tmp_path: Path) -> None:
+    """Ring, request and data lie in three huge pages."""
+    huge = 2 << 20
+    image = bytearray(3 * huge)
+    ring = Ring(memoryview(image), 8, 0, PAGE, 2 * PAGE)
+    image[huge : huge + 16] = blk.header(blk.READ, 8)
+    ring.submit(blk.request(blk.READ, huge, [(2 * huge, 2 * PAGE)], huge + 100), 0)
+    (tmp_path / "guest.img").write_bytes(image)
+    with (
+        reserved(4),
+        House(runtime_dir, f"guest={tmp_path / 'guest.img'}", page_size="2M") as house,
+        storage_daemon(tmp_path) as program,
+        BackEnd(program.socket, ["guest"], runtime_dir) as back_end,
+        Driver(back_end) as driver,
+    ):
+        driver.ring = Ring(driver.view, 8, 0, PAGE, 2 * PAGE)
+        driver.start(1)
+        until(lambda: 0 in driver.received(), "the ring's page has come")
+        until(lambda: driver.ring.completed(), "the request is used")
+        assert bytes(driver.view[2 * huge : 2 * huge + 2 * PAGE]) == sectors(8)
+        assert record(house, "blk.sock")["faults"] == 3
