@@ -27,13 +27,15 @@ BACKGROUND = -1
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Bytes and seconds; ``requests`` urgent ones in flight, and as many of the background. ``calm`` is for how long
-    after an urgent request background pieces stay small."""
+    after an urgent request the window of the background stays small. ``patience`` times ``attempts`` is longer than a
+    source's own ``--read-timeout`` (30 by default): a read that hangs is told as lost by the source, with its reason,
+    before we give it up without one."""
 
     requests: int = 64
     bytes: int = 8 << 20
     background_busy: int = 1 << 20
     background_calm: int = 4 << 20
-    patience: float = 10.0
+    patience: float = 15.0
     attempts: int = 3
     calm: float = 0.05
 

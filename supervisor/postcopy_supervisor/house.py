@@ -85,6 +85,8 @@ FROM_ROUTER = (WorkerHello, Report, Fetched, RequestPages, *control.QUESTIONS)
 # As plain numbers: an operation on pyzmq's enumeration costs more than handing over a frame.
 LAST = int(zmq.DONTWAIT)
 FIRST = LAST | int(zmq.SNDMORE)
+LARGE = 31 << 20
+"""Bytes; just below the largest that glibc (any, 64 bit) learns its threshold from."""
 SCARCE = 128 << 20
 """Bytes available on the machine below which only pages that are waited for are placed."""
 
@@ -254,6 +256,9 @@ class House:
             crashpoints.at("takeover.ready")
         else:
             self.porter.watch_custodian(self.custody.start())
+        # glibc gives every freed piece back to the kernel, to fault it in again for the next one, until a block as
+        # large as this has been freed once. Nothing of it is touched.
+        bytearray(LARGE)
         # The method below pyzmq's own layer: it gives bytes, or a frame that knows whether another one follows.
         recv, box = self._router.recv, self.porter.box
         while self.state != "ending":

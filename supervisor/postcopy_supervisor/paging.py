@@ -35,7 +35,9 @@ log = logging.getLogger(__name__)
 
 REMOTE_WINDOW = 256 << 10
 """Largest fault-around of a remote block: while clients wait, no answer is longer than that."""
-PIECE_BUSY, PIECE_CALM = 256 << 10, 1 << 20
+PIECE = 256 << 10
+"""Bytes of background in one request: what a source sends in one message, so that the answer comes as it was expected
+(lanes.py). Larger requests came back in parts, and were slower."""
 ZERO_PIECE = 1 << 20
 DROP_AFTER = 32 << 20
 MOST_LANES = 64
@@ -318,10 +320,9 @@ class Paging:
         for number, link in self.links.items():
             block = self._blocks[number]
             room = min(left, link.flow.room_for_background(now))
-            most = PIECE_BUSY if link.flow.busy(now) else PIECE_CALM
             # Not into every gap: a small piece would come back as a small gap, and soon all pieces would be small.
-            while room >= PIECE_BUSY and self._afford(rate, now):
-                piece = self._next_piece(block, min(room, most))
+            while room >= PIECE and self._afford(rate, now):
+                piece = self._next_piece(block, min(room, PIECE))
                 if piece is None:
                     break
                 length = (piece[1] - piece[0]) * block.page_size
@@ -332,9 +333,9 @@ class Paging:
     def _afford(self, rate: int, now: float) -> bool:
         if rate < 0:
             return True
-        self._credit = min(self._credit + (now - self._credited) * rate, float(max(PIECE_CALM, rate // 4)))
+        self._credit = min(self._credit + (now - self._credited) * rate, float(max(PIECE, rate // 4)))
         self._credited = now
-        return self._credit >= PIECE_BUSY
+        return self._credit >= PIECE
 
     def _next_piece(self, block: RamBlock, length: int) -> tuple[int, int] | None:
         """The next run of missing pages behind the cursor, around the end of the block once."""

@@ -317,9 +317,9 @@ def test_a_source_that_refuses_everything_is_asked_once_a_second(talk: Talk) -> 
 
 def test_a_source_that_answers_everything_but_this_loses_the_page(talk: Talk) -> None:
     talk.supervisor.fault(1, 1, 3, 2)
-    talk.go(25, "never")
-    assert talk.supervisor.waiting
-    talk.go(10, "never")
+    talk.go(31, "never")
+    assert talk.supervisor.waiting, "a source that gives up a read after 30 s tells why, and is waited for"
+    talk.go(20, "never")
     assert not talk.supervisor.waiting and talk.supervisor.lost == {(1, 3), (1, 4)}
     assert talk.kinds() == ["source"], "it is not away"
     talk.supervisor.hear(talk.source.pages(talk.supervisor.link._numbers[1], 0, [(3 * PAGE, PAGE)], 0))
