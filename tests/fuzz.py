@@ -182,6 +182,10 @@ class Fuzzer:
         self.now += self.random.choice((0.0, 0.001, 0.5, 7.0))
         lengths = [self.random.choice((0, 1, PAGE, PAGE, 2 * PAGE)) for _ in range(self.random.choice((0, 1, 1, 2)))]
         try:
+            wish = self.link.expected(data, lengths[0]) if len(lengths) == 1 else None
+            if wish is not None:
+                decode(data, expect=FROM_SOURCE)  # what is taken unread must be what decode takes
+                return self.link.landed(wish, self.now)
             self.link.heard(decode(data, expect=FROM_SOURCE), lengths, self.now)
             self.link.tick(self.now)
         finally:
