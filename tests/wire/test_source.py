@@ -17,6 +17,7 @@ import zmq
 
 from postcopy_protocol.codec import encode
 from postcopy_protocol.curve_keys import KeyPair, write_keys
+from postcopy_protocol.express import REQUESTS
 from postcopy_protocol.messages import VERSION, Goodbye
 from postcopy_protocol.return_path import (
     MAX_OPEN_BYTES,
@@ -104,6 +105,33 @@ def test_every_byte_of_a_file(supervisor: ScriptedSupervisor, path: Path) -> Non
     supervisor.say(Complete(advised.stream))
     supervisor.say(Ping(7))
     assert supervisor.expect(Pong) == Pong(7)
+
+
+def test_a_known_request_is_judged_like_any_other(supervisor: ScriptedSupervisor, path: Path) -> None:
+    """Once one has been taken, others differ in number and range only; what is wrong with those is still seen."""
+    data = path.read_bytes()
+    advised = supervisor.listen("ram0")
+    supervisor.requests = REQUESTS
+    last = (PAGES - 1) * PAGE
+    for offset in (0, PAGE, last, 2 * PAGE):
+        assert supervisor.fetch(advised, (offset, PAGE)) == {offset: page(data, offset)}
+    for wrong in (
+        (1, PAGE),
+        (0, PAGE + 1),
+        (PAGES * PAGE, PAGE),
+        (0, 0),
+        ((1 << 64) - PAGE, PAGE),
+        (0, MAX_RANGE_BYTES + PAGE),
+    ):
+        supervisor.ask(advised, wrong)
+        assert supervisor.expect(SourceRefused).code == "bad-range"
+    nameless = bytearray(encode(RequestRanges(REQUESTS, advised.stream, True, pack_range(0, PAGE))))
+    nameless[4:8] = bytes(4)
+    supervisor.send(bytes(nameless))
+    assert supervisor.expect(SourceRefused).code == "bad-message"
+    supervisor.say(Complete(advised.stream))
+    supervisor.ask(advised, (0, PAGE))
+    assert supervisor.expect(SourceRefused).code == "out-of-phase"
 
 
 def test_an_urgent_request_is_one_message(supervisor: ScriptedSupervisor) -> None:
@@ -328,16 +356,17 @@ def test_too_many_requests_are_refused_and_the_others_answered(endpoint: str, ru
     gate = runtime_dir / "gate"
     with SourceProgram(endpoint, str(gate), program=(OWN,)), ScriptedSupervisor(endpoint) as supervisor:
         advised = supervisor.listen("gated")
+        before = supervisor.requests
         for _ in range(MAX_OPEN_REQUESTS + 20):
             supervisor.ask(advised, (0, PAGE))
         for number in range(20):
             refusal = supervisor.refusal()
-            assert refusal.code == "limit" and f"request {MAX_OPEN_REQUESTS + 1 + number}:" in refusal.reason
+            assert refusal.code == "limit" and f"request {before + MAX_OPEN_REQUESTS + 1 + number}:" in refusal.reason
         supervisor.say(Ping(3))
         assert supervisor.expect(Pong) == Pong(3), "the loop is awake while every reader waits"
         gate.touch()
         asked = {supervisor.pages(advised)[0].request for _ in range(MAX_OPEN_REQUESTS)}
-        assert asked == set(range(1, MAX_OPEN_REQUESTS + 1))
+        assert asked == set(range(before + 1, before + MAX_OPEN_REQUESTS + 1))
         assert len(supervisor.fetch(advised, (0, PAGE))) == 1
         gate.unlink()
 
