@@ -126,6 +126,15 @@ def pidfd_exited(pidfd: int, within: float = 0.0) -> bool:
     return bool(poll.poll(within * 1000))
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a process stands still by SIGSTOP or under a tracer. ``pid`` must be one whose pidfd is held."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            return stat.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
+    except OSError:
+        return False
+
+
 def memory_figures(pid: int) -> dict[str, int]:
     """What a process weighs, in bytes: ``private`` (would be free without it), ``shared``, ``rss`` (Linux 4.14).
 

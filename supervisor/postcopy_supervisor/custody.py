@@ -119,6 +119,10 @@ class Custody:
         """Is anything still unsent?"""
         return bool(self._unsent)
 
+    def kill(self) -> None:
+        """It does not answer: its channel will end, and another takes its place."""
+        self._kill()
+
     def lost(self) -> None:
         """Its channel has ended. It is killed first if it lives: left alone, it would replace workers by itself, and
         two lives would read one userfaultfd."""

@@ -103,6 +103,9 @@ class Slot:
         return "restarting" if self.restarts else "starting"
 
 
+_ORDERED = ("starting", "ending")
+
+
 class Fleet:
     """All slots. Every method takes the monotonic time in seconds and returns what is to be done, in order."""
 
@@ -111,7 +114,7 @@ class Fleet:
         self.slots: dict[int, Slot] = {}
         self.restarts = 0
         """Crashes of all workers so far, those that are gone included."""
-        self._forked_last = 0.0
+        self._answered = 0.0
         self.used: dict[int, int] = {}
         """The highest incarnation of a worker that an earlier supervisor knew; its new lives are above it."""
 
@@ -174,7 +177,7 @@ class Fleet:
 
     def forked(self, worker: int, incarnation: int, now: float) -> list[Effect]:
         """The custodian has forked it."""
-        self._forked_last = now
+        self._answered = now
         slot = self.slots.get(worker)
         if slot is None:
             return [Kill(worker, incarnation)]
@@ -208,6 +211,7 @@ class Fleet:
     def fork_failed(self, worker: int, incarnation: int, now: float) -> list[Effect]:
         """The custodian could not fork it: no memory, no process more. Nothing that its client did, so no crash: it
         waits, ever longer, until there is room."""
+        self._answered = now
         slot = self.slots.get(worker)
         if slot is None or incarnation != slot.incarnation or slot.forked:
             return []
@@ -238,9 +242,14 @@ class Fleet:
                 if slot.forked:
                     slot.since = now
                     effects.append(Kill(slot.worker, slot.incarnation))
-                elif now - self._forked_last > self.policy.start_deadline:  # else a crowd stands before it in the queue
+                elif now - self._answered > self.policy.start_deadline:  # else a crowd stands before it in the queue
                     effects += self._fork(slot, now)
         return effects
+
+    def unanswered(self, now: float) -> float:
+        """For how many seconds the custodian has answered none of the orders to fork that wait."""
+        waiting = [slot.since for slot in self.slots.values() if not slot.forked and slot.state in _ORDERED]
+        return max(0.0, now - max(min(waiting), self._answered)) if waiting else 0.0
 
     def next_due(self) -> float | None:
         """When tick has something to do, if anything waits."""

@@ -206,6 +206,7 @@ class House:
         self.paging.clients_with = self.reception.with_block
         self.watchdog = Watchdog(
             self.workforce,
+            self.custody,
             self.reception,
             self.zero,
             self.paging.engine,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 
+from postcopy_kernel.process import is_stopped
 from postcopy_kernel.userfaultfd import stuck_faults
 from postcopy_protocol.statistics import BUSY_SINCE_NS, FAULTS, OUTSIDE, PLACED
 
 from .client_zero import NUMBER as ZERO
 from .client_zero import ClientZero
+from .custody import Custody
 from .engine import Engine
 from .history import Tell
 from .reception import Reception
@@ -17,6 +19,9 @@ from .workforce import Workforce
 STUCK_SECONDS = 5.0
 """A worker whose client waits for so long while no fault is answered hangs, whatever it is doing."""
 
+STOPPED_SECONDS = 2.0
+"""A custodian that somebody has stopped is not waited for as long."""
+
 
 class Watchdog:
     """Looks at figures in shared memory and at the kernel's gauge of every userfaultfd; asks nobody."""
@@ -24,6 +29,7 @@ class Watchdog:
     def __init__(
         self,
         workforce: Workforce,
+        custody: Custody,
         reception: Reception,
         zero: ClientZero,
         engine: Engine,
@@ -31,6 +37,7 @@ class Watchdog:
         event: Tell,
     ) -> None:
         self._workforce = workforce
+        self._custody = custody
         self._reception = reception
         self._zero = zero
         self._engine = engine
@@ -40,6 +47,7 @@ class Watchdog:
 
     def tick(self, now: float) -> None:
         """Once a second: kill what hangs; the law of crashes takes its course."""
+        self._watch_custodian(now)
         figures = {number: client.words for number, client in self._reception.clients.items()}
         figures[ZERO] = self._zero.words
         for number, words in figures.items():
@@ -54,6 +62,15 @@ class Watchdog:
                 self._watch_zero(words, now)
             else:
                 self._watch_client(number, words, now)
+
+    def _watch_custodian(self, now: float) -> None:
+        """Workers are wanted and it forks none: it is stopped, or hangs for longer than a crowd could keep it busy."""
+        silent, fleet = self._workforce.fleet.unanswered(now), self._workforce.fleet
+        hangs = silent > STOPPED_SECONDS and is_stopped(self._custody.pid)
+        if hangs or silent > fleet.policy.start_deadline:
+            why = f"answers no order to fork for {silent:.0f} s"
+            self._event("watchdog", f"the custodian {why}; it is killed", pid=self._custody.pid, cause=why)
+            self._custody.kill()
 
     def _watch_zero(self, words: memoryview, now: float) -> None:
         """It has been asked for pages, is busy with none, and nothing comes: it is stopped."""

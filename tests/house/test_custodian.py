@@ -110,6 +110,20 @@ def test_stopped_it_is_overtaken_when_it_goes_on(runtime_dir: Path, source_file:
         assert late.do("words(b, [6])") == [word(6 * PAGE)]
 
 
+def test_stopped_for_good_it_is_replaced(runtime_dir: Path, source_file: SourceFile) -> None:
+    path = source_file(64 * PAGE)
+    with House(runtime_dir, f"ram0={path}", fault_around="4K") as house:
+        client, late = house.client(), house.client(None)
+        end_by_pidfd(custodian(house), signal.SIGSTOP, "postcopy-cust")
+        end_by_pidfd(house.worker(client), signal.SIGKILL, "postcopy-w")
+        client.begin("words(b, [5])")
+        late.begin("b = attach()")
+        assert client.answer() == [word(5 * PAGE)]
+        late.answer()
+        assert late.do("words(b, [6])") == [word(6 * PAGE)]
+        assert any("the custodian" in event for event in house.events("watchdog"))
+
+
 def test_nothing_is_kept_of_clients_that_left(runtime_dir: Path, source_file: SourceFile) -> None:
     path = source_file(64 * PAGE)
     with House(runtime_dir, f"ram0={path}") as house:

@@ -288,6 +288,18 @@ def test_a_crowd_waits_for_its_custodian_not_for_a_deadline() -> None:
     assert fleet.tick(silence + 1) == [Fork(worker, 2) for worker in range(90, 100)]
 
 
+def test_how_long_the_custodian_has_answered_nothing() -> None:
+    fleet = Fleet(POLICY)
+    assert fleet.unanswered(5.0) == 0.0
+    fleet.start(1, 5.0)
+    fleet.start(2, 6.0)
+    assert fleet.unanswered(8.0) == 3.0
+    fleet.forked(1, 1, 8.0)
+    assert fleet.unanswered(8.5) == 0.5
+    fleet.fork_failed(2, 1, 9.0)
+    assert fleet.unanswered(20.0) == 0.0
+
+
 def test_a_worker_that_says_nothing_is_killed_and_tried_again() -> None:
     fleet = Fleet(POLICY)
     fleet.start(1, 0.0)
