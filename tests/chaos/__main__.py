@@ -17,7 +17,8 @@ from pathlib import Path
 
 from . import report
 from .monkey import CROWD_KINDS, HOUSE_KINDS, WEIGHTS, acts
-from .round import Plan, Round, Tally
+from .round import Plan, Round
+from .tally import Tally
 
 ENOUGH_MEMORY = 2 << 30
 """Bytes that must be available before a round; less would make the machine's killer part of the chaos."""
@@ -25,40 +26,43 @@ ENOUGH_MEMORY = 2 << 30
 
 def main(arguments: Sequence[str] | None = None) -> int:
     told = _parser().parse_args(arguments)
-    without = frozenset(word for text in told.without for word in text.split(","))
-    plan = Plan(told.clients, told.mib * 256, told.round_seconds, told.pause, tuple(told.option), told.namespaces)
     tally, began = Tally(), time.monotonic()
-    monkeys = [acts(told.seed, told.gap, kinds, without) for kinds in (CROWD_KINDS, HOUSE_KINDS)]
-    seeds = random.Random(told.seed ^ 0xC0FFEE)
     directory = Path(tempfile.mkdtemp(prefix="postcopy-chaos-", dir=told.directory))
     if not told.json:
         print(f"seed {told.seed}; evidence, if any, in {directory}", flush=True)
-    while time.monotonic() - began < told.minutes * 60 and not tally.findings:
-        if report.available_memory() < ENOUGH_MEMORY:
-            tally.findings.append("less than 2 GiB of memory are available: no round begun")
-            break
-        left = told.minutes * 60 - (time.monotonic() - began)
-        tally.rounds += 1
-        place = directory / f"round-{tally.rounds}"
-        place.mkdir()
-        plan.seconds = max(10.0, min(told.round_seconds, left))
-        round_ = Round(plan, seeds.getrandbits(40), monkeys, tally, place)
-        tally.findings += round_.play()
-        if not tally.findings:
-            shutil.rmtree(place)
-        if not told.json:
-            print(report.line(tally, time.monotonic() - began), flush=True)
-    seconds = time.monotonic() - began
+    _play(told, tally, directory, began)
     if tally.findings:
         (directory / "findings").write_text("\n".join(tally.findings) + "\n")
     else:
         shutil.rmtree(directory)
-    document = report.document(tally, told.seed, told.clients, seconds, str(directory) if tally.findings else "")
+    evidence = str(directory) if tally.findings else ""
+    document = report.document(tally, told.seed, told.clients, time.monotonic() - began, evidence)
     if told.json:
         print(json.dumps(document, indent=1))
     else:
         report.print_table(document)
     return 1 if tally.findings or document["not_nothing"] else 0
+
+
+def _play(told: argparse.Namespace, tally: Tally, directory: Path, began: float) -> None:
+    """Round after round."""
+    without = frozenset(word for text in told.without for word in text.split(","))
+    monkeys = [acts(told.seed, told.gap, kinds, without) for kinds in (CROWD_KINDS, HOUSE_KINDS)]
+    seeds = random.Random(told.seed ^ 0xC0FFEE)
+    while (left := told.minutes * 60 - (time.monotonic() - began)) > 0 and not tally.findings:
+        if report.available_memory() < ENOUGH_MEMORY:
+            tally.findings.append("less than 2 GiB of memory are available: no round begun")
+            return
+        tally.rounds += 1
+        place = directory / f"round-{tally.rounds}"
+        place.mkdir()
+        seconds = max(10.0, min(told.round_seconds, left))
+        plan = Plan(told.clients, told.mib * 256, seconds, told.pause, tuple(told.option), told.namespaces)
+        tally.findings += Round(plan, seeds.getrandbits(40), monkeys, tally, place).play()
+        if not tally.findings:
+            shutil.rmtree(place)
+        if not told.json:
+            print(report.line(tally, time.monotonic() - began), flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

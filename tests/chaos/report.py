@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .monkey import WEIGHTS
-from .round import Tally
+from .tally import Tally
 
 NOTHING = ("wrong bytes", "stuck clients", "leaks")
 """What must be 0."""

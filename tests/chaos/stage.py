@@ -226,6 +226,11 @@ class Stage:
             and len(self.custodians()) == 1
         )
 
+    def in_words(self) -> str:
+        """How the house looked last."""
+        age = time.monotonic() - self.watcher.seen
+        return f"last status {age:.0f} s ago: {self.watcher.document.get('state')}, custodians {self.custodians()}"
+
     def log(self, name: str) -> str:
         path = self.directory / f"{name}.log"
         return path.read_text("utf-8", "replace") if path.exists() else ""

@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.chaos import leaks
 from tests.chaos import round as rounds
 from tests.chaos.contents import PAGE, SEATS, SLOT_EVERY, ZONE, Contents
+from tests.chaos.leaks import Leaks
 from tests.chaos.monkey import CROWD_KINDS, HOUSE, HOUSE_KINDS, WEIGHTS, Act, acts
-from tests.chaos.round import Plan, Round, Tally
+from tests.chaos.round import Plan, Round
+from tests.chaos.tally import Tally
 from tests.house.house import ROOT, environment
 
 WITHIN = 400.0
@@ -69,21 +72,22 @@ def test_a_client_that_waits_too_long_is_found(tmp_path: Path, monkeypatch: pyte
     assert "userfaultfd" in (tmp_path / "processes.txt").read_text()
 
 
-class Leaking(Round):
+class Leaking(Leaks):
     """Leaves a process and a file."""
 
-    def look_for_leaks(self) -> None:
-        super().look_for_leaks()
+    def after_the_last_client(self) -> list[str]:
         self.stray = subprocess.Popen(["sleep", "600"], env=self.stage.environment)
         (self.stage.place / "left").touch()
+        return super().after_the_last_client()
 
 
 @pytest.mark.xdist_group("chaos")
 def test_what_is_left_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounds, "LEAVE_WITHIN", 5.0)
+    monkeypatch.setattr(leaks, "LEAVE_WITHIN", 5.0)
     tally = Tally()
-    leaking = Leaking(Plan(2, 256, 2.0, 0.01), 3, [], tally, tmp_path)
-    found = leaking.play()
+    round_ = Round(Plan(2, 256, 2.0, 0.01), 3, [], tally, tmp_path)
+    round_.leaks = leaking = Leaking(round_.stage)
+    found = round_.play()
     leaking.stray.wait(5)
     assert any(f"process {leaking.stray.pid}" in finding for finding in found), found
     assert "leak: left in the runtime directory" in found and tally.counts["leaks"] == 2
