@@ -14,6 +14,9 @@ laws here: a method called out of order raises ValueError (our fault), a wrong a
     told -> mapped      the extra acknowledgement only now does the back-end register its memory and open it
     mapped -> ended     POSTCOPY_END              a new table before it begins again at ``listening``
 
+rust-vmm's order is another (``table_first``): the table comes before LISTEN, is acknowledged as any message, and LISTEN
+registers it. Nothing says where the memory is; there is no extra acknowledgement.
+
 Whatever has no answer of its own is sent with NEED_REPLY, so an answer means done; a back-end without REPLY_ACK is
 refused, because nobody could tell which of its answers belongs to LISTEN. One that fails mostly just closes the socket.
 """
@@ -95,9 +98,10 @@ class Question:
 
 
 class FrontEnd:
-    """What has been agreed with one back-end so far."""
+    """What has been agreed with one back-end so far. ``table_first``: it follows rust-vmm's order."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, table_first: bool = False) -> None:
+        self.table_first = table_first
         self.stage = Stage.NEW
         self.offered = 0
         self.features = 0
@@ -189,19 +193,22 @@ class FrontEnd:
         return self._ask(Request.POSTCOPY_ADVISE, take, size=0, descriptors=1)
 
     def listen(self) -> Question:
-        self._at(Stage.ADVISED)
-        self.stage = Stage.LISTENING
+        self._at(Stage.TOLD if self.table_first else Stage.ADVISED)
+        self.stage = Stage.MAPPED if self.table_first else Stage.LISTENING
         return self._tell(Request.POSTCOPY_LISTEN)
 
     def set_mem_table(self, regions: Sequence[MemoryRegion], fds: Sequence[int]) -> Question:
         """The answer's value: where the back-end says that it has each region, None if it only echoes ours."""
-        self._at(Stage.LISTENING, Stage.MAPPED)
+        self._at(*((Stage.ADVISED,) if self.table_first else (Stage.LISTENING, Stage.MAPPED)))
         check_layout(regions)
         if len(fds) != len(regions):
             raise ValueError("every region has one descriptor")
         self.table = tuple(regions)
-        self.stage = Stage.LISTENING
         data = pack_table(regions)
+        if self.table_first:
+            self.stage = Stage.TOLD
+            return self._tell(Request.SET_MEM_TABLE, data, tuple(fds))
+        self.stage = Stage.LISTENING
 
         def take(frame: Frame) -> tuple[int, ...] | None:
             addresses = self._judge_table(unpack_table(frame.payload))
@@ -232,6 +239,8 @@ class FrontEnd:
 
     def acknowledge_table(self) -> Question:
         """Our answer to the answer; nothing comes back, and that it was taken only the next answer shows."""
+        if self.table_first:
+            raise ValueError("in rust-vmm's order nothing is acknowledged")
         self._at(Stage.TOLD)
         self.stage = Stage.MAPPED
         return Question(Request.SET_MEM_TABLE, pack_frame(5, U64.pack(0)))

@@ -95,6 +95,11 @@ class FakeBackEnd:
             self.acknowledged()
         elif request == SET_MEM_TABLE:
             self.table(payload, fds)
+            if need:
+                self.say(request, struct.pack("=Q", 0))
+        elif request == LISTEN and self.lie == "rust-vmm":
+            self.acknowledged()
+            self.say(request, struct.pack("=Q", 0))
         elif need or request == END:
             self.say(request, struct.pack("=Q", 1 if self.lie == f"refuse-{request}" else 0))
 

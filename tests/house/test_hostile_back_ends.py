@@ -99,6 +99,23 @@ def test_good_ones(house: House, tmp_path: Path) -> None:
                 nobody_left(house)
 
 
+def test_the_order_of_rust_vmm(house: House, tmp_path: Path) -> None:
+    """Said so, it works: the table, then LISTEN. It is told by name when it was not said."""
+    honest = house.client("guest", "shared")
+    with fake(tmp_path, "rust-vmm") as program:
+        with BackEnd(program.socket, ["guest"], house.directory, order="rust-vmm") as back_end:
+            assert back_end.quirks == ["open-before-registered"]
+            assert [at.length for at in back_end.placed] == [SIZE]
+            honest.do("b.ensure()")
+            until(lambda: back_end.complete, "the block is released")
+            back_end.end()
+        nobody_left(house)
+        assert probe(Settings(str(program.socket), "none", order="rust-vmm")).passed
+    with fake(tmp_path, "none") as program, pytest.raises(VhostUserError) as caught:
+        BackEnd(program.socket, ["guest"], house.directory, order="rust-vmm")
+    assert caught.value.rule == "size"
+
+
 def test_one_that_refuses_the_end(house: House, tmp_path: Path) -> None:
     honest = house.client("guest", "shared")
     with fake(tmp_path, "refuse-30") as program, BackEnd(program.socket, ["guest"], house.directory) as back_end:

@@ -167,6 +167,21 @@ def test_addresses_that_only_come_back() -> None:
     assert talk.echoed is True
 
 
+def test_the_order_of_rust_vmm() -> None:
+    talk = FrontEnd(table_first=True)
+    steps = [*HANDSHAKE[:7], HANDSHAKE[8], HANDSHAKE[7], *HANDSHAKE[10:]]
+    for step in steps:
+        question = step(talk)
+        if question.request is Request.SET_MEM_TABLE:
+            assert HEADER.unpack_from(question.data)[1] & 8, "it is acknowledged as any message"
+            talk.heard(question, reply(5, u64(0)))
+            with pytest.raises(ValueError, match="nothing is acknowledged"):
+                talk.acknowledge_table()
+        elif question.answered:
+            talk.heard(question, answer(question))
+    assert talk.stage is Stage.ENDED and talk.echoed is None
+
+
 def table(*regions: MemoryRegion) -> bytes:
     return pack_table(regions)
 

@@ -26,6 +26,9 @@ Blocks = Annotated[
     list[str],
     typer.Option("--block", metavar="NAME[:OFFSET+SIZE][@GUEST]", help="A region of guest memory; 1 to 8 of them."),
 ]
+Order = Annotated[
+    str, typer.Option("--order", metavar="standard|rust-vmm", help="Of the messages: rust-vmm wants the table first.")
+]
 Process = Annotated[int | None, typer.Option("--pid", help="The back-end's process, if it did not make the socket.")]
 
 
@@ -45,6 +48,7 @@ def attach_vhost_user(
     blocks: Blocks,
     name: Annotated[str, typer.Option("--name", help="For the status [default: the socket's].")] = "",
     pid: Process = None,
+    order: Order = "standard",
     reconnect: Annotated[bool, typer.Option("--reconnect", help="Wait for a back-end that went to come back.")] = False,
     timeout: Timeout = 30.0,
     runtime_dir: RuntimeDir = None,
@@ -59,7 +63,7 @@ def attach_vhost_user(
         raise BadInput(f"{len(memory)} regions: a back-end takes at most 8")
     while True:
         try:
-            with BackEnd(socket, memory, runtime_dir, pid=pid, name=name, timeout=timeout) as back_end:
+            with BackEnd(socket, memory, runtime_dir, pid=pid, name=name, timeout=timeout, order=order) as back_end:
                 _tell(back_end)
                 _stay(back_end)
         except ValueError as error:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import BadInput, PostcopyError
-from .back_end import Process
+from .back_end import Order, Process
 from .options import Json, Timeout
 
 DEVICES = ("blk", "none")
@@ -40,6 +40,7 @@ def probe_vhost_user(
     delay: Annotated[float, typer.Option("--delay", min=0.0, max=2.0, help="For so many seconds.")] = 0.1,
     seed: Annotated[int, typer.Option("--seed", help="Same seed, same requests.")] = 1,
     pid: Process = None,
+    order: Order = "standard",
     timeout: Timeout = 30.0,
     as_json: Json = False,
 ) -> None:
@@ -50,6 +51,8 @@ def probe_vhost_user(
 
     if device not in DEVICES:
         raise BadInput(f"--device {device!r} is none of {', '.join(DEVICES)}")
+    if order not in ("standard", "rust-vmm"):
+        raise BadInput(f"--order {order!r} is neither standard nor rust-vmm")
     if kill_workers + delays >= requests:
         raise BadInput(f"--requests {requests} are too few for {kill_workers} kills and {delays} delays")
     settings = Settings(
@@ -68,6 +71,7 @@ def probe_vhost_user(
         seed=seed,
         timeout=timeout,
         pid=pid,
+        order=order,
     )
     report = probe(settings)
     print(json.dumps(report.document()) if as_json else "\n".join(report.lines()), flush=True)

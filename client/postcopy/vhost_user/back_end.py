@@ -27,6 +27,7 @@ from .channel import Channel, close_frame
 from .door_side import DoorSide, SharedBlock
 from .memory_map import Placed, believe, compare, find_mappings
 
+ORDERS = ("standard", "rust-vmm")
 LET_GO_WITHIN = 10.0
 """Seconds that a back-end gets to unmap when its connection has been closed."""
 RUST_VMM_PATIENCE = 5.0
@@ -46,7 +47,8 @@ class GuestMemory:
 
 class BackEnd:
     """An attached back-end. ``memory`` are names of blocks or ``GuestMemory``; ``features`` virtio feature bits that
-    the caller takes; ``pid`` the back-end's process where it is not the one that made the socket.
+    the caller takes; ``pid`` the back-end's process where it is not the one that made the socket; ``order`` is that of
+    the messages, ``standard`` (libvhost-user, DPDK) or ``rust-vmm``.
 
     Raises BackEndGone, BackEndTimeout, VhostUserError (what it did, or cannot do), and what ``attach`` raises.
     """
@@ -61,11 +63,14 @@ class BackEnd:
         pid: int | None = None,
         name: str = "",
         timeout: float = 30.0,
+        order: str = "standard",
     ) -> None:
         explicit = None if runtime_dir is None else os.fspath(runtime_dir)
         self.directory = os.path.abspath(runtime_directory(explicit, os.environ))
         self.path = os.fspath(socket)
-        self.talk = FrontEnd()
+        if order not in ORDERS:
+            raise ValueError(f"order {order!r} is none of {', '.join(ORDERS)}")
+        self.talk = FrontEnd(table_first=order == "rust-vmm")
         self.quirks: list[str] = []
         self.blocks: dict[str, SharedBlock] = {}
         self.regions: tuple[tuple[int, MemoryRegion], ...] = ()
@@ -148,7 +153,8 @@ class BackEnd:
                 self._stack.callback(self.blocks[piece.block].close)
         self._lay_out(memory)
         self._refuse_locked_memory()
-        self.ask(self.talk.listen())
+        if not self.talk.table_first:
+            self.ask(self.talk.listen())
         before = self._look()
         self._strange = {name: block.strange_pages() for name, block in self.blocks.items()}
         said = self._send_table(memory)
@@ -156,7 +162,7 @@ class BackEnd:
         self.placed = self._locate(before, said)
         for at in self.placed:
             self.side.announce(at.block, at.address, at.length, at.offset)
-        self.ask(self.talk.acknowledge_table())
+        self.ask(self.talk.listen() if self.talk.table_first else self.talk.acknowledge_table())
         self.ask(self.talk.barrier())
         self._prove()
         self._refuse_strange_pages("before it registered the memory")
@@ -204,6 +210,9 @@ class BackEnd:
     def _send_table(self, memory: Sequence[GuestMemory]) -> tuple[int, ...] | None:
         fds = [self.blocks[piece.block].memory for piece in memory]
         question = self.talk.set_mem_table([region for _, region in self.regions], fds)
+        if self.talk.table_first:
+            self.ask(question)
+            return None
         self.channel.send(question)
         try:
             frame = self.channel.receive("SET_MEM_TABLE", min(RUST_VMM_PATIENCE, self.channel.timeout))
@@ -224,21 +233,22 @@ class BackEnd:
         raise VhostUserError(
             "rust-vmm-order",
             "the back-end does not answer SET_MEM_TABLE while it listens: it follows rust-vmm's order (the table "
-            "first, LISTEN registers it), in which nothing says where its memory is; not supported",
+            "first, LISTEN registers it); say so: --order rust-vmm",
         )
 
     def _locate(
         self, before: list[address_space.MappedRange] | None, said: tuple[int, ...] | None
     ) -> tuple[Placed, ...]:
         after = self._look()
-        if said is None:
+        if self.talk.echoed:
             self.quirks.append("addresses-echoed")
         if before is None or after is None:
             if said is None:
                 raise VhostUserError(
                     "addresses",
-                    "the back-end only sent our own addresses back (as libvhost-user does), and its memory map cannot "
-                    f"be read: run this as root or as the user of process {self.pid}, in its pid namespace",
+                    "the back-end does not say where its memory is (libvhost-user only sends our own addresses back), "
+                    f"and its maps cannot be read: run this as root or as the user of process {self.pid}, "
+                    "in its pid namespace",
                 )
             return believe(self.regions, said)
         files = {block.file: (block.number, block.length) for block in self.blocks.values()}

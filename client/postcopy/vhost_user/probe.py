@@ -60,6 +60,7 @@ class Settings:
     seed: int = 1
     timeout: float = 30.0
     pid: int | None = None
+    order: str = "standard"
 
 
 def probe(settings: Settings) -> Report:
@@ -255,7 +256,14 @@ class Run:
 
     def _attach(self) -> BackEnd:
         settings = self.settings
-        back_end = BackEnd(settings.socket, [BLOCK], self.directory, pid=settings.pid, timeout=settings.timeout)
+        back_end = BackEnd(
+            settings.socket,
+            [BLOCK],
+            self.directory,
+            pid=settings.pid,
+            timeout=settings.timeout,
+            order=settings.order,
+        )
         self.report.figures["back_end"]["pid"] = back_end.pid
         self.report.hold(*HANDSHAKE_RULES)
         if "addresses-echoed" in back_end.quirks:
