@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from postcopy_kernel.crashpoints import VARIABLE
 from tests.conftest import SourceFile
 from tests.house.house import PAGE, House, Puppet, alive, end_by_pidfd, until, word
 from tests.house.remote import Source, await_state
@@ -289,3 +290,32 @@ def test_poison_when_the_source_is_gone_too(runtime_dir: Path, source: Source) -
         house.recover()
         assert client.status(20) == -signal.SIGBUS
         assert house.events("pause")
+
+
+def test_what_was_being_placed_comes_all_the_same(
+    runtime_dir: Path, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Marked by the dead supervisor and not placed: no reader asks for it, and the background must."""
+    with House(runtime_dir, source.block(), **SLOW) as house:
+        house.kill()
+        monkeypatch.setenv(VARIABLE, "page.arrived:3")
+        house.start(recover=True, background_rate="16M")
+        assert house.wait() == -signal.SIGKILL
+        monkeypatch.delenv(VARIABLE)
+        house.recover(background_rate="16M")
+        until(lambda: house.block()["complete"], "it is complete")
+        assert house.client().do(f"check(b, {str(path_of(source))!r})") == -1
+
+
+def test_nobody_comes_back_in_time(runtime_dir: Path, source: Source) -> None:
+    """``--on-orphan poison``: who waits gets SIGBUS, never zeros; who did not touch reads on with a late one."""
+    with House(runtime_dir, source.block(), orphan_timeout="0.5", on_orphan="poison", **SLOW) as house:
+        waits, stays = house.client(), house.client("ram0", "shared")
+        for client in (waits, stays):
+            reads(client, 1)
+        house.kill()
+        begin(waits, 2)
+        assert waits.status(20) == -signal.SIGBUS
+        reads(stays, 1)
+        house.recover()
+        reads(stays, 2, 3)
