@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from postcopy.vhost_user.channel import somebody_listens
 from tests.house.house import until
 
 SECTOR = 512
@@ -38,11 +39,6 @@ class Program:
         self.process.wait(20)
 
 
-def listens(path: Path) -> bool:
-    """Is there a listening socket? Looked up: a connection would be the back-end's first front-end."""
-    return path.exists() and str(path) in Path("/proc/net/unix").read_text()
-
-
 @contextmanager
 def running(command: list[str], path: Path, disk: Path) -> Iterator[Program]:
     assert shutil.which(command[0]), f"{command[0]} is missing: scripts/install"
@@ -52,7 +48,7 @@ def running(command: list[str], path: Path, disk: Path) -> Iterator[Program]:
 
             def ready() -> bool:
                 assert process.poll() is None, _tell(log)
-                return listens(path)
+                return somebody_listens(str(path))
 
             until(ready, f"{command[0]} listens", 30)
             yield Program(process, path, disk)

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from postcopy import attach
-from postcopy.errors import BackEndGone, BackEndTimeout, VhostUserError
+from postcopy.commands.back_end import parse_region
+from postcopy.errors import BackEndGone, BackEndTimeout, BadInput, NoSuchBlock, VhostUserError
 from postcopy.vhost_user import BackEnd, GuestMemory, blk
 from postcopy.vhost_user.rings import Bells, Ring, start_ring
 from tests.house.back_ends import disk_bytes, dpdk, running, storage_daemon, storage_daemons
@@ -331,32 +332,39 @@ def test_the_command_attaches_ends_and_comes_back(runtime_dir: Path, tmp_path: P
                 until(lambda: not record(house, "blk.sock"), "it has left")
 
 
-REFUSED = [
-    (["SOCKET", "--block", "nothing"], 1, "no block nothing"),
-    (["SOCKET", "--block", "guest@5"], 2, "whole pages"),
-    (["SOCKET", "--block", "guest", "--block", "guest@0"], 2, "overlap"),
-    (["SOCKET", "--block", "guest:0+1G"], 2, "ends at"),
-    (["SOCKET", "--block", "guest:0"], 2, "write NAME"),
-    (["SOCKET"], 2, "--block"),
-    (["SOCKET", "--block", "guest", "--pid", "4194304"], 1, "no process"),
-    (["SOCKET", "--block", "guest", "--pid", str(os.getpid())], 1, "mapped nowhere"),
-    (["/nowhere/at/all", "--block", "guest"], 1, "no such socket"),
-]
-
-
-def test_what_the_command_refuses(runtime_dir: Path, tmp_path: Path) -> None:
+def test_what_is_refused(runtime_dir: Path, tmp_path: Path) -> None:
     """In one line, and the same back-end can be attached afterwards."""
+    cases: list[tuple[list[str | GuestMemory], dict[str, Any], type[Exception], str]] = [
+        (["nothing"], {}, NoSuchBlock, "no block nothing"),
+        ([GuestMemory("guest", guest=5)], {}, ValueError, "whole pages"),
+        (["guest", GuestMemory("guest", guest=0)], {}, ValueError, "overlap"),
+        ([GuestMemory("guest", 0, 1 << 30)], {}, ValueError, "ends at"),
+        (["guest"], {"pid": 4194304}, BackEndGone, "no process"),
+        (["guest"], {"pid": os.getpid()}, VhostUserError, "mapped nowhere"),
+        (["guest"], {"order": "any"}, ValueError, "none of standard, rust-vmm"),
+    ]
     with guest(runtime_dir, tmp_path, []) as house, storage_daemon(tmp_path) as program:
-        for words, status, text in REFUSED:
-            words = [str(program.socket) if word == "SOCKET" else word for word in words]
-            with attached(runtime_dir, *words) as process:
-                assert process.wait(30) == status
-                assert process.stderr is not None
-                said = process.stderr.read()
-                assert text in said and said.count("\n") == 1, said
+        for memory, more, kind, text in cases:
+            with pytest.raises(kind, match=text):
+                BackEnd(program.socket, memory, runtime_dir, **more)
             until(lambda: not house.status()["clients"], "nobody is left")
         with BackEnd(program.socket, ["guest"], runtime_dir):
             assert record(house, "blk.sock")
+        words = [str(program.socket), "--block", "guest", "--block", "guest@0"]
+        with attached(runtime_dir, *words) as process:
+            assert process.wait(30) == 2
+            assert process.stderr is not None
+            said = process.stderr.read()
+            assert "overlap" in said and said.count("\n") == 1, said
+
+
+def test_regions_on_the_command_line() -> None:
+    assert parse_region("ram0") == GuestMemory("ram0")
+    assert parse_region("ram0@0x100000000") == GuestMemory("ram0", guest=1 << 32)
+    assert parse_region("ram0:1M+64K@2G") == GuestMemory("ram0", 1 << 20, 1 << 16, 2 << 30)
+    for wrong in ("", "ram0:0", "ram0:0+", "ram0@", "ram0@0xg", "ram0:x+1", "../x", "ram0@1@2"):
+        with pytest.raises(BadInput):
+            parse_region(wrong)
 
 
 def test_a_back_end_without_post_copy(runtime_dir: Path, tmp_path: Path) -> None:
