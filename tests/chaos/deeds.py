@@ -8,6 +8,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from postcopy.control import Control
+from postcopy.errors import PostcopyError
+
 from . import progress
 from .monkey import Act
 from .progress import Progress
@@ -98,10 +101,13 @@ class Deeds:
                 self.to_network(act)
             case "directory":
                 self.fill_directory(act)
+            case _ if act.kind == "supervisor upgrade":
+                self.upgrade(act)
             case who:
                 self.to_house(act, who)
         if act.of_house:
-            self.troubled = time.monotonic() + (0.0 if "kill" in act.kind else act.pause)
+            at_once = act.kind.split()[1] in ("kill", "cut", "upgrade")
+            self.troubled = time.monotonic() + (0.0 if at_once else act.pause)
             self.to_workers(act, act.victims[: act.workers] if act.workers < 4 else (*act.victims, 0.2, 0.4, 0.6, 0.8))
 
     def owe(self, kind: str, seats: list[int], blocks: tuple[int, ...] = (0, 1), delay: float = 0.0) -> None:
@@ -166,6 +172,17 @@ class Deeds:
             self.later(act.pause / 3, self.kill_supervisor_again)
         if who != "custodian":
             self.owe(act.kind, list(self.stage.clients), (1,), act.pause if stop else 0.0)
+
+    def upgrade(self, act: Act) -> None:
+        """``postcopy stop --keep-workers``: it ends in order, everybody else lives on."""
+        self.stage.upgrading = True
+        try:
+            with Control(self.stage.place, timeout=30.0) as control:
+                control.stop(keep_workers=True)
+        except PostcopyError as error:  # its custodian may be behind; it says so and goes on
+            return self.note(f"  not done: {error}")
+        self.tally.kills[act.kind] += 1
+        self.owe(act.kind, list(self.stage.clients), (1,))
 
     def kill_supervisor_again(self) -> None:
         """In the middle of its predecessor's heritage."""

@@ -23,6 +23,7 @@ WEIGHTS = {
     "supervisor kill": 8,
     "supervisor kill twice": 2,
     "supervisor stop": 4,
+    "supervisor upgrade": 4,
     "custodian kill": 8,
     "custodian stop": 3,
     "source kill": 8,

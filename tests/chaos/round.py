@@ -188,7 +188,8 @@ class Round:
             status = process.poll()
             if status is None:
                 continue
-            if status != -signal.SIGKILL:
+            asked = name == "supervisor" and self.stage.upgrading and status == 0
+            if status != -signal.SIGKILL and not asked:
                 return self.find(f"the {name} ended with {status}: {self.stage.log(name)[-500:]}")
             start()
             self.note(f"{name} started again, pid {getattr(self.stage, name).pid}")

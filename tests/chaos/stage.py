@@ -96,6 +96,8 @@ class Stage:
         self.source: subprocess.Popen[bytes] | None = None
         self.relay: Relay | None = None
         self.lives = Counter[str]()
+        self.upgrading = False
+        """The supervisor was asked to make room for its successor."""
         self._logs: list[IO[bytes]] = []
         self.watcher = Watcher(self.place)
 
@@ -145,6 +147,7 @@ class Stage:
     def start_supervisor(self) -> None:
         assert self.relay is not None
         self.lives["supervisor"] += 1
+        self.upgrading = False
         blocks = [f"{LOCAL}={self.files[0]}", f"{REMOTE}={self.relay.endpoint}/{REMOTE}"]
         words = [*blocks, "--runtime-dir", str(self.place), *self.options, "--die-with-parent", str(os.getpid())]
         if self.networks is not None:
