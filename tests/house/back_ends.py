@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import struct
 import subprocess
@@ -40,10 +41,10 @@ class Program:
 
 
 @contextmanager
-def running(command: list[str], path: Path, disk: Path) -> Iterator[Program]:
+def running(command: list[str], path: Path, disk: Path, user: int | None = None) -> Iterator[Program]:
     assert shutil.which(command[0]), f"{command[0]} is missing: scripts/install"
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, user=user)
         try:
 
             def ready() -> bool:
@@ -70,13 +71,18 @@ def _tell(log: object) -> str:
 
 
 @contextmanager
-def storage_daemon(directory: Path, sectors: int = 2048, queues: int = 1, name: str = "blk") -> Iterator[Program]:
+def storage_daemon(
+    directory: Path, sectors: int = 2048, queues: int = 1, name: str = "blk", user: int | None = None
+) -> Iterator[Program]:
     """qemu-storage-daemon with one writable virtio-blk export, on libvhost-user."""
     disk, path = directory / f"{name}.img", directory / f"{name}.sock"
     disk.write_bytes(disk_bytes(sectors))
+    if user is not None:
+        os.chown(disk, user, user)
     export = f"type=vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path={path},writable=on,num-queues={queues}"
     command = ["qemu-storage-daemon", "--blockdev", f"driver=file,filename={disk},node-name=f"]
-    with running([*command, "--blockdev", "driver=raw,file=f,node-name=d", "--export", export], path, disk) as program:
+    command += ["--blockdev", "driver=raw,file=f,node-name=d", "--export", export]
+    with running(command, path, disk, user) as program:
         yield program
 
 

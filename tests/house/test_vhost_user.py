@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -588,3 +589,32 @@ def test_huge_pages(runtime_dir: Path, tmp_path: Path) -> None:
         until(lambda: driver.ring.completed(), "the request is used")
         assert bytes(driver.view[2 * huge : 2 * huge + 2 * PAGE]) == sectors(8)
         assert record(house, "blk.sock")["faults"] == 3
+
+
+def test_the_orderly_end_of_the_supervisor(runtime_dir: Path, tmp_path: Path) -> None:
+    """What is missing then is SIGBUS in the back-end, through its own userfaultfd; never zeros."""
+    with (
+        guest(runtime_dir, tmp_path, [(blk.READ, 8)]) as house,
+        storage_daemon(tmp_path) as program,
+        BackEnd(program.socket, ["guest"], runtime_dir) as back_end,
+    ):
+        house.stop()
+        assert house.wait() == 0
+        until(lambda: back_end.side.ending is not None, "the front-end has heard it")
+        where = [back_end.user_address("guest", part) for part in (RING, USED, AVAILABLE)]
+        with pytest.raises(BackEndGone):
+            back_end.ask(back_end.talk.set_vring_addr(0, *where))
+        assert program.process.wait(20) == -signal.SIGBUS
+
+
+def test_a_back_end_that_may_not_make_a_userfaultfd(runtime_dir: Path, tmp_path: Path) -> None:
+    """Run by nobody, qemu-storage-daemon does not offer post-copy; the refusal says what may be the matter."""
+    if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() != "0" or os.geteuid() != 0:
+        pytest.fail("this test wants to be root where nobody may not make a userfaultfd")
+    with tempfile.TemporaryDirectory(prefix="pcb-", dir="/tmp") as place, guest(runtime_dir, tmp_path, []) as house:
+        os.chown(place, 65534, 65534)
+        with storage_daemon(Path(place), user=65534) as program:
+            with pytest.raises(VhostUserError, match="CAP_SYS_PTRACE") as caught:
+                BackEnd(program.socket, ["guest"], runtime_dir)
+            assert caught.value.rule == "pagefault"
+        assert not house.status()["clients"]
