@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from postcopy.errors import PostcopyError
 
-from . import attach, back_end, clients8, local, machine, recovery, remote, sequential
+from . import attach, back_end, bulk, clients8, limits, local, machine, recovery, remote, scaling, sequential
 from .bench import Bench, BenchmarkFailed, Scale
 from .docs import write_docs
 from .figures import HEADINGS, Row, as_document
@@ -21,7 +21,10 @@ from .figures import HEADINGS, Row, as_document
 BENCHMARKS: Mapping[str, Callable[[Bench], list[Row]]] = {
     "local": local.run,
     "clients8": clients8.run,
+    "limits": limits.run,
+    "scaling": scaling.run,
     "sequential": sequential.run,
+    "bulk": bulk.run,
     "attach": attach.run,
     "recovery": recovery.run,
     "remote": remote.run,

@@ -159,6 +159,54 @@ class Client:
         touched, took = self.c.touch_missing(self.base, [page * PAGE for page in pages], order["count"], interval)
         return {"ns": took, "wrong": self.c.wrong_pages(self.base, self.truth, touched)}
 
+    def touch_file(self, order: Answer) -> Answer:
+        """``touch`` on a mapping of the file itself, made for it."""
+        with open(self.spec["file"], "rb") as file:
+            mapped = mmap.mmap(file.fileno(), self.length, access=mmap.ACCESS_COPY)
+        pages = random.Random(order["seed"]).sample(range(self.length // PAGE), order["count"])
+        return self.c.touch(ctypes.addressof(ctypes.c_char.from_buffer(mapped)), [page * PAGE for page in pages])
+
+    def begin(self, order: Answer) -> Answer:
+        """Attach to ``block`` and touch ``count`` random pages: nanoseconds of both together."""
+        import postcopy
+
+        pages = random.Random(order["seed"]).sample(range(self.length // PAGE), order["count"])
+        offsets = [page * PAGE for page in pages]
+        begun = time.perf_counter_ns()
+        with postcopy.attach(order["block"], runtime_dir=self.spec["runtime_dir"]) as block:
+            base = ctypes.addressof(ctypes.c_char.from_buffer(block.buf))
+            self.c.touch(base, offsets)
+            took = time.perf_counter_ns() - begun
+            wrong = self.c.wrong_pages(base, self.truth, offsets)
+        return {"took": took, "wrong": wrong}
+
+    def begin_eagerly(self, order: Answer) -> Answer:
+        """Copy the whole file into fresh memory by read(), then touch ``count`` random pages."""
+        pages = random.Random(order["seed"]).sample(range(self.length // PAGE), order["count"])
+        offsets = [page * PAGE for page in pages]
+        begun = time.perf_counter_ns()
+        with open(self.spec["file"], "rb", buffering=0) as file, mmap.mmap(-1, self.length) as memory:
+            view, done = memoryview(memory), 0
+            while done < self.length:
+                done += file.readinto(view[done:]) or 0
+            view.release()
+            address = ctypes.c_char.from_buffer(memory)
+            self.c.touch(ctypes.addressof(address), offsets)
+            took = time.perf_counter_ns() - begun
+            del address
+        return {"took": took}
+
+    def memcpy(self, order: Answer) -> Answer:
+        """Copy the mapped file into fresh memory: nanoseconds."""
+        self.c.read_through(self.truth, self.length)  # its own page faults are not what is measured
+        with mmap.mmap(-1, self.length) as memory:
+            address = ctypes.c_char.from_buffer(memory)
+            begun = time.perf_counter_ns()
+            ctypes.memmove(ctypes.addressof(address), self.truth, self.length)
+            took = time.perf_counter_ns() - begun
+            del address
+        return {"took": took}
+
     def join(self, order: Answer) -> Answer:
         """Attach to ``block`` in ``mode``."""
         self.spec |= {"block": order["block"], "mode": order["mode"]}
@@ -220,6 +268,10 @@ def main() -> None:
     orders: dict[str, Callable[[Answer], Answer]] = {
         "touch": client.touch,
         "touch_missing": client.touch_missing,
+        "touch_file": client.touch_file,
+        "begin": client.begin,
+        "begin_eagerly": client.begin_eagerly,
+        "memcpy": client.memcpy,
         "join": client.join,
         "read": client.read,
         "peers": client.peers,

@@ -36,18 +36,18 @@ def _pairs(bench: Bench, clients: int, pinned: bool) -> dict[str, list[Pair]]:
         bench.say(f"clients8, {'pinned' if pinned else 'unpinned'}: pair {number + 1} of {bench.scale.pairs}")
         for pattern in PATTERNS:
             sides = {}
-            for side in (_ours, _theirs) if number % 2 else (_theirs, _ours):
+            for side in (ours, theirs) if number % 2 else (theirs, ours):
                 sides[side] = side(bench, clients, pattern, pinned)
-            pairs[pattern].append((sides[_ours], sides[_theirs]))
+            pairs[pattern].append((sides[ours], sides[theirs]))
     return pairs
 
 
-def _ours(bench: Bench, clients: int, pattern: str, pinned: bool) -> float:
+def ours(bench: Bench, clients: int, pattern: str, pinned: bool) -> float:
     with bench.supervisor(["ram"], pinned=pinned) as supervisor:
         return _wall(bench, clients, pattern, lambda: bench.house_client(supervisor, "ram", "shared", pinned=pinned))
 
 
-def _theirs(bench: Bench, clients: int, pattern: str, pinned: bool) -> float:
+def theirs(bench: Bench, clients: int, pattern: str, pinned: bool) -> float:
     memory = os.memfd_create("floor")
     try:
         os.truncate(memory, bench.length)

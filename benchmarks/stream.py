@@ -48,7 +48,7 @@ def _rows(bench: Bench, file: str, length: int) -> list[Row]:
     kept: list[float] = []
     for number in range(bench.scale.pairs):
         bench.say(f"remote, stream: round {number + 1} of {bench.scale.pairs}")
-        alone = _copy_alone(file, length)
+        alone = copy_alone(file, length)
         streamed = _stream(bench, file, length)
         solo.append((streamed, alone))
         calm, _ = _urgent(bench, file, length, rate="0")
@@ -72,9 +72,9 @@ def _under_stream(urgent: list[Pair], kept: list[float]) -> Row:
     return Row(row.name, row.value, row.low, row.high, "x", row.goal, None, told, row.samples, held=share >= KEPT_GOAL)
 
 
-def _copy_alone(file: str, length: int) -> float:
+def copy_alone(file: str, length: int, piece: int = PIECE) -> float:
     """MB a second."""
-    command = [sys.executable, "-m", "benchmarks.copying", file, str(PIECE)]
+    command = [sys.executable, "-m", "benchmarks.copying", file, str(piece)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=STREAMED_WITHIN)
     if done.returncode:
         raise BenchmarkFailed(f"COPY alone ended with status {done.returncode}: {done.stderr.strip()[-500:]}")

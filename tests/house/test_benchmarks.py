@@ -30,6 +30,9 @@ FIGURES = {
         "mmap of the warm file",
         "read() of the warm",
     ],
+    "limits": ["plain mmap of the warm file, pinned", "plain mmap of the warm file, unpinned", "against an eager copy"],
+    "scaling": ["1 client, wall time", "3 clients, wall time"],
+    "bulk": ["pieces of 64 KiB", "pieces of 256 KiB", "pieces of 2048 KiB", "background of a local block"],
     "attach": ["to first byte", "private memory", "clients attached", "sparse file of 100 GiB"],
     "remote": [
         "remote fault p50, shared, pinned",
