@@ -8,59 +8,29 @@ that the back-end has faulted on.
 from __future__ import annotations
 
 import os
-import select
-import signal
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack
 from typing import Any
-
-from postcopy_kernel import process
-from postcopy_protocol.vhost_user import FEATURE_INDIRECT, feature_names
 
 from ..block import Block
 from ..client import attach
-from ..control import Control
 from ..errors import BackEndGone, BackEndTimeout, PostcopyError, VhostUserError
 from ..supervisor import Supervisor
 from . import blk
 from .back_end import BackEnd
-from .probe_plan import PAGE, Plan, Planned, Wishes, offer
+from .probe_load import Load, summary
+from .probe_plan import Plan, Planned
 from .probe_report import Report
-from .rings import Bells, Ring, start_ring
+from .probe_rings import BLOCK, Rings
+from .probe_settings import LET_GO_SECONDS, Settings, look_ahead, settle
+from .probe_trouble import Trouble, client_record
 
-BLOCK = "guest"
+__all__ = ["Settings", "probe"]
+
 HANDSHAKE_RULES = (
     "protocol-features pagefault reply-ack answers userfaultfd locked-memory table-reply addresses populated registered"
 ).split()
-STALL_SECONDS = 60.0
-"""Without one request answered: the back-end is stuck."""
-LET_GO_SECONDS = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What the person wants. ``disk`` has the contents that reads are compared with; ``rate`` is requests a second
-    (0: as fast as they are answered); ``duration`` in seconds (0: until all are done)."""
-
-    socket: str
-    device: str = "blk"
-    disk: str | None = None
-    requests: int = 1000
-    queues: int = 0
-    depth: int = 16
-    rate: float = 0.0
-    duration: float = 0.0
-    writes: bool = False
-    kills: int = 0
-    delays: int = 0
-    delay: float = 0.1
-    seed: int = 1
-    timeout: float = 30.0
-    pid: int | None = None
-    order: str = "standard"
 
 
 def probe(settings: Settings) -> Report:
@@ -68,7 +38,7 @@ def probe(settings: Settings) -> Report:
     is in the report."""
     report = Report(settings.socket, settings.device)
     try:
-        wishes = _look_ahead(settings, report)
+        wishes = look_ahead(settings, report)
         with ExitStack() as stack:
             place = stack.enter_context(tempfile.TemporaryDirectory(prefix="postcopy-probe-"))
             plan = Plan(wishes)
@@ -87,151 +57,11 @@ def probe(settings: Settings) -> Report:
     return report
 
 
-def _look_ahead(settings: Settings, report: Report) -> Wishes:
-    """What the back-end is, learnt in a connection of its own: queues, capacity, features."""
-    from contextlib import closing
-
-    from postcopy_protocol.vhost_conversation import FrontEnd
-    from postcopy_protocol.vhost_user import ProtocolFeature
-
-    from .channel import Channel
-
-    talk, sectors, writable, offered = FrontEnd(), 0, False, 0
-    with closing(Channel(settings.socket, settings.timeout)) as channel:
-        credentials = channel.credentials
-        report.figures["back_end"] = {"program": _program(settings.pid or credentials.pid), "pid": credentials.pid}
-
-        def ask(question: Any) -> Any:
-            frame = channel.ask(question)
-            return talk.heard(question, frame) if frame is not None else None
-
-        offered = ask(talk.get_features())
-        report.figures["back_end"]["features"] = f"{offered:#x}"
-        report.hold("protocol-features")
-        try:
-            ask(talk.get_protocol_features())
-        finally:
-            report.figures["back_end"]["protocol_features"] = feature_names(talk.protocol_offered)
-        report.hold("pagefault", "reply-ack")
-        ask(talk.set_protocol_features())
-        ask(talk.set_owner())
-        if talk.protocol & ProtocolFeature.MQ:
-            ask(talk.get_queue_num())
-        report.figures["back_end"]["queues"] = talk.queues
-        if settings.device == "blk":
-            if not talk.protocol & ProtocolFeature.CONFIG:
-                raise VhostUserError("config", "the device has no configuration space: it is no virtio-blk")
-            sectors = blk.capacity(ask(talk.get_config(0, blk.CONFIG_BYTES)))
-            report.figures["back_end"]["sectors"] = sectors
-            if sectors < 1024:
-                raise VhostUserError("config", f"a disk of {sectors} sectors is too small to probe: at least 1024")
-            writable = not offered & blk.READ_ONLY
-    _settle(settings.socket)
-    if settings.device != "blk":
-        return Wishes(0, 1, 1, 1024, False, False, after=0)
-    queues = min(settings.queues or talk.queues, talk.queues, 16)
-    indirect = bool(offered & FEATURE_INDIRECT)
-    writes = settings.writes and writable
-    return Wishes(settings.requests, queues, settings.depth, sectors, writes, indirect, settings.seed)
-
-
-def _settle(path: str) -> None:
-    """Let the back-end notice that the first connection has ended, and listen again."""
-    from .channel import somebody_listens
-
-    limit = time.monotonic() + LET_GO_SECONDS
-    time.sleep(0.05)
-    while not somebody_listens(path) and time.monotonic() < limit:
-        time.sleep(0.02)
-
-
-def _program(pid: int) -> str:
-    try:
-        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as name:
-            return name.read().strip()
-    except OSError:
-        return "unknown program"
-
-
-class Trouble:
-    """Kills and delays of the worker that resolves the back-end's faults, spread evenly over the run."""
-
-    def __init__(self, settings: Settings, directory: str, client: int) -> None:
-        self.kills = self.delays = 0
-        self._settings, self._directory, self._client = settings, directory, client
-        self._stopped: int | None = None
-        self._go_on_at = 0.0
-        total = settings.kills + settings.delays
-        every = settings.requests / (total + 1)
-        kinds = ["kill", "delay"] * total
-        if settings.delays == 0 or settings.kills == 0:
-            kinds = ["kill" if settings.kills else "delay"] * total
-        self._due = [(int(every * (n + 1)), kinds[n]) for n in range(total)]
-
-    def look(self, done: int) -> None:
-        """Called between requests."""
-        if self._stopped is not None:
-            if time.monotonic() < self._go_on_at:
-                return
-            self._signal(self._stopped, signal.SIGCONT)
-            self._stopped = None
-        if not self._due or done < self._due[0][0]:
-            return
-        pid = self._worker()
-        if pid is None:
-            return  # its successor is on its way
-        _, kind = self._due.pop(0)
-        kill = self.kills < self._settings.kills and (kind == "kill" or self.delays >= self._settings.delays)
-        if kill:
-            self.kills += self._signal(pid, signal.SIGKILL)
-        elif self._signal(pid, signal.SIGSTOP):
-            self.delays += 1
-            self._stopped, self._go_on_at = pid, time.monotonic() + self._settings.delay
-
-    @property
-    def next_look(self) -> float:
-        """Seconds until something is to be done by the clock."""
-        return max(0.0, self._go_on_at - time.monotonic()) if self._stopped is not None else 1.0
-
-    def over(self) -> None:
-        if self._stopped is not None:
-            self._signal(self._stopped, signal.SIGCONT)
-            self._stopped = None
-
-    def _worker(self) -> int | None:
-        record = client_record(self._directory, self._client)
-        return int(record["worker_pid"]) if record.get("state") == "running" and record.get("worker_pid") else None
-
-    @staticmethod
-    def _signal(pid: int, number: int) -> bool:
-        """By its pidfd and its name: nobody else is ever hit."""
-        try:
-            pidfd = process.pidfd_open(pid)
-        except OSError:
-            return False
-        try:
-            if not _program(pid).startswith("postcopy-w"):
-                return False
-            process.pidfd_signal(pidfd, number)
-        except OSError:
-            return False
-        finally:
-            os.close(pidfd)
-        return True
-
-
-def client_record(directory: str, client: int) -> dict[str, Any]:
-    """What the status says of a client; empty when it is not there."""
-    with Control(directory) as control:
-        return next((each for each in control.status()["clients"] if each["id"] == client), {})
-
-
 class Run:
     """One probe, from the handshake to the second handshake."""
 
     def __init__(self, settings: Settings, plan: Plan, directory: str, report: Report) -> None:
         self.settings, self.plan, self.directory, self.report = settings, plan, directory, report
-        self.latencies: list[float] = []
         self.done: list[Planned] = []
 
     def run(self, stack: ExitStack) -> None:
@@ -282,55 +112,19 @@ class Run:
         try:
             rings.start()
             self.report.hold("rings")
-            self._drive(rings, rings.prepared, self.plan.requests[: self.plan.wishes.requests], trouble)
+            load = Load(self.settings, self.plan, rings, self._judge, trouble)
+            load.drive(self.plan.requests[: self.plan.wishes.requests], rings.prepared)
         finally:
             trouble.over()
         seconds = time.monotonic() - begun
+        self.done = load.done
         self._judge_pages(back_end)
         self._judge_writes()
         record = client_record(self.directory, back_end.side.client)
         self._judge_trouble(trouble, record)
         rate = round(len(self.done) / seconds, 1)
         self.report.figures["requests"] = {"done": len(self.done), "seconds": round(seconds, 3), "per_s": rate}
-        self.report.figures["latency_us"] = summary(self.latencies)
-
-    def _drive(
-        self, rings: Rings, flying: dict[tuple[int, int], Planned], requests: list[Planned], trouble: Trouble | None
-    ) -> None:
-        """Keep the rings full (or to the rate) until every request is answered. ``flying`` are on the rings already."""
-        settings = self.settings
-        waiting: list[list[Planned]] = [[] for _ in range(self.plan.wishes.queues)]
-        there = {request.number for request in flying.values()}
-        for request in reversed(requests):
-            if request.number not in there:
-                waiting[request.queue].append(request)
-        begun = now = time.monotonic()
-        sent = dict.fromkeys(flying, now)
-        count, answered_at, over = len(flying), now, begun + settings.duration if settings.duration else None
-        while flying or any(waiting):
-            if over is not None and now > over:
-                waiting = [[] for _ in waiting]
-            for queue, rest in enumerate(waiting):
-                for slot in rings.free(queue, flying, self.plan.wishes.depth):
-                    if not rest or (settings.rate and count > (now - begun) * settings.rate):
-                        break
-                    flying[queue, slot] = request = rest.pop()
-                    offer(rings.rings[queue], request, slot)
-                    sent[queue, slot] = time.monotonic()
-                    rings.bells[queue].ring()
-                    count += 1
-            patience = min(trouble.next_look if trouble else 1.0, 1 / settings.rate if settings.rate else 1.0)
-            for queue, slot in rings.wait(patience):
-                answered_at = time.monotonic()
-                request = flying.pop((queue, slot))
-                self.latencies.append(answered_at - sent.pop((queue, slot)))
-                self.done.append(request)
-                self._judge(request)
-            now = time.monotonic()
-            if trouble is not None:
-                trouble.look(len(self.done))
-            if now - answered_at > STALL_SECONDS:
-                raise VhostUserError("acknowledge", f"no request was answered for {STALL_SECONDS:.0f} s")
+        self.report.figures["latency_us"] = summary(load.latencies)
 
     def _judge(self, request: Planned) -> None:
         """An answered request: its pages must be there before we look into them."""
@@ -416,7 +210,7 @@ class Run:
         if self.settings.device != "blk":
             return
         after = self.plan.requests[self.plan.wishes.requests :]
-        self._drive(rings, {}, after, None)
+        Load(self.settings, self.plan, rings, self._judge, None).drive(after, {})
         faults = client_record(self.directory, back_end.side.client).get("faults", 0)
         report.judge("quiet", faults == before, f"{faults - before} faults after END")
         for queue, ring in enumerate(rings.rings):
@@ -425,75 +219,10 @@ class Run:
             report.judge("base", base == wanted, f"ring {queue} says {base}, it stood at {wanted}")
 
     def _come_back(self) -> None:
-        _settle(self.settings.socket)
+        settle(self.settings.socket)
         try:
             self._attach().close()
         except (VhostUserError, BackEndGone, BackEndTimeout) as error:
             self.report.break_("comes-back", str(error))
         else:
             self.report.hold("comes-back")
-
-
-class Rings:
-    """The rings of all queues, with their bells."""
-
-    def __init__(self, back_end: BackEnd, plan: Plan, memory: memoryview) -> None:
-        self._back_end, self._plan = back_end, plan
-        queues = range(plan.wishes.queues)
-        self.rings: list[Ring] = [plan.ring(queue, memory) for queue in queues]
-        self.bells = [Bells() for _ in queues]
-        self.prepared: dict[tuple[int, int], Planned] = {}
-        self._poll = select.poll()
-        self._queues = {bells.call: queue for queue, bells in enumerate(self.bells)}
-        for bells in self.bells:
-            self._poll.register(bells.call, select.POLLIN)
-
-    def start(self) -> None:
-        """With the requests that are on them already."""
-        for queue, (ring, bells) in enumerate(zip(self.rings, self.bells, strict=True)):
-            start_ring(self._back_end, queue, ring, bells)
-            first = self._plan.first(queue)
-            ring.next_available = len(first)
-            for slot, request in enumerate(first):
-                self.prepared[queue, slot] = request
-        for bells in self.bells:
-            bells.ring()
-
-    def free(self, queue: int, flying: dict[tuple[int, int], Planned], depth: int) -> Iterator[int]:
-        """Slots of a queue that may be used now."""
-        return (slot for slot in range(depth) if (queue, slot) not in flying)
-
-    def wait(self, seconds: float) -> list[tuple[int, int]]:
-        """(queue, slot) of requests that were answered, or nothing when the time is over."""
-        found = self._collect()
-        if not found:
-            for fd, _ in self._poll.poll(seconds * 1000):
-                os.eventfd_read(fd)
-            found = self._collect()
-        return found
-
-    def _collect(self) -> list[tuple[int, int]]:
-        return [
-            (queue, first // 3)
-            for queue, ring in enumerate(self.rings)
-            if self._started(queue)
-            for first, _ in ring.completed()
-        ]
-
-    def _started(self, queue: int) -> bool:
-        """Its used page is there: before that a look would be our own fault, and not the back-end's."""
-        return bool(self._back_end.blocks[BLOCK].mark(self._plan.ring_offsets(queue)[2] // PAGE))
-
-    def close(self) -> None:
-        for bells in self.bells:
-            with suppress(OSError):
-                bells.close()
-
-
-def summary(latencies: list[float]) -> dict[str, float]:
-    """Microseconds."""
-    if not latencies:
-        return {}
-    ordered = sorted(latencies)
-    at = {"p50": 0.5, "p99": 0.99, "max": 1.0}
-    return {name: round(ordered[min(len(ordered) - 1, int(part * len(ordered)))] * 1e6, 1) for name, part in at.items()}
