@@ -30,8 +30,9 @@ def document(tally: Tally, seed: int, clients: int, seconds: float, evidence: st
         "clients": clients,
         "seconds": round(seconds, 1),
         "rounds": tally.rounds,
-        "kills": {kind: tally.kills[kind] for kind in WEIGHTS if tally.kills[kind]},
-        "kills_in_all": sum(tally.kills.values()),
+        "by_kind": {kind: tally.kills[kind] for kind in WEIGHTS if tally.kills[kind]},
+        "acts": sum(tally.kills.values()),
+        "kills": sum(number for kind, number in tally.kills.items() if " kill" in kind),
         "recoveries": {kind: _recovery(tally.recoveries[kind]) for kind in WEIGHTS if tally.recoveries.get(kind)},
         "slowest_touch_s": round(tally.slowest_touch, 3),
         "counts": counts,
@@ -50,11 +51,12 @@ def print_table(document: dict[str, Any]) -> None:
     """For people."""
     print(f"\n{document['seconds']:.0f} s, {document['rounds']} rounds, seed {document['seed']}\n")
     print(f"{'act':24}{'times':>8}{'recoveries':>12}{'p50 s':>9}{'slowest s':>11}")
-    for kind, number in document["kills"].items():
+    for kind, number in document["by_kind"].items():
         found = document["recoveries"].get(kind)
         tail = f"{found['number']:12}{found['p50_s']:9.3f}{found['slowest_s']:11.3f}" if found else ""
         print(f"{kind:24}{number:8}{tail}")
-    print(f"{'all':24}{document['kills_in_all']:8}\n")
+    print(f"{'all':24}{document['acts']:8}")
+    print(f"{'of them SIGKILL':24}{document['kills']:8}\n")
     print(
         "(a recovery: how long a program concerned stood, from the act on, at the next missing page that it was given)"
     )
