@@ -67,6 +67,22 @@ def test_threads_writes_think_and_ramp(house: postcopy.Supervisor, path: Path) -
         assert bytes(block.buf) == path.read_bytes()
 
 
+def test_a_compiled_toucher(house: postcopy.Supervisor, path: Path, tmp_path: Path) -> None:
+    words = ["--clients", "2", "--threads", "2", "--touches", "300", "--writes", "0.5", "--mode", "mixed"]
+    words += ["--compiled", "--runtime-dir", house.runtime_dir, "--verify", str(path)]
+    found = loaded(*words)
+    assert (found["touches"], found["wrong"], found["died"]) == (600, 0, [])
+    assert 0 < found["fault_us"]["p50"] <= found["fault_us"]["max"]
+    done = subprocess.run(
+        [sys.executable, "-m", "postcopy", "load", *words],
+        capture_output=True,
+        timeout=PATIENCE,
+        env=environment(PATH=str(tmp_path)),
+    )
+    assert done.returncode == 1
+    assert done.stderr == b"postcopy: --compiled: no C compiler (cc) (Debian: gcc)\n"
+
+
 def test_a_lockstep_of_limited_time_ends(house: postcopy.Supervisor) -> None:
     """Who has no time left must not be waited for."""
     found = loaded("--clients", "3", "--pattern", "lockstep", "--seconds", "0.4", "--runtime-dir", house.runtime_dir)

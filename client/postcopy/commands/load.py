@@ -7,12 +7,14 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
+from dataclasses import replace as replaced
 from typing import Annotated, Any
 
 import typer
 
+from postcopy_kernel.compiled import CompiledTouch
 from postcopy_protocol.places import runtime_directory
 from postcopy_protocol.sizes import format_size
 from postcopy_protocol.sources import parse_block_name
@@ -63,6 +65,9 @@ def load(
         str | None,
         typer.Option("--verify", metavar="FILE|zeros|handler:M:F", help="Check every page touched."),
     ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Touch in C, compiled now (cc): no Python in the latencies.")
+    ] = False,
     kill_workers: Annotated[
         float, typer.Option("--kill-workers", min=0.0, metavar="EVERY", help="SIGKILL a worker every EVERY seconds.")
     ] = 0.0,
@@ -110,6 +115,8 @@ def load(
     modes = [("private", "shared")[n % 2] if mode == "mixed" else mode for n in range(clients)]
     write = _writer(report)
     with ExitStack() as stack:
+        if compiled:
+            step = replaced(step, library=stack.enter_context(_compiled()).library)
         if serve is not None:
             directory = stack.enter_context(Supervisor({OWN_BLOCK: serve})).runtime_dir
         else:
@@ -142,6 +149,17 @@ def _check_words(pattern: str, mode: str, rate: float, think: float, threads: in
         raise BadInput("--rate and --think: an open loop has no think time, its rate says when the next touch is due")
     if pattern == "lockstep" and threads > 1:
         raise BadInput("--pattern lockstep is for one thread a client: all clients meet before each touch")
+
+
+@contextmanager
+def _compiled() -> Iterator[CompiledTouch]:
+    """Raises PostcopyError where it cannot be compiled."""
+    try:
+        touch = CompiledTouch()
+    except OSError as error:
+        raise PostcopyError(f"--compiled: {error.strerror or error} (Debian: gcc)") from error
+    with closing(touch):
+        yield touch
 
 
 def _writer(report: str | None) -> Callable[[dict[str, Any]], None] | None:
