@@ -618,3 +618,22 @@ def test_a_back_end_that_may_not_make_a_userfaultfd(runtime_dir: Path, tmp_path:
                 BackEnd(program.socket, ["guest"], runtime_dir)
             assert caught.value.rule == "pagefault"
         assert not house.status()["clients"]
+
+
+def test_the_command_outlives_the_supervisor(runtime_dir: Path, tmp_path: Path) -> None:
+    with (
+        guest(runtime_dir, tmp_path, []) as house,
+        storage_daemon(tmp_path) as program,
+        attached(runtime_dir, str(program.socket), "--block", "guest") as process,
+    ):
+        line_of(process, "attached")
+        house.kill()
+        line_of(process, "gone without a word")
+        house.recover()
+        line_of(process, "taken over")
+        with attach("guest", runtime_dir) as block:
+            block.ensure()
+        line_of(process, "post-copy has ended")
+        program.kill()
+        assert process.wait(20) == 1
+        until(lambda: not record(house, "blk.sock"), "it is forgotten")

@@ -111,6 +111,7 @@ def _tell(back_end: BackEnd) -> None:
     print(end="", flush=True)
 
 
+GONE = "the supervisor has gone without a word; its workers serve on"
 QUIRKS = {
     "addresses-echoed": "the memory table came back with our addresses (libvhost-user); its maps told the true ones",
     "open-before-registered": "its memory is accessible before it is registered (DPDK): a touch then would be zeros",
@@ -137,9 +138,9 @@ def _stay(back_end: BackEnd) -> None:
             back_end.end()
             ended = True
             print("all pages have come: post-copy has ended", flush=True)
-        if not ended and not alone and not back_end.side.door.usable:
-            alone = True
-            print("the supervisor has gone without a word; its workers serve on", flush=True)
+        if alone == back_end.side.door.usable and not ended:
+            alone = not alone
+            print(GONE if alone else "another supervisor has taken over", flush=True)
 
 
 def _wait_for(socket: str) -> None:
