@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from typing import Any
 
 _GONE = 1 << 62
 _END_WITHIN = 5.0
+AT_ONCE = max(8, 2 * (os.cpu_count() or 1))
+"""Clients that start at the same time."""
 
 
 @dataclass
@@ -78,11 +81,18 @@ class Crowd:
         }
         job |= {"clients": len(modes), "barrier": self._slots, "parent": os.getpid()}
         try:
-            for index, mode in enumerate(modes):
-                self._start(index, mode, {**job, "index": index, "mode": mode})
+            self._coming = deque(
+                (index, mode, {**job, "index": index, "mode": mode}) for index, mode in enumerate(modes)
+            )
+            self._start_some()
         except BaseException:
             self.close()
             raise
+
+    def _start_some(self) -> None:
+        """Some at a time: hundreds of interpreters that start at once would let nobody attach for a minute."""
+        while self._coming and sum(member.state == "starting" for member in self.members) < AT_ONCE:
+            self._start(*self._coming.popleft())
 
     def _start(self, index: int, mode: str, job: dict[str, Any]) -> None:
         process = subprocess.Popen(
@@ -105,9 +115,10 @@ class Crowd:
     ) -> None:
         """Listen until every living client is in ``state`` or over. ``progress`` hears the sum of touches;
         ``meanwhile`` is called at times, and says in how many seconds it wants to be called again."""
-        while any(member.state != state and not member.over for member in self.members):
+        while self._coming or any(member.state != state and not member.over for member in self.members):
             for key, _ in self._selector.select(meanwhile() if meanwhile is not None else None):
                 self._hear(key.data)
+            self._start_some()
             progress(sum(member.touches for member in self.members))
 
     def go(self) -> int:
