@@ -123,6 +123,8 @@ class FakeBackEnd:
             struct.pack_into("=QQQQ", answer, 8 + 32 * n, guest, size, mapping.address + wrong, offset)
         if self.lie == "populates":
             self.mappings[0].advise(memory.POPULATE_READ, 0, 3 * PAGE)
+        if self.lie == "late-table":
+            time.sleep(1.5)
         if self.lie == "maps-nothing":
             self.mappings.pop().close()
         if self.lie != "rust-vmm":

@@ -41,6 +41,7 @@ LIES: dict[str, type[Exception] | str] = {
     "unshaken": PostcopyError,
     "rust-vmm": "rust-vmm-order",
     "deaf-at-5": BackEndTimeout,
+    "late-table": BackEndTimeout,
     "hang-up-at-5": BackEndGone,
     "short-at-5": "size",
     "gift-at-5": "descriptors",
@@ -75,7 +76,7 @@ def test_every_lie_has_its_name(house: House, tmp_path: Path) -> None:
     for lie, expected in LIES.items():
         with fake(tmp_path, lie) as program:
             kind = VhostUserError if isinstance(expected, str) else expected
-            timeout = 1.0 if lie.startswith("deaf") or lie == "rust-vmm" else 20.0
+            timeout = 1.0 if lie.startswith(("deaf", "late", "rust")) else 20.0
             with pytest.raises(kind) as caught:
                 BackEnd(program.socket, ["guest"], house.directory, timeout=timeout).close()
             if isinstance(caught.value, VhostUserError):

@@ -413,6 +413,16 @@ def test_a_probe_of_a_good_back_end(tmp_path: Path) -> None:
     assert document["requests"]["done"] == 300 and document["back_end"]["queues"] == 2
 
 
+@pytest.mark.slow
+def test_ten_thousand_requests_and_twenty_dead_workers(tmp_path: Path) -> None:
+    with storage_daemon(tmp_path, sectors=65536, queues=4) as program:
+        words = ["--disk", str(program.disk), "--requests", "10000", "--writes", "--kill-workers", "20"]
+        document = probed(str(program.socket), *words)
+    assert document["verdict"] == "passed" and document["quirks"] == ["addresses-echoed"]
+    assert document["trouble"]["kills"] == 20 and document["requests"]["done"] == 10000
+    assert "broken" not in states(document).values()
+
+
 def test_a_probe_sees_wrong_data(tmp_path: Path) -> None:
     with storage_daemon(tmp_path) as program:
         other = tmp_path / "other.img"

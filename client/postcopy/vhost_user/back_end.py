@@ -20,7 +20,7 @@ from postcopy_kernel import address_space, process
 from postcopy_kernel.userfaultfd import is_userfaultfd
 from postcopy_protocol.places import runtime_directory
 from postcopy_protocol.vhost_conversation import FrontEnd, Question, lay_out
-from postcopy_protocol.vhost_user import FEATURE_INDIRECT, MemoryRegion, ProtocolFeature, VhostUserError
+from postcopy_protocol.vhost_user import FEATURE_INDIRECT, MemoryRegion, ProtocolFeature, Request, VhostUserError
 
 from ..errors import BackEndGone, BackEndTimeout, PostcopyError
 from .channel import Channel, close_frame
@@ -30,7 +30,7 @@ from .memory_map import Placed, believe, compare, find_mappings
 ORDERS = ("standard", "rust-vmm")
 LET_GO_WITHIN = 10.0
 """Seconds that a back-end gets to unmap when its connection has been closed."""
-RUST_VMM_PATIENCE = 5.0
+RUST_VMM_PATIENCE = 10.0
 """Seconds without an answer to the memory table, after which we ask whether there will be one."""
 
 
@@ -227,9 +227,12 @@ class BackEnd:
         return said
 
     def _refuse_other_order(self) -> None:
-        """Messages are answered in order: who answers this one has no answer for the table."""
+        """Messages are answered in order: who answers this one has no answer for the table. A table that comes now has
+        come too late: libvhost-user has taken our question for the acknowledgement."""
         frame = self.channel.ask(self.talk.barrier())
         close_frame(frame)
+        if frame is not None and frame.request == Request.SET_MEM_TABLE:
+            raise BackEndTimeout(f"the back-end at {self.path} answered SET_MEM_TABLE too late; try again")
         raise VhostUserError(
             "rust-vmm-order",
             "the back-end does not answer SET_MEM_TABLE while it listens: it follows rust-vmm's order (the table "
