@@ -44,6 +44,8 @@ class FakeBackEnd:
             if self.lie == f"deaf-at-{request}":
                 time.sleep(3600)
             self.answer(request, need, payload, fds)
+        if self.lie == "lets-go-late":
+            time.sleep(1.0)
         for mapping in self.mappings:
             mapping.close()
         self.userfaultfd.close()

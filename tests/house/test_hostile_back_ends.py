@@ -117,6 +117,19 @@ def test_the_order_of_rust_vmm(house: House, tmp_path: Path) -> None:
     assert caught.value.rule == "size"
 
 
+def test_one_that_lets_go_late(house: House, tmp_path: Path) -> None:
+    """It is served until it has: a device that winds up may still touch its memory."""
+    house.client("guest", "shared")
+    with fake(tmp_path, "lets-go-late") as program:
+        back_end = BackEnd(program.socket, ["guest"], house.directory)
+        back_end.channel.close()
+        assert not back_end.wait_until_let_go(within=0.2)
+        assert len(house.status()["clients"]) == 2, "nobody has taken leave for it"
+        assert back_end.wait_until_let_go()
+        back_end.close()
+    nobody_left(house)
+
+
 def test_one_that_refuses_the_end(house: House, tmp_path: Path) -> None:
     honest = house.client("guest", "shared")
     with fake(tmp_path, "refuse-30") as program, BackEnd(program.socket, ["guest"], house.directory) as back_end:

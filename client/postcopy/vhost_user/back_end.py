@@ -328,12 +328,14 @@ class BackEnd:
             return
         self._closed = True
         self.channel.close()
-        if self._has_let_go():
+        if self.wait_until_let_go():
             self.side.leave()
         self._stack.close()
 
-    def _has_let_go(self) -> bool:
-        limit = time.monotonic() + LET_GO_WITHIN
+    def wait_until_let_go(self, within: float = LET_GO_WITHIN) -> bool:
+        """Wait until the back-end has unmapped, or unregistered, all of its memory, or has ended; False: it has not
+        within so many seconds, or its maps cannot be read."""
+        limit = time.monotonic() + within
         ranges = [(at.address, at.length) for at in self.placed]
         while not process.pidfd_exited(self.pidfd):
             try:
