@@ -54,7 +54,12 @@ MAX_PEERS = 256
 MAX_PUSHING = 64
 """Threads in ``listening`` of sources."""
 PIECE = 256 << 10
-"""Bytes of pages in one message, unless one page is larger: an urgent page waits for no more than one piece."""
+"""Bytes of pages in one message while anybody waits, unless one page is larger: an urgent page waits for no more than
+one piece."""
+CALM_PIECE = 1 << 20
+"""... and of background while nobody does."""
+CALM_SECONDS = 0.05
+"""After an urgent request."""
 LARGE = 31 << 20
 """Bytes; just below the largest that glibc (any, 64 bit) learns its threshold from."""
 
@@ -92,6 +97,7 @@ class Loop:
         # Numbers that another life of this source has not given out: late answers must not fit (return_path.py).
         self._number = itertools.count(secrets.randbits(40) + 1).__next__
         self._next_tick = self._pause = 0.0
+        self._urgent_at = -1e9
         request = crashpoints.around("source.asked", self._request, "source.answered")
         self._heard: dict[type[Message], Callable[[Peer, Message], None]] = {
             RequestRanges: request,  # type: ignore[dict-item]  # each is called with its own class only
@@ -234,7 +240,7 @@ class Loop:
             or talk.open_bytes + length > MAX_OPEN_BYTES
         ):
             return False
-        peer.heard = time.monotonic()
+        peer.heard = self._urgent_at = time.monotonic()
         try:
             page = lane.read(offset, length)
         except BlockingIOError:
@@ -255,15 +261,22 @@ class Loop:
         stream, ranges = peer.conversation.request(message)
         task = Task(peer, stream, message.request, sum([length for _, length in ranges]))
         read_now = self._read_now[stream.offer.name]
-        if read_now is not None and message.urgent:
-            return self._answer_now(task, ranges, read_now)
-        for offset, length in pieces_of(ranges, max(PIECE, stream.page_size)):
+        if message.urgent:
+            self._urgent_at = peer.heard
+            if read_now is not None:
+                return self._answer_now(task, ranges, read_now)
+        for offset, length in pieces_of(ranges, self._largest(stream)):
             task.left += 1
             if read_now is None:
                 self._read_later(task, offset, length, urgent=message.urgent)
             else:
                 peer.pieces.append((task, offset, length))
                 self._enqueue(peer)
+
+    def _largest(self, stream: Stream) -> int:
+        """Bytes of one piece, now."""
+        calm = time.monotonic() - self._urgent_at > CALM_SECONDS
+        return max(CALM_PIECE if calm else PIECE, stream.page_size)
 
     def _learn(self, peer: Peer, message: RequestRanges, data: bytes) -> None:
         """``data`` was taken: requests of the same stream can be ``_urgent``."""
@@ -318,6 +331,11 @@ class Loop:
         if peer.outbox or not peer.pieces:
             return
         task, offset, length = peer.pieces.popleft()
+        largest = self._largest(task.stream)
+        if length > largest:  # somebody has begun to wait since it was asked for
+            task.left += 1
+            peer.pieces.appendleft((task, offset + largest, length - largest))
+            length = largest
         self._enqueue(peer)
         read_now = self._read_now[task.stream.offer.name]
         if read_now is None or task.stream.phase is Phase.ENDED:

@@ -15,8 +15,9 @@ from postcopy_protocol.source_conversation import SourceConversation, Stream
 from .answers import Buffer, Read
 from .source import PushStream
 
-SEND_QUEUE = 256
-"""Messages to one supervisor that ZeroMQ keeps. With PIECE (loop.py) that bounds what one that does not read costs."""
+SEND_QUEUE = 128
+"""Messages to one supervisor that ZeroMQ keeps; more than one has open (flow.py there). With CALM_PIECE (loop.py) that
+bounds what one that does not read costs."""
 
 # As plain numbers: an operation on pyzmq's enumeration costs more than handing over a frame.
 _LAST = int(zmq.DONTWAIT)

@@ -115,6 +115,8 @@ class RamBlock:
         self.size = self.opened.size
         self.pages = page_count(self.size, page_size)
         self.length = self.pages * page_size
+        if not self.size:
+            raise BadInput(f"block {name}: its source offers 0 bytes: a block has at least one")
         if self.size > LARGEST_BLOCK:
             raise BadInput(f"block {name}: {format_size(self.size)} is too large; at most {format_size(LARGEST_BLOCK)}")
         self.memory, self.map_fd = kept.fds[:2] if kept is not None else self._make()

@@ -36,8 +36,10 @@ log = logging.getLogger(__name__)
 REMOTE_WINDOW = 256 << 10
 """Largest fault-around of a remote block: while clients wait, no answer is longer than that."""
 PIECE = 256 << 10
-"""Bytes of background in one request: what a source sends in one message, so that the answer comes as it was expected
-(lanes.py). Larger requests came back in parts, and were slower."""
+"""Bytes of background in one request while clients wait, or as many bytes as a second may have are told."""
+CALM_PIECE = 1 << 20
+"""... and else: what a piece costs beside its bytes, it costs once in place of four times. Both are what a source sends
+in one message (its loop.py), so that the answer comes as it was expected (lanes.py)."""
 ZERO_PIECE = 1 << 20
 DROP_AFTER = 32 << 20
 MOST_LANES = 64
@@ -320,9 +322,10 @@ class Paging:
         for number, link in self.links.items():
             block = self._blocks[number]
             room = min(left, link.flow.room_for_background(now))
+            largest = PIECE if rate > 0 or link.flow.busy(now) else CALM_PIECE
             # Not into every gap: a small piece would come back as a small gap, and soon all pieces would be small.
-            while room >= PIECE and self._afford(rate, now):
-                piece = self._next_piece(block, min(room, PIECE))
+            while room >= largest and self._afford(rate, now):
+                piece = self._next_piece(block, largest)
                 if piece is None:
                     break
                 length = (piece[1] - piece[0]) * block.page_size
