@@ -156,6 +156,7 @@ class World:
             handler = client.handler = self.fault_handler(client, life.calls_of(self.kernel), life)
             handler.wake_everything()
             handler.heal()
+            client.calls_before = life.calls  # as many as there were pages to heal
             words = memoryview(bytearray(32 * BATCH)).cast("Q")
             while True:
                 taken = life.call("read", lambda: self.kernel.messages(client.descriptor, BATCH))
@@ -174,9 +175,10 @@ class World:
 
     @staticmethod
     def _bounded(client: Client, life: Life, taken: int) -> None:
-        spent = life.calls - client.calls_before
-        assert spent <= 2 + client.messages * CALLS_FOR_A_MESSAGE, f"{spent} calls for {client.messages} messages"
-        client.messages, client.calls_before = taken, life.calls
+        spent, causes = life.calls - client.calls_before, client.messages
+        assert spent <= 2 + causes * CALLS_FOR_A_MESSAGE, f"{spent} calls for {causes} messages and pages to heal"
+        client.messages = taken + len(statistics.denied(client.words))
+        client.calls_before = life.calls
 
     # --- the course of things -----------------------------------------------------------------------------------------
 
@@ -315,7 +317,8 @@ class World:
         """A client that is not in quarantine has no poison at a page that is there."""
         for number, client in enumerate(self.clients):
             if client.space.alive and number not in self.quarantined:
-                stuck = [page for _, page in statistics.denied(client.words) if self.map[page] == RECEIVED]
+                there = [page for page in self.memory.pages if self.map[page] == RECEIVED]
+                stuck = [page for _, page in statistics.denied(client.words) if page in there]
                 assert not stuck, f"{client.space.name} was denied pages {stuck}, which are there"
 
 

@@ -237,7 +237,9 @@ class FaultHandler:
         if event & 0xFF == EVENT_PAGEFAULT:
             return self.answer(flags, address)
         what = f"event {event & 0xFF:#x} on the client's userfaultfd; not handled"
-        return self._report("foreign-event", -1, -1, what)
+        self._report("foreign-event", -1, -1, what)
+        self.heal()  # while an event is unread the kernel maps nothing (EAGAIN)
+        return None
 
     def _outside(self, address: int) -> None:
         """Left waiting on purpose: a WAKE would make it fault again, for ever. Only the client itself can have
@@ -412,8 +414,10 @@ class FaultHandler:
         except HandlerFailed as failed:
             words[FAILURES] += 1
             if not self._released_after_all(region, page):
-                self._poison(region, page)  # for this client only; another client's worker asks the handler again
+                # For this client only; another client's worker asks the handler again. Noted first: a poison that a
+                # successor does not know of would stay.
                 deny(words, block.grant.block, page)
+                self._poison(region, page)
             block.report("handler-failed", page, str(failed))
         except Elsewhere:
             # Marked received, but punched: the mark is withdrawn first, or we would be told that the page is there.
@@ -495,9 +499,11 @@ class FaultHandler:
 
     def _released_after_all(self, region: Region, page: int, *ours: int) -> bool:
         """The source has nothing for this page; was another worker in time? What is present though nobody of ours
-        stored PLACING is a stranger's page of zeros, which nothing can mend now: it is not let through."""
+        stored PLACING is a stranger's page of zeros, which nothing can mend now: it is not let through. Nor is one that
+        an announced client may have made while somebody was about to, where there is no source to compare it with."""
         block = region.block
-        if not block.present(page) or block.received[page] not in (PLACING, RECEIVED, *ours):
+        trusted = (RECEIVED,) if region.grant.announced and isinstance(block.pages, NoPages) else (PLACING, RECEIVED)
+        if not block.present(page) or block.received[page] not in (*trusted, *ours):
             return False
         block.received[page] = RECEIVED
         self._release(region, page, 0)

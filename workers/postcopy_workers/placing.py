@@ -193,10 +193,9 @@ class Block:
         state = self.received[page]
         if state != RECEIVED:
             if not self.received[self.shared_at]:
-                # A function that does not repeat itself proves nothing against another worker's page; a page that is
-                # still marked MISSING is nobody's of ours.
-                if state == MISSING or self.grant.kind != "handler":
-                    self._repair(page)
+                # A function that does not repeat itself proves nothing against another worker's page, unless that is
+                # zeros; a page that is still marked MISSING is nobody's of ours.
+                self._repair(page, zeros_only=self.grant.kind == "handler" and state != MISSING)
             elif state == MISSING:
                 self.report(
                     "polluted", page, "somebody's unregistered mapping made this page; shared clients write here"
@@ -205,13 +204,16 @@ class Block:
             self.received[page] = RECEIVED
         return 0
 
-    def _repair(self, page: int) -> None:
+    def _repair(self, page: int, *, zeros_only: bool) -> None:
         if self._huge:
             return  # read and write do not work on every hugetlb memfd; a shared mapping would be needed
         offset, length = page << self.shift, 1 << self.shift
         self.pages.check()  # a file that has changed proves nothing
+        found = self.calls.pread(self.memory, length, offset)
+        if zeros_only and found.count(0) < length:
+            return
         want = self.pages.content(offset, length)
-        if self.calls.pread(self.memory, length, offset) != want:
+        if found != want:
             self.calls.pwrite(self.memory, want, offset)
             self.report("polluted", page, "somebody's unregistered mapping made this page; repaired from the source")
 
