@@ -7,6 +7,9 @@ anything urgent is under way: on one connection an urgent answer stands behind w
 
 The wishes of a client that leaves stay: the engine counts them as asked for, and others may wait for the same pages.
 
+Somebody may come to wait for a page that is on its way already, in a piece of the background. Where pieces take long
+(a slow link: four MiB may be ahead of it) the page is asked for once more, as urgent; what comes second is not placed.
+
 A request that is not answered in ``patience`` seconds is sent again under a new number; after ``attempts`` its pages
 are lost. While the source is away nothing is sent and no time passes; when it is back everything open is sent anew.
 """
@@ -14,7 +17,7 @@ are lost. While the source is away nothing is sent and no time passes; when it i
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from postcopy_protocol.express import REQUESTS
@@ -38,6 +41,8 @@ class Limits:
     patience: float = 15.0
     attempts: int = 3
     calm: float = 0.05
+    hurry: float = 0.01
+    """A page is asked for again when its piece of the background is not to be expected sooner."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +82,9 @@ class Wish:
     attempts: int = 0
     request: int = 0
 
+    def covers(self, block: int, offset: int) -> bool:
+        return self.block == block and self.offset <= offset < self.offset + self.length
+
 
 @dataclass(slots=True)
 class Flow:
@@ -91,6 +99,8 @@ class Flow:
     _pieces: int = 0
     _next: int = REQUESTS
     _urgent_at: float = -1e9
+    _pace: float = 0.0
+    """Seconds that the last piece of the background took."""
     past: deque[tuple[Wish, float]] = field(default_factory=lambda: deque(maxlen=PAST))
     """The last wishes that have landed, and when their answer came (0.0: it did not). One append a request: it is
     what ``status --story`` knows of a page's way here."""
@@ -114,9 +124,23 @@ class Flow:
         self._fly(wish, now)
         return wish
 
+    def hasten(self, client: int, block: int, offset: int, length: int, now: float) -> list[Effect]:
+        """A client has come to wait for a page that is wished for already: again, as urgent, if only the background
+        brings it, and not soon."""
+        covering = [wish for wish in self._flying.values() if wish.covers(block, offset)]
+        if not self.up or any(wish.client != BACKGROUND for wish in (*covering, *self._waiting_for(block, offset))):
+            return []
+        oldest = next((wish.sent for wish in self._flying.values() if wish.client == BACKGROUND), now)
+        pace = max(self._pace, now - oldest)
+        if covering and covering[0].sent + pace - now < self.limits.hurry:
+            return []
+        return self.wish(client, block, offset, length, now)
+
     def landed(self, wish: Wish, now: float) -> Sequence[Effect]:
         """All of a wish in flight has come at once: what may be sent now."""
         del self._flying[wish.request]
+        if wish.client == BACKGROUND:
+            self._pace = now - wish.sent
         self._landed(wish, now)
         return self._pump(now) if self._queues else ()
 
@@ -195,11 +219,10 @@ class Flow:
 
     def open_wish(self, block: int, offset: int) -> tuple[Wish, bool] | None:
         """The wish that brings the bytes at ``offset``, and whether it is sent."""
-        queued = (wish for queue in self._queues.values() for wish in queue)
-        for sent, wishes in ((True, iter(self._flying.values())), (False, queued)):
+        flying = (wish for wish in self._flying.values() if wish.covers(block, offset))
+        for sent, wishes in ((True, flying), (False, self._waiting_for(block, offset))):
             for wish in wishes:
-                if wish.block == block and wish.offset <= offset < wish.offset + wish.length:
-                    return wish, sent
+                return wish, sent
         return None
 
     def busy(self, now: float) -> bool:
@@ -228,6 +251,10 @@ class Flow:
         urgent = self._bytes - background
         largest = max((wish.length for wish in self._flying.values()), default=0)
         assert urgent <= self.limits.bytes + largest
+
+    def _waiting_for(self, block: int, offset: int) -> Iterator[Wish]:
+        """Wishes for these bytes that are not sent."""
+        return (wish for queue in self._queues.values() for wish in queue if wish.covers(block, offset))
 
     # --- the law ------------------------------------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ def worker_lane(paging: Paging, waiter: int, block: RamBlock, link: Link) -> Wor
     """For the requests of one worker for pages of one remote block."""
     received, number, length, shift = block.received, block.number, block.length, block.page_size.bit_length() - 1
     window, end_of, cursor, careful = paging.window_of(waiter, block), paging.end_of, paging.cursor, paging.fault
-    stand, wish, clock = paging.engine.stand, link.wish, time.monotonic
+    stand, wish, clock, flow, size = paging.engine.stand, link.wish, time.monotonic, link.flow, block.page_size
 
     def asked(data: bytes) -> None:
         offset = int.from_bytes(data[-OFFSET:], "little")
@@ -56,6 +56,8 @@ def worker_lane(paging: Paging, waiter: int, block: RamBlock, link: Link) -> Wor
         end = stand(waiter, number, page, end)
         if end:
             wish(waiter, number, page << shift, (end - page) << shift, clock())
+        elif flow.streaming:
+            link.hasten(waiter, number, page << shift, size, clock())
 
     return asked
 

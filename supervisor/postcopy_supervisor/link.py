@@ -129,6 +129,10 @@ class Link:
         else:
             self._do(self.flow.wish(client, block, offset, length, now))
 
+    def hasten(self, client: int, block: int, offset: int, length: int, now: float) -> None:
+        """A client waits for what was asked for already."""
+        self._do(self.flow.hasten(client, block, offset, length, now))
+
     def complete(self, block: int) -> None:
         """Nothing more will be asked of this block."""
         self._complete.add(block)

@@ -102,7 +102,11 @@ class Paging:
             else:
                 end = self.end_of(block, page, window or self.window_of(waiter, block)(page))
                 self.cursor[block.number] = end
-                effects += self.engine.fault(waiter, block.number, page, end)
+                asked = self.engine.fault(waiter, block.number, page, end)
+                effects += asked
+                link = self.links.get(block.number)
+                if not asked and link is not None and link.flow.streaming:
+                    link.hasten(waiter, block.number, page * block.page_size, block.page_size, time.monotonic())
         self._do(effects, waiter)
 
     def end_of(self, block: RamBlock, page: int, window: int) -> int:

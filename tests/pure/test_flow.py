@@ -261,3 +261,46 @@ def test_a_loss_forgives_all_attempts_and_asks_in_the_old_order() -> None:
     assert sends(flow.found_source(1000.0)) == [0, PAGE, 2 * PAGE]
     assert all(isinstance(effect, Send) for effect in flow.tick(1010.0) + flow.tick(1020.0))
     assert all(isinstance(effect, GiveUp) for effect in flow.tick(1030.0))
+
+
+def streaming(pace: float) -> tuple[Flow, float]:
+    """A piece of eight pages has come within ``pace`` seconds, another one of the same length is on its way."""
+    flow = Flow(LIMITS)
+    flow.found_source(100.0)
+    for block in (1, 2):
+        (sent,) = flow.wish(BACKGROUND, block, 0, 8 * PAGE, 100.0)
+        assert isinstance(sent, Send)
+        if block == 1:
+            flow.answered(sent.request, 1, [(0, 8 * PAGE)], 100.0 + pace)
+    return flow, 100.0
+
+
+def test_a_page_in_a_slow_piece_is_asked_for_again_once() -> None:
+    flow, now = streaming(pace=0.5)
+    (sent,) = flow.hasten(7, 2, 3 * PAGE, PAGE, now)
+    assert isinstance(sent, Send) and (sent.offset, sent.length, sent.urgent) == (3 * PAGE, PAGE, True)
+    assert not flow.hasten(8, 2, 3 * PAGE, PAGE, now), "it is urgent by now"
+    assert flow.hasten(8, 2, 4 * PAGE, PAGE, now), "another one is not"
+    flow.check()
+    flow.answered(sent.request, 2, [(3 * PAGE, PAGE)], now)
+    assert flow.streaming, "the piece itself is still to come"
+
+
+def test_a_page_in_a_piece_that_comes_soon_is_waited_for() -> None:
+    flow, now = streaming(pace=0.005)
+    assert not flow.hasten(7, 2, 3 * PAGE, PAGE, now)
+    assert flow.hasten(7, 2, 3 * PAGE, PAGE, now + 0.5) == [], "it is overdue: its source is slow or gone, not its turn"
+    flow, now = streaming(pace=0.5)
+    assert not flow.hasten(7, 2, 3 * PAGE, PAGE, now + 0.495), "it is all but there"
+
+
+def test_behind_a_queue_and_without_a_source() -> None:
+    flow, now = streaming(pace=0.005)
+    flow.wish(BACKGROUND, 3, 0, PAGE, now)
+    flow.wish(BACKGROUND, 3, PAGE, PAGE, now)
+    flow.wish(BACKGROUND, 3, 2 * PAGE, PAGE, now)
+    assert flow.waiting, "not even sent"
+    assert flow.hasten(7, 3, 2 * PAGE, PAGE, now)
+    flow.lost_source()
+    assert not flow.hasten(7, 2, 3 * PAGE, PAGE, now), "everything open is sent anew"
+    flow.check()
