@@ -42,7 +42,7 @@ class Limits:
     attempts: int = 3
     calm: float = 0.05
     hurry: float = 0.01
-    """A page is asked for again when its piece of the background is not to be expected sooner."""
+    """A page is asked for again when that should bring it so much sooner than its piece of the background does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +101,8 @@ class Flow:
     _urgent_at: float = -1e9
     _pace: float = 0.0
     """Seconds that the last piece of the background took."""
+    _urgent_pace: float = 0.0
+    """... and the last urgent wish."""
     past: deque[tuple[Wish, float]] = field(default_factory=lambda: deque(maxlen=PAST))
     """The last wishes that have landed, and when their answer came (0.0: it did not). One append a request: it is
     what ``status --story`` knows of a page's way here."""
@@ -132,7 +134,7 @@ class Flow:
             return []
         oldest = next((wish.sent for wish in self._flying.values() if wish.client == BACKGROUND), now)
         pace = max(self._pace, now - oldest)
-        if covering and covering[0].sent + pace - now < self.limits.hurry:
+        if covering and covering[0].sent + pace - now < self._urgent_pace + self.limits.hurry:
             return []
         return self.wish(client, block, offset, length, now)
 
@@ -141,6 +143,8 @@ class Flow:
         del self._flying[wish.request]
         if wish.client == BACKGROUND:
             self._pace = now - wish.sent
+        else:
+            self._urgent_pace = now - wish.sent
         self._landed(wish, now)
         return self._pump(now) if self._queues else ()
 

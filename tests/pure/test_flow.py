@@ -294,6 +294,16 @@ def test_a_page_in_a_piece_that_comes_soon_is_waited_for() -> None:
     assert not flow.hasten(7, 2, 3 * PAGE, PAGE, now + 0.495), "it is all but there"
 
 
+def test_a_page_on_a_long_line_is_waited_for() -> None:
+    """An urgent request takes its time there too, and would not come before the piece."""
+    flow, now = streaming(pace=0.5)
+    (sent,) = flow.hasten(7, 2, 3 * PAGE, PAGE, now)
+    assert isinstance(sent, Send)
+    flow.answered(sent.request, 2, [(3 * PAGE, PAGE)], now + 0.4)
+    assert not flow.hasten(7, 2, 4 * PAGE, PAGE, now + 0.4)
+    assert flow.wish(7, 2, 4 * PAGE, PAGE, now + 0.4), "who asks for what is not on its way is not held up"
+
+
 def test_behind_a_queue_and_without_a_source() -> None:
     flow, now = streaming(pace=0.005)
     flow.wish(BACKGROUND, 3, 0, PAGE, now)
