@@ -128,5 +128,8 @@ def pid_of(pidfd: int) -> int:
 
 
 def owner_of(pid: int) -> int:
-    """The effective user of a process. Raises OSError when it is gone."""
-    return os.stat(f"/proc/{pid}").st_uid
+    """The user who may look into a process: its effective user, or root where the kernel protects it from him (a
+    set-uid or set-gid program, one that has changed its user). Raises OSError when it is gone.
+
+    That is what the owner of a file says that is not everybody's to read; /proc/PID itself always is its user's."""
+    return os.stat(f"/proc/{pid}/environ").st_uid

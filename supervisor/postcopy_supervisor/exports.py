@@ -1,14 +1,17 @@
 """Exports: a whole block written to a file from the supervisor's own mapping, in a thread, while its pages arrive.
 
 The thread makes write(2) calls from missing memory; the kernel stops it there without the GIL until client zero's fault
-is resolved. The file appears under its name only when it is whole.
+is resolved. The file appears under its name only when it is whole. What a supervisor that was killed has left is found
+by its lock, which nobody holds any more, and removed when the next export to the same name begins.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
+import stat
 import threading
 import time
 
@@ -38,7 +41,10 @@ class Export(threading.Thread):
         self._detail = ""
         self._cancelled = False
         try:
+            _remove_left(path)
             self._file = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise BadInput(f"cannot write {path}: {error.strerror}") from None
 
@@ -122,6 +128,33 @@ class Exports:
     @property
     def running(self) -> list[Export]:
         return [export for export in self._jobs.values() if export.running]
+
+
+def _remove_left(path: str) -> None:
+    """Remove what exports to ``path`` of supervisors that were killed have left behind."""
+    directory, beginning = os.path.dirname(path), os.path.basename(path) + ".partial-"
+    with contextlib.suppress(OSError), os.scandir(directory) as entries:
+        for entry in entries:
+            numbers = entry.name.removeprefix(beginning).split("-")
+            if entry.name.startswith(beginning) and len(numbers) == 2 and all(number.isdigit() for number in numbers):
+                _remove_if_left(entry.path)
+
+
+def _remove_if_left(partial: str) -> None:
+    """Remove a file that is ours and that nobody is writing: its writer holds the lock as long as it lives."""
+    try:
+        file = os.open(partial, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        found = os.fstat(file)
+        if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid():
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(partial)
+    except OSError:
+        return
+    finally:
+        os.close(file)
 
 
 def _umask() -> int:

@@ -72,7 +72,7 @@ from .porter import (
 from .reception import Reception
 from .recorder import Recorder
 from .recovery import Plan
-from .runtime import RuntimeDirectory, SignOfLife, cgroup_procs, notify
+from .runtime import RuntimeDirectory, SignOfLife, cgroup_procs, made, notify
 from .settings import Settings
 from .sources import Sources
 from .takeover import Custodian
@@ -226,15 +226,17 @@ class House:
             (zmq.MAXMSGSIZE, 1 << 20),
         ):
             router.setsockopt(option, value)
-        router.bind(self.runtime.endpoint)
+        with made(self.runtime.endpoint):
+            router.bind(self.runtime.endpoint)
         router.bind(ENDPOINT)
         return router
 
     def _open_door(self) -> socket.socket:
         door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         door.setblocking(False)
-        door.bind(self.runtime.door)
-        os.chmod(self.runtime.door, 0o666)
+        with made(self.runtime.door):
+            door.bind(self.runtime.door)
+            os.chmod(self.runtime.door, 0o666)
         door.listen(1024)
         return door
 
@@ -555,6 +557,8 @@ class House:
 
     def _step_aside(self) -> None:
         """Only we go. Clients, workers and custodian go on, and wait for a successor."""
+        for export in self.exports.running:
+            export.join(2)
         self.porter.stop()
         self.custody.step_aside()
         self._router.close()

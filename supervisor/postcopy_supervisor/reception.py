@@ -581,10 +581,14 @@ def _judge_back_end(uid: int, fd: int, pidfd: int) -> int:
     try:
         pid = address_space.pid_of(pidfd)
         owner = address_space.owner_of(pid)
+        if process.pidfd_exited(pidfd):  # then the number may have been another's already
+            raise ValueError("the process is gone")
     except (OSError, ValueError) as error:
         raise Refusal("bad-descriptor", f"the second descriptor of OfferBackEnd names no process: {error}") from None
     if uid not in (0, owner):
         raise Refusal("denied", f"process {pid} is user {owner}'s: a front-end of user {uid} may not speak for it")
+    if pid == os.getpid():
+        raise Refusal("bad-descriptor", "the second descriptor of OfferBackEnd names the supervisor")
     if not is_userfaultfd(fd):
         raise Refusal("bad-descriptor", "the first descriptor of OfferBackEnd is no userfaultfd")
     try:

@@ -9,6 +9,9 @@ import logging
 import os
 import socket
 import stat
+from collections.abc import Iterator
+
+import zmq
 
 from postcopy_protocol.errors import BadInput
 from postcopy_protocol.places import DOOR, LOCK, PRIVATE, ROUTER, custodian_path, door_path, router_endpoint
@@ -44,8 +47,14 @@ class RuntimeDirectory:
                 f"runtime directory {self.path} is already served by process {owner}; "
                 "stop it (postcopy stop) or choose another --runtime-dir"
             ) from None
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, b"%d\n" % os.getpid(), 0)
+        try:
+            # Over what stands there, then cut: on a full disk a successor needs no block that its predecessor had not.
+            os.ftruncate(lock, os.pwrite(lock, b"%d\n" % os.getpid(), 0))
+        except OSError as error:
+            os.unlink(path)
+            os.close(lock)
+            self._remove_directories()
+            raise BadInput(f"runtime directory {self.path}: cannot write {LOCK}: {error.strerror}") from None
         return lock
 
     def _clean(self) -> None:
@@ -65,9 +74,21 @@ class RuntimeDirectory:
         with contextlib.suppress(OSError):
             os.unlink(os.path.join(self.path, LOCK))
         os.close(self._lock)
+        self._remove_directories()
+
+    def _remove_directories(self) -> None:
         for directory in (os.path.join(self.path, PRIVATE), self.path):
             with contextlib.suppress(OSError):
                 os.rmdir(directory)
+
+
+@contextlib.contextmanager
+def made(path: str) -> Iterator[None]:
+    """Inside, the socket ``path`` is bound. Raises BadInput, in one line, when it cannot be (a full disk, say)."""
+    try:
+        yield
+    except (OSError, zmq.ZMQError) as error:
+        raise BadInput(f"cannot make the socket {path}: {os.strerror(error.errno or 0)}") from None
 
 
 def _make(path: str, mode: int) -> None:

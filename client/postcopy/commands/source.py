@@ -50,5 +50,9 @@ def _write_new(path: str, text: str, mode: int) -> None:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     except FileExistsError:
         raise PostcopyError(f"{path} exists already: take it away first, if nobody needs it") from None
-    with open(fd, "w", encoding="ascii") as file:
-        file.write(text)
+    try:
+        with open(fd, "w", encoding="ascii") as file:
+            file.write(text)
+    except OSError as error:
+        os.unlink(path)  # half a key (a full disk) would stand in the way of the next
+        raise PostcopyError(f"{path} cannot be written: {error.strerror}") from None
