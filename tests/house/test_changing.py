@@ -59,7 +59,7 @@ def test_a_file_that_is_cut_while_the_supervisor_sees_nothing(
 ) -> None:
     """Workers outlive the supervisor: that no page is data and zeros must not depend on its being awake."""
     path = source_file(SIZE, 1)
-    with House(runtime_dir, f"ram0={path}", fault_around="4K") as house:
+    with House(runtime_dir, f"ram0={path}", fault_around="4K", orphan_timeout="0.1") as house:
         client = house.client("ram0", mode)
         assert client.do("words(b, [7])") == [word(7 * PAGE, 1)]
         house.process.send_signal(signal.SIGKILL if gone else signal.SIGSTOP)
