@@ -101,6 +101,32 @@ def test_no_more_memory_for_workers(runtime_dir: Path, source_file: SourceFile, 
         assert house.record(client)["state"] == "running" and house.status()["totals"]["lost"] == 0
 
 
+def test_a_worker_that_the_oom_killer_ends(runtime_dir: Path, source_file: SourceFile, memory: Path) -> None:
+    """The kernel's own answer to the limit: workers are killed, and replaced as often as it takes. Their clients wait
+    no longer than there is no memory, one whose pages are there notices nothing, nobody gets a wrong byte."""
+    path = source_file(96 << 20)
+    (memory / "memory.limit_in_bytes").write_text(str(64 << 20))
+    patient: dict[str, int] = {"restart_limit": 1000}
+    with House(runtime_dir, f"ram0={path}", worker_cgroup=str(memory), fault_around="4K", **patient) as house:
+        client, other = house.client(), house.client("ram0", "shared")
+        assert other.do("words(b, [1])") == [word(PAGE)]
+        client.begin(f"check(b, {str(path)!r})")
+        until(lambda: killed(memory), "the OOM killer has come", 60)
+        until(lambda: house.events("restart"), "who was killed is replaced")
+        assert other.do("words(b, [1])") == [word(PAGE)]
+        assert house.status()["state"] == "running"
+        (memory / "memory.limit_in_bytes").write_text("-1")
+        assert client.answer(60) == -1
+        assert other.do(f"check(b, {str(path)!r})") == -1
+        assert house.status()["totals"]["lost"] == 0 and house.events("quarantine") == []
+
+
+def killed(group: Path) -> int:
+    """Processes of the cgroup that the OOM killer has ended."""
+    lines = (group / "memory.oom_control").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+
+
 @pytest.mark.skipif(not Path("/dev/fuse").exists(), reason="no FUSE to break a disk with")
 @pytest.mark.parametrize("mode", ["private", "shared"])
 def test_a_disk_that_cannot_be_read(runtime_dir: Path, tmp_path: Path, mode: str) -> None:
