@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from postcopy_kernel.memory import REMOVE, Mapping, create_memfd, huge_pages
 from tests.conftest import SourceFile
 from tests.house.house import PAGE, House, end_by_pidfd, refused, until, word
 from tests.kernel.huge_pool import reserved
@@ -77,6 +79,41 @@ def test_a_pool_that_others_took(runtime_dir: Path, source_file: SourceFile) -> 
         status, said = refused(runtime_dir / "b", f"ram0={path}", options={"page_size": "2M"})
         assert status == 1 and "2 are free" in said
         assert house.client("ram0", "shared").do(f"check(b, {str(path)!r})") == -1
+
+
+def test_a_pool_that_is_empty_while_running(runtime_dir: Path, source_file: SourceFile) -> None:
+    """A punched hole gives up its reservation. When others have taken the page, COPY says EEXIST though nothing is
+    there: whoever touches it waits, without spinning, until the pool has a page again; nobody else notices."""
+    path = source_file(POOL * HUGE)
+    with House(runtime_dir, f"ram0={path}", page_size="2M", restart_limit=20) as house:
+        client, other = house.client("ram0", "shared"), house.client("ram0", "shared")
+        seen = [number * HUGE // PAGE for number in range(POOL - 1)]  # not all: a block that is whole is released
+        assert client.do(f"words(b, {seen})") == other.do(f"words(b, {seen})") == [word(page * PAGE) for page in seen]
+        worker = house.worker(client)
+        other.do(f"b.mapping.advise({REMOVE}, {2 * HUGE}, {HUGE})")
+        assert huge_pages().available == 1
+        taken = create_memfd("taken", HUGE, HUGE)
+        try:
+            with Mapping.of(taken, HUGE, reserve=True):
+                assert huge_pages().available == 0
+                client.begin(f"words(b, [{2 * HUGE // PAGE + 1}])")
+                until(lambda: house.events("no-memory"), "the worker tells of it")
+                assert "ENOSPC" in house.events("no-memory")[0]
+                before = cpu_ticks(worker)
+                assert not client.answered(1.0)
+                assert cpu_ticks(worker) - before < 30, "it waits, ever longer"
+                assert other.do("words(b, [5])") == [word(5 * PAGE)]
+                assert house.worker(client) == worker and house.status()["totals"]["lost"] == 0
+        finally:
+            os.close(taken)
+        assert client.answer() == [word(2 * HUGE + PAGE)]
+        assert other.do(f"check(b, {str(path)!r})") == -1
+
+
+def cpu_ticks(pid: int) -> int:
+    """CPU that the process has used, in hundredths of a second."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
 
 
 def test_the_end_poisons_huge_holes_and_gives_the_pool_back(runtime_dir: Path, source_file: SourceFile) -> None:
