@@ -106,8 +106,7 @@ def test_a_worker_that_the_oom_killer_ends(runtime_dir: Path, source_file: Sourc
     no longer than there is no memory, one whose pages are there notices nothing, nobody gets a wrong byte."""
     path = source_file(96 << 20)
     (memory / "memory.limit_in_bytes").write_text(str(64 << 20))
-    patient: dict[str, int] = {"restart_limit": 1000}
-    with House(runtime_dir, f"ram0={path}", worker_cgroup=str(memory), fault_around="4K", **patient) as house:
+    with House(runtime_dir, f"ram0={path}", worker_cgroup=str(memory), restart_limit=1000, fault_around="4K") as house:
         client, other = house.client(), house.client("ram0", "shared")
         assert other.do("words(b, [1])") == [word(PAGE)]
         client.begin(f"check(b, {str(path)!r})")
