@@ -13,23 +13,46 @@ bytes; addresses are virtual addresses of the client; a batch of offsets is pack
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar, dataclass_transform
 
 VERSION = 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Message:
     """Base of all messages: ``TAG`` is its number on the wire, ``DESCRIPTORS`` the most that may travel with it."""
 
     TAG: ClassVar[int] = 0
     DESCRIPTORS: ClassVar[int] = 0
 
+    def _fields(self) -> dict[str, object]:
+        names: tuple[str, ...] = self.__match_args__
+        return {name: getattr(self, name) for name in names}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._fields().items())})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Message) and type(other) is type(self) and other._fields() == self._fields()
+
+    def __hash__(self) -> int:
+        return hash((type(self), *self._fields().values()))
+
+
+Kind = TypeVar("Kind", bound=Message)
+
+
+@dataclass_transform(frozen_default=True)
+def wire(kind: type[Kind]) -> type[Kind]:
+    """A message is a frozen dataclass with slots. What Message can say for all of them is not generated for each: every
+    process of ours imports all messages when it starts, and a supervisor that takes over is waited for."""
+    return dataclass(frozen=True, slots=True, repr=False, eq=False)(kind)
+
 
 # --- door: client -> supervisor ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class Hello(Message):
     """First word of a client. ``name`` is for people (status); ``kind`` is ``native`` or ``vhost-user``."""
 
@@ -38,7 +61,7 @@ class Hello(Message):
     kind: str
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class OfferUserfaultfd(Message):
     """The client's userfaultfd (1 descriptor), made in the client and not yet shaken hands with (UFFDIO_API)."""
 
@@ -46,7 +69,7 @@ class OfferUserfaultfd(Message):
     DESCRIPTORS = 1
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class OpenBlock(Message):
     """Ask for a RAM block by name; ``mode`` is ``private`` or ``shared``."""
 
@@ -55,7 +78,7 @@ class OpenBlock(Message):
     mode: str
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class Mapped(Message):
     """The client has mapped ``length`` bytes of ``block`` from ``offset`` at ``address`` and touched none of them."""
 
@@ -66,7 +89,7 @@ class Mapped(Message):
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class Unmap(Message):
     """The client is about to unmap the region at ``address`` and touches it no more."""
 
@@ -75,14 +98,14 @@ class Unmap(Message):
     address: int
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class Goodbye(Message):
     """The client leaves; all its regions are unmapped."""
 
     TAG = 6
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class Resume(Message):
     """Instead of OfferUserfaultfd: the same process was client ``client`` of this supervisor or its predecessor, whose
     connection has ended."""
@@ -91,7 +114,7 @@ class Resume(Message):
     client: int
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class OfferBackEnd(Message):
     """Instead of OfferUserfaultfd, by a ``vhost-user`` front-end: the userfaultfd of the back-end, past its handshake,
     and a pidfd of the back-end's process (2 descriptors). From now on regions are the back-end's, which registers
@@ -104,7 +127,7 @@ class OfferBackEnd(Message):
 # --- door: supervisor -> client ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class Welcome(Message):
     """Answer to Hello: the client's number; 1 descriptor: an open /dev/userfaultfd, or none where there is no
     device."""
@@ -114,14 +137,14 @@ class Welcome(Message):
     client: int
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class UserfaultfdAccepted(Message):
     """The userfaultfd is one, has had its handshake and is kept."""
 
     TAG = 21
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class BlockOpened(Message):
     """Answer to OpenBlock. ``size`` is the exact length, the mapping is ``pages * page_size``. 2 descriptors: the
     block (read-only for ``private``, read-write for ``shared``) and the received map (read-only, one byte a page)."""
@@ -135,7 +158,7 @@ class BlockOpened(Message):
     pages: int
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class Attached(Message):
     """The region is registered and its worker runs: it may be touched from now on."""
 
@@ -144,7 +167,7 @@ class Attached(Message):
     address: int
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class Unmapped(Message):
     """The region is forgotten: unmap it now."""
 
@@ -153,7 +176,7 @@ class Unmapped(Message):
     address: int
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class Refused(Message):
     """What was asked is refused. ``code`` is one of ``REFUSALS``; ``reason`` is one line for people."""
 
@@ -162,7 +185,7 @@ class Refused(Message):
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class Ending(Message):
     """The supervisor ended in order: every page that is still missing is poisoned (SIGBUS), none is zeros."""
 
@@ -170,7 +193,7 @@ class Ending(Message):
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class Released(Message):
     """Every page of ``block`` is present: its ranges are unregistered, the memory runs at native speed."""
 
@@ -178,7 +201,7 @@ class Released(Message):
     block: int
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class Resumed(Message):
     """Answer to Resume: everything of the client is as it was. ``released``: numbers of the blocks that
     are whole by now (packed u64)."""
@@ -193,7 +216,7 @@ REFUSALS = ("no-such-block", "denied", "bad-message", "bad-version", "bad-descri
 # --- router: worker -> supervisor -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class WorkerHello(Message):
     """A worker is there: sent at start and again after every reconnect."""
 
@@ -203,7 +226,7 @@ class WorkerHello(Message):
     pid: int
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class Report(Message):
     """Something a person should know. ``kind`` is one of ``REPORTS``."""
 
@@ -215,7 +238,7 @@ class Report(Message):
     detail: str
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class RequestPages(Message):
     """Pages of a remote block that the worker's client waits for (packed u64 offsets)."""
 
@@ -225,7 +248,7 @@ class RequestPages(Message):
     offsets: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class Fetched(Message):
     """Worker zero's answer to Fetch: everything in the range is present but the pages at ``lost`` (packed u64)."""
 
@@ -253,7 +276,7 @@ REPORTS = (
 # --- router: supervisor -> worker -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class Wake(Message):
     """Pages of a remote block are placed: wake whoever waits for them (packed u64 offsets). Block 0 answers a hello:
     earlier answers may be lost, so wake everybody and ask again for what they then fault on."""
@@ -263,7 +286,7 @@ class Wake(Message):
     offsets: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class Lost(Message):
     """Pages of a remote block that cannot be had: poison them for the client that waits (packed u64 offsets)."""
 
@@ -272,7 +295,7 @@ class Lost(Message):
     offsets: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class Fetch(Message):
     """To worker zero, which places pages in the supervisor's name: make this range of a local block present."""
 
@@ -285,7 +308,7 @@ class Fetch(Message):
 # --- router: command line <-> supervisor ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class AskStatus(Message):
     """What do you see? ``audit``: look through every block for pages that nobody of ours placed, first."""
 
@@ -293,7 +316,7 @@ class AskStatus(Message):
     audit: bool
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class AskStop(Message):
     """End in order; ``keep_workers`` leaves clients and workers to a successor."""
 
@@ -301,7 +324,7 @@ class AskStop(Message):
     keep_workers: bool
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class AskExport(Message):
     """Write the block ``name`` to the absolute ``path``; answered by ExportProgress at once and to every
     AskProgress."""
@@ -311,7 +334,7 @@ class AskExport(Message):
     path: str
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class AskProgress(Message):
     """How far is the export? An export that nobody asks after for 10 s is cancelled; ``cancel`` does so at once."""
 
@@ -320,7 +343,7 @@ class AskProgress(Message):
     cancel: bool
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class AskStory(Message):
     """What is known of one page's life: the page at ``offset`` of the block ``name``."""
 
@@ -329,7 +352,7 @@ class AskStory(Message):
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class AskEvents(Message):
     """Events that are kept, with numbers greater than ``after``."""
 
@@ -337,7 +360,7 @@ class AskEvents(Message):
     after: int
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class AskResume(Message):
     """End the quarantine of a client (0: of worker zero): a fresh worker, its crashes forgiven."""
 
@@ -345,7 +368,7 @@ class AskResume(Message):
     client: int
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class StatusAnswer(Message):
     """The status document as UTF-8 JSON (its fields are part of the interface, not of the wire)."""
 
@@ -353,7 +376,7 @@ class StatusAnswer(Message):
     document: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class StopAnswer(Message):
     """The supervisor has begun to end."""
 
@@ -361,7 +384,7 @@ class StopAnswer(Message):
     pid: int
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class ExportProgress(Message):
     """``state`` is ``running``, ``done``, ``failed`` or ``cancelled``; ``detail`` says why it failed."""
 
@@ -373,7 +396,7 @@ class ExportProgress(Message):
     detail: str
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class ControlRefused(Message):
     """A control question that cannot be answered, in one line for people."""
 
@@ -381,7 +404,7 @@ class ControlRefused(Message):
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class StoryAnswer(Message):
     """A page's life as UTF-8 JSON."""
 
@@ -389,7 +412,7 @@ class StoryAnswer(Message):
     document: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class EventsAnswer(Message):
     """Events, oldest first, as a UTF-8 JSON array of what ``status`` has under ``events``."""
 
@@ -397,7 +420,7 @@ class EventsAnswer(Message):
     document: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class ResumeAnswer(Message):
     """The quarantine is over; ``healing``: pages that were poisoned by it and are brought now."""
 
@@ -409,7 +432,7 @@ class ResumeAnswer(Message):
 # --- custodian channel: supervisor -> custodian -----------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class Keep(Message):
     """Keep duplicates of these descriptors under ``key`` (replacing what was there); ``meta`` is the supervisor's own
     note, given back unread."""
@@ -420,7 +443,7 @@ class Keep(Message):
     meta: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class Drop(Message):
     """Close what is kept under ``key``."""
 
@@ -428,7 +451,7 @@ class Drop(Message):
     key: str
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class ForkWorker(Message):
     """Fork a worker that gets the descriptors of ``keys``, in order, and ``assignment`` (an encoded Assignment)."""
 
@@ -439,7 +462,7 @@ class ForkWorker(Message):
     assignment: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class TakeOver(Message):
     """First word on the custodian's own socket: a new supervisor wants everything that is kept. Nothing is given up: a
     connection that ends leaves the custodian as it was."""
@@ -448,7 +471,7 @@ class TakeOver(Message):
     pid: int
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class Adopt(Message):
     """A worker that another custodian forked: watch it, and replace it when no supervisor lives. 1 descriptor: its
     pidfd; ``keys`` and ``assignment`` as in ForkWorker."""
@@ -462,7 +485,7 @@ class Adopt(Message):
     assignment: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class WhenOrphaned(Message):
     """What to do without a supervisor: after ``timeout_ms`` the missing pages of remote blocks wait on, or are poisoned
     when touched (``poison``); with no client left, the custodian ends."""
@@ -472,7 +495,7 @@ class WhenOrphaned(Message):
     poison: bool
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class Dismiss(Message):
     """The supervisor ends in order: forget everything, end with the last worker."""
 
@@ -482,7 +505,7 @@ class Dismiss(Message):
 # --- custodian channel: custodian -> supervisor -----------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class CustodianReady(Message):
     """Everything that workers need is imported; the custodian answers."""
 
@@ -490,7 +513,7 @@ class CustodianReady(Message):
     pid: int
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class WorkerForked(Message):
     """The worker runs; 1 descriptor: its pidfd."""
 
@@ -501,7 +524,7 @@ class WorkerForked(Message):
     pid: int
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class ForkFailed(Message):
     """No worker: fork failed or a key is not kept here."""
 
@@ -511,7 +534,7 @@ class ForkFailed(Message):
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class WorkerExited(Message):
     """A worker is gone and reaped; ``status`` is the wait status (os.waitstatus_to_exitcode reads it)."""
 
@@ -521,7 +544,7 @@ class WorkerExited(Message):
     status: int
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class Kept(Message):
     """Answer to TakeOver, one a key: what Keep said, and the descriptors."""
 
@@ -531,7 +554,7 @@ class Kept(Message):
     meta: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class InventoryEnd(Message):
     """All of ``kept`` Kept and ``workers`` WorkerForked (one a living worker) have been said; from here on the channel
     is that of any supervisor."""
@@ -545,7 +568,7 @@ class InventoryEnd(Message):
 # --- what a worker is told at its birth -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class BlockGrant(Message):
     """A block as a worker sees it. Descriptors, at their places in the worker's list (-1: none): ``memory``
     (read-write), ``received`` (read-write), ``source`` (the file). ``kind`` is ``file``, ``handler``, ``zero`` or
@@ -568,7 +591,7 @@ class BlockGrant(Message):
     source: int
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class RegionGrant(Message):
     """A registered range of the client: ``length`` bytes at ``address`` are the block's from ``offset``. ``mode`` is
     ``private`` or ``shared``; ``announced``: registered MISSING|MINOR (a client of another uid)."""
@@ -582,7 +605,7 @@ class RegionGrant(Message):
     announced: bool
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class Assignment(Message):
     """All a worker ever knows. Descriptor places (-1: none): the client's userfaultfd and pidfd (none for worker zero),
     the quit eventfd, the statistics page, the house page, an open /dev/userfaultfd. ``fault_around`` is the largest
@@ -613,7 +636,7 @@ class Assignment(Message):
 # --- notes of a supervisor to its successor: the ``meta`` of Keep, which a custodian does not read --------------------
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class BlockNote(Message):
     """Key ``block/N``; descriptors: memory, received map, and the file of a local block. ``source`` is SOURCE as serve
     was told it; ``kind``, ``detail`` as in BlockGrant; ``identity`` is the remote source's word for its content."""
@@ -631,7 +654,7 @@ class BlockNote(Message):
     source_mtime_ns: int
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class ClientNote(Message):
     """Key ``client/N``; descriptors: userfaultfd, pidfd, statistics page. Kept anew before any change is answered."""
 

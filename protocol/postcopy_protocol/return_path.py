@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 from .errors import BadInput, BadMessage
 from .geometry import page_count
-from .messages import Message
+from .messages import Message, wire
 
 MAX_RANGES = 256
 """Ranges of one RequestRanges or Pages."""
@@ -40,7 +39,7 @@ FEATURES = ("zero", "push")
 # --- supervisor -> source ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class Advise(Message):
     """I want the block ``name`` in pages of ``page_size``; ``features`` is what I can take (unknown ones are
     ignored)."""
@@ -51,7 +50,7 @@ class Advise(Message):
     features: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class Listen(Message):
     """Ready for pages of this stream; at most ``window`` bytes that I have not asked for, until I say Listen again."""
 
@@ -60,7 +59,7 @@ class Listen(Message):
     window: int
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class RequestRanges(Message):
     """Send these pages (packed u64 pairs of offset and length). ``urgent``: somebody sleeps until they come.
     ``request`` is the supervisor's own number for it, not 0."""
@@ -72,7 +71,7 @@ class RequestRanges(Message):
     ranges: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class Complete(Message):
     """Everything is received, nothing more will be asked of this stream."""
 
@@ -80,7 +79,7 @@ class Complete(Message):
     stream: int
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class Ping(Message):
     """Are you there?"""
 
@@ -91,7 +90,7 @@ class Ping(Message):
 # --- source -> supervisor ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class Advised(Message):
     """Answer to Advise. ``size`` is exact; ``identity`` is equal if and only if the content is; ``features`` are those
     of the Advise that this source has too."""
@@ -104,7 +103,7 @@ class Advised(Message):
     features: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class Pages(Message):
     """Pages of ``ranges`` (packed u64 pairs), in answer to ``request`` (0: pushed unasked). ``kinds`` is one byte a
     range: 0 data (a raw frame of exactly its length, in order), 1 zero (no frame), 2 lost (no frame; ``reason``)."""
@@ -117,7 +116,7 @@ class Pages(Message):
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class SourceRefused(Message):
     """What was said is refused. ``code`` is one of ``SOURCE_REFUSALS``; ``name`` is the block, where it is known."""
 
@@ -127,7 +126,7 @@ class SourceRefused(Message):
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@wire
 class Pong(Message):
     """Answer to Ping."""
 
