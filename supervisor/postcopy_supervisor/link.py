@@ -105,7 +105,7 @@ class Link:
         self._gave_up = gave_up
         self._advised_at = self._pinged_at = -1e9
         self._silent_since: float | None = None  # when the first Ping was sent that nothing followed
-        self._nonce = self._nonce_lost = 0
+        self._nonce = self._nonce_old = 0  # a Pong up to the second is from before the loss, or the last Advise
         self._complete: set[int] = set()
         self._refused: set[str] = set()
 
@@ -185,7 +185,7 @@ class Link:
                 self._silent_since = None
             case Pong():
                 self._silent_since = None
-                if self.state != "up" and message.nonce > self._nonce_lost and self._may_advise(now):
+                if self.state != "up" and message.nonce > self._nonce_old and self._may_advise(now):
                     self._advise(now)
             case SourceRefused():
                 self._was_refused(message, now)
@@ -270,14 +270,16 @@ class Link:
         return now - self._advised_at >= ADVISE_SECONDS
 
     def _advise(self, now: float) -> None:
-        self._advised_at = now
+        # A slow source answers in order: only the Pong of a Ping that follows means that this Advise found nobody. One
+        # more would end the stream of this one, and what is asked of it in between would be refused.
+        self._advised_at, self._nonce_old = now, self._nonce
         for stream in self._streams.values():
             if stream.block not in self._numbers:
                 self._send(Advise(stream.name, stream.page_size, FEATURES))
 
     def _pause(self, why: str) -> None:
         self.state = "paused"
-        self._nonce_lost, self._pinged_at = self._nonce, -1e9
+        self._nonce_old, self._pinged_at = self._nonce, -1e9
         self._numbers.clear()
         self._blocks.clear()
         self._roads.clear()

@@ -298,6 +298,21 @@ def test_a_pong_from_before_the_loss_brings_no_advise(talk: Talk) -> None:
     assert [type(word.message) for word in talk.supervisor.out] == [Advise, Advise]
 
 
+def test_a_slow_source_is_advised_once() -> None:
+    """Its Pongs come one by one, over more than a second: Pings that were sent before the Advise bring no other."""
+    supervisor = Supervisor()
+    for _ in range(3):
+        supervisor.tick(0.25)
+    nonces = [word.message.nonce for word in supervisor.out if isinstance(word.message, Ping)]
+    for nonce in nonces:
+        supervisor.hear(Word(Pong(nonce)))
+        supervisor.tick(1.1)
+    assert len(nonces) > 1
+    assert sum(isinstance(word.message, Advise) for word in supervisor.out) == len(NAMES)
+    supervisor.hear(Word(Pong(nonces[-1] + 1)))
+    assert sum(isinstance(word.message, Advise) for word in supervisor.out) == 2 * len(NAMES)
+
+
 def test_a_source_that_refuses_everything_is_asked_once_a_second(talk: Talk) -> None:
     """Advised, but no request is ever in phase: no faster than the advises go."""
     talk.supervisor.fault(1, 1, 3, 1)
