@@ -106,7 +106,8 @@ class Deeds:
             case who:
                 self.to_house(act, who)
         if act.of_house:
-            at_once = act.kind.split()[1] in ("kill", "cut", "upgrade")
+            # Not the second kill of a pair: it must not fall into the next act, which may be at the custodian.
+            at_once = act.kind.endswith(("kill", "cut", "upgrade"))
             self.troubled = time.monotonic() + (0.0 if at_once else act.pause)
             self.to_workers(act, act.victims[: act.workers] if act.workers < 4 else (*act.victims, 0.2, 0.4, 0.6, 0.8))
 

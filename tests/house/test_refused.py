@@ -176,7 +176,7 @@ def test_after_a_crash_of_the_supervisor_its_directory_is_served_again(
         people = house.people()
         assert client.do("words(b, [40])") == [word(40 * PAGE)], "workers outlive the supervisor"
         assert (runtime_dir / "door").exists(), "or there is nothing stale to clean"
-        with House(runtime_dir, f"ram0={path}") as second:
+        with House(runtime_dir, f"ram0={path}", abandon=True) as second:
             assert second.client().do("words(b, [3])") == [word(3 * PAGE)]
             assert client.do("words(b, [41])") == [word(41 * PAGE)]
         client.close()

@@ -141,7 +141,7 @@ def test_a_disk_that_cannot_be_read(runtime_dir: Path, tmp_path: Path, mode: str
                 client.do(f"b.ensure({17 * PAGE}, 8)")
             assert lost.value.kind == "PageLost"
             assert other.do(f"words(b, {good})") == [page * PAGE // 8 for page in good]
-            assert "input/output error" in " ".join(house.events("lost"))
+            until(lambda: "input/output error" in " ".join(house.events("lost")), "the loss is told")
             assert house.status()["totals"]["restarts"] == 0
             for one in (client, other):
                 one.do("b.close()")
