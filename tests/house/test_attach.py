@@ -90,8 +90,9 @@ def test_several_blocks_are_one_client(serve: Serve, runtime_dir: Path, source_f
         clients = status(runtime_dir)["clients"]
         assert [client["pid"] for client in clients] == [os.getpid()]
         assert len(clients[0]["blocks"]) == 6
-    document = status(runtime_dir)
-    assert document["clients"] == []
+    deadline = time.monotonic() + 15
+    while (document := status(runtime_dir))["clients"]:  # its worker ends first
+        assert time.monotonic() < deadline, document["clients"]
     assert document["totals"]["polluted"] == 0
 
 

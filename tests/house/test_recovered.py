@@ -144,7 +144,8 @@ def test_nothing_leaks(runtime_dir: Path, source_file: SourceFile) -> None:
             until(lambda: len(house.status()["clients"]) == 1, "it is forgotten")
             counts.append(len(descriptors(house.pid)))
             assert keeper.do("words(b, [1])") == [word(PAGE)]
-        assert counts[-1] <= counts[0], counts
+        # A worker that is just coming back has one descriptor more for a moment.
+        until(lambda: len(descriptors(house.pid)) <= counts[0], f"more and more descriptors: {counts}")
 
 
 def test_restarts_are_counted_anew_and_go_on(runtime_dir: Path, source_file: SourceFile) -> None:

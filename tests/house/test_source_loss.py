@@ -85,7 +85,7 @@ def test_waiters_wait_longer_than_any_watchdog(runtime_dir: Path, source: Source
         until(lambda: client.answered(1) or time.monotonic() - begun > 9, "nine seconds", 20)
         assert not client.answered()
         source.start()
-        assert client.answer(5) == [word(7 * PAGE)]
+        assert client.answer(15) == [word(7 * PAGE)]
         assert house.worker(client) == worker and house.status()["totals"]["restarts"] == 0
         assert not house.events("watchdog")
 
