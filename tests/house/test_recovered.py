@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -125,7 +126,8 @@ def test_killed_at_its_end(runtime_dir: Path, source_file: SourceFile) -> None:
         house.process.send_signal(signal.SIGTERM)
         until(lambda: "ending" in house.last_log(), "it ends")
         house.kill()
-        end_by_pidfd(worker, signal.SIGCONT, "postcopy-w")
+        with contextlib.suppress(ProcessLookupError):  # on a busy machine the end has insisted already
+            end_by_pidfd(worker, signal.SIGCONT, "postcopy-w")
         house.recover()
         for client in clients:
             assert client.do("words(b, [7])") == [word(7 * PAGE)]
