@@ -85,20 +85,25 @@ def test_no_more_descriptors_in_a_running_supervisor(runtime_dir: Path, source_f
 
 
 def test_no_more_memory_for_workers(runtime_dir: Path, source_file: SourceFile, memory: Path) -> None:
-    """What a private client's worker places is charged to the worker. At the limit the client waits; a shared client's
-    pages are charged to the client, and it goes on."""
+    """What a private client's worker places is charged to the worker. At the limit its client waits. A shared client's
+    pages are charged to that client, but its worker is in the same cgroup, and may wait there for a page table of its
+    own: it goes on or waits, and nothing is lost, poisoned or given up. Who needs no worker notices nothing."""
     path = source_file(96 << 20)
     (memory / "memory.limit_in_bytes").write_text(str(64 << 20))
     (memory / "memory.oom_control").write_text("1")
-    with House(runtime_dir, f"ram0={path}", worker_cgroup=str(memory), fault_around="4K") as house:
+    with House(runtime_dir, f"ram0={path}", worker_cgroup=str(memory), restart_limit=1000, fault_around="4K") as house:
         client, other = house.client(), house.client("ram0", "shared")
+        assert other.do("words(b, [1])") == [word(PAGE)]
         client.begin(f"check(b, {str(path)!r})")
         until(lambda: "under_oom 1" in (memory / "memory.oom_control").read_text(), "the limit is reached", 60)
-        assert other.do(f"words(b, [{(95 << 20) // PAGE}])") == [word(95 << 20)]
-        assert not client.answered()
+        assert other.do("words(b, [1])") == [word(PAGE)]
+        other.begin(f"words(b, [{(95 << 20) // PAGE}])")
+        assert house.status()["state"] == "running" and not client.answered()
         (memory / "memory.limit_in_bytes").write_text("-1")
+        assert other.answer(60) == [word(95 << 20)]
         assert client.answer(60) == -1
         assert house.record(client)["state"] == "running" and house.status()["totals"]["lost"] == 0
+        assert house.events("quarantine") == []
 
 
 def test_a_worker_that_the_oom_killer_ends(runtime_dir: Path, source_file: SourceFile, memory: Path) -> None:
