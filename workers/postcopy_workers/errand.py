@@ -8,13 +8,13 @@ userfaultfd of a client to read.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import select
 import time
 from collections.abc import Callable
 from typing import NoReturn
-
-import zmq
 
 from postcopy_protocol import statistics
 from postcopy_protocol.codec import decode, encode, pack_offsets
@@ -24,7 +24,7 @@ from postcopy_protocol.received import LOST, PLACING, RECEIVED
 
 from .page_sources import HandlerFailed, SourceChanged
 from .placing import COPY_DONTWAKE, Block
-from .worker import SOURCE_CHECK_SECONDS, Worker
+from .worker import Worker
 
 PIECE = 1 << 20
 STARVED_SECONDS = 5.0
@@ -111,21 +111,23 @@ def serve_errands(assignment: Assignment, fds: list[int]) -> NoReturn:
     """The life of worker zero; never returns."""
     worker = Worker(assignment, fds)
     errands = Errands(worker.blocks, worker.words)
-    channel = worker.connect()
-    worker.hello(channel)
-    poller = zmq.Poller()
-    quit_fd = fds[assignment.quit]
-    poller.register(quit_fd, zmq.POLLIN)
-    poller.register(channel, zmq.POLLIN)
+    channel = worker.channel()
+    quit_fd, bell = fds[assignment.quit], worker.reports.bell
     while True:
-        ready = dict(poller.poll(int(SOURCE_CHECK_SECONDS * 1000)))
+        pause = worker.tend(channel)
+        waiting = select.poll()
+        waiting.register(quit_fd, select.POLLIN)
+        waiting.register(bell, select.POLLIN)
+        if channel.fileno() >= 0 or channel.connect():
+            waiting.register(channel, select.POLLIN)
+        else:
+            pause = channel.retry_in
+        ready = [fd for fd, _ in waiting.poll(pause * 1000)]
         if quit_fd in ready:
             os._exit(0)
-        if channel in ready:
-            try:
-                order = decode(channel.recv(), expect=(Fetch,))
-            except BadMessage:
-                continue
-            worker.say(channel, encode(errands.fetch(order)))
-        for frame in worker.reports.take():
-            worker.say(channel, frame)
+        if bell in ready:
+            os.eventfd_read(bell)
+        if channel.fileno() in ready:
+            for data in channel.receive_now():
+                with contextlib.suppress(BadMessage):
+                    channel.send(encode(errands.fetch(decode(data, expect=(Fetch,)))))

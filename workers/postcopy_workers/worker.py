@@ -27,8 +27,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import NoReturn
 
-import zmq
-
 from postcopy_kernel import crashpoints, descriptors, process
 from postcopy_kernel.filewatch import give_up_lease, lease_wanted
 from postcopy_kernel.memory import DONTFORK, DONTNEED, Mapping
@@ -42,6 +40,7 @@ from postcopy_protocol.received import CHANGED, LEASED, WATCHED
 from postcopy_protocol.window import FaultAround
 
 from . import crashing, walls
+from .channel import Channel
 from .fault_handler import EVENT_PAGEFAULT, MESSAGE_WORDS, CannotGoOn, ClientGone, FaultHandler, Region
 from .page_sources import FilePages, Handler, HandlerPages, NoPages, PageSource, RemotePages, SourceChanged, ZeroPages
 from .placing import Block, Calls, OwnMapping
@@ -52,6 +51,8 @@ PRIVILEGED = True
 """False once the custodian has given up what a worker must not have, for itself and all that it forks."""
 BATCH = 16
 SOURCE_CHECK_SECONDS = 1.0
+HELD_SECONDS = 0.01
+"""Between two tries to send what the supervisor does not take."""
 CLIENT_GONE, TOLD_TO_LEAVE, FAILED = 0, 4, 3
 """Exit statuses. The first says that nobody is left to serve: an orphaned custodian forks no successor."""
 MAX_REPORTS_OF_A_KIND = 16
@@ -99,7 +100,6 @@ class Worker:
         self.words[statistics.WORKER_PID] = os.getpid()
         self.words[statistics.INCARNATION] = assignment.incarnation
         self.words[statistics.BUSY_SINCE_NS] = 0
-        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._own = self._own_userfaultfd()
         if PRIVILEGED:
             process.drop_privileges()
@@ -172,30 +172,20 @@ class Worker:
         """Does any block come over a return path?"""
         return any(isinstance(block.pages, RemotePages) for block in self.blocks.values())
 
-    def connect(self, role: bytes = b"w") -> zmq.Socket[bytes]:
-        """A channel to the supervisor, for one thread: ``w`` is the one on which it answers. The context is made after
-        the fork, which none survives."""
-        if self._context is None:
-            self._context = zmq.Context()
-            self._context.setsockopt(zmq.MAX_SOCKETS, 8)
-        channel: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
-        channel.setsockopt(zmq.LINGER, 0)
-        channel.setsockopt(zmq.RECONNECT_IVL, 10)
-        channel.setsockopt(zmq.RECONNECT_IVL_MAX, 160)  # a supervisor that takes over wants its workers soon
-        channel.setsockopt(zmq.SNDHWM, 1000 if role != b"q" else 0)  # requests are bounded: each page once
-        channel.setsockopt(zmq.ROUTING_ID, b"%s%d.%d" % (role, self.assignment.worker, self.assignment.incarnation))
-        channel.connect(self.assignment.endpoint)
-        return channel
+    def channel(self) -> Channel:
+        """The one to the supervisor; not connected yet."""
+        told = self.assignment
+        hello = encode(WorkerHello(told.worker, told.incarnation, os.getpid()))
+        held = partial(descriptors.signal_eventfd, self.reports.bell)
+        return Channel(told.endpoint, b"w%d.%d" % (told.worker, told.incarnation), hello, held)
 
-    def hello(self, channel: zmq.Socket[bytes]) -> None:
-        self.say(channel, encode(WorkerHello(self.assignment.worker, self.assignment.incarnation, os.getpid())))
-
-    @staticmethod
-    def say(channel: zmq.Socket[bytes], frame: bytes) -> None:
-        try:
-            channel.send(frame, zmq.DONTWAIT)
-        except zmq.Again:
-            log.warning("the supervisor takes no messages; a report is dropped")
+    def tend(self, channel: Channel) -> float:
+        """Send the reports that wait, and what the channel holds; seconds until that is to be done again."""
+        if channel.connected:
+            for frame in self.reports.take():
+                channel.send(frame)
+            channel.flush()
+        return HELD_SECONDS if channel.holds() else SOURCE_CHECK_SECONDS
 
     def check_sources(self) -> None:
         """Has a file changed since it is served? Marked for every worker, reported once. And does somebody want to
@@ -213,13 +203,11 @@ class Worker:
                 block.received[block.trust_at] = CHANGED
                 self.reports("source-changed", number, 0, f"{changed}; pages that are missing by now are lost")
 
-    def requests(self) -> Requests | None:
-        """For the main thread, whose channel it owns; None where every block is local."""
+    def requests(self, channel: Channel) -> Requests | None:
+        """For the main thread; None where every block is local."""
         if not self.remote:
             return None
-        channel = self.connect(b"q")
-        # The method below pyzmq's own layer, which does nothing here but take a microsecond a request.
-        send = crashpoints.around("worker.unasked", super(zmq.Socket, channel).send, "worker.asked")
+        send = crashpoints.around("worker.unasked", channel.send, "worker.asked")
         return Requests(self.assignment.worker, self.words, send)
 
     def fault_handler(self, requests: Requests | None) -> FaultHandler:
@@ -234,11 +222,14 @@ class Worker:
 
 
 class Attendant(threading.Thread):
-    """The second thread: waits for everything that is no fault, and ends the process when there is reason to."""
+    """The second thread: waits for everything that is no fault, and ends the process when there is reason to. Where all
+    blocks are local it reads the channel too, on which nothing is said to it, to hear when the supervisor is gone."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, channel: Channel) -> None:
         super().__init__(name="attendant", daemon=True)
         self._worker = worker
+        self._channel = channel
+        self._next_check = 0.0
 
     def run(self) -> None:
         try:
@@ -249,57 +240,69 @@ class Attendant(threading.Thread):
             os._exit(FAILED)
 
     def _attend(self) -> NoReturn:
-        worker = self._worker
-        channel = worker.connect(b"r" if worker.remote else b"w")
-        if not worker.remote:  # else the waker says it
-            worker.hello(channel)
+        worker, channel, reads = self._worker, self._channel, not self._worker.remote
         quit_fd, client = (worker.descriptor(place) for place in (worker.assignment.quit, worker.assignment.client))
         bell = worker.reports.bell
-        waiting = select.poll()  # nothing is said to this channel: the waker has the one that is answered
-        for fd in (quit_fd, client, bell):
-            waiting.register(fd, select.POLLIN)
         while True:
-            ready = [fd for fd, _ in waiting.poll(SOURCE_CHECK_SECONDS * 1000)]
+            pause = worker.tend(channel)
+            waiting = select.poll()
+            for fd in (quit_fd, client, bell):
+                waiting.register(fd, select.POLLIN)
+            listened = channel.fileno() if reads else -1
+            if listened >= 0:
+                waiting.register(listened, select.POLLIN)
+            elif reads:
+                pause = channel.retry_in
+            ready = [fd for fd, _ in waiting.poll(pause * 1000)]
             if bell in ready:
                 os.eventfd_read(bell)
-            for frame in worker.reports.take():
-                worker.say(channel, frame)
             if client in ready:
                 os._exit(CLIENT_GONE)
             if quit_fd in ready:
                 os._exit(TOLD_TO_LEAVE)
-            worker.check_sources()
+            if listened in ready:
+                channel.receive_now()
+            elif reads and listened < 0:
+                channel.connect()
+            self._check_sources()
+
+    def _check_sources(self) -> None:
+        now = time.monotonic()
+        if now >= self._next_check:
+            self._next_check = now + SOURCE_CHECK_SECONDS
+            self._worker.check_sources()
 
 
 class Waker(threading.Thread):
-    """The third thread, where blocks are remote: it sleeps in recv() and wakes the client where the supervisor says."""
+    """The third thread, where blocks are remote: it sleeps in recv() and wakes the client where the supervisor says.
+    One thread that polls for faults and for words was measured: it costs a worker a fifth more of each fault."""
 
-    def __init__(self, worker: Worker, handler: FaultHandler, requests: Requests) -> None:
+    def __init__(self, worker: Worker, handler: FaultHandler, requests: Requests, channel: Channel) -> None:
         super().__init__(name="waker", daemon=True)
         self._worker = worker
         self._handler = handler
         self._requests = requests
+        self._channel = channel
 
     def run(self) -> None:
-        channel = self._worker.connect()
-        self._worker.hello(channel)
-        self._again = Requests(self._worker.assignment.worker, self._worker.words, partial(self._worker.say, channel))
+        receive = self._channel.receive
+        self._again = Requests(self._worker.assignment.worker, self._worker.words, self._channel.send)
         lanes = {head_of(Wake(number, pack_offsets([0])), OFFSET): self._lane(number) for number in self._worker.blocks}
         while True:
-            try:
-                data = channel.recv()
+            for data in receive():
                 lane = lanes.get(data[:-OFFSET])
-                if lane is not None:  # one page is placed: as these bytes, but for the offset, and nothing to decode
-                    lane(int.from_bytes(data[-OFFSET:], "little"))
-                else:
-                    self._heard(decode(data, expect=(Wake, Lost)))
-            except BadMessage as error:
-                log.warning("worker %d: not understood: %s", self._worker.assignment.worker, error)
-            except ClientGone:
-                os._exit(CLIENT_GONE)
-            except OSError:
-                log.exception("worker %d cannot wake", self._worker.assignment.worker)
-                os._exit(FAILED)
+                try:
+                    if lane is not None:  # one page is placed: as these bytes, but for the offset: nothing to decode
+                        lane(int.from_bytes(data[-OFFSET:], "little"))
+                    else:
+                        self._heard(decode(data, expect=(Wake, Lost)))
+                except BadMessage as error:
+                    log.warning("worker %d: not understood: %s", self._worker.assignment.worker, error)
+                except ClientGone:
+                    os._exit(CLIENT_GONE)
+                except OSError:
+                    log.exception("worker %d cannot wake", self._worker.assignment.worker)
+                    os._exit(FAILED)
 
     def _lane(self, number: int) -> Callable[[int], None]:
         answered, wake = self._requests.answered_one, crashpoints.before("worker.told", self._handler.waking(number))
@@ -327,12 +330,14 @@ def serve_client(assignment: Assignment, fds: list[int]) -> NoReturn:
     if assignment.incarnation > 1:
         crashpoints.disarm()
     worker = Worker(assignment, fds)
-    requests = worker.requests()
+    channel = worker.channel()
+    channel.connect()  # if there is a supervisor just now; else its reader tries again
+    requests = worker.requests(channel)
     handler = worker.fault_handler(requests)
     userfaultfd = fds[assignment.userfaultfd]
     os.set_blocking(userfaultfd, True)
     recording = Recording.of(fds[assignment.statistics], assignment.worker)
-    attendant = Attendant(worker)
+    attendant = Attendant(worker, channel)
     handler.wake_everything()
     attendant.start()
     try:
@@ -341,7 +346,7 @@ def serve_client(assignment: Assignment, fds: list[int]) -> NoReturn:
             waking = worker.fault_handler(requests)
             if recording is not None:
                 recording.wrap_wakes(waking)
-            Waker(worker, waking, requests).start()
+            Waker(worker, waking, requests, channel).start()
         if recording is not None:
             recording.wrap(handler)
         _read_for_ever(userfaultfd, handler)
