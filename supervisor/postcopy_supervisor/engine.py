@@ -92,28 +92,34 @@ class Flight:
 
 
 class Engine:
-    """Waiters and requests in flight of all blocks. ``stand`` and ``come`` are the common case in as few steps as it
-    takes; ``fault`` and ``answered`` say the same in effects, of any number of pages."""
+    """Waiters and requests in flight of all blocks. The lanes (lanes.py) do by hand what ``stand`` and ``come`` do for
+    one page; ``fault`` and ``answered`` say the same in effects, of any number of pages."""
 
     def __init__(self) -> None:
-        self._waiting: dict[tuple[int, int], set[int]] = {}
-        self._flights: dict[int, Flight] = {}
+        self.waiting: dict[tuple[int, int], set[int]] = {}
+        """Who stands at a page, by (block, page)."""
+        self.flights: dict[int, Flight] = {}
+        """By block."""
         self.requests = 0
         self.deduplicated = 0
+
+    def flight(self, block: int) -> Flight:
+        """What is in flight of a block; always the same object."""
+        flight = self.flights.get(block)
+        if flight is None:
+            flight = self.flights[block] = Flight()
+        return flight
 
     def stand(self, waiter: int, block: int, page: int, end: int) -> int:
         """A waiter stands at ``page``. The end of what has to be asked for from there, at most ``end``; 0: nothing."""
         key = (block, page)
-        waiters = self._waiting.get(key)
+        waiters = self.waiting.get(key)
         if waiters is not None:
             waiters.add(waiter)
             self.deduplicated += 1
             return 0
-        self._waiting[key] = {waiter}
-        flight = self._flights.get(block)
-        if flight is None:
-            flight = self._flights[block] = Flight()
-        end = flight.take_off(page, end)
+        self.waiting[key] = {waiter}
+        end = self.flight(block).take_off(page, end)
         if end:
             self.requests += 1
         else:
@@ -122,10 +128,10 @@ class Engine:
 
     def come(self, block: int, page: int) -> set[int] | None:
         """One page is there, asked for or not: who stood at it."""
-        flight = self._flights.get(block)
+        flight = self.flights.get(block)
         if flight is not None:
             flight.land(page, page + 1)
-        return self._waiting.pop((block, page), None)
+        return self.waiting.pop((block, page), None)
 
     def fault(self, waiter: int, block: int, page: int, end: int) -> list[Effect]:
         """A waiter stands at ``page``; if it has to be asked for, then pages up to ``end`` in the same breath."""
@@ -137,34 +143,34 @@ class Engine:
         free = self.first_free(block, first, end)
         if free is None:
             return []
-        self._flights.setdefault(block, Flight()).take_off(*free)
+        self.flight(block).take_off(*free)
         self.requests += 1
         return [Ask(block, *free)]
 
     def answered(self, block: int, first: int, end: int, lost: Iterable[int] = ()) -> list[Effect]:
         """Pages ``first`` to ``end`` have an answer, asked for or not, whole requests or parts: release all who
         wait."""
-        if block in self._flights:
-            self._flights[block].land(first, end)
+        if block in self.flights:
+            self.flights[block].land(first, end)
         gone = set(lost)
         if end - first == 1:
-            keys = [(block, first)] if (block, first) in self._waiting else []
+            keys = [(block, first)] if (block, first) in self.waiting else []
         else:
-            keys = sorted(key for key in self._waiting if key[0] == block and first <= key[1] < end)
+            keys = sorted(key for key in self.waiting if key[0] == block and first <= key[1] < end)
         effects: list[Effect] = []
         for key in keys:
-            for waiter in sorted(self._waiting.pop(key)):
+            for waiter in sorted(self.waiting.pop(key)):
                 effects.append(Release(waiter, block, key[1], key[1] in gone))
         return effects
 
     def first_free(self, block: int, first: int, end: int) -> tuple[int, int] | None:
         """The first part of a range that is not in flight."""
-        flight = self._flights.get(block)
+        flight = self.flights.get(block)
         return flight.free(first, end) if flight is not None else (first, end) if first < end else None
 
     def flying(self) -> Iterator[tuple[int, int, int]]:
         """(block, first, end) of everything in flight, block by block in the order in which it was asked."""
-        for block, flight in sorted(self._flights.items()):
+        for block, flight in sorted(self.flights.items()):
             for first, end in flight.ends.items():
                 yield block, first, end
 
@@ -174,42 +180,42 @@ class Engine:
 
     def leave(self, waiter: int) -> list[tuple[int, int]]:
         """A waiter is gone; returns the (block, page) it stood at. What it asked for is brought all the same."""
-        stood = [key for key, waiters in self._waiting.items() if waiter in waiters]
+        stood = [key for key, waiters in self.waiting.items() if waiter in waiters]
         for key in stood:
-            self._waiting[key].discard(waiter)
-            if not self._waiting[key]:
-                del self._waiting[key]
+            self.waiting[key].discard(waiter)
+            if not self.waiting[key]:
+                del self.waiting[key]
         return sorted(stood)
 
     @property
     def in_flight(self) -> int:
         """Requests without an answer yet."""
-        return sum(len(flight.starts) for flight in self._flights.values())
+        return sum(len(flight.starts) for flight in self.flights.values())
 
     @property
     def idle(self) -> bool:
         """Nothing in flight and nobody waiting."""
-        return not self._waiting and not any(flight.starts for flight in self._flights.values())
+        return not self.waiting and not any(flight.starts for flight in self.flights.values())
 
     def waits(self, waiter: int) -> bool:
         """Does it stand anywhere?"""
-        return any(waiter in waiters for waiters in self._waiting.values())
+        return any(waiter in waiters for waiters in self.waiting.values())
 
     def waited_for(self, block: int) -> list[int]:
         """Pages of a block that somebody stands at."""
-        return sorted(page for number, page in self._waiting if number == block)
+        return sorted(page for number, page in self.waiting if number == block)
 
     def standing(self, block: int, page: int) -> list[int]:
         """Who stands at a page."""
-        return sorted(self._waiting.get((block, page), ()))
+        return sorted(self.waiting.get((block, page), ()))
 
     def check(self) -> None:
         """Assert the invariants (tests call it after every event)."""
-        for (block, page), waiters in self._waiting.items():
+        for (block, page), waiters in self.waiting.items():
             assert waiters, f"page {page} of block {block} is waited for by nobody"
             flights = sum(number == block and first <= page < end for number, first, end in self.flying())
             assert flights == 1, f"page {page} of block {block} is waited for and in flight {flights} times"
-        for flight in self._flights.values():
+        for flight in self.flights.values():
             assert flight.starts == sorted(flight.ends)
             ends = [flight.ends[start] for start in flight.starts]
             assert all(start < end for start, end in zip(flight.starts, ends, strict=True))

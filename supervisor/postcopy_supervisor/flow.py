@@ -71,16 +71,16 @@ Effect = Send | GiveUp
 @dataclass(slots=True)
 class Wish:
     """A range on its way: asked for ``attempts`` times, last at ``sent`` (monotonic seconds) under the number
-    ``request``. ``missing``: what has not come of it since then, as (offset, end)."""
+    ``request``. ``missing``: what has not come of it since then, as (offset, end); None: all of it."""
 
     client: int
     block: int
     offset: int
     length: int
-    missing: list[tuple[int, int]] = field(default_factory=list)
     sent: float = 0.0
     attempts: int = 0
     request: int = 0
+    missing: list[tuple[int, int]] | None = None
 
     def covers(self, block: int, offset: int) -> bool:
         return self.block == block and self.offset <= offset < self.offset + self.length
@@ -92,16 +92,18 @@ class Flow:
 
     limits: Limits = field(default_factory=Limits)
     up: bool = False
-    _flying: dict[int, Wish] = field(default_factory=dict)
-    _queues: dict[int, deque[Wish]] = field(default_factory=dict)
-    _bytes: int = 0
+    flying: dict[int, Wish] = field(default_factory=dict)
+    """Wishes in flight, by number."""
+    queues: dict[int, deque[Wish]] = field(default_factory=dict)
+    bytes_in_flight: int = 0
     _background: int = 0
-    _pieces: int = 0
-    _next: int = REQUESTS
-    _urgent_at: float = -1e9
+    pieces: int = 0
+    """Of the background, in flight."""
+    next_request: int = REQUESTS
+    urgent_at: float = -1e9
     _pace: float = 0.0
     """Seconds that the last piece of the background took."""
-    _urgent_pace: float = 0.0
+    urgent_pace: float = 0.0
     """... and the last urgent wish."""
     past: deque[tuple[Wish, float]] = field(default_factory=lambda: deque(maxlen=PAST))
     """The last wishes that have landed, and when their answer came (0.0: it did not). One append a request: it is
@@ -114,7 +116,7 @@ class Flow:
         wish = self.launch(client, block, offset, length, now)
         if wish is not None:
             return [Send(wish.request, block, offset, length, True)]
-        self._queues.setdefault(client, deque()).append(Wish(client, block, offset, length))
+        self.queues.setdefault(client, deque()).append(Wish(client, block, offset, length))
         return self._pump(now)
 
     def launch(self, client: int, block: int, offset: int, length: int, now: float) -> Wish | None:
@@ -129,50 +131,50 @@ class Flow:
     def hasten(self, client: int, block: int, offset: int, length: int, now: float) -> list[Effect]:
         """A client has come to wait for a page that is wished for already: again, as urgent, if only the background
         brings it, and not soon."""
-        covering = [wish for wish in self._flying.values() if wish.covers(block, offset)]
+        covering = [wish for wish in self.flying.values() if wish.covers(block, offset)]
         if not self.up or any(wish.client != BACKGROUND for wish in (*covering, *self._waiting_for(block, offset))):
             return []
-        oldest = next((wish.sent for wish in self._flying.values() if wish.client == BACKGROUND), now)
+        oldest = next((wish.sent for wish in self.flying.values() if wish.client == BACKGROUND), now)
         pace = max(self._pace, now - oldest)
-        if covering and covering[0].sent + pace - now < self._urgent_pace + self.limits.hurry:
+        if covering and covering[0].sent + pace - now < self.urgent_pace + self.limits.hurry:
             return []
         return self.wish(client, block, offset, length, now)
 
     def landed(self, wish: Wish, now: float) -> Sequence[Effect]:
         """All of a wish in flight has come at once: what may be sent now."""
-        del self._flying[wish.request]
+        del self.flying[wish.request]
         if wish.client == BACKGROUND:
             self._pace = now - wish.sent
         else:
-            self._urgent_pace = now - wish.sent
+            self.urgent_pace = now - wish.sent
         self._landed(wish, now)
-        return self._pump(now) if self._queues else ()
+        return self._pump(now) if self.queues else ()
 
     def answered(
         self, request: int, block: int, ranges: Sequence[tuple[int, int]], now: float
     ) -> tuple[list[Effect], float]:
         """``ranges`` (offset, length) have come in answer to a request. When that was the rest of it: what may be sent
         now, and how many seconds it took (0.0 before that, and for a request that nobody remembers)."""
-        wish = self._flying.get(request)
+        wish = self.flying.get(request)
         if wish is None or wish.block != block:
             return [], 0.0
-        if len(ranges) == 1 and ranges[0] == (wish.offset, wish.length):
-            wish.missing = []  # all at once, which is the rule
-        else:
+        if len(ranges) != 1 or ranges[0] != (wish.offset, wish.length):  # else all at once, which is the rule
+            missing = wish.missing or [(wish.offset, wish.offset + wish.length)]
             for offset, length in ranges:
-                wish.missing = _less(wish.missing, offset, offset + length)
-        if wish.missing:
-            return [], 0.0
+                missing = _less(missing, offset, offset + length)
+            if missing:
+                wish.missing = missing
+                return [], 0.0
         return list(self.landed(wish, now)), now - wish.sent
 
     def lost_source(self) -> None:
         """Nothing can be sent; everything open will be sent anew."""
         self.up = False
-        for wish in reversed(self._flying.values()):  # the oldest will be first in its queue
+        for wish in reversed(self.flying.values()):  # the oldest will be first in its queue
             self._landed(wish)
-            self._queues.setdefault(wish.client, deque()).appendleft(wish)
-        self._flying.clear()
-        for queue in self._queues.values():
+            self.queues.setdefault(wish.client, deque()).appendleft(wish)
+        self.flying.clear()
+        for queue in self.queues.values():
             for wish in queue:
                 wish.attempts = 0
 
@@ -186,44 +188,36 @@ class Flow:
         effects: list[Effect] = []
         if not self.up:
             return effects
-        for request, wish in reversed(list(self._flying.items())):
+        for request, wish in reversed(list(self.flying.items())):
             if now - wish.sent < self.limits.patience:
                 continue
-            del self._flying[request]
+            del self.flying[request]
             self._landed(wish)
             if wish.attempts >= self.limits.attempts:
                 effects.append(GiveUp(wish.block, wish.offset, wish.length))
             else:
-                self._queues.setdefault(wish.client, deque()).appendleft(wish)
+                self.queues.setdefault(wish.client, deque()).appendleft(wish)
         return effects + self._pump(now)
 
     # --- figures ------------------------------------------------------------------------------------------------------
 
-    def flying(self, request: int) -> Wish | None:
-        """The wish that is in flight under this number."""
-        return self._flying.get(request)
-
     @property
     def in_flight(self) -> int:
-        return len(self._flying)
+        return len(self.flying)
 
     @property
     def streaming(self) -> bool:
         """Is any background piece in flight?"""
-        return self._pieces > 0
-
-    @property
-    def bytes_in_flight(self) -> int:
-        return self._bytes
+        return self.pieces > 0
 
     @property
     def waiting(self) -> int:
         """Wishes not sent yet."""
-        return sum(map(len, self._queues.values()))
+        return sum(map(len, self.queues.values()))
 
     def open_wish(self, block: int, offset: int) -> tuple[Wish, bool] | None:
         """The wish that brings the bytes at ``offset``, and whether it is sent."""
-        flying = (wish for wish in self._flying.values() if wish.covers(block, offset))
+        flying = (wish for wish in self.flying.values() if wish.covers(block, offset))
         for sent, wishes in ((True, flying), (False, self._waiting_for(block, offset))):
             for wish in wishes:
                 return wish, sent
@@ -231,47 +225,47 @@ class Flow:
 
     def busy(self, now: float) -> bool:
         """Has somebody been waiting a moment ago?"""
-        return now - self._urgent_at < self.limits.calm
+        return now - self.urgent_at < self.limits.calm
 
     def room_for_background(self, now: float) -> int:
         """Bytes of background that may be wished for now; 0 while urgent wishes wait."""
-        if not self.up or any(queue for client, queue in self._queues.items() if client != BACKGROUND):
+        if not self.up or any(queue for client, queue in self.queues.items() if client != BACKGROUND):
             return 0
         window = self.limits.background_busy if self.busy(now) else self.limits.background_calm
-        waiting = sum(wish.length for wish in self._queues.get(BACKGROUND, ()))
+        waiting = sum(wish.length for wish in self.queues.get(BACKGROUND, ()))
         return max(0, window - self._background - waiting)
 
     def check(self) -> None:
         """Assert the invariants (tests call it after every event)."""
-        assert self._bytes == sum(wish.length for wish in self._flying.values())
-        background = sum(wish.length for wish in self._flying.values() if wish.client == BACKGROUND)
+        assert self.bytes_in_flight == sum(wish.length for wish in self.flying.values())
+        background = sum(wish.length for wish in self.flying.values() if wish.client == BACKGROUND)
         assert self._background == background
-        assert self.up or not self._flying
-        pieces = [wish for wish in self._flying.values() if wish.client == BACKGROUND]
-        assert len(pieces) == self._pieces <= self.limits.requests
-        assert len(self._flying) - self._pieces <= self.limits.requests
-        assert all(wish.missing for wish in self._flying.values())
+        assert self.up or not self.flying
+        pieces = [wish for wish in self.flying.values() if wish.client == BACKGROUND]
+        assert len(pieces) == self.pieces <= self.limits.requests
+        assert len(self.flying) - self.pieces <= self.limits.requests
+        assert all(wish.missing is None or wish.missing for wish in self.flying.values())
         assert not self.up or self._take() is None, "something waits though there is room"
-        urgent = self._bytes - background
-        largest = max((wish.length for wish in self._flying.values()), default=0)
+        urgent = self.bytes_in_flight - background
+        largest = max((wish.length for wish in self.flying.values()), default=0)
         assert urgent <= self.limits.bytes + largest
 
     def _waiting_for(self, block: int, offset: int) -> Iterator[Wish]:
         """Wishes for these bytes that are not sent."""
-        return (wish for queue in self._queues.values() for wish in queue if wish.covers(block, offset))
+        return (wish for queue in self.queues.values() for wish in queue if wish.covers(block, offset))
 
     # --- the law ------------------------------------------------------------------------------------------------------
 
     def _landed(self, wish: Wish, came: float = 0.0) -> None:
         self.past.append((wish, came))
-        self._bytes -= wish.length
+        self.bytes_in_flight -= wish.length
         if wish.client == BACKGROUND:
             self._background -= wish.length
-            self._pieces -= 1
+            self.pieces -= 1
 
     def _pump(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
-        while self.up and self._queues and (wish := self._take()) is not None:
+        while self.up and self.queues and (wish := self._take()) is not None:
             self._fly(wish, now)
             effects.append(Send(wish.request, wish.block, wish.offset, wish.length, wish.client != BACKGROUND))
         return effects
@@ -281,38 +275,38 @@ class Flow:
         """May an urgent wish be sent at once, overtaking nobody?"""
         return (
             self.up
-            and len(self._queues) == (BACKGROUND in self._queues)
-            and len(self._flying) - self._pieces < self.limits.requests
-            and self._bytes - self._background < self.limits.bytes
+            and len(self.queues) == (BACKGROUND in self.queues)
+            and len(self.flying) - self.pieces < self.limits.requests
+            and self.bytes_in_flight - self._background < self.limits.bytes
         )
 
     def _fly(self, wish: Wish, now: float) -> None:
         wish.sent, wish.attempts = now, wish.attempts + 1
-        wish.missing = [(wish.offset, wish.offset + wish.length)]
-        self._bytes += wish.length
+        wish.missing = None
+        self.bytes_in_flight += wish.length
         if wish.client != BACKGROUND:
-            self._urgent_at = now
+            self.urgent_at = now
         else:
             self._background += wish.length
-            self._pieces += 1
-        wish.request, self._next = self._next, self._next + 1
-        self._flying[wish.request] = wish
+            self.pieces += 1
+        wish.request, self.next_request = self.next_request, self.next_request + 1
+        self.flying[wish.request] = wish
 
     def _take(self) -> Wish | None:
         """The next wish: clients in turns, background last; None when there is no room or nothing waits."""
-        urgent, size = len(self._flying) - self._pieces, self._bytes - self._background
-        for client, queue in self._queues.items():
+        urgent, size = len(self.flying) - self.pieces, self.bytes_in_flight - self._background
+        for client, queue in self.queues.items():
             if client == BACKGROUND or not queue:
                 continue
             if urgent >= self.limits.requests or size >= self.limits.bytes:
                 return None
-            del self._queues[client]
+            del self.queues[client]
             wish = queue.popleft()
             if queue:
-                self._queues[client] = queue  # behind the others: its next turn comes after theirs
+                self.queues[client] = queue  # behind the others: its next turn comes after theirs
             return wish
-        pieces = self._queues.get(BACKGROUND)
-        return pieces.popleft() if pieces and self._pieces < self.limits.requests else None
+        pieces = self.queues.get(BACKGROUND)
+        return pieces.popleft() if pieces and self.pieces < self.limits.requests else None
 
 
 def _less(ranges: list[tuple[int, int]], start: int, stop: int) -> list[tuple[int, int]]:

@@ -150,7 +150,7 @@ class Link:
         self._do(self.flow.tick(now))
         if len(self._answers) > 2 * self.flow.in_flight + 16:  # of what was asked again, or answered in another form
             self._answers = {
-                answer: wish for answer, wish in self._answers.items() if self.flow.flying(wish.request) is wish
+                answer: wish for answer, wish in self._answers.items() if self.flow.flying.get(wish.request) is wish
             }
 
     # --- what the source says -----------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ class Link:
         ``heard`` are to judge it."""
         wish = self._answers.pop(head, None)
         # Asked again under another number, or the source was lost: the pages are good, but they are not this wish's.
-        if wish is None or wish.length != length or self.flow.flying(wish.request) is not wish:
+        if wish is None or wish.length != length or self.flow.flying.get(wish.request) is not wish:
             return None
         return wish
 
@@ -291,7 +291,7 @@ class Link:
         for effect in effects:
             match effect:
                 case Send(request, urgent=urgent):
-                    wish = self.flow.flying(request)
+                    wish = self.flow.flying.get(request)
                     if wish is not None:
                         self._ask(wish, urgent)
                 case GiveUp(block, offset, length):

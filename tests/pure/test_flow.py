@@ -139,7 +139,7 @@ class Wishes(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
         for wish in self.open.values():
-            if wish.request and self.now - self.flow._flying[wish.request].sent >= LIMITS.patience:
+            if wish.request and self.now - self.flow.flying[wish.request].sent >= LIMITS.patience:
                 wish.request = 0
         self._heard(self.flow.tick(self.now))
 
@@ -158,7 +158,7 @@ class Wishes(RuleBasedStateMachine):
     def holds(self) -> None:
         self.flow.check()
         flying = {wish.request: wish for wish in self.open.values() if wish.request}
-        assert set(self.flow._flying) == set(flying)
+        assert set(self.flow.flying) == set(flying)
         assert self.flow.waiting == len(self.open) - len(flying), "a wish is lost, or there twice"
         urgent = [wish for wish in flying.values() if wish.client != BACKGROUND]
         assert len(urgent) <= LIMITS.requests

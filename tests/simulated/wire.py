@@ -215,7 +215,7 @@ class Supervisor:
         assert not waiting & self.received, "somebody waits for a page that has arrived"
         assert {key[1:] for key in self.waiting} == waiting
         flow = self.link.flow
-        wishes = [*flow._flying.values(), *(wish for queue in flow._queues.values() for wish in queue)]
+        wishes = [*flow.flying.values(), *(wish for queue in flow.queues.values() for wish in queue)]
         asked = [(wish.block, page) for wish in wishes for page in _pages_of(wish.offset, wish.length)]
         assert len(asked) == len(set(asked)), "a page is on its way twice"
         open_pages = {(block, page) for block, low, high in self.engine.flying() for page in range(low, high)}
@@ -227,7 +227,7 @@ class Supervisor:
 
 
 def _pairs(engine: Engine) -> list[tuple[tuple[int, int], set[int]]]:
-    return list(engine._waiting.items())
+    return list(engine.waiting.items())
 
 
 def _pages_of(offset: int, length: int) -> range:
