@@ -137,7 +137,8 @@ class SourceEnd:
         if chance < 0.08:
             return pick((Listen(stream, pick((0, PAGE, 1 << 24))), Ping(pick((0, 1, 1 << 63)))))
         if chance < 0.5:  # the common one
-            return RequestRanges(REQUESTS + self.dice.randrange(99), stream, True, pack_ranges([(ranges[0][0], PAGE)]))
+            page = (ranges[0][0] + pick((0,) * 9 + (8, 1 << 40)), PAGE)
+            return RequestRanges(REQUESTS + self.dice.randrange(99), stream, True, pack_ranges([page]))
         return RequestRanges(request, stream, pick((True, True, False)), pack_ranges(ranges))
 
     def _streams(self) -> list[Open]:
