@@ -1,9 +1,10 @@
 """Fuzzing of everything that takes bytes from outside: ``python -m tests.fuzz [--inputs N] [--seed S] [--seconds T]``.
 
 An input is one frame given to one listener: random bytes, or a valid message with bytes flipped, cut, doubled, spliced,
-or with wrong values in its fields. A listener takes it or refuses it by its own exception (BadMessage, Refusal,
-SourceRefusal); any other exception is a finding: it is printed with the seed and the bytes, and the exit status is 1.
-Invariants of the flow are checked after every word of a source.
+or with wrong values in its fields; on the return path also one that fits what is open just then. A listener takes it or
+refuses it by its own exception (BadMessage, Refusal); any other exception is a finding: it is printed with the seed and
+the bytes, and the exit status is 1. Both ends of a return path are what runs (fuzz_return_path.py), and what must hold
+there is checked after every word.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields
-from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -46,23 +46,14 @@ from postcopy_protocol.messages import (
     Wake,
     WorkerHello,
 )
-from postcopy_protocol.return_path import (
-    FROM_SOURCE,
-    FROM_SUPERVISOR,
-    Advise,
-    Complete,
-    Listen,
-    RequestRanges,
-    pack_ranges,
-)
-from postcopy_protocol.source_conversation import Offer, SourceConversation, SourceRefusal
+from postcopy_protocol.return_path import FROM_SOURCE, FROM_SUPERVISOR, pack_ranges
 from postcopy_protocol.sources import parse_named
 from postcopy_protocol.vhost_conversation import FrontEnd, Stage, lay_out
 from postcopy_protocol.vhost_user import HEADER, FrameReader, VhostUserError
 from postcopy_supervisor import control, recovery
 from postcopy_supervisor.history import History
-from postcopy_supervisor.link import Link, Stream
 from postcopy_workers.rendezvous import Rendezvous, Visitor
+from tests.fuzz_return_path import SourceEnd, SupervisorEnd
 
 PAGE = 4096
 ALL = tuple(codec.MESSAGES.values())
@@ -77,12 +68,18 @@ class Fuzzer:
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         self.outcomes: Counter[str] = Counter()
+        self.source, self.supervisor = SourceEnd(self.random), SupervisorEnd(self.random)
+        self.nearly: dict[str, Callable[[], Message | bytes]] = {
+            "source": self.source.nearly,
+            "link": self.supervisor.nearly_of_source,
+            "router": self.supervisor.nearly_of_worker,
+        }
         self.listeners: dict[str, tuple[Listener, tuple[type[Message], ...]]] = {
             "decode": (lambda data: void(decode(data, expect=ALL)), ALL),
             "door": (self._door, FROM_CLIENT),
-            "source": (self._source, FROM_SUPERVISOR),
-            "link": (self._link, FROM_SOURCE),
-            "router": (self._router, FROM_WORKER),
+            "source": (self.source.hear, FROM_SUPERVISOR),
+            "link": (self.supervisor.from_source, FROM_SOURCE),
+            "router": (self.supervisor.from_worker, FROM_WORKER),
             "control": (self._control, control.QUESTIONS),
             "worker": (self._worker, TO_WORKER),
             "resumed": (lambda data: void(unpack_offsets(decode(data, expect=(Resumed,)).released)), (Resumed,)),
@@ -116,12 +113,9 @@ class Fuzzer:
             self.conversation.hear(Hello("fuzz", "native"), 0)
             self.conversation.hear(OfferUserfaultfd(), 1)
             self.conversation.opened(1, "private", 64, PAGE)
-        self.at_source = SourceConversation({"ram0": Offer("ram0", 64 * PAGE + 5, PAGE, "x")}, count(1).__next__)
-        stream = Stream(1, "ram0", PAGE, 64 * PAGE + 5, "x")
-        self.now = 0.0
-        self.link = Link("ipc:///x", [stream], 5.0, void, void, void)
-        self.link.tick(self.now)
-        self.link.wish(3, 1, 0, 8 * PAGE, self.now)
+        if self.random.random() < 0.3:
+            self.source.fresh()
+            self.supervisor.fresh()
 
     def _back_end(self, data: bytes) -> None:
         """A vhost-user back-end answers: anything, or nearly right, under a header that may be a lie."""
@@ -151,11 +145,11 @@ class Fuzzer:
             self._fresh()
         name = self.random.choice(list(self.listeners))
         listen, kinds = self.listeners[name]
-        data = self._input(kinds)
+        data = self._input(kinds, self.nearly.get(name))
         try:
             listen(data)
             self.outcomes[f"{name}: taken"] += 1
-        except (BadInput, BadMessage, Refusal, SourceRefusal, VhostUserError):
+        except (BadInput, BadMessage, Refusal, VhostUserError):
             self.outcomes[f"{name}: refused"] += 1
         except Exception as error:
             raise AssertionError(f"{name} broke on {data!r}: {type(error).__name__}: {error}") from error
@@ -166,35 +160,6 @@ class Fuzzer:
         self.conversation.hear(decode(data, expect=FROM_CLIENT), self.random.choice((0, 0, 0, 1, 2)))
         if self.random.random() < 0.3:
             self.conversation.opened(self.random.randrange(3), self.random.choice(("private", "shared")), 64, PAGE)
-
-    def _source(self, data: bytes) -> None:
-        match decode(data, expect=FROM_SUPERVISOR):
-            case Advise() as message:
-                self.at_source.advise(message)
-            case Listen() as message:
-                self.at_source.listen(message)
-            case RequestRanges() as message:
-                self.at_source.request(message)
-            case Complete() as message:
-                self.at_source.complete(message)
-
-    def _link(self, data: bytes) -> None:
-        self.now += self.random.choice((0.0, 0.001, 0.5, 7.0))
-        lengths = [self.random.choice((0, 1, PAGE, PAGE, 2 * PAGE)) for _ in range(self.random.choice((0, 1, 1, 2)))]
-        try:
-            wish = self.link.expected(data, lengths[0]) if len(lengths) == 1 else None
-            if wish is not None:
-                decode(data, expect=FROM_SOURCE)  # what is taken unread must be what decode takes
-                return self.link.landed(wish, self.now)
-            self.link.heard(decode(data, expect=FROM_SOURCE), lengths, self.now)
-            self.link.tick(self.now)
-        finally:
-            self.link.flow.check()
-
-    def _router(self, data: bytes) -> None:
-        match decode(data, expect=FROM_WORKER):
-            case RequestPages(_, _, offsets) | Fetched(_, _, _, offsets):
-                unpack_offsets(offsets)
 
     def _control(self, data: bytes) -> None:
         answer = control.answer(self.house, decode(data, expect=control.QUESTIONS))
@@ -227,10 +192,18 @@ class Fuzzer:
 
     def close(self) -> None:
         self.rendezvous.close()
+        self.source.close()
+        self.supervisor.close()
 
     # --- inputs -------------------------------------------------------------------------------------------------------
 
-    def _input(self, kinds: tuple[type[Message], ...]) -> bytes:
+    def _input(self, kinds: tuple[type[Message], ...], nearly: Callable[[], Message | bytes] | None) -> bytes:
+        if nearly is not None and self.random.random() < 0.7:
+            word = nearly()
+            fitting = bytearray(encode(word) if isinstance(word, Message) else word)
+            if self.random.random() < 0.3:
+                self._mutate(fitting)
+            return bytes(fitting)
         how = self.random.random()
         if how < 0.05:
             return self.random.randbytes(self.random.randrange(64))

@@ -51,6 +51,9 @@ from .source import PageSource, PushStream, StreamEnded
 EXPECTED = frozenset(FROM_SUPERVISOR)
 MAX_PEERS = 256
 """Supervisors that are remembered; beyond it the one that has been silent longest is forgotten."""
+SILENT_SECONDS = 600.0
+"""A supervisor that has said nothing for so long is forgotten: they ping every second. When a connection breaks while
+nothing is sent nobody tells us, and a thread that pushes to it would wait for ever for more to be allowed."""
 MAX_PUSHING = 64
 """Threads in ``listening`` of sources."""
 PIECE = 256 << 10
@@ -125,6 +128,8 @@ class Loop:
 
     def _tick(self, now: float) -> None:
         self._readers.check()
+        for peer in [peer for peer in self._peers.values() if now - peer.heard > SILENT_SECONDS]:
+            self._forget(peer)
         for peer in self._sender.flush():
             self._enqueue(peer)
         self._keep_pace(now)

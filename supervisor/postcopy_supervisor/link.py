@@ -220,7 +220,9 @@ class Link:
             raise BadMessage(f"the source advises block {message.name} again, unasked")
         self._numbers[stream.block], self._blocks[message.stream] = message.stream, stream.block
         self._roads[stream.block] = Road(message.stream)
-        self._send(Listen(message.stream, PUSH_WINDOW))
+        # What is complete was so before this source came, or came back: it is not to push it all again.
+        done = stream.block in self._complete
+        self._send(Complete(message.stream) if done else Listen(message.stream, PUSH_WINDOW))
         if self.state != "up" and len(self._numbers) == len(self._streams):
             again, self.state = self.state == "paused", "up"
             self._refused.clear()

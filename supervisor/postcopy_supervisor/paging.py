@@ -44,7 +44,7 @@ ZERO_PIECE = 1 << 20
 DROP_AFTER = 32 << 20
 MOST_LANES = 64
 """Of one worker: it asks for pages of as many blocks, each in one form."""
-MISSING_BYTE, RECEIVED_BYTE = bytes((MISSING,)), bytes((RECEIVED,))
+MISSING_BYTE, RECEIVED_BYTE, LOST_BYTE = bytes((MISSING,)), bytes((RECEIVED,)), bytes((LOST,))
 
 
 class Paging:
@@ -186,10 +186,12 @@ class Paging:
             lost: Sequence[int] = ()
             if kind == LOST_RANGE:
                 lost = self.lose(block, first, end, arrived.reason)
-            elif kind == ZERO:
-                self._place_zeros(block, first, end)
             else:
-                self.place(block, first, end, addresses[frame])
+                self._found_again(block, first, end)
+                if kind == ZERO:
+                    self._place_zeros(block, first, end)
+                else:
+                    self.place(block, first, end, addresses[frame])
             self.do(self.engine.answered(block.number, first, end, lost))
             self.heal(block, first, end)
 
@@ -289,6 +291,13 @@ class Paging:
             self.healing.setdefault(number, set()).update(pages)
             for first, end in runs(pages):
                 self.do(self.engine.ask(number, first, end))
+
+    def _found_again(self, block: RamBlock, first: int, end: int) -> None:
+        """Lost pages among these are pushed by a source that was there all the time: whoever was denied them is to be
+        told as well."""
+        if LOST_BYTE in block.received[first:end]:
+            pages = {page for page in range(first, end) if block.received[page] == LOST}
+            self.healing.setdefault(block.number, set()).update(pages)
 
     def told_lost(self, block: int, page: int) -> bool:
         """Was some client told that it is lost, since its source was last there?"""

@@ -7,8 +7,10 @@ while nobody listens at the endpoint. tcp wants CURVE keys, or to be told by nam
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +48,8 @@ def load_keys(secret_file: str, source_file: str) -> Keys:
 def _read(path: str, *, secret: bool) -> KeyPair:
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
+            if secret and os.fstat(file.fileno()).st_mode & 0o077:
+                raise BadInput(f"{path} can be read by others: chmod 600 {path}, or make new keys if somebody has")
             return read_keys(file.read(1 << 16), path, secret=secret)
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error.strerror}") from None
@@ -87,6 +91,7 @@ def ask_advice(
     ``stopped``."""
     channel = context.socket(zmq.DEALER)
     channel.setsockopt(zmq.LINGER, 0)
+    channel.setsockopt(zmq.IMMEDIATE, 1)  # who comes late is asked once, not for every time that he was not there
     channel.setsockopt(zmq.MAXMSGSIZE, FRAME_LIMIT)
     try:
         secure(channel, endpoint, keys, plain_tcp)
@@ -102,25 +107,30 @@ def _ask(
     channel: zmq.Socket[Any], endpoint: str, names: Sequence[str], page_size: int, stopped: Callable[[], bool]
 ) -> dict[str, Advice]:
     known: dict[str, Advice] = {}
+    # A handshake that fails looks like nobody there: CURVE tells strangers nothing.
+    doubt = ", or one of us has the wrong key" if channel.mechanism == zmq.CURVE else ""
     said, asked = time.monotonic() - SAY_SECONDS + 0.5, -ASK_SECONDS
     while len(known) < len(names):
         if stopped():
             raise BadInput(f"told to end while waiting for the source at {endpoint}")
         now = time.monotonic()
-        if now - asked >= ASK_SECONDS:
-            asked = now
-            for name in names:
-                if name not in known and channel.poll(0, zmq.POLLOUT):
-                    channel.send(encode(Advise(name, page_size, FEATURES)))
         if now - said >= SAY_SECONDS:
             said = now
-            log.warning("waiting for the source at %s: it does not answer yet", endpoint)
-        if channel.poll(100):
-            _hear(channel.recv_multipart()[0], endpoint, known)
+            log.warning("waiting for the source at %s: it does not answer yet%s", endpoint, doubt)
+        # Only a connection that stands can be written to (IMMEDIATE), and it may end at any moment.
+        events = channel.poll(100, zmq.POLLIN | (zmq.POLLOUT if now - asked >= ASK_SECONDS else 0))
+        if events & zmq.POLLOUT:
+            asked = now
+            with suppress(zmq.Again):
+                for name in names:
+                    if name not in known:
+                        channel.send(encode(Advise(name, page_size, FEATURES)), zmq.DONTWAIT)
+        if events & zmq.POLLIN:
+            _hear(channel.recv_multipart()[0], endpoint, names, known)
     return known
 
 
-def _hear(frame: bytes, endpoint: str, known: dict[str, Advice]) -> None:
+def _hear(frame: bytes, endpoint: str, names: Sequence[str], known: dict[str, Advice]) -> None:
     try:
         message = decode(frame, expect=(Advised, SourceRefused))
     except BadMessage as error:
@@ -128,4 +138,6 @@ def _hear(frame: bytes, endpoint: str, known: dict[str, Advice]) -> None:
     if isinstance(message, SourceRefused):
         raise BadInput(f"the source at {endpoint} refuses block {message.name} ({message.code}): {message.reason}")
     assert isinstance(message, Advised)
+    if message.name not in names:
+        raise BadInput(f"the source at {endpoint} is not one: it offers a block {message.name} that was not asked for")
     known[message.name] = Advice(message.size, message.identity)

@@ -230,6 +230,15 @@ def test_plain_tcp_only_by_name(runtime_dir: Path, source_file: SourceFile) -> N
             assert house.client().do("words(b, [0])") == [word(0)]
 
 
+def test_a_secret_that_others_can_read_is_none(runtime_dir: Path, tmp_path: Path) -> None:
+    """Here as at the source, which refuses it too (tests/wire/test_source.py)."""
+    key = keys(tmp_path, "here", "source")
+    Path(key["here"] + "_secret").chmod(0o644)
+    options: dict[str, Any] = {"curve_secret": key["here"] + "_secret", "source_key": key["source"]}
+    status, said = refused(runtime_dir, "ram0=tcp://127.0.0.1:1/ram0", options=options)
+    assert status in (1, 2) and "chmod 600" in said and "\n" not in said
+
+
 def test_a_source_with_keys_beside_one_without(runtime_dir: Path, source_file: SourceFile, tmp_path: Path) -> None:
     """tcp with CURVE and ipc in one supervisor, in either order."""
     key = keys(tmp_path, "source", "supervisor")

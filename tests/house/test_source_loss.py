@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 
+from postcopy_protocol.codec import encode
+from postcopy_protocol.return_path import LOST, Pages, pack_range
 from tests.conftest import SourceFile
 from tests.house.house import PAGE, House, Puppet, PuppetError, until, word
 from tests.house.remote import Source, await_state, kinds, source_of
+from tests.wire.evil import EvilSource, odd
 
 SIZE = 2048 * PAGE
 SLOW: dict[str, Any] = {"background_rate": "0", "fault_around": "4K", "source_timeout": "1"}
@@ -213,4 +216,21 @@ def test_lost_pages_are_healed_by_a_source_that_has_them(runtime_dir: Path, sour
         for client in [*clients, house.client("ram0", "shared")]:
             client.do(f"b.ensure({1500 * PAGE}, 1, 20)")
             assert client.do("words(b, [1500])") == [word(1500 * PAGE)]
+        assert house.block()["lost"] == 0
+
+
+def test_lost_pages_that_are_pushed_are_healed(runtime_dir: Path, source_file: SourceFile) -> None:
+    """The source was there all the time: whoever was denied them gets them, as after a source's return."""
+    with EvilSource(source_file(16 * PAGE)) as evil, House(runtime_dir, f"ram0={evil.endpoint}/ram0", **SLOW) as house:
+        clients = [house.client("ram0", mode) for mode in ("private", "shared")]
+        evil.right, evil.before = False, lambda _, message: odd(message, kinds=bytes((LOST,)))
+        for client in clients:
+            with pytest.raises(PuppetError):
+                client.do(f"b.ensure({5 * PAGE}, 1, 20)")
+        head = encode(Pages(evil.stream, 0, pack_range(4 * PAGE, 4 * PAGE), b"\0", ""))
+        evil.push([head, evil.data[4 * PAGE : 8 * PAGE]])
+        until(lambda: kinds(house, "healed"), "it is told")
+        for client in [*clients, house.client("ram0", "shared")]:
+            client.do(f"b.ensure({5 * PAGE}, 1, 20)")
+            assert client.do("words(b, [5, 7])") == [word(5 * PAGE), word(7 * PAGE)]
         assert house.block()["lost"] == 0

@@ -19,6 +19,9 @@ def test_nothing_breaks_a_listener(seed: int) -> None:
     for listener in fuzzer.listeners:
         assert fuzzer.outcomes[f"{listener}: taken"] > 20, f"{listener}: too little of it is in order"
         assert fuzzer.outcomes[f"{listener}: refused"] > 300, listener
+    # Words on the return path mean little before a stream listens and something is asked for.
+    assert fuzzer.source.express > 20 and fuzzer.supervisor.express > 20, "the express road is hardly met"
+    assert fuzzer.supervisor.placed > 100, "few pages are placed"
 
 
 def test_a_listener_that_breaks_is_found() -> None:

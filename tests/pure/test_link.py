@@ -373,3 +373,14 @@ def test_complete_is_told_once_and_the_ping_goes_on(talk: Talk) -> None:
     assert talk.count(Complete) == len(NAMES)
     assert talk.kinds() == ["source"], "a Listen for a stream that has ended would be refused"
     assert not talk.source.listening()
+
+
+def test_a_source_that_is_started_anew_is_told_what_is_complete(talk: Talk) -> None:
+    """It would push all of it once more."""
+    talk.supervisor.link.complete(1)
+    talk.go(2)
+    talk.source.stop()
+    talk.source.start(RIGHT)
+    talk.go(5)
+    assert talk.kinds() == ["source", "pause", "recover"]
+    assert talk.count(Complete) == 2 and [name for _, name in talk.source.listening()] == ["two"]

@@ -175,10 +175,11 @@ def test_never_listening_to_reason(runtime_dir: Path, path: Path) -> None:
         ([encode(Pong(1))], "not one"),
         ([msgpack.packb([99, 121, "ram0", 1, PAGE, "x", []])], "version"),
         ([encode(SourceRefused("denied", "ram0", "not for you"))], "not for you"),
+        ([encode(Advised("ram9", 1, PAGE, "x", ()))], "ram9"),
         ([encode(Advised("ram0", 1, 0, "x", ()))], "0"),
         ([encode(Advised("ram0", 1, (1 << 64) - 1, "x", ()))], "too large"),
     ],
-    ids=["garbage", "pong", "version", "denied", "nothing", "everything"],
+    ids=["garbage", "pong", "version", "denied", "another block", "nothing", "everything"],
 )
 def test_nonsense_at_the_beginning(runtime_dir: Path, path: Path, answer: Frames, wanted: str) -> None:
     """One line and the end, not a block of an impossible size."""

@@ -33,7 +33,10 @@ from postcopy_protocol.return_path import (
     SourceRefused,
     pack_range,
 )
+from postcopy_sources import PushStream, StreamEnded
+from postcopy_sources.loop import SILENT_SECONDS
 from tests.conftest import SourceFile
+from tests.fuzz_return_path import SUPERVISOR, SourceEnd
 from tests.wire.own_sources import SIZE, page_of
 from tests.wire.relay import Relay
 from tests.wire.scripted import PAGE, ScriptedSupervisor, SourceProgram, environment
@@ -350,6 +353,23 @@ def test_a_supervisor_that_goes_is_forgotten(program: SourceProgram, endpoint: s
                 assert heard[0].code == "out-of-phase"
             advised = supervisor.listen("ram0")
             assert len(supervisor.fetch(advised, (0, PAGE))) == 1
+
+
+def test_who_is_silent_for_long_is_forgotten_and_not_pushed_to() -> None:
+    """A connection that breaks while nothing is sent is not told: what pushes would wait for ever, a thread each."""
+    end = SourceEnd(random.Random(2))
+    try:
+        end.loop._hear(SUPERVISOR, encode(Advise("ram0", PAGE, ("push",))))
+        (peer,) = end.loop._peers.values()
+        peer.pushers[1] = stream = PushStream(SIZE, PAGE, lambda answer: None)
+        end.loop._tick(peer.heard + SILENT_SECONDS - 1)
+        assert end.loop._peers
+        end.loop._tick(peer.heard + SILENT_SECONDS + 1)
+        assert not end.loop._peers
+        with pytest.raises(StreamEnded):
+            stream.push(0, bytes(PAGE))
+    finally:
+        end.close()
 
 
 def test_too_many_requests_are_refused_and_the_others_answered(endpoint: str, runtime_dir: Path) -> None:

@@ -50,6 +50,8 @@ def _write_new(path: str, text: str, mode: int) -> None:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     except FileExistsError:
         raise PostcopyError(f"{path} exists already: take it away first, if nobody needs it") from None
+    except FileNotFoundError:
+        raise PostcopyError(f"{path}: there is no directory {os.path.dirname(path)}: make it first") from None
     try:
         with open(fd, "w", encoding="ascii") as file:
             file.write(text)

@@ -1,0 +1,403 @@
+"""Both ends of a return path for the fuzzer, as they run: the loop of a page source without its socket, and what a
+supervisor does with words of sources and workers (router, lanes, link, flow, engine, paging) without its kernel.
+
+Random bytes seldom get as far as a stream that listens, or a request that is open. So each end begins where most words
+mean something, is given words that fit what is open (``nearly``), and is spoiled from there.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import patch
+
+import zmq
+
+from postcopy_kernel.memory import address_of
+from postcopy_kernel.userfaultfd import Outcome, Status
+from postcopy_protocol.codec import decode, encode, pack_offsets, unpack_offsets
+from postcopy_protocol.errors import BadMessage, PageLost
+from postcopy_protocol.express import REQUESTS
+from postcopy_protocol.messages import ControlRefused, Lost, Message, RequestPages, Wake
+from postcopy_protocol.received import FLAGS, LOST, RECEIVED
+from postcopy_protocol.return_path import (
+    DATA,
+    FROM_SOURCE,
+    FROM_SUPERVISOR,
+    Advise,
+    Advised,
+    Complete,
+    Listen,
+    Pages,
+    Ping,
+    Pong,
+    RequestRanges,
+    SourceRefused,
+    check_pages,
+    pack_ranges,
+    unpack_ranges,
+)
+from postcopy_protocol.source_conversation import Offer, Phase
+from postcopy_protocol.source_conversation import Stream as Open
+from postcopy_sources.loop import Loop
+from postcopy_supervisor import house, lanes, paging, sources
+from postcopy_supervisor.link import Link, Stream
+from postcopy_supervisor.paging import Paging
+
+PAGE = 4096
+COUNT = 65
+SIZE = 64 * PAGE + 5
+NAME, IDENTITY, CLIENT, BLOCK = "ram0", "x", 3, 1
+BASE = 1 << 40
+SUPERVISOR, SOURCE, WORKER = b"postcopy-1", b"s1-1", b"w3.1"
+
+
+def some_ranges(dice: random.Random) -> list[tuple[int, int]]:
+    """Pages of the block, mostly; few overlap."""
+    pages = [dice.randrange(COUNT) for _ in range(dice.choice((1, 1, 1, 2, 5)))]
+    return [(page * PAGE, dice.choice((1, 1, 1, 1, 1, 2, COUNT)) * PAGE) for page in pages]
+
+
+# --- the source -------------------------------------------------------------------------------------------------------
+
+
+class Fickle:
+    """Reads at once, later, wrongly or not at all, by the page."""
+
+    name, size, page_size = NAME, SIZE, PAGE
+
+    def read(self, offset: int, length: int) -> bytes | None:
+        match offset // PAGE % 8:
+            case 1:
+                return None
+            case 2:
+                raise PageLost("torn")
+            case 3:
+                return b"short"
+            case 4:
+                raise OSError("broken")
+        return b"x" * length
+
+    def read_now(self, offset: int, length: int) -> bytes | None:
+        if offset // PAGE % 3 == 0:
+            raise BlockingIOError
+        return self.read(offset, length)
+
+
+class SourceEnd:
+    """A page source that one supervisor speaks to. Every answer must be one that a supervisor would take."""
+
+    def __init__(self, dice: random.Random) -> None:
+        self.dice, self.express = dice, 0
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self.fresh()
+
+    def fresh(self) -> None:
+        self.refused, self._frames, self._errands = False, list[Any](), deque[Callable[[], None]]()
+        source = Fickle()
+        mailbox = SimpleNamespace(name=b"\0mailbox", post=self._errands.append, empty=self._posted)
+        readers = SimpleNamespace(put=self._read, check=lambda: None)
+        known = {NAME: (source, Offer(NAME, SIZE, PAGE, IDENTITY))}
+        self.loop = Loop(cast(Any, known), self._socket, cast(Any, mailbox), cast(Any, readers))
+        self.loop._sender._push = self._push
+        if self.dice.random() < 0.9:
+            self.loop._hear(SUPERVISOR, encode(Advise(NAME, PAGE, self.dice.choice((("zero", "push"), ())))))
+            if self.dice.random() < 0.9:
+                self.loop._hear(SUPERVISOR, encode(Listen(self._stream(), self.dice.choice((0, PAGE, 1 << 24)))))
+
+    def hear(self, data: bytes) -> None:
+        """One frame of the supervisor's; what it asks for is read and sent, unless the supervisor does not read."""
+        loop, self.refused = self.loop, False
+        peer = loop._peers.get(SUPERVISOR)
+        if peer is not None and loop._urgent(peer, data):
+            decode(data, expect=FROM_SUPERVISOR)  # what is taken unread must be what decode takes
+            self.express += 1
+        else:
+            loop._hear(SUPERVISOR, data)
+        if self.dice.random() < 0.8:
+            self._settle()
+        if self.refused:
+            raise BadMessage("refused")
+
+    def nearly(self) -> Message:
+        """A word that would be taken, or would have been a moment ago."""
+        pick, stream = self.dice.choice, self._stream()
+        request = pick((1, 7, REQUESTS, REQUESTS + self.dice.randrange(99), (1 << 32) - 1, 1 << 40))
+        ranges = some_ranges(self.dice)
+        chance = self.dice.random()
+        if chance < 0.3 and (missing := self._missing()) is not None:
+            return missing
+        if chance < 0.02:
+            return pick((Advise(NAME, PAGE, ("zero", "push")), Advise(NAME, 1 << 21, ()), Complete(stream)))
+        if chance < 0.08:
+            return pick((Listen(stream, pick((0, PAGE, 1 << 24))), Ping(pick((0, 1, 1 << 63)))))
+        if chance < 0.5:  # the common one
+            page = (ranges[0][0] + pick((0,) * 9 + (8, 1 << 40)), PAGE)
+            return RequestRanges(REQUESTS + self.dice.randrange(99), stream, True, pack_ranges([page]))
+        return RequestRanges(request, stream, pick((True, True, False)), pack_ranges(ranges))
+
+    def _streams(self) -> list[Open]:
+        peer = self.loop._peers.get(SUPERVISOR)
+        return list(peer.conversation.streams.values()) if peer is not None else []
+
+    def _stream(self) -> int:
+        return next((stream.number for stream in self._streams()), 1)
+
+    def _missing(self) -> Message | None:
+        """What has to be said before a request is taken."""
+        streams = self._streams()
+        if not streams:
+            return Advise(NAME, PAGE, ("zero", "push"))
+        return Listen(streams[0].number, 1 << 24) if streams[0].phase is not Phase.LISTENING else None
+
+    def _push(self, frame: Any, flags: int) -> None:
+        """ZeroMQ, at times full, and the supervisor at times gone."""
+        if not self._frames and self.dice.random() < 0.05:
+            raise zmq.Again if self.dice.random() < 0.98 else zmq.ZMQError(zmq.EHOSTUNREACH)
+        self._frames.append(frame)
+        if not flags & zmq.SNDMORE:
+            (to, head, *raw), self._frames = self._frames, []
+            assert to == SUPERVISOR
+            self._sent(decode(head, expect=FROM_SOURCE), [len(one) for one in raw])
+
+    def _sent(self, message: Message, lengths: Sequence[int]) -> None:
+        if isinstance(message, Pages):
+            check_pages(message, lengths, PAGE, SIZE)
+        self.refused |= isinstance(message, SourceRefused)
+
+    def _read(self, job: Any, *, urgent: bool) -> None:
+        """A reading thread that is as quick as can be."""
+        job.done(job.read())
+
+    def _posted(self) -> list[Callable[[], None]]:
+        errands = list(self._errands)
+        self._errands.clear()
+        return errands
+
+    def _settle(self) -> None:
+        """All that is open is read and sent, and then nothing counts as open."""
+        loop = self.loop
+        while loop._streaming or self._errands or loop._sender.held:
+            loop._tick(time.monotonic())
+            if loop._streaming:
+                loop._stream(loop._streaming.popleft())
+            for errand in self._posted():  # the loop would log what goes wrong in one, and go on
+                errand()
+        peer = loop._peers.get(SUPERVISOR)
+        if peer is not None:
+            talk = peer.conversation
+            assert (talk.open_requests, talk.open_bytes, peer.outbox_bytes) == (0, 0, 0)
+
+    def close(self) -> None:
+        self._socket.close()
+        self._context.term()
+
+
+# --- the supervisor ---------------------------------------------------------------------------------------------------
+
+
+class Frame:
+    """As ZeroMQ gives one."""
+
+    def __init__(self, data: bytes) -> None:
+        self.buffer = memoryview(bytearray(data))
+
+    @property
+    def bytes(self) -> bytes:
+        return bytes(self.buffer)
+
+
+class Core:
+    """A userfaultfd that looks where it is told to copy from, and to."""
+
+    def __init__(self) -> None:
+        self.frames: list[range] = []
+        self.copied: set[int] = set()
+
+    def fileno(self) -> int:
+        return -1
+
+    def ioctl(self, fd: int, what: int, argument: bytearray) -> None:
+        target, source, length, *_ = memoryview(argument).cast("Q")
+        self.copy(target, source, length)
+
+    def copy(self, target: int, source: int, length: int) -> Outcome:
+        first, pages = divmod(target - BASE, PAGE)[0], length // PAGE
+        assert not (target - BASE) % PAGE and not length % PAGE, "half a page"
+        assert 0 <= first < first + pages <= COUNT, "outside the block"
+        assert any(source in frame and source + length <= frame.stop for frame in self.frames), "not what has come"
+        assert not self.copied & set(range(first, first + pages)), "placed twice"
+        self.copied |= set(range(first, first + pages))
+        return Outcome(Status.DONE, length)
+
+
+class SupervisorEnd:
+    """A supervisor with one remote block, one client that faults and one source. Who is woken finds his page marked
+    and placed; engine and flow are in order after every word."""
+
+    def __init__(self, dice: random.Random) -> None:
+        self.dice, self.now, self.express, self.placed = dice, 1000.0, 0, 0
+        clock = SimpleNamespace(monotonic=lambda: self.now, sleep=lambda _: None)
+        self._patches = [patch.object(module, "time", clock) for module in (house, lanes, paging, sources)]
+        for one in self._patches:
+            one.start()
+        self.fresh()
+
+    def fresh(self) -> None:
+        self.core, self.answered, self._advised = Core(), list[bytes](), 100
+        received = bytearray(COUNT + FLAGS)
+        block: Any = SimpleNamespace(
+            number=BLOCK, name=NAME, page_size=PAGE, pages=COUNT, length=COUNT * PAGE, memory=-1, received=received
+        )
+        block.mapping = SimpleNamespace(address=BASE)
+        block.forget_own_pages = _void
+        block.lost_pages = lambda: [page for page in range(COUNT) if received[page] == LOST]
+        self.block = block
+        self.paging = Paging(
+            cast(Any, self.core), {BLOCK: block}, 4 * PAGE, _void, self._tell_worker, _void, cast(Any, _void)
+        )
+        self.paging.poison_on_loss = self.dice.random() < 0.2
+        self.paging.clients_with = lambda number: [CLIENT]
+        self.link = self._link()
+        self.paging.links[BLOCK] = self.link
+        self.house = self._house()
+        if self.dice.random() < 0.9:
+            self.link.tick(self.now)
+            self.from_source(encode(Pong(1)))
+            self.from_source(encode(self._advice()))
+
+    def _link(self) -> Link:
+        def event(kind: str, *_: Any, **__: Any) -> None:
+            self.house.sources._link_event("", kind, "")
+
+        return Link("ipc:///x", [Stream(BLOCK, NAME, PAGE, SIZE, IDENTITY)], 5.0, _void, event, self.paging.gave_up)
+
+    def _house(self) -> Any:
+        """The house itself, but for the rooms that fault traffic does not enter."""
+        made: Any = object.__new__(house.House)
+        made.paging, made._by_number = self.paging, {BLOCK: self.block}
+        made.settings = SimpleNamespace(background_rate=self.dice.choice((-1, -1, 0, 1 << 20)), max_memory=0)
+        made.reception = SimpleNamespace(clients={CLIENT: None})
+        made.workforce = SimpleNamespace(hello=_void, explain=_void, fleet=SimpleNamespace(slots={}))
+        made.zero = SimpleNamespace(fetched=lambda message: unpack_offsets(message.lost))
+        made.history, made.blocks, made.exports = (
+            SimpleNamespace(tell=_void, after=_void),
+            {},
+            SimpleNamespace(get=_void),
+        )
+        made.auditor, made.document, made.ask_to_end = SimpleNamespace(now=_void), lambda: b"{}", _void
+        made._say = lambda identity, data: self.answered.append(data)
+        made.sources = object.__new__(sources.Sources)
+        made.sources.links, made.sources._paging, made.sources._babble = {SOURCE: self.link}, self.paging, {}
+        made.sources._event = _void
+        lane = lanes.source_lane(self.paging, self.link, [self.block], self.core.ioctl)
+        made.sources.lanes = {SOURCE: lane}
+        made.sources._nonsense = self._nonsense
+        return made
+
+    def from_source(self, data: bytes) -> None:
+        """One head, with raw frames as it promises them, mostly."""
+        raw = [Frame(bytes(length)) for length in self._lengths(data)]
+        self.core.frames = [_range(one.buffer) for one in raw if len(one.buffer)]
+        zeros = self.paging._zeros
+        self.core.frames.append(range(zeros.address, zeros.address + zeros.length))
+        lane = len(raw) == 1 and self.link._answers.get(data)
+        if lane and lane.length == len(raw[0].buffer):
+            decode(data, expect=FROM_SOURCE)
+            self.express += 1
+        self._said(SOURCE, data, raw)
+
+    def from_worker(self, data: bytes) -> None:
+        self.answered.clear()
+        self._said(WORKER, data, [])
+        for answer in self.answered:
+            message = decode(answer, expect=(ControlRefused,))
+            raise BadMessage(message.reason)
+
+    def nearly_of_source(self) -> Message | bytes:
+        """What the source might say now."""
+        dice, link = self.dice, self.link
+        chance, pick = dice.random(), dice.choice
+        if chance < 0.35 and link._answers:
+            return pick(list(link._answers))
+        if chance < 0.45:
+            return pick((Pong(link._nonce), Pong(1), SourceRefused("out-of-phase", NAME, ""), self._advice()))
+        flying = list(link.flow._flying.values())
+        wish = pick(flying) if flying else None
+        ranges = [(wish.offset, wish.length)] if wish is not None and dice.random() < 0.6 else some_ranges(dice)
+        if dice.random() < 0.3:
+            ranges = [(at, PAGE) for offset, length in ranges for at in range(offset, offset + length, PAGE)]
+        request = wish.request if wish is not None and dice.random() < 0.8 else pick((0, 0, 1, REQUESTS + 5))
+        stream = pick([*link._blocks, *link._blocks, *link._blocks, 7])
+        kinds = bytes(pick((0, 0, 0, 1, 2)) for _ in ranges)
+        return Pages(stream, request, pack_ranges(ranges), kinds, pick(("", "gone")))
+
+    def nearly_of_worker(self) -> Message:
+        dice = self.dice
+        offsets = [dice.randrange(COUNT) * PAGE for _ in range(dice.choice((1, 1, 1, 2, 9)))]
+        if dice.random() < 0.1:
+            offsets.append(dice.choice((1, COUNT * PAGE, (1 << 64) - 1, 1 << 63)))
+        return RequestPages(CLIENT, BLOCK, pack_offsets(offsets[-9:]))
+
+    def _said(self, identity: bytes, data: bytes, raw: list[Frame]) -> None:
+        self.now += self.dice.choice((0.0, 0.0001, 0.001, 0.001, 0.3))
+        try:
+            self.house._said(identity, Frame(data), raw)
+            if self.dice.random() < 0.1:
+                self.now += self.dice.choice((0.1, 0.5, 2.0, 7.0, 16.0))
+                self.house.sources.tick(self.now)
+        finally:
+            self.link.flow.check()
+            self.paging.engine.check()
+            marked = {page for page in range(COUNT) if self.block.received[page] == RECEIVED}
+            assert marked == self.core.copied, "marked and placed are not the same"
+            if len(marked) > COUNT - 4:
+                self.placed += len(marked)
+                self.fresh()
+
+    def _tell_worker(self, worker: int, data: bytes) -> None:
+        message = decode(data, expect=(Wake, Lost))
+        assert worker == CLIENT and isinstance(message, Wake | Lost) and message.block == BLOCK
+        for offset in unpack_offsets(message.offsets):
+            state = self.block.received[offset // PAGE]
+            assert not offset % PAGE
+            assert state == RECEIVED if isinstance(message, Wake) else state != RECEIVED
+
+    def _nonsense(self, link: Link, error: Exception) -> None:
+        raise BadMessage(str(error)) from error
+
+    def _advice(self) -> Advised:
+        self._advised += 1
+        size = SIZE if self.dice.random() < 0.95 else SIZE + 1
+        return Advised(NAME, self._advised, size, IDENTITY, ("zero", "push"))
+
+    def _lengths(self, data: bytes) -> list[int]:
+        lengths: list[int] = []
+        try:
+            message = decode(data, expect=(Pages,))
+            ranges = unpack_ranges(message.ranges)
+            lengths = [length for (_, length), kind in zip(ranges, message.kinds, strict=False) if kind == DATA]
+        except BadMessage:
+            lengths = [PAGE] * self.dice.choice((0, 0, 1))
+        lengths = [min(length, COUNT * PAGE) for length in lengths]
+        if self.dice.random() < 0.1:
+            lengths = [*lengths[self.dice.choice((0, 1)) :], self.dice.choice((0, 1, PAGE - 1, PAGE, 2 * PAGE))]
+        return lengths
+
+    def close(self) -> None:
+        for one in self._patches:
+            one.stop()
+
+
+def _range(buffer: memoryview) -> range:
+    at = address_of(buffer)
+    return range(at, at + len(buffer))
+
+
+def _void(*_: Any, **__: Any) -> None:
+    """Takes anything, says nothing."""
