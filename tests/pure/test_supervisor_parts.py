@@ -72,7 +72,7 @@ def test_a_long_shortage_of_memory_is_told_once() -> None:
     paging = Paging.__new__(Paging)
     shortage = [Outcome(Status.EXHAUSTED, 0)] * 5
     paging.core = cast(Any, Core([*shortage, Outcome(Status.DONE, 4096)]))
-    paging._event = lambda kind, text, **where: told.append(kind)
+    paging._event = lambda kind, detail, **where: told.append(kind)
     paging.placed = paging._undropped = 0
     received = bytearray(8)
     block = cast(Any, SimpleNamespace(name="ram0", page_size=4096, received=received))
