@@ -135,9 +135,10 @@ class Client:
 
     def _take_leave(self, block: Block, deadline: Deadline) -> None:
         session = block.session
+        session.owe(block.number, block.mapping.address)
         if self._at_hand(session, deadline):
             try:
-                session.forget(block.number, block.mapping.address, deadline)
+                session.settle(deadline)
             except PostcopyError as error:
                 log.debug("block %s: %s", block.name, error)
         block.mapping.close()

@@ -35,7 +35,7 @@ from postcopy_protocol.messages import (
 
 from .deadline import Deadline
 from .door import Door
-from .errors import AttachDenied, BadMessage, NoSupervisor, unavailable
+from .errors import AttachDenied, BadMessage, NoSupervisor, PostcopyError, unavailable
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,7 @@ class Session:
         self.door = Door(directory, deadline)
         self.regions = 0
         self._resumable = True
+        self._owed: list[Unmap] = []
         self._userfaultfd: Userfaultfd | None = None
         try:
             welcome, device = self.door.ask(Hello(_own_name(), "native"), Welcome, deadline)
@@ -103,6 +104,7 @@ class Session:
             close_all(device)
             resumed, _ = door.ask(Resume(self.client), Resumed, deadline)
             door.released = self.door.released.union(unpack_offsets(resumed.released))
+            self._settle(door, deadline)
         except AttachDenied:  # it is not the dead one's successor: what we have stays with our worker
             self._resumable = False
             door.close()
@@ -136,9 +138,23 @@ class Session:
             raise BadMessage(f"the supervisor in {self.door.directory} attached another range than asked for")
         self.regions += 1
 
-    def forget(self, number: int, address: int, deadline: Deadline) -> None:
-        """Say that a range is touched no more; when this returns, it may be unmapped."""
-        self.door.ask(Unmap(number, address), Unmapped, deadline)
+    def owe(self, number: int, address: int) -> None:
+        """A range is touched no more. Until that is said the supervisor takes it for ours, and refuses its addresses to
+        what is attached there next."""
+        self._owed.append(Unmap(number, address))
+
+    def settle(self, deadline: Deadline) -> None:
+        """Say what is owed; when this returns, it may be unmapped. What cannot be said now is said to a successor."""
+        self._settle(self.door, deadline)
+
+    def _settle(self, door: Door, deadline: Deadline) -> None:
+        while self._owed:
+            try:
+                door.ask(self._owed[0], Unmapped, deadline)
+            except PostcopyError:
+                if not door.usable:
+                    raise
+            del self._owed[0]  # a refusal: it was heard before
 
     def wake(self, address: int, length: int) -> None:
         """Let every thread that sleeps in this range look again."""

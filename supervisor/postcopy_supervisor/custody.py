@@ -41,7 +41,8 @@ class Custody:
         self.pid = 0
 
     def start(self) -> socket.socket:
-        """A new custodian; returns the channel to listen to."""
+        """A new custodian; returns the channel to listen to. Raises OSError when there is no room for it (processes,
+        memory, descriptors)."""
         self.reap()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (ours, theirs):
@@ -49,18 +50,31 @@ class Custody:
         ours.setblocking(False)
         command = [sys.executable, "-m", "postcopy_workers.custodian", "--channel", str(theirs.fileno())]
         command += ["--directory", self._directory]
-        with theirs:
-            self._process = subprocess.Popen(
-                command if self._device else [*command, "--keep-privileges"],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                env=crashpoints.environment(self.pid == 0, "custodian."),
-            )
-        self._is_at(ours, self._process.pid, process.pidfd_open(self._process.pid))
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    command if self._device else [*command, "--keep-privileges"],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    env=crashpoints.environment(self.pid == 0, "custodian."),
+                )
+            pidfd = process.pidfd_open(self._process.pid)
+        except OSError:
+            ours.close()
+            self._give_up()
+            raise
+        self._is_at(ours, self._process.pid, pidfd)
         for key, (meta, fds) in self._kept.items():
             self._send(Keep(key, meta), fds)
         return ours
+
+    def _give_up(self) -> None:
+        """There is no descriptor to hold what has been started."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
 
     def take_over(self, channel: socket.socket, pid: int, pidfd: int) -> None:
         """The custodian of a predecessor is ours from now on."""

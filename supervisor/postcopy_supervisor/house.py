@@ -87,6 +87,8 @@ LAST = int(zmq.DONTWAIT)
 FIRST = LAST | int(zmq.SNDMORE)
 LARGE = 31 << 20
 """Bytes; just below the largest that glibc (any, 64 bit) learns its threshold from."""
+NEWCOMER_SECONDS = 5.0
+"""For so long a supervisor that takes over asks the sources of new blocks: who is on trial replaces no worker yet."""
 SCARCE = 128 << 20
 """Bytes available on the machine below which only pages that are waited for are placed."""
 
@@ -116,8 +118,7 @@ class House:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: descriptors.signal_eventfd(self._stop_bell))
         self.sources = Sources(self._context, settings, self._event)
-        stopped = partial(select.select, [self._stop_bell], [], [], 0)
-        advice = self.sources.ask(plan.advice, lambda: bool(stopped()[0]))
+        advice = self.sources.ask(plan.advice, partial(self._cannot_wait, plan.recovers))
         self.blocks = {
             name: RamBlock(
                 plan.numbers[name], name, source, settings.page_size, advice.get(name), plan.blocks.get(name)
@@ -153,6 +154,14 @@ class House:
         if plan.recovers:
             crashpoints.at("takeover.moved")
             self._recovered(plan)
+
+    def _cannot_wait(self, recovers: bool) -> str:
+        """Why a source that does not answer is waited for no longer, or nothing."""
+        if select.select([self._stop_bell], [], [], 0)[0]:
+            return "told to end"
+        if recovers and time.monotonic() - self.started > NEWCOMER_SECONDS:
+            return "the clients that are taken over cannot wait for a new block; nothing is changed: start it first"
+        return ""
 
     def _recovered(self, plan: Plan) -> None:
         self._house[statistics.RECOVERED] += 1
@@ -474,8 +483,9 @@ class House:
 
     def _tell_worker(self, worker: int, data: bytes) -> None:
         slot = self.workforce.fleet.slots.get(worker)
-        if slot is not None:
-            self._say(b"w%d.%d" % (worker, slot.incarnation), data)
+        if slot is not None and not self._takes(b"w%d.%d" % (worker, slot.incarnation), data):
+            # A wake that it never hears is a client that waits for ever; a successor wakes everybody.
+            self.workforce.kill(worker, "takes no more words")
 
     def _reach(self, worker: int, message: Message) -> bool:
         """Has the router taken it: does it know a way to this worker?"""
@@ -492,13 +502,19 @@ class House:
         self._say(identity, encode(message))
 
     def _say(self, identity: bytes, data: bytes) -> None:
+        self._takes(identity, data)
+
+    def _takes(self, identity: bytes, data: bytes) -> bool:
+        """Say it; False: it has listened to nothing for so long that there is no room for this."""
         try:
             # Who cannot be reached is known at the first frame; once that is taken, so is the other.
             self._push(identity, FIRST)
             self._push(data, LAST)
         except zmq.ZMQError as error:
-            # EHOSTUNREACH: gone, or not back yet; its successor asks or wakes by itself. EAGAIN: it does not listen.
+            # EHOSTUNREACH: gone, or not back yet; its successor asks or wakes by itself.
             log.debug("router: %r does not hear: %s", identity, error)
+            return error.errno != zmq.EAGAIN
+        return True
 
     @property
     def state_shown(self) -> str:
@@ -510,7 +526,7 @@ class House:
 
     def ask_to_end(self, keep_workers: bool = False) -> None:
         """As SIGTERM does; ``keep_workers``: only we end. Raises BadInput when nobody would keep them."""
-        if keep_workers and (self.state != "running" or self.custody.behind):
+        if keep_workers and (self.state != "running" or self.custody.channel is None or self.custody.behind):
             raise BadInput("the custodian does not listen just now, so clients cannot be kept: nothing is ended")
         self._keep_workers = keep_workers
         descriptors.signal_eventfd(self._stop_bell)

@@ -212,6 +212,7 @@ class Paging:
 
     def _copy(self, block: RamBlock, first: int, end: int, source: int) -> None:
         size, received, base = block.page_size, block.received, block.mapping.address
+        starved = False
         while first < end:
             received[first:end] = bytes((PLACING,)) * (end - first)
             outcome = self.core.copy(base + first * size, source, (end - first) * size)
@@ -223,7 +224,10 @@ class Paging:
                 self._settle(block, first, source)
                 first, source = first + 1, source + size
             elif outcome.status is Status.EXHAUSTED:
-                self._about(block, first, 1, "no-memory", f"no memory for page {first}; it is tried again", "no memory")
+                if not starved:  # once, however long it takes: the history is bounded
+                    text = f"no memory for page {first}; it is tried again"
+                    self._about(block, first, 1, "no-memory", text, "no memory")
+                starved = True
                 time.sleep(0.01)
             elif outcome.status not in (Status.DONE, Status.PARTIAL, Status.RETRY):
                 raise OSError(errno.EIO, f"UFFDIO_COPY into block {block.name}: {outcome.status.name}")

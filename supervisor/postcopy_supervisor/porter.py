@@ -40,6 +40,8 @@ ENDPOINT = "inproc://porter"
 TICK_SECONDS = 0.25
 ACCEPT_AT_ONCE = 64
 BOX_LIMIT = 4096
+FAILED = 1
+"""Exit status."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +162,8 @@ class Porter(threading.Thread):
     def forget_process(self, pidfd: int) -> None:
         if pidfd in self._pidfds:
             self._pidfds.discard(pidfd)
-            self._epoll.unregister(pidfd)
+            with contextlib.suppress(OSError):  # the other thread was a moment faster
+                self._epoll.unregister(pidfd)
 
     def watch_custodian(self, channel: socket.socket) -> None:
         self._custodian = channel
@@ -192,6 +195,16 @@ class Porter(threading.Thread):
     # --- the thread ---------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
+        try:
+            self._carry()
+        except Exception:
+            if self._stopping:
+                return
+            # Without its porter a supervisor hears neither door nor custodian nor SIGTERM: a successor is better.
+            log.exception("the porter has failed, the supervisor ends: serve --recover takes its clients over")
+            os._exit(FAILED)
+
+    def _carry(self) -> None:
         bell = self._context.socket(zmq.DEALER)
         bell.setsockopt(zmq.ROUTING_ID, IDENTITY)
         bell.setsockopt(zmq.LINGER, 0)
@@ -239,8 +252,8 @@ class Porter(threading.Thread):
             self._accept()
         elif self._custodian is not None and fd == self._custodian.fileno():
             self._hear_custodian(self._custodian)
-        elif fd in self._visitors:
-            self._hear_visitor(self._visitors[fd])
+        elif (visitor := self._visitors.get(fd)) is not None:  # in one step: the main thread forgets visitors, too
+            self._hear_visitor(visitor)
 
     def _accept(self) -> None:
         for _ in range(ACCEPT_AT_ONCE):
@@ -255,6 +268,9 @@ class Porter(threading.Thread):
             self.box.append(Visit(connection, time.monotonic()))
 
     def _hear_custodian(self, channel: socket.socket) -> None:
+        if not _room_for_one():
+            time.sleep(0.05)  # a worker whose pidfd is lost would be nobody's: its word waits until there is room
+            return
         try:
             heard = descriptors.receive_message(channel)
             message = decode(heard.data, expect=FROM_CUSTODIAN) if heard.data else None
@@ -287,3 +303,12 @@ class Porter(threading.Thread):
         if message is None:
             self.forget_visitor(connection)
         self.box.append(DoorSaid(connection, message, fds))
+
+
+def _room_for_one() -> bool:
+    """Could a descriptor be received now?"""
+    try:
+        os.close(os.dup(2))
+    except OSError:
+        return False
+    return True

@@ -450,8 +450,9 @@ class Reception:
     # --- the end of a client ------------------------------------------------------------------------------------------
 
     def process_ended(self, pidfd: int) -> None:
+        """A pidfd was readable. Its client may have left since, and the number be the next client's."""
         for client in list(self.clients.values()):
-            if client.pidfd == pidfd:
+            if client.pidfd == pidfd and process.pidfd_exited(pidfd):
                 return self.remove(client, "its process has ended")
 
     def _hung_up(self, client: Client) -> None:
@@ -476,11 +477,12 @@ class Reception:
         the page if somebody else has brought it, or to wait on."""
         for number in self.workforce.resting:
             client = self.clients.get(number)
-            if client is None or client.userfaultfd is None or not stuck_faults(client.userfaultfd.fileno())[1]:
+            if client is None or client.userfaultfd is None:
                 continue
-            for region in client.regions:
-                with contextlib.suppress(OSError):  # its memory has just gone
-                    client.userfaultfd.wake(region.address, region.length)
+            with contextlib.suppress(OSError):  # its memory has just gone; no descriptor is left to look with
+                if stuck_faults(client.userfaultfd.fileno())[1]:
+                    for region in client.regions:
+                        client.userfaultfd.wake(region.address, region.length)
 
     def remove(self, client: Client, why: str) -> None:
         """Everything of the client goes: worker first, then descriptors."""
@@ -615,16 +617,8 @@ def _has_let_go(client: Client) -> bool:
 
 
 def _is_void(client: Client) -> bool:
-    """Is the memory that the userfaultfd belongs to gone? Registering again what is registered changes nothing, but it
-    says ENOMEM for a memory that has ended (exec, exit)."""
+    """Is the memory that the userfaultfd belongs to gone (exec, exit)? Asked without touching what stands at its
+    addresses: a client that closed a block while no supervisor was there may have other memory at them by now."""
     if process.pidfd_exited(client.pidfd) or client.userfaultfd is None:
         return True
-    if client.back_end:
-        return False
-    region = client.regions[0]
-    how = RegisterMode.MISSING | RegisterMode.MINOR if region.announced else RegisterMode.MISSING
-    try:
-        client.userfaultfd.register(region.address, region.length, how)
-    except OSError as error:
-        return error.errno in (errno.ENOMEM, errno.ESRCH)
-    return False
+    return not client.back_end and not client.userfaultfd.owner_lives()

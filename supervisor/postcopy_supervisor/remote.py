@@ -85,10 +85,10 @@ def ask_advice(
     page_size: int,
     keys: Keys | None,
     plain_tcp: bool,
-    stopped: Callable[[], bool],
+    stopped: Callable[[], str],
 ) -> dict[str, Advice]:
-    """Ask a source for its blocks until it has answered for all. Raises BadInput when it refuses one, or
-    ``stopped``."""
+    """Ask a source for its blocks until it has answered for all. Raises BadInput when it refuses one, or when
+    ``stopped`` gives a reason."""
     channel = context.socket(zmq.DEALER)
     channel.setsockopt(zmq.LINGER, 0)
     channel.setsockopt(zmq.IMMEDIATE, 1)  # who comes late is asked once, not for every time that he was not there
@@ -104,15 +104,15 @@ def ask_advice(
 
 
 def _ask(
-    channel: zmq.Socket[Any], endpoint: str, names: Sequence[str], page_size: int, stopped: Callable[[], bool]
+    channel: zmq.Socket[Any], endpoint: str, names: Sequence[str], page_size: int, stopped: Callable[[], str]
 ) -> dict[str, Advice]:
     known: dict[str, Advice] = {}
     # A handshake that fails looks like nobody there: CURVE tells strangers nothing.
     doubt = ", or one of us has the wrong key" if channel.mechanism == zmq.CURVE else ""
     said, asked = time.monotonic() - SAY_SECONDS + 0.5, -ASK_SECONDS
     while len(known) < len(names):
-        if stopped():
-            raise BadInput(f"told to end while waiting for the source at {endpoint}")
+        if why := stopped():
+            raise BadInput(f"the source at {endpoint} does not answer: {why}")
         now = time.monotonic()
         if now - said >= SAY_SECONDS:
             said = now

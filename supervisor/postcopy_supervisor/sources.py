@@ -40,9 +40,9 @@ class Sources:
         self._babble: dict[str, int] = {}
         self._paging: Paging
 
-    def ask(self, known: Mapping[str, Advice], stopped: Callable[[], bool]) -> dict[str, Advice]:
-        """What the sources of remote blocks say of them, by our names; waits for sources that are not there yet. What
-        is ``known`` is not asked for."""
+    def ask(self, known: Mapping[str, Advice], stopped: Callable[[], str]) -> dict[str, Advice]:
+        """What the sources of remote blocks say of them, by our names; waits for sources that are not there yet, until
+        ``stopped`` says why not. What is ``known`` is not asked for."""
         advice = dict(known)
         unknown = {name: source for name, source in self._settings.sources.items() if name not in known}
         for endpoint, blocks in _by_endpoint(unknown).items():

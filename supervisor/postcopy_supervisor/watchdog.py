@@ -65,6 +65,8 @@ class Watchdog:
 
     def _watch_custodian(self, now: float) -> None:
         """Workers are wanted and it forks none: it is stopped, or hangs for longer than a crowd could keep it busy."""
+        if self._custody.channel is None:
+            return  # there is none: one is being started
         silent, fleet = self._workforce.fleet.unanswered(now), self._workforce.fleet
         hangs = silent > STOPPED_SECONDS and is_stopped(self._custody.pid)
         if hangs or silent > fleet.policy.start_deadline:

@@ -37,6 +37,8 @@ Describe = Callable[[int, int, bool], "tuple[list[str], Assignment]"]
 """(worker, incarnation, quarantined) -> keys of its descriptors in order, and what it is told."""
 News = Callable[[str, int], None]
 """(``ready``, ``gone``, ``restarting`` or ``quarantined``, worker)."""
+AGAIN_SECONDS = 1.0
+"""Between two tries to start a custodian."""
 EXPLAIN_SECONDS = 1.0
 """For so long a restart waits to be told, because the custodian, which reaps, says how the worker ended."""
 
@@ -72,6 +74,7 @@ class Workforce:
         self._running: dict[int, Running] = {}  # by pidfd
         self._causes: dict[Life, str] = {}  # of lives that end, or have ended untold
         self._untold: dict[Life, tuple[Running, float]] = {}
+        self._custodian_due: float | None = None
 
     # --- wishes -------------------------------------------------------------------------------------------------------
 
@@ -154,9 +157,7 @@ class Workforce:
             case None:
                 log.error("the custodian is gone; starting another")
                 self._custody.lost()
-                self._porter.watch_custodian(self._custody.start())
-                self._tell_of_workers()
-                self._do(self.fleet.custodian_lost(now))
+                self._start_custodian(now)
             case CustodianReady():
                 log.debug("custodian ready (pid %d)", message.pid)
             case WorkerForked():
@@ -170,6 +171,22 @@ class Workforce:
                 self._do(self.fleet.fork_failed(message.worker, message.incarnation, now))
             case WorkerExited():
                 self._reaped(message)
+
+    def _start_custodian(self, now: float) -> None:
+        """Another in the place of the one that is gone. Where there is no room for it, it is tried again until there
+        is: without it nobody could be replaced any more."""
+        try:
+            channel = self._custody.start()
+        except OSError as error:
+            if self._custodian_due is None:
+                text = f"the custodian cannot be started: {error.strerror}; it is tried again"
+                self._tell("restart", text, cause=str(error.strerror))
+            self._custodian_due = now + AGAIN_SECONDS
+            return
+        self._custodian_due = None
+        self._porter.watch_custodian(channel)
+        self._tell_of_workers()
+        self._do(self.fleet.custodian_lost(now))
 
     def _tell_of_workers(self) -> None:
         """The new custodian has not forked them: it is told what it needs to replace them when no supervisor lives."""
@@ -202,6 +219,8 @@ class Workforce:
     def tick(self) -> None:
         self._custody.flush()
         now = time.monotonic()
+        if self._custodian_due is not None and now >= self._custodian_due:
+            self._start_custodian(now)
         for key in [key for key, (_, due) in self._untold.items() if now >= due]:
             self._tell_end(key)
         self._do(self.fleet.tick(now))

@@ -104,7 +104,7 @@ def test_prefetch_returns_at_once_and_the_pages_come(begin: Callable[..., FakeSu
             time.sleep(0.002)
         begun = time.monotonic()
         block.prefetch(5 * PAGE, PAGE)  # this one never comes
-        assert time.monotonic() - begun < 1.0
+        assert time.monotonic() - begun < 5.0
 
 
 @pytest.mark.parametrize(("offset", "length"), [(-1, 5), (0, SIZE + 1), (SIZE + 1, None), (5, -1)])
@@ -401,7 +401,7 @@ def test_a_fork_does_not_wait_for_a_conversation(begin: Callable[..., FakeSuperv
 
     def attach() -> None:
         try:
-            postcopy.attach("ram0", runtime_dir, timeout=1.0)
+            postcopy.attach("ram0", runtime_dir, timeout=4.0)
         except postcopy.AttachTimeout as error:
             caught.append(error)
 
@@ -409,7 +409,7 @@ def test_a_fork_does_not_wait_for_a_conversation(begin: Callable[..., FakeSuperv
     thread.start()
     begun = time.monotonic()
     assert in_child(lambda: True) == 0
-    assert time.monotonic() - begun < 0.9
+    assert time.monotonic() - begun < 3.0
     thread.join(PATIENCE)
     assert caught
 

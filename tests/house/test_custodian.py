@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import resource
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from postcopy_protocol.messages import AskStop, ControlRefused
 from tests.conftest import SourceFile
 from tests.house.house import PAGE, House, alive, descriptors, end_by_pidfd, until, word
+from tests.house.test_resources import cgroup
 
 BLOCK = 32 << 20
 
@@ -155,3 +159,44 @@ def test_a_supervisor_dies_while_a_worker_is_stopped(runtime_dir: Path, source_f
         assert [house.worker(clients[1]), custodian(house)] == others
         for page, client in enumerate(clients, 10):
             assert client.do(f"words(b, [{page}])") == [word(page * PAGE)]
+
+
+@pytest.fixture
+def pids() -> Iterator[Path]:
+    yield from cgroup("pids")
+
+
+def test_another_cannot_be_started(runtime_dir: Path, source_file: SourceFile, pids: Path) -> None:
+    """No process is left for it: those whose workers die wait until there is one, and nobody steps aside for whom no
+    custodian would keep anything."""
+    with House(runtime_dir, f"ram0={source_file(64 * PAGE)}", fault_around="4K") as house:
+        client, other = house.client(), house.client()
+        (pids / "cgroup.procs").write_text(str(house.pid))
+        (pids / "pids.max").write_text("1")
+        end_by_pidfd(custodian(house), signal.SIGKILL, "postcopy-cust")
+        until(lambda: any("cannot be started" in text for text in house.events("restart")), "it has been tried")
+        house.kill_worker(client)
+        client.begin("words(b, [3])")
+        assert isinstance(house.ask(AskStop(True)), ControlRefused)
+        assert other.do("words(b, [5])") == [word(5 * PAGE)]
+        (pids / "pids.max").write_text("max")
+        assert client.answer() == [word(3 * PAGE)]
+        late = house.client()
+        assert late.do("words(b, [7])") == [word(7 * PAGE)]
+
+
+def test_no_descriptor_for_a_workers_pidfd(runtime_dir: Path, source_file: SourceFile) -> None:
+    """So far below what it needs libzmq ends the supervisor; nobody else, and the next one finds everything."""
+    with House(runtime_dir, f"ram0={source_file(64 * PAGE)}", fault_around="4K") as house:
+        client, other = house.client(), house.client()
+        old, worker = custodian(house), house.worker(other)
+        _, hard = resource.prlimit(house.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(house.pid, resource.RLIMIT_NOFILE, (10, hard))
+        end_by_pidfd(worker, signal.SIGKILL, "postcopy-w")
+        assert house.wait() < 0
+        house.recover()
+        assert custodian(house) == old
+        for page, one in enumerate((client, other), 10):
+            assert one.do(f"words(b, [{page}])") == [word(page * PAGE)]
+        workers = [pid for pid in house.people() if pid != old]
+        assert sorted(workers) == sorted(house.worker(one) for one in (client, other)), "one worker for each"

@@ -155,7 +155,7 @@ def test_a_client_attaches_and_leaves_in_a_quarantine_that_waits(runtime_dir: Pa
         quarantine(house, doomed)
         doomed.begin("words(b, [5])")
         doomed.kill()
-        until(lambda: not house.record(doomed), "it is forgotten", 2)
+        until(lambda: not house.record(doomed), "it is forgotten", 5)
 
 
 # --- stories ----------------------------------------------------------------------------------------------------------

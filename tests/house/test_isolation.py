@@ -91,7 +91,7 @@ def test_a_client_without_rights_of_an_allowed_user(runtime_dir: Path, source_fi
         for page in (3, 4, 500):
             assert client.do(f"words(b, [{page}])") == [word(page * PAGE)]
         client.kill()
-        until(lambda: not house.record(client), "it is forgotten", 1)
+        until(lambda: not house.record(client), "it is forgotten", 5)
 
 
 def test_its_worker_is_killed_while_it_faults(runtime_dir: Path, source_file: SourceFile) -> None:
@@ -185,7 +185,7 @@ def test_an_attach_that_would_not_fit_is_refused(
         house.kill_worker(clients[0])
         assert clients[0].do("words(b, [60])") == [word(60 * PAGE)]
         clients[0].kill()
-        until(lambda: not house.record(clients[0]), "one has left", 1)
+        until(lambda: not house.record(clients[0]), "one has left", 5)
         clients[-1].attach()
         assert clients[-1].do(f"check(b, {str(path)!r})") == -1
 

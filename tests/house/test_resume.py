@@ -4,6 +4,7 @@ would have been."""
 from __future__ import annotations
 
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,41 @@ def test_more_is_attached_by_the_same_client(runtime_dir: Path, path: Path, sour
             until(lambda: len(house.record(client)["blocks"]) == 1, "one is left")
         client.do("b.close()")
         until(lambda: not house.status()["clients"], "it has said goodbye")
+
+
+def test_what_was_closed_while_nobody_listened(runtime_dir: Path, path: Path, source_file: SourceFile) -> None:
+    """Its addresses may be those of what the same client attaches next."""
+    other = source_file(PAGES * PAGE, 7, "other.bin")
+    with House(runtime_dir, f"ram0={path}", f"ram1={other}", fault_around="4K") as house:
+        client = house.client("ram0", "shared")
+        client.attach("ram1", "private", "c")
+        client.do("where = address(c)")
+        house.kill()
+        client.do("c.close()")
+        house.recover()
+        client.attach("ram1", "private", "d")
+        assert client.do("address(d) == where"), "the kernel gives the same addresses again"
+        assert client.do("words(d, [1])") == [word(PAGE, 7)]
+        assert len(house.record(client)["blocks"]) == 2
+
+
+@pytest.mark.parametrize("mode", ["private", "shared"])
+def test_other_memory_at_the_addresses_of_what_was_closed(runtime_dir: Path, path: Path, mode: str) -> None:
+    """The next supervisor believes for a while that a block is still there: it must leave alone what is."""
+    length = PAGES * PAGE
+    with House(runtime_dir, f"ram0={path}", fault_around="4K") as house:
+        client = house.client("ram0", mode)
+        client.do("where = address(b)")
+        house.kill()
+        client.do("b.close()")
+        client.do("libc.mmap.restype = ctypes.c_void_p")
+        flags = "mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x100000"  # MAP_FIXED_NOREPLACE
+        order = f"libc.mmap(ctypes.c_void_p(where), ctypes.c_size_t({length}), 3, {flags}, -1, ctypes.c_long(0))"
+        assert client.do(f"{order} == where")
+        house.recover()
+        looked = time.monotonic() + 2.5  # it looks after clients that it does not hear once a second
+        until(lambda: time.monotonic() > looked, "it has looked")
+        assert client.do(f"ctypes.string_at(where, {length}).strip(bytes(1)).hex()") == ""
 
 
 def test_a_fork_does_not_resume_its_parents_session(runtime_dir: Path, path: Path) -> None:

@@ -84,6 +84,13 @@ def test_a_new_block_beside_the_old_one(orphaned: House) -> None:
     orphaned.kill()
 
 
+def test_a_new_block_whose_source_is_away(orphaned: House) -> None:
+    """Who waits for it replaces no worker meanwhile: it is not waited for, and the custodian goes on as before."""
+    blocks = (*orphaned.blocks, "far=ipc:///tmp/nobody/far")
+    status, text = refused(orphaned.directory, *blocks, options={"recover": True})
+    assert status == 1 and "ipc:///tmp/nobody does not answer" in text and KEPT in text.splitlines()[-1], text
+
+
 def test_strangers_at_the_rendezvous(orphaned: House) -> None:
     """Nonsense and other versions are shown out; a supervisor that vanishes in between costs nothing."""
     path = str(orphaned.directory / "private/custodian")

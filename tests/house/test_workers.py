@@ -172,7 +172,7 @@ def test_a_client_killed_while_it_faults(runtime_dir: Path, source_file: SourceF
             until(partial(faulting, house, client), "it faults")
             client.kill()
             assert house.block()["received"] < BLOCK // PAGE
-            until(partial(gone, house, client.pid, worker), "the client is forgotten, its worker ended", 1)
+            until(partial(gone, house, client.pid, worker), "the client is forgotten, its worker ended", 5)
         assert honest.answer() == -1
         assert house.status()["totals"]["restarts"] == 0
 
@@ -184,7 +184,7 @@ def test_a_client_killed_while_its_worker_is_stopped(runtime_dir: Path, source_f
         worker = house.kill_worker(client, signal.SIGSTOP)
         client.begin("words(b, [3])")
         client.kill()
-        until(partial(gone, house, client.pid, worker), "the client is forgotten, its worker ended", 1)
+        until(partial(gone, house, client.pid, worker), "the client is forgotten, its worker ended", 5)
 
 
 def more_than(before: list[list[str]], *pids: int) -> list[str]:
@@ -205,7 +205,7 @@ def test_fifty_clients_that_come_and_die_leave_no_descriptor(runtime_dir: Path, 
             doom = f"c = attach('ram1', {mode!r}); words(c, [{number % 64}]); os.kill(os.getpid(), 9)"
             keeper.do(f"doom = {doom!r}")
             assert keeper.do("child('exec(doom)')") == "ended -9"
-        until(lambda: len(house.status()["clients"]) == 1, "all are forgotten", 2)
+        until(lambda: len(house.status()["clients"]) == 1, "all are forgotten", 5)
 
         until(lambda: more_than(before, house.pid, custodian) == [], "what the clients cost is given back", 3)
         assert len(house.people()) == 2
@@ -218,7 +218,7 @@ def test_a_client_that_leaves_by_exec_or_exit(runtime_dir: Path, source_file: So
         leaver = house.client()
         leaver.begin("os._exit(0)")
         assert leaver.status() == 0
-        until(partial(gone, house, leaver.pid), "exit: forgotten", 1)
+        until(partial(gone, house, leaver.pid), "exit: forgotten", 5)
         turned = house.client()
         worker = house.worker(turned)
         turned.begin("os.execv('/bin/sleep', ['sleep', '60'])")

@@ -41,7 +41,12 @@ def fork_worker(assignment: Assignment, fds: list[int]) -> Newborn:
     if pid == 0:
         _be_worker(assignment, fds, hear)
     os.close(hear)
-    return Newborn(pid, process.pidfd_open(pid), tell)  # no race: nobody but us reaps it
+    try:
+        return Newborn(pid, process.pidfd_open(pid), tell)  # no race: nobody but us reaps it
+    except OSError:
+        os.close(tell)  # not told to live, it ends
+        os.waitpid(pid, 0)
+        raise
 
 
 def _be_worker(assignment: Assignment, fds: list[int], hear: int) -> NoReturn:

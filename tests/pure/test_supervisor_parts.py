@@ -1,0 +1,101 @@
+"""Small laws of the supervisor's parts that a whole house shows too seldom: what two threads, or a number that is used
+again, may do to each other within microseconds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import zmq
+
+from postcopy_kernel.abi import Outcome, Status
+from postcopy_protocol.door import DoorConversation
+from postcopy_protocol.received import RECEIVED
+from postcopy_supervisor.fleet import Slot
+from postcopy_supervisor.house import House
+from postcopy_supervisor.paging import Paging
+from postcopy_supervisor.porter import FAILED, Porter
+from postcopy_supervisor.reception import Client, Reception
+
+NOBODY = cast(Any, None)
+
+
+def test_a_pidfds_number_that_is_the_next_clients_by_now() -> None:
+    """The word that a client's process has ended is under way while it says goodbye and another one comes."""
+    reception = Reception({}, NOBODY, NOBODY, -1, frozenset(), 100, NOBODY)
+    pidfd = os.pidfd_open(os.getpid())
+    try:
+        reception.clients[1] = client = Client(1, None, 0, os.getpid(), pidfd, DoorConversation(), 0.0)
+        reception.process_ended(pidfd)
+        assert reception.clients == {1: client} and not client.leaving
+    finally:
+        os.close(pidfd)
+
+
+@pytest.mark.parametrize("stopping", [False, True])
+def test_a_supervisor_does_not_outlive_its_porter(stopping: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    porter = Porter.__new__(Porter)
+    porter._stopping = stopping
+    ended: list[int] = []
+
+    def fails() -> None:
+        raise KeyError(7)
+
+    monkeypatch.setattr(porter, "_carry", fails)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    porter.run()
+    assert ended == ([] if stopping else [FAILED])
+
+
+@pytest.mark.parametrize(("errno", "killed"), [(zmq.EAGAIN, [3]), (zmq.EHOSTUNREACH, []), (0, [])])
+def test_a_worker_that_takes_no_more_words_is_killed(errno: int, killed: list[int]) -> None:
+    """It lives, and a wake is lost: its successor wakes everybody."""
+    house = House.__new__(House)
+    house.workforce = workforce = cast(Any, Workers())
+
+    def push(frame: bytes, flags: int) -> None:
+        if errno:
+            raise zmq.ZMQError(errno)
+
+    house._push = push
+    house._tell_worker(3, b"wake")
+    house._tell_worker(4, b"nobody")
+    assert workforce.killed == killed
+
+
+def test_a_long_shortage_of_memory_is_told_once() -> None:
+    """What else happened meanwhile stays in the history."""
+    told: list[str] = []
+    paging = Paging.__new__(Paging)
+    shortage = [Outcome(Status.EXHAUSTED, 0)] * 5
+    paging.core = cast(Any, Core([*shortage, Outcome(Status.DONE, 4096)]))
+    paging._event = lambda kind, detail, **where: told.append(kind)
+    paging.placed = paging._undropped = 0
+    received = bytearray(8)
+    block = cast(Any, SimpleNamespace(name="ram0", page_size=4096, received=received))
+    block.mapping = SimpleNamespace(address=1 << 20)
+    paging.place(block, 3, 4, 0)
+    assert told == ["no-memory"] and received[3] == RECEIVED
+
+
+class Core:
+    """A userfaultfd that gives these answers, one a COPY."""
+
+    def __init__(self, answers: list[Outcome]) -> None:
+        self._answers = answers
+
+    def copy(self, *_: int) -> Outcome:
+        return self._answers.pop(0)
+
+
+class Workers:
+    """A workforce of one."""
+
+    def __init__(self) -> None:
+        self.killed: list[int] = []
+        self.fleet = self
+        self.slots = {3: Slot(3, "running", 1)}
+        self.kill: Callable[[int, str], None] = lambda worker, why: self.killed.append(worker)
