@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -61,6 +64,29 @@ def test_a_ring_goes_round() -> None:
         assert ring.in_flight == 1
         assert ring.completed() == [(n % 4, 7)]
     assert ring.next_available == ring.next_used == 3
+
+
+def test_the_index_of_a_ring_is_written_by_one_store() -> None:
+    """Another process that looks all the time sees what stood there or what stands there, and nothing between them."""
+    with mmap.mmap(-1, 3 * PAGE) as memory, memoryview(memory) as view:
+        ring = Ring(view, 4, 0, PAGE, 2 * PAGE)
+
+        def submit() -> None:
+            ring.next_available = 0x1233
+            ring.submit([Piece(0, 1)], 0)
+
+        submit()
+        writer = os.fork()
+        if writer == 0:
+            limit = time.monotonic() + 1
+            while time.monotonic() < limit:
+                submit()
+            os._exit(0)
+        with view[PAGE + 2 : PAGE + 4] as index:
+            seen = set()
+            while os.waitpid(writer, os.WNOHANG)[0] == 0:
+                seen.update(struct.unpack("<500H", b"".join([index] * 500)))
+        assert seen == {0x1234}
 
 
 def test_a_chain() -> None:

@@ -44,8 +44,8 @@ def probe(settings: Settings) -> Report:
             plan = Plan(wishes)
             path = os.path.join(place, "guest")
             plan.write(path)
-            # Kills are ours: forgiven, and a successor need not wait.
-            law = Supervisor({BLOCK: path}, fault_around="4K", restart_limit=settings.kills + 5, restart_stable=0.1)
+            # Kills are ours: forgiven, and soon forgotten, so that a successor need not wait.
+            law = Supervisor({BLOCK: path}, fault_around="4K", restart_limit=settings.kills + 5, restart_interval=0.1)
             supervisor = stack.enter_context(law)
             Run(settings, plan, supervisor.runtime_dir, report).run(stack)
     except VhostUserError as error:
