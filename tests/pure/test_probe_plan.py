@@ -7,14 +7,18 @@ import os
 import struct
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from postcopy.vhost_user import blk
+from postcopy.vhost_user.probe_load import Load
 from postcopy.vhost_user.probe_plan import PAGE, Plan, Wishes
 from postcopy.vhost_user.probe_report import BROKEN, RULES, Report
+from postcopy.vhost_user.probe_settings import Settings
 from postcopy.vhost_user.rings import Piece, Ring, chain
 from postcopy_protocol.vhost_user import VhostUserError
 
@@ -87,6 +91,16 @@ def test_the_index_of_a_ring_is_written_by_one_store() -> None:
             while os.waitpid(writer, os.WNOHANG)[0] == 0:
                 seen.update(struct.unpack("<500H", b"".join([index] * 500)))
         assert seen == {0x1234}
+
+
+def test_an_answer_that_nobody_asked_for() -> None:
+    """A back-end that puts any number into the used ring is told so."""
+    rings: Any = SimpleNamespace(rings=[None], free=lambda *_: (), wait=lambda _: [(0, 3), (0, 77)])
+    plan = Plan(Wishes(1, 1, 1, 1024, False, False))
+    load = Load(Settings("s"), plan, rings, lambda request: None, None)
+    with pytest.raises(VhostUserError, match="slot 77, where nothing is") as caught:
+        load.drive([], {(0, 3): plan.requests[0]})
+    assert caught.value.rule == "requests" and load.done == plan.requests[:1]
 
 
 def test_a_chain() -> None:
