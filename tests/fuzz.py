@@ -49,7 +49,7 @@ from postcopy_protocol.messages import (
 from postcopy_protocol.return_path import FROM_SOURCE, FROM_SUPERVISOR, pack_ranges
 from postcopy_protocol.sources import parse_named
 from postcopy_protocol.vhost_conversation import FrontEnd, Stage, lay_out
-from postcopy_protocol.vhost_user import HEADER, FrameReader, VhostUserError
+from postcopy_protocol.vhost_user import HEADER, FrameReader, ProtocolFeature, Request, VhostUserError
 from postcopy_supervisor import control, recovery
 from postcopy_supervisor.history import History
 from postcopy_workers.rendezvous import Rendezvous, Visitor
@@ -120,11 +120,18 @@ class Fuzzer:
     def _back_end(self, data: bytes) -> None:
         """A vhost-user back-end answers: anything, or nearly right, under a header that may be a lie."""
         talk, chance = FrontEnd(), self.random
-        if chance.random() < 0.5:
-            asked = chance.choice([talk.get_features(), talk.barrier()])
-        else:
-            talk.stage = Stage.LISTENING
-            asked = talk.set_mem_table(lay_out([(0, PAGE, None), (PAGE, PAGE, None)]), [0, 0])
+        talk._asked, talk.protocol = set(Request), ProtocolFeature.MQ | ProtocolFeature.CONFIG
+        match chance.randrange(8):
+            case 0 | 1:
+                asked = chance.choice([talk.get_features(), talk.barrier(), talk.get_protocol_features()])
+            case 2 | 3:
+                asked = chance.choice([talk.get_queue_num(), talk.get_config(0, 8), talk.set_owner()])
+            case 4:
+                talk.stage = chance.choice([Stage.AGREED, Stage.MAPPED])
+                asked = talk.advise() if talk.stage is Stage.AGREED else talk.get_vring_base(0)
+            case _:
+                talk.stage = Stage.LISTENING
+                asked = talk.set_mem_table(lay_out([(0, PAGE, None), (PAGE, PAGE, None)]), [0, 0])
         if chance.random() < 0.7:
             nearly = bytearray(asked.data[HEADER.size :] or bytes(8))
             if chance.random() < 0.5:

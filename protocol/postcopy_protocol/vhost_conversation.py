@@ -173,7 +173,9 @@ class FrontEnd:
             raise ValueError("the back-end has not agreed to CONFIG")
         if not 0 < size <= MOST_CONFIG - offset:
             raise ValueError(f"no configuration space has bytes {offset} to {offset + size}")
-        return self._ask(Request.GET_CONFIG, lambda frame: unpack_config(frame.payload), pack_config(offset, size))
+        return self._ask(
+            Request.GET_CONFIG, lambda frame: unpack_config(frame.payload, size), pack_config(offset, size)
+        )
 
     def set_features(self, wished: int = FEATURE_VERSION_1 | FEATURE_INDIRECT) -> Question:
         """``wished``: virtio feature bits; what is not offered is left out, what post-copy needs is put in."""

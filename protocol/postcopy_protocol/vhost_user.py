@@ -152,10 +152,12 @@ def pack_config(offset: int, size: int, data: bytes = b"") -> bytes:
     return _CONFIG.pack(offset, size, 0) + data.ljust(size, b"\0")
 
 
-def unpack_config(payload: bytes) -> bytes:
-    """The bytes of a GET_CONFIG's answer. Raises VhostUserError."""
+def unpack_config(payload: bytes, size: int) -> bytes:
+    """The bytes of a GET_CONFIG's answer, at least the ``size`` that were asked for. Raises VhostUserError."""
     if len(payload) < _CONFIG.size:
         raise VhostUserError("config", f"an answer to GET_CONFIG of {len(payload)} bytes: this device has none")
+    if len(payload) < _CONFIG.size + size:
+        raise VhostUserError("config", f"{size} bytes of configuration were asked for: the answer is shorter")
     return payload[_CONFIG.size :]
 
 

@@ -1,7 +1,7 @@
-"""A vhost-user back-end that keeps every rule but one: ``fake_back_end.py SOCKET LIE``.
+"""A vhost-user back-end that keeps every rule but one: ``fake_back_end.py SOCKET LIE ...``.
 
-Serves one connection after the other on one thread, as real ones do. With the lie ``none`` it says true addresses; it
-never touches its memory unless that is the lie.
+Serves one connection after the other on one thread, as real ones do: the first with the first lie, and so on; the last
+lie stays. With the lie ``none`` it says true addresses; it never touches its memory unless that is the lie.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import socket
 import struct
 import sys
 import time
+from contextlib import suppress
 
 from postcopy_kernel import memory
 from postcopy_kernel.userfaultfd import open_userfaultfd
@@ -34,6 +35,16 @@ class FakeBackEnd:
         self.listening = False
 
     def serve(self) -> None:
+        with suppress(OSError):  # whoever is lied to may hang up at any moment
+            self.talk()
+        if self.lie == "lets-go-late":
+            time.sleep(1.0)
+        for mapping in self.mappings:
+            mapping.close()
+        self.userfaultfd.close()
+        self.connection.close()
+
+    def talk(self) -> None:
         while True:
             heard = self.hear()
             if heard is None:
@@ -42,14 +53,13 @@ class FakeBackEnd:
             if self.lie == f"hang-up-at-{request}":
                 break
             if self.lie == f"deaf-at-{request}":
-                time.sleep(3600)
+                return self.ignore()
             self.answer(request, need, payload, fds)
-        if self.lie == "lets-go-late":
-            time.sleep(1.0)
-        for mapping in self.mappings:
-            mapping.close()
-        self.userfaultfd.close()
-        self.connection.close()
+
+    def ignore(self) -> None:
+        """Say nothing any more, until nobody waits for it."""
+        while self.connection.recv(4096):
+            pass
 
     def hear(self) -> tuple[int, bool, bytes, list[int]] | None:
         data, ancillary, _, _ = self.connection.recvmsg(12, socket.CMSG_SPACE(64))
@@ -72,6 +82,13 @@ class FakeBackEnd:
         data = struct.pack("=III", request_said, flags, size) + payload
         if self.lie == f"short-at-{request}":
             data = struct.pack("=III", request, flags, max(0, len(payload) - 4)) + payload[:-4]
+        if self.lie == f"long-at-{request}":
+            data = struct.pack("=III", request, flags, len(payload) + 4) + payload + bytes(4)
+        if self.lie == f"half-at-{request}":
+            self.connection.send(data[:7])
+            return self.ignore()
+        if self.lie == f"early-at-{request}":  # an answer that belongs to a later question
+            self.connection.send(struct.pack("=IIIQ", END, 5, 8, 0))
         if self.lie == f"gift-at-{request}":
             fds = (*fds, 0)
         if self.lie == f"many-gifts-at-{request}":
@@ -143,13 +160,14 @@ class FakeBackEnd:
 
 
 def main() -> None:
-    path, lie = sys.argv[1:]
+    path, *lies = sys.argv[1:]
     assert mmap.PAGESIZE == PAGE
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen(4)
         while True:
-            FakeBackEnd(listener.accept()[0], lie).serve()
+            FakeBackEnd(listener.accept()[0], lies[0]).serve()
+            del lies[: len(lies) > 1]
 
 
 if __name__ == "__main__":

@@ -53,10 +53,31 @@ LIES: dict[str, type[Exception] | str] = {
 }
 
 
+ASKED = {1: 8, 15: 8, 3: 8, 17: 8, 2: 8, 28: 0, 29: 8, 5: 40}
+"""Every question of the handshake that is answered, in order, and how long its answer is."""
+
+SPOILT: dict[str, type[Exception] | str] = {
+    "version": "framing",
+    "huge": "framing",
+    "many-gifts": "framing",
+    "gift": "descriptors",
+    "short": "size",
+    "long": "size",
+    "no-reply-flag": "order",
+    "other-request": "order",
+    "early": "order",
+    "twice": "order",
+    "half": BackEndTimeout,
+    "deaf": BackEndTimeout,
+    "hang-up": BackEndGone,
+}
+"""What can be wrong with an answer, and how it is told."""
+
+
 @contextlib.contextmanager
-def fake(tmp_path: Path, lie: str) -> Iterator[Program]:
-    path = tmp_path / f"{lie}.sock"
-    with running([sys.executable, str(FAKE), str(path), lie], path, path) as program:
+def fake(tmp_path: Path, *lies: str) -> Iterator[Program]:
+    path = tmp_path / f"{lies[0]}.sock"
+    with running([sys.executable, str(FAKE), str(path), *lies], path, path) as program:
         yield program
 
 
@@ -83,6 +104,24 @@ def test_every_lie_has_its_name(house: House, tmp_path: Path) -> None:
                 assert caught.value.rule == expected, (lie, caught.value)
             assert "\n" not in str(caught.value)
         nobody_left(house)
+    assert house.block("guest")["received"] == 0, "nobody touched anything"
+    assert honest.do("b.buf[8]") == 1
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_every_answer_spoilt(house: House, tmp_path: Path, spoilt: str) -> None:
+    """Each answer of the handshake in turn, whatever has been agreed on before it."""
+    honest, expected = house.client("guest", "shared"), SPOILT[spoilt]
+    asked = [request for request, size in ASKED.items() if size or spoilt != "short"]
+    with fake(tmp_path, *(f"{spoilt}-at-{request}" for request in asked), "none") as program:
+        for request in asked:
+            timeout = 1.0 if expected is BackEndTimeout else 20.0
+            with pytest.raises(VhostUserError if isinstance(expected, str) else expected) as caught:
+                BackEnd(program.socket, ["guest"], house.directory, timeout=timeout).close()
+            if isinstance(caught.value, VhostUserError):
+                assert caught.value.rule == expected, (request, caught.value)
+            nobody_left(house)
+        BackEnd(program.socket, ["guest"], house.directory).close()
     assert house.block("guest")["received"] == 0, "nobody touched anything"
     assert honest.do("b.buf[8]") == 1
 

@@ -435,6 +435,27 @@ def test_a_probe_sees_wrong_data(tmp_path: Path) -> None:
     assert states(document)["reads"] == "broken" and states(document)["writes"] == "not applicable"
 
 
+def test_a_probe_has_its_trouble_by_the_clock_too(tmp_path: Path) -> None:
+    """Of requests that would last for minutes, as many as its time allows; all kills and delays fall into that."""
+    with storage_daemon(tmp_path) as program:
+        words = ["--requests", "100000", "--rate", "300", "--duration", "2", "--kill-workers", "3", "--delays", "2"]
+        document = probed(str(program.socket), *words)
+    assert document["trouble"]["kills"] == 3 and document["trouble"]["delays"] == 2
+    assert 5 < document["requests"]["done"] < 1000
+
+
+def test_a_probe_refuses_another_disk(tmp_path: Path) -> None:
+    """Before it tests anything: what differs would be the back-end's fault."""
+    (tmp_path / "short.img").write_bytes(bytes(4096))
+    with storage_daemon(tmp_path) as program:
+        for disk, status, text in (("short.img", 2, "another disk"), ("nothing.img", 1, "No such file")):
+            command = [sys.executable, "-m", "postcopy", "probe", "vhost-user", str(program.socket)]
+            command += ["--disk", str(tmp_path / disk), "--json"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment(), check=False)
+            assert (done.returncode, done.stdout, done.stderr.count("\n")) == (status, "", 1), done.stderr
+            assert text in done.stderr
+
+
 def test_a_probe_of_what_has_no_post_copy(tmp_path: Path) -> None:
     path = tmp_path / "fs.sock"
     command = ["/usr/lib/qemu/virtiofsd", f"--socket-path={path}", "-o", f"source={tmp_path}", "-o", "sandbox=chroot"]

@@ -40,6 +40,15 @@ def metadata(wheel: Path) -> email.message.Message:
         return email.message_from_bytes(archive.read(name))
 
 
+def test_what_the_tests_need_is_installed_by_name() -> None:
+    """This .venv has it, so nothing is done; a wrong word is not taken for it."""
+    install = ROOT / "scripts" / "install"
+    done = subprocess.run([install, "--test"], timeout=300, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    done = subprocess.run([install, "--tests"], timeout=60, capture_output=True, text=True)
+    assert done.returncode == 2 and "--test | --no-dev" in done.stderr
+
+
 def test_the_wheel_is_for_every_machine(wheel: Path) -> None:
     assert wheel.name == f"postcopy-{PROJECT['project']['version']}-py3-none-any.whl"
 

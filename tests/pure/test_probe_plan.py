@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import struct
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from postcopy.vhost_user import blk
+from postcopy.vhost_user.probe_load import Load
 from postcopy.vhost_user.probe_plan import PAGE, Plan, Wishes
 from postcopy.vhost_user.probe_report import BROKEN, RULES, Report
+from postcopy.vhost_user.probe_settings import Settings
 from postcopy.vhost_user.rings import Piece, Ring, chain
 from postcopy_protocol.vhost_user import VhostUserError
 
@@ -61,6 +68,39 @@ def test_a_ring_goes_round() -> None:
         assert ring.in_flight == 1
         assert ring.completed() == [(n % 4, 7)]
     assert ring.next_available == ring.next_used == 3
+
+
+def test_the_index_of_a_ring_is_written_by_one_store() -> None:
+    """Another process that looks all the time sees what stood there or what stands there, and nothing between them."""
+    with mmap.mmap(-1, 3 * PAGE) as memory, memoryview(memory) as view:
+        ring = Ring(view, 4, 0, PAGE, 2 * PAGE)
+
+        def submit() -> None:
+            ring.next_available = 0x1233
+            ring.submit([Piece(0, 1)], 0)
+
+        submit()
+        writer = os.fork()
+        if writer == 0:
+            limit = time.monotonic() + 1
+            while time.monotonic() < limit:
+                submit()
+            os._exit(0)
+        with view[PAGE + 2 : PAGE + 4] as index:
+            seen = set()
+            while os.waitpid(writer, os.WNOHANG)[0] == 0:
+                seen.update(struct.unpack("<500H", b"".join([index] * 500)))
+        assert seen == {0x1234}
+
+
+def test_an_answer_that_nobody_asked_for() -> None:
+    """A back-end that puts any number into the used ring is told so."""
+    rings: Any = SimpleNamespace(rings=[None], free=lambda *_: (), wait=lambda _: [(0, 3), (0, 77)])
+    plan = Plan(Wishes(1, 1, 1, 1024, False, False))
+    load = Load(Settings("s"), plan, rings, lambda request: None, None)
+    with pytest.raises(VhostUserError, match="slot 77, where nothing is") as caught:
+        load.drive([], {(0, 3): plan.requests[0]})
+    assert caught.value.rule == "requests" and load.done == plan.requests[:1]
 
 
 def test_a_chain() -> None:

@@ -217,6 +217,7 @@ TRUE = MemoryRegion(0, 16 * PAGE, 0x7F0000000000, 0)
         (8, reply(5, table(TRUE), (9,)), "descriptors"),
         (10, reply(1, u64(0)), "features-change"),
         (18, reply(24, b""), "config"),
+        (18, reply(24, pack_config(0, 59)), "config"),
         (20, reply(11, struct.pack("=II", 3, 0)), "vring-base"),
     ],
 )
@@ -300,7 +301,7 @@ def test_any_table_is_taken_or_refused(payload: bytes) -> None:
 
 
 def test_configuration_space() -> None:
-    assert unpack_config(pack_config(0, 4, b"abcd")) == b"abcd"
+    assert unpack_config(pack_config(0, 4, b"abcd"), 4) == b"abcd"
     with pytest.raises(ValueError, match="configuration"):
         after(3).get_config(250, 8)
 

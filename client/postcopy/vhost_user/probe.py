@@ -44,8 +44,8 @@ def probe(settings: Settings) -> Report:
             plan = Plan(wishes)
             path = os.path.join(place, "guest")
             plan.write(path)
-            # Kills are ours: forgiven, and a successor need not wait.
-            law = Supervisor({BLOCK: path}, fault_around="4K", restart_limit=settings.kills + 5, restart_stable=0.1)
+            # Kills are ours: forgiven, and soon forgotten, so that a successor need not wait.
+            law = Supervisor({BLOCK: path}, fault_around="4K", restart_limit=settings.kills + 5, restart_interval=0.1)
             supervisor = stack.enter_context(law)
             Run(settings, plan, supervisor.runtime_dir, report).run(stack)
     except VhostUserError as error:
@@ -138,7 +138,7 @@ class Run:
             report.judge("indirect", status == 0, f"request {request.number}")
         data = bytes(self.memory[request.data_at : request.data_at + request.length])
         if request.kind == blk.GET_ID:
-            text = data.rstrip(b"\0").decode("ascii", "replace")
+            text = "".join(map(chr, filter(range(32, 127).__contains__, data)))  # it goes to a terminal
             report.judge("get-id", status == 0, "refused")
             self.report.figures["back_end"].setdefault("id", text)
         elif request.kind == blk.READ and status == 0:

@@ -67,7 +67,9 @@ class Load:
             patience = min(patience, 1 / self._settings.rate)
         for place in self._rings.wait(patience):
             self._answered = time.monotonic()
-            request = self._flying.pop(place)
+            request = self._flying.pop(place, None)
+            if request is None:
+                raise VhostUserError("requests", f"ring {place[0]} has an answer to slot {place[1]}, where nothing is")
             self.latencies.append(self._answered - self._sent.pop(place))
             self.done.append(request)
             self._judge(request)
@@ -76,7 +78,7 @@ class Load:
         """After trouble, and whether anybody is there who answers."""
         now = time.monotonic()
         if self._trouble is not None:
-            self._trouble.look(len(self.done))
+            self._trouble.look(len(self.done), now - self._begun)
         if not self._flying:
             self._answered = now
         elif now - self._answered > 1.0 and self._rings.gone:

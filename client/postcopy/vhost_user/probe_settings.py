@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import closing
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 from postcopy_protocol.vhost_conversation import FrontEnd, Question
 from postcopy_protocol.vhost_user import FEATURE_INDIRECT, ProtocolFeature, feature_names
 
-from ..errors import VhostUserError
+from ..errors import BadInput, VhostUserError
 from . import blk
 from .channel import Channel, close_frame, somebody_listens
 from .probe_plan import Wishes
@@ -54,6 +55,8 @@ def look_ahead(settings: Settings, report: Report) -> Wishes:
         visit = _Visit(channel)
         visit.agree(report, shown)
         sectors = visit.sectors(shown) if settings.device == "blk" else 0
+        if sectors and settings.disk is not None:
+            check_disk(settings.disk, sectors * blk.SECTOR)
         offered, queues = visit.talk.offered, visit.talk.queues
     settle(settings.socket)
     if settings.device != "blk":
@@ -98,7 +101,9 @@ class _Visit:
 
     def sectors(self, shown: dict[str, Any]) -> int:
         if not self.talk.protocol & ProtocolFeature.CONFIG:
-            raise VhostUserError("config", "the device has no configuration space: it is no virtio-blk")
+            raise VhostUserError(
+                "config", "the device has no configuration space: it is no virtio-blk (try --device none)"
+            )
         sectors = blk.capacity(self.ask(self.talk.get_config(0, blk.CONFIG_BYTES)))
         shown["sectors"] = sectors
         if sectors < SMALLEST_DISK:
@@ -106,6 +111,14 @@ class _Visit:
                 "config", f"a disk of {sectors} sectors is too small to probe: at least {SMALLEST_DISK}"
             )
         return sectors
+
+
+def check_disk(path: str, size: int) -> None:
+    """Raises OSError where it cannot be read, BadInput where it is not the disk of a device of ``size`` bytes."""
+    with open(path, "rb") as disk:
+        length = disk.seek(0, os.SEEK_END)
+    if length < size:
+        raise BadInput(f"--disk {path} has {length} bytes, the device {size}: it is another disk")
 
 
 def settle(path: str) -> None:

@@ -14,7 +14,8 @@ from .probe_settings import Settings, program_of
 
 
 class Trouble:
-    """Kills and delays of the worker that resolves the back-end's faults, spread evenly over the run."""
+    """Kills and delays of the worker that resolves the back-end's faults, spread evenly over the run, which ends when
+    all requests are done or its time is over."""
 
     def __init__(self, settings: Settings, directory: str, client: int) -> None:
         self.kills = self.delays = 0
@@ -22,20 +23,21 @@ class Trouble:
         self._stopped: int | None = None
         self._go_on_at = 0.0
         total = settings.kills + settings.delays
-        every = settings.requests / (total + 1)
         kinds = ["kill", "delay"] * total
         if settings.delays == 0 or settings.kills == 0:
             kinds = ["kill" if settings.kills else "delay"] * total
-        self._due = [(int(every * (n + 1)), kinds[n]) for n in range(total)]
+        self._due = [((n + 1) / (total + 1), kinds[n]) for n in range(total)]
 
-    def look(self, done: int) -> None:
-        """Called between requests."""
+    def look(self, done: int, elapsed: float) -> None:
+        """Called between requests: ``done`` of them after ``elapsed`` seconds."""
         if self._stopped is not None:
             if time.monotonic() < self._go_on_at:
                 return
             self._signal(self._stopped, signal.SIGCONT)
             self._stopped = None
-        if not self._due or done < self._due[0][0]:
+        settings = self._settings
+        past = max(done / settings.requests, elapsed / settings.duration if settings.duration else 0.0)
+        if not self._due or past < self._due[0][0]:
             return
         pid = self._worker()
         if pid is None:

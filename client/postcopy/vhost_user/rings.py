@@ -2,6 +2,9 @@
 
 A ``Ring`` works on any writable buffer: a file's bytes before they are served (so that the back-end finds the ring in
 missing pages), or a block's memory afterwards. Nothing in it waits. Numbers are little-endian, as virtio 1 says.
+
+The device looks at the available index whenever it likes, so that word is written by one store. ``struct.pack_into``
+would not do: it fills its place with zeros first, and a device that sees the index go back to 0 calls the ring broken.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import os
 import select
 import struct
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -78,10 +82,13 @@ class Ring:
         self._offer(first)
 
     def _offer(self, first: int) -> None:
-        slot = self.available + 4 + 2 * (self.next_available % self.size)
-        _INDEX.pack_into(self.memory, slot, first)
+        self._store(self.available + 4 + 2 * (self.next_available % self.size), first)
         self.next_available = (self.next_available + 1) & 0xFFFF
-        _INDEX.pack_into(self.memory, self.available + 2, self.next_available)
+        self._store(self.available + 2, self.next_available)
+
+    def _store(self, at: int, word: int) -> None:
+        """Sixteen bits at once."""
+        self.memory[at : at + 2].cast("H")[0] = word if sys.byteorder == "little" else word >> 8 | (word & 0xFF) << 8
 
     def completed(self) -> list[tuple[int, int]]:
         """Requests that the device has used since the last look: (first descriptor, bytes written)."""
