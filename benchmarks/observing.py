@@ -124,7 +124,7 @@ def _status(bench: Bench) -> list[Row]:
     told = f"p50 {percentile(asked, 50):.1f} ms, {len(asked)} questions of a program that has asked before"
     return [
         value_row(f"status of {count} clients, p99", asked, "ms", 200, value=percentile(asked, 99), detail=told),
-        value_row(f"postcopy status --json, {count} clients", whole, "ms", detail="the whole command, with Python's start"),
+        value_row(f"postcopy status --json, {count} clients", whole, "ms", detail="with the start of Python"),
         *slowed,
     ]  # fmt: skip
 
@@ -248,7 +248,8 @@ def _until_all_touch(control: Control, count: int) -> None:
 
 @contextmanager
 def _started(command: list[str], **more: Any) -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen(command, **({"stdout": subprocess.DEVNULL} | more))
+    streams: dict[str, Any] = {"stdout": subprocess.DEVNULL} | more
+    process: subprocess.Popen[bytes] = subprocess.Popen(command, text=False, **streams)
     try:
         yield process
     finally:

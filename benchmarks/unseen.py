@@ -15,8 +15,9 @@ from importlib.util import find_spec
 
 from .bench import BenchmarkFailed
 
-ANSWERS = ("_shared_answer", "_private_answer")
-TAKEN_OUT = {"words", "begun", "placed"}
+ANSWERS = {"_shared_answer": 4, "_private_answer": 5}
+"""The closures of common faults, and how many statements of each are statistics: two stores, clock, histograms."""
+TAKEN_OUT = {"words", "begun", "plain"}
 
 
 class Blind(ast.NodeTransformer):
@@ -26,14 +27,14 @@ class Blind(ast.NodeTransformer):
         self.taken = 0
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST | None:
-        return self._gone() if any(_named(target) & TAKEN_OUT for target in node.targets) else node
+        return self._kept(node, any(_named(target) & TAKEN_OUT for target in node.targets))
 
     def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST | None:
-        return self._gone() if _named(node.target) & TAKEN_OUT else node
+        return self._kept(node, bool(_named(node.target) & TAKEN_OUT))
 
     def visit_If(self, node: ast.If) -> ast.AST | None:
-        if {"begun", "placed"} & {name.id for name in ast.walk(node.test) if isinstance(name, ast.Name)}:
-            return self._gone()
+        if {"begun"} & {name.id for name in ast.walk(node.test) if isinstance(name, ast.Name)}:
+            return self._kept(node, True)
         return self.generic_visit(node)
 
     def visit_BoolOp(self, node: ast.BoolOp) -> ast.AST:
@@ -41,8 +42,9 @@ class Blind(ast.NodeTransformer):
         first = node.values[0]
         return node.values[-1] if isinstance(first, ast.Name) and first.id == "begun" else self.generic_visit(node)
 
-    def _gone(self) -> None:
-        self.taken += 1
+    def _kept(self, node: ast.AST, taken: bool) -> ast.AST | None:
+        self.taken += taken
+        return None if taken else node
 
 
 def package(directory: str) -> str:
@@ -70,8 +72,9 @@ def _blind(method: ast.FunctionDef) -> None:
     closure = next(node for node in method.body if isinstance(node, ast.FunctionDef))
     blind = Blind()
     blind.generic_visit(closure)
-    if blind.taken != 5:  # faults, begun, the histogram, placed, tidying
-        raise BenchmarkFailed(f"{method.name} has {blind.taken} statements of statistics, 5 are known: see unseen.py")
+    if blind.taken != ANSWERS[method.name]:
+        told = f"{method.name} has {blind.taken} statements of statistics, {ANSWERS[method.name]} are known"
+        raise BenchmarkFailed(f"{told}: see unseen.py")
 
 
 def _named(target: ast.AST) -> set[str]:
