@@ -54,7 +54,7 @@ def test_prometheus_sees_what_status_says(runtime_dir: Path, source_file: Source
 
 
 def test_the_stages_of_local_and_remote_faults(runtime_dir: Path, source_file: SourceFile) -> None:
-    """By client and block what its worker knows, by block all of it; what a client did is not forgotten when it leaves."""
+    """By client and block what its worker knows, by block all of it, and not forgotten when the client leaves."""
     path, pages, options = source_file(SIZE), SIZE // 4096, {"background_rate": 0, "fault_around": "4K"}
     with (
         Source(f"far={path}") as source,
