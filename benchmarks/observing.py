@@ -207,18 +207,7 @@ def _top(bench: Bench) -> list[Row]:
     rate, lead = bench.scale.of(8, 50), bench.scale.of(5, 1)
     bench.say(f"observing: top with {count} clients")
     with bench.supervisor({"ram": bench.file}, fault_around="4K") as supervisor, ExitStack() as stack:
-        words = ["--clients", str(count), "--rate", str(rate), "--seconds", str(seconds + 2 * lead + 2)]
-        load = [
-            sys.executable,
-            "-m",
-            "postcopy",
-            "load",
-            *words,
-            "--mode",
-            "mixed",
-            "--runtime-dir",
-            supervisor.runtime_dir,
-        ]
+        load = _load(supervisor.runtime_dir, clients=count, rate=rate, seconds=seconds + 2 * lead + 2, mode="mixed")
         touching = stack.enter_context(_started(load))
         with Control(supervisor.runtime_dir) as control:
             _until_all_touch(control, count)
@@ -236,6 +225,11 @@ def _top(bench: Bench) -> list[Row]:
         value_row(f"postcopy top, {columns}x{lines}", [share], "% of a core", 5.0, detail=told)
         for (columns, lines), share in zip(SIZES, used, strict=True)
     ]  # fmt: skip
+
+
+def _load(directory: str, **options: object) -> list[str]:
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return [sys.executable, "-m", "postcopy", "load", *words, "--runtime-dir", directory]
 
 
 def _until_all_touch(control: Control, count: int) -> None:
