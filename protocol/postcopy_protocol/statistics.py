@@ -170,10 +170,12 @@ def summary(words: Sequence[int]) -> dict[str, float]:
     return _summary(_sums(words), words[LONGEST_NS])
 
 
-def summary_of(buckets: Iterable[int]) -> dict[str, float]:
+def summary_of(buckets: Sequence[int]) -> dict[str, float]:
     """The same of a histogram alone, and their ``count``; {}: there are none."""
+    if not any(buckets):
+        return {}
     sums = list(accumulate(buckets))
-    return {**_summary(sums, 0), "count": sums[-1]} if sums[-1] else {}
+    return {**_summary(sums, 0), "count": sums[-1]}
 
 
 def _summary(sums: list[int], longest_ns: int) -> dict[str, float]:
