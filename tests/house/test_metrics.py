@@ -55,10 +55,12 @@ def test_prometheus_sees_what_status_says(runtime_dir: Path, source_file: Source
 
 def test_the_stages_of_local_and_remote_faults(runtime_dir: Path, source_file: SourceFile) -> None:
     """By client and block what its worker knows, by block all of it, and not forgotten when the client leaves."""
-    path, pages, options = source_file(SIZE), SIZE // 4096, {"background_rate": 0, "fault_around": "4K"}
+    path, pages, port = source_file(SIZE), SIZE // 4096, "127.0.0.1:0"
     with (
         Source(f"far={path}") as source,
-        House(runtime_dir, f"near={path}", source.block(), metrics="127.0.0.1:0", **options) as house,
+        House(
+            runtime_dir, f"near={path}", source.block("far"), metrics=port, background_rate=0, fault_around="4K"
+        ) as house,
     ):
         clients = [house.client("near", "private"), house.client("far", "shared")]
         for client in clients:
