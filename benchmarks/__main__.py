@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from postcopy.errors import PostcopyError
 
-from . import attach, back_end, bulk, clients8, limits, local, machine, recovery, remote, scaling, sequential
+from . import attach, back_end, bulk, clients8, limits, local, machine, observing, recovery, remote, scaling, sequential
 from .bench import Bench, BenchmarkFailed, Scale
 from .docs import write_docs
 from .figures import HEADINGS, Row, as_document
@@ -29,6 +29,7 @@ BENCHMARKS: Mapping[str, Callable[[Bench], list[Row]]] = {
     "recovery": recovery.run,
     "remote": remote.run,
     "back-end": back_end.run,
+    "observing": observing.run,
 }
 FORMAT = 1
 """Version of the JSON document."""

@@ -3,7 +3,7 @@
 SPEC is a JSON object: ``parent`` (pid of the harness), ``runtime_dir``, ``block``, ``clients``, ``file``. The clients
 are forked from one process that has imported everything, because what is measured is attaching, not starting Python
 256 times. The answer is one JSON object: ``seconds`` from the first attach's beginning to the last one's end,
-``slowest`` attach, ``failed``, ``wrong``.
+``slowest`` attach, ``failed``, ``wrong``. With ``stay`` they leave only at the end of stdin.
 """
 
 from __future__ import annotations
@@ -46,10 +46,12 @@ def main() -> int:
         os.close(descriptor)
     os.close(opener)
     answers = _gather(reports, spec["clients"])
+    print(json.dumps(_summary(answers, spec["clients"])), flush=True)
+    if spec.get("stay"):
+        sys.stdin.read()
     os.close(keeper)
     for child in children:
         os.waitpid(child, 0)
-    print(json.dumps(_summary(answers, spec["clients"])))
     return 0
 
 

@@ -327,7 +327,7 @@ class SupervisorEnd:
             return pick(list(link._answers))
         if chance < 0.45:
             return pick((Pong(link._nonce), Pong(1), SourceRefused("out-of-phase", NAME, ""), self._advice()))
-        flying = list(link.flow._flying.values())
+        flying = list(link.flow.flying.values())
         wish = pick(flying) if flying else None
         ranges = [(wish.offset, wish.length)] if wish is not None and dice.random() < 0.6 else some_ranges(dice)
         if dice.random() < 0.3:

@@ -59,11 +59,16 @@ class Control:
         self.directory = os.path.abspath(runtime_directory(explicit, os.environ))
         self._timeout = timeout
         endpoint = router_endpoint(self.directory)
-        _knock(endpoint.removeprefix("ipc://"), self.directory, timeout)
+        self._path = endpoint.removeprefix("ipc://")
+        self.knock()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.connect(endpoint)
+
+    def knock(self) -> None:
+        """Raise NoSupervisor when nobody listens (any more): sooner than by waiting for an answer."""
+        _knock(self._path, self.directory, self._timeout)
 
     def status(self, *, audit: bool = False) -> dict[str, Any]:
         """The status document (see the README for its fields). ``audit``: look for polluted pages first."""

@@ -12,15 +12,18 @@ value wide. ``bucket`` is on the fault path; everything below it is for readers.
 from __future__ import annotations
 
 import struct
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from operator import add, mul
 
 PAGE_BYTES = 4096
 WORDS = PAGE_BYTES // 8
 
 # --- words of a statistics page; those up to LAST_COUNTER only grow -------------------------------------------------
 
-FAULTS = 0  # page-fault messages answered
-PLACED = 1  # pages placed, fault-around included
+FAULTS = 0  # page-fault messages answered, but for PLAIN
+PLACED = 1  # pages placed, fault-around included, but for PLAIN
 WAKES = 2  # wake or continue calls
 REQUESTS = 3  # pages asked of the supervisor
 DEDUPLICATED = 4  # messages for a page that was already asked for or present
@@ -28,7 +31,7 @@ AROUND = 5  # pages placed by fault-around, beyond the faulting one
 LOST = 6  # pages that their source could not supply
 FAILURES = 7  # calls that failed and were reported
 POLLUTED = 8  # pages found present that nobody of ours placed
-BEGUN = 9  # messages read and begun; BEGUN - FAULTS is what a worker was doing when it died
+PLAIN = 9  # faults answered by placing their page and nothing else: one word for both, it is stored in every fault
 AROUND_USED = 10  # of those placed by fault-around: in windows that a stream of faults went through to the end
 LAST_COUNTER = AROUND_USED
 
@@ -101,6 +104,16 @@ def words_of(page: bytes | bytearray | memoryview) -> tuple[int, ...]:
     return struct.unpack_from(f"<{WORDS}Q", page)
 
 
+def faults(words: Sequence[int]) -> int:
+    """Page-fault messages answered."""
+    return words[FAULTS] + words[PLAIN]
+
+
+def placed(words: Sequence[int]) -> int:
+    """Pages placed, fault-around included."""
+    return words[PLACED] + words[PLAIN]
+
+
 def count(words: Sequence[int]) -> int:
     """Latencies in the histogram."""
     return sum(words[HISTOGRAM : LAST_BUCKET + 1])
@@ -108,28 +121,39 @@ def count(words: Sequence[int]) -> int:
 
 def percentile(words: Sequence[int], percent: float) -> float:
     """Latency in microseconds that ``percent`` of all did not exceed (middle of its bucket: within 1/16); 0.0: none."""
-    wanted = max(1, -int(-count(words) * percent // 100))
-    for word in range(HISTOGRAM, LAST_BUCKET + 1):
-        wanted -= words[word]
-        if wanted <= 0:
-            low, high = bounds(word)
-            return min((low + high) / 2, words[LONGEST_NS] or high) / 1000
-    return 0.0
+    return _percentile(_sums(words), percent, words[LONGEST_NS])
 
 
 def longest(words: Sequence[int]) -> float:
     """Longest latency in microseconds: exact where the worker noted it, else the end of the last bucket in use."""
-    if words[LONGEST_NS]:
-        return words[LONGEST_NS] / 1000
-    used = (word for word in range(LAST_BUCKET, HISTOGRAM - 1, -1) if words[word])
-    word = next(used, None)
-    return 0.0 if word is None else bounds(word)[1] / 1000
+    return _longest(_sums(words), words[LONGEST_NS])
+
+
+def _sums(words: Sequence[int]) -> list[int]:
+    """By bucket, how many latencies are in it or before. Loops in C here and below: a status asks for hundreds."""
+    return list(accumulate(words[HISTOGRAM : LAST_BUCKET + 1]))
+
+
+def _percentile(sums: list[int], percent: float, longest_ns: int) -> float:
+    if not sums[-1]:
+        return 0.0
+    low, high = bounds(HISTOGRAM + bisect_left(sums, max(1, -int(-sums[-1] * percent // 100))))
+    return min((low + high) / 2, longest_ns or high) / 1000
+
+
+def _longest(sums: list[int], longest_ns: int) -> float:
+    if longest_ns or not sums[-1]:
+        return longest_ns / 1000
+    return bounds(HISTOGRAM + bisect_left(sums, sums[-1]))[1] / 1000
 
 
 def sum_ns(words: Sequence[int]) -> int:
     """Nanoseconds of all latencies together, each taken as the middle of its bucket (within 1/16): how long a client's
     threads stood at missing pages. Costs the fault path nothing."""
-    return sum(words[word] * sum(bounds(word)) // 2 for word in range(HISTOGRAM, LAST_BUCKET + 1) if words[word])
+    return sum(map(mul, words[HISTOGRAM : LAST_BUCKET + 1], _MIDDLES))
+
+
+_MIDDLES = [sum(bounds(word)) // 2 for word in range(HISTOGRAM, LAST_BUCKET + 1)]
 
 
 def cumulative(words: Sequence[int]) -> list[tuple[int, int]]:
@@ -143,20 +167,34 @@ def cumulative(words: Sequence[int]) -> list[tuple[int, int]]:
 
 def summary(words: Sequence[int]) -> dict[str, float]:
     """``p50``, ``p99`` and ``max`` in microseconds, to a tenth."""
+    return _summary(_sums(words), words[LONGEST_NS])
+
+
+def summary_of(buckets: Sequence[int]) -> dict[str, float]:
+    """The same of a histogram alone, and their ``count``; {}: there are none."""
+    if not any(buckets):
+        return {}
+    sums = list(accumulate(buckets))
+    return {**_summary(sums, 0), "count": sums[-1]}
+
+
+def _summary(sums: list[int], longest_ns: int) -> dict[str, float]:
     return {
-        "p50": round(percentile(words, 50), 1),
-        "p99": round(percentile(words, 99), 1),
-        "max": round(longest(words), 1),
+        "p50": round(_percentile(sums, 50, longest_ns), 1),
+        "p99": round(_percentile(sums, 99, longest_ns), 1),
+        "max": round(_longest(sums, longest_ns), 1),
     }
 
 
 def merge(pages: Iterable[Sequence[int]]) -> tuple[int, ...]:
     """One page for many: counters and histogram added, the longest kept, what belongs to one worker is 0."""
-    total = [0] * WORDS
+    total, longest_ns = [0] * WORDS, 0
     for words in pages:
-        for word in (*range(LAST_COUNTER + 1), *range(HISTOGRAM, LAST_BUCKET + 1)):
-            total[word] += words[word]
-        total[LONGEST_NS] = max(total[LONGEST_NS], words[LONGEST_NS])
+        total = list(map(add, total, words))
+        longest_ns = max(longest_ns, words[LONGEST_NS])
+    total[LAST_COUNTER + 1 : HISTOGRAM] = [0] * (HISTOGRAM - LAST_COUNTER - 1)
+    total[LAST_BUCKET + 1 :] = [0] * (WORDS - LAST_BUCKET - 1)
+    total[LONGEST_NS] = longest_ns
     return tuple(total)
 
 

@@ -11,7 +11,7 @@ The object has ``started`` (seconds since the epoch), ``monotonic`` (nanoseconds
 ``blocks``: ``[number, name, bytes, page size]`` each. Records of one client are in order; those of several are not
 quite: whoever needs the order sorts.
 
-**Ring.** In a client's figures, behind the page of ``statistics``: one page whose first words are RING_WRITTEN,
+**Ring.** In a client's figures, behind ``statistics`` and ``stages``: one page whose first words are RING_WRITTEN,
 RING_TAKEN and RING_LOST, then the records. The client's worker writes, the supervisor takes; where there is no room
 a record is counted as lost, and nobody waits.
 """
@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from . import stages
 from .errors import BadInput
 from .statistics import PAGE_BYTES
 
@@ -38,7 +39,8 @@ LONGEST = (1 << 32) - 1
 
 RING_WRITTEN, RING_TAKEN, RING_LOST = range(3)
 RING_RECORDS = 16384
-RING_AT = 2 * PAGE_BYTES
+RING_HEAD = stages.END
+RING_AT = RING_HEAD + PAGE_BYTES
 FIGURES_BYTES = RING_AT + RING_RECORDS * RECORD.size
 """Size of a client's figures where faults are recorded (a multiple of the page)."""
 assert FIGURES_BYTES % PAGE_BYTES == 0

@@ -23,6 +23,8 @@ from postcopy_protocol.express import OFFSET, head_of
 from postcopy_protocol.messages import Wake
 from postcopy_protocol.received import PLACING, RECEIVED
 from postcopy_protocol.return_path import DATA
+from postcopy_protocol.stages import PLACED
+from postcopy_protocol.statistics import bucket
 
 from .blocks import RamBlock
 from .flow import BACKGROUND
@@ -71,28 +73,33 @@ def source_lane(
 ) -> SourceLane:
     """For the answers of one source. ``ioctl`` and ``address``: on a simulated kernel they are others."""
     expected, landed, flow, clock = link.expected, link.landed, link.flow, time.monotonic
-    arrive = {block.number: _arrive(paging, block, ioctl, address) for block in blocks}
+    arrive = {block.number: _arrive(paging, block, link.stages[block.number], ioctl, address) for block in blocks}
 
     def answered(head: bytes, frame: zmq.Frame) -> bool | None:
         buffer = frame.buffer
         wish = expected(head, len(buffer))
         if wish is None:
             return None
+        now = clock()
         arrive[wish.block](wish.offset, wish.length, buffer)
-        landed(wish, clock())
+        landed(wish, now)
         return wish.client == BACKGROUND or not flow.streaming
 
     return answered
 
 
 def _arrive(
-    paging: Paging, block: RamBlock, ioctl: Callable[..., object], address: Callable[[memoryview], int]
+    paging: Paging,
+    block: RamBlock,
+    stages: memoryview,
+    ioctl: Callable[..., object],
+    address: Callable[[memoryview], int],
 ) -> Callable[[int, int, memoryview], None]:
     """Place what has come of a block, one page or a range, and release whoever waits."""
     received, number, size, base = block.received, block.number, block.page_size, block.mapping.address
     shift, core = size.bit_length() - 1, paging.core.fileno()
     ioctl = crashpoints.around("page.arrived", ioctl, "page.placed")
-    place, count = paging.place, paging.count
+    place, count, clock = paging.place, paging.count, time.monotonic_ns
     come, release, heal, healing = paging.engine.come, paging.release, paging.heal, paging.healing
     wake = head_of(Wake(number, pack_offsets([0])), OFFSET)
     argument = bytearray(40)  # of UFFDIO_COPY: destination, source, length, mode, result
@@ -107,12 +114,14 @@ def _arrive(
         if received[page] != RECEIVED:
             copy[0], copy[1] = base + offset, source
             received[page] = PLACING
+            begun = clock()
             try:
                 ioctl(core, UFFDIO_COPY, argument)
             except OSError:  # it is there already, there is no memory for it: the careful way knows
                 place(block, page, page + 1, source)
             else:
                 received[page] = RECEIVED
+                stages[bucket(clock() - begun) + PLACED] += 1
                 count(block, 1)
         waiters = come(number, page)
         if waiters:

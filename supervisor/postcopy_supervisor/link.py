@@ -19,7 +19,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from postcopy_protocol import statistics
+from postcopy_protocol import stages, statistics
 from postcopy_protocol.codec import encode
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.express import REQUESTS_END, Road
@@ -93,6 +93,8 @@ class Link:
         """A supervisor before us knew this source: silence from the start on is a loss."""
         self.flow = Flow()
         self.words = [0] * statistics.WORDS
+        self.stages = {stream.block: stages.unkept() for stream in streams}
+        """By block: how long its pages took to arrive, and then to be placed (see ``postcopy_protocol.stages``)."""
         self.requests = self.pages = self.bytes = 0
         self._streams = {stream.block: stream for stream in streams}
         self._numbers: dict[int, int] = {}  # block: the source's number of its stream
@@ -166,11 +168,11 @@ class Link:
         return wish
 
     def landed(self, wish: Wish, now: float) -> None:
-        """What was ``expected`` has been placed."""
+        """What was ``expected`` has come at ``now``, and has been placed."""
         self._silent_since = None
         self.pages += wish.length // self._streams[wish.block].page_size
         self.bytes += wish.length
-        self.words[statistics.bucket(int((now - wish.sent) * 1e9))] += 1
+        self._took(wish.block, now - wish.sent)
         effects = self.flow.landed(wish, now)
         if effects:
             self._do(effects)
@@ -203,9 +205,14 @@ class Link:
         self.bytes += sum(frame_lengths)
         effects, took = self.flow.answered(message.request, block, [(at, size) for at, size, _, _ in ranges], now)
         if took:
-            self.words[statistics.bucket(int(took * 1e9))] += 1
+            self._took(block, took)
         self._do(effects)
         return Arrived(block, ranges, message.reason)
+
+    def _took(self, block: int, seconds: float) -> None:
+        word = statistics.bucket(int(seconds * 1e9))
+        self.words[word] += 1
+        self.stages[block][word + stages.ARRIVED] += 1
 
     def _advised(self, message: Advised, now: float) -> None:
         stream = next((stream for stream in self._streams.values() if stream.name == message.name), None)

@@ -11,20 +11,21 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from postcopy_protocol import statistics
+from postcopy_protocol import stages, statistics
 from postcopy_protocol.errors import BadInput, PostcopyError
 
 from .blocks import RamBlock
 from .reception import Client
+from .status import block_stages
 
 if TYPE_CHECKING:
     from .house import House
 
 log = logging.getLogger(__name__)
 
-COUNTERS = (
-    ("faults", "Page faults of clients that were answered.", statistics.FAULTS),
-    ("placed_pages", "Pages that workers placed, fault-around included.", statistics.PLACED),
+COUNTERS: tuple[tuple[str, str, int | Callable[[Sequence[int]], int]], ...] = (
+    ("faults", "Page faults of clients that were answered.", statistics.faults),
+    ("placed_pages", "Pages that workers placed, fault-around included.", statistics.placed),
     ("around_pages", "Pages placed by fault-around, beyond the faulting one.", statistics.AROUND),
     ("around_used_pages", "Of those, pages in windows that a stream of faults went through.", statistics.AROUND_USED),
     ("requested_pages", "Pages that workers asked the supervisor for.", statistics.REQUESTS),
@@ -32,7 +33,7 @@ COUNTERS = (
     ("wakes", "Wake calls.", statistics.WAKES),
     ("lost_pages", "Faults at pages that their source could not supply.", statistics.LOST),
 )
-"""Per client: name, help, word of the statistics page."""
+"""Per client: name, help, word of the statistics page or what tells it from them."""
 STATES = ("starting", "running", "paused", "ending")
 
 
@@ -69,6 +70,10 @@ class Collector:
         yield from _client_figures(pages, house.workforce.restarts_of)
         total = statistics.merge([house.reception.past, house.zero.words.tolist(), *(words for _, words in pages)])
         yield histogram("postcopy_fault_latency_seconds", "From a fault's message to its release.", [((), (), total)])
+        stages_of = [(block.name, block_stages(block, house.reception, house.paging)) for block in blocks]
+        yield histogram("postcopy_stage_latency_seconds", "Stages of faults: asked, arrived, placed, woken.",
+                        [(("block", "stage"), (name, stage), stages.histogram(words, stage))
+                         for name, words in stages_of for stage in stages.NAMES])  # fmt: skip
         links = list(dict.fromkeys(house.paging.links.values()))
         found = [(("endpoint",), (link.endpoint,), link.words) for link in links]
         if links:
@@ -113,7 +118,7 @@ def _client_figures(pages: Sequence[tuple[Client, list[int]]], restarts: Callabl
     for name, text, word in COUNTERS:
         family = CounterMetricFamily(f"postcopy_client_{name}", text, labels=labels)
         for client, words in pages:
-            family.add_metric(_who(client), words[word])
+            family.add_metric(_who(client), words[word] if isinstance(word, int) else word(words))
         yield family
     blocked = CounterMetricFamily("postcopy_client_blocked_seconds", "Time stood at missing pages.", labels=labels)
     again = CounterMetricFamily("postcopy_client_restarts", "Successors of this client's worker.", labels=labels)

@@ -22,6 +22,8 @@ from postcopy_protocol.messages import Lost, Wake
 from postcopy_protocol.received import LOST, MISSING, PLACING, RECEIVED, SHARED
 from postcopy_protocol.return_path import LOST as LOST_RANGE
 from postcopy_protocol.return_path import ZERO
+from postcopy_protocol.stages import PLACED
+from postcopy_protocol.statistics import bucket
 from postcopy_protocol.window import FaultAround
 
 from .blocks import RamBlock
@@ -191,9 +193,14 @@ class Paging:
                 if kind == ZERO:
                     self._place_zeros(block, first, end)
                 else:
-                    self.place(block, first, end, addresses[frame])
+                    self._place_timed(block, first, end, addresses[frame])
             self.do(self.engine.answered(block.number, first, end, lost))
             self.heal(block, first, end)
+
+    def _place_timed(self, block: RamBlock, first: int, end: int, source: int) -> None:
+        begun = time.monotonic_ns()
+        self.place(block, first, end, source)
+        self.links[block.number].stages[block.number][bucket(time.monotonic_ns() - begun) + PLACED] += 1
 
     def place(self, block: RamBlock, first: int, end: int, source: int) -> None:
         """Put pages into the block from memory at ``source``; those that are received already stay as they are."""

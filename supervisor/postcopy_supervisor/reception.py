@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from postcopy_kernel import address_space, crashpoints, descriptors, memory, process
 from postcopy_kernel.userfaultfd import RegisterMode, Userfaultfd, is_userfaultfd, stuck_faults
-from postcopy_protocol import statistics
+from postcopy_protocol import stages, statistics
 from postcopy_protocol.codec import encode, pack_offsets
 from postcopy_protocol.door import DoorConversation, Refusal
 from postcopy_protocol.errors import BadMessage
@@ -79,6 +79,8 @@ class Client:
     userfaultfd: Userfaultfd | None = None
     statistics: int = -1
     words: memoryview | None = None
+    figures: memoryview | None = None
+    """All that its workers write: the statistics page (``words``), and stages by block where there is room for them."""
     regions: list[RegionGrant] = field(default_factory=list)
     released: list[RegionGrant] = field(default_factory=list)
     opened: dict[int, str] = field(default_factory=dict)
@@ -92,6 +94,25 @@ class Client:
     @property
     def name(self) -> str:
         return self.conversation.name
+
+    def see_figures(self) -> memoryview:
+        """Map them; the statistics page. A supervisor of before may have made them shorter."""
+        length = min(stages.END, os.fstat(self.statistics).st_size)
+        self.figures = memoryview(mmap.mmap(self.statistics, length))
+        self.words = words = self.figures[: statistics.PAGE_BYTES].cast("Q")
+        return words
+
+    def stages(self, block: int) -> memoryview | None:
+        """Of its faults in a block; None where they are not kept."""
+        at = stages.place(block)
+        if self.figures is None or at is None or len(self.figures) < stages.END:
+            return None
+        return self.figures[at : at + stages.BYTES].cast("Q")
+
+    @property
+    def touches(self) -> set[int]:
+        """Numbers of the blocks that it has, or had, mapped."""
+        return {region.block for region in (*self.regions, *self.released)}
 
     @property
     def key(self) -> str:
@@ -131,8 +152,8 @@ class Reception:
         self.clients: dict[int, Client] = {}
         self.workforce: Workforce
         self.left: Callable[[int], None] = lambda number: None
-        self.figures_bytes = statistics.PAGE_BYTES
-        """More where faults are recorded: a ring for them stands behind the statistics page."""
+        self.figures_bytes = stages.END
+        """More where faults are recorded: a ring for them stands behind the stages."""
         self.figures_made: Callable[[int, int], None] = lambda number, descriptor: None
         self._blocks = blocks
         self._by_number = {block.number: block for block in blocks.values()}
@@ -147,6 +168,8 @@ class Reception:
         self.next_number = 1
         self._estimate = limit  # the first visitor is counted
         self.past = statistics.merge(())
+        self.past_stages = {number: stages.unkept() for number in self._by_number}
+        """Of clients that have left."""
 
     # --- the door -----------------------------------------------------------------------------------------------------
 
@@ -269,7 +292,7 @@ class Reception:
     def _accept(self, client: Client, userfaultfd: Userfaultfd) -> None:
         client.userfaultfd = userfaultfd
         client.statistics = memory.create_memfd(f"postcopy-c{client.number}", self.figures_bytes)
-        client.words = memoryview(mmap.mmap(client.statistics, statistics.PAGE_BYTES)).cast("Q")
+        client.see_figures()
         self.figures_made(client.number, client.statistics)
         self._keep(client)
         self._say(client, UserfaultfdAccepted())
@@ -289,12 +312,12 @@ class Reception:
         conversation.name, conversation.kind = note.name, note.kind
         client = Client(note.client, None, note.uid, note.pid, pidfd, conversation, time.monotonic())
         client.userfaultfd, client.statistics = Userfaultfd(fd), figures
-        client.words = memoryview(mmap.mmap(figures, statistics.PAGE_BYTES)).cast("Q")
+        words = client.see_figures()
         self.figures_made(client.number, figures)
         client.regions, client.released = list(note.regions), list(note.released)
         client.quarantined, client.back_end = note.quarantined, note.back_end
         self.clients[client.number] = client
-        self.workforce.used(client.number, client.words[statistics.INCARNATION])
+        self.workforce.used(client.number, words[statistics.INCARNATION])
         self._keep(client)
         self._porter.watch_process(pidfd)
 
@@ -511,6 +534,10 @@ class Reception:
         os.close(client.pidfd)
         if client.words is not None:
             self.past = statistics.merge((self.past, client.words.tolist()))
+            for block in client.touches:
+                staged = client.stages(block)
+                if staged is not None:
+                    self.past_stages[block] = stages.merged((self.past_stages[block], staged))
             os.close(client.statistics)
         if client.userfaultfd is not None:
             client.userfaultfd.close()

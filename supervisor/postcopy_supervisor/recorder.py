@@ -17,8 +17,16 @@ from typing import Any
 
 from postcopy_protocol import trace
 from postcopy_protocol.errors import BadInput
-from postcopy_protocol.statistics import PAGE_BYTES
-from postcopy_protocol.trace import FIGURES_BYTES, RECORD, RING_AT, RING_LOST, RING_RECORDS, RING_TAKEN, RING_WRITTEN
+from postcopy_protocol.trace import (
+    FIGURES_BYTES,
+    RECORD,
+    RING_AT,
+    RING_HEAD,
+    RING_LOST,
+    RING_RECORDS,
+    RING_TAKEN,
+    RING_WRITTEN,
+)
 
 from .blocks import RamBlock
 
@@ -61,7 +69,7 @@ class Recorder(threading.Thread):
         """A client whose figures have come to be (main thread); those without a ring are left out."""
         if os.fstat(figures).st_size >= FIGURES_BYTES:
             page = memoryview(mmap.mmap(figures, FIGURES_BYTES))
-            self._rings[client] = Ring(page[PAGE_BYTES:RING_AT].cast("Q"), page[RING_AT:])
+            self._rings[client] = Ring(page[RING_HEAD:RING_AT].cast("Q"), page[RING_AT:])
 
     def run(self) -> None:
         while not self._end.wait(ROUND_SECONDS):

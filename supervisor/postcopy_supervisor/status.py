@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from postcopy_protocol import statistics
+from postcopy_protocol import stages, statistics
 from postcopy_protocol.messages import VERSION
 
 from .blocks import RamBlock
@@ -48,14 +48,14 @@ def document(
         "uptime_s": round(time.monotonic() - started, 3),
         "state": "paused" if paused and state == "running" else state,
         "recovered": recovered,
-        "blocks": [_block(block) for block in blocks],
+        "blocks": [_block(block, block_stages(block, reception, paging)) for block in blocks],
         "clients": clients,
         "sources": [_source(link) for link in dict.fromkeys(paging.links.values())],
         "totals": {
-            "faults": total[statistics.FAULTS] + zero.faults,
+            "faults": statistics.faults(total) + zero.faults,
             "requests": paging.engine.requests,
             "deduplicated": total[statistics.DEDUPLICATED] + paging.engine.deduplicated,
-            "placed": total[statistics.PLACED] + paging.placed,
+            "placed": statistics.placed(total) + paging.placed,
             "placed_around": total[statistics.AROUND],
             "around_used": total[statistics.AROUND_USED],
             "blocked_s": blocked_s(total),
@@ -89,7 +89,15 @@ def blocked_s(words: Sequence[int]) -> float:
     return round(statistics.sum_ns(words) / 1e9, 6)
 
 
-def _block(block: RamBlock) -> dict[str, Any]:
+def block_stages(block: RamBlock, reception: Reception, paging: Paging) -> memoryview:
+    """All faults in a block, of clients that are here or have left, and what the supervisor did for them."""
+    link = paging.links.get(block.number)
+    found = [client.stages(block.number) for client in reception.clients.values() if block.number in client.touches]
+    ours = [link.stages[block.number]] if link is not None else []
+    return stages.merged([reception.past_stages[block.number], *ours, *(words for words in found if words is not None)])
+
+
+def _block(block: RamBlock, staged: memoryview) -> dict[str, Any]:
     received_map, lost_map = block.tally(MAP_CELLS)
     received, lost = sum(received_map), sum(lost_map)
     return {
@@ -103,6 +111,7 @@ def _block(block: RamBlock) -> dict[str, Any]:
         "lost": lost,
         "map": {"pages": -(-block.pages // MAP_CELLS), "received": received_map, "lost": lost_map if lost else []},
         "complete": block.complete,
+        "stages_us": stages.told(staged),
         "polluted": [[first * block.page_size, (last - first) * block.page_size] for first, last in block.polluted],
     }
 
@@ -142,10 +151,12 @@ def _client(client: Client, workforce: Workforce, blocks: Sequence[RamBlock], pa
         "pid": client.pid,
         "worker_pid": workforce.pid(client.number),
         "state": shown,
-        "blocks": [{"name": names[block], "mode": mode} for block, mode in seen],
+        "blocks": [
+            {"name": names[block], "mode": mode, "stages_us": stages.told(client.stages(block))} for block, mode in seen
+        ],
         "released": sorted({names[region.block] for region in client.released}),
-        "faults": words[statistics.FAULTS],
-        "placed": words[statistics.PLACED],
+        "faults": statistics.faults(words),
+        "placed": statistics.placed(words),
         "placed_around": words[statistics.AROUND],
         "around_used": words[statistics.AROUND_USED],
         "deduplicated": words[statistics.DEDUPLICATED],

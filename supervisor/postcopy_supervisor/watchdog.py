@@ -6,7 +6,8 @@ import time
 
 from postcopy_kernel.process import is_stopped
 from postcopy_kernel.userfaultfd import stuck_faults
-from postcopy_protocol.statistics import BUSY_SINCE_NS, FAULTS, OUTSIDE, PLACED
+from postcopy_protocol.statistics import BUSY_SINCE_NS, OUTSIDE, PLACED
+from postcopy_protocol.statistics import faults as answered
 
 from .client_zero import NUMBER as ZERO
 from .client_zero import ClientZero
@@ -85,7 +86,7 @@ class Watchdog:
     def _watch_client(self, number: int, words: memoryview, now: float) -> None:
         """Waiters, read or unread, while the worker is busy with nothing and answers nothing: it hangs. Where it has
         asked us for pages, only what it has not read counts: those it has may wait for a source as long as it takes."""
-        ufd, faults = self._reception.clients[number].userfaultfd, words[FAULTS]
+        ufd, faults = self._reception.clients[number].userfaultfd, answered(words)
         if ufd is None:
             return
         try:

@@ -44,6 +44,18 @@ FIGURES = {
         "clients at random",
     ],
     "back-end": ["missing pages p50, pinned", "missing pages p50, unpinned", "missing pages p99, pinned"],
+    "observing": [
+        "statistics, local fault p50, shared, pinned",
+        "statistics, local fault p50, private, pinned",
+        "status of 3 clients, p99",
+        "postcopy status --json",
+        "local fault, status of 3 clients asked 10 times a second, unpinned, p50",
+        "remote fault, status of 3 clients asked 10 times a second, unpinned, p99",
+        "postcopy top, 80x24",
+        "postcopy top, 200x60",
+        "report of 2,000 touches, html",
+        "report of 2,000 touches, png",
+    ],
     "recovery": [
         "killed to next fault resolved, p50",
         "killed to next fault resolved, p99",

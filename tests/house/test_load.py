@@ -120,6 +120,7 @@ def test_contents_by_a_rule(tmp_path: Path) -> None:
         ["--report", "load.pdf"],
         ["--verify", "handler:nothing"],
         ["--writes", "2"],
+        ["--serve", "zero:banana"],
     ],
 )
 def test_what_does_not_fit_together(words: list[str], runtime_dir: Path) -> None:

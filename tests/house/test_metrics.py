@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import postcopy
 from tests.conftest import SourceFile
-from tests.house.house import House
+from tests.house.house import House, until
 from tests.house.remote import Source
 
 SIZE = 1 << 20
@@ -51,6 +51,36 @@ def test_prometheus_sees_what_status_says(runtime_dir: Path, source_file: Source
             assert samples[f"postcopy_client_{name}_total"][labels] == row[key]
         assert samples["postcopy_client_blocked_seconds_total"][labels] == pytest.approx(row["blocked_s"], abs=1e-5)
         assert 0 < row["around_used"] <= row["placed_around"]
+
+
+def test_the_stages_of_local_and_remote_faults(runtime_dir: Path, source_file: SourceFile) -> None:
+    """By client and block what its worker knows, by block all of it, and not forgotten when the client leaves."""
+    path, pages, port = source_file(SIZE), SIZE // 4096, "127.0.0.1:0"
+    with (
+        Source(f"far={path}") as source,
+        House(
+            runtime_dir, f"near={path}", source.block("far"), metrics=port, background_rate=0, fault_around="4K"
+        ) as house,
+    ):
+        clients = [house.client("near", "private"), house.client("far", "shared")]
+        for client in clients:
+            assert client.do(f"check(b, {str(path)!r}, 'random', 4096)") == -1
+        near, far = (block["stages_us"] for block in house.status()["blocks"])
+        mine = [client["blocks"][0]["stages_us"] for client in house.status()["clients"]]
+        assert [sorted(found) for found in mine] == [["placed", "woken"], ["asked", "woken"]]
+        assert sorted(near) == ["placed", "woken"] and sorted(far) == ["arrived", "asked", "placed", "woken"]
+        assert {found["count"] for found in far.values()} == {pages}
+        assert mine[0]["woken"]["count"] == near["woken"]["count"] >= pages
+        assert all(0 < found["p50"] <= found["p99"] <= found["max"] for told in (near, far) for found in told.values())
+        assert near["placed"]["p50"] <= near["woken"]["p50"]
+        assert far["placed"]["p50"] < far["arrived"]["p50"] < far["woken"]["p50"]
+        for client in clients:
+            client.close()
+        until(lambda: not house.status()["clients"], "the clients have left")
+        assert [block["stages_us"] for block in house.status()["blocks"]] == [near, far]
+        counted = scraped(house)["postcopy_stage_latency_seconds_count"]
+        assert counted[("block", "far"), ("stage", "arrived")] == pages
+        assert counted[("block", "near"), ("stage", "woken")] == near["woken"]["count"]
 
 
 def test_the_dashboard_asks_for_figures_that_there_are(runtime_dir: Path, source_file: SourceFile) -> None:

@@ -72,6 +72,20 @@ def test_top_in_a_terminal(house: House) -> None:
         terminal.close()
 
 
+def test_top_says_at_once_that_the_supervisor_is_gone_and_goes_on_with_the_next(house: House) -> None:
+    words = [sys.executable, "-m", "postcopy", "top", "--interval", "0.2", "--runtime-dir", str(house.directory)]
+    terminal = Terminal(shlex.join(words) + "; sleep 60")
+    try:
+        terminal.shows("running")
+        house.kill()
+        terminal.shows("no supervisor in")
+        house.recover()
+        terminal.shows(f"pid {house.process.pid}")
+        terminal.keys("q")
+    finally:
+        terminal.close()
+
+
 def test_top_without_a_terminal_is_one_line(house: House) -> None:
     words = [sys.executable, "-m", "postcopy", "top", "--runtime-dir", str(house.directory)]
     done = subprocess.run(words, capture_output=True, timeout=PATIENCE, env=environment(), stdin=subprocess.DEVNULL)

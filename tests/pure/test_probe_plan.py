@@ -87,7 +87,7 @@ def test_the_index_of_a_ring_is_written_by_one_store() -> None:
                 submit()
             os._exit(0)
         with view[PAGE + 2 : PAGE + 4] as index:
-            seen = set()
+            seen = set[int]()
             while os.waitpid(writer, os.WNOHANG)[0] == 0:
                 seen.update(struct.unpack("<500H", b"".join([index] * 500)))
         assert seen == {0x1234}

@@ -77,7 +77,7 @@ def test_merging_is_like_one_worker_that_saw_it_all(several: list[list[int]]) ->
 def test_merging_adds_counters_and_forgets_what_belongs_to_one_worker() -> None:
     one = list(range(1, WORDS + 1))
     merged = statistics.merge([one, one])
-    assert merged[statistics.FAULTS] == 2 and merged[statistics.BEGUN] == 2 * (statistics.BEGUN + 1)
+    assert merged[statistics.FAULTS] == 2 and merged[statistics.PLAIN] == 2 * (statistics.PLAIN + 1)
     assert merged[statistics.WORKER_PID] == merged[statistics.BUSY_SINCE_NS] == merged[statistics.INCARNATION] == 0
     assert merged[LONGEST_NS] == one[LONGEST_NS]
 
@@ -90,7 +90,7 @@ def test_a_page_is_little_endian_words() -> None:
 
 
 def test_no_two_words_share_a_place() -> None:
-    names = ("FAULTS PLACED WAKES REQUESTS DEDUPLICATED AROUND LOST FAILURES POLLUTED BEGUN LONGEST_NS BUSY_SINCE_NS "
+    names = ("FAULTS PLACED WAKES REQUESTS DEDUPLICATED AROUND LOST FAILURES POLLUTED PLAIN LONGEST_NS BUSY_SINCE_NS "
              "WORKER_PID INCARNATION").split()  # fmt: skip
     places = [getattr(statistics, name) for name in names]
     assert len(set(places)) == len(places) and max(places) < HISTOGRAM

@@ -77,7 +77,9 @@ class Ringed:
         self.worker = Recording(self.figures, 5)
         block: Any = SimpleNamespace(number=1, name="ram0", size=4096 * 10**6, page_size=4096)
         self.recorder = Recorder(str(path), [block], self.clients.keys())
-        self.recorder._rings[5] = Ring(self.figures[4096 : trace.RING_AT].cast("Q"), self.figures[trace.RING_AT :])
+        self.recorder._rings[5] = Ring(
+            self.figures[trace.RING_HEAD : trace.RING_AT].cast("Q"), self.figures[trace.RING_AT :]
+        )
 
     def put(self, *pages: int) -> None:
         for page in pages:

@@ -36,6 +36,8 @@ from postcopy_kernel.userfaultfd import (
 from postcopy_protocol.errors import PageLost
 from postcopy_protocol.messages import RegionGrant
 from postcopy_protocol.received import CHANGED, LOST, PLACING, RECEIVED
+from postcopy_protocol.stages import PLACED as PLACED_STAGE
+from postcopy_protocol.stages import WOKEN, unkept
 from postcopy_protocol.statistics import (
     AROUND,
     AROUND_USED,
@@ -45,6 +47,7 @@ from postcopy_protocol.statistics import (
     FAULTS,
     OUTSIDE,
     PLACED,
+    PLAIN,
     WAKES,
     WINDOW_LIMIT,
     allow,
@@ -68,7 +71,7 @@ SAMPLE_MASK = 3
 """Of the common faults one in four, the first among them, is timed, and counts for four: clocks cost 3 % of a fault."""
 BASE_SHIFT = 12
 TIDY_MASK = 1023
-"""Single pages placed through the own mapping between two looks at its page tables, less one."""
+"""Single pages placed between two looks at the page tables of the own mapping, less one; at faults that are timed."""
 
 Answer = Callable[[int, int], None]
 """(flags, address) of a fault in one region."""
@@ -85,8 +88,9 @@ class CannotGoOn(Exception):
 class Region:
     """One registered range of the client: its address space side of a block."""
 
-    def __init__(self, grant: RegionGrant, block: Block, around: FaultAround) -> None:
+    def __init__(self, grant: RegionGrant, block: Block, around: FaultAround, stages: memoryview | None = None) -> None:
         self.grant = grant
+        self.stages = stages if stages is not None else unkept()
         self.around = around
         self.block = block
         self.start = grant.address
@@ -273,14 +277,13 @@ class FaultHandler:
         return self._private_answer(region) if region.private else self._shared_answer(region)
 
     def _careful_answer(self, region: Region) -> Answer:
-        base, shift, words, uncommon = region.base, region.block.shift, self._words, self._uncommon
+        base, shift, uncommon = region.base, region.block.shift, self._uncommon
         first, end, outside = region.first_page, region.end_page, self._outside
 
         def answer(flags: int, address: int) -> None:
             page = address - base >> shift
             if not first <= page < end:
                 return outside(address)
-            words[FAULTS] += 1
             return uncommon(region, page, flags, perf_counter_ns())
 
         return answer
@@ -296,9 +299,9 @@ class FaultHandler:
             page = address - base >> shift
             if not first <= page < end:
                 return outside(address)
-            words[FAULTS] += 1
             if received[page] >= RECEIVED or flags & FAULT_MINOR:
                 return uncommon(region, page, flags, perf_counter_ns())
+            words[FAULTS] += 1
             return ask(number, page << shift)
 
         return answer
@@ -312,13 +315,14 @@ class FaultHandler:
         copy, buffer = structure.words, structure.buffer
         window, uncommon, widen, tidy = region.around.window, self._uncommon, self._widen, block.tidy
         first, end, outside = region.first_page, region.end_page, self._outside
+        stages = region.stages
 
         def answer(flags: int, address: int) -> None:
             page = address - base >> BASE_SHIFT
             if not first <= page < end:
                 return outside(address)
-            words[FAULTS] = faults = words[FAULTS] + 1
-            begun = clock() if faults & SAMPLE_MASK == 1 else 0
+            plain = words[PLAIN] + 1
+            begun = clock() if plain & SAMPLE_MASK == 1 else 0
             if received[page] or flags & FAULT_MINOR:
                 return uncommon(region, page, flags, begun or clock())
             if received[trust_at] and (received[trust_at] == CHANGED or lseek(descriptor, 0, SEEK_END) != size):
@@ -331,11 +335,14 @@ class FaultHandler:
             except OSError:
                 return uncommon(region, page, flags, begun or clock())
             received[page] = RECEIVED
-            if begun:
-                words[bucket(clock() - begun)] += SAMPLE_MASK + 1
-            words[PLACED] = placed = words[PLACED] + 1
-            if not placed & TIDY_MASK:
-                tidy(TIDY_MASK + 1)
+            words[PLAIN] = plain
+            if begun:  # placed and woken are one call
+                taken = bucket(clock() - begun)
+                words[taken] += SAMPLE_MASK + 1
+                stages[taken + PLACED_STAGE] += SAMPLE_MASK + 1
+                stages[taken + WOKEN] += SAMPLE_MASK + 1
+                if plain & TIDY_MASK == 1:
+                    tidy(TIDY_MASK + 1)
             pages = window(page)
             if pages > 1:
                 widen(region, page, pages)
@@ -354,6 +361,7 @@ class FaultHandler:
         release, release_buffer = release_structure.words, release_structure.buffer
         window, uncommon, widen, tidy = region.around.window, self._uncommon, self._widen, block.tidy
         first, end, outside = region.first_page, region.end_page, self._outside
+        stages = region.stages
         # A write is let fault again: it goes to the client's own copy at once, without a read-only mapping first.
         waking = 0 if region.grant.announced else FAULT_WRITE
 
@@ -361,8 +369,8 @@ class FaultHandler:
             page = address - base >> BASE_SHIFT
             if not first <= page < end:
                 return outside(address)
-            words[FAULTS] = faults = words[FAULTS] + 1
-            begun = clock() if faults & SAMPLE_MASK == 1 else 0
+            plain = words[PLAIN] + 1
+            begun = clock() if plain & SAMPLE_MASK == 1 else 0
             if received[page] or flags & FAULT_MINOR:
                 return uncommon(region, page, flags, begun or clock())
             if received[trust_at] and (received[trust_at] == CHANGED or lseek(descriptor, 0, SEEK_END) != size):
@@ -373,15 +381,19 @@ class FaultHandler:
             try:
                 ioctl(own_fd, UFFDIO_COPY, copy_buffer)
                 received[page] = RECEIVED
+                if begun:
+                    stages[bucket(clock() - begun) + PLACED_STAGE] += SAMPLE_MASK + 1
                 release[0] = address
                 ioctl(client, UFFDIO_WAKE if flags & waking else UFFDIO_CONTINUE, release_buffer)
             except OSError:
                 return uncommon(region, page, flags, begun or clock())
+            words[PLAIN] = plain
             if begun:
-                words[bucket(clock() - begun)] += SAMPLE_MASK + 1
-            words[PLACED] = placed = words[PLACED] + 1
-            if not placed & TIDY_MASK:
-                tidy(TIDY_MASK + 1)
+                taken = bucket(clock() - begun)
+                words[taken] += SAMPLE_MASK + 1
+                stages[taken + WOKEN] += SAMPLE_MASK + 1
+                if plain & TIDY_MASK == 1:
+                    tidy(TIDY_MASK + 1)
             pages = window(page)
             if pages > 1:
                 widen(region, page, pages)
@@ -395,6 +407,7 @@ class FaultHandler:
         report. ``begun`` (ns) is when its message was taken up."""
         block, words = region.block, self._words
         state = block.received[page]
+        words[FAULTS] += 1
         words[BUSY_SINCE_NS] = monotonic_ns()
         pages = 1
         try:
@@ -406,7 +419,7 @@ class FaultHandler:
             elif state == LOST and not block.present(page):
                 self._poison(region, page)
             else:
-                pages = self._place(region, page, flags, in_block=region.private or state == RECEIVED)
+                pages = self._place(region, page, flags, begun, in_block=region.private or state == RECEIVED)
         except PageLost as lost:
             self._lose(region, page, "lost", str(lost) or "its source says that it is lost")
         except SourceChanged as changed:
@@ -425,11 +438,13 @@ class FaultHandler:
             assert self._requests is not None
             self._requests.ask(block.grant.block, page << block.shift)
         words[BUSY_SINCE_NS] = 0
-        words[bucket(perf_counter_ns() - begun)] += 1
+        taken = bucket(perf_counter_ns() - begun)
+        words[taken] += 1
+        region.stages[taken + WOKEN] += 1
         if pages > 1:
             self._widen(region, page, pages)
 
-    def _place(self, region: Region, page: int, flags: int, in_block: bool) -> int:
+    def _place(self, region: Region, page: int, flags: int, begun: int, *, in_block: bool) -> int:
         """Place one page the careful way and release its waiters; returns the window that fault-around may fill."""
         block = region.block
         block.pages.check()
@@ -443,6 +458,7 @@ class FaultHandler:
             return 1
         self._shortage = 0
         self._words[PLACED if block.settled == others else DEDUPLICATED] += 1
+        region.stages[bucket(perf_counter_ns() - begun) + PLACED_STAGE] += 1
         self._release(region, page, flags)
         return region.around.window(page)
 

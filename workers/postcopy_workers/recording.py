@@ -17,8 +17,16 @@ from time import monotonic_ns
 
 from postcopy_protocol import trace
 from postcopy_protocol.received import LOST, MISSING, PLACING
-from postcopy_protocol.statistics import PAGE_BYTES
-from postcopy_protocol.trace import FIGURES_BYTES, RECORD, RING_AT, RING_LOST, RING_RECORDS, RING_TAKEN, RING_WRITTEN
+from postcopy_protocol.trace import (
+    FIGURES_BYTES,
+    RECORD,
+    RING_AT,
+    RING_HEAD,
+    RING_LOST,
+    RING_RECORDS,
+    RING_TAKEN,
+    RING_WRITTEN,
+)
 
 from .fault_handler import FAULT_MINOR, FAULT_WRITE, FaultHandler, Region
 from .page_sources import RemotePages
@@ -30,7 +38,7 @@ class Recording:
     """The ring of one client, and what of it is waited for."""
 
     def __init__(self, figures: memoryview, client: int) -> None:
-        self._words = figures[PAGE_BYTES:RING_AT].cast("Q")
+        self._words = figures[RING_HEAD:RING_AT].cast("Q")
         self._records = figures[RING_AT:]
         self._client = client
         self._lock = threading.Lock()  # main thread and waker write

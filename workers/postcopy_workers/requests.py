@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from time import perf_counter_ns
 
 from postcopy_protocol.codec import encode, pack_offsets
 from postcopy_protocol.messages import RequestPages
+from postcopy_protocol.stages import ASKED, WOKEN, unkept
 from postcopy_protocol.statistics import DEDUPLICATED, REQUESTS, bucket
 
 OFFSET_BYTES = 8
@@ -17,10 +19,17 @@ class Requests:
     meet in a dict whose single operations are atomic. A page is taken out before its waiters are woken, so a
     fault that comes after the wake is asked for again rather than forgotten."""
 
-    def __init__(self, worker: int, words: memoryview, send: Callable[[bytes], None]) -> None:
+    def __init__(
+        self,
+        worker: int,
+        words: memoryview,
+        send: Callable[[bytes], None],
+        stages: Mapping[int, memoryview] | None = None,
+    ) -> None:
         self._worker = worker
         self._words = words
         self._send = send
+        self._stages = stages if stages is not None else defaultdict(unkept)
         self._asked: dict[tuple[int, int], int] = {}
         self._held: dict[int, list[int]] | None = None
         self._heads: dict[int, bytes] = {}
@@ -31,11 +40,12 @@ class Requests:
         if key in self._asked:
             self._words[DEDUPLICATED] += 1
             return
-        self._asked[key] = perf_counter_ns()
+        self._asked[key] = begun = perf_counter_ns()
         self._words[REQUESTS] += 1
         if self._held is None:
             head = self._heads.get(block) or self._head(block)
             self._send(head + offset.to_bytes(OFFSET_BYTES, "little"))
+            self._stages[block][bucket(perf_counter_ns() - begun) + ASKED] += 1
         else:
             self._held.setdefault(block, []).append(offset)
 
@@ -54,6 +64,9 @@ class Requests:
         held, self._held = self._held, None
         for block, offsets in (held or {}).items():
             self._send(encode(RequestPages(self._worker, block, pack_offsets(offsets))))
+            now = perf_counter_ns()
+            for offset in offsets:
+                self._stages[block][bucket(now - self._asked.get((block, offset), now)) + ASKED] += 1
 
     def answered(self, block: int, offsets: tuple[int, ...]) -> None:
         """The supervisor has spoken; how long each took goes into the histogram."""
@@ -61,13 +74,18 @@ class Requests:
         for offset in offsets:
             begun = self._asked.pop((block, offset), None)
             if begun is not None:
-                self._words[bucket(now - begun)] += 1
+                self._took(block, now - begun)
 
     def answered_one(self, block: int, offset: int) -> None:
         """``answered`` of one page."""
         begun = self._asked.pop((block, offset), None)
         if begun is not None:
-            self._words[bucket(perf_counter_ns() - begun)] += 1
+            self._took(block, perf_counter_ns() - begun)
+
+    def _took(self, block: int, taken: int) -> None:
+        word = bucket(taken)
+        self._words[word] += 1
+        self._stages[block][word + WOKEN] += 1
 
     def forget(self) -> None:
         """Nothing counts as asked for; whoever waits is to be woken, and asks again."""

@@ -23,7 +23,7 @@ import select
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NoReturn
 
@@ -31,7 +31,7 @@ from postcopy_kernel import crashpoints, descriptors, process
 from postcopy_kernel.filewatch import give_up_lease, lease_wanted
 from postcopy_kernel.memory import DONTFORK, DONTNEED, Mapping
 from postcopy_kernel.userfaultfd import MESSAGE_BYTES, RegisterMode, Userfaultfd, open_userfaultfd
-from postcopy_protocol import statistics
+from postcopy_protocol import stages, statistics
 from postcopy_protocol.codec import decode, encode, pack_offsets, unpack_offsets
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.express import OFFSET, head_of
@@ -104,6 +104,7 @@ class Worker:
         if PRIVILEGED:
             process.drop_privileges()
         self.blocks = {grant.block: self._block(grant) for grant in assignment.blocks}
+        self.stages = _stages(fds[assignment.statistics], self.blocks)
         self._raise_walls()
 
     def _raise_walls(self) -> None:
@@ -208,7 +209,7 @@ class Worker:
         if not self.remote:
             return None
         send = crashpoints.around("worker.unasked", channel.send, "worker.asked")
-        return Requests(self.assignment.worker, self.words, send)
+        return Requests(self.assignment.worker, self.words, send, self.stages)
 
     def fault_handler(self, requests: Requests | None) -> FaultHandler:
         told = self.assignment
@@ -216,7 +217,7 @@ class Worker:
         for grant in told.regions:
             block = self.blocks[grant.block]
             around = FaultAround(max(1, told.fault_around >> block.shift), told.adaptive)
-            regions.append(Region(grant, block, around))
+            regions.append(Region(grant, block, around, self.stages[grant.block]))
         calls, ufd = crashing.calls(), self._fds[told.userfaultfd]
         return FaultHandler(ufd, regions, self.words, self.house, self.reports, calls, time.sleep, requests)
 
@@ -286,7 +287,9 @@ class Waker(threading.Thread):
 
     def run(self) -> None:
         receive = self._channel.receive
-        self._again = Requests(self._worker.assignment.worker, self._worker.words, self._channel.send)
+        self._again = Requests(
+            self._worker.assignment.worker, self._worker.words, self._channel.send, self._worker.stages
+        )
         lanes = {head_of(Wake(number, pack_offsets([0])), OFFSET): self._lane(number) for number in self._worker.blocks}
         while True:
             for data in receive():
@@ -398,3 +401,16 @@ def _leave(worker: Worker, kind: str, detail: str, status: int) -> NoReturn:
 
 def _words(fd: int) -> memoryview:
     return memoryview(mmap.mmap(fd, statistics.PAGE_BYTES)).cast("Q")
+
+
+def _stages(fd: int, blocks: Iterable[int]) -> dict[int, memoryview]:
+    """Room for the stages of each block; where a supervisor of before has left none, words that nobody reads."""
+    size = os.fstat(fd).st_size
+    if size < stages.END:
+        return {block: stages.unkept() for block in blocks}
+    figures = memoryview(mmap.mmap(fd, stages.END))
+    places = {block: stages.place(block) for block in blocks}
+    return {
+        block: figures[at : at + stages.BYTES].cast("Q") if at is not None else stages.unkept()
+        for block, at in places.items()
+    }

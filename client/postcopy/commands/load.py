@@ -17,7 +17,7 @@ import typer
 from postcopy_kernel.compiled import CompiledTouch
 from postcopy_protocol.places import runtime_directory
 from postcopy_protocol.sizes import format_size
-from postcopy_protocol.sources import parse_block_name
+from postcopy_protocol.sources import parse_block_name, parse_source
 
 from ..control import Control
 from ..crowd import Crowd
@@ -92,6 +92,8 @@ def load(
 ) -> None:
     """Load test: parallel client processes touch a block, timed in the client."""
     _check_words(pattern, mode, rate, think, threads)
+    if serve is not None:
+        parse_source(serve)
     if replay and (rate or think or writes or pattern != "random"):
         raise BadInput("--replay has its own order, times and writes: not with --pattern, --rate, --think, --writes")
     step = Touching(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..control import Control
-from ..errors import NoSupervisor, PostcopyError
+from ..errors import PostcopyError
 from .options import RuntimeDir
 
 
@@ -47,9 +47,8 @@ class Eyes:
         try:
             if self._control is None:
                 self._control = Control(self._directory, timeout=5.0)
+            self._control.knock()
             return self._control.status()
-        except NoSupervisor:
-            raise
         except PostcopyError:
             self.close()
             raise

@@ -70,10 +70,11 @@ class Watch:
         if self.trouble:
             return LONGEST  # nobody answers: there is nothing to be seen any more
         try:
-            if self.now >= self._next_look:
+            due = bool(self._every) and self.now >= self._next_kill
+            if due or self.now >= self._next_look:
                 self.sample()
                 self._next_look = self.now + max(SHORTEST, min(LONGEST, self.now / 50))
-            if self._every and self.now >= self._next_kill:
+            if due:
                 self._kill()
                 self._next_kill += self._every
         except PostcopyError as error:
@@ -91,7 +92,8 @@ class Watch:
                 self.residency.append([round(self.now, 3), block["received"] / max(1, block["pages"])])
 
     def _kill(self) -> None:
-        ours = [client for client in self._control.status()["clients"] if client["pid"] in self._pids]
+        # Of the look just taken: among many busy clients an answer may take a second.
+        ours = [client for client in self.last.get("clients", ()) if client["pid"] in self._pids]
         alive = [client for client in ours if client.get("worker_pid") and client["state"] in ("running", "paused")]
         tired = {index for index, when in self._killed.items() if self._recent(when) >= FORGIVEN}
         able = [client for client in alive if self._pids[client["pid"]] not in tired]
