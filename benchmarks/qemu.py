@@ -216,20 +216,28 @@ class _Machine:
         command += ["-chardev", "stdio,id=console,signal=off"]
         command += ["-device", f"isa-debugcon,iobase=0xe9,chardev=console,readback={reads_as}", *more]
         with theirs:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=self._errors,
-                pass_fds=[theirs.fileno()],
-                preexec_fn=partial(die_with_parent, os.getpid()),
-            )
+            self._process = self._start(command, theirs.fileno())
         try:
             self.version = _version(self._answer("QMP"))
             self.order("qmp_capabilities")
         except BaseException:
             self.close()
             raise
+
+    def _start(self, command: Sequence[str], keep: int) -> subprocess.Popen[bytes]:
+        try:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                pass_fds=[keep],
+                preexec_fn=partial(die_with_parent, os.getpid()),
+            )
+        except OSError as error:
+            self._monitor.close()
+            os.close(self._errors)
+            raise _QemuFailed(f"it cannot be started: {error}") from error
 
     def order(self, command: str, **arguments: Any) -> Any:
         """What the monitor returns for a command."""
@@ -277,7 +285,10 @@ class _Machine:
     def _some(self, descriptor: int, most: int, what: str) -> bytes:
         if not select.select([descriptor], [], [], max(0.0, self._limit - time.monotonic()))[0]:
             raise self._failed(f"did not give {what} in time")
-        some = os.read(descriptor, most)
+        try:
+            some = os.read(descriptor, most)
+        except ConnectionResetError:  # it ended with an order unread
+            some = b""
         if not some:
             raise self._failed(f"ended before {what}")
         return some
@@ -305,5 +316,8 @@ class _Machine:
 
 
 def _version(greeting: dict[str, Any]) -> str:
-    told = greeting["QMP"]["version"]["qemu"]
-    return f"{told['major']}.{told['minor']}.{told['micro']}"
+    try:
+        told = greeting["QMP"]["version"]["qemu"]
+        return f"{told['major']}.{told['minor']}.{told['micro']}"
+    except (KeyError, TypeError) as error:
+        raise _QemuFailed(f"its monitor's greeting names no version: {greeting}"[:200]) from error
