@@ -121,9 +121,9 @@ class Bench:
         # Not $TMPDIR if it can be helped: a socket's path may have 107 bytes.
         short = "/tmp" if os.access("/tmp", os.W_OK | os.X_OK) else None
         self.sockets = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="pc-", dir=short))
-        self.library = self._compile("toucher.c", "toucher.so", "-shared", "-fPIC")
-        self.floor = [self._compile("floor.c", "floor")]
-        self.chain = [self._compile("chain.c", "chain")]
+        self.library = self.compile("toucher.c", "toucher.so", "-shared", "-fPIC")
+        self.floor = [self.compile("floor.c", "floor")]
+        self.chain = [self.compile("chain.c", "chain")]
         self.file = self.warm_file("ram", self.length)
 
     def say(self, words: str) -> None:
@@ -215,7 +215,8 @@ class Bench:
 
     # --- files --------------------------------------------------------------------------------------------------------
 
-    def _compile(self, source: str, name: str, *flags: str) -> str:
+    def compile(self, source: str, name: str, *flags: str) -> str:
+        """A source of this folder, compiled into the temporary directory; BenchmarkFailed when it cannot be."""
         target = os.path.join(self.directory, name)
         command = ["cc", "-O2", "-Wall", "-Wextra", *flags, "-o", target, os.path.join(HERE, source)]
         try:

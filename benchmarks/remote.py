@@ -1,34 +1,33 @@
 """``remote``: pages that come over a return path, from a page source program at the other end of an ipc socket.
 
 One fault is compared with a C chain of the same four processes on raw sockets (chain.c): client, worker, supervisor,
-source. The stream of a whole block, and urgent faults while it streams, are in stream.py; then many clients at once.
+source, and with QEMU's own post-copy (qemu.py). The stream of a whole block, and urgent faults while it streams, are in
+stream.py; then many clients at once.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from typing import Any
 
 from postcopy.control import Control
 
-from . import stream
+from . import qemu, stream
 from .bench import Bench, BenchmarkFailed, ClientProcess
 from .figures import Pair, Row, percentile, ratio_row, value_row
 from .machine import ROOT
 
 MODES = ("shared", "private")
 GOAL, STRETCH = 5.0, 4.0
-QEMU = "qemu-system-x86_64"
 LOAD_WITHIN = 120.0
 
 
 def run(bench: Bench) -> list[Row]:
     """One fault, the stream, many clients."""
     rows = [row for pinned in (True, False) for row in _faults(bench, pinned)]
-    rows.append(_qemu())
+    rows += qemu.compare(bench, lambda number: _ours(bench, "shared", False, number))
     rows += stream.run(bench)
     rows.append(_lockstep(bench))
     rows.append(_random(bench))
@@ -76,12 +75,6 @@ def _touches(bench: Bench, client: ClientProcess, seed: int) -> list[float]:
     """Microseconds of each touch, at random, of missing pages."""
     answer = client.ask(do="touch", seed=seed, count=bench.scale.of(4000, 200))
     return [nanoseconds / 1000 for nanoseconds in answer["ns"]]
-
-
-def _qemu() -> Row:
-    """QEMU's own post-copy belongs into this table, where there is one. No figure stands here that nobody measured."""
-    found = "installed, not measured by this harness" if shutil.which(QEMU) else "not installed"
-    return Row("QEMU's own post-copy, guest stall p50", 0.0, 0.0, 0.0, "us", detail=f"{QEMU}: {found}")
 
 
 # --- many clients -----------------------------------------------------------------------------------------------------

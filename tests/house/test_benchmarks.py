@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as program
+from benchmarks import qemu
 from benchmarks.__main__ import BENCHMARKS
-from benchmarks.bench import Bench, BenchmarkFailed
+from benchmarks.bench import Bench, BenchmarkFailed, Scale
 from benchmarks.docs import write_docs
 from benchmarks.figures import Row, markdown, percentile, ratio_row, value_row
 
@@ -91,6 +93,8 @@ def test_a_quick_run_tells_every_figure(name: str, tmp_path: Path, require_userf
     for row in rows:
         _check_row(row)
         assert row["name"] in done.stdout  # the table for people
+        if "QEMU's" in row["name"]:
+            assert bool(row["samples"]) == bool(shutil.which(qemu.QEMU)), row["detail"]
     assert list(tmp_path.iterdir()) == [target], "the run has left files"
 
 
@@ -135,6 +139,36 @@ def test_a_failing_benchmark_leaves_the_others_their_figures(
     assert status == 1
     assert "benchmarks: first: client process 1 read wrong bytes" in capsys.readouterr().err
     assert list(json.loads(target.read_text())["benchmarks"]) == ["second"]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("behaves", "reason"),
+    [
+        ("exec sleep 1000", "did not give the monitor's answer in time"),
+        ("echo 'no such machine' >&2; exit 1", "ended before the monitor's answer: no such machine"),
+        ("""echo '{"QMP": 1}' >&$monitor; exec sleep 1000""", "greeting names no version"),
+        ("echo garbage >&$monitor; exec sleep 1000", "said b'garbage'"),
+    ],
+)
+def test_a_qemu_that_misbehaves_costs_its_own_rows_only(
+    behaves: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = tmp_path / qemu.QEMU
+    # `socket,id=monitor,fd=N` is the descriptor of the monitor.
+    fake.write_text(
+        f'#!/bin/bash\necho $$ >> {tmp_path}/pids\n[[ "$*" =~ fd=([0-9]+) ]]; monitor=${{BASH_REMATCH[1]}}\n{behaves}\n'
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(qemu, "RUN_WITHIN", 2.0)
+    with Bench(Scale(quick=True, pairs=1)) as bench:
+        rows = qemu.compare(bench, lambda number: [1.0])
+    assert len(rows) == 2
+    for row in rows:
+        assert reason in row.detail and "installed" in row.detail and row.samples == []
+    for pid in (tmp_path / "pids").read_text().split():
+        assert not Path(f"/proc/{pid}").exists()
 
 
 def test_a_ratio_is_the_median_of_the_ratios_of_pairs() -> None:
