@@ -306,7 +306,7 @@ class SupervisorEnd:
         self.core.frames = [_range(one.buffer) for one in raw if len(one.buffer)]
         zeros = self.paging._zeros
         self.core.frames.append(range(zeros.address, zeros.address + zeros.length))
-        lane = len(raw) == 1 and self.link._answers.get(data)
+        lane = len(raw) == 1 and self.link.answers.get(data)
         if lane and lane.length == len(raw[0].buffer):
             decode(data, expect=FROM_SOURCE)
             self.express += 1
@@ -323,8 +323,8 @@ class SupervisorEnd:
         """What the source might say now."""
         dice, link = self.dice, self.link
         chance, pick = dice.random(), dice.choice
-        if chance < 0.35 and link._answers:
-            return pick(list(link._answers))
+        if chance < 0.35 and link.answers:
+            return pick(list(link.answers))
         if chance < 0.45:
             return pick((Pong(link._nonce), Pong(1), SourceRefused("out-of-phase", NAME, ""), self._advice()))
         flying = list(link.flow.flying.values())

@@ -25,9 +25,10 @@ OFFSET = 8
 """Bytes of one packed offset, the end of RequestPages, Wake and Lost of one page."""
 RANGE = 16
 """Bytes of one packed range, the end of RequestRanges."""
+NUMBER = 4
+"""Bytes of a request's number."""
 
 _NO_RANGE = bytes(RANGE)
-_NUMBER = 4
 _ASKED = encode(RequestRanges(REQUESTS, 0, True, _NO_RANGE))[:4]
 """Array, version, tag, and the mark of a number of four bytes, each in the one form that we write."""
 
@@ -40,18 +41,21 @@ def head_of(message: Message, width: int) -> bytes:
 class Road:
     """What a supervisor says to one stream of a source, and hears from it, of one range at a time."""
 
-    __slots__ = ("_answer", "_data", "_next_data", "_next_range", "_next_urgent")
+    __slots__ = ("_answer", "_data", "_next_data", "_next_range", "_next_urgent", "urgent")
 
     def __init__(self, stream: int) -> None:
         urgent = encode(RequestRanges(REQUESTS, stream, True, _NO_RANGE))
         later = encode(RequestRanges(REQUESTS, stream, False, _NO_RANGE))
-        self._next_urgent, self._next_range = urgent[4 + _NUMBER : -RANGE], later[4 + _NUMBER : -RANGE]
+        self._next_urgent, self._next_range = urgent[4 + NUMBER : -RANGE], later[4 + NUMBER : -RANGE]
         self._answer, self._next_data, self._data = answer_parts(stream)
+        self.urgent = (_ASKED, self._next_urgent, self._answer, self._next_data, self._data)
+        """For an urgent request: what stands before its number, and between it and the range; in its answer what stands
+        before the number, between it and the range, and behind that."""
 
     def request(self, request: int, offset: int, length: int, urgent: bool) -> tuple[bytes, bytes]:
         """RequestRanges of one range, and the Pages that answer it with all its bytes at once. ``request`` is from
         REQUESTS to REQUESTS_END."""
-        number, packed = request.to_bytes(_NUMBER, "big"), pack_range(offset, length)
+        number, packed = request.to_bytes(NUMBER, "big"), pack_range(offset, length)
         return (
             _ASKED + number + (self._next_urgent if urgent else self._next_range) + packed,
             self._answer + number + self._next_data + packed + self._data,
@@ -66,16 +70,16 @@ def answer_parts(stream: int) -> tuple[bytes, bytes, bytes]:
     other = encode(Pages(stream, REQUESTS, _NO_RANGE, bytes((LOST,)), ""))
     kind = next(at for at in range(len(whole) - 1, -1, -1) if whole[at] != other[at])
     behind = kind - 2  # the bin's mark and its length
-    number = behind - RANGE - 2 - _NUMBER
-    return whole[:number], whole[number + _NUMBER : behind - RANGE], whole[behind:]
+    number = behind - RANGE - 2 - NUMBER
+    return whole[:number], whole[number + NUMBER : behind - RANGE], whole[behind:]
 
 
 def number_of(data: bytes) -> bytes:
     """The four bytes of the number of a RequestRanges that has it in four; else b""."""
-    return data[4 : 4 + _NUMBER] if data[:4] == _ASKED else b""
+    return data[4 : 4 + NUMBER] if data[:4] == _ASKED else b""
 
 
 def stream_part(data: bytes) -> bytes:
     """What of a RequestRanges with a number of four bytes and one range names stream and urgency: it is the same in
     all of them."""
-    return data[:4] + data[4 + _NUMBER : -RANGE]
+    return data[:4] + data[4 + NUMBER : -RANGE]

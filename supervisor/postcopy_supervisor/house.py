@@ -7,6 +7,7 @@ when it has something in its box. All state is this thread's.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import mmap
 import os
@@ -89,6 +90,8 @@ LARGE = 31 << 20
 """Bytes; just below the largest that glibc (any, 64 bit) learns its threshold from."""
 NEWCOMER_SECONDS = 5.0
 """For so long a supervisor that takes over asks the sources of new blocks: who is on trial replaces no worker yet."""
+RARELY = 20_000
+"""Objects more than before at which Python looks for garbage."""
 SCARCE = 128 << 20
 """Bytes available on the machine below which only pages that are waited for are placed."""
 
@@ -271,6 +274,9 @@ class House:
         # glibc gives every freed piece back to the kernel, to fault it in again for the next one, until a block as
         # large as this has been freed once. Nothing of it is touched.
         bytearray(LARGE)
+        # Nothing here is made of cycles; what is collected at all need not be looked for at every hundredth fault.
+        gc.freeze()
+        gc.set_threshold(RARELY)
         # The method below pyzmq's own layer: it gives bytes, or a frame that knows whether another one follows.
         recv, box = self._router.recv, self.porter.box
         while self.state != "ending":

@@ -99,14 +99,14 @@ class Link:
         self._streams = {stream.block: stream for stream in streams}
         self._numbers: dict[int, int] = {}  # block: the source's number of its stream
         self._blocks: dict[int, int] = {}  # and back
-        self._roads: dict[int, Road] = {}
-        self._answers: dict[bytes, Wish] = {}  # by the answer that is expected
+        self.roads: dict[int, Road] = {}
+        self.answers: dict[bytes, Wish] = {}  # by the answer that is expected
         self._patience = patience
-        self._send_bytes = send
+        self.say = send
         self._event = event
         self._gave_up = gave_up
         self._advised_at = self._pinged_at = -1e9
-        self._silent_since: float | None = None  # when the first Ping was sent that nothing followed
+        self.silent_since: float | None = None  # when the first Ping was sent that nothing followed
         self._nonce = self._nonce_old = 0  # a Pong up to the second is from before the loss, or the last Advise
         self._complete: set[int] = set()
         self._refused: set[str] = set()
@@ -143,17 +143,17 @@ class Link:
             self._send(Complete(number))
 
     def tick(self, now: float) -> None:
-        silent = self._silent_since
+        silent = self.silent_since
         met = self.state == "up" or (self.inherited and self.state == "advising")
         if met and silent is not None and now - silent > self._patience:
             self._pause(f"nothing heard for {self._patience:g} s")
         if now - self._pinged_at >= (FIRST_PING_SECONDS if self.hurries else min(PING_SECONDS, self._patience / 2)):
             self._ping(now)
         self._do(self.flow.tick(now))
-        if len(self._answers) > 2 * self.flow.in_flight + 16:  # of what was asked again, or answered in another form
-            self._answers = {
-                answer: wish for answer, wish in self._answers.items() if self.flow.flying.get(wish.request) is wish
-            }
+        if len(self.answers) > 2 * self.flow.in_flight + 16:  # of what was asked again, or answered in another form
+            for answer, wish in list(self.answers.items()):
+                if self.flow.flying.get(wish.request) is not wish:
+                    del self.answers[answer]
 
     # --- what the source says -----------------------------------------------------------------------------------------
 
@@ -161,7 +161,7 @@ class Link:
         """Is this the head of an answer just as it was expected, with one frame of ``length`` bytes behind it? Then the
         wish; its bytes are to be placed, and ``landed`` is to be called. None: nothing is known of it; ``decode`` and
         ``heard`` are to judge it."""
-        wish = self._answers.pop(head, None)
+        wish = self.answers.pop(head, None)
         # Asked again under another number, or the source was lost: the pages are good, but they are not this wish's.
         if wish is None or wish.length != length or self.flow.flying.get(wish.request) is not wish:
             return None
@@ -169,7 +169,7 @@ class Link:
 
     def landed(self, wish: Wish, now: float) -> None:
         """What was ``expected`` has come at ``now``, and has been placed."""
-        self._silent_since = None
+        self.silent_since = None
         self.pages += wish.length // self._streams[wish.block].page_size
         self.bytes += wish.length
         self._took(wish.block, now - wish.sent)
@@ -184,9 +184,9 @@ class Link:
                 return self._pages(message, frame_lengths, now)
             case Advised():
                 self._advised(message, now)
-                self._silent_since = None
+                self.silent_since = None
             case Pong():
-                self._silent_since = None
+                self.silent_since = None
                 if self.state != "up" and message.nonce > self._nonce_old and self._may_advise(now):
                     self._advise(now)
             case SourceRefused():
@@ -199,7 +199,7 @@ class Link:
             return None  # a late answer, from before a recover
         stream = self._streams[block]
         ranges = check_pages(message, frame_lengths, stream.page_size, stream.size)
-        self._silent_since = None
+        self.silent_since = None
         length = sum(length for _, length, _, _ in ranges)
         self.pages += length // stream.page_size
         self.bytes += sum(frame_lengths)
@@ -226,7 +226,7 @@ class Link:
         if stream.block in self._numbers or message.stream in self._blocks:
             raise BadMessage(f"the source advises block {message.name} again, unasked")
         self._numbers[stream.block], self._blocks[message.stream] = message.stream, stream.block
-        self._roads[stream.block] = Road(message.stream)
+        self.roads[stream.block] = Road(message.stream)
         # What is complete was so before this source came, or came back: it is not to push it all again.
         done = stream.block in self._complete
         self._send(Complete(message.stream) if done else Listen(message.stream, PUSH_WINDOW))
@@ -253,21 +253,21 @@ class Link:
     # --- effects ------------------------------------------------------------------------------------------------------
 
     def _send(self, message: Message) -> None:
-        self._send_bytes(encode(message))
+        self.say(encode(message))
 
     def _ask(self, wish: Wish, urgent: bool) -> None:
         self.requests += 1
         if wish.request < REQUESTS_END:
-            asked, answer = self._roads[wish.block].request(wish.request, wish.offset, wish.length, urgent)
-            self._answers[answer] = wish
-            return self._send_bytes(asked)
+            asked, answer = self.roads[wish.block].request(wish.request, wish.offset, wish.length, urgent)
+            self.answers[answer] = wish
+            return self.say(asked)
         ranges = pack_ranges([(wish.offset, wish.length)])
         return self._send(RequestRanges(wish.request, self._numbers[wish.block], urgent, ranges))
 
     def _ping(self, now: float) -> None:
         self._pinged_at = now
-        if self._silent_since is None:
-            self._silent_since = now
+        if self.silent_since is None:
+            self.silent_since = now
         self._nonce += 1
         self._send(Ping(self._nonce))
         if self.state == "up":
@@ -291,8 +291,8 @@ class Link:
         self._nonce_old, self._pinged_at = self._nonce, -1e9
         self._numbers.clear()
         self._blocks.clear()
-        self._roads.clear()
-        self._answers.clear()
+        self.roads.clear()
+        self.answers.clear()
         self.flow.lost_source()
         self._event("pause", f"source {self.endpoint} is lost: {why}; what is missing waits", cause=why)
 

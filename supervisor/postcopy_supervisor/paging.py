@@ -10,7 +10,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from postcopy_kernel import crashpoints
 from postcopy_kernel.memory import Mapping
@@ -76,8 +76,8 @@ class Paging:
         self._blocks = blocks
         self._around = fault_around
         self._fetch = fetch
-        self._to_worker = crashpoints.before("page.marked", to_worker)
-        self._release_own = release_own
+        self.tell_worker = crashpoints.before("page.marked", to_worker)
+        self.release_own = release_own
         self._event = event
         self._windows: dict[tuple[int, int], FaultAround] = {}
         self.cursor = dict.fromkeys(blocks, 0)
@@ -152,7 +152,7 @@ class Paging:
             if isinstance(effect, Ask):
                 self._ask(effect, client)
             elif effect.waiter == 0:
-                self._release_own(self._blocks[effect.block], effect.page, effect.lost)
+                self.release_own(self._blocks[effect.block], effect.page, effect.lost)
             else:
                 woken.setdefault((effect.waiter, effect.block, effect.lost), []).append(effect.page)
         for (worker, number, lost), pages in woken.items():
@@ -160,15 +160,7 @@ class Paging:
                 self._told_lost.setdefault(number, set()).update(pages)
             size = self._blocks[number].page_size
             offsets = pack_offsets([page * size for page in pages])
-            self._to_worker(worker, encode(Lost(number, offsets) if lost else Wake(number, offsets)))
-
-    def release(self, waiters: Iterable[int], block: RamBlock, page: int, wake: bytes) -> None:
-        """Let these run on at a page that is there now: ``wake`` tells workers so."""
-        for waiter in waiters:
-            if waiter:
-                self._to_worker(waiter, wake)
-            else:
-                self._release_own(block, page, False)
+            self.tell_worker(worker, encode(Lost(number, offsets) if lost else Wake(number, offsets)))
 
     def _ask(self, ask: Ask, client: int) -> None:
         link = self.links.get(ask.block)
@@ -198,9 +190,10 @@ class Paging:
             self.heal(block, first, end)
 
     def _place_timed(self, block: RamBlock, first: int, end: int, source: int) -> None:
-        begun = time.monotonic_ns()
+        begun = time.monotonic()
         self.place(block, first, end, source)
-        self.links[block.number].stages[block.number][bucket(time.monotonic_ns() - begun) + PLACED] += 1
+        took = int((time.monotonic() - begun) * 1e9)
+        self.links[block.number].stages[block.number][bucket(took) + PLACED] += 1
 
     def place(self, block: RamBlock, first: int, end: int, source: int) -> None:
         """Put pages into the block from memory at ``source``; those that are received already stay as they are."""
@@ -326,7 +319,7 @@ class Paging:
         if back:
             offsets = pack_offsets([page * block.page_size for page in sorted(back)])
             for worker in self.clients_with(block.number):
-                self._to_worker(worker, encode(Wake(block.number, offsets)))
+                self.tell_worker(worker, encode(Wake(block.number, offsets)))
             text = f"{len(back)} lost pages from page {min(back)} are there again"
             self._about(block, min(back), max(back) + 1 - min(back), "healed", text, "a source has them again")
 

@@ -43,7 +43,7 @@ def install(house: House, points: frozenset[str]) -> None:
     if "place" in points:
         _around(house.paging, "place", _place)
     if "wake" in points:
-        _around(house.paging, "_to_worker", functools.partial(_wake, house))
+        _around(house.paging, "tell_worker", functools.partial(_wake, house))
 
 
 def _close_lanes(house: House) -> None:

@@ -191,7 +191,7 @@ class Supervisor:
         paging = self.paging
         if kind == "hello":
             self.connected.add(what)
-            paging._to_worker(what, encode(Wake(0, b"")))
+            paging.tell_worker(what, encode(Wake(0, b"")))
         elif kind == "request":
             self._requested(what, block)
         elif kind == "left":
