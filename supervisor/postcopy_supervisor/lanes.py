@@ -62,7 +62,7 @@ def worker_lane(paging: Paging, waiter: int, block: RamBlock, link: Link) -> Wor
         if offset >= length:
             return
         page = offset >> shift
-        if received[page] > PLACING or link.state != "up":
+        if received[page] > PLACING or link.state != "up" or page << shift != offset:
             return careful(waiter, block, (page,))
         pages, key, at, request = window(page), (number, page), bisect_right(starts, page), flow.next_request
         if (
