@@ -26,8 +26,13 @@ from postcopy_protocol.messages import ControlRefused, Lost, Message, RequestPag
 from postcopy_protocol.received import FLAGS, LOST, RECEIVED
 from postcopy_protocol.return_path import (
     DATA,
+    FEATURES,
     FROM_SOURCE,
     FROM_SUPERVISOR,
+    NONCE,
+    SLOT_FREE,
+    SLOT_FULL,
+    STAGING_HEADER,
     Advise,
     Advised,
     Complete,
@@ -37,7 +42,12 @@ from postcopy_protocol.return_path import (
     Pong,
     RequestRanges,
     SourceRefused,
+    Staged,
+    Staging,
+    UseStaging,
     check_pages,
+    check_staged,
+    check_staging,
     pack_ranges,
     unpack_ranges,
 )
@@ -97,16 +107,22 @@ class SourceEnd:
         self._socket = self._context.socket(zmq.ROUTER)
         self.fresh()
 
+    def _unstage(self) -> None:
+        for peer in self.loop._peers.values():
+            peer.unstage()
+
     def fresh(self) -> None:
+        if hasattr(self, "loop"):
+            self._unstage()
         self.refused, self._frames, self._errands = False, list[Any](), deque[Callable[[], None]]()
         source = Fickle()
         mailbox = SimpleNamespace(name=b"\0mailbox", post=self._errands.append, empty=self._posted)
         readers = SimpleNamespace(put=self._read, check=lambda: None)
         known = {NAME: (source, Offer(NAME, SIZE, PAGE, IDENTITY))}
-        self.loop = Loop(cast(Any, known), self._socket, cast(Any, mailbox), cast(Any, readers))
+        self.loop = Loop(cast(Any, known), self._socket, cast(Any, mailbox), cast(Any, readers), FEATURES)
         self.loop._sender._push = self._push
         if self.dice.random() < 0.9:
-            self.loop._hear(SUPERVISOR, encode(Advise(NAME, PAGE, self.dice.choice((("zero", "push"), ())))))
+            self.loop._hear(SUPERVISOR, encode(Advise(NAME, PAGE, self.dice.choice((FEATURES, ("zero", "push"), ())))))
             if self.dice.random() < 0.9:
                 self.loop._hear(SUPERVISOR, encode(Listen(self._stream(), self.dice.choice((0, PAGE, 1 << 24)))))
 
@@ -134,6 +150,9 @@ class SourceEnd:
             return missing
         if chance < 0.02:
             return pick((Advise(NAME, PAGE, ("zero", "push")), Advise(NAME, 1 << 21, ()), Complete(stream)))
+        if chance < 0.04:
+            peer = self.loop._peers.get(SUPERVISOR)
+            return UseStaging(peer.staging.number if peer is not None and peer.staging is not None else 1)
         if chance < 0.08:
             return pick((Listen(stream, pick((0, PAGE, 1 << 24))), Ping(pick((0, 1, 1 << 63)))))
         if chance < 0.5:  # the common one
@@ -168,7 +187,19 @@ class SourceEnd:
     def _sent(self, message: Message, lengths: Sequence[int]) -> None:
         if isinstance(message, Pages):
             check_pages(message, lengths, PAGE, SIZE)
+        if isinstance(message, Staging):
+            assert check_staging(message) > STAGING_HEADER
+        if isinstance(message, Staged):
+            self._placed(message)
         self.refused |= isinstance(message, SourceRefused)
+
+    def _placed(self, message: Staged) -> None:
+        """The supervisor sets the slot free, mostly."""
+        staging = self.loop._peers[SUPERVISOR].staging
+        check_staged(message, 1 << 20, PAGE, SIZE)
+        if staging is not None and staging.number == message.number and self.dice.random() < 0.9:
+            assert staging._memory[NONCE + message.slot] == SLOT_FULL, "said to be full, and is not"
+            staging._memory[NONCE + message.slot] = SLOT_FREE
 
     def _read(self, job: Any, *, urgent: bool) -> None:
         """A reading thread that is as quick as can be."""
@@ -194,6 +225,7 @@ class SourceEnd:
             assert (talk.open_requests, talk.open_bytes, peer.outbox_bytes) == (0, 0, 0)
 
     def close(self) -> None:
+        self._unstage()
         self._socket.close()
         self._context.term()
 
@@ -236,13 +268,32 @@ class Core:
         return Outcome(Status.DONE, length)
 
 
+class Slots:
+    """A staging memory whose slots are always full; its number is 9."""
+
+    number, slot_bytes, count, address = 9, 4 * PAGE, 3, 1 << 41
+
+    def address_of(self, message: Staged) -> int:
+        if message.slot >= self.count:
+            raise BadMessage("no such slot")
+        return self.address + message.slot * self.slot_bytes
+
+    def free(self, slot: int) -> None:
+        assert slot < self.count
+
+    def close(self) -> None:
+        pass
+
+
 class SupervisorEnd:
     """A supervisor with one remote block, one client that faults and one source. Who is woken finds his page marked
     and placed; engine and flow are in order after every word."""
 
     def __init__(self, dice: random.Random) -> None:
         self.dice, self.now, self.express, self.placed = dice, 1000.0, 0, 0
-        clock = SimpleNamespace(monotonic=lambda: self.now, sleep=lambda _: None)
+        clock = SimpleNamespace(
+            monotonic=lambda: self.now, monotonic_ns=lambda: int(self.now * 1e9), sleep=lambda _: None
+        )
         self._patches = [patch.object(module, "time", clock) for module in (house, lanes, paging, sources)]
         for one in self._patches:
             one.start()
@@ -295,6 +346,7 @@ class SupervisorEnd:
         made.sources = object.__new__(sources.Sources)
         made.sources.links, made.sources._paging, made.sources._babble = {SOURCE: self.link}, self.paging, {}
         made.sources._event = _void
+        made.sources.staging, made.sources.parked, made.sources._unshared = {SOURCE: Slots()}, deque(), {""}
         lane = lanes.source_lane(self.paging, self.link, [self.block], self.core.ioctl)
         made.sources.lanes = {SOURCE: lane}
         made.sources._nonsense = self._nonsense
@@ -306,6 +358,7 @@ class SupervisorEnd:
         self.core.frames = [_range(one.buffer) for one in raw if len(one.buffer)]
         zeros = self.paging._zeros
         self.core.frames.append(range(zeros.address, zeros.address + zeros.length))
+        self.core.frames.append(range(Slots.address, Slots.address + Slots.count * Slots.slot_bytes))
         lane = len(raw) == 1 and self.link.answers.get(data)
         if lane and lane.length == len(raw[0].buffer):
             decode(data, expect=FROM_SOURCE)
@@ -334,6 +387,11 @@ class SupervisorEnd:
             ranges = [(at, PAGE) for offset, length in ranges for at in range(offset, offset + length, PAGE)]
         request = wish.request if wish is not None and dice.random() < 0.8 else pick((0, 0, 1, REQUESTS + 5))
         stream = pick([*link._blocks, *link._blocks, *link._blocks, 7])
+        if chance < 0.6:
+            self.house.sources.staging[SOURCE] = Slots()  # opened again, if it was given up
+            return Staged(stream, request, *ranges[0], pick((9, 9, 9, 8)), pick((0, 1, 2, 2, 3, 1 << 40)))
+        if chance < 0.61:
+            return Staging(10, pick((1, 1 << 40)), dice.randrange(99), bytes(16), 4, 4 * PAGE)
         kinds = bytes(pick((0, 0, 0, 1, 2)) for _ in ranges)
         return Pages(stream, request, pack_ranges(ranges), kinds, pick(("", "gone")))
 
@@ -348,6 +406,8 @@ class SupervisorEnd:
         self.now += self.dice.choice((0.0, 0.0001, 0.001, 0.001, 0.3))
         try:
             self.house._said(identity, Frame(data), raw)
+            while self.house.sources.parked:
+                self.house._place_parked(None)
             if self.dice.random() < 0.1:
                 self.now += self.dice.choice((0.1, 0.5, 2.0, 7.0, 16.0))
                 self.house.sources.tick(self.now)

@@ -15,6 +15,7 @@ import errno
 import fcntl
 import mmap
 import os
+import stat
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ _MAP_FIXED: Final = 0x10
 _MAP_NORESERVE: Final = 0x4000  # no constant in Python 3.11
 _MAP_FIXED_NOREPLACE: Final = 0x100000  # Linux 4.17
 _PROT_NONE: Final = 0
+_FIXED_SIZE: Final = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK
 _FAILED: Final = ctypes.c_void_p(-1).value
 _HUGE: Final = "/sys/kernel/mm/hugepages/hugepages-{}kB/{}_hugepages"
 
@@ -73,7 +75,7 @@ def create_memfd(name: str, size: int, page_size: int = PAGE_4K) -> int:
     try:
         os.fchmod(fd, 0o600)
         os.ftruncate(fd, size)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _FIXED_SIZE | fcntl.F_SEAL_SEAL)
     except BaseException:
         os.close(fd)
         raise
@@ -83,6 +85,33 @@ def create_memfd(name: str, size: int, page_size: int = PAGE_4K) -> int:
 def reopen(fd: int, *, writable: bool) -> int:
     """A new open file description of the same file (close on exec): the way to a read-only descriptor of a memfd."""
     return os.open(f"/proc/self/fd/{fd}", (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+
+
+def open_memfd_of(pid: int, descriptor: int, name: str, size: int) -> int:
+    """A descriptor of our own of another process's memfd, for reading and writing (close on exec).
+
+    What it is is judged before anything is opened (O_PATH): a device or a fifo would notice. Raises OSError when it
+    cannot be had, ValueError when it is no memfd of that name and size, of our own user (any, for root), or can shrink
+    or grow: to touch what has been cut off would be SIGBUS.
+    """
+    place = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_PATH | os.O_CLOEXEC)
+    try:
+        status, found = os.fstat(place), os.readlink(f"/proc/self/fd/{place}")
+        if found != f"/memfd:{name} (deleted)" or not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"descriptor {descriptor} of process {pid} is {found}, not the memfd {name}")
+        if os.geteuid() not in (0, status.st_uid):
+            raise ValueError(f"the memfd {name} of process {pid} belongs to user {status.st_uid}")
+        opened = reopen(place, writable=True)
+    finally:
+        os.close(place)
+    try:
+        seals = fcntl.fcntl(opened, fcntl.F_GET_SEALS)
+        if seals & _FIXED_SIZE != _FIXED_SIZE or os.fstat(opened).st_size != size:
+            raise ValueError(f"the memfd {name} of process {pid} has not {size} bytes for good")
+    except BaseException:
+        os.close(opened)
+        raise
+    return opened
 
 
 def advise(address: int, length: int, advice: int) -> int:

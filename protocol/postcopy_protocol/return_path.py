@@ -29,11 +29,31 @@ MAX_OPEN_BYTES = 64 << 20
 MAX_STREAMS = 1024
 """Streams that one supervisor may have open at a source."""
 
+MAX_SLOTS = 64
+"""Slots of one staging memory."""
+MAX_STAGING_BYTES = 64 << 20
+"""Bytes of all its slots together."""
+
 DATA, ZERO, LOST = 0, 1, 2
 """Kinds of ranges in Pages."""
 
-FEATURES = ("zero", "push")
-"""What a supervisor may say that it takes: ranges of zeros without bytes, pages that it has not asked for."""
+FEATURES = ("zero", "push", "staging")
+"""What a supervisor may say that it takes: ranges of zeros without bytes, pages that it has not asked for, pages that
+lie in memory which both can see (on one machine only: neither side says it over tcp)."""
+
+STAGING_NAME = "postcopy.staging"
+"""The memfd of a staging memory. No block's is called so: they begin with ``postcopy-``."""
+STAGING_HEADER = 4096
+"""Bytes before the first slot: the nonce, then one byte a slot."""
+NONCE = 16
+"""Bytes of the nonce, and where the bytes of the slots begin."""
+SLOT_FREE, SLOT_FULL = 0, 1
+"""A slot's byte. Only the source fills a slot, and only a free one; only the supervisor frees it."""
+
+
+def features_at(endpoint: str) -> tuple[str, ...]:
+    """Those that make sense at an endpoint: memory is shared on one machine only."""
+    return FEATURES if endpoint.startswith("ipc://") else tuple(word for word in FEATURES if word != "staging")
 
 
 # --- supervisor -> source ---------------------------------------------------------------------------------------------
@@ -87,6 +107,14 @@ class Ping(Message):
     nonce: int
 
 
+@wire
+class UseStaging(Message):
+    """The staging memory ``number`` is open here: background pages may come in it from now on."""
+
+    TAG = 115
+    number: int
+
+
 # --- source -> supervisor ---------------------------------------------------------------------------------------------
 
 
@@ -134,8 +162,36 @@ class Pong(Message):
     nonce: int
 
 
-FROM_SUPERVISOR = (Advise, Listen, RequestRanges, Complete, Ping)
-FROM_SOURCE = (Advised, Pages, SourceRefused, Pong)
+@wire
+class Staging(Message):
+    """A memfd for you alone, descriptor ``descriptor`` of process ``pid``: a header that begins with ``nonce``, then
+    ``slots`` slots of ``slot_bytes``. It takes the place of the one before."""
+
+    TAG = 124
+    number: int
+    pid: int
+    descriptor: int
+    nonce: bytes
+    slots: int
+    slot_bytes: int
+
+
+@wire
+class Staged(Message):
+    """Pages from ``offset`` in answer to ``request``: their ``length`` bytes lie in ``slot`` of the staging memory
+    ``number``, which is yours until you have set it free."""
+
+    TAG = 125
+    stream: int
+    request: int
+    offset: int
+    length: int
+    number: int
+    slot: int
+
+
+FROM_SUPERVISOR = (Advise, Listen, RequestRanges, Complete, Ping, UseStaging)
+FROM_SOURCE = (Advised, Pages, SourceRefused, Pong, Staging, Staged)
 
 SOURCE_REFUSALS = (
     "no-such-block",
@@ -236,3 +292,22 @@ def check_pages(
     if frame != len(frame_lengths):
         raise BadMessage(f"{len(frame_lengths)} frames for {frame} ranges with data")
     return checked
+
+
+def check_staging(message: Staging) -> int:
+    """Bytes of the whole memfd. Raises BadMessage for what is no staging memory, or too large a one."""
+    slots, slot_bytes = message.slots, message.slot_bytes
+    if len(message.nonce) != NONCE:
+        raise BadMessage(f"the nonce of a staging memory has {len(message.nonce)} bytes, not {NONCE}")
+    if not 0 < slots <= MAX_SLOTS or not slot_bytes or slot_bytes % STAGING_HEADER:
+        raise BadMessage(f"{slots} slots of {slot_bytes} bytes are no staging memory")
+    if slots * slot_bytes > MAX_STAGING_BYTES:
+        raise BadMessage(f"a staging memory of {slots * slot_bytes} bytes, {MAX_STAGING_BYTES} may be")
+    return STAGING_HEADER + slots * slot_bytes
+
+
+def check_staged(message: Staged, slot_bytes: int, page_size: int, size: int) -> None:
+    """Raises BadMessage unless these are whole pages of a block of ``size`` bytes that one slot can hold."""
+    check_ranges(((message.offset, message.length),), page_size, size)
+    if message.length > slot_bytes:
+        raise BadMessage(f"{message.length} bytes in a slot of {slot_bytes}")

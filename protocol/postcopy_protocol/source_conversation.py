@@ -20,7 +20,7 @@ A supervisor is not believed, and what it may make a source remember is bounded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -96,13 +96,17 @@ class Stream:
 
 
 class SourceConversation:
-    """What one supervisor has said so far to one source. ``number`` gives each stream a number never given before.
+    """What one supervisor has said so far to one source. ``number`` gives each stream a number never given before;
+    ``features`` are what this source can do.
 
     ``open_requests`` and ``open_bytes`` are what waits in the source; ``answered`` lowers them.
     """
 
-    def __init__(self, offers: Mapping[str, Offer], number: Callable[[], int]) -> None:
+    def __init__(
+        self, offers: Mapping[str, Offer], number: Callable[[], int], features: Sequence[str] = FEATURES
+    ) -> None:
         self._offers = offers
+        self._features = features
         self._number = number
         self.streams: dict[int, Stream] = {}
         self.open_requests = 0
@@ -125,7 +129,7 @@ class SourceConversation:
             raise SourceRefusal("limit", f"a supervisor may have {MAX_STREAMS} streams", message.name)
         for old in ended:
             self.end(old)
-        features = tuple(feature for feature in FEATURES if feature in message.features)
+        features = tuple(feature for feature in self._features if feature in message.features)
         stream = Stream(self._number(), offer, message.page_size, features)
         self.streams[stream.number] = stream
         return Advised(offer.name, stream.number, offer.size, offer.identity, features), ended

@@ -12,6 +12,7 @@ from postcopy_protocol.return_path import DATA, LOST, ZERO, pack_range, pack_ran
 
 Buffer = bytes | bytearray | memoryview
 Read = Callable[[int, int], Buffer | None]
+ReadInto = Callable[[int, memoryview], bool]
 
 KIND = {DATA: bytes([DATA]), ZERO: bytes([ZERO]), LOST: bytes([LOST])}
 

@@ -52,14 +52,27 @@ class FileSource:
             self._judge(None, length)
             return None
         data = bytearray(length)
+        self._read_at_once(data, offset)
+        self._judge(data, length)
+        return data
+
+    def read_into(self, offset: int, view: memoryview) -> bool:
+        """As ``read_now``, into ``view``; False: all of it is zeros, and ``view`` is as it was."""
+        length = len(view)
+        hole = self._sparse and self._is_hole(offset, length)
+        if not hole:
+            self._read_at_once(view, offset)
+        self._judge(None, length)
+        return not hole
+
+    def _read_at_once(self, data: bytearray | memoryview, offset: int) -> None:
+        """Fill it. Raises BlockingIOError."""
         try:
             done = os.preadv(self._fd, (data,), offset, os.RWF_NOWAIT)
         except OSError:  # not there yet; or EOPNOTSUPP: where there are no such reads, none is certain to be quick
             raise BlockingIOError from None
-        if done < length:
+        if done < len(data):
             raise BlockingIOError
-        self._judge(data, length)
-        return data
 
     def close(self) -> None:
         os.close(self._fd)

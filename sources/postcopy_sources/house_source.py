@@ -65,6 +65,15 @@ class HouseSource:
             raise BlockingIOError
         return os.pread(self._memory, length, offset)
 
+    def read_into(self, offset: int, view: memoryview) -> bool:
+        """As ``read_now``, into ``view``."""
+        first, end = offset // self.page_size, -(-(offset + len(view)) // self.page_size)
+        if self._received[first:end] != RECEIVED_BYTE * (end - first):
+            raise BlockingIOError
+        if os.preadv(self._memory, (view,), offset) != len(view):
+            raise OSError(errno.EIO, f"not {len(view)} bytes")
+        return True
+
     def read(self, offset: int, length: int) -> bytes | None:
         """Let the pages come, then read them. Raises PageLost."""
         whole = -(-length // self.page_size) * self.page_size

@@ -27,6 +27,7 @@ from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.express import RANGE, answer_parts, number_of, stream_part
 from postcopy_protocol.messages import Message
 from postcopy_protocol.return_path import (
+    DATA,
     FROM_SUPERVISOR,
     MAX_OPEN_BYTES,
     MAX_OPEN_REQUESTS,
@@ -38,15 +39,32 @@ from postcopy_protocol.return_path import (
     Pong,
     Range,
     RequestRanges,
+    Staged,
+    UseStaging,
     unpack_range,
 )
 from postcopy_protocol.source_conversation import Offer, Phase, SourceConversation, SourceRefusal, Stream
 
-from .answers import Answer, Buffer, Read, expanded, judged, lost_answer, merged, read_answer, reason_of, zeros
+from .answers import (
+    KIND,
+    Answer,
+    Buffer,
+    Read,
+    ReadInto,
+    answer_of,
+    expanded,
+    judged,
+    lost_answer,
+    merged,
+    read_answer,
+    reason_of,
+    zeros,
+)
 from .mailbox import Mailbox
 from .peer import Lane, Peer, Sender, Task, abandon, pieces_of, settle
 from .readers import Job, Readers
 from .source import PageSource, PushStream, StreamEnded
+from .staging import ZEROS, Staging
 
 EXPECTED = frozenset(FROM_SUPERVISOR)
 MAX_PEERS = 256
@@ -63,6 +81,10 @@ CALM_PIECE = 1 << 20
 """... and of background while nobody does."""
 CALM_SECONDS = 0.05
 """After an urgent request."""
+MAX_STAGINGS = 16
+"""Supervisors that have a staging memory; the others get everything over their sockets."""
+SILENT_SECONDS = 10.0
+"""A supervisor that has said nothing for so long needs none: it pings every second."""
 LARGE = 31 << 20
 """Bytes; just below the largest that glibc (any, 64 bit) learns its threshold from."""
 
@@ -76,7 +98,8 @@ log = logging.getLogger(__name__)
 
 
 class Loop:
-    """Serves ``sources`` on ``socket``, a bound ROUTER, until something is raised in its thread by a signal."""
+    """Serves ``sources`` on ``socket``, a bound ROUTER, until something is raised in its thread by a signal.
+    ``features`` are those that supervisors may have."""
 
     def __init__(
         self,
@@ -84,12 +107,17 @@ class Loop:
         socket: zmq.Socket[bytes],
         mailbox: Mailbox,
         readers: Readers,
+        features: Sequence[str],
     ) -> None:
         self._sources = {name: source for name, (source, _) in sources.items()}
         self._read_now: dict[str, Read | None] = {
             name: getattr(source, "read_now", None) for name, source in self._sources.items()
         }
+        self._read_into: dict[str, ReadInto | None] = {
+            name: getattr(source, "read_into", None) for name, source in self._sources.items()
+        }
         self._offers = {name: offer for name, (_, offer) in sources.items()}
+        self._features = features
         self._socket = socket
         self._mailbox = mailbox
         self._readers = readers
@@ -108,6 +136,7 @@ class Loop:
             Listen: self._listen,  # type: ignore[dict-item]
             Advise: self._advise,  # type: ignore[dict-item]
             Complete: self._complete,  # type: ignore[dict-item]
+            UseStaging: self._use_staging,  # type: ignore[dict-item]
         }
 
     def run(self) -> None:
@@ -132,6 +161,9 @@ class Loop:
             self._forget(peer)
         for peer in self._sender.flush():
             self._enqueue(peer)
+        for peer in self._peers.values():
+            if peer.staging is not None and now - peer.heard > SILENT_SECONDS:
+                peer.unstage()
         self._keep_pace(now)
 
     def _keep_pace(self, now: float) -> None:
@@ -165,13 +197,13 @@ class Loop:
             frame = self._socket.recv(0, False)
             count += 1
         if name != self._mailbox.name:
-            peer = self._peers.get(name) or Peer(name, SourceConversation(self._offers, self._number))
+            peer = self._peers.get(name) or self._stranger(name)
             self._refuse(peer, SourceRefusal.of(BadMessage(f"{count} frames came, a supervisor sends one")))
 
     def _hear(self, name: bytes, data: bytes) -> None:
         if name == self._mailbox.name:
             return self._errands()
-        peer = self._peers.get(name) or Peer(name, SourceConversation(self._offers, self._number))
+        peer = self._peers.get(name) or self._stranger(name)
         peer.heard = time.monotonic()
         try:
             message: Message = decode(data, expect=EXPECTED)
@@ -182,6 +214,9 @@ class Loop:
             self._refuse(peer, SourceRefusal.of(error))
         except SourceRefusal as refusal:
             self._refuse(peer, refusal)
+
+    def _stranger(self, name: bytes) -> Peer:
+        return Peer(name, SourceConversation(self._offers, self._number, self._features))
 
     def _errands(self) -> None:
         for errand in self._mailbox.empty():
@@ -201,6 +236,7 @@ class Loop:
         advised, ended = peer.conversation.advise(message)
         for old in ended:
             self._ended(peer, old)
+        peer.unstage()  # nobody can tell any more who holds which slot: another one at the next Listen
         self._remember(peer)
         log.info("%s is advised in pages of %d to %s", message.name, message.page_size, peer.name.hex())
         self._sender.say(peer, encode(advised))
@@ -212,10 +248,16 @@ class Loop:
             pusher = self._push_from(peer, stream)
         if pusher is not None:
             pusher.grant(stream.window)
+        if peer.staging is not None and peer.staging.stuck(peer.heard):
+            peer.unstage()
+        if peer.staging is None and "staging" in stream.features and not peer.outbox:
+            self._offer_staging(peer, max(CALM_PIECE, stream.page_size))
 
     def _complete(self, peer: Peer, message: Complete) -> None:
         stream = peer.conversation.complete(message)
         self._ended(peer, stream)
+        if not peer.conversation.streams:
+            peer.unstage()
         log.info("%s is complete at %s", stream.offer.name, peer.name.hex())
 
     def _ended(self, peer: Peer, stream: Stream) -> None:
@@ -264,7 +306,7 @@ class Loop:
 
     def _request(self, peer: Peer, message: RequestRanges) -> None:
         stream, ranges = peer.conversation.request(message)
-        task = Task(peer, stream, message.request, sum([length for _, length in ranges]))
+        task = Task(peer, stream, message.request, sum([length for _, length in ranges]), urgent=message.urgent)
         read_now = self._read_now[stream.offer.name]
         if message.urgent:
             self._urgent_at = peer.heard
@@ -346,10 +388,12 @@ class Loop:
         if read_now is None or task.stream.phase is Phase.ENDED:
             return settle(task)
         try:
+            if self._read_staged(task, offset, length):
+                return None
             answer = self._read(task.stream, read_now, offset, length)
         except BlockingIOError:
             return self._read_later(task, offset, length, urgent=False)
-        self._answer(task, answer)
+        return self._answer(task, answer)
 
     def _read_later(self, task: Task, offset: int, length: int, *, urgent: bool) -> None:
         stream = task.stream
@@ -371,7 +415,8 @@ class Loop:
     def _answer(self, task: Task, answer: Answer) -> None:
         if task.stream.phase is Phase.ENDED:  # nobody wants it any more
             return settle(task)
-        self._send(task.peer, self._parts(task.stream, task.request, answer), task)
+        if not self._put_staged(task, answer):
+            self._send(task.peer, self._parts(task.stream, task.request, answer), task)
 
     def _send(self, peer: Peer, parts: Sequence[Buffer], task: Task | None) -> None:
         self._sender.answer(peer, parts, task)
@@ -383,6 +428,54 @@ class Loop:
             answer = expanded(answer)
         head = encode(Pages(stream.number, request, answer.ranges, answer.kinds, answer.reason))
         return [head, *answer.frames]
+
+    # --- staged -----------------------------------------------------------------------------------------------------
+
+    def _offer_staging(self, peer: Peer, slot_bytes: int) -> None:
+        """It is used when the supervisor says that it is open there; where it cannot be made the socket will do."""
+        if sum(one.staging is not None for one in self._peers.values()) >= MAX_STAGINGS:
+            return
+        try:
+            peer.staging = Staging(self._number(), slot_bytes)
+        except OSError as error:
+            log.debug("no staging memory: %s", error.strerror)
+        else:
+            self._sender.say(peer, encode(peer.staging.offer()))
+
+    def _use_staging(self, peer: Peer, message: UseStaging) -> None:
+        if peer.staging is not None and peer.staging.number == message.number:
+            peer.staging.used = True
+            log.info("background for %s goes through shared memory", peer.name.hex())
+
+    def _read_staged(self, task: Task, offset: int, length: int) -> bool:
+        """Read a piece straight into a free slot. False: nothing is done. Raises BlockingIOError."""
+        staging, stream = task.peer.staging, task.stream
+        read_into = self._read_into[stream.offer.name]
+        if staging is None or read_into is None or "staging" not in stream.features:
+            return False
+        slot = staging.read(read_into, offset, length, stream.offer.size)
+        if slot == ZEROS:
+            self._answer(task, answer_of(None, offset, length, length))
+        elif slot is not None:
+            self._send_staged(task, staging, slot, offset, length)
+        return slot is not None
+
+    def _put_staged(self, task: Task, answer: Answer) -> bool:
+        """Copy what was read in another way into a free slot. False: nothing is done."""
+        staging = task.peer.staging
+        if staging is None or task.urgent or answer.kinds != KIND[DATA] or "staging" not in task.stream.features:
+            return False
+        offset, length = unpack_range(answer.ranges, 0)
+        slot = staging.free_slot(length)
+        if slot >= 0:
+            staging.put(slot, answer.frames[0])
+            self._send_staged(task, staging, slot, offset, length)
+        return slot >= 0
+
+    def _send_staged(self, task: Task, staging: Staging, slot: int, offset: int, length: int) -> None:
+        staging.fill(slot)
+        staged = Staged(task.stream.number, task.request, offset, length, staging.number, slot)
+        self._send(task.peer, (encode(staged),), task)
 
     # --- pushed -----------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from postcopy_protocol.source_conversation import SourceConversation, Stream
 
 from .answers import Buffer, Read
 from .source import PushStream
+from .staging import Staging
 
 SEND_QUEUE = 128
 """Messages to one supervisor that ZeroMQ keeps; more than one has open (flow.py there). With CALM_PIECE (loop.py) that
@@ -33,6 +34,7 @@ class Task:
     request: int
     length: int
     left: int = 0
+    urgent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,13 @@ class Peer:
     """Is in the loop's round of those that have pieces to come."""
     pushers: dict[int, PushStream] = field(default_factory=dict)
     lanes: dict[bytes, Lane] = field(default_factory=dict)
+    staging: Staging | None = None
+
+    def unstage(self) -> None:
+        """Its staging memory, if any, is filled no more."""
+        if self.staging is not None:
+            self.staging.close()
+            self.staging = None
 
 
 class Sender:
@@ -135,6 +144,7 @@ def _weight(parts: Sequence[Buffer]) -> int:
 
 def abandon(peer: Peer) -> None:
     """Forget what was to be done for a peer that is gone."""
+    peer.unstage()
     for stream in list(peer.conversation.streams.values()):
         peer.conversation.end(stream)
     for pusher in peer.pushers.values():

@@ -16,6 +16,7 @@ import zmq
 from postcopy_protocol.curve_keys import KeyPair
 from postcopy_protocol.errors import BadInput, PostcopyError
 from postcopy_protocol.places import SOCKET_PATH_BYTES
+from postcopy_protocol.return_path import features_at
 from postcopy_protocol.sizes import format_size
 from postcopy_protocol.source_conversation import Offer
 
@@ -72,7 +73,7 @@ def serve(
         endpoint = _bind(router, listen)
         with Mailbox(context, router) as mailbox, suppress(Ended):
             log.info("ready: %s at %s", ", ".join(_described(offer) for _, offer in known.values()), endpoint)
-            Loop(known, router, mailbox, Readers(readers, read_timeout)).run()
+            Loop(known, router, mailbox, Readers(readers, read_timeout), features_at(listen)).run()
         if listen.startswith("ipc://"):  # ZeroMQ leaves it
             with suppress(OSError):
                 os.unlink(listen.removeprefix("ipc://"))

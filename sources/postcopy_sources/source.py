@@ -6,11 +6,14 @@ Required: ``name``, ``size``, ``page_size``, ``read``. Beside them an object may
   over when this one is lost. Without it a digest of the size and of 64 samples is made, by ``read``, at the start.
 * ``read_now(offset, length) -> bytes | None``: like ``read``, but called in the thread of the loop, so it must return
   at once; it raises BlockingIOError where it cannot, and ``read`` is called in another thread.
+* ``read_into(offset, view: memoryview) -> bool``: like ``read_now``, but the bytes go into all of ``view``, memory that
+  a supervisor on this machine sees as well (staging.py); False: all of them are zero. ``view`` may not be kept. What
+  raises is read again in another way. A source that has it has ``read_now`` too.
 * ``listening(stream: PushStream) -> None``: called in a thread of its own when a supervisor listens. It may push pages
   that nobody has asked for, until it returns.
 
-Only ``read_now`` and ``identity`` are called in the main thread; ``read`` may be called in several threads at once.
-Whatever these functions raise, return or never return concerns the pages asked for, never the loop.
+Only ``read_now``, ``read_into`` and ``identity`` are called in the main thread; ``read`` may be called in several
+threads at once. Whatever these functions raise, return or never return concerns the pages asked for, never the loop.
 """
 
 from __future__ import annotations

@@ -92,6 +92,8 @@ NEWCOMER_SECONDS = 5.0
 """For so long a supervisor that takes over asks the sources of new blocks: who is on trial replaces no worker yet."""
 RARELY = 20_000
 """Objects more than before at which Python looks for garbage."""
+TURNS = 16
+"""Messages after which pages in a slot have waited long enough."""
 SCARCE = 128 << 20
 """Bytes available on the machine below which only pages that are waited for are placed."""
 
@@ -279,7 +281,13 @@ class House:
         gc.set_threshold(RARELY)
         # The method below pyzmq's own layer: it gives bytes, or a frame that knows whether another one follows.
         recv, box = self._router.recv, self.porter.box
+        staged, option, turn = self.sources.parked, self._router.getsockopt, 0
         while self.state != "ending":
+            # Last of all: pages in a slot wait there, whoever faults does not. The option tells what poll(0) would.
+            while staged and (turn > TURNS or not int(option(zmq.EVENTS)) & zmq.POLLIN):
+                turn = 0
+                self._guarded(self._place_parked, staged[0])
+            turn += 1
             identity = recv()
             head = frame = recv(0, False)
             rest: list[zmq.Frame] = []
@@ -310,6 +318,10 @@ class House:
             lane(data)
         elif identity != IDENTITY:
             self._heard(identity, data)
+
+    def _place_parked(self, _: object) -> None:
+        if self.sources.place_parked():
+            self._stream()
 
     def _lease_wanted(self, *_: object) -> None:
         """SIGIO: somebody waits in open(2) or truncate(2) for a lease of ours. He waits for us: it is done here."""

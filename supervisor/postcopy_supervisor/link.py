@@ -25,7 +25,7 @@ from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.express import REQUESTS_END, Road
 from postcopy_protocol.messages import Message
 from postcopy_protocol.return_path import (
-    FEATURES,
+    DATA,
     Advise,
     Advised,
     Complete,
@@ -35,7 +35,11 @@ from postcopy_protocol.return_path import (
     Pong,
     RequestRanges,
     SourceRefused,
+    Staged,
+    UseStaging,
     check_pages,
+    check_staged,
+    features_at,
     pack_ranges,
 )
 
@@ -142,6 +146,15 @@ class Link:
         if number is not None and self.state == "up":
             self._send(Complete(number))
 
+    @property
+    def finished(self) -> bool:
+        """Is every block of it complete?"""
+        return len(self._complete) == len(self._streams)
+
+    def use_staging(self, number: int) -> None:
+        """The staging memory of this number is open."""
+        self._send(UseStaging(number))
+
     def tick(self, now: float) -> None:
         silent = self.silent_since
         met = self.state == "up" or (self.inherited and self.state == "advising")
@@ -214,6 +227,22 @@ class Link:
         self.words[word] += 1
         self.stages[block][word + stages.ARRIVED] += 1
 
+    def staged(self, message: Staged, slot_bytes: int, now: float) -> Arrived | None:
+        """Pages that lie in a slot; None for those of an old stream. Raises BadMessage on what is not in order."""
+        block = self._blocks.get(message.stream)
+        if block is None:
+            return None
+        stream, offset, length = self._streams[block], message.offset, message.length
+        check_staged(message, slot_bytes, stream.page_size, stream.size)
+        self.silent_since = None
+        self.pages += length // stream.page_size
+        self.bytes += length
+        effects, took = self.flow.answered(message.request, block, ((offset, length),), now)
+        if took:
+            self._took(block, took)
+        self._do(effects)
+        return Arrived(block, ((offset, length, DATA, 0),), "")
+
     def _advised(self, message: Advised, now: float) -> None:
         stream = next((stream for stream in self._streams.values() if stream.name == message.name), None)
         if stream is None:
@@ -284,7 +313,7 @@ class Link:
         self._advised_at, self._nonce_old = now, self._nonce
         for stream in self._streams.values():
             if stream.block not in self._numbers:
-                self._send(Advise(stream.name, stream.page_size, FEATURES))
+                self._send(Advise(stream.name, stream.page_size, features_at(self.endpoint)))
 
     def _pause(self, why: str) -> None:
         self.state = "paused"

@@ -19,7 +19,7 @@ import zmq
 from postcopy_protocol.codec import decode, encode
 from postcopy_protocol.curve_keys import KeyPair, read_keys
 from postcopy_protocol.errors import BadInput, BadMessage
-from postcopy_protocol.return_path import FEATURES, MAX_RANGE_BYTES, Advise, Advised, SourceRefused
+from postcopy_protocol.return_path import MAX_RANGE_BYTES, Advise, Advised, SourceRefused, features_at
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def _ask(
             with suppress(zmq.Again):
                 for name in names:
                     if name not in known:
-                        channel.send(encode(Advise(name, page_size, FEATURES)), zmq.DONTWAIT)
+                        channel.send(encode(Advise(name, page_size, features_at(endpoint))), zmq.DONTWAIT)
         if events & zmq.POLLIN:
             _hear(channel.recv_multipart()[0], endpoint, names, known)
     return known

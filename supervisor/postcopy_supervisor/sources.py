@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -13,7 +15,7 @@ import zmq
 from postcopy_kernel import memory
 from postcopy_protocol.codec import decode
 from postcopy_protocol.errors import BadMessage
-from postcopy_protocol.return_path import FROM_SOURCE
+from postcopy_protocol.return_path import FROM_SOURCE, Staged, Staging
 from postcopy_protocol.sources import RemoteSource, Source
 
 from .blocks import RamBlock
@@ -23,6 +25,9 @@ from .link import FIRST_PING_SECONDS, Link, Stream
 from .paging import Paging
 from .remote import FRAME_LIMIT, Advice, ask_advice, load_keys, secure
 from .settings import Settings
+from .staging import StagingMemory
+
+log = logging.getLogger(__name__)
 
 
 class Sources:
@@ -33,11 +38,16 @@ class Sources:
         self.links: dict[bytes, Link] = {}
         self.lanes: dict[bytes, SourceLane] = {}
         """By the same id: where answers go first."""
+        self.staging: dict[bytes, StagingMemory] = {}
+        """By the same id: where a source on this machine lays its pages."""
         self._context = context
         self._settings = settings
         self._event = event
         self._keys = load_keys(settings.curve_secret, settings.source_key) if settings.curve_secret else None
+        self.parked: deque[tuple[bytes, Staged]] = deque()
+        """What lies in slots and is not placed yet: it can wait there while anything else is to be done."""
         self._babble: dict[str, int] = {}
+        self._unshared: set[str] = set()
         self._paging: Paging
 
     def ask(self, known: Mapping[str, Advice], stopped: Callable[[], str]) -> dict[str, Advice]:
@@ -94,6 +104,11 @@ class Sources:
         link = self.links[identity]
         try:
             message = decode(head.buffer, expect=FROM_SOURCE)
+            if isinstance(message, Staged):
+                self.parked.append((identity, message))
+                return False
+            if isinstance(message, Staging):
+                return self._offered_staging(identity, link, message)
             raw = [frame.buffer for frame in rest]
             arrived = link.heard(message, [len(buffer) for buffer in raw], time.monotonic())
         except BadMessage as error:
@@ -103,16 +118,64 @@ class Sources:
             self._paging.arrived(arrived, [memory.address_of(buffer) for buffer in raw])
         return arrived is not None
 
+    def place_parked(self) -> bool:
+        """Place what lies in the slot that has waited longest; True when pages have come."""
+        identity, message = self.parked.popleft()
+        try:
+            return self._staged(identity, message)
+        except BadMessage as error:
+            self._nonsense(self.links[identity], error)
+            return False
+
+    def _staged(self, identity: bytes, message: Staged) -> bool:
+        """Place what lies in a slot, and set that free, whatever becomes of it. Raises BadMessage."""
+        staging, link = self.staging.get(identity), self.links[identity]
+        if staging is None or staging.number != message.number:
+            return False  # of one that we had before: its slots are nobody's any more
+        address = staging.address_of(message)
+        try:
+            arrived = link.staged(message, staging.slot_bytes, time.monotonic())
+            if arrived is not None:
+                self._paging.arrived(arrived, (address,))
+        finally:
+            staging.free(message.slot)
+        return arrived is not None
+
+    def _offered_staging(self, identity: bytes, link: Link, message: Staging) -> bool:
+        """Open it; where that cannot be, pages go on coming through the socket."""
+        while self.parked:
+            self.place_parked()
+        self._unstage(identity)
+        if link.finished:
+            return False
+        try:
+            self.staging[identity] = StagingMemory(message)
+        except (OSError, ValueError) as error:
+            level = logging.DEBUG if link.endpoint in self._unshared else logging.INFO
+            self._unshared.add(link.endpoint)
+            log.log(level, "source %s: pages come through the socket: %s", link.endpoint, error)
+        else:
+            link.use_staging(message.number)
+        return False
+
+    def _unstage(self, identity: bytes) -> None:
+        staging = self.staging.pop(identity, None)
+        if staging is not None:
+            staging.close()
+
     def tick(self, now: float) -> float | None:
         """Returns when to come again, if that is soon."""
-        for link in self.links.values():
+        for identity, link in self.links.items():
             link.tick(now)
+            if link.finished:
+                self._unstage(identity)
         return now + FIRST_PING_SECONDS if any(link.hurries for link in self.links.values()) else None
 
     def _link_event(self, endpoint: str, kind: str, detail: str, **where: int | str) -> None:
         self._event(kind, detail, source=endpoint, **where)
-        for link in self.links.values():
+        for identity, link in self.links.items():
             if kind == "pause" and link.state == "paused":
+                self._unstage(identity)
                 self._paging.source_lost(link)
             elif kind == "recover" and link.state == "up":
                 self._paging.source_back(link)

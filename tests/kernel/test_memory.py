@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -278,3 +279,64 @@ def test_dropping_the_page_tables_makes_the_placer_light_again() -> None:
 
 def test_a_pool_of_a_size_that_does_not_exist_is_empty() -> None:
     assert memory.huge_pages(12345 << 10) == memory.HugePages(0, 0, 0)
+
+
+# --- a memfd of another process ---------------------------------------------------------------------------------------
+
+
+def open_own(descriptor: int, size: int = 8 * PAGE, name: str = "block", pid: int = 0) -> int:
+    return memory.open_memfd_of(pid or os.getpid(), descriptor, name, size)
+
+
+def test_a_memfd_of_another_process_is_opened_for_writing(fd: int) -> None:
+    with Child(lambda theirs: theirs.recv(1)) as child:
+        opened = open_own(fd, pid=child.pid)
+    os.pwrite(opened, b"both see it", PAGE)
+    assert os.pread(fd, 11, PAGE) == b"both see it" and not os.get_inheritable(opened)
+    os.close(opened)
+
+
+def strange_descriptors(directory: Path) -> dict[str, int]:
+    """What is no sealed memfd of 8 pages and the name "block", whatever it is called."""
+    file = directory / "memfd:block (deleted)"
+    file.write_bytes(bytes(8 * PAGE))
+    os.mkfifo(directory / "fifo")
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    unsealed = os.memfd_create("block", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(unsealed, 8 * PAGE)
+    return {
+        "a file": os.open(file, os.O_RDWR),
+        "a fifo": os.open(directory / "fifo", os.O_RDWR | os.O_NONBLOCK),
+        "a socket": ours.detach(),
+        "a device": os.open("/dev/null", os.O_RDWR),
+        "a directory": os.open(directory, os.O_RDONLY),
+        "not sealed": unsealed,
+        "another name": create_memfd("block2", 8 * PAGE),
+        "another size": create_memfd("block", 9 * PAGE),
+        "closed": 100_000,
+    }
+
+
+def test_what_is_no_such_memfd_is_refused_and_not_opened(tmp_path: Path) -> None:
+    strange = strange_descriptors(tmp_path)
+    before = set(Path("/proc/self/fd").iterdir())
+    for name, descriptor in strange.items():
+        with pytest.raises((OSError, ValueError)):
+            open_own(descriptor)
+            pytest.fail(f"{name} was opened")
+    with pytest.raises(OSError):
+        open_own(strange["a file"], pid=1 << 40)
+    assert set(Path("/proc/self/fd").iterdir()) == before
+    for name, descriptor in strange.items():
+        if name != "closed":
+            os.close(descriptor)
+
+
+def test_a_memfd_of_another_user_is_for_root_only(fd: int) -> None:
+    os.fchown(fd, NOBODY, NOBODY)
+    os.close(open_own(fd))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: NOBODY - 1)
+        with pytest.raises(ValueError, match="belongs to user"):
+            open_own(fd)

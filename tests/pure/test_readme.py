@@ -109,6 +109,12 @@ def test_refusals_and_reports() -> None:
         f"{received.LOST} lost",
         f"none twice, 1 to {return_path.MAX_RANGES} of them, at most {return_path.MAX_RANGE_BYTES} bytes together",
         f"At most {return_path.MAX_OPEN_REQUESTS} requests and {return_path.MAX_OPEN_BYTES} bytes",
+        f"`slots` (1 to {return_path.MAX_SLOTS}) slots",
+        f"{return_path.MAX_STAGING_BYTES} bytes of slots at most",
+        f"with the name `{return_path.STAGING_NAME}`",
+        f"{return_path.STAGING_HEADER} bytes of header",
+        f"begins with the {return_path.NONCE} bytes of `nonce`",
+        f"one byte for each slot, {return_path.SLOT_FREE} free, {return_path.SLOT_FULL} full",
         f"{return_path.DATA} data, {return_path.ZERO} zero, {return_path.LOST} lost",
     ],
 )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -18,6 +18,7 @@ from postcopy_protocol.geometry import PAGE_2M, PAGE_4K
 from postcopy_protocol.messages import Message
 from postcopy_protocol.return_path import (
     DATA,
+    FEATURES,
     FROM_SOURCE,
     FROM_SUPERVISOR,
     LOST,
@@ -25,8 +26,11 @@ from postcopy_protocol.return_path import (
     MAX_OPEN_REQUESTS,
     MAX_RANGE_BYTES,
     MAX_RANGES,
+    MAX_SLOTS,
     MAX_STREAMS,
+    NONCE,
     SOURCE_REFUSALS,
+    STAGING_HEADER,
     ZERO,
     Advise,
     Complete,
@@ -34,8 +38,13 @@ from postcopy_protocol.return_path import (
     Pages,
     Range,
     RequestRanges,
+    Staged,
+    Staging,
     check_pages,
     check_ranges,
+    check_staged,
+    check_staging,
+    features_at,
     pack_range,
     pack_ranges,
     unpack_ranges,
@@ -166,6 +175,54 @@ def test_data_zeros_and_losses_in_one_answer() -> None:
         (9 * PAGE_4K, PAGE_4K, ZERO, -1),
         (5 * PAGE_4K, PAGE_4K, DATA, 1),
     ]
+
+
+# --- staging memory ---------------------------------------------------------------------------------------------------
+
+
+def test_memory_is_shared_on_one_machine_only() -> None:
+    assert features_at("ipc:///tmp/s") == FEATURES and "staging" in FEATURES
+    assert features_at("tcp://host:1") == tuple(word for word in FEATURES if word != "staging")
+
+
+def test_a_source_grants_only_what_it_has() -> None:
+    talk = SourceConversation(OFFERS, itertools.count(1000).__next__, features_at("tcp://host:1"))
+    assert talk.advise(Advise("small", PAGE_4K, FEATURES))[0].features == ("zero", "push")
+    assert conversation().advise(Advise("small", PAGE_4K, FEATURES))[0].features == FEATURES
+
+
+def test_a_staging_memory_has_a_header_and_slots() -> None:
+    assert check_staging(Staging(1, 2, 3, bytes(NONCE), 8, 1 << 20)) == STAGING_HEADER + (8 << 20)
+    assert NONCE + MAX_SLOTS <= STAGING_HEADER
+
+
+@pytest.mark.parametrize(
+    ("nonce", "slots", "slot_bytes", "complaint"),
+    [
+        (NONCE - 1, 8, PAGE_4K, "15 bytes"),
+        (NONCE + 1, 8, PAGE_4K, "17 bytes"),
+        (NONCE, 0, PAGE_4K, "no staging memory"),
+        (NONCE, MAX_SLOTS + 1, PAGE_4K, "no staging memory"),
+        (NONCE, 8, 0, "no staging memory"),
+        (NONCE, 8, PAGE_4K + 1, "no staging memory"),
+        (NONCE, MAX_SLOTS, 2 << 20, "may be"),
+        (NONCE, 1, U64 - 4095, "may be"),
+    ],
+)
+def test_a_staging_memory_that_is_none(nonce: int, slots: int, slot_bytes: int, complaint: str) -> None:
+    with pytest.raises(BadMessage, match=complaint):
+        check_staging(Staging(1, 2, 3, bytes(nonce), slots, slot_bytes))
+
+
+@given(st.integers(0, U64), st.integers(0, U64), st.sampled_from((PAGE_4K, 1 << 20)))
+@example(0, 2 * PAGE_4K, PAGE_4K)
+@example(9 * PAGE_4K, PAGE_4K, PAGE_4K)
+def test_what_is_taken_of_a_slot_is_in_the_block_and_in_the_slot(offset: int, length: int, slot_bytes: int) -> None:
+    with suppress(BadMessage):
+        check_staged(Staged(1, 1, offset, length, 1, 0), slot_bytes, PAGE_4K, SIZE)
+        assert (
+            0 < length <= slot_bytes and offset % PAGE_4K == length % PAGE_4K == 0 and offset + length < SIZE + PAGE_4K
+        )
 
 
 # --- what a supervisor says -------------------------------------------------------------------------------------------

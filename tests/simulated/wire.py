@@ -22,6 +22,9 @@ from postcopy_protocol.return_path import (
     Ping,
     Pong,
     RequestRanges,
+    Staged,
+    Staging,
+    UseStaging,
     pack_ranges,
 )
 from postcopy_protocol.source_conversation import Offer, Phase, SourceConversation, SourceRefusal
@@ -33,6 +36,7 @@ SIZES = {1: 8 * PAGE, 2: 4 * PAGE + 17}
 NAMES = {1: "one", 2: "two"}
 PAGES = {1: 8, 2: 5}
 RIGHT, OTHER, LONGER = "right", "other", "longer"
+SLOTS = 2
 
 
 @dataclass(slots=True)
@@ -44,6 +48,15 @@ class Word:
     content: str = RIGHT
 
 
+@dataclass(slots=True)
+class Slots:
+    """A staging memory: what lies in each slot (block's name, offset, length, content), None where it is free."""
+
+    number: int
+    used: bool = False
+    slots: list[tuple[str, int, int, str] | None] = field(default_factory=lambda: [None] * SLOTS)
+
+
 @dataclass
 class Source:
     """A source program, life after life: ``content`` is None while it is dead. Stream numbers go on, as real ones."""
@@ -52,25 +65,32 @@ class Source:
     numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1000))
     conversation: SourceConversation | None = None
     asked: list[tuple[str, int]] = field(default_factory=list)  # every page of every request that was heard
+    memories: dict[int, Slots] = field(default_factory=dict)  # every staging memory that there ever was
+    staging: Slots | None = None
 
     def start(self, content: str) -> None:
         self.content = content
         extra = 7 * PAGE if content == LONGER else 0
         identity = RIGHT if content == LONGER else content
         offers = {name: Offer(name, SIZES[block] + extra, PAGE, identity) for block, name in NAMES.items()}
-        self.conversation = SourceConversation(offers, self.numbers.__next__)
+        self.conversation, self.staging = SourceConversation(offers, self.numbers.__next__), None
 
     def stop(self) -> None:
-        self.content = self.conversation = None
+        self.content = self.conversation = self.staging = None
 
     def hear(self, message: Message, style: str = "whole") -> list[Word]:
         assert self.conversation is not None and self.content is not None
         try:
             match message:
                 case Advise():
+                    self.staging = None
                     return [Word(self.conversation.advise(message)[0])]
                 case Listen():
                     self.conversation.listen(message)
+                    return self._offer()
+                case UseStaging(number):
+                    if self.staging is not None and self.staging.number == number:
+                        self.staging.used = True
                 case Complete():
                     self.conversation.complete(message)
                 case Ping():
@@ -81,6 +101,26 @@ class Source:
             return [Word(refusal.message())]
         return []
 
+    def _offer(self) -> list[Word]:
+        if self.staging is not None:
+            return []
+        number = next(self.numbers)
+        self.staging = self.memories[number] = Slots(number)
+        return [Word(Staging(number, 1, 1, bytes(16), SLOTS, 4 * PAGE))]
+
+    def _stage(self, message: RequestRanges, name: str, offset: int, length: int) -> list[Word]:
+        """Through a free slot; nothing when there is none."""
+        staging = self.staging
+        if staging is None or not staging.used or length > 4 * PAGE or None not in staging.slots:
+            return []
+        slot = staging.slots.index(None)
+        staging.slots[slot] = (name, offset, length, self.content or RIGHT)
+        return [
+            Word(
+                Staged(message.stream, message.request, offset, length, staging.number, slot), (), self.content or RIGHT
+            )
+        ]
+
     def _request(self, message: RequestRanges, style: str) -> list[Word]:
         assert self.conversation is not None
         stream, ranges = self.conversation.request(message)
@@ -90,6 +130,9 @@ class Source:
         number, request = stream.number, message.request
         if style == "never":
             return []
+        if style == "staged":
+            staged = [(self._stage(message, stream.offer.name, *one), one) for one in ranges]
+            return [word for said, one in staged for word in said or [self.pages(number, request, [one], DATA)]]
         if style == "whole":
             return [self.pages(number, request, ranges, DATA)]
         kind = {"zero": ZERO, "lost": LOST}.get(style, DATA)
@@ -115,6 +158,9 @@ class Supervisor:
 
     def __init__(self, patience: float = 5.0) -> None:
         self.now = 1000.0
+        self.memories: dict[int, Slots] = {}  # those of the source: what can be opened
+        self.staging: Slots | None = None
+        self.staged = 0  # answers that came in a slot
         self.engine = Engine()
         self.expected = 0  # answers that came as they were expected
         self.out: list[Word] = []
@@ -123,9 +169,12 @@ class Supervisor:
         self.lost: set[tuple[int, int]] = set()
         self.waiting: set[tuple[int, int, int]] = set()
         streams = [Stream(block, NAMES[block], PAGE, SIZES[block], RIGHT) for block in SIZES]
-        self.link = Link(
-            "ipc:///x", streams, patience, self._send, lambda *event, **_: self.events.append(event), self._gave_up
-        )
+        self.link = Link("ipc:///x", streams, patience, self._send, self._event, self._gave_up)
+
+    def _event(self, kind: str, detail: str, **_: int | str) -> None:
+        self.events.append((kind, detail))
+        if kind == "pause":
+            self.staging = None
 
     def _send(self, data: bytes) -> None:
         self.out.append(Word(decode(data, expect=FROM_SUPERVISOR)))
@@ -171,12 +220,31 @@ class Supervisor:
                 self.expected += 1
                 return
         try:
+            match word.message:
+                case Staged():
+                    return self._staged(word.message)
+                case Staging(number):
+                    self.staging = self.memories.get(number)
+                    return self.link.use_staging(number) if self.staging is not None else None
             arrived = self.link.heard(word.message, word.frames, self.now)
         except BadMessage as error:
             self.events.append(("source-nonsense", str(error)))
             return
         if arrived is not None:
             assert word.content == RIGHT, "pages of another content were taken"
+            self._arrived(arrived)
+
+    def _staged(self, message: Staged) -> None:
+        """As Sources does: placed from the slot as it is at this instant, and set free whatever becomes of it."""
+        staging, slot = self.staging, message.slot
+        if staging is None or staging.number != message.number or staging.slots[slot] is None:
+            return
+        lies = staging.slots[slot]
+        arrived = self.link.staged(message, 4 * PAGE, self.now)
+        staging.slots[slot] = None
+        if arrived is not None:
+            assert lies == (NAMES[arrived.block], message.offset, message.length, RIGHT), "other bytes were placed"
+            self.staged += 1
             self._arrived(arrived)
 
     def _arrived(self, arrived: Arrived) -> None:

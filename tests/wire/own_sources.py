@@ -19,7 +19,7 @@ SIZE = 64 * PAGE - 5
 
 
 def page_of(offset: int, length: int) -> bytes:
-    return b"".join(bytes([place // PAGE + 1]) * PAGE for place in range(offset, offset + length, PAGE))[:length]
+    return b"".join(bytes([place // PAGE % 255 + 1]) * PAGE for place in range(offset, offset + length, PAGE))[:length]
 
 
 class Own:
@@ -53,6 +53,30 @@ class Pushing(Own):
 class Failing(Own):
     def listening(self, stream: PushStream) -> None:
         stream.push(1, b"?")
+
+
+class Large(Own):
+    """Of 1 MiB and a piece, page by page another byte."""
+
+    size = (1 << 20) + 5 * PAGE + 77
+
+
+class Into(Large):
+    """Reads into memory that it is given, and does wrong there what can be done wrong, piece by piece."""
+
+    def read_now(self, offset: int, length: int) -> bytes:
+        return page_of(offset, length)
+
+    def read_into(self, offset: int, view: memoryview) -> bool:
+        if self.name == "into-raises":
+            view[:PAGE] = b"?" * PAGE
+            raise OSError("not today")
+        if self.name == "into-blocks":
+            raise BlockingIOError
+        if self.name == "into-zeros":
+            return False
+        view[:] = page_of(offset, len(view))
+        return True
 
 
 class Huge(Own):
@@ -100,6 +124,8 @@ def main(endpoint: str, gate: str, readers: int) -> None:
             Own("short", lambda offset, length: b"x" * (length - 1)),
             Own("text", lambda offset, length: "x" * length),
             Own("view", lambda offset, length: memoryview(bytearray(page_of(offset, length)))),
+            Large("large", page_of),
+            *(Into(name, page_of) for name in ("into", "into-raises", "into-blocks", "into-zeros")),
             Huge("huge", lambda offset, length: b"h" * length),
             Pushing("pushes", page_of),
             Failing("fails", page_of),

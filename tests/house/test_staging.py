@@ -1,0 +1,64 @@
+"""A whole block through staging memory: source and supervisor are killed in the middle, and every byte is right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from postcopy_protocol.return_path import STAGING_NAME
+from tests.conftest import SourceFile
+from tests.house.house import PAGE, House, until
+from tests.house.remote import Source, await_state, kinds
+
+SIZE = 96 << 20
+WORD = "goes through shared memory"
+SLOWLY: dict[str, Any] = {"background_rate": "24M", "source_timeout": "1"}
+
+
+def mapped(pid: int) -> bool:
+    return STAGING_NAME in Path(f"/proc/{pid}/maps").read_text()
+
+
+def test_whole_with_source_and_supervisor_killed_in_the_middle(runtime_dir: Path, source_file: SourceFile) -> None:
+    path = source_file(SIZE)
+    with Source(f"ram0={path}") as source, House(runtime_dir, source.block(), **SLOWLY) as house:
+        shared = house.client("ram0", "shared")
+        until(lambda: WORD in source.log(), "staging memory is used")
+        until(lambda: house.block()["received"] > 2048, "some of it has come")
+        source.end()
+        await_state(house, "paused")
+        assert not mapped(house.status()["pid"]), "nothing of the dead source's memory is kept"
+        stood = house.block()["received"]
+        assert stood < SIZE // PAGE
+        source.start()
+        until(lambda: house.block()["received"] > stood, "it goes on")
+        assert source.log().count(WORD) == 2
+        house.kill()
+        house.recover()
+        until(lambda: source.log().count(WORD) == 3, "and the next supervisor has one of its own")
+        until(lambda: house.block()["complete"], "it is whole", 60)
+        for client in (shared, house.client("ram0", "private")):
+            assert client.do(f"check(b, {str(path)!r})") == -1
+        house.audit()
+        assert not house.events("source-nonsense") and not house.events("lost") and not house.events("bug")
+        until(lambda: not mapped(house.status()["pid"]), "and when everything has come it is given up")
+        assert source.process is not None
+        pid = source.process.pid
+        until(
+            lambda: not mapped(pid),
+            "at the source, too, also that of the supervisor that was killed",
+            25,
+        )
+        assert kinds(house, "recover")
+
+
+def test_a_source_whose_descriptors_cannot_be_seen(runtime_dir: Path, source_file: SourceFile) -> None:
+    """In another pid namespace its number means another process here, or none: the socket will do."""
+    path = source_file(SIZE // 4)
+    prefix = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+    with Source(f"ram0={path}", prefix=prefix) as source, House(runtime_dir, source.block()) as house:
+        until(lambda: house.block()["complete"], "it is whole", 60)
+        assert WORD not in source.log()
+        assert "pages come through the socket" in house.log()
+        assert house.client().do(f"check(b, {str(path)!r})") == -1
+        assert not house.events("source-nonsense")
