@@ -208,6 +208,7 @@ class House:
             self.zero.release,
             self._event,
         )
+        self.paging.aside = self.porter.aside
         self.paging.poison_on_loss = self.settings.poison_on_loss
         self.zero.paging = self.paging
         allowed = frozenset({os.geteuid()}) | self.settings.allow_uids

@@ -72,6 +72,8 @@ class Paging:
         self.placed = self._undropped = 0
         self.roomy = True
         """False: memory is scarce, only pages that are waited for may come."""
+        self.aside: Callable[[Callable[[], None]], None] = lambda act: act()
+        """Does what takes some milliseconds and can wait, in another thread."""
         self.core = crashpoints.watched(core, "copy", "page.arrived", "page.placed")
         self._blocks = blocks
         self._around = fault_around
@@ -238,7 +240,7 @@ class Paging:
         self._undropped += pages * block.page_size
         if self._undropped >= DROP_AFTER:  # our page tables of what we placed count as our memory; the data stays
             self._undropped = 0
-            block.forget_own_pages()
+            self.aside(block.forget_own_pages)
 
     def _settle(self, block: RamBlock, page: int, source: int) -> None:
         """Nobody but us places pages of a remote block: a page that is there already is a predecessor's, or a

@@ -16,7 +16,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +136,7 @@ class Porter(threading.Thread):
     ) -> None:
         super().__init__(name="porter", daemon=True)
         self.box: collections.deque[Happening] = collections.deque()
+        self._errands: collections.deque[Callable[[], None]] = collections.deque()
         self._context = context
         self._core = core
         self._quit_bell = quit_bell
@@ -184,6 +185,11 @@ class Porter(threading.Thread):
             self._due = due
             descriptors.signal_eventfd(self._alarm)
 
+    def aside(self, act: Callable[[], None]) -> None:
+        """Do this in the porter's thread, soon: a system call that would hold up the main thread for milliseconds."""
+        self._errands.append(act)
+        descriptors.signal_eventfd(self._alarm)
+
     def stop(self) -> None:
         """Leave the loop and close what is the porter's own."""
         self._stopping = True
@@ -214,6 +220,8 @@ class Porter(threading.Thread):
             ready = [fd for fd, _ in self._epoll.poll(self._patience(ticked))]
             for fd in sorted(ready, key=self._rank):
                 self._look(fd)
+            while self._errands and not self._stopping:
+                self._errands.popleft()()
             now = time.monotonic()
             if now - ticked >= TICK_SECONDS or (self._due is not None and now >= self._due):
                 ticked, self._due = now, None
