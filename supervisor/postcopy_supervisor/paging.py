@@ -262,10 +262,10 @@ class Paging:
             received[first : first + done] = bytes((RECEIVED,)) * done
             self.count(block, done)
             first, source = first + done, source + done * size
-            if outcome.status is Status.PRESENT:
-                self._settle(block, first, source)
+            present = outcome.status is Status.PRESENT
+            if present and self._settle(block, first, source):
                 first, source = first + 1, source + size
-            elif outcome.status is Status.EXHAUSTED:
+            elif present or outcome.status is Status.EXHAUSTED:
                 self._not_placed(block, first, before[first - end :])
                 break
             elif outcome.status not in (Status.DONE, Status.PARTIAL, Status.RETRY):
@@ -293,17 +293,21 @@ class Paging:
             self._undropped = 0
             self.aside(block.forget_own_pages)
 
-    def _settle(self, block: RamBlock, page: int, source: int) -> None:
+    def _settle(self, block: RamBlock, page: int, source: int) -> bool:
         """Nobody but us places pages of a remote block: a page that is there already is a predecessor's, or a
-        stranger's."""
+        stranger's. False: it is not there, for an empty pool of huge pages says EEXIST, too."""
         size = block.page_size
         want = Mapping(source, size).view(size, writable=False)
-        if os.pread(block.memory, size, page * size) != want:
+        found = os.pread(block.memory, size, page * size)
+        if found != want:
+            if size == PAGE_2M and found.count(0) == size:
+                return False
             if not block.received[block.pages + SHARED]:
                 os.pwrite(block.memory, want, page * size)
             text = f"page {page} was made by an unregistered mapping"
             self._about(block, page, 1, "polluted", text, "a mapping that is not registered made it")
         block.received[page] = RECEIVED
+        return True
 
     def _place_zeros(self, block: RamBlock, first: int, end: int) -> int:
         step = max(1, ZERO_PIECE // block.page_size)

@@ -5,18 +5,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import zmq
 
-from postcopy_kernel.abi import Outcome, Status
 from postcopy_protocol.door import DoorConversation
-from postcopy_protocol.received import RECEIVED
 from postcopy_supervisor.fleet import Slot
 from postcopy_supervisor.house import House
-from postcopy_supervisor.paging import Paging
 from postcopy_supervisor.porter import FAILED, Porter
 from postcopy_supervisor.reception import Client, Reception
 
@@ -64,31 +60,6 @@ def test_a_worker_that_takes_no_more_words_is_killed(errno: int, killed: list[in
     house._tell_worker(3, b"wake")
     house._tell_worker(4, b"nobody")
     assert workforce.killed == killed
-
-
-def test_a_long_shortage_of_memory_is_told_once() -> None:
-    """What else happened meanwhile stays in the history."""
-    told: list[str] = []
-    paging = Paging.__new__(Paging)
-    shortage = [Outcome(Status.EXHAUSTED, 0)] * 5
-    paging.core = cast(Any, Core([*shortage, Outcome(Status.DONE, 4096)]))
-    paging._event = lambda kind, detail, **where: told.append(kind)
-    paging.placed = paging._undropped = 0
-    received = bytearray(8)
-    block = cast(Any, SimpleNamespace(name="ram0", page_size=4096, received=received))
-    block.mapping = SimpleNamespace(address=1 << 20)
-    paging.place(block, 3, 4, 0)
-    assert told == ["no-memory"] and received[3] == RECEIVED
-
-
-class Core:
-    """A userfaultfd that gives these answers, one a COPY."""
-
-    def __init__(self, answers: list[Outcome]) -> None:
-        self._answers = answers
-
-    def copy(self, *_: int) -> Outcome:
-        return self._answers.pop(0)
 
 
 class Workers:

@@ -96,8 +96,9 @@ class SimulatedPaging(Paging):
 
     there: dict[int, bytes]
 
-    def _settle(self, block: RamBlock, page: int, source: int) -> None:
+    def _settle(self, block: RamBlock, page: int, source: int) -> bool:
         block.received[page] = RECEIVED
+        return True
 
     def _present(self, block: RamBlock, page: int) -> bool:
         return page in self.there
