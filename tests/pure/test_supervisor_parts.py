@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -12,9 +13,12 @@ import zmq
 
 from postcopy_protocol.door import DoorConversation
 from postcopy_supervisor.fleet import Slot
+from postcopy_supervisor.flow import Flow
 from postcopy_supervisor.house import House
+from postcopy_supervisor.link import FIRST_PING_SECONDS
 from postcopy_supervisor.porter import FAILED, Porter
 from postcopy_supervisor.reception import Client, Reception
+from postcopy_supervisor.sources import Sources
 
 NOBODY = cast(Any, None)
 
@@ -60,6 +64,18 @@ def test_a_worker_that_takes_no_more_words_is_killed(errno: int, killed: list[in
     house._tell_worker(3, b"wake")
     house._tell_worker(4, b"nobody")
     assert workforce.killed == killed
+
+
+def test_a_postponed_wish_has_a_tick_of_its_own() -> None:
+    """A regular tick that comes before its time does not take it away."""
+    sources = Sources.__new__(Sources)
+    calm, short, hurried = (
+        SimpleNamespace(tick=lambda now: None, hurries=hurries, flow=Flow()) for hurries in (False, False, True)
+    )
+    short.flow.postpone([(1, 1, 0, 4096)], 100.0)
+    for links, due in ((calm,), None), ((calm, short), short.flow.again_at), ((hurried,), 100.0 + FIRST_PING_SECONDS):
+        sources.links = cast(Any, dict(enumerate(links)))
+        assert sources.tick(100.0) == due
 
 
 class Workers:
