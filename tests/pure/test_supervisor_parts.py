@@ -70,7 +70,8 @@ def test_a_postponed_wish_has_a_tick_of_its_own() -> None:
     """A regular tick that comes before its time does not take it away."""
     sources = Sources.__new__(Sources)
     calm, short, hurried = (
-        SimpleNamespace(tick=lambda now: None, hurries=hurries, flow=Flow()) for hurries in (False, False, True)
+        SimpleNamespace(tick=lambda now: None, hurries=hurries, finished=False, flow=Flow())
+        for hurries in (False, False, True)
     )
     short.flow.postpone([(1, 1, 0, 4096)], 100.0)
     for links, due in ((calm,), None), ((calm, short), short.flow.again_at), ((hurried,), 100.0 + FIRST_PING_SECONDS):
