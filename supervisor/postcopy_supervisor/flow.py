@@ -12,6 +12,9 @@ Somebody may come to wait for a page that is on its way already, in a piece of t
 
 A request that is not answered in ``patience`` seconds is sent again under a new number; after ``attempts`` its pages
 are lost. While the source is away nothing is sent and no time passes; when it is back everything open is sent anew.
+
+What has come and finds no memory is wished for again after a pause, which grows while that lasts; until then nothing is
+asked in the background.
 """
 
 from __future__ import annotations
@@ -19,10 +22,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from postcopy_protocol.express import REQUESTS
 
 PAST = 1024
+SHORTEST_PAUSE = 0.01
+LONGEST_PAUSE = 1.0
+"""Seconds, after pages found no memory: doubled from one to the other as long as there is none."""
 BACKGROUND = -1
 """The "client" of pieces that nobody waits for yet."""
 
@@ -95,6 +102,10 @@ class Flow:
     flying: dict[int, Wish] = field(default_factory=dict)
     """Wishes in flight, by number."""
     queues: dict[int, deque[Wish]] = field(default_factory=dict)
+    postponed: list[Wish] = field(default_factory=list)
+    """Wishes that have come and found no memory, until ``again_at``."""
+    again_at: float = -1e9
+    _pause: float = 0.0
     bytes_in_flight: int = 0
     _background: int = 0
     pieces: int = 0
@@ -167,6 +178,14 @@ class Flow:
                 return [], 0.0
         return list(self.landed(wish, now)), now - wish.sent
 
+    def postpone(self, wanted: Sequence[tuple[int, int, int, int]], now: float) -> None:
+        """There was no memory for what has come. These ranges (client, block, offset, length) of it, which no open wish
+        brings, are wished for again at ``again_at``, by ``tick``."""
+        if now >= self.again_at:  # before that it is the same moment's
+            self._pause = min(LONGEST_PAUSE, 2 * self._pause) if self.short(now) else SHORTEST_PAUSE
+            self.again_at = now + self._pause
+        self.postponed += [Wish(*want) for want in wanted]
+
     def lost_source(self) -> None:
         """Nothing can be sent; everything open will be sent anew."""
         self.up = False
@@ -188,6 +207,10 @@ class Flow:
         effects: list[Effect] = []
         if not self.up:
             return effects
+        if now >= self.again_at:
+            for wish in self.postponed:
+                self.queues.setdefault(wish.client, deque()).append(wish)
+            self.postponed.clear()
         for request, wish in reversed(list(self.flying.items())):
             if now - wish.sent < self.limits.patience:
                 continue
@@ -212,8 +235,8 @@ class Flow:
 
     @property
     def waiting(self) -> int:
-        """Wishes not sent yet."""
-        return sum(map(len, self.queues.values()))
+        """Wishes not sent yet, or to be sent again."""
+        return sum(map(len, self.queues.values())) + len(self.postponed)
 
     def open_wish(self, block: int, offset: int) -> tuple[Wish, bool] | None:
         """The wish that brings the bytes at ``offset``, and whether it is sent."""
@@ -223,13 +246,28 @@ class Flow:
                 return wish, sent
         return None
 
+    def unwished(self, block: int, offset: int, end: int) -> list[tuple[int, int]]:
+        """Parts (offset, end) of a range that no open wish brings."""
+        left = [(offset, end)]
+        for wish in (*self.flying.values(), *self.postponed, *chain.from_iterable(self.queues.values())):
+            if wish.block == block:
+                for low, high in wish.missing or [(wish.offset, wish.offset + wish.length)]:
+                    left = _less(left, low, high)
+        return left
+
+    def short(self, now: float) -> bool:
+        """Was there no memory for what came, a moment ago?"""
+        return now < self.again_at + LONGEST_PAUSE
+
     def busy(self, now: float) -> bool:
         """Has somebody been waiting a moment ago?"""
         return now - self.urgent_at < self.limits.calm
 
     def room_for_background(self, now: float) -> int:
-        """Bytes of background that may be wished for now; 0 while urgent wishes wait."""
-        if not self.up or any(queue for client, queue in self.queues.items() if client != BACKGROUND):
+        """Bytes of background that may be wished for now; 0 while urgent wishes wait, or all do for memory."""
+        if not self.up or self.postponed or now < self.again_at:
+            return 0
+        if any(queue for client, queue in self.queues.items() if client != BACKGROUND):
             return 0
         window = self.limits.background_busy if self.busy(now) else self.limits.background_calm
         waiting = sum(wish.length for wish in self.queues.get(BACKGROUND, ()))
@@ -245,6 +283,7 @@ class Flow:
         assert len(pieces) == self.pieces <= self.limits.requests
         assert len(self.flying) - self.pieces <= self.limits.requests
         assert all(wish.missing is None or wish.missing for wish in self.flying.values())
+        assert not any(self.flying.get(wish.request) is wish for wish in self.postponed)
         assert not self.up or self._take() is None, "something waits though there is room"
         urgent = self.bytes_in_flight - background
         largest = max((wish.length for wish in self.flying.values()), default=0)
@@ -252,7 +291,8 @@ class Flow:
 
     def _waiting_for(self, block: int, offset: int) -> Iterator[Wish]:
         """Wishes for these bytes that are not sent."""
-        return (wish for queue in self.queues.values() for wish in queue if wish.covers(block, offset))
+        waiting = chain(chain.from_iterable(self.queues.values()), self.postponed)
+        return (wish for wish in waiting if wish.covers(block, offset))
 
     # --- the law ------------------------------------------------------------------------------------------------------
 

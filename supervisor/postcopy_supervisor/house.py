@@ -219,6 +219,7 @@ class House:
         self.zero.workforce = self.reception.workforce = self.workforce
         self.reception.left = self.paging.left
         self.paging.clients_with = self.reception.with_block
+        self.paging.ring_at = self.porter.ring_at
         self.watchdog = Watchdog(
             self.workforce,
             self.custody,

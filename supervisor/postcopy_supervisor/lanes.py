@@ -123,7 +123,7 @@ def _come(
     received, number, size, base = block.received, block.number, block.page_size, block.mapping.address
     shift, core, clock = size.bit_length() - 1, paging.core.fileno(), time.monotonic
     ioctl = crashpoints.around("page.arrived", ioctl, "page.placed")
-    place, count, heal, healing, arrived = paging.place, paging.count, paging.heal, paging.healing, paging.arrived
+    count, heal, healing, arrived = paging.count, paging.heal, paging.healing, paging.arrived
     tell, release_own, engine, flow = paging.tell_worker, paging.release_own, paging.engine, link.flow
     waiting, flight, flying, queues, past = engine.waiting, engine.flight(number), flow.flying, flow.queues, flow.past
     starts, ends, words, stages = flight.starts, flight.ends, link.words, link.stages[number]
@@ -132,25 +132,27 @@ def _come(
     copy = memoryview(argument).cast("Q")
     copy[2] = size
 
+    def carefully(wish: Wish, now: float, source: int) -> bool:
+        link.landed(wish, now)  # first: what there is no memory for is wished for anew
+        arrived(Arrived(number, ((wish.offset, wish.length, DATA, 0),), ""), (source,))
+        return wish.client == BACKGROUND or not flow.pieces
+
     def come(wish: Wish, buffer: memoryview) -> bool:
         now, offset, source = clock(), wish.offset, address(buffer)
         page = offset >> shift
         if wish.length != size or wish.client == BACKGROUND or received[page] == LOST:
-            arrived(Arrived(number, ((offset, wish.length, DATA, 0),), ""), (source,))
-            link.landed(wish, now)
-            return wish.client == BACKGROUND or not flow.pieces
+            return carefully(wish, now, source)
         if received[page] != RECEIVED:
             copy[0], copy[1] = base + offset, source
             received[page] = PLACING
             try:
                 ioctl(core, UFFDIO_COPY, argument)
             except OSError:  # it is there already, there is no memory for it: the careful way knows
-                place(block, page, page + 1, source)
-            else:
-                received[page] = RECEIVED
-                if not wish.request & SAMPLE_MASK:
-                    stages[bucket(int((clock() - now) * 1e9)) + PLACED] += SAMPLE_MASK + 1
-                count(block, 1)
+                return carefully(wish, now, source)
+            received[page] = RECEIVED
+            if not wish.request & SAMPLE_MASK:
+                stages[bucket(int((clock() - now) * 1e9)) + PLACED] += SAMPLE_MASK + 1
+            count(block, 1)
         if ends.get(page) == page + 1:
             del ends[page], starts[bisect_left(starts, page)]
         else:

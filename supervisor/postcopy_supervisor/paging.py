@@ -2,6 +2,9 @@
 
 Local blocks are fetched through worker zero; remote ones over the link of their source, and placed here, through the
 core userfaultfd: store PLACING, UFFDIO_COPY, store RECEIVED, then word to exactly the workers whose clients wait.
+
+Pages for which there is no memory are given up for now, so that nobody else waits for it: those that somebody waits for
+are asked for again a little later (flow.py), the others are as if they had not come.
 """
 
 from __future__ import annotations
@@ -13,13 +16,13 @@ import time
 from collections.abc import Callable, Sequence
 
 from postcopy_kernel import crashpoints
-from postcopy_kernel.memory import Mapping
+from postcopy_kernel.memory import Mapping, is_present
 from postcopy_kernel.userfaultfd import Status, Userfaultfd
 from postcopy_protocol.codec import encode, pack_offsets
 from postcopy_protocol.express import OFFSET
-from postcopy_protocol.geometry import runs
+from postcopy_protocol.geometry import PAGE_2M, runs
 from postcopy_protocol.messages import Lost, Wake
-from postcopy_protocol.received import LOST, MISSING, PLACING, RECEIVED, SHARED
+from postcopy_protocol.received import LOST, MISSING, PLACING, RECEIVED, SHARED, runs_of
 from postcopy_protocol.return_path import LOST as LOST_RANGE
 from postcopy_protocol.return_path import ZERO
 from postcopy_protocol.stages import PLACED
@@ -70,6 +73,10 @@ class Paging:
         """By the head of a worker's requests for one page each."""
         self._lanes_of: dict[int, list[bytes]] = {}
         self.placed = self._undropped = 0
+        self._starved_at = -1
+        """What ``placed`` was when there was last no memory."""
+        self.ring_at: Callable[[float], None] = lambda due: None
+        """Asks for a tick no later than at this monotonic time."""
         self.roomy = True
         """False: memory is scarce, only pages that are waited for may come."""
         self.aside: Callable[[Callable[[], None]], None] = lambda act: act()
@@ -180,41 +187,74 @@ class Paging:
         for offset, length, kind, frame in arrived.ranges:
             first, end = offset // block.page_size, (offset + length) // block.page_size
             lost: Sequence[int] = ()
+            stop = end
             if kind == LOST_RANGE:
                 lost = self.lose(block, first, end, arrived.reason)
             else:
                 self._found_again(block, first, end)
                 if kind == ZERO:
-                    self._place_zeros(block, first, end)
+                    stop = self._place_zeros(block, first, end)
                 else:
-                    self._place_timed(block, first, end, addresses[frame])
-            self.do(self.engine.answered(block.number, first, end, lost))
-            self.heal(block, first, end)
+                    stop = self._place_timed(block, first, end, addresses[frame])
+            if first < stop:
+                self._have(block, first, stop, lost)
+            if stop < end:
+                self._postpone(block, stop, end, time.monotonic())
 
-    def _place_timed(self, block: RamBlock, first: int, end: int, source: int) -> None:
+    def _have(self, block: RamBlock, first: int, end: int, lost: Sequence[int] = ()) -> None:
+        self.do(self.engine.answered(block.number, first, end, lost))
+        self.heal(block, first, end)
+
+    def _postpone(self, block: RamBlock, first: int, end: int, now: float) -> None:
+        """There is no memory for what has come of these pages. What another request brings as well is left to that;
+        else who stands at a page (or was denied it) gets it later, and the rest is not asked for any more."""
+        number, size, flow = block.number, block.page_size, self.links[block.number].flow
+        if self.placed != self._starved_at and not any(link.flow.short(now) for link in self.links.values()):
+            text = f"no memory for page {first}; it is tried again"
+            self._about(block, first, 1, "no-memory", text, "no memory")
+        self._starved_at = self.placed
+        healing, wanted = self.healing.get(number, ()), []
+        for low, high in flow.unwished(number, first * size, end * size):
+            at, pages = low // size, range(low // size, high // size)
+            absent = (page for page in pages if block.received[page] != RECEIVED)
+            kept = [page for page in absent if (number, page) in self.engine.waiting or page in healing]
+            for start, stop in [*runs(kept), (pages.stop, pages.stop)]:
+                if at < start:
+                    self._have(block, at, start)
+                if start < stop:
+                    client = min(self.engine.standing(number, start), default=BACKGROUND)
+                    wanted.append((client, number, start * size, (stop - start) * size))
+                at = stop
+        flow.postpone(wanted, now)
+        self.ring_at(flow.again_at)
+
+    def _place_timed(self, block: RamBlock, first: int, end: int, source: int) -> int:
         begun = time.monotonic()
-        self.place(block, first, end, source)
+        stop = self.place(block, first, end, source)
         took = int((time.monotonic() - begun) * 1e9)
-        self.links[block.number].stages[block.number][bucket(took) + PLACED] += 1
+        self.links[block.number].stages[block.number][bucket(took) + PLACED] += stop > first
+        return stop
 
-    def place(self, block: RamBlock, first: int, end: int, source: int) -> None:
-        """Put pages into the block from memory at ``source``; those that are received already stay as they are."""
+    def place(self, block: RamBlock, first: int, end: int, source: int) -> int:
+        """Put pages into the block from memory at ``source``; those that are received already stay as they are. Returns
+        the first page for which there is no memory, or ``end``."""
         size, received = block.page_size, block.received
         if end - first == 1:
-            if received[first] != RECEIVED:
-                self._copy(block, first, end, source)
-            return
+            return end if received[first] == RECEIVED else self._copy(block, first, end, source)
         states, at = received[first:end], 0
         while at < len(states):
             stop = states.find(RECEIVED_BYTE, at)
             stop = len(states) if stop < 0 else stop
             if stop > at:
-                self._copy(block, first + at, first + stop, source + at * size)
+                placed = self._copy(block, first + at, first + stop, source + at * size)
+                if placed < first + stop:
+                    return placed
             at = stop + 1
+        return end
 
-    def _copy(self, block: RamBlock, first: int, end: int, source: int) -> None:
+    def _copy(self, block: RamBlock, first: int, end: int, source: int) -> int:
         size, received, base = block.page_size, block.received, block.mapping.address
-        starved = False
+        before = received[first:end]
         while first < end:
             received[first:end] = bytes((PLACING,)) * (end - first)
             outcome = self.core.copy(base + first * size, source, (end - first) * size)
@@ -222,17 +262,28 @@ class Paging:
             received[first : first + done] = bytes((RECEIVED,)) * done
             self.count(block, done)
             first, source = first + done, source + done * size
-            if outcome.status is Status.PRESENT:
-                self._settle(block, first, source)
+            present = outcome.status is Status.PRESENT
+            if present and self._settle(block, first, source):
                 first, source = first + 1, source + size
-            elif outcome.status is Status.EXHAUSTED:
-                if not starved:  # once, however long it takes: the history is bounded
-                    text = f"no memory for page {first}; it is tried again"
-                    self._about(block, first, 1, "no-memory", text, "no memory")
-                starved = True
-                time.sleep(0.01)
+            elif present or outcome.status is Status.EXHAUSTED:
+                self._not_placed(block, first, before[first - end :])
+                break
             elif outcome.status not in (Status.DONE, Status.PARTIAL, Status.RETRY):
                 raise OSError(errno.EIO, f"UFFDIO_COPY into block {block.name}: {outcome.status.name}")
+        return first
+
+    def _not_placed(self, block: RamBlock, first: int, states: bytes) -> None:
+        """Pages from ``first`` on are what they were before. PLACING may have been stored for this very COPY; it stays
+        only where a page is there, the work of a predecessor that was killed."""
+        block.received[first : first + len(states)] = states
+        for low, high in runs_of(states, PLACING):
+            for page in range(first + low, first + high):
+                if not self._present(block, page):
+                    block.received[page] = MISSING
+
+    def _present(self, block: RamBlock, page: int) -> bool:
+        """Is it there? Of huge pages the kernel does not say it, and nobody audits them."""
+        return block.page_size != PAGE_2M and is_present(block.memory, page * block.page_size)
 
     def count(self, block: RamBlock, pages: int) -> None:
         """So many have been placed."""
@@ -242,24 +293,31 @@ class Paging:
             self._undropped = 0
             self.aside(block.forget_own_pages)
 
-    def _settle(self, block: RamBlock, page: int, source: int) -> None:
+    def _settle(self, block: RamBlock, page: int, source: int) -> bool:
         """Nobody but us places pages of a remote block: a page that is there already is a predecessor's, or a
-        stranger's."""
+        stranger's. False: it is not there, for an empty pool of huge pages says EEXIST, too."""
         size = block.page_size
         want = Mapping(source, size).view(size, writable=False)
-        if os.pread(block.memory, size, page * size) != want:
+        found = os.pread(block.memory, size, page * size)
+        if found != want:
+            if size == PAGE_2M and found.count(0) == size:
+                return False
             if not block.received[block.pages + SHARED]:
                 os.pwrite(block.memory, want, page * size)
             text = f"page {page} was made by an unregistered mapping"
             self._about(block, page, 1, "polluted", text, "a mapping that is not registered made it")
         block.received[page] = RECEIVED
+        return True
 
-    def _place_zeros(self, block: RamBlock, first: int, end: int) -> None:
+    def _place_zeros(self, block: RamBlock, first: int, end: int) -> int:
         step = max(1, ZERO_PIECE // block.page_size)
         if block.page_size > ZERO_PIECE and self._zeros.length < block.page_size:
             self._zeros = Mapping.anonymous(block.page_size)
         for at in range(first, end, step):
-            self.place(block, at, min(end, at + step), self._zeros.address)
+            stop = self.place(block, at, min(end, at + step), self._zeros.address)
+            if stop < min(end, at + step):
+                return stop
+        return end
 
     def lose(self, block: RamBlock, first: int, end: int, reason: str) -> list[int]:
         """Mark what is absent as lost; the pages that are."""

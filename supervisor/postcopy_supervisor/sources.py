@@ -169,7 +169,10 @@ class Sources:
             link.tick(now)
             if link.finished:
                 self._unstage(identity)
-        return now + FIRST_PING_SECONDS if any(link.hurries for link in self.links.values()) else None
+        due = [link.flow.again_at for link in self.links.values() if link.flow.postponed]
+        if any(link.hurries for link in self.links.values()):
+            due.append(now + FIRST_PING_SECONDS)
+        return min(due, default=None)
 
     def _link_event(self, endpoint: str, kind: str, detail: str, **where: int | str) -> None:
         self._event(kind, detail, source=endpoint, **where)

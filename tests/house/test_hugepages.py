@@ -6,12 +6,14 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from postcopy_kernel.memory import REMOVE, Mapping, create_memfd, huge_pages
 from tests.conftest import SourceFile
 from tests.house.house import PAGE, House, end_by_pidfd, refused, until, word
+from tests.house.remote import Source
 from tests.kernel.huge_pool import reserved
 
 pytestmark = [pytest.mark.hugetlb, pytest.mark.xdist_group("hugetlb")]
@@ -104,6 +106,32 @@ def test_a_pool_that_is_empty_while_running(runtime_dir: Path, source_file: Sour
                 assert cpu_ticks(worker) - before < 30, "it waits, ever longer"
                 assert other.do("words(b, [5])") == [word(5 * PAGE)]
                 assert house.worker(client) == worker and house.status()["totals"]["lost"] == 0
+        finally:
+            os.close(taken)
+        assert client.answer() == [word(2 * HUGE + PAGE)]
+        assert other.do(f"check(b, {str(path)!r})") == -1
+
+
+def test_a_pool_that_is_empty_while_a_source_sends(runtime_dir: Path, source_file: SourceFile) -> None:
+    """The same, where the supervisor places: it waits for the pool as little as anybody else."""
+    path = source_file(POOL * HUGE)
+    options: dict[str, Any] = {"page_size": "2M", "background_rate": "0", "fault_around": "4K"}
+    with Source(f"ram0={path}") as source, House(runtime_dir, source.block(), **options) as house:
+        client, other = house.client("ram0", "shared"), house.client("ram0", "shared")
+        seen = [number * HUGE // PAGE for number in range(POOL - 1)]
+        assert client.do(f"words(b, {seen})") == other.do(f"words(b, {seen})") == [word(page * PAGE) for page in seen]
+        other.do(f"b.mapping.advise({REMOVE}, {2 * HUGE}, {HUGE})")
+        taken = create_memfd("taken", HUGE, HUGE)
+        try:
+            with Mapping.of(taken, HUGE, reserve=True):
+                assert huge_pages().available == 0
+                client.begin(f"words(b, [{2 * HUGE // PAGE + 1}])")
+                until(lambda: house.events("no-memory"), "the supervisor tells of it")
+                before = cpu_ticks(house.pid)
+                assert not client.answered(1.0)
+                assert cpu_ticks(house.pid) - before < 50, "it is tried again, ever later"
+                assert other.do("words(b, [5])") == [word(5 * PAGE)]
+                assert house.status()["totals"]["lost"] == 0 and len(house.events("no-memory")) == 1
         finally:
             os.close(taken)
         assert client.answer() == [word(2 * HUGE + PAGE)]

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from postcopy_protocol.express import REQUESTS
-from postcopy_supervisor.flow import BACKGROUND, Effect, Flow, GiveUp, Limits, Send
+from postcopy_supervisor.flow import BACKGROUND, LONGEST_PAUSE, SHORTEST_PAUSE, Effect, Flow, GiveUp, Limits, Send
 from tests.simulated.effort import effort
 
 PAGE = 4096
@@ -36,6 +37,7 @@ class Wished:
     length: int
     sent: int = 0
     request: int = 0
+    postponed: bool = False
 
 
 class Wishes(RuleBasedStateMachine):
@@ -62,6 +64,7 @@ class Wishes(RuleBasedStateMachine):
             assert isinstance(effect, Send) and self.flow.up
             assert effect.request not in self.seen and effect.request > 0, "a number of a request is used once"
             assert not wish.request, f"{wish} is sent while it is in flight"
+            assert not wish.postponed, f"{wish} is sent before its time"
             assert effect.urgent == (wish.client != BACKGROUND)
             self.seen.add(effect.request)
             wish.request, wish.sent = effect.request, wish.sent + 1
@@ -79,7 +82,7 @@ class Wishes(RuleBasedStateMachine):
         self.passed.pop(sent.client, None)
 
     def _waiting(self, client: int) -> bool:
-        return any(wish.client == client and not wish.request for wish in self.open.values())
+        return any(wish.client == client and not wish.request and not wish.postponed for wish in self.open.values())
 
     def _wish(self, client: int, length: int) -> None:
         wish = Wished(client, self.next * 16 * PAGE, length * PAGE)
@@ -100,6 +103,7 @@ class Wishes(RuleBasedStateMachine):
     def background(self, length: int) -> None:
         if self.flow.room_for_background(self.now) >= length * PAGE:
             assert not any(self._waiting(client) for client in range(1, 5)), "background while somebody waits"
+            assert not any(wish.postponed for wish in self.open.values()), "background while there is no memory"
             self._wish(BACKGROUND, length)
 
     @precondition(lambda self: any(wish.request for wish in self.open.values()))
@@ -126,6 +130,26 @@ class Wishes(RuleBasedStateMachine):
         effects, _ = self.flow.answered(wish.request, 1, [(wish.offset, wish.length)], self.now)
         self._heard(effects)
 
+    @precondition(lambda self: any(wish.request for wish in self.open.values()))
+    @rule(which=which, page=st.integers(0, 3))
+    def no_memory(self, which: int, page: int) -> None:
+        """All of a request comes, and what lies behind ``page`` finds no memory: that is wished for again, later."""
+        flying = [wish for wish in self.open.values() if wish.request]
+        wish = flying[which % len(flying)]
+        page %= wish.length // PAGE
+        request, at, end = wish.request, wish.offset, wish.offset + wish.length
+        come = sum(high - low for low, high in self.flow.unwished(1, at, end))
+        assert come == len(set(self.parts[at])) * PAGE, "the rest is on its way"
+        del self.open[at]
+        effects, _ = self.flow.answered(request, 1, [(at, wish.length)], self.now)
+        rest = Wished(wish.client, at + page * PAGE, wish.length - page * PAGE, postponed=True)
+        self.open[rest.offset] = rest
+        assert self.flow.unwished(1, at, end) == [(at, end)]
+        self.flow.postpone([(rest.client, 1, rest.offset, rest.length)], self.now)
+        assert self.now < self.flow.again_at <= self.now + LONGEST_PAUSE
+        assert self.flow.unwished(1, at, end) == ([(at, rest.offset)] if page else [])
+        self._heard(effects)
+
     @rule(request=st.integers(0, 30).map(REQUESTS.__add__), block=st.integers(1, 2), offset=st.integers(0, 400))
     def nonsense(self, request: int, block: int, offset: int) -> None:
         """Answers that nobody asked for, or with other ranges than asked for, are answers to nothing."""
@@ -141,6 +165,8 @@ class Wishes(RuleBasedStateMachine):
         for wish in self.open.values():
             if wish.request and self.now - self.flow.flying[wish.request].sent >= LIMITS.patience:
                 wish.request = 0
+            if self.flow.up and self.now >= self.flow.again_at:
+                wish.postponed = False
         self._heard(self.flow.tick(self.now))
 
     @rule()
@@ -175,6 +201,7 @@ class Wishes(RuleBasedStateMachine):
     def teardown(self) -> None:
         """When the source is there and answers, everything comes."""
         self._heard(self.flow.found_source(self.now))
+        self.time_passes(LONGEST_PAUSE)
         for _ in range(len(self.open)):
             flying = [wish for wish in self.open.values() if wish.request]
             if flying:
@@ -261,6 +288,36 @@ def test_a_loss_forgives_all_attempts_and_asks_in_the_old_order() -> None:
     assert sends(flow.found_source(1000.0)) == [0, PAGE, 2 * PAGE]
     assert all(isinstance(effect, Send) for effect in flow.tick(1010.0) + flow.tick(1020.0))
     assert all(isinstance(effect, GiveUp) for effect in flow.tick(1030.0))
+
+
+def test_no_memory_is_waited_for_ever_longer_and_by_all_together() -> None:
+    flow, now, pauses = Flow(LIMITS, up=True), 10.0, []
+    for _ in range(10):
+        flow.postpone([(1, 1, 0, PAGE)], now)
+        flow.postpone([(2, 1, PAGE, PAGE)], now + SHORTEST_PAUSE / 2)
+        pauses.append(flow.again_at - now)
+        assert flow.tick(flow.again_at - 0.001) == [] and flow.waiting == 2 and not flow.room_for_background(now)
+        now = flow.again_at
+        assert sends(flow.tick(now)) == [0, PAGE]
+        flow.check()
+        for wish in list(flow.flying.values()):
+            flow.answered(wish.request, 1, [(wish.offset, PAGE)], now)
+    assert pauses[0] == pytest.approx(SHORTEST_PAUSE) and pauses[-1] == pytest.approx(LONGEST_PAUSE)
+    assert pauses == sorted(pauses)
+    now += LONGEST_PAUSE
+    assert not flow.short(now) and flow.room_for_background(now) > 0
+    flow.postpone([], now)
+    assert flow.again_at - now == pytest.approx(SHORTEST_PAUSE), "another shortage"
+
+
+def test_a_postponed_wish_outlasts_its_source_and_is_hastened_by_nobody() -> None:
+    flow = Flow(LIMITS, up=True)
+    flow.postpone([(1, 1, 0, PAGE)], 0.0)
+    assert flow.hasten(2, 1, 0, PAGE, 0.0) == []
+    assert flow.open_wish(1, 0) is not None
+    flow.lost_source()
+    assert flow.tick(5.0) == [] and flow.found_source(6.0) == []
+    assert sends(flow.tick(6.0)) == [0]
 
 
 def streaming(pace: float) -> tuple[Flow, float]:

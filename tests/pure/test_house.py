@@ -118,6 +118,10 @@ class History(RuleBasedStateMachine):
     def source_returns(self) -> None:
         self.house.source.start(RIGHT)
 
+    @rule(room=st.sampled_from((0, 1, None)))
+    def memory_is_short(self, room: int | None) -> None:
+        self.house.memory.room = room
+
     # --- the wire, and time -------------------------------------------------------------------------------------------
 
     @rule(words=st.integers(1, 6), style=st.sampled_from(("whole", "whole", "pages", "first", "twice", "never")))
@@ -151,6 +155,7 @@ class History(RuleBasedStateMachine):
             return
         try:
             self.house.custodian = True
+            self.house.memory.room = None
             if not self.house.supervised:
                 self.house.start_supervisor()
             if self.house.source.content is None:
@@ -198,6 +203,38 @@ def test_a_supervisor_that_dies_between_copy_and_mark() -> None:
         other = house.touch(house.clients[1], 3)
         house.settle()
         assert other.outcome == content(3)
+    finally:
+        house.end()
+
+
+@pytest.mark.parametrize("style", ["whole", "pages"])
+@pytest.mark.parametrize("room", [0, 1])
+def test_no_memory_is_waited_for_by_its_waiter_alone(room: int, style: str) -> None:
+    """The answer comes by either road, alone or with its window; the supervisor hears everything else meanwhile."""
+    house = SimulatedHouse([("private", False), ("shared", False)])
+    first, second = house.clients
+    try:
+        assert house.supervisor is not None
+        done = house.touch(first, 0)
+        house.settle()
+        house.memory.room = room
+        short = [house.touch(first, 3), house.touch(second, 3), house.touch(second, 4)]
+        while house.busy(first) or house.busy(second) or house.supervisor.busy or house.exchange(style):
+            house._round()
+        house.settle()
+        house.check()
+        house.check_rest()
+        assert len(house.memory.pages) == 1 + room and len(first.sleepers + second.sleepers) == 3 - (2 if room else 0)
+        assert PLACING not in house.map[:COUNT], "what is not there is missing"
+        again = house.touch(second, 0)
+        house.settle()
+        assert again.outcome == done.outcome == content(0)
+        assert house.events.count("no-memory") == 1
+        house.memory.room = None
+        house.settle()
+        house.check_rest()
+        assert [thread.outcome for thread in short] == [content(3), content(3), content(4)]
+        assert house.supervisor.paging.engine.idle and not house.supervisor.link.flow.waiting
     finally:
         house.end()
 

@@ -11,14 +11,14 @@ from typing import Any, cast
 import pytest
 import zmq
 
-from postcopy_kernel.abi import Outcome, Status
 from postcopy_protocol.door import DoorConversation
-from postcopy_protocol.received import RECEIVED
 from postcopy_supervisor.fleet import Slot
+from postcopy_supervisor.flow import Flow
 from postcopy_supervisor.house import House
-from postcopy_supervisor.paging import Paging
+from postcopy_supervisor.link import FIRST_PING_SECONDS
 from postcopy_supervisor.porter import FAILED, Porter
 from postcopy_supervisor.reception import Client, Reception
+from postcopy_supervisor.sources import Sources
 
 NOBODY = cast(Any, None)
 
@@ -66,29 +66,17 @@ def test_a_worker_that_takes_no_more_words_is_killed(errno: int, killed: list[in
     assert workforce.killed == killed
 
 
-def test_a_long_shortage_of_memory_is_told_once() -> None:
-    """What else happened meanwhile stays in the history."""
-    told: list[str] = []
-    paging = Paging.__new__(Paging)
-    shortage = [Outcome(Status.EXHAUSTED, 0)] * 5
-    paging.core = cast(Any, Core([*shortage, Outcome(Status.DONE, 4096)]))
-    paging._event = lambda kind, detail, **where: told.append(kind)
-    paging.placed = paging._undropped = 0
-    received = bytearray(8)
-    block = cast(Any, SimpleNamespace(name="ram0", page_size=4096, received=received))
-    block.mapping = SimpleNamespace(address=1 << 20)
-    paging.place(block, 3, 4, 0)
-    assert told == ["no-memory"] and received[3] == RECEIVED
-
-
-class Core:
-    """A userfaultfd that gives these answers, one a COPY."""
-
-    def __init__(self, answers: list[Outcome]) -> None:
-        self._answers = answers
-
-    def copy(self, *_: int) -> Outcome:
-        return self._answers.pop(0)
+def test_a_postponed_wish_has_a_tick_of_its_own() -> None:
+    """A regular tick that comes before its time does not take it away."""
+    sources = Sources.__new__(Sources)
+    calm, short, hurried = (
+        SimpleNamespace(tick=lambda now: None, hurries=hurries, finished=False, flow=Flow())
+        for hurries in (False, False, True)
+    )
+    short.flow.postpone([(1, 1, 0, 4096)], 100.0)
+    for links, due in ((calm,), None), ((calm, short), short.flow.again_at), ((hurried,), 100.0 + FIRST_PING_SECONDS):
+        sources.links = cast(Any, dict(enumerate(links)))
+        assert sources.tick(100.0) == due
 
 
 class Workers:

@@ -54,6 +54,7 @@ COUNT = PAGES[BLOCK]
 SOURCE_AT = 0x7000_0000_0000
 BATCH = 8
 PATIENCE = 0.5
+MEANINGS = {errno.EEXIST: Status.PRESENT, errno.EAGAIN: Status.PARTIAL, errno.ENOSPC: Status.EXHAUSTED}
 FOR_EVER = Limits(patience=2.0, attempts=1000)
 """Pages are given up only where a source says that it has lost them: time is half real here."""
 
@@ -93,8 +94,14 @@ class Client:
 class SimulatedPaging(Paging):
     """A predecessor's page is compared with its source in real memory, which is not here: nobody pollutes here."""
 
-    def _settle(self, block: RamBlock, page: int, source: int) -> None:
+    there: dict[int, bytes]
+
+    def _settle(self, block: RamBlock, page: int, source: int) -> bool:
         block.received[page] = RECEIVED
+        return True
+
+    def _present(self, block: RamBlock, page: int) -> bool:
+        return page in self.there
 
 
 class Core:
@@ -118,7 +125,7 @@ class Core:
             self._calls.ioctl(self._descriptor, abi.UFFDIO_COPY, self._copy.buffer)
         except OSError as error:
             done = max(0, self._copy.result(4))
-            status = {errno.EEXIST: Status.PRESENT, errno.EAGAIN: Status.PARTIAL}[error.errno or 0]
+            status = MEANINGS[error.errno or 0]
             return Outcome(status, done if status is Status.PARTIAL else 0)
         return Outcome(Status.DONE, length)
 
@@ -176,6 +183,7 @@ class Supervisor:
         paging = self.paging = SimulatedPaging(
             cast(Userfaultfd, core), {BLOCK: ram}, 4 * PAGE, _never, to_worker, _never, self._event
         )
+        paging.there = house.memory.pages
         stream = Stream(BLOCK, NAMES[BLOCK], PAGE, SIZES[BLOCK], RIGHT)
         self.link = Link("ipc:///x", [stream], PATIENCE, say, self._event, paging.gave_up)
         self.link.flow.limits = FOR_EVER
@@ -228,6 +236,7 @@ class Supervisor:
             paging.arrived(arrived, [places.get(frame, 0) for frame in range(len(what.frames))])
 
     def _event(self, kind: str, detail: str, **where: int | str) -> None:
+        self.house.events.append(kind)
         if kind == "recover" or (kind == "source" and self.house.births > 1):
             self.paging.source_back(self.link)
 
@@ -260,6 +269,7 @@ class SimulatedHouse:
         self.out: list[Word] = []
         self.back: list[Word] = []
         self.lossy: set[int] = set()
+        self.events: list[str] = []
         self.skipped = 0.0
         self.births = self.worker_births = 0
         self.custodian = True
@@ -509,20 +519,24 @@ class SimulatedHouse:
 
     def check_rest(self) -> None:
         """True when everybody has run as far as they could: who sleeps, sleeps for a page that is not there, and stands
-        in the book of a supervisor that asks for it; with a supervisor and a source, nobody sleeps."""
+        in the book of a supervisor that asks for it; with a supervisor, a source and memory, nobody sleeps."""
         for client in self.clients:
             if client.space.alive and not client.served:
                 assert not self.custodian, f"{client.space.name} has no worker, and there is a custodian"
                 continue
             for page in client.sleepers:
                 assert self.map[page] != RECEIVED, f"{client.space.name} sleeps on page {page}, which is received"
-                assert self.source.content is None or not self.supervised, f"nobody brings page {page}"
+                away = self.source.content is None or not self.supervised
+                assert away or self.memory.room == 0, f"nobody brings page {page}"
                 if self.supervised and self.supervisor is not None:
                     standing = self.supervisor.paging.engine.standing(BLOCK, page)
                     assert client.number in standing, f"{client.space.name} waits for page {page}, and nobody knows"
         if self.supervised and self.supervisor is not None:
             self.supervisor.paging.engine.check()
             self.supervisor.link.flow.check()
+            for block, first, end in self.supervisor.paging.engine.flying():
+                orphans = self.supervisor.link.flow.unwished(block, first * PAGE, end * PAGE)
+                assert not orphans, f"counted as asked for, and is not: {orphans}"
 
 
 def _never(*_: Any) -> None:
