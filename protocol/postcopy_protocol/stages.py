@@ -14,7 +14,7 @@ is done with one remote page at a time, one in four is timed and counts for four
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from . import statistics
 from .statistics import BUCKETS, HISTOGRAM, PAGE_BYTES
@@ -50,16 +50,21 @@ def merged(stages: Iterable[memoryview]) -> memoryview:
     return memoryview(total.to_bytes(BYTES + 8, "little")[:BYTES]).cast("Q")
 
 
+def join(total: list[int], stages: memoryview) -> None:
+    """Add those of one more client to ``total``, WORDS zeros at first. What is spoilt makes large numbers there."""
+    for start in STARTS:
+        statistics.add_up(total, start, stages[start : start + BUCKETS])
+
+
 def histogram(stages: memoryview, name: str) -> list[int]:
     """One stage, as words that ``statistics`` understands."""
     first = NAMES.index(name) * BUCKETS
     return [0] * HISTOGRAM + stages[first : first + BUCKETS].tolist()
 
 
-def told(stages: memoryview | None) -> dict[str, dict[str, float]]:
+def told(stages: Sequence[int] | None) -> dict[str, dict[str, float]]:
     """For the status: ``p50``, ``p99``, ``max`` in microseconds and ``count`` of each stage that has any."""
     if stages is None:
         return {}
-    words = stages.tolist()
-    found = {name: statistics.summary_of(words[at : at + BUCKETS]) for at, name in zip(STARTS, NAMES, strict=True)}
+    found = {name: statistics.summary_of(stages[at : at + BUCKETS]) for at, name in zip(STARTS, NAMES, strict=True)}
     return {name: summary for name, summary in found.items() if summary}
