@@ -50,10 +50,15 @@ def merged(stages: Iterable[memoryview]) -> memoryview:
     return memoryview(total.to_bytes(BYTES + 8, "little")[:BYTES]).cast("Q")
 
 
-def join(total: list[int], stages: memoryview) -> None:
-    """Add those of one more client to ``total``, WORDS zeros at first. What is spoilt makes large numbers there."""
-    for start in STARTS:
-        statistics.add_up(total, start, stages[start : start + BUCKETS])
+def taken(stages: Sequence[int] | None) -> list[statistics.Stretch]:
+    """What is in use of each stage now; []: they are not kept."""
+    return [] if stages is None else [statistics.in_use(stages[at : at + BUCKETS]) for at in STARTS]
+
+
+def join(total: list[int], found: Sequence[statistics.Stretch]) -> None:
+    """Add what was ``taken`` to ``total``, WORDS zeros at first. What is spoilt makes large numbers there."""
+    for at, stretch in zip(STARTS, found, strict=False):
+        statistics.add_up(total, at, stretch)
 
 
 def histogram(stages: memoryview, name: str) -> list[int]:
@@ -62,9 +67,8 @@ def histogram(stages: memoryview, name: str) -> list[int]:
     return [0] * HISTOGRAM + stages[first : first + BUCKETS].tolist()
 
 
-def told(stages: Sequence[int] | None) -> dict[str, dict[str, float]]:
-    """For the status: ``p50``, ``p99``, ``max`` in microseconds and ``count`` of each stage that has any."""
-    if stages is None:
-        return {}
-    found = {name: statistics.summary_of(stages[at : at + BUCKETS]) for at, name in zip(STARTS, NAMES, strict=True)}
-    return {name: summary for name, summary in found.items() if summary}
+def told(found: Sequence[statistics.Stretch]) -> dict[str, dict[str, float]]:
+    """For the status, of what was ``taken``: ``p50``, ``p99``, ``max`` in microseconds and ``count`` of each stage that
+    has any."""
+    summaries = zip(NAMES, map(statistics.summary_of, found), strict=False)
+    return {name: summary for name, summary in summaries if summary}

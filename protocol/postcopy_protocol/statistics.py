@@ -14,7 +14,7 @@ from __future__ import annotations
 import struct
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from itertools import accumulate, compress
 from operator import add, mul
 
 PAGE_BYTES = 4096
@@ -129,15 +129,22 @@ def longest(words: Sequence[int]) -> float:
     return _longest(*_sums(words), words[LONGEST_NS])
 
 
-def in_use(words: Sequence[int]) -> tuple[int, Sequence[int]]:
-    """Where a stretch with nothing but 0 before and behind it begins, and its words. What lies in shared memory is
-    read once and cut to what is in use, a few words of hundreds: a status asks for that of hundreds of clients, so the
-    loops here and below are C's, and short."""
-    if not isinstance(words, memoryview):
-        return 0, words
-    taken = words.tobytes()
-    end, first = -(-len(taken.rstrip(b"\0")) // 8), (len(taken) - len(taken.lstrip(b"\0"))) // 8
-    return (first, memoryview(taken).cast("Q")[first:end].tolist()) if end else (0, [])
+Stretch = tuple[int, Sequence[int]]
+"""Of a histogram the first bucket that counts, and from there to the last that does: a few of hundreds."""
+
+
+def in_use(buckets: Sequence[int]) -> Stretch:
+    """What is in use of these. A status asks for that of hundreds of clients, so the loops here and below are C's, and
+    short."""
+    if isinstance(buckets, memoryview):
+        buckets = buckets.tolist()  # once: a worker goes on writing there
+    first = next(compress(_PLACES, buckets), None)
+    if first is None:
+        return 0, ()
+    return first, buckets[first : len(buckets) - next(compress(_PLACES, reversed(buckets)))]
+
+
+_PLACES = range(WORDS)
 
 
 def _sums(words: Sequence[int]) -> tuple[int, list[int]]:
@@ -147,14 +154,14 @@ def _sums(words: Sequence[int]) -> tuple[int, list[int]]:
 
 
 def _percentile(first: int, sums: list[int], percent: float, longest_ns: int) -> float:
-    if not sums or not sums[-1]:
+    if not sums:
         return 0.0
     low, high = bounds(HISTOGRAM + first + bisect_left(sums, max(1, -int(-sums[-1] * percent // 100))))
     return min((low + high) / 2, longest_ns or high) / 1000
 
 
 def _longest(first: int, sums: list[int], longest_ns: int) -> float:
-    if longest_ns or not sums or not sums[-1]:
+    if longest_ns or not sums:
         return longest_ns / 1000
     return bounds(HISTOGRAM + first + bisect_left(sums, sums[-1]))[1] / 1000
 
@@ -183,12 +190,12 @@ def summary(words: Sequence[int]) -> dict[str, float]:
     return _summary(*_sums(words), words[LONGEST_NS])
 
 
-def summary_of(buckets: Sequence[int]) -> dict[str, float]:
+def summary_of(stretch: Stretch) -> dict[str, float]:
     """The same of a histogram alone, and their ``count``; {}: there are none."""
-    first, used = in_use(buckets)
-    if not any(used):
+    first, buckets = stretch
+    if not buckets:
         return {}
-    sums = list(accumulate(used))
+    sums = list(accumulate(buckets))
     return {**_summary(first, sums, 0), "count": sums[-1]}
 
 
@@ -210,16 +217,16 @@ def merge(pages: Iterable[Sequence[int]]) -> tuple[int, ...]:
 
 def join(total: list[int], words: Sequence[int]) -> None:
     """Merge one more page into ``total``, of zeros at first."""
-    add_up(total, 0, words[: LAST_COUNTER + 1])
-    add_up(total, HISTOGRAM, words[HISTOGRAM : LAST_BUCKET + 1])
+    add_up(total, 0, (0, words[: LAST_COUNTER + 1]))
+    add_up(total, HISTOGRAM, in_use(words[HISTOGRAM : LAST_BUCKET + 1]))
     total[LONGEST_NS] = max(total[LONGEST_NS], words[LONGEST_NS])
 
 
-def add_up(total: list[int], at: int, words: Sequence[int]) -> None:
-    """Add words to those of ``total`` from ``at`` on."""
-    first, used = in_use(words)
-    begin, end = at + first, at + first + len(used)
-    total[begin:end] = map(add, total[begin:end], used)
+def add_up(total: list[int], at: int, stretch: Stretch) -> None:
+    """Add a histogram to that in ``total`` from word ``at`` on."""
+    begin, words = at + stretch[0], stretch[1]
+    end = begin + len(words)
+    total[begin:end] = map(add, total[begin:end], words)
 
 
 # --- pages denied to one client ---------------------------------------------------------------------------------------

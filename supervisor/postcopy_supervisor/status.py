@@ -29,6 +29,8 @@ from .workforce import Workforce
 
 MAP_CELLS = 128
 """Stretches of the residency map of a block."""
+NOTHING = statistics.merge(())
+"""Figures of a client that has none yet."""
 AT_ONCE = 16
 """Short items of a list in one step."""
 Steps = Generator[None, None, str]
@@ -105,19 +107,14 @@ class Census:
         told = []
         for client in self._here:
             yield
-            self._count(client)
+            words = client.words[: statistics.DENIED_AT].tolist() if client.words is not None else NOTHING
+            staged = {block: stages.taken(client.stages(block)) for block in client.touches}
+            statistics.join(self.total, words)
+            for block, found in staged.items():
+                stages.join(self.stages[block], found)
             if self._reception.clients.get(client.number) is client:
-                told.append(json.dumps(_client(client, self._workforce, self._names, self._paused)))
+                told.append(json.dumps(_client(client, words, staged, self._workforce, self._names, self._paused)))
         return f"[{', '.join(told)}]"
-
-    def _count(self, client: Client) -> None:
-        if client.words is None:
-            return
-        statistics.join(self.total, client.words)
-        for block in client.touches:
-            staged = client.stages(block)
-            if staged is not None:
-                stages.join(self.stages[block], staged)
 
 
 def _totals(
@@ -165,7 +162,7 @@ def blocked_s(words: Sequence[int]) -> float:
 def _block(block: RamBlock, staged: list[int], paging: Paging) -> Generator[None, None, dict[str, Any]]:
     link = paging.links.get(block.number)
     if link is not None:
-        stages.join(staged, link.stages[block.number])
+        stages.join(staged, stages.taken(link.stages[block.number]))
     received_map, lost_map = yield from block.tally(MAP_CELLS)
     received, lost = sum(received_map), sum(lost_map)
     return {
@@ -179,7 +176,7 @@ def _block(block: RamBlock, staged: list[int], paging: Paging) -> Generator[None
         "lost": lost,
         "map": {"pages": -(-block.pages // MAP_CELLS), "received": received_map, "lost": lost_map if lost else []},
         "complete": block.complete,
-        "stages_us": stages.told(staged),
+        "stages_us": stages.told(stages.taken(staged)),
         "polluted": [[first * block.page_size, (last - first) * block.page_size] for first, last in block.polluted],
     }
 
@@ -203,8 +200,15 @@ def shown_state(client: Client, workforce: Workforce) -> str:
     return slot.shown if slot is not None else ("running" if client.released else "starting")
 
 
-def _client(client: Client, workforce: Workforce, names: dict[int, str], paused: set[int]) -> dict[str, Any]:
-    words = client.words if client.words is not None else statistics.merge(())
+def _client(
+    client: Client,
+    words: Sequence[int],
+    staged: dict[int, list[statistics.Stretch]],
+    workforce: Workforce,
+    names: dict[int, str],
+    paused: set[int],
+) -> dict[str, Any]:
+    """``words`` and ``staged``: what its figures were."""
     slot = workforce.fleet.slots.get(client.number)
     shown = shown_state(client, workforce)
     if shown == "running" and any(region.block in paused for region in client.regions):
@@ -219,7 +223,7 @@ def _client(client: Client, workforce: Workforce, names: dict[int, str], paused:
         "worker_pid": workforce.pid(client.number),
         "state": shown,
         "blocks": [
-            {"name": names[block], "mode": mode, "stages_us": stages.told(client.stages(block))} for block, mode in seen
+            {"name": names[block], "mode": mode, "stages_us": stages.told(staged[block])} for block, mode in seen
         ],
         "released": sorted({names[region.block] for region in client.released}),
         "faults": statistics.faults(words),
