@@ -9,6 +9,7 @@ than two; once it is begun it may tell of less than the next asker knows already
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator
@@ -61,6 +62,9 @@ class Desk:
             if begun < self._due and spoken_to():
                 return
             self.step()
+            # A worker, a source or a client that has become ready to run on this processor is not made to wait for a
+            # slice of milliseconds: with it the longest of remote faults are half as long, and the answer as soon.
+            os.sched_yield()
             now = clock()
             self._due = now + (now - begun) * (SHARE - 1)
 
