@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -51,7 +52,9 @@ from postcopy_protocol.sources import parse_named
 from postcopy_protocol.vhost_conversation import FrontEnd, Stage, lay_out
 from postcopy_protocol.vhost_user import HEADER, FrameReader, ProtocolFeature, Request, VhostUserError
 from postcopy_supervisor import control, recovery
+from postcopy_supervisor.desk import Desk
 from postcopy_supervisor.history import History
+from postcopy_supervisor.status import listed
 from postcopy_workers.rendezvous import Rendezvous, Visitor
 from tests.fuzz_return_path import SourceEnd, SupervisorEnd
 
@@ -99,8 +102,8 @@ class Fuzzer:
                 history=History(),
                 exports=SimpleNamespace(get=void),
                 workforce=SimpleNamespace(resume=void),
-                auditor=SimpleNamespace(now=void),
-                document=lambda: b"{}",
+                auditor=SimpleNamespace(now=lambda: iter(())),
+                document=lambda: listed(()),
                 ask_to_end=void,
             ),
         )
@@ -169,7 +172,15 @@ class Fuzzer:
             self.conversation.opened(self.random.randrange(3), self.random.choice(("private", "shared")), 64, PAGE)
 
     def _control(self, data: bytes) -> None:
-        answer = control.answer(self.house, decode(data, expect=control.QUESTIONS))
+        question = decode(data, expect=control.QUESTIONS)
+        if isinstance(question, control.LONG):
+            answers: list[Message] = []
+            desk = Desk(partial(control.long_answer, self.house), lambda _, answer: answers.append(answer), found)
+            desk.ask(b"", question)
+            desk.finish()
+            (answer,) = answers
+        else:
+            answer = control.answer(self.house, question)
         if isinstance(answer, ControlRefused):
             raise BadMessage(answer.reason)
         encode(answer)
@@ -281,6 +292,11 @@ def encode_or_pack(kind: type[Message], make: Callable[[str], Any]) -> bytes:
 
 def void(*_: Any, **__: Any) -> None:
     """Takes anything, says nothing."""
+
+
+def found(_: object, error: Exception) -> None:
+    """A bug that the house would live on with."""
+    raise error
 
 
 def main() -> int:

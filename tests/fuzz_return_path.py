@@ -341,7 +341,7 @@ class SupervisorEnd:
             {},
             SimpleNamespace(get=_void),
         )
-        made.auditor, made.document, made.ask_to_end = SimpleNamespace(now=_void), lambda: b"{}", _void
+        made.desk, made.ask_to_end = SimpleNamespace(ask=_void), _void
         made._say = lambda identity, data: self.answered.append(data)
         made.sources = object.__new__(sources.Sources)
         made.sources.links, made.sources._paging, made.sources._babble = {SOURCE: self.link}, self.paging, {}

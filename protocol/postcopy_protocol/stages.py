@@ -14,7 +14,7 @@ is done with one remote page at a time, one in four is timed and counts for four
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from . import statistics
 from .statistics import BUCKETS, HISTOGRAM, PAGE_BYTES
@@ -50,16 +50,25 @@ def merged(stages: Iterable[memoryview]) -> memoryview:
     return memoryview(total.to_bytes(BYTES + 8, "little")[:BYTES]).cast("Q")
 
 
+def taken(stages: Sequence[int] | None) -> list[statistics.Stretch]:
+    """What is in use of each stage now; []: they are not kept."""
+    return [] if stages is None else [statistics.in_use(stages[at : at + BUCKETS]) for at in STARTS]
+
+
+def join(total: list[int], found: Sequence[statistics.Stretch]) -> None:
+    """Add what was ``taken`` to ``total``, WORDS zeros at first. What is spoilt makes large numbers there."""
+    for at, stretch in zip(STARTS, found, strict=False):
+        statistics.add_up(total, at, stretch)
+
+
 def histogram(stages: memoryview, name: str) -> list[int]:
     """One stage, as words that ``statistics`` understands."""
     first = NAMES.index(name) * BUCKETS
     return [0] * HISTOGRAM + stages[first : first + BUCKETS].tolist()
 
 
-def told(stages: memoryview | None) -> dict[str, dict[str, float]]:
-    """For the status: ``p50``, ``p99``, ``max`` in microseconds and ``count`` of each stage that has any."""
-    if stages is None:
-        return {}
-    words = stages.tolist()
-    found = {name: statistics.summary_of(words[at : at + BUCKETS]) for at, name in zip(STARTS, NAMES, strict=True)}
-    return {name: summary for name, summary in found.items() if summary}
+def told(found: Sequence[statistics.Stretch]) -> dict[str, dict[str, float]]:
+    """For the status, of what was ``taken``: ``p50``, ``p99``, ``max`` in microseconds and ``count`` of each stage that
+    has any."""
+    summaries = zip(NAMES, map(statistics.summary_of, found), strict=False)
+    return {name: summary for name, summary in summaries if summary}

@@ -14,7 +14,7 @@ from __future__ import annotations
 import struct
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from itertools import accumulate, compress
 from operator import add, mul
 
 PAGE_BYTES = 4096
@@ -121,36 +121,56 @@ def count(words: Sequence[int]) -> int:
 
 def percentile(words: Sequence[int], percent: float) -> float:
     """Latency in microseconds that ``percent`` of all did not exceed (middle of its bucket: within 1/16); 0.0: none."""
-    return _percentile(_sums(words), percent, words[LONGEST_NS])
+    return _percentile(*_sums(words), percent, words[LONGEST_NS])
 
 
 def longest(words: Sequence[int]) -> float:
     """Longest latency in microseconds: exact where the worker noted it, else the end of the last bucket in use."""
-    return _longest(_sums(words), words[LONGEST_NS])
+    return _longest(*_sums(words), words[LONGEST_NS])
 
 
-def _sums(words: Sequence[int]) -> list[int]:
-    """By bucket, how many latencies are in it or before. Loops in C here and below: a status asks for hundreds."""
-    return list(accumulate(words[HISTOGRAM : LAST_BUCKET + 1]))
+Stretch = tuple[int, Sequence[int]]
+"""Of a histogram the first bucket that counts, and from there to the last that does: a few of hundreds."""
 
 
-def _percentile(sums: list[int], percent: float, longest_ns: int) -> float:
-    if not sums[-1]:
+def in_use(buckets: Sequence[int]) -> Stretch:
+    """What is in use of these. A status asks for that of hundreds of clients, so the loops here and below are C's, and
+    short."""
+    if isinstance(buckets, memoryview):
+        buckets = buckets.tolist()  # once: a worker goes on writing there
+    first = next(compress(_PLACES, buckets), None)
+    if first is None:
+        return 0, ()
+    return first, buckets[first : len(buckets) - next(compress(_PLACES, reversed(buckets)))]
+
+
+_PLACES = range(WORDS)
+
+
+def _sums(words: Sequence[int]) -> tuple[int, list[int]]:
+    """The first bucket that counts, and from there on by bucket how many latencies are in it or before."""
+    first, buckets = in_use(words[HISTOGRAM : LAST_BUCKET + 1])
+    return first, list(accumulate(buckets))
+
+
+def _percentile(first: int, sums: list[int], percent: float, longest_ns: int) -> float:
+    if not sums:
         return 0.0
-    low, high = bounds(HISTOGRAM + bisect_left(sums, max(1, -int(-sums[-1] * percent // 100))))
+    low, high = bounds(HISTOGRAM + first + bisect_left(sums, max(1, -int(-sums[-1] * percent // 100))))
     return min((low + high) / 2, longest_ns or high) / 1000
 
 
-def _longest(sums: list[int], longest_ns: int) -> float:
-    if longest_ns or not sums[-1]:
+def _longest(first: int, sums: list[int], longest_ns: int) -> float:
+    if longest_ns or not sums:
         return longest_ns / 1000
-    return bounds(HISTOGRAM + bisect_left(sums, sums[-1]))[1] / 1000
+    return bounds(HISTOGRAM + first + bisect_left(sums, sums[-1]))[1] / 1000
 
 
 def sum_ns(words: Sequence[int]) -> int:
     """Nanoseconds of all latencies together, each taken as the middle of its bucket (within 1/16): how long a client's
     threads stood at missing pages. Costs the fault path nothing."""
-    return sum(map(mul, words[HISTOGRAM : LAST_BUCKET + 1], _MIDDLES))
+    first, buckets = in_use(words[HISTOGRAM : LAST_BUCKET + 1])
+    return sum(map(mul, buckets, _MIDDLES[first:]))
 
 
 _MIDDLES = [sum(bounds(word)) // 2 for word in range(HISTOGRAM, LAST_BUCKET + 1)]
@@ -167,35 +187,46 @@ def cumulative(words: Sequence[int]) -> list[tuple[int, int]]:
 
 def summary(words: Sequence[int]) -> dict[str, float]:
     """``p50``, ``p99`` and ``max`` in microseconds, to a tenth."""
-    return _summary(_sums(words), words[LONGEST_NS])
+    return _summary(*_sums(words), words[LONGEST_NS])
 
 
-def summary_of(buckets: Sequence[int]) -> dict[str, float]:
+def summary_of(stretch: Stretch) -> dict[str, float]:
     """The same of a histogram alone, and their ``count``; {}: there are none."""
-    if not any(buckets):
+    first, buckets = stretch
+    if not buckets:
         return {}
     sums = list(accumulate(buckets))
-    return {**_summary(sums, 0), "count": sums[-1]}
+    return {**_summary(first, sums, 0), "count": sums[-1]}
 
 
-def _summary(sums: list[int], longest_ns: int) -> dict[str, float]:
+def _summary(first: int, sums: list[int], longest_ns: int) -> dict[str, float]:
     return {
-        "p50": round(_percentile(sums, 50, longest_ns), 1),
-        "p99": round(_percentile(sums, 99, longest_ns), 1),
-        "max": round(_longest(sums, longest_ns), 1),
+        "p50": round(_percentile(first, sums, 50, longest_ns), 1),
+        "p99": round(_percentile(first, sums, 99, longest_ns), 1),
+        "max": round(_longest(first, sums, longest_ns), 1),
     }
 
 
 def merge(pages: Iterable[Sequence[int]]) -> tuple[int, ...]:
     """One page for many: counters and histogram added, the longest kept, what belongs to one worker is 0."""
-    total, longest_ns = [0] * WORDS, 0
+    total = [0] * WORDS
     for words in pages:
-        total = list(map(add, total, words))
-        longest_ns = max(longest_ns, words[LONGEST_NS])
-    total[LAST_COUNTER + 1 : HISTOGRAM] = [0] * (HISTOGRAM - LAST_COUNTER - 1)
-    total[LAST_BUCKET + 1 :] = [0] * (WORDS - LAST_BUCKET - 1)
-    total[LONGEST_NS] = longest_ns
+        join(total, words)
     return tuple(total)
+
+
+def join(total: list[int], words: Sequence[int]) -> None:
+    """Merge one more page into ``total``, of zeros at first."""
+    add_up(total, 0, (0, words[: LAST_COUNTER + 1]))
+    add_up(total, HISTOGRAM, in_use(words[HISTOGRAM : LAST_BUCKET + 1]))
+    total[LONGEST_NS] = max(total[LONGEST_NS], words[LONGEST_NS])
+
+
+def add_up(total: list[int], at: int, stretch: Stretch) -> None:
+    """Add a histogram to that in ``total`` from word ``at`` on."""
+    begin, words = at + stretch[0], stretch[1]
+    end = begin + len(words)
+    total[begin:end] = map(add, total[begin:end], words)
 
 
 # --- pages denied to one client ---------------------------------------------------------------------------------------

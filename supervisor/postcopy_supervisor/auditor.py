@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from .blocks import RamBlock
 from .history import Tell
@@ -20,11 +20,12 @@ class Auditor:
         self._turn = 0
         self._due = 0.0
 
-    def now(self) -> None:
-        """All of it, at once."""
+    def now(self) -> Iterator[None]:
+        """All of it, from the beginning, a step of some milliseconds for each that is taken from here."""
         for block in self._blocks:
             before = block.polluted
-            block.audit()
+            for _ in block.audit():
+                yield
             self._tell(block, before)
 
     def step(self, now: float) -> None:

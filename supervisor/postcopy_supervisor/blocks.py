@@ -6,7 +6,7 @@ import mmap
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -42,6 +42,10 @@ LARGEST_BLOCK = 16 << 40
 MAP_PIECE = 1 << 20
 AUDIT_RUNS = 1000
 """Runs of present pages looked at in one step of an audit: some milliseconds."""
+SHORT_RUNS = 100
+"""... and in one of an audit that somebody waits for, which has no pause between its steps."""
+TALLY_PAGES = 128 << 10
+"""Pages that are counted in one step."""
 COPY_SECONDS = 0.002
 """By then a worker that had not yet seen that the lease is given up has made its COPY of the unchanged file."""
 
@@ -258,10 +262,12 @@ class RamBlock:
             lost += piece.count(LOST)
         return received, lost
 
-    def tally(self, cells: int) -> tuple[list[int], list[int]]:
-        """(received, lost) pages of each of at most ``cells`` equal stretches of the block, the last may be shorter."""
+    def tally(self, cells: int) -> Generator[None, None, tuple[list[int], list[int]]]:
+        """(received, lost) pages of each of at most ``cells`` equal stretches of the block, the last may be shorter. In
+        steps, because a large block has many pages to count."""
         stretch = -(-self.pages // cells)
         received, lost = [0] * -(-self.pages // stretch), [0] * -(-self.pages // stretch)
+        counted = 0
         for at, piece in self._map_pieces():
             first = at
             while first < at + len(piece):
@@ -269,7 +275,11 @@ class RamBlock:
                 end = min((cell + 1) * stretch, at + len(piece))
                 received[cell] += piece.count(RECEIVED, first - at, end - at)
                 lost[cell] += piece.count(LOST, first - at, end - at)
+                counted += end - first
                 first = end
+                if counted >= TALLY_PAGES:
+                    counted = 0
+                    yield
         return received, lost
 
     def promote_interrupted(self) -> None:
@@ -322,12 +332,11 @@ class RamBlock:
             self.complete = next(self.hole_runs(), None) is None
         return self.complete
 
-    def audit(self) -> int:
-        """Look for pages that nobody of ours placed; remembers them and returns how many there are."""
+    def audit(self) -> Iterator[None]:
+        """Look for pages that nobody of ours placed, from the beginning, in short steps; remembers them."""
         self._audit = None
-        while not self.audit_step():
-            pass
-        return sum(last - first for first, last in self.polluted)
+        while not self.audit_step(SHORT_RUNS):
+            yield
 
     def audit_step(self, runs: int = AUDIT_RUNS) -> bool:
         """A part of an audit, so that a block of many scattered pages holds nobody up; True: the block is through.

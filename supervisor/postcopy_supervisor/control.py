@@ -1,4 +1,4 @@
-"""What the command line asks over the router, and the answers."""
+"""What the command line asks over the router, and the answers: short ones at once, long ones at the desk."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from postcopy_protocol.messages import (
     StoryAnswer,
 )
 
+from .desk import Answering
+from .status import listed
 from .story import story
 
 if TYPE_CHECKING:
@@ -32,25 +34,34 @@ if TYPE_CHECKING:
     from .house import House
 
 
-QUESTIONS = (AskStatus, AskStop, AskStory, AskEvents, AskResume, AskExport, AskProgress)
+LONG = (AskStatus, AskEvents)
+QUESTIONS = (*LONG, AskStop, AskStory, AskResume, AskExport, AskProgress)
+
+
+def long_answer(house: House, message: Message) -> Answering:
+    """The answer to a LONG question, in steps."""
+    match message:
+        case AskStatus(audit):
+            if audit:
+                yield from house.auditor.now()
+            document = yield from house.document()
+            return StatusAnswer(document.encode())
+        case AskEvents(after):
+            events = yield from listed(house.history.documents(after))
+            return EventsAnswer(events.encode())
+    raise BadInput(f"{type(message).__name__} is no question")
 
 
 def answer(house: House, message: Message) -> Message:
-    """The answer to a question; what cannot be is ControlRefused, with one line for people."""
+    """The answer to any other question; what cannot be is ControlRefused, with one line for people."""
     try:
         match message:
-            case AskStatus(audit):
-                if audit:
-                    house.auditor.now()
-                return StatusAnswer(house.document())
             case AskStop(keep_workers):
                 house.ask_to_end(keep_workers)
                 return StopAnswer(os.getpid())
             case AskStory(name, offset):
                 told = story(_block(house, name), offset, house.reception, house.paging, house.history)
                 return StoryAnswer(json.dumps(told).encode())
-            case AskEvents(after):
-                return EventsAnswer(json.dumps(house.history.document(after)).encode())
             case AskResume(client):
                 return _resume(house, client)
             case AskExport(name, path):

@@ -104,6 +104,6 @@ class History:
     def __iter__(self) -> Iterator[Event]:
         return iter(list(self._events))
 
-    def document(self, after: int = 0) -> list[dict[str, Any]]:
-        """Those with numbers greater than ``after``."""
-        return [event.document() for event in self._events if event.number > after]
+    def documents(self, after: int = 0) -> Iterator[dict[str, Any]]:
+        """Those with numbers greater than ``after``, of the events that there are now."""
+        return (event.document() for event in iter(self) if event.number > after)

@@ -52,6 +52,7 @@ from .blocks import RamBlock
 from .client_zero import NUMBER as ZERO
 from .client_zero import ClientZero
 from .custody import Custody
+from .desk import Desk
 from .ending import available_memory
 from .exports import Exports
 from .history import History
@@ -86,6 +87,7 @@ FROM_ROUTER = (WorkerHello, Report, Fetched, RequestPages, *control.QUESTIONS)
 # As plain numbers: an operation on pyzmq's enumeration costs more than handing over a frame.
 LAST = int(zmq.DONTWAIT)
 FIRST = LAST | int(zmq.SNDMORE)
+EVENTS, SPOKEN = int(zmq.EVENTS), int(zmq.POLLIN)
 LARGE = 31 << 20
 """Bytes; just below the largest that glibc (any, 64 bit) learns its threshold from."""
 NEWCOMER_SECONDS = 5.0
@@ -151,6 +153,7 @@ class House:
         self._alive = SignOfLife()
         self.returning = Returning(self._reach)
         self.auditor = Auditor(list(self.blocks.values()), self._event)
+        self.desk = Desk(partial(control.long_answer, self), self._answer, self._bug)
         self._people()
         self.recorder = self._recording()
         self.sources.connect(self._router, advice, self.blocks, self.paging, self._say)
@@ -283,13 +286,15 @@ class House:
         gc.set_threshold(RARELY)
         # The method below pyzmq's own layer: it gives bytes, or a frame that knows whether another one follows.
         recv, box = self._router.recv, self.porter.box
-        staged, option, turn = self.sources.parked, self._router.getsockopt, 0
+        staged, desk, turn = self.sources.parked, self.desk, 0
         while self.state != "ending":
-            # Last of all: pages in a slot wait there, whoever faults does not. The option tells what poll(0) would.
-            while staged and (turn > TURNS or not int(option(zmq.EVENTS)) & zmq.POLLIN):
+            # Last of all: pages in a slot wait there, whoever faults does not.
+            while staged and (turn > TURNS or not self._spoken_to()):
                 turn = 0
                 self._guarded(self._place_parked, staged[0])
             turn += 1
+            if desk.open:
+                desk.work(self._spoken_to)
             identity = recv()
             head = frame = recv(0, False)
             rest: list[zmq.Frame] = []
@@ -303,6 +308,10 @@ class House:
             while box:
                 self._guarded(self._happened, box.popleft())
         self._end()
+
+    def _spoken_to(self) -> int:
+        """Would the router be heard without waiting? The option tells what poll(0) would."""
+        return int(self._router.get(EVENTS)) & SPOKEN
 
     def _said(self, identity: bytes, head: zmq.Frame, rest: list[zmq.Frame]) -> None:
         """One message of the router. Most are taken by a lane (lanes.py); the others are decoded."""
@@ -367,6 +376,8 @@ class House:
                     self.zero.fetched(message)
                 case RequestPages():
                     self._pages_requested(message, frame)
+                case _ if isinstance(message, control.LONG):
+                    self.desk.ask(identity, message)
                 case _:
                     self._answer(identity, control.answer(self, message))
         except BadMessage as error:
@@ -551,7 +562,8 @@ class House:
         self._keep_workers = keep_workers
         descriptors.signal_eventfd(self._stop_bell)
 
-    def document(self) -> bytes:
+    def document(self) -> status.Steps:
+        """The status, from now on."""
         blocks = list(self.blocks.values())
         return status.document(
             self.started,
@@ -570,6 +582,7 @@ class House:
 
     def _end(self) -> None:
         """In order: exports, workers, poison, word to the clients, descriptors."""
+        self.desk.finish()
         log.info("ending: %d clients", len(self.reception.clients))
         notify("STOPPING=1")
         self._door.close()

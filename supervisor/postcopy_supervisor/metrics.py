@@ -15,8 +15,8 @@ from postcopy_protocol import stages, statistics
 from postcopy_protocol.errors import BadInput, PostcopyError
 
 from .blocks import RamBlock
-from .reception import Client
-from .status import block_stages
+from .paging import Paging
+from .reception import Client, Reception
 
 if TYPE_CHECKING:
     from .house import House
@@ -100,6 +100,14 @@ class Collector:
                        [("", house.paging.placed)])  # fmt: skip
         counts = list(house.history.counts.items())
         yield _counter("postcopy_events", "What a person should know, by kind.", "kind", counts)
+
+
+def block_stages(block: RamBlock, reception: Reception, paging: Paging) -> memoryview:
+    """All faults in a block, of clients that are here or have left, and what the supervisor did for them."""
+    link = paging.links.get(block.number)
+    found = [client.stages(block.number) for client in reception.clients.values() if block.number in client.touches]
+    ours = [link.stages[block.number]] if link is not None else []
+    return stages.merged([reception.past_stages[block.number], *ours, *(words for words in found if words is not None)])
 
 
 def _block_figures(blocks: Sequence[RamBlock]) -> Iterator[Any]:

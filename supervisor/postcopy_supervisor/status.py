@@ -1,12 +1,18 @@
 """The status document: what the supervisor sees, as JSON. Its fields are the interface of ``postcopy status
---json``."""
+--json``.
+
+It is made in steps, one for each client, between which the house hears what has come (``desk.py``), so that a document
+tells of some tens of milliseconds. It is about the clients that are there when it is begun. Who has left before its
+turn is not listed; what it did is in the totals all the same, and once, because its figures can be read as long as
+somebody has hold of them.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
 from postcopy_protocol import stages, statistics
@@ -23,6 +29,12 @@ from .workforce import Workforce
 
 MAP_CELLS = 128
 """Stretches of the residency map of a block."""
+NOTHING = statistics.merge(())
+"""Figures of a client that has none yet."""
+AT_ONCE = 16
+"""Short items of a list in one step."""
+Steps = Generator[None, None, str]
+"""Steps of a fraction of a millisecond; what they make is JSON."""
 
 
 def document(
@@ -36,41 +48,99 @@ def document(
     history: History,
     recovered: int = 0,
     record: dict[str, Any] | None = None,
-) -> bytes:
-    """UTF-8 JSON."""
+) -> Steps:
+    """The whole of it."""
     paused = {number for number, link in paging.links.items() if link.state == "paused"}
-    clients = [_client(client, workforce, blocks, paused) for client in reception.clients.values()]
-    pages = [client.words.tolist() for client in reception.clients.values() if client.words is not None]
-    total = statistics.merge([reception.past, zero.words.tolist(), *pages])
+    census = Census(reception, workforce, blocks, paused)
+    clients = yield from census.take()
     told = {
         "protocol": VERSION,
         "pid": os.getpid(),
         "uptime_s": round(time.monotonic() - started, 3),
         "state": "paused" if paused and state == "running" else state,
         "recovered": recovered,
-        "blocks": [_block(block, block_stages(block, reception, paging)) for block in blocks],
-        "clients": clients,
+    }
+    shown = []
+    for block in blocks:
+        yield
+        shown.append(json.dumps((yield from _block(block, census.stages[block.number], paging))))
+    events = yield from listed(history.documents())
+    ending = {
         "sources": [_source(link) for link in dict.fromkeys(paging.links.values())],
-        "totals": {
-            "faults": statistics.faults(total) + zero.faults,
-            "requests": paging.engine.requests,
-            "deduplicated": total[statistics.DEDUPLICATED] + paging.engine.deduplicated,
-            "placed": statistics.placed(total) + paging.placed,
-            "placed_around": total[statistics.AROUND],
-            "around_used": total[statistics.AROUND_USED],
-            "blocked_s": blocked_s(total),
-            "wakes": total[statistics.WAKES],
-            "lost": total[statistics.LOST],
-            "restarts": workforce.restarts,
-            "polluted": sum(last - first for block in blocks for first, last in block.polluted),
-            "repaired": history.counts.get("polluted", 0),
-            "latency_us": statistics.summary(total),
-        },
+        "totals": _totals(census.total, blocks, workforce, zero, paging, history),
         "restart_policy": _policy(workforce.fleet.policy),
         "record": record,
-        "events": history.document(),
     }
-    return json.dumps(told).encode()
+    yield
+    lists = f'"blocks": [{", ".join(shown)}], "clients": {clients}, "events": {events}'
+    return f"{json.dumps(told)[:-1]}, {lists}, {json.dumps(ending)[1:]}"
+
+
+def listed(items: Iterable[Any]) -> Steps:
+    """A list of them, some in each step."""
+    told = []
+    for at, item in enumerate(items):
+        if at % AT_ONCE == 0:
+            yield
+        told.append(json.dumps(item))
+    return f"[{', '.join(told)}]"
+
+
+class Census:
+    """Goes from client to client: tells of each, and adds their figures to those of the clients that have left."""
+
+    def __init__(
+        self, reception: Reception, workforce: Workforce, blocks: Sequence[RamBlock], paused: set[int]
+    ) -> None:
+        self.total = list(reception.past)
+        """A statistics page."""
+        self.stages = {number: words.tolist() for number, words in reception.past_stages.items()}
+        """By block."""
+        self._here = list(reception.clients.values())
+        self._reception = reception
+        self._workforce = workforce
+        self._names = {block.number: block.name for block in blocks}
+        self._paused = paused
+
+    def take(self) -> Steps:
+        """A list of clients."""
+        told = []
+        for client in self._here:
+            yield
+            words = client.words[: statistics.DENIED_AT].tolist() if client.words is not None else NOTHING
+            staged = {block: stages.taken(client.stages(block)) for block in client.touches}
+            statistics.join(self.total, words)
+            for block, found in staged.items():
+                stages.join(self.stages[block], found)
+            if self._reception.clients.get(client.number) is client:
+                told.append(json.dumps(_client(client, words, staged, self._workforce, self._names, self._paused)))
+        return f"[{', '.join(told)}]"
+
+
+def _totals(
+    total: list[int],
+    blocks: Sequence[RamBlock],
+    workforce: Workforce,
+    zero: ClientZero,
+    paging: Paging,
+    history: History,
+) -> dict[str, Any]:
+    statistics.join(total, zero.words)
+    return {
+        "faults": statistics.faults(total) + zero.faults,
+        "requests": paging.engine.requests,
+        "deduplicated": total[statistics.DEDUPLICATED] + paging.engine.deduplicated,
+        "placed": statistics.placed(total) + paging.placed,
+        "placed_around": total[statistics.AROUND],
+        "around_used": total[statistics.AROUND_USED],
+        "blocked_s": blocked_s(total),
+        "wakes": total[statistics.WAKES],
+        "lost": total[statistics.LOST],
+        "restarts": workforce.restarts,
+        "polluted": sum(last - first for block in blocks for first, last in block.polluted),
+        "repaired": history.counts.get("polluted", 0),
+        "latency_us": statistics.summary(total),
+    }
 
 
 def _policy(policy: RestartPolicy) -> dict[str, Any]:
@@ -89,16 +159,11 @@ def blocked_s(words: Sequence[int]) -> float:
     return round(statistics.sum_ns(words) / 1e9, 6)
 
 
-def block_stages(block: RamBlock, reception: Reception, paging: Paging) -> memoryview:
-    """All faults in a block, of clients that are here or have left, and what the supervisor did for them."""
+def _block(block: RamBlock, staged: list[int], paging: Paging) -> Generator[None, None, dict[str, Any]]:
     link = paging.links.get(block.number)
-    found = [client.stages(block.number) for client in reception.clients.values() if block.number in client.touches]
-    ours = [link.stages[block.number]] if link is not None else []
-    return stages.merged([reception.past_stages[block.number], *ours, *(words for words in found if words is not None)])
-
-
-def _block(block: RamBlock, staged: memoryview) -> dict[str, Any]:
-    received_map, lost_map = block.tally(MAP_CELLS)
+    if link is not None:
+        stages.join(staged, stages.taken(link.stages[block.number]))
+    received_map, lost_map = yield from block.tally(MAP_CELLS)
     received, lost = sum(received_map), sum(lost_map)
     return {
         "name": block.name,
@@ -111,7 +176,7 @@ def _block(block: RamBlock, staged: memoryview) -> dict[str, Any]:
         "lost": lost,
         "map": {"pages": -(-block.pages // MAP_CELLS), "received": received_map, "lost": lost_map if lost else []},
         "complete": block.complete,
-        "stages_us": stages.told(staged),
+        "stages_us": stages.told(stages.taken(staged)),
         "polluted": [[first * block.page_size, (last - first) * block.page_size] for first, last in block.polluted],
     }
 
@@ -135,9 +200,15 @@ def shown_state(client: Client, workforce: Workforce) -> str:
     return slot.shown if slot is not None else ("running" if client.released else "starting")
 
 
-def _client(client: Client, workforce: Workforce, blocks: Sequence[RamBlock], paused: set[int]) -> dict[str, Any]:
-    names = {block.number: block.name for block in blocks}
-    words = client.words.tolist() if client.words is not None else [0] * statistics.WORDS
+def _client(
+    client: Client,
+    words: Sequence[int],
+    staged: dict[int, list[statistics.Stretch]],
+    workforce: Workforce,
+    names: dict[int, str],
+    paused: set[int],
+) -> dict[str, Any]:
+    """``words`` and ``staged``: what its figures were."""
     slot = workforce.fleet.slots.get(client.number)
     shown = shown_state(client, workforce)
     if shown == "running" and any(region.block in paused for region in client.regions):
@@ -152,7 +223,7 @@ def _client(client: Client, workforce: Workforce, blocks: Sequence[RamBlock], pa
         "worker_pid": workforce.pid(client.number),
         "state": shown,
         "blocks": [
-            {"name": names[block], "mode": mode, "stages_us": stages.told(client.stages(block))} for block, mode in seen
+            {"name": names[block], "mode": mode, "stages_us": stages.told(staged[block])} for block, mode in seen
         ],
         "released": sorted({names[region.block] for region in client.released}),
         "faults": statistics.faults(words),

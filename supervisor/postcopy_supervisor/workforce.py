@@ -72,6 +72,7 @@ class Workforce:
         self._news = news
         self._tell = tell
         self._running: dict[int, Running] = {}  # by pidfd
+        self._lives: dict[Life, Running] = {}  # the same by what they are
         self._causes: dict[Life, str] = {}  # of lives that end, or have ended untold
         self._untold: dict[Life, tuple[Running, float]] = {}
         self._custodian_due: float | None = None
@@ -81,13 +82,16 @@ class Workforce:
     def adopt(self, life: KeptWorker, wanted: bool, quarantined: bool) -> None:
         """A worker of the supervisor before us goes on; or, not ``wanted`` any more, it ends."""
         running = Running(life.worker, life.incarnation, life.pid, life.pidfd)
-        self._running[life.pidfd] = running
-        self._porter.watch_process(life.pidfd)
+        self._runs(running)
         self.used(life.worker, life.incarnation)
         if wanted:
             self._do(self.fleet.adopt(life.worker, life.incarnation, quarantined, time.monotonic()))
         else:
             _kill(running)
+
+    def _runs(self, life: Running) -> None:
+        self._running[life.pidfd] = self._lives[life.key] = life
+        self._porter.watch_process(life.pidfd)
 
     def used(self, worker: int, incarnation: int) -> None:
         """Some life of this worker had this number."""
@@ -133,8 +137,8 @@ class Workforce:
 
     def pid(self, worker: int) -> int | None:
         slot = self.fleet.slots.get(worker)
-        lives = (life for life in self._running.values() if life.worker == worker)
-        return next((life.pid for life in lives if slot and life.incarnation == slot.incarnation), None)
+        life = self._lives.get((worker, slot.incarnation)) if slot is not None else None
+        return life.pid if life is not None else None
 
     def restarts_of(self, worker: int) -> int:
         """Of one worker."""
@@ -162,8 +166,7 @@ class Workforce:
                 log.debug("custodian ready (pid %d)", message.pid)
             case WorkerForked():
                 life = Running(message.worker, message.incarnation, message.pid, fds[0])
-                self._running[life.pidfd] = life
-                self._porter.watch_process(life.pidfd)
+                self._runs(life)
                 self._do(self.fleet.forked(message.worker, message.incarnation, now))
             case ForkFailed():
                 text = f"worker {message.worker} could not be forked; it is tried again"
@@ -205,6 +208,8 @@ class Workforce:
         if life is None:
             return False
         os.close(pidfd)
+        if self._lives.get(life.key) is life:
+            del self._lives[life.key]
         slot = self.fleet.slots.get(life.worker)
         now = time.monotonic()
         unasked = slot is not None and slot.state != "ending" and slot.incarnation == life.incarnation
@@ -231,7 +236,7 @@ class Workforce:
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
         log.debug("worker %d ended with %s", message.worker, how)
         key = message.worker, message.incarnation
-        if key in self._untold or any(life.key == key for life in self._running.values()):
+        if key in self._untold or key in self._lives:
             self._causes.setdefault(key, how)  # the watchdog's word, or its own, says more
         if key in self._untold:
             self._tell_end(key)

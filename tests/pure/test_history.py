@@ -51,8 +51,9 @@ def test_the_history_is_bounded_and_goes_on_counting(caplog: pytest.LogCaptureFi
     history = History()
     for number in range(LENGTH + 10):
         history.tell("restart", f"worker {number}", worker=number, cause="signal SIGKILL")
-    assert len(history.document()) == LENGTH
-    assert [history.document()[at]["number"] for at in (0, -1)] == [11, LENGTH + 10]
+    told = list(history.documents())
+    assert len(told) == LENGTH and [told[at]["number"] for at in (0, -1)] == [11, LENGTH + 10]
+    assert list(history.documents(after=LENGTH + 9)) == told[-1:]
     assert history.counts == {"restart": LENGTH + 10}
     assert caplog.records[0].getMessage() == 'restart: worker 0 event=restart worker=0 cause="signal SIGKILL"'
 

@@ -31,17 +31,21 @@ def test_rooms_of_blocks_lie_behind_the_statistics_page_and_do_not_overlap() -> 
 
 def test_what_is_told_is_what_the_histogram_says() -> None:
     words = filled(placed=[5_000] * 98 + [900_000] * 2, woken=[7_000])
-    told = stages.told(words)
+    told = stages.told(stages.taken(words))
     assert list(told) == ["placed", "woken"]
     assert told["placed"]["count"] == 100
     assert told["placed"]["p50"] == round(statistics.percentile(stages.histogram(words, "placed"), 50), 1)
     assert 800 < told["placed"]["p99"] <= told["placed"]["max"] < 1000
-    assert stages.told(None) == stages.told(stages.unkept()) == {}
+    assert stages.told(stages.taken(None)) == stages.told(stages.taken(stages.unkept())) == {}
 
 
 def test_many_clients_add_up_and_a_spoilt_word_harms_nobody() -> None:
     one, other = filled(asked=[300], woken=[1 << 30]), filled(asked=[300], arrived=[4_000])
     total = stages.merged([one, other])
     assert total.tolist() == [left + right for left, right in zip(one, other, strict=True)]
+    joined = [0] * stages.WORDS
+    for words in (one, other):
+        stages.join(joined, stages.taken(words))
+    assert joined == total.tolist()
     one[stages.WORDS - 1] = other[stages.WORDS - 1] = (1 << 64) - 1
     assert len(stages.merged([one, other])) == stages.WORDS
