@@ -30,7 +30,7 @@ URGENT_GOAL = 10.0
 KEPT_GOAL = 0.6
 STREAMED_WITHIN = 60.0
 LOOK_EVERY = 0.1
-"""Seconds. A look is a status, which the supervisor works out where it places pages too: often would be in the figure."""
+"""Seconds. A look is a status, which the supervisor works out where it places pages, too: it is in the figure."""
 
 
 def run(bench: Bench) -> list[Row]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from postcopy_protocol import stages, statistics
 from postcopy_supervisor.reception import Client
@@ -30,7 +30,7 @@ class Place:
     def __init__(self, count: int) -> None:
         clients = {number: client(number, number) for number in range(1, count + 1)}
         past = {BLOCK: stages.unkept()}
-        self.reception: Any = SimpleNamespace(clients=clients, past=statistics.merge(()), past_stages=past)
+        self.reception: Any = cast(Any, SimpleNamespace(clients=clients, past=statistics.merge(()), past_stages=past))
         fleet: Any = SimpleNamespace(fleet=SimpleNamespace(slots={}), pid=lambda number: None)
         block: Any = SimpleNamespace(number=BLOCK, name="ram0")
         self.census = Census(self.reception, fleet, [block], set())
