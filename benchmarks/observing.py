@@ -142,11 +142,11 @@ def _slowed(bench: Bench, control: Control, kind: str, client: ClientProcess, cl
                 found[asking] = [ns / 1000 for ns in client.ask(**order, count=bench.scale.of(500, 20))["ns"]]
         for kept, percent in ((medians, 50), (tails, 99)):
             kept.append((percentile(found[True], percent), percentile(found[False], percent)))
-    name = f"{kind} fault, status of {clients} clients asked {POLLS_A_SECOND} times a second, unpinned"
+    about = f"status of {clients} clients at {POLLS_A_SECOND} Hz, unpinned"
     labels = ("asked", "left alone")
     return [
-        ratio_row(f"{name}, p50", medians, 1.10, labels=labels),
-        ratio_row(f"{name}, p99", tails, labels=labels),
+        ratio_row(f"{kind} fault p50, {about}", medians, 1.10, labels=labels),
+        ratio_row(f"{kind} fault p99, {about}", tails, labels=labels),
     ]
 
 
