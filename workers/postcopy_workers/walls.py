@@ -20,7 +20,7 @@ from postcopy_protocol import statistics
 
 AUTO, ALL, OFF = "auto", "all", "off"
 DESCRIPTORS = 64
-"""Numbers for descriptors beside those that a worker was given: its channels need about a dozen."""
+"""Numbers for descriptors beside those that a worker was given: its channel, its bell and what it maps need a few."""
 
 _FILTER = seccomp.prepare()  # before the fork: every worker inherits it
 
