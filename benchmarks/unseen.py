@@ -1,8 +1,9 @@
 """The worker's package once more, without its statistics: to measure what they cost.
 
 A copy whose common fault (``_shared_answer``, ``_private_answer``) counts and times nothing: every store into the
-statistics page and the clock around them are taken out of the source, all else stays. The tidying of page tables goes
-with them, because it is counted by them. A supervisor that is started with the copy's directory first in PYTHONPATH
+statistics page and the clock around them are taken out of the source, all else stays. The tidying of page tables, which
+is due by their count, is due here by the number of the page: as often, where pages come at random, once each. A
+supervisor that is started with the copy's directory first in PYTHONPATH
 forks these workers; nothing in the real ones knows of it.
 """
 
@@ -17,6 +18,7 @@ from .bench import BenchmarkFailed
 
 ANSWERS = {"_shared_answer": 4, "_private_answer": 5}
 """The closures of common faults, and how many statements of each are statistics: two stores, clock, histograms."""
+TIDYING = "if not page & TIDY_MASK: tidy(TIDY_MASK + 1)"
 TAKEN_OUT = {"words", "begun", "plain"}
 
 
@@ -34,7 +36,9 @@ class Blind(ast.NodeTransformer):
 
     def visit_If(self, node: ast.If) -> ast.AST | None:
         if {"begun"} & {name.id for name in ast.walk(node.test) if isinstance(name, ast.Name)}:
-            return self._kept(node, True)
+            tidies = any(isinstance(name, ast.Name) and name.id == "tidy" for name in ast.walk(node))
+            self._kept(node, True)
+            return ast.parse(TIDYING).body[0] if tidies else None
         return self.generic_visit(node)
 
     def visit_BoolOp(self, node: ast.BoolOp) -> ast.AST:
