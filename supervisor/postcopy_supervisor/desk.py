@@ -1,9 +1,9 @@
 """The desk: questions whose answers take long, worked out in steps of a fraction of a millisecond.
 
 The status of hundreds of clients takes tens of milliseconds of the main thread, where remote requests and pages pass.
-Between two steps the main loop hears what has come; who speaks without a pause still leaves the desk its share. (To yield the
-processor after each step made the longest remote faults half as long on a quiet machine, and a status last for many
-seconds on a busy one.)
+Between two steps the main loop hears what has come; who speaks without a pause still leaves the desk its share.
+To yield the processor after each step made the longest remote faults half as long on a quiet machine, and a status
+last for many seconds on a busy one: it is not done.
 
 One answer is in work at a time. Who asks the same before it is begun gets it, too, so that many askers cost no more
 than two; once it is begun it may tell of less than the next asker knows already, and he gets one of his own.
