@@ -2,7 +2,7 @@
 
 Any thread sends, one reads. Nobody waits to send: what the socket does not take lies in an outbox until ``flush`` finds
 room. A connection that is gone is made again by its reader, 10 ms later and then ever
-later up to 160 ms, because a supervisor that takes over wants its workers soon. Each begins with the worker's hello,
+later up to 80 ms, because a supervisor that takes over wants its workers soon. Each begins with the worker's hello,
 which the supervisor answers with a wake of nothing where pages may be waited for; so what was sent into a connection
 that then broke need not be kept: it is asked again.
 """
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.zmtp import Reader, frame, opening
 
-RETRY_SECONDS, RETRY_MOST = 0.01, 0.16
+RETRY_SECONDS, RETRY_MOST = 0.01, 0.08
 READ = 1 << 16
 SCHEME = "ipc://"
 _NOW = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
