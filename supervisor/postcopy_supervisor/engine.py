@@ -92,8 +92,8 @@ class Flight:
 
 
 class Engine:
-    """Waiters and requests in flight of all blocks. The lanes (lanes.py) do by hand what ``stand`` and ``come`` do for
-    one page; ``fault`` and ``answered`` say the same in effects, of any number of pages."""
+    """Waiters and requests in flight of all blocks. The lanes (lanes.py) do by hand what ``stand`` and ``answered``
+    do for one page; ``fault`` and ``answered`` say the same in effects, of any number of pages."""
 
     def __init__(self) -> None:
         self.waiting: dict[tuple[int, int], set[int]] = {}
@@ -125,13 +125,6 @@ class Engine:
         else:
             self.deduplicated += 1
         return end
-
-    def come(self, block: int, page: int) -> set[int] | None:
-        """One page is there, asked for or not: who stood at it."""
-        flight = self.flights.get(block)
-        if flight is not None:
-            flight.land(page, page + 1)
-        return self.waiting.pop((block, page), None)
 
     def fault(self, waiter: int, block: int, page: int, end: int) -> list[Effect]:
         """A waiter stands at ``page``; if it has to be asked for, then pages up to ``end`` in the same breath."""

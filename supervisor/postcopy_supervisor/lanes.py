@@ -4,7 +4,7 @@ Everything else goes the careful way (``Paging``, ``Link.heard``), and so does w
 way. The order is the same here and there: PLACING, UFFDIO_COPY, RECEIVED, and only then word to exactly the workers
 that wait.
 
-A lane is one flat closure over what never changes for it, and does by hand what ``Engine.stand`` and ``come``,
+A lane is one flat closure over what never changes for it, and does by hand what ``Engine.stand``, ``answered``,
 ``Flow.launch`` and ``landed``, ``Link.wish`` and ``expected`` say in words. Between two faults the processor has done
 other processes' work, so each function and object that a fault passes costs several times what it costs in a loop of
 its own, and all of them cost as much as ZeroMQ. The laws are still theirs: the tests check their invariants after

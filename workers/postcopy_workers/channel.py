@@ -42,6 +42,7 @@ class Channel:
         self._old: socket.socket | None = None
         self._reader = Reader()
         self._retry = RETRY_SECONDS
+        self._not_before = 0.0
         self._held = held
 
     @property
@@ -125,7 +126,10 @@ class Channel:
         return self._read(connection) if connection is not None else []
 
     def connect(self) -> bool:
-        """Try once; never waits. ``retry_in`` says when to try again."""
+        """Try once; never waits. ``retry_in`` says when to try again: not at once, either, where somebody took the last
+        connection and said nothing of use."""
+        if time.monotonic() < self._not_before:
+            return False
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             connection.setblocking(False)  # a router whose queue is full is not waited for
@@ -136,7 +140,6 @@ class Channel:
             connection.close()
             self._retry = min(2 * self._retry, RETRY_MOST)
             return False
-        self._retry = RETRY_SECONDS
         self._reader = Reader()
         self._socket = connection
         return True
@@ -167,10 +170,13 @@ class Channel:
         with self._lock, contextlib.suppress(OSError):  # a fresh socket has room; one that is gone is read next
             self._outbox.clear()
             connection.send(self._hello, _NOW)
-            self._open = connection
+            self._open, self._retry = connection, RETRY_SECONDS
 
     def _lost(self, connection: socket.socket) -> None:
         """The descriptor is kept until the next loss: another thread may be about to send to its number."""
+        if self._open is None:
+            self._retry = min(2 * self._retry, RETRY_MOST)
+            self._not_before = time.monotonic() + self._retry
         with self._lock:
             self._socket = self._open = None
             self._outbox.clear()
