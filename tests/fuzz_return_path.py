@@ -15,8 +15,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 from unittest.mock import patch
 
-import zmq
-
 from postcopy_kernel.memory import address_of
 from postcopy_kernel.userfaultfd import Outcome, Status
 from postcopy_protocol.codec import decode, encode, pack_offsets, unpack_offsets
@@ -57,6 +55,7 @@ from postcopy_sources.loop import Loop
 from postcopy_supervisor import house, lanes, paging, sources
 from postcopy_supervisor.link import Link, Stream
 from postcopy_supervisor.paging import Paging
+from postcopy_wire.router import FULL, NOBODY, SENT
 
 PAGE = 4096
 COUNT = 65
@@ -103,8 +102,6 @@ class SourceEnd:
 
     def __init__(self, dice: random.Random) -> None:
         self.dice, self.express = dice, 0
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
         self.fresh()
 
     def _unstage(self) -> None:
@@ -114,13 +111,13 @@ class SourceEnd:
     def fresh(self) -> None:
         if hasattr(self, "loop"):
             self._unstage()
-        self.refused, self._frames, self._errands = False, list[Any](), deque[Callable[[], None]]()
+        self.refused, self._errands = False, deque[Callable[[], None]]()
         source = Fickle()
-        mailbox = SimpleNamespace(name=b"\0mailbox", post=self._errands.append, empty=self._posted)
+        mailbox = SimpleNamespace(post=self._errands.append, empty=self._posted)
+        router = SimpleNamespace(send_parts=self._send)
         readers = SimpleNamespace(put=self._read, check=lambda: None)
         known = {NAME: (source, Offer(NAME, SIZE, PAGE, IDENTITY))}
-        self.loop = Loop(cast(Any, known), self._socket, cast(Any, mailbox), cast(Any, readers), FEATURES)
-        self.loop._sender._push = self._push
+        self.loop = Loop(cast(Any, known), cast(Any, router), cast(Any, mailbox), cast(Any, readers), FEATURES)
         if self.dice.random() < 0.9:
             self.loop._hear(SUPERVISOR, encode(Advise(NAME, PAGE, self.dice.choice((FEATURES, ("zero", "push"), ())))))
             if self.dice.random() < 0.9:
@@ -174,15 +171,13 @@ class SourceEnd:
             return Advise(NAME, PAGE, ("zero", "push"))
         return Listen(streams[0].number, 1 << 24) if streams[0].phase is not Phase.LISTENING else None
 
-    def _push(self, frame: Any, flags: int) -> None:
-        """ZeroMQ, at times full, and the supervisor at times gone."""
-        if not self._frames and self.dice.random() < 0.05:
-            raise zmq.Again if self.dice.random() < 0.98 else zmq.ZMQError(zmq.EHOSTUNREACH)
-        self._frames.append(frame)
-        if not flags & zmq.SNDMORE:
-            (to, head, *raw), self._frames = self._frames, []
-            assert to == SUPERVISOR
-            self._sent(decode(head, expect=FROM_SOURCE), [len(one) for one in raw])
+    def _send(self, to: bytes, parts: Sequence[Any]) -> int:
+        """The router, at times full, and the supervisor at times gone."""
+        if self.dice.random() < 0.05:
+            return FULL if self.dice.random() < 0.98 else NOBODY
+        assert to == SUPERVISOR
+        self._sent(decode(parts[0], expect=FROM_SOURCE), [len(one) for one in parts[1:]])
+        return SENT
 
     def _sent(self, message: Message, lengths: Sequence[int]) -> None:
         if isinstance(message, Pages):
@@ -226,22 +221,9 @@ class SourceEnd:
 
     def close(self) -> None:
         self._unstage()
-        self._socket.close()
-        self._context.term()
 
 
 # --- the supervisor ---------------------------------------------------------------------------------------------------
-
-
-class Frame:
-    """As ZeroMQ gives one."""
-
-    def __init__(self, data: bytes) -> None:
-        self.buffer = memoryview(bytearray(data))
-
-    @property
-    def bytes(self) -> bytes:
-        return bytes(self.buffer)
 
 
 class Core:
@@ -342,7 +324,8 @@ class SupervisorEnd:
             SimpleNamespace(get=_void),
         )
         made.desk, made.ask_to_end = SimpleNamespace(ask=_void), _void
-        made._say = lambda identity, data: self.answered.append(data)
+        made._router = SimpleNamespace(send=lambda identity, data: self.answered.append(data))
+        made._bug = _raised
         made.sources = object.__new__(sources.Sources)
         made.sources.links, made.sources._paging, made.sources._babble = {SOURCE: self.link}, self.paging, {}
         made.sources._event = _void
@@ -354,20 +337,20 @@ class SupervisorEnd:
 
     def from_source(self, data: bytes) -> None:
         """One head, with raw frames as it promises them, mostly."""
-        raw = [Frame(bytes(length)) for length in self._lengths(data)]
-        self.core.frames = [_range(one.buffer) for one in raw if len(one.buffer)]
+        raw = [memoryview(bytearray(length)) for length in self._lengths(data)]
+        self.core.frames = [_range(one) for one in raw if len(one)]
         zeros = self.paging._zeros
         self.core.frames.append(range(zeros.address, zeros.address + zeros.length))
         self.core.frames.append(range(Slots.address, Slots.address + Slots.count * Slots.slot_bytes))
         lane = len(raw) == 1 and self.link.answers.get(data)
-        if lane and lane.length == len(raw[0].buffer):
+        if lane and lane.length == len(raw[0]):
             decode(data, expect=FROM_SOURCE)
             self.express += 1
-        self._said(SOURCE, data, raw)
+        self._said(self.house._source_said, SOURCE, [memoryview(bytearray(data)), *raw])
 
     def from_worker(self, data: bytes) -> None:
         self.answered.clear()
-        self._said(WORKER, data, [])
+        self._said(self.house._said, WORKER, data)
         for answer in self.answered:
             message = decode(answer, expect=(ControlRefused,))
             raise BadMessage(message.reason)
@@ -402,10 +385,10 @@ class SupervisorEnd:
             offsets.append(dice.choice((1, COUNT * PAGE, (1 << 64) - 1, 1 << 63)))
         return RequestPages(CLIENT, BLOCK, pack_offsets(offsets[-9:]))
 
-    def _said(self, identity: bytes, data: bytes, raw: list[Frame]) -> None:
+    def _said(self, hear: Callable[[bytes, Any], None], identity: bytes, message: Any) -> None:
         self.now += self.dice.choice((0.0, 0.0001, 0.001, 0.001, 0.3))
         try:
-            self.house._said(identity, Frame(data), raw)
+            hear(identity, message)
             while self.house.sources.parked:
                 self.house._place_parked(None)
             if self.dice.random() < 0.1:
@@ -457,6 +440,10 @@ class SupervisorEnd:
 def _range(buffer: memoryview) -> range:
     at = address_of(buffer)
     return range(at, at + len(buffer))
+
+
+def _raised(what: object, error: Exception) -> None:
+    raise error
 
 
 def _void(*_: Any, **__: Any) -> None:

@@ -1,9 +1,10 @@
-"""ZMTP 3, the wire of ZeroMQ, as far as one end of a connection needs it that is a DEALER. Sans-I/O.
+"""ZMTP 3, the wire of ZeroMQ, as far as it is spoken on one machine: no authentication (the mechanism NULL). Sans-I/O.
 
-A worker speaks ZeroMQ without libzmq. On the road of a remote fault libzmq costs a worker a thread that hands all
-over, twice a fault; what it does is little: a DEALER with one connection, no authentication (the mechanism
-NULL) and messages of one frame has nothing to decide. The other end is a ROUTER of libzmq, and cannot tell the
-difference. The text of the standard: ZeroMQ RFC 23 (ZMTP 3.0) and 37 (3.1).
+Where a fault passes, ZeroMQ is spoken without libzmq: between workers, supervisor and the sources on this machine.
+There libzmq costs each end a thread that hands all over, twice a fault; what it does is little, since a DEALER that has
+one connection has nothing to decide, and a ROUTER nothing but a name to look up. The other end may be libzmq, and
+cannot tell the difference. The text of the standard: ZeroMQ RFC 23 (ZMTP 3.0), 37 (3.1), and 28 (how a ROUTER names its
+peers).
 
     greeting   64 bytes: signature, version, mechanism, as-server; each side sends its own at once
     READY      a command with the type of the socket and its routing id; then messages
@@ -12,7 +13,13 @@ difference. The text of the standard: ZeroMQ RFC 23 (ZMTP 3.0) and 37 (3.1).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .errors import BadMessage
+
+Buffer = bytes | bytearray | memoryview
+Message = bytes | list[bytes]
+"""A message of one frame, which is the rule, or the frames of one that has more."""
 
 MORE, LONG, COMMAND = 1, 2, 4
 """Flags of a frame; others are not defined."""
@@ -20,8 +27,13 @@ MORE, LONG, COMMAND = 1, 2, 4
 GREETING_BYTES = 64
 GREETING = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(1) + bytes(31)
 LARGEST = 1 << 20
-"""Bytes of the largest frame that is taken, as in the supervisor's router."""
+"""Bytes of the largest frame that is taken, and of the frames of one message together, unless somebody says less."""
+MOST_PARTS = 1024
+"""Frames of one message."""
+_FLAGS = frozenset(range(8)) - {MORE | COMMAND, MORE | COMMAND | LONG}
 _SHORT = [bytes((0, length)) for length in range(256)]
+_ROOM = 1 << 16
+"""Bytes: where less is left at the end of a buffer, what is in it is moved to its beginning."""
 _SIGNATURE_END, _MAJOR, _MECHANISM = 9, 10, slice(12, 32)
 
 
@@ -38,9 +50,20 @@ def command(name: bytes, rest: bytes = b"") -> bytes:
     return frame(bytes((len(name),)) + name + rest, COMMAND)
 
 
-def opening(identity: bytes) -> bytes:
-    """What a DEALER with this routing id says first. Messages may follow at once: the other end reads in order."""
-    properties = ((b"Socket-Type", b"DEALER"), (b"Identity", identity))
+def framed(parts: Sequence[Buffer]) -> list[Buffer]:
+    """A message with these frames, as buffers to be sent one behind the other. The parts are not copied."""
+    buffers: list[Buffer] = []
+    last = len(parts) - 1
+    for number, part in enumerate(parts):
+        length, more = len(part), MORE if number < last else 0
+        buffers.append(bytes((more, length)) if length < 256 else bytes((more | LONG,)) + length.to_bytes(8, "big"))
+        buffers.append(part)
+    return buffers
+
+
+def opening(identity: bytes = b"", kind: bytes = b"DEALER") -> bytes:
+    """What a socket of this kind with this routing id says first."""
+    properties = ((b"Socket-Type", kind), (b"Identity", identity))
     return GREETING + command(
         b"READY",
         b"".join([bytes((len(name),)) + name + len(value).to_bytes(4, "big") + value for name, value in properties]),
@@ -51,23 +74,26 @@ class Reader:
     """Takes the other end's bytes apart, in pieces of any size, from its greeting on. ``answer``: what is to be sent
     back because of what it said (pongs)."""
 
-    def __init__(self) -> None:
+    def __init__(self, largest: int = LARGEST) -> None:
         self.answer = b""
         self.ready = False
         """It has said READY."""
+        self.identity = b""
+        """The routing id that it asks for, if any."""
+        self.largest = largest
         self._greeted = False
         self._rest = b""
         self._parts: list[bytes] = []
 
-    def feed(self, data: bytes) -> list[bytes]:
-        """The messages that are whole now: the frames of each joined, since ours have one. Raises BadMessage on what
-        is no ZMTP: the connection is of no use any more."""
+    def feed(self, data: bytes) -> Sequence[Message]:
+        """The messages that are whole now. Raises BadMessage on what is no ZMTP: the connection is of no use any
+        more."""
         if not self._rest and self.ready and len(data) > 1 and not data[0] and len(data) == 2 + data[1]:
             return [data[2:]]  # one short message, which is the rule
         self._rest += data
         if not self._greeted and not self._take_greeting():
             return []
-        messages: list[bytes] = []
+        messages: list[Message] = []
         at = 0
         while (found := self._frame(at)) is not None:
             flags, body, at = found
@@ -76,14 +102,26 @@ class Reader:
             elif not self.ready:
                 raise BadMessage("a message before READY")
             else:
-                self._parts.append(body)
-                if not flags & MORE:
-                    messages.append(b"".join(self._parts))
-                    self._parts = []
-                elif sum(map(len, self._parts)) > LARGEST:
-                    raise BadMessage(f"a message of more than {LARGEST} bytes")
+                messages += self._part(body, flags)
         self._rest = self._rest[at:]
         return messages
+
+    def take_rest(self) -> bytes:
+        """What has come behind the last whole message; it is not known here any more."""
+        rest, self._rest = self._rest, b""
+        return rest
+
+    def _part(self, body: bytes, flags: int) -> Sequence[Message]:
+        """The message that ends with this frame, if one does."""
+        if not self._parts and not flags & MORE:
+            return [body]
+        self._parts.append(body)
+        if sum(map(len, self._parts)) > self.largest or len(self._parts) > MOST_PARTS:
+            raise BadMessage(f"a message of more than {self.largest} bytes, or {MOST_PARTS} frames")
+        if flags & MORE:
+            return []
+        parts, self._parts = self._parts, []
+        return [parts]
 
     def _take_greeting(self) -> bool:
         greeting = self._rest[:GREETING_BYTES]
@@ -105,13 +143,13 @@ class Reader:
             return None
         flags = rest[at]
         head = at + (9 if flags & LONG else 2)
-        if flags & ~(MORE | LONG | COMMAND) or (flags & COMMAND and flags & MORE):
+        if flags not in _FLAGS:
             raise BadMessage(f"a frame with the flags {flags:#x}")
         if len(rest) < head:
             return None
         length = int.from_bytes(rest[at + 1 : head], "big")
-        if length > LARGEST:
-            raise BadMessage(f"a frame of {length} bytes, {LARGEST} are taken")
+        if length > self.largest:
+            raise BadMessage(f"a frame of {length} bytes, {self.largest} are taken")
         end = head + length
         return (flags, rest[head:end], end) if len(rest) >= end else None
 
@@ -119,8 +157,110 @@ class Reader:
         """READY once; PING is answered, whatever else ZMTP may come to know is not for us."""
         name = body[1 : 1 + body[0]] if body else b""
         if name == b"READY" and not self.ready:
+            self.identity = _identity(body[6:])
             self.ready = True
         elif name == b"PING" and self.ready and len(body) >= 7:
-            self.answer += command(b"PONG", body[7:23])  # behind the time to live: up to 16 bytes of context
+            if len(self.answer) < self.largest:
+                self.answer += command(b"PONG", body[7:23])  # behind the time to live: up to 16 bytes of context
         elif name == b"ERROR" or not self.ready:
             raise BadMessage(f"the other end refuses: {body[:64]!r}")
+
+
+def _identity(properties: bytes) -> bytes:
+    """The routing id in the properties of a READY."""
+    found, at = b"", 0
+    while at < len(properties):
+        value = at + 1 + properties[at] + 4
+        end = value + int.from_bytes(properties[value - 4 : value], "big")
+        if value > len(properties) or end > len(properties):
+            raise BadMessage("a READY whose properties end too soon")
+        if properties[at + 1 : value - 4].lower() == b"identity":
+            found = properties[value:end]
+        at = end
+    if len(found) > 255:
+        raise BadMessage("a routing id of more than 255 bytes")
+    return found
+
+
+class PlacedReader:
+    """As Reader, for an end that sends much: the bytes lie where they were received, and the frames of a message are
+    views of them, which hold until ``space`` is called again."""
+
+    def __init__(self, buffer: memoryview) -> None:
+        """``buffer``: of bytes, as large as the largest message with what stands before its frames."""
+        self._opening = Reader()
+        self._buffer = buffer
+        self._begin = self._end = 0
+
+    @property
+    def ready(self) -> bool:
+        """It has said READY."""
+        return self._opening.ready
+
+    def take_answer(self) -> bytes:
+        """What is to be sent back because of what it said."""
+        answer, self._opening.answer = self._opening.answer, b""
+        return answer
+
+    def space(self) -> memoryview:
+        """Where the next bytes of it are to be received."""
+        begin, end = self._begin, self._end
+        if begin == end:
+            self._begin = self._end = 0
+            return self._buffer
+        if begin and len(self._buffer) - end < _ROOM:
+            self._buffer[: end - begin] = bytes(self._buffer[begin:end])
+            self._begin, self._end = 0, end - begin
+        return self._buffer[self._end :]
+
+    def filled(self, count: int) -> list[list[memoryview]]:
+        """``count`` bytes have been received into ``space()``: the messages that are whole now. Raises BadMessage."""
+        end = self._end + count
+        if not self._opening.ready:
+            early = self._opening.feed(bytes(self._buffer[self._begin : end]))
+            if early:
+                raise BadMessage("it speaks before it is spoken to")
+            rest = self._opening.take_rest() if self._opening.ready else b""
+            self._buffer[: len(rest)] = rest
+            self._begin, end = 0, len(rest)
+        self._end = end
+        messages: list[list[memoryview]] = []
+        parts: list[memoryview] = []
+        at = self._begin
+        while (body := self._body(at, end)) is not None:
+            flags, at = self._buffer[at], body[1]
+            view = self._buffer[body[0] : at]
+            if flags & COMMAND:
+                if parts:
+                    raise BadMessage("a command inside of a message")
+                self._opening._command(bytes(view))
+            else:
+                parts.append(view)
+                if flags & MORE:
+                    continue
+                messages.append(parts)
+                parts = []
+            self._begin = at
+        if len(parts) > MOST_PARTS or self._end - self._begin == len(self._buffer):
+            raise BadMessage(f"a message of more than {len(self._buffer)} bytes, or {MOST_PARTS} frames")
+        return messages
+
+    def _body(self, at: int, end: int) -> tuple[int, int] | None:
+        """From where to where the body of the frame at a place goes; None: not all of it is there."""
+        buffer = self._buffer
+        if end - at < 2:
+            return None
+        flags = buffer[at]
+        if flags not in _FLAGS:
+            raise BadMessage(f"a frame with the flags {flags:#x}")
+        if flags & LONG:
+            if end - at < 9:
+                return None
+            start = at + 9
+            length = int.from_bytes(buffer[at + 1 : start], "big")
+        else:
+            start = at + 2
+            length = buffer[at + 1]
+        if start - self._begin + length > len(buffer):
+            raise BadMessage(f"a message with a frame of {length} bytes, {len(buffer)} are taken in all")
+        return (start, start + length) if start + length <= end else None

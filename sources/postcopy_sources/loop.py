@@ -1,7 +1,7 @@
-"""The loop of a page source: one ROUTER, one thread, urgent before background, and nobody else's fault stops it.
+"""The loop of a page source: one router, one thread, urgent before background, and nobody else's fault stops it.
 
-The thread sleeps in ``recv`` of the ROUTER. What a source can read at once (``read_now``) is read and sent right there;
-the rest goes to Readers, whose answers come back through a Mailbox that knocks at the same ROUTER. Background reads
+The thread waits in a turn of the router. What a source can read at once (``read_now``) is read and sent right there;
+the rest goes to Readers, whose answers come back through a Mailbox that rings in the same turn. Background reads
 that need not wait are done here too, a piece at a time, and only while no message is waiting.
 
 Nothing is sent blocking. A supervisor that does not take its answers gets an outbox, and its requests count as open as
@@ -18,8 +18,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-
-import zmq
 
 from postcopy_kernel import crashpoints
 from postcopy_protocol.codec import decode, encode
@@ -44,6 +42,8 @@ from postcopy_protocol.return_path import (
     unpack_range,
 )
 from postcopy_protocol.source_conversation import Offer, Phase, SourceConversation, SourceRefusal, Stream
+from postcopy_protocol.zmtp import Message as Words
+from postcopy_wire.router import Router
 
 from .answers import (
     KIND,
@@ -98,13 +98,13 @@ log = logging.getLogger(__name__)
 
 
 class Loop:
-    """Serves ``sources`` on ``socket``, a bound ROUTER, until something is raised in its thread by a signal.
-    ``features`` are those that supervisors may have."""
+    """Serves ``sources`` to who speaks in ``router``, whose ``heard`` and ``gone`` become the loop's, until a signal
+    raises something in its thread. ``features`` are those that supervisors may have."""
 
     def __init__(
         self,
         sources: Mapping[str, tuple[PageSource, Offer]],
-        socket: zmq.Socket[bytes],
+        router: Router,
         mailbox: Mailbox,
         readers: Readers,
         features: Sequence[str],
@@ -118,10 +118,10 @@ class Loop:
         }
         self._offers = {name: offer for name, (_, offer) in sources.items()}
         self._features = features
-        self._socket = socket
+        self._router = router
         self._mailbox = mailbox
         self._readers = readers
-        self._sender = Sender(socket, self._forget)
+        self._sender = Sender(router.send_parts, self._forget)
         self._peers: dict[bytes, Peer] = {}
         self._streaming: deque[Peer] = deque()
         self._pushing: set[threading.Thread] = set()
@@ -141,16 +141,18 @@ class Loop:
 
     def run(self) -> None:
         """Never returns."""
+        self._router.heard, self._router.gone = self.heard, self.gone
+        self._router.watch(self._mailbox.bell, self._errands)
         self._keep_pace(0.0)
         # glibc gives every freed piece back to the kernel, to fault it in again for the next one, until a block as
         # large as this has been freed once: a third of a stream's time here. Nothing of it is touched.
         bytearray(LARGE)
+        router, streaming = self._router, self._streaming
         while True:
-            # The option tells what poll(0) would, at a tenth of its price.
-            if self._streaming and not int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-                self._stream(self._streaming.popleft())
+            if streaming and not router.waiting():
+                self._stream(streaming.popleft())
             else:
-                self._hear_next()
+                router.turn(self._pause)
             now = time.monotonic()
             if now >= self._next_tick:
                 self._tick(now)
@@ -168,41 +170,27 @@ class Loop:
 
     def _keep_pace(self, now: float) -> None:
         """Look again sooner while something lies in an outbox."""
-        pause = RETRY if self._sender.held else TICK
-        if pause != self._pause:
-            self._pause = pause
-            self._socket.setsockopt(zmq.RCVTIMEO, int(pause * 1000))
-        self._next_tick = now + pause
+        self._pause = RETRY if self._sender.held else TICK
+        self._next_tick = now + self._pause
 
     # --- heard ------------------------------------------------------------------------------------------------------
 
-    def _hear_next(self) -> None:
-        """Wait for a message, no longer than RCVTIMEO."""
-        # The method below pyzmq's own layer: it gives bytes, or a frame that knows whether another one follows.
-        recv = self._socket.recv
-        try:
-            name = recv()
-        except zmq.Again:
-            return
-        frame = recv(0, False)
+    def heard(self, name: bytes, message: Words) -> None:
+        """A word of the router."""
+        if not isinstance(message, bytes):
+            refusal = SourceRefusal.of(BadMessage(f"{len(message)} frames came, a supervisor sends one"))
+            return self._refuse(self._peers.get(name) or self._stranger(name), refusal)
         peer = self._peers.get(name)
-        if frame.more:
-            self._hear_many(name, frame)
-        elif peer is None or not self._urgent(peer, frame.bytes):
-            self._hear(name, frame.bytes)
+        if peer is None or not self._urgent(peer, message):
+            self._hear(name, message)
 
-    def _hear_many(self, name: bytes, frame: zmq.Frame) -> None:
-        count = 1
-        while frame.more:
-            frame = self._socket.recv(0, False)
-            count += 1
-        if name != self._mailbox.name:
-            peer = self._peers.get(name) or self._stranger(name)
-            self._refuse(peer, SourceRefusal.of(BadMessage(f"{count} frames came, a supervisor sends one")))
+    def gone(self, name: bytes) -> None:
+        """Its connection has ended."""
+        peer = self._peers.get(name)
+        if peer is not None:
+            self._forget(peer)
 
     def _hear(self, name: bytes, data: bytes) -> None:
-        if name == self._mailbox.name:
-            return self._errands()
         peer = self._peers.get(name) or self._stranger(name)
         peer.heard = time.monotonic()
         try:

@@ -1,44 +1,41 @@
-"""How other threads reach the loop, which waits for messages of its one ROUTER and for nothing else: a DEALER in this
-process that knocks there."""
+"""How other threads reach the loop, which waits in a turn of its router and for nothing else: an eventfd that it
+watches."""
 
 from __future__ import annotations
 
-import secrets
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
 
-import zmq
+from postcopy_kernel.descriptors import create_eventfd, signal_eventfd
 
 Errand = Callable[[], None]
 
 
 class Mailbox:
-    """``post`` from any thread; the loop runs what was posted. ``name`` is the routing id that knocks: unguessable, so
-    that no supervisor can take it."""
+    """``post`` from any thread; the loop runs what was posted when ``bell`` is readable."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], router: zmq.Socket[bytes]) -> None:
-        self.name = b"\0mailbox" + secrets.token_bytes(16)
+    def __init__(self) -> None:
+        """Raises OSError when there is no descriptor left."""
+        self.bell = create_eventfd()
         self._lock = threading.Lock()
         self._errands: deque[Errand] = deque()
-        self._knocked = False
-        router.bind("inproc://mailbox")
-        self._socket = context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.ROUTING_ID, self.name)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.connect("inproc://mailbox")
+        self._closed = False
 
     def post(self, errand: Errand) -> None:
-        with self._lock:  # also what lets several threads share the socket
+        with self._lock:
+            if self._closed:
+                return
             self._errands.append(errand)
-            if not self._knocked and not self._socket.closed:
-                self._knocked = True
-                self._socket.send(b"")
+            if len(self._errands) == 1:
+                signal_eventfd(self.bell)
 
     def empty(self) -> list[Errand]:
-        """What was posted, in order."""
+        """What was posted, in order; the bell is silent then."""
         with self._lock:
-            self._knocked = False
+            if self._errands:
+                os.eventfd_read(self.bell)
             errands = list(self._errands)
             self._errands.clear()
             return errands
@@ -48,4 +45,5 @@ class Mailbox:
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
-            self._socket.close()
+            self._closed = True
+            os.close(self.bell)

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import zmq
-
 from postcopy_protocol.return_path import MAX_OPEN_BYTES, Range
 from postcopy_protocol.source_conversation import SourceConversation, Stream
+from postcopy_wire.router import FULL, NOBODY
 
 from .answers import Buffer, Read
 from .source import PushStream
 from .staging import Staging
 
 SEND_QUEUE = 128
-"""Messages to one supervisor that ZeroMQ keeps; more than one has open (flow.py there). With CALM_PIECE (loop.py) that
-bounds what one that does not read costs."""
-
-# As plain numbers: an operation on pyzmq's enumeration costs more than handing over a frame.
-_LAST = int(zmq.DONTWAIT)
-_MORE = _LAST | int(zmq.SNDMORE)
+"""Messages to one supervisor that are kept for it when it does not read; more than one has open (flow.py there)."""
 
 
 @dataclass(slots=True, eq=False)
@@ -74,11 +67,11 @@ class Peer:
 
 
 class Sender:
-    """Sends to supervisors through the ROUTER. ``gone`` is called with the peer that is there no more."""
+    """Sends to supervisors: ``send`` is the router's, given a name and the frames of a message. ``gone`` is called with
+    the peer that is there no more."""
 
-    def __init__(self, socket: zmq.Socket[bytes], gone: Callable[[Peer], None]) -> None:
-        # The method below pyzmq's own layer, which does nothing here but take a microsecond a frame.
-        self._push: Callable[[Buffer, int], object] = super(zmq.Socket, socket).send
+    def __init__(self, send: Callable[[bytes, Sequence[Buffer]], int], gone: Callable[[Peer], None]) -> None:
+        self._send_parts = send
         self._gone = gone
         self.held: set[Peer] = set()
 
@@ -114,20 +107,10 @@ class Sender:
 
     def _send(self, peer: Peer, parts: Sequence[Buffer]) -> bool:
         """False: not now. A peer that is gone takes everything."""
-        try:
-            # Once the first frame is taken, so are the others: ZeroMQ sends whole messages or none.
-            self._push(peer.name, _MORE)
-            for part in parts[:-1]:
-                self._push(part, _MORE)
-            self._push(parts[-1], _LAST)
-            return True
-        except zmq.Again:
-            return False
-        except zmq.ZMQError as error:
-            if error.errno != errno.EHOSTUNREACH:
-                raise
+        became = self._send_parts(peer.name, parts)
+        if became == NOBODY:
             self._gone(peer)
-            return True
+        return became != FULL
 
 
 def settle(task: Task | None) -> None:

@@ -6,9 +6,10 @@ import logging
 import os
 import signal
 import socket as sockets
+import stat
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 
 import zmq
@@ -19,6 +20,9 @@ from postcopy_protocol.places import SOCKET_PATH_BYTES
 from postcopy_protocol.return_path import features_at
 from postcopy_protocol.sizes import format_size
 from postcopy_protocol.source_conversation import Offer
+from postcopy_protocol.zmtp import Message as Words
+from postcopy_wire.libzmq import Libzmq
+from postcopy_wire.router import Router
 
 from .curve import Gate, protect
 from .loop import Loop
@@ -65,18 +69,10 @@ def serve(
         known[offer.name] = (source, offer)
     if not known:
         raise BadInput("there is nothing to serve: name a source")
-    with _signals(), _context() as context, context.socket(zmq.ROUTER) as router:
-        router.setsockopt(zmq.LINGER, _LINGER_MS)
-        if curve is not None:
-            Gate(context, allow).open()
-            protect(router, curve)
-        endpoint = _bind(router, listen)
-        with Mailbox(context, router) as mailbox, suppress(Ended):
-            log.info("ready: %s at %s", ", ".join(_described(offer) for _, offer in known.values()), endpoint)
-            Loop(known, router, mailbox, Readers(readers, read_timeout), features_at(listen)).run()
-        if listen.startswith("ipc://"):  # ZeroMQ leaves it
-            with suppress(OSError):
-                os.unlink(listen.removeprefix("ipc://"))
+    with _signals(), _router(listen, curve, allow) as (router, endpoint), Mailbox() as mailbox, suppress(Ended):
+        loop = Loop(known, router, mailbox, Readers(readers, read_timeout), features_at(listen))
+        log.info("ready: %s at %s", ", ".join(_described(offer) for _, offer in known.values()), endpoint)
+        loop.run()
     log.info("ended")
 
 
@@ -101,30 +97,80 @@ def judge_endpoint(listen: str, curve: KeyPair | None, allow: Sequence[bytes], p
         raise BadInput("--curve-secret and --allow-key belong together: who may come in, and how we are known")
 
 
-def _bind(router: zmq.Socket[bytes], listen: str) -> str:
-    """The endpoint as it came out (a port may have been chosen). Raises PostcopyError."""
-    router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # who is gone is noticed when it is answered
-    router.setsockopt(zmq.ROUTER_HANDOVER, 1)  # who comes back on a new connection is the same
-    router.setsockopt(zmq.SNDHWM, SEND_QUEUE)
-    router.setsockopt(zmq.RCVHWM, SEND_QUEUE)
-    router.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE)
-    if listen.startswith("tcp://"):
-        router.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
-        router.setsockopt(zmq.HEARTBEAT_TIMEOUT, _SILENT_MS)
-    else:
-        _refuse_second(listen.removeprefix("ipc://"))
+@contextmanager
+def _router(listen: str, curve: KeyPair | None, allow: Sequence[bytes]) -> Iterator[tuple[Router, str]]:
+    """Listening, with the endpoint as it came out (a port may have been chosen). Raises PostcopyError."""
+    router = Router(lambda name, message: None, queue=SEND_QUEUE, largest=MAX_MESSAGE)
+    path = listen.removeprefix("ipc://")
+    with ExitStack() as stack:
+        if path != listen and curve is None:
+            stack.callback(router.close)
+            _listen(router, path)
+            stack.callback(_unlink, path)
+            yield router, listen
+            return
+        context = stack.enter_context(_context())
+        socket = context.socket(zmq.ROUTER)
+        stack.callback(router.close)
+        router.bridge(Libzmq(socket, lambda name, frames: router.heard(name, _words(frames))))
+        if curve is not None:
+            Gate(context, allow).open()
+            protect(socket, curve)
+        if path != listen:
+            _refuse_second(path)
+            stack.callback(_unlink, path)  # libzmq leaves it
+        yield router, _bind(socket, listen)
+
+
+def _words(frames: Sequence[memoryview]) -> Words:
+    return bytes(frames[0]) if len(frames) == 1 else [bytes(frame) for frame in frames]
+
+
+def _listen(router: Router, path: str) -> None:
+    """Raises PostcopyError."""
+    _refuse_second(path)
+    before = os.umask(0o077)
+    try:
+        _unlink(path)
+        router.listen(path)
+    except OSError as error:
+        raise PostcopyError(f"cannot listen at ipc://{path}: {error.strerror}") from None
+    finally:
+        os.umask(before)
+
+
+def _unlink(path: str) -> None:
+    """A socket that nobody listens at any more."""
+    with suppress(OSError):
+        if stat.S_ISSOCK(os.lstat(path).st_mode):
+            os.unlink(path)
+
+
+def _bind(socket: zmq.Socket[bytes], listen: str) -> str:
+    """The endpoint as it came out. Raises PostcopyError."""
+    for option, value in (
+        (zmq.LINGER, _LINGER_MS),
+        (zmq.ROUTER_MANDATORY, 1),  # who is gone is noticed when it is answered
+        (zmq.ROUTER_HANDOVER, 1),  # who comes back on a new connection is the same
+        (zmq.SNDHWM, SEND_QUEUE),
+        (zmq.RCVHWM, SEND_QUEUE),
+        (zmq.MAXMSGSIZE, MAX_MESSAGE),
+        (zmq.HEARTBEAT_IVL, _HEARTBEAT_MS),
+        (zmq.HEARTBEAT_TIMEOUT, _SILENT_MS),
+    ):
+        socket.setsockopt(option, value)
     before = os.umask(0o077)  # an ipc socket has the rights that the umask leaves it
     try:
-        router.bind(listen)
+        socket.bind(listen)
     except zmq.ZMQError as error:
         raise PostcopyError(f"cannot listen at {listen}: {error.strerror}") from None
     finally:
         os.umask(before)
-    return router.getsockopt_string(zmq.LAST_ENDPOINT)
+    return socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
 
 def _refuse_second(path: str) -> None:
-    """ZeroMQ takes a socket path away from whoever listens there; what a dead program left it may take."""
+    """What a dead program left may be taken away, nobody else's."""
     with sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM) as probe:
         probe.settimeout(1.0)
         try:

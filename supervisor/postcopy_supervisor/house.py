@@ -1,7 +1,7 @@
 """The supervisor's main loop: one ROUTER, one porter, and who is told what.
 
-The main thread blocks in recv() of the router, where workers and the command line speak, and where the porter rings
-when it has something in its box. All state is this thread's.
+The main thread waits in a turn of the router, where workers, sources and the command line speak, and where the porter
+rings when it has something in its box. All state is this thread's.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
-
-import zmq
 
 from postcopy_kernel import crashpoints, descriptors, memory, process
 from postcopy_kernel.userfaultfd import (
@@ -44,6 +42,8 @@ from postcopy_protocol.messages import (
     WhenOrphaned,
     WorkerHello,
 )
+from postcopy_protocol.zmtp import Message as Words
+from postcopy_wire.router import FULL, SENT, Router
 
 from . import briefing, control, ending, status, takeover, tracing
 from .adoption import Returning, move_in
@@ -58,8 +58,6 @@ from .exports import Exports
 from .history import History
 from .paging import Paging
 from .porter import (
-    ENDPOINT,
-    IDENTITY,
     CoreFaults,
     CustodianSaid,
     DoorSaid,
@@ -84,10 +82,6 @@ from .workforce import Workforce
 log = logging.getLogger("postcopy")
 
 FROM_ROUTER = (WorkerHello, Report, Fetched, RequestPages, *control.QUESTIONS)
-# As plain numbers: an operation on pyzmq's enumeration costs more than handing over a frame.
-LAST = int(zmq.DONTWAIT)
-FIRST = LAST | int(zmq.SNDMORE)
-EVENTS, SPOKEN = int(zmq.EVENTS), int(zmq.POLLIN)
 LARGE = 31 << 20
 """Bytes; just below the largest that glibc (any, 64 bit) learns its threshold from."""
 NEWCOMER_SECONDS = 5.0
@@ -119,12 +113,10 @@ class House:
         self._core.handshake()
         self.blocks: dict[str, RamBlock] = {}
         signal.signal(signal.SIGIO, self._lease_wanted)  # before the first lease: unheard, it would end us
-        self._context: zmq.Context[Any] = zmq.Context()
-        self._context.setsockopt(zmq.MAX_SOCKETS, 16384)
         self._stop_bell = descriptors.create_eventfd()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: descriptors.signal_eventfd(self._stop_bell))
-        self.sources = Sources(self._context, settings, self._event)
+        self.sources = Sources(settings, self._event)
         advice = self.sources.ask(plan.advice, partial(self._cannot_wait, plan.recovers))
         self.blocks = {
             name: RamBlock(
@@ -140,7 +132,6 @@ class House:
         self._house[statistics.WINDOW_LIMIT] = settings.fault_around
         self._house[statistics.ENDING] = 0  # a predecessor may have been killed at its end
         self._router = self._bind()
-        self._push: Callable[[bytes, int], object] = super(zmq.Socket, self._router).send
         self._door = self._open_door()
         orphans = WhenOrphaned(int(settings.orphan_timeout * 1000), settings.poison_orphans)
         self.custody = Custody(runtime.path, orphans, device=self.has_device)
@@ -156,7 +147,8 @@ class House:
         self.desk = Desk(partial(control.long_answer, self), self._answer, self._bug)
         self._people()
         self.recorder = self._recording()
-        self.sources.connect(self._router, advice, self.blocks, self.paging, self._say)
+        self._router.watch(self.porter.bell, self._rung)
+        self.sources.connect(self._router, advice, self.blocks, self.paging, self._source_said)
         move_in(plan, self.custody, self.workforce, self.reception)
         self.returning.expect({number for block in self.paging.links for number in self.reception.with_block(block)})
         if plan.recovers:
@@ -196,7 +188,7 @@ class House:
 
     def _people(self) -> None:
         """Porter, workforce, client zero and reception, in the order in which they need one another."""
-        self.porter = Porter(self._context, self._core, self._stop_bell, self._door, SourceWatch(self.blocks.values()))
+        self.porter = Porter(self._core, self._stop_bell, self._door, SourceWatch(self.blocks.values()))
         describe = partial(briefing.brief, self)
         self.workforce = Workforce(self.custody, self.porter, describe, self._news, self._event)
         self.workforce.fleet.policy = self.settings.restart
@@ -233,21 +225,11 @@ class House:
             self._event,
         )
 
-    def _bind(self) -> zmq.Socket[bytes]:
-        router: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
-        for option, value in (
-            (zmq.LINGER, 0),
-            (zmq.ROUTER_MANDATORY, 1),
-            (zmq.ROUTER_HANDOVER, 1),
-            (zmq.SNDHWM, 1000),
-            (zmq.RCVHWM, 10000),
-            (zmq.BACKLOG, 1024),
-            (zmq.MAXMSGSIZE, 1 << 20),
-        ):
-            router.setsockopt(option, value)
-        with made(self.runtime.endpoint):
-            router.bind(self.runtime.endpoint)
-        router.bind(ENDPOINT)
+    def _bind(self) -> Router:
+        router = Router(self._said)
+        path = self.runtime.endpoint.removeprefix("ipc://")
+        with made(path):
+            router.listen(path)
         return router
 
     def _open_door(self) -> socket.socket:
@@ -284,51 +266,45 @@ class House:
         # Nothing here is made of cycles; what is collected at all need not be looked for at every hundredth fault.
         gc.freeze()
         gc.set_threshold(RARELY)
-        # The method below pyzmq's own layer: it gives bytes, or a frame that knows whether another one follows.
-        recv, box = self._router.recv, self.porter.box
+        router, box = self._router, self.porter.box
         staged, desk, turn = self.sources.parked, self.desk, 0
         while self.state != "ending":
             # Last of all: pages in a slot wait there, whoever faults does not.
-            while staged and (turn > TURNS or not self._spoken_to()):
+            while staged and (turn > TURNS or not router.waiting()):
                 turn = 0
                 self._guarded(self._place_parked, staged[0])
             turn += 1
             if desk.open:
-                desk.work(self._spoken_to)
-            identity = recv()
-            head = frame = recv(0, False)
-            rest: list[zmq.Frame] = []
-            while frame.more:
-                frame = recv(0, False)
-                rest.append(frame)
-            try:
-                self._said(identity, head, rest)
-            except Exception as error:
-                self._bug(identity, error)
+                desk.work(router.waiting)
+            router.turn()
             while box:
                 self._guarded(self._happened, box.popleft())
         self._end()
 
-    def _spoken_to(self) -> int:
-        """Would the router be heard without waiting? The option tells what poll(0) would."""
-        return int(self._router.get(EVENTS)) & SPOKEN
+    def _rung(self) -> None:
+        """The porter's box is looked into after each turn."""
+        os.eventfd_read(self.porter.bell)
 
-    def _said(self, identity: bytes, head: zmq.Frame, rest: list[zmq.Frame]) -> None:
-        """One message of the router. Most are taken by a lane (lanes.py); the others are decoded."""
-        from_source = self.sources.lanes.get(identity)
-        if from_source is not None:
-            more = from_source(head.bytes, rest[0]) if len(rest) == 1 else None
-            if more is None:
-                self._source_said(identity, head, rest)
-            elif more and self.settings.background_rate:
+    def _said(self, identity: bytes, message: Words) -> None:
+        """A word of the router. Most are taken by a lane (lanes.py); the others are decoded."""
+        try:
+            data = message if isinstance(message, bytes) else b"".join(message)
+            lane = self.paging.lanes.get(data[:-OFFSET])
+            if lane is not None:
+                lane(data)
+            else:
+                self._heard(identity, data)
+        except Exception as error:
+            self._bug(identity, error)
+
+    def _source_said(self, identity: bytes, frames: list[memoryview]) -> None:
+        """A source's word: here, too, a lane takes the most."""
+        try:
+            more = self.sources.lanes[identity](bytes(frames[0]), frames[1]) if len(frames) == 2 else None
+            if more if more is not None else self.sources.heard(identity, frames):
                 self._stream()
-            return
-        data = rest[-1].bytes if rest else head.bytes
-        lane = self.paging.lanes.get(data[:-OFFSET])
-        if lane is not None:
-            lane(data)
-        elif identity != IDENTITY:
-            self._heard(identity, data)
+        except Exception as error:
+            self._bug(identity, error)
 
     def _place_parked(self, _: object) -> None:
         if self.sources.place_parked():
@@ -357,12 +333,9 @@ class House:
         log.error("cannot handle %s", what, exc_info=error)
         self.history.tell("bug", f"{type(error).__name__}: {error}")
 
-    def _source_said(self, identity: bytes, head: zmq.Frame, rest: list[zmq.Frame]) -> None:
-        if self.sources.heard(identity, head, rest):
-            self._stream()
-
     def _stream(self) -> None:
-        self.paging.background(self.settings.background_rate, self._memory_left(), time.monotonic())
+        if self.settings.background_rate:
+            self.paging.background(self.settings.background_rate, self._memory_left(), time.monotonic())
 
     def _heard(self, identity: bytes, frame: bytes) -> None:
         try:
@@ -514,7 +487,8 @@ class House:
 
     def _tell_worker(self, worker: int, data: bytes) -> None:
         slot = self.workforce.fleet.slots.get(worker)
-        if slot is not None and not self._takes(b"w%d.%d" % (worker, slot.incarnation), data):
+        # NOBODY: it is gone, or not back yet; its successor asks or wakes by itself.
+        if slot is not None and self._router.send(b"w%d.%d" % (worker, slot.incarnation), data) == FULL:
             # A wake that it never hears is a client that waits for ever; a successor wakes everybody.
             self.workforce.kill(worker, "takes no more words")
 
@@ -523,29 +497,10 @@ class House:
         slot = self.workforce.fleet.slots.get(worker)
         if slot is None:
             return False
-        try:
-            self._router.send_multipart([b"w%d.%d" % (worker, slot.incarnation), encode(message)], zmq.DONTWAIT)
-        except zmq.ZMQError:
-            return False
-        return True
+        return self._router.send(b"w%d.%d" % (worker, slot.incarnation), encode(message)) == SENT
 
     def _answer(self, identity: bytes, message: Message) -> None:
-        self._say(identity, encode(message))
-
-    def _say(self, identity: bytes, data: bytes) -> None:
-        self._takes(identity, data)
-
-    def _takes(self, identity: bytes, data: bytes) -> bool:
-        """Say it; False: it has listened to nothing for so long that there is no room for this."""
-        try:
-            # Who cannot be reached is known at the first frame; once that is taken, so is the other.
-            self._push(identity, FIRST)
-            self._push(data, LAST)
-        except zmq.ZMQError as error:
-            # EHOSTUNREACH: gone, or not back yet; its successor asks or wakes by itself.
-            log.debug("router: %r does not hear: %s", identity, error)
-            return error.errno != zmq.EAGAIN
-        return True
+        self._router.send(identity, encode(message))
 
     @property
     def state_shown(self) -> str:
@@ -601,7 +556,7 @@ class House:
         self.custody.end()
         self.runtime.nobody_stays()
         self._router.close()
-        self._context.term()
+        self.sources.close()
         log.info("ended")
 
     def _step_aside(self) -> None:
@@ -611,7 +566,7 @@ class House:
         self.porter.stop()
         self.custody.step_aside()
         self._router.close()
-        self._context.term()
+        self.sources.close()
         log.info("ended; %d clients go on: serve --recover takes them over", len(self.reception.clients))
 
 

@@ -19,8 +19,6 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import zmq
-
 from postcopy_kernel import crashpoints
 from postcopy_kernel.memory import address_of
 from postcopy_kernel.userfaultfd import UFFDIO_COPY
@@ -43,8 +41,8 @@ SAMPLE_MASK = 3
 """Of the pages that come one in four is timed while it is placed, and counts for four."""
 WorkerLane = Callable[[bytes], None]
 """Given what a worker says: a RequestPages of one page whose head is the one that the lane was made for."""
-SourceLane = Callable[[bytes, zmq.Frame], "bool | None"]
-"""Given a head and one frame behind it. None: not an answer as it was expected, nothing is done. Else its pages are
+SourceLane = Callable[[bytes, memoryview], "bool | None"]
+"""Given a head and the one frame behind it. None: not an answer as it was expected, nothing is done. Else its pages are
 placed by now; True when more may be wanted in the background."""
 
 
@@ -104,8 +102,7 @@ def source_lane(
     """For the answers of one source. ``ioctl`` and ``address``: on a simulated kernel they are others."""
     expected, come = link.expected, {block.number: _come(paging, link, block, ioctl, address) for block in blocks}
 
-    def answered(head: bytes, frame: zmq.Frame) -> bool | None:
-        buffer = frame.buffer
+    def answered(head: bytes, buffer: memoryview) -> bool | None:
         wish = expected(head, len(buffer))
         return None if wish is None else come[wish.block](wish, buffer)
 

@@ -87,7 +87,7 @@ class Link:
         endpoint: str,
         streams: Sequence[Stream],
         patience: float,
-        send: Callable[[bytes], None],
+        send: Callable[[bytes], object],
         event: Tell,
         gave_up: Callable[[int, int, int], None],
     ) -> None:
@@ -154,6 +154,10 @@ class Link:
     def use_staging(self, number: int) -> None:
         """The staging memory of this number is open."""
         self._send(UseStaging(number))
+
+    def met(self, now: float) -> None:
+        """There is a connection, where there was none: whoever is there is asked at once whether it knows us."""
+        self._ping(now)
 
     def tick(self, now: float) -> None:
         silent = self.silent_since
@@ -289,7 +293,8 @@ class Link:
         if wish.request < REQUESTS_END:
             asked, answer = self.roads[wish.block].request(wish.request, wish.offset, wish.length, urgent)
             self.answers[answer] = wish
-            return self.say(asked)
+            self.say(asked)
+            return
         ranges = pack_ranges([(wish.offset, wish.length)])
         return self._send(RequestRanges(wish.request, self._numbers[wish.block], urgent, ranges))
 

@@ -2,8 +2,8 @@
 
 Its poll set, in the order in which a wake-up is worked off: the core userfaultfd, the quit signal, then everything
 foreign (custodian, processes that end, the door and its visitors). It reads and decodes; it decides nothing. State
-belongs to the main thread, which blocks in recv() of the router and is rung by an inproc message when the porter has
-left something in its box.
+belongs to the main thread, which waits in a turn of the router and is rung by an eventfd when the porter has left
+something in its box.
 """
 
 from __future__ import annotations
@@ -18,9 +18,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
-
-import zmq
 
 from postcopy_kernel import descriptors, process
 from postcopy_kernel.filewatch import FileWatch
@@ -34,9 +31,6 @@ from .blocks import RamBlock
 
 log = logging.getLogger(__name__)
 
-IDENTITY = b"porter-" + os.urandom(16).hex().encode()
-"""Nobody can guess it: with ROUTER_HANDOVER a stranger who could would take the bell away from us."""
-ENDPOINT = "inproc://porter"
 TICK_SECONDS = 0.25
 ACCEPT_AT_ONCE = 64
 BOX_LIMIT = 4096
@@ -128,7 +122,6 @@ class Porter(threading.Thread):
 
     def __init__(
         self,
-        context: zmq.Context[Any],
         core: Userfaultfd,
         quit_bell: int,
         door: socket.socket,
@@ -137,7 +130,8 @@ class Porter(threading.Thread):
         super().__init__(name="porter", daemon=True)
         self.box: collections.deque[Happening] = collections.deque()
         self._errands: collections.deque[Callable[[], None]] = collections.deque()
-        self._context = context
+        self.bell = descriptors.create_eventfd()
+        """Readable when something has been put into the box."""
         self._core = core
         self._quit_bell = quit_bell
         self._door = door
@@ -211,10 +205,6 @@ class Porter(threading.Thread):
             os._exit(FAILED)
 
     def _carry(self) -> None:
-        bell = self._context.socket(zmq.DEALER)
-        bell.setsockopt(zmq.ROUTING_ID, IDENTITY)
-        bell.setsockopt(zmq.LINGER, 0)
-        bell.connect(ENDPOINT)
         ticked = 0.0
         while not self._stopping:
             ready = [fd for fd, _ in self._epoll.poll(self._patience(ticked))]
@@ -227,9 +217,7 @@ class Porter(threading.Thread):
                 ticked, self._due = now, None
                 self.box.append(Tick(now))
             if self.box:
-                with contextlib.suppress(zmq.Again):  # the box is looked into after every message anyway
-                    bell.send(b"", zmq.DONTWAIT)
-        bell.close()
+                descriptors.signal_eventfd(self.bell)
 
     def _patience(self, ticked: float) -> float:
         now = time.monotonic()

@@ -11,8 +11,6 @@ import socket
 import stat
 from collections.abc import Iterator
 
-import zmq
-
 from postcopy_protocol.errors import BadInput
 from postcopy_protocol.places import DOOR, LOCK, PRIVATE, ROUTER, custodian_path, door_path, router_endpoint
 
@@ -87,7 +85,7 @@ def made(path: str) -> Iterator[None]:
     """Inside, the socket ``path`` is bound. Raises BadInput, in one line, when it cannot be (a full disk, say)."""
     try:
         yield
-    except (OSError, zmq.ZMQError) as error:
+    except OSError as error:
         raise BadInput(f"cannot make the socket {path}: {os.strerror(error.errno or 0)}") from None
 
 

@@ -1,12 +1,14 @@
-"""All page sources of the house: asked for advice at the start, linked to over the one router, heard."""
+"""All page sources of the house: asked for advice at the start, linked to over the one router, heard.
+
+Those on this machine are connections of the router itself; those behind tcp come over libzmq, which has CURVE.
+"""
 
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +19,8 @@ from postcopy_protocol.codec import decode
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.return_path import FROM_SOURCE, Staged, Staging
 from postcopy_protocol.sources import RemoteSource, Source
+from postcopy_wire.libzmq import Libzmq
+from postcopy_wire.router import Router
 
 from .blocks import RamBlock
 from .history import Tell
@@ -29,18 +33,22 @@ from .staging import StagingMemory
 
 log = logging.getLogger(__name__)
 
+SCHEME = "ipc://"
+MESSAGE_LIMIT = FRAME_LIMIT + (64 << 10)
+"""Bytes of a source's message on the wire: pages, the word before them, and what stands before each frame."""
+
 
 class Sources:
     """Links by the routing id that our router gives them."""
 
-    def __init__(self, context: zmq.Context[Any], settings: Settings, event: Tell) -> None:
+    def __init__(self, settings: Settings, event: Tell) -> None:
         """Raises BadInput for keys that cannot be loaded."""
         self.links: dict[bytes, Link] = {}
         self.lanes: dict[bytes, SourceLane] = {}
         """By the same id: where answers go first."""
         self.staging: dict[bytes, StagingMemory] = {}
         """By the same id: where a source on this machine lays its pages."""
-        self._context = context
+        self._context: zmq.Context[Any] = zmq.Context()
         self._settings = settings
         self._event = event
         self._keys = load_keys(settings.curve_secret, settings.source_key) if settings.curve_secret else None
@@ -48,6 +56,7 @@ class Sources:
         """What lies in slots and is not placed yet: it can wait there while anything else is to be done."""
         self._babble: dict[str, int] = {}
         self._unshared: set[str] = set()
+        self._libzmq: Libzmq | None = None
         self._paging: Paging
 
     def ask(self, known: Mapping[str, Advice], stopped: Callable[[], str]) -> dict[str, Advice]:
@@ -70,46 +79,70 @@ class Sources:
 
     def connect(
         self,
-        router: zmq.Socket[bytes],
+        router: Router,
         advice: Mapping[str, Advice],
         blocks: Mapping[str, RamBlock],
         paging: Paging,
-        send: Callable[[bytes, bytes], None],
+        said: Callable[[bytes, list[memoryview]], object],
     ) -> None:
-        """One link for every endpoint."""
+        """One link for every endpoint. ``said`` is told the name of a link and the frames that its source says; they
+        hold until it returns."""
         self._paging = paging
         for number, (endpoint, names) in enumerate(_by_endpoint(self._settings.sources).items(), 1):
-            # Nobody can guess it: with ROUTER_HANDOVER a stranger who could would take the source's place.
-            identity = b"s%d-" % number + os.urandom(16).hex().encode()
+            link_name = b"s%d" % number
             ours = [blocks[name] for name in names]
             streams = [Stream(b.number, names[b.name], b.page_size, b.size, advice[b.name].identity) for b in ours]
             link = Link(
                 endpoint,
                 streams,
                 self._settings.source_timeout,
-                partial(send, identity),
+                partial(router.send, link_name),
                 partial(self._link_event, endpoint),
                 paging.gave_up,
             )
-            self.links[identity] = link
-            self.lanes[identity] = source_lane(paging, link, ours)
+            self.links[link_name] = link
+            self.lanes[link_name] = source_lane(paging, link, ours)
             paging.links |= dict.fromkeys((block.number for block in ours), link)
-            router.setsockopt(zmq.MAXMSGSIZE, FRAME_LIMIT)
-            secure(router, endpoint, self._keys, self._settings.plain_tcp)
-            router.setsockopt(zmq.CONNECT_ROUTING_ID, identity)
-            router.connect(endpoint)
+            if endpoint.startswith(SCHEME):
+                met = partial(_met, link)
+                router.connect(endpoint.removeprefix(SCHEME), link_name, partial(said, link_name), met, MESSAGE_LIMIT)
+            else:
+                self._connect_libzmq(router, endpoint, link_name, said)
 
-    def heard(self, identity: bytes, head: zmq.Frame, rest: list[zmq.Frame]) -> bool:
+    def _connect_libzmq(
+        self, router: Router, endpoint: str, name: bytes, said: Callable[[bytes, list[memoryview]], object]
+    ) -> None:
+        if self._libzmq is None:
+            channel: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
+            for option, value in (
+                (zmq.LINGER, 0),
+                (zmq.ROUTER_MANDATORY, 1),
+                (zmq.SNDHWM, 1000),
+                (zmq.RCVHWM, 10000),
+                (zmq.MAXMSGSIZE, FRAME_LIMIT),
+            ):
+                channel.setsockopt(option, value)
+            self._libzmq = Libzmq(channel, said)
+            router.bridge(self._libzmq)
+        secure(self._libzmq.socket, endpoint, self._keys, self._settings.plain_tcp)
+        self._libzmq.socket.setsockopt(zmq.CONNECT_ROUTING_ID, name)
+        self._libzmq.socket.connect(endpoint)
+
+    def close(self) -> None:
+        """After the router: nobody is heard any more."""
+        self._context.term()
+
+    def heard(self, identity: bytes, frames: Sequence[memoryview]) -> bool:
         """A word of a source, with the bytes of pages behind it; True when pages have come."""
         link = self.links[identity]
         try:
-            message = decode(head.buffer, expect=FROM_SOURCE)
+            message = decode(frames[0], expect=FROM_SOURCE)
             if isinstance(message, Staged):
                 self.parked.append((identity, message))
                 return False
             if isinstance(message, Staging):
                 return self._offered_staging(identity, link, message)
-            raw = [frame.buffer for frame in rest]
+            raw = frames[1:]
             arrived = link.heard(message, [len(buffer) for buffer in raw], time.monotonic())
         except BadMessage as error:
             self._nonsense(link, error)
@@ -189,6 +222,11 @@ class Sources:
         if count & (count - 1) == 0:
             text = f"source {link.endpoint}: {error}; not used ({count} such words)"
             self._event("source-nonsense", text, source=link.endpoint, cause=str(error))
+
+
+def _met(link: Link) -> None:
+    """The source at the other end may be another one than before, and who was asked before is gone."""
+    link.met(time.monotonic())
 
 
 def _by_endpoint(sources: Mapping[str, Source]) -> dict[str, dict[str, str]]:

@@ -40,7 +40,7 @@ from postcopy_protocol.messages import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-WINGS = ("protocol", "kernel", "supervisor", "workers", "sources", "client")
+WINGS = ("protocol", "kernel", "wire", "supervisor", "workers", "sources", "client")
 PUPPET = Path(__file__).with_name("puppet.py")
 READY_WITHIN = 20.0
 END_WITHIN = 20.0

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-import zmq
 
 from postcopy_protocol.door import DoorConversation
 from postcopy_supervisor.fleet import Slot
@@ -19,13 +18,14 @@ from postcopy_supervisor.link import FIRST_PING_SECONDS
 from postcopy_supervisor.porter import FAILED, Porter
 from postcopy_supervisor.reception import Client, Reception
 from postcopy_supervisor.sources import Sources
+from postcopy_wire.router import FULL, NOBODY, SENT
 
-NOBODY = cast(Any, None)
+ABSENT = cast(Any, None)
 
 
 def test_a_pidfds_number_that_is_the_next_clients_by_now() -> None:
     """The word that a client's process has ended is under way while it says goodbye and another one comes."""
-    reception = Reception({}, NOBODY, NOBODY, -1, frozenset(), 100, NOBODY)
+    reception = Reception({}, ABSENT, ABSENT, -1, frozenset(), 100, ABSENT)
     pidfd = os.pidfd_open(os.getpid())
     try:
         reception.clients[1] = client = Client(1, None, 0, os.getpid(), pidfd, DoorConversation(), 0.0)
@@ -50,17 +50,12 @@ def test_a_supervisor_does_not_outlive_its_porter(stopping: bool, monkeypatch: p
     assert ended == ([] if stopping else [FAILED])
 
 
-@pytest.mark.parametrize(("errno", "killed"), [(zmq.EAGAIN, [3]), (zmq.EHOSTUNREACH, []), (0, [])])
-def test_a_worker_that_takes_no_more_words_is_killed(errno: int, killed: list[int]) -> None:
+@pytest.mark.parametrize(("became", "killed"), [(FULL, [3]), (NOBODY, []), (SENT, [])])
+def test_a_worker_that_takes_no_more_words_is_killed(became: int, killed: list[int]) -> None:
     """It lives, and a wake is lost: its successor wakes everybody."""
     house = House.__new__(House)
     house.workforce = workforce = cast(Any, Workers())
-
-    def push(frame: bytes, flags: int) -> None:
-        if errno:
-            raise zmq.ZMQError(errno)
-
-    house._push = push
+    house._router = cast(Any, SimpleNamespace(send=lambda name, data: became))
     house._tell_worker(3, b"wake")
     house._tell_worker(4, b"nobody")
     assert workforce.killed == killed

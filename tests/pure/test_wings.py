@@ -20,9 +20,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PLAN = {
     "protocol": ("postcopy_protocol", frozenset[str]()),
     "kernel": ("postcopy_kernel", frozenset[str]()),
-    "supervisor": ("postcopy_supervisor", frozenset({"postcopy_protocol", "postcopy_kernel"})),
-    "workers": ("postcopy_workers", frozenset({"postcopy_protocol", "postcopy_kernel"})),
-    "sources": ("postcopy_sources", frozenset({"postcopy_protocol", "postcopy_kernel"})),
+    "wire": ("postcopy_wire", frozenset({"postcopy_protocol"})),
+    "supervisor": ("postcopy_supervisor", frozenset({"postcopy_protocol", "postcopy_kernel", "postcopy_wire"})),
+    "workers": ("postcopy_workers", frozenset({"postcopy_protocol", "postcopy_kernel", "postcopy_wire"})),
+    "sources": ("postcopy_sources", frozenset({"postcopy_protocol", "postcopy_kernel", "postcopy_wire"})),
     "client": ("postcopy", frozenset({"postcopy_protocol", "postcopy_kernel"})),
 }
 WINGS = frozenset(package for package, _ in PLAN.values())

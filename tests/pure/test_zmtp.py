@@ -14,6 +14,7 @@ from postcopy_protocol.zmtp import (
     LARGEST,
     LONG,
     MORE,
+    Message,
     Reader,
     command,
     frame,
@@ -35,7 +36,7 @@ def reader(said: bytes = ROUTERS + READY) -> Reader:
 def test_messages_in_pieces_of_any_size(messages: list[bytes], data: st.DataObject) -> None:
     stream = ROUTERS + READY + b"".join(map(frame, messages))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=8)))
-    taken, heard = Reader(), list[bytes]()
+    taken, heard = Reader(), list[Message]()
     for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
         heard += taken.feed(stream[start:end])
     assert heard == messages and taken.ready and taken.answer == b""
@@ -62,7 +63,7 @@ def test_an_opening_is_greeting_and_ready() -> None:
 
 
 def test_parts_are_one_message_and_long_frames_are_frames() -> None:
-    assert reader().feed(frame(b"ab", MORE) + frame(b"c")) == [b"abc"]
+    assert reader().feed(frame(b"ab", MORE) + frame(b"c")) == [[b"ab", b"c"]]
     assert reader().feed(frame(bytes(70000))) == [bytes(70000)]
     assert frame(bytes(256))[0] == LONG and frame(bytes(255))[0] == 0
 

@@ -22,8 +22,6 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
 
-import zmq
-
 from postcopy_kernel import abi
 from postcopy_kernel.userfaultfd import Outcome, Status, Userfaultfd
 from postcopy_protocol import statistics
@@ -225,7 +223,7 @@ class Supervisor:
         paging = self.paging
         if isinstance(what.message, Pages) and len(what.frames) == 1:
             frame = Bytes(SOURCE_AT + unpack_range(what.message.ranges, 0)[0], what.frames[0])
-            if self.lane(encode(what.message), cast(zmq.Frame, frame)) is not None:
+            if self.lane(encode(what.message), cast(memoryview, frame)) is not None:
                 return
         try:
             arrived = self.link.heard(what.message, what.frames, time.monotonic() + self.house.skipped)

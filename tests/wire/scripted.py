@@ -41,7 +41,7 @@ Heard = tuple[Message, list[bytes]]
 
 def environment() -> dict[str, str]:
     """That of this test, with the wings of this checkout to import from."""
-    path = os.pathsep.join(str(ROOT / wing) for wing in ("protocol", "kernel", "sources", "client"))
+    path = os.pathsep.join(str(ROOT / wing) for wing in ("protocol", "kernel", "wire", "sources", "client"))
     return {**os.environ, "PYTHONPATH": path}
 
 

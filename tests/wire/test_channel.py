@@ -12,7 +12,7 @@ import pytest
 import zmq
 
 from postcopy_protocol.zmtp import GREETING, command, frame
-from postcopy_workers.channel import Channel
+from postcopy_wire.channel import Channel
 
 PATIENCE = 20.0
 

@@ -38,9 +38,9 @@ from postcopy_protocol.express import OFFSET, head_of
 from postcopy_protocol.messages import Assignment, BlockGrant, Lost, Message, Report, Wake, WorkerHello
 from postcopy_protocol.received import CHANGED, LEASED, WATCHED
 from postcopy_protocol.window import FaultAround
+from postcopy_wire.channel import Channel
 
 from . import crashing, walls
-from .channel import Channel
 from .fault_handler import EVENT_PAGEFAULT, MESSAGE_WORDS, CannotGoOn, ClientGone, FaultHandler, Region
 from .page_sources import FilePages, Handler, HandlerPages, NoPages, PageSource, RemotePages, SourceChanged, ZeroPages
 from .placing import Block, Calls, OwnMapping

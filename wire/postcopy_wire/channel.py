@@ -1,4 +1,4 @@
-"""A worker's channel to the supervisor: one connection to its router, in ZeroMQ's own wire (protocol wing, zmtp.py).
+"""A worker's channel to the supervisor: one connection to its router.
 
 Any thread sends, one reads. Nobody waits to send: what the socket does not take lies in an outbox until ``flush`` finds
 room. A connection that is gone is made again by its reader, 10 ms later and then ever
@@ -164,7 +164,7 @@ class Channel:
             self._reader.answer = b""
         if self._open is None and self._reader.ready:
             self._begin(connection)
-        return messages
+        return [message if isinstance(message, bytes) else b"".join(message) for message in messages]
 
     def _begin(self, connection: socket.socket) -> None:
         with self._lock, contextlib.suppress(OSError):  # a fresh socket has room; one that is gone is read next
