@@ -31,7 +31,9 @@ LARGEST = 1 << 20
 MOST_PARTS = 1024
 """Frames of one message."""
 _FLAGS = frozenset(range(8)) - {MORE | COMMAND, MORE | COMMAND | LONG}
-_SHORT = [bytes((0, length)) for length in range(256)]
+_LONG = bytes((LONG,))
+SHORT = [bytes((0, length)) for length in range(256)]
+"""What stands before a message of one frame of so many bytes."""
 _ROOM = 1 << 16
 """Bytes: where less is left at the end of a buffer, what is in it is moved to its beginning."""
 _SIGNATURE_END, _MAJOR, _MECHANISM = 9, 10, slice(12, 32)
@@ -41,7 +43,7 @@ def frame(body: bytes, flags: int = 0) -> bytes:
     """A frame with this body; with no flags it is a whole message."""
     length = len(body)
     if length < 256:
-        return (_SHORT[length] if not flags else bytes((flags, length))) + body
+        return (SHORT[length] if not flags else bytes((flags, length))) + body
     return bytes((flags | LONG,)) + length.to_bytes(8, "big") + body
 
 
@@ -52,6 +54,9 @@ def command(name: bytes, rest: bytes = b"") -> bytes:
 
 def framed(parts: Sequence[Buffer]) -> list[Buffer]:
     """A message with these frames, as buffers to be sent one behind the other. The parts are not copied."""
+    if len(parts) == 2 and len(parts[0]) < 256 <= len(parts[1]):  # the rule: the head and the pages of an answer
+        head, body = parts
+        return [bytes((MORE, len(head))) + head + _LONG + len(body).to_bytes(8, "big"), body]
     buffers: list[Buffer] = []
     last = len(parts) - 1
     for number, part in enumerate(parts):
@@ -190,12 +195,9 @@ class PlacedReader:
         """``buffer``: of bytes, as large as the largest message with what stands before its frames."""
         self._opening = Reader()
         self._buffer = buffer
-        self._begin = self._end = 0
-
-    @property
-    def ready(self) -> bool:
+        self.ready = False
         """It has said READY."""
-        return self._opening.ready
+        self._begin = self._end = 0
 
     def take_answer(self) -> bytes:
         """What is to be sent back because of what it said."""
@@ -215,12 +217,24 @@ class PlacedReader:
 
     def filled(self, count: int) -> list[list[memoryview]]:
         """``count`` bytes have been received into ``space()``: the messages that are whole now. Raises BadMessage."""
+        buffer = self._buffer
+        if not self._end and count > 2 and buffer[0] == MORE and self.ready:
+            # The rule: a short frame and a long one, the head and the pages of an answer, and all of it is here.
+            head = 2 + buffer[1]
+            start = head + 9
+            if (
+                start < count
+                and buffer[head] == LONG
+                and int.from_bytes(buffer[head + 1 : start], "big") == count - start
+            ):
+                return [[buffer[2:head], buffer[start:count]]]
         end = self._end + count
-        if not self._opening.ready:
+        if not self.ready:
             early = self._opening.feed(bytes(self._buffer[self._begin : end]))
             if early:
                 raise BadMessage("it speaks before it is spoken to")
-            rest = self._opening.take_rest() if self._opening.ready else b""
+            self.ready = self._opening.ready
+            rest = self._opening.take_rest() if self.ready else b""
             self._buffer[: len(rest)] = rest
             self._begin, end = 0, len(rest)
         self._end = end

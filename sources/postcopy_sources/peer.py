@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from postcopy_protocol.return_path import MAX_OPEN_BYTES, Range
 from postcopy_protocol.source_conversation import SourceConversation, Stream
-from postcopy_wire.router import FULL, NOBODY
+from postcopy_wire.router import FULL, NOBODY, SENT
 
 from .answers import Buffer, Read
 from .source import PushStream
@@ -78,7 +78,7 @@ class Sender:
     def answer(self, peer: Peer, parts: Sequence[Buffer], task: Task | None) -> None:
         """Send pages. What the peer does not take waits in its outbox; unasked pages (no task) wait there only as long
         as they are few, because nothing else bounds them."""
-        if not peer.outbox and self._send(peer, parts):
+        if not peer.outbox and (self._send_parts(peer.name, parts) == SENT or self._send(peer, parts)):
             settle(task)
         elif task is not None or peer.outbox_bytes < MAX_OPEN_BYTES:
             peer.outbox.append((parts, task))

@@ -301,7 +301,9 @@ class House:
         """A source's word: here, too, a lane takes the most."""
         try:
             more = self.sources.lanes[identity](bytes(frames[0]), frames[1]) if len(frames) == 2 else None
-            if more if more is not None else self.sources.heard(identity, frames):
+            if more is None:
+                more = self.sources.heard(identity, frames)
+            if more:
                 self._stream()
         except Exception as error:
             self._bug(identity, error)

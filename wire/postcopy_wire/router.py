@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from postcopy_protocol.errors import BadMessage
-from postcopy_protocol.zmtp import LARGEST, Buffer, Message, PlacedReader, Reader, frame, framed, opening
+from postcopy_protocol.zmtp import LARGEST, SHORT, Buffer, Message, PlacedReader, Reader, frame, framed, opening
 
 SENT, FULL, NOBODY = 1, 0, -1
 """What became of a message: taken; not taken, since its peer has not listened for long; there is no such peer."""
@@ -176,16 +176,33 @@ class Router:
 
     def send(self, name: bytes, data: bytes) -> int:
         """A message of one frame: SENT, FULL or NOBODY."""
-        peer = self.peers.get(name) or self.sought.get(name)
-        if peer is not None:
-            return peer.send(frame(data))
+        line = self.peers.get(name) or self.sought.get(name)
+        if line is not None:
+            speaking, length = line.speaking, len(data)
+            if speaking is None or line.outbox or length > 255:
+                return line.send(frame(data))
+            # What ``line.send`` does, in one step: each counts on the way of a fault.
+            data = SHORT[length] + data
+            try:
+                sent = speaking.send(data, _NOW)
+            except OSError:
+                return line.send(data)
+            return SENT if sent == length + 2 else line.keep(data[sent:])
         return self._bridge.send(name, (data,)) if self._bridge is not None else NOBODY
 
     def send_parts(self, name: bytes, parts: Sequence[Buffer]) -> int:
         """A message of these frames."""
-        peer = self.peers.get(name) or self.sought.get(name)
-        if peer is not None:
-            return peer.send_all(framed(parts))
+        line = self.peers.get(name) or self.sought.get(name)
+        if line is not None:
+            buffers, speaking = framed(parts), line.speaking
+            if speaking is None or line.outbox or len(buffers) != 2:
+                return line.send_all(buffers)
+            try:  # what ``line.send_all`` does, in one step
+                sent = speaking.sendmsg(buffers, (), _NOW)
+            except OSError:
+                return line.send_all(buffers)
+            whole = len(buffers[0]) + len(buffers[1])
+            return SENT if sent == whole else line.keep(b"".join(buffers)[sent:])
         return self._bridge.send(name, parts) if self._bridge is not None else NOBODY
 
     # --- coming in ----------------------------------------------------------------------------------------------------
@@ -237,18 +254,15 @@ class Line:
         self.kept = 0
         """Bytes of it."""
         self.connection: socket.socket | None = None
+        self.speaking: socket.socket | None = None
+        """The same, once messages may be sent."""
 
     def open(self, connection: socket.socket) -> None:
         self.connection = connection
         self.router.register(connection.fileno(), self.act)
 
     def act(self, mask: int) -> None:
-        if mask & _WRITE:
-            self.flush()
-        if mask != _WRITE and self.connection is not None:
-            self.read(self.connection)
-
-    def read(self, connection: socket.socket) -> None:
+        """epoll says this of it."""
         raise NotImplementedError
 
     def drop(self) -> None:
@@ -256,7 +270,7 @@ class Line:
         if self.connection is not None:
             self.router.forget(self.connection.fileno())
             self.connection.close()
-            self.connection = None
+            self.connection = self.speaking = None
         self.outbox.clear()
         self.kept = 0
 
@@ -266,7 +280,7 @@ class Line:
 
     def send(self, data: bytes) -> int:
         """Bytes of a whole message."""
-        connection = self.connection
+        connection = self.speaking
         if connection is None:
             return NOBODY
         if self.outbox:
@@ -282,7 +296,7 @@ class Line:
 
     def send_all(self, buffers: list[Buffer]) -> int:
         """The buffers of a whole message."""
-        connection = self.connection
+        connection = self.speaking
         if connection is None:
             return NOBODY
         if self.outbox or len(buffers) > _TOO_MANY_BUFFERS:
@@ -343,9 +357,15 @@ class Peer(Line):
         self.name = b""
         self.reader = Reader(router.largest)
         self.open(connection)
+        self.speaking = connection  # its router knows it by name only when messages may be sent
         self.send(opening(kind=b"ROUTER"))
 
-    def read(self, connection: socket.socket) -> None:
+    def act(self, mask: int) -> None:
+        if mask & _WRITE:
+            self.flush()
+        connection = self.connection
+        if mask == _WRITE or connection is None:
+            return
         try:
             data = connection.recv(READ)
         except BlockingIOError:
@@ -388,7 +408,6 @@ class Sought(Line):
         self._met = met
         self._buffer = memoryview(mmap.mmap(-1, capacity))  # of which only what is used takes memory
         self._reader: PlacedReader
-        self._ready = False
         self._retry = RETRY_SECONDS
 
     def seek(self) -> None:
@@ -402,17 +421,15 @@ class Sought(Line):
             return self._seek_later()
         self._reader = PlacedReader(self._buffer)
         self.open(connection)
-        super().send(opening())
+        with contextlib.suppress(OSError):  # a fresh socket has room for it; one that is gone is read next
+            connection.send(opening(), _NOW)
 
-    def send(self, data: bytes) -> int:
-        """NOBODY as long as it has not said READY: it would take no message."""
-        return super().send(data) if self._ready else NOBODY
-
-    def send_all(self, buffers: list[Buffer]) -> int:
-        return super().send_all(buffers) if self._ready else NOBODY
-
-    def read(self, connection: socket.socket) -> None:
-        reader = self._reader
+    def act(self, mask: int) -> None:
+        if mask & _WRITE:
+            self.flush()
+        connection, reader = self.connection, self._reader
+        if mask == _WRITE or connection is None:
+            return
         try:
             count = connection.recv_into(reader.space())
         except BlockingIOError:
@@ -425,19 +442,15 @@ class Sought(Line):
             messages = reader.filled(count)
         except BadMessage:
             return self.lost()
-        if not self._ready:
+        if self.speaking is None:
             if not reader.ready:
                 return
-            self._ready, self._retry = True, RETRY_SECONDS
+            self.speaking, self._retry = connection, RETRY_SECONDS
             self._met()
         for message in messages:
             self._heard(message)
         if answer := reader.take_answer():
             self.send(answer)
-
-    def drop(self) -> None:
-        super().drop()
-        self._ready = False
 
     def lost(self) -> None:
         super().lost()
