@@ -79,13 +79,15 @@ class Reader:
     """Takes the other end's bytes apart, in pieces of any size, from its greeting on. ``answer``: what is to be sent
     back because of what it said (pongs)."""
 
-    def __init__(self, largest: int = LARGEST) -> None:
+    def __init__(self, largest: int = LARGEST, *, until_ready: bool = False) -> None:
+        """``until_ready``: what comes behind READY is left to ``take_rest``."""
         self.answer = b""
         self.ready = False
         """It has said READY."""
         self.identity = b""
         """The routing id that it asks for, if any."""
         self.largest = largest
+        self._until_ready = until_ready
         self._greeted = False
         self._rest = b""
         self._parts: list[bytes] = []
@@ -103,7 +105,11 @@ class Reader:
         while (found := self._frame(at)) is not None:
             flags, body, at = found
             if flags & COMMAND:
+                if self._parts:
+                    raise BadMessage("a command inside of a message")
                 self._command(body)
+                if self._until_ready and self.ready:
+                    break
             elif not self.ready:
                 raise BadMessage("a message before READY")
             else:
@@ -193,7 +199,7 @@ class PlacedReader:
 
     def __init__(self, buffer: memoryview) -> None:
         """``buffer``: of bytes, as large as the largest message with what stands before its frames."""
-        self._opening = Reader()
+        self._opening = Reader(until_ready=True)
         self._buffer = buffer
         self.ready = False
         """It has said READY."""
@@ -230,9 +236,7 @@ class PlacedReader:
                 return [[buffer[2:head], buffer[start:count]]]
         end = self._end + count
         if not self.ready:
-            early = self._opening.feed(bytes(self._buffer[self._begin : end]))
-            if early:
-                raise BadMessage("it speaks before it is spoken to")
+            self._opening.feed(bytes(self._buffer[self._begin : end]))
             self.ready = self._opening.ready
             rest = self._opening.take_rest() if self.ready else b""
             self._buffer[: len(rest)] = rest

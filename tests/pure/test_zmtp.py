@@ -1,4 +1,4 @@
-"""ZMTP as a DEALER speaks it: whatever pieces the bytes come in, and whatever else comes."""
+"""ZMTP as we speak it: whatever pieces the bytes come in, and whatever else comes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from postcopy_protocol.zmtp import (
     LONG,
     MORE,
     Message,
+    PlacedReader,
     Reader,
     command,
     frame,
+    framed,
     opening,
 )
 
@@ -92,3 +94,67 @@ def test_a_ping_is_answered_with_its_context() -> None:
 def test_what_cannot_go_on(said: bytes) -> None:
     with pytest.raises(BadMessage):
         Reader().feed(said)
+
+
+def placed(reader: PlacedReader, data: bytes) -> list[list[bytes]]:
+    """Received in as many pieces as there is room for."""
+    heard: list[list[bytes]] = []
+    while data:
+        space = reader.space()
+        count = min(len(space), len(data))
+        assert count, "there is always room for more, or it is refused"
+        space[:count], data = data[:count], data[count:]
+        heard += [[bytes(one) for one in message] for message in reader.filled(count)]
+    return heard
+
+
+@given(st.lists(st.lists(st.binary(max_size=600), min_size=1, max_size=4), max_size=6), st.data())
+def test_placed_messages_in_pieces_of_any_size(messages: list[list[bytes]], data: st.DataObject) -> None:
+    """In a buffer that hardly holds the largest of them."""
+    wholes = [b"".join(map(bytes, framed(message))) for message in messages]
+    stream = ROUTERS + READY + b"".join(wholes)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=8)))
+    taken = PlacedReader(memoryview(bytearray(1 + max([len(ROUTERS + READY), *map(len, wholes)]))))
+    heard = [
+        message
+        for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True)
+        for message in placed(taken, stream[start:end])
+    ]
+    assert heard == messages and taken.ready and taken.take_answer() == b""
+
+
+@given(st.lists(st.binary(max_size=600), min_size=1, max_size=5))
+def test_both_readers_and_both_writers_agree(parts: list[bytes]) -> None:
+    whole = b"".join(map(bytes, framed(parts)))
+    assert whole == b"".join([frame(part, MORE) for part in parts[:-1]]) + frame(parts[-1])
+    message = parts[0] if len(parts) == 1 else parts
+    assert reader().feed(whole) == [message]
+
+
+@given(st.binary(max_size=300))
+def test_noise_is_refused_by_a_placed_reader(noise: bytes) -> None:
+    for before in (b"", GREETING[:40], ROUTERS, ROUTERS + READY):
+        taken = PlacedReader(memoryview(bytearray(1000)))
+        try:
+            placed(taken, before + noise)
+        except BadMessage:
+            continue
+
+
+def test_a_placed_message_that_does_not_fit() -> None:
+    for said in (frame(bytes(1000)), frame(bytes(400), MORE) * 3, frame(b"", MORE) * 1000):
+        with pytest.raises(BadMessage):
+            placed(PlacedReader(memoryview(bytearray(1000))), ROUTERS + READY + said)
+
+
+def test_a_name_is_asked_for() -> None:
+    for said, name in (
+        (opening(b"w7.2"), b"w7.2"),
+        (opening(), b""),
+        (GREETING + command(b"READY"), b""),
+        (GREETING + command(b"READY", b"\x08IDENTITY\0\0\0\1a\x01x\0\0\0\0"), b"a"),
+    ):
+        assert reader(said).identity == name
+    for properties in (b"\x08Identity\0\0\0\2a", b"\x08Ident", b"\x08Identity\0\0\1\0" + bytes(256), b"\xff"):
+        with pytest.raises(BadMessage):
+            Reader().feed(GREETING + command(b"READY", properties))
