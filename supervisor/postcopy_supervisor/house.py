@@ -288,7 +288,7 @@ class House:
     def _said(self, identity: bytes, message: Words) -> None:
         """A word of the router. Most are taken by a lane (lanes.py); the others are decoded."""
         try:
-            data = message if isinstance(message, bytes) else b"".join(message)
+            data = message if isinstance(message, bytes) else message[-1]
             lane = self.paging.lanes.get(data[:-OFFSET])
             if lane is not None:
                 lane(data)
