@@ -116,8 +116,8 @@ class Router:
         self.watch(bridge.fileno(), lambda: None)  # it says that something has happened; what, has to be asked
 
     def register(self, fd: int, act: Callable[[int], object]) -> None:
-        self.acts[fd] = act
         self.epoll.register(fd, _READ)
+        self.acts[fd] = act
 
     def forget(self, fd: int) -> None:
         """The opposite of ``watch``; before the descriptor is closed."""
@@ -225,7 +225,11 @@ class Router:
                 if len(self.strangers) < STRANGERS and now - since < STRANGE_SECONDS:
                     break
                 eldest.drop()
-            peer = Peer(self, connection)
+            try:
+                peer = Peer(self, connection)
+            except OSError:  # the kernel watches no more descriptors for us
+                connection.close()
+                continue
             if peer.connection is not None:
                 self.strangers[peer] = now
 
@@ -258,8 +262,9 @@ class Line:
         """The same, once messages may be sent."""
 
     def open(self, connection: socket.socket) -> None:
-        self.connection = connection
+        """Raises OSError."""
         self.router.register(connection.fileno(), self.act)
+        self.connection = connection
 
     def act(self, mask: int) -> None:
         """epoll says this of it."""
@@ -412,17 +417,17 @@ class Sought(Line):
 
     def seek(self) -> None:
         """Try to connect, and again later if it cannot be; never waits."""
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        connection.setblocking(False)
-        try:
-            connection.connect(self._path)
-        except OSError:
-            connection.close()
-            return self._seek_later()
-        self._reader = PlacedReader(self._buffer)
-        self.open(connection)
-        with contextlib.suppress(OSError):  # a fresh socket has room for it; one that is gone is read next
-            connection.send(opening(), _NOW)
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._seek_later)
+            with contextlib.suppress(OSError):
+                connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+                stack.callback(connection.close)
+                connection.setblocking(False)
+                connection.connect(self._path)
+                connection.send(opening(), _NOW)  # a fresh socket has room for it
+                self._reader = PlacedReader(self._buffer)
+                self.open(connection)
+                stack.pop_all()
 
     def act(self, mask: int) -> None:
         if mask & _WRITE:
