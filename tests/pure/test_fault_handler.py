@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from postcopy_protocol import statistics
 from postcopy_protocol.received import LEASED, LOST, MISSING, PLACING, RECEIVED, TRUST, WATCHED
-from postcopy_workers.fault_handler import CannotGoOn, ClientGone
+from postcopy_workers.fault_handler import TIMED, CannotGoOn, ClientGone
 from postcopy_workers.placing import Calls
 from tests.simulated.effort import effort
 from tests.simulated.kernel import POISON, SIGBUS, failure
@@ -323,6 +323,25 @@ def test_a_placed_page_without_its_mark_is_ours(make: Make, kind: Kind) -> None:
     world.settle()
     assert thread.outcome == world.source.page(1)
     assert world.reported("polluted") == []
+
+
+@pytest.mark.parametrize("mode", ["private", "shared"])
+def test_common_faults_are_counted_each_and_timed_now_and_then(make: Make, mode: str) -> None:
+    """Never more latencies than faults; a successor goes on in the count of its predecessor."""
+    count = 2 * TIMED + 3
+    world = make(Kind(mode), pages=count)
+    client = world.clients[0]
+    for done, page in enumerate(reversed(range(count)), 1):  # backwards: nothing comes with a window
+        assert touched(world, client, page)
+        assert client.words[statistics.PLAIN] == statistics.faults(client.words) == done
+        assert statistics.count(client.words) == 1 + (done - 1) // TIMED * TIMED
+        if done == TIMED // 2:
+            world.kill(client, "before")
+            world.settle()
+
+
+def test_who_is_timed_does_not_fall_in_with_a_loop_over_a_few_arrays() -> None:
+    assert all({at * TIMED % arrays for at in range(arrays)} == set(range(arrays)) for arrays in range(2, TIMED))
 
 
 def test_a_punched_page_is_withdrawn_and_placed_anew(make: Make) -> None:
