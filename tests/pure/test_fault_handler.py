@@ -273,6 +273,16 @@ def test_in_order_is_placed_in_windows_that_skip_what_is_there_and_end_with_the_
     assert bytes(world.map[10:12]) == bytes((MISSING, MISSING))
 
 
+def test_no_more_of_the_windows_is_used_than_was_placed(make: Make) -> None:
+    world = make(Kind("private"), Kind("private"))
+    for page in (9, 8, 6, 5, 4, 2):  # so that there is little left to place in the other's windows
+        assert touched(world, world.clients[0], page)
+    for page in range(PAGES):
+        assert touched(world, world.clients[1], page)
+    words = world.clients[1].words
+    assert 0 < words[statistics.AROUND_USED] <= words[statistics.AROUND]
+
+
 def test_a_window_over_a_split_mapping_is_placed_through_the_own_mapping(make: Make) -> None:
     world = make(Kind("shared", adaptive=False))
     client = world.clients[0]

@@ -546,7 +546,8 @@ class FaultHandler:
         block.tidy(placed)
         self._words[PLACED] += placed
         self._words[AROUND] += placed
-        self._words[AROUND_USED] += region.around.used
+        # A window counts as wide as it was meant to be, also where others had placed some of it.
+        self._words[AROUND_USED] = min(self._words[AROUND_USED] + region.around.used, self._words[AROUND])
         region.around.used = 0
 
     # --- the client's userfaultfd -------------------------------------------------------------------------------------
