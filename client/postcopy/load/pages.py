@@ -50,7 +50,8 @@ font-size: .85rem; margin-top: 3rem }
 def writer(path: str, words: list[str]) -> Callable[[Findings], None]:
     """What writes findings to ``path``; ``words`` is the command line that will have made them.
 
-    Raises BadInput for an ending that is none of ENDINGS, PostcopyError when there is no matplotlib.
+    Raises BadInput for an ending that is none of ENDINGS, OSError for what cannot be written to, PostcopyError when
+    there is no matplotlib.
     """
     ending = os.path.splitext(path)[1].lower()
     if ending not in ENDINGS:
@@ -61,6 +62,8 @@ def writer(path: str, words: list[str]) -> Callable[[Findings], None]:
         from . import plots
     except ImportError as error:
         raise PostcopyError(f"--report needs matplotlib: pip install 'postcopy[report]' ({error})") from None
+    for target in {path, os.path.splitext(path)[0] + ".png"} if ending == ".md" else {path}:
+        _check_writable(target)
     command = "postcopy " + shlex.join(words)
 
     def write(found: Findings) -> None:
@@ -74,6 +77,15 @@ def writer(path: str, words: list[str]) -> Callable[[Findings], None]:
             _save(path, as_markdown(found, command, os.path.basename(poster)))
 
     return write
+
+
+def _check_writable(path: str) -> None:
+    """Raises OSError now, rather than after a long test. Neither a new file stays behind nor is an old one changed."""
+    new = not os.path.lexists(path)
+    with open(path, "ab"):
+        pass
+    if new:
+        os.unlink(path)
 
 
 def _save(path: str, text: str) -> None:
