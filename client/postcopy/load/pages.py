@@ -105,9 +105,7 @@ def what_was_done(found: Findings) -> str:
     """The test in plain words."""
     asked = found["asked"]
     each = f"{asked['touches']} times" if asked["touches"] else ""
-    each += (" or " if each and asked["seconds"] else "") + (
-        f"for {asked['seconds']:g} seconds" if asked["seconds"] else ""
-    )
+    each += (" or " if each and asked["seconds"] else "") + (f"for {asked['seconds']:g} s" if asked["seconds"] else "")
     kinds = {
         "private": "private (copy-on-write)",
         "shared": "shared",
@@ -152,7 +150,7 @@ def rows(found: Findings) -> list[tuple[str, str, str]]:
         ("touches", f"{found['touches']:,}", f"in {found['seconds']:.2f} s: {found['touches_per_s']:,.0f} a second"),
         ("first touches", f"{found['first_touches']:,}", "touches of a page that this client had not touched before"),
         ("faults", f"{found['faults']:,}", "of them found the page missing and waited for it"),
-        *_latencies("fault", found["fault_us"], "the page was missing"),
+        *(_latencies("fault", found["fault_us"], "the page was missing") if found["faults"] else ()),
         *_latencies("first touch", found["latency_us"], "all first touches, missing or not"),
     ]
     if "response_us" in found:
