@@ -13,7 +13,7 @@ import postcopy
 from postcopy import traces
 from postcopy_protocol import trace
 from tests.conftest import SourceFile
-from tests.house.house import House, environment
+from tests.house.house import House, PuppetError, environment
 from tests.house.remote import Source
 from tests.house.test_load import loaded
 
@@ -68,6 +68,24 @@ def test_remote_faults_writes_and_a_killed_worker(runtime_dir: Path, source_file
     assert b"overlap 100.0%" in asked("trace", "diff", str(target), str(target)).stdout
     played = loaded("--serve", str(path), "--replay", str(target), "--speed", "0", "--clients", "2")
     assert played["touches"] == 2 * len(traces.read(str(target)).faults)
+
+
+def test_a_page_whose_function_fails_is_recorded_as_lost(runtime_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "failing.py").write_text(
+        "def make(offset, length):\n    if offset >= 8192:\n        raise OSError('no')\n    return bytes(length)\n"
+    )
+    block, target = "ram0=handler:failing:make?size=16K", tmp_path / "trace"
+    with House(runtime_dir, block, cwd=tmp_path, fault_around="4K", record=str(target)) as house:
+        client = house.client("ram0", "private")
+        client.do("b.buf[4096]")
+        with pytest.raises(PuppetError, match="PageLost"):
+            client.do("b.ensure(8192, 1, 20)")
+        client.close()
+        house.end()
+    assert {fault.page: trace.KINDS[fault.kind] for fault in traces.read(str(target)).faults} == {
+        1: "placed",
+        2: "lost",
+    }
 
 
 def test_a_replay_begins_when_its_trace_has_been_read(tmp_path: Path) -> None:
