@@ -9,8 +9,8 @@
 blocks and ``woken`` are written by the client's worker, into its figures behind the statistics page: two pages of u64
 words for each block. ``arrived``, and ``placed`` of remote blocks, are the supervisor's and known by block only,
 because a page comes once whoever waits for it. Buckets are those of ``statistics``. Of a client's common local faults
-the first is timed, then one in eleven, which counts for eleven; of what is done with one remote page at a time, one in
-four, which counts for four.
+the first is timed, then one in seventeen, which counts for seventeen; of what is done with one remote page at a time,
+one in four, which counts for four.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ FAULT_MINOR = 4
 EVENT_PAGEFAULT = 0x12
 MESSAGE_WORDS = 4
 SEEK_END = 2
-TIMED = 11
+TIMED = 17
 """Of the common faults one in so many is timed, and counts for as many: clocks and histograms cost 2 us each time. It
 is the first, too, which counts for itself alone: nothing is warm then. A prime, because programs go in turns through
 two, three, four or eight arrays or threads: each gets its share."""
