@@ -18,7 +18,7 @@ from .bench import BenchmarkFailed
 
 ANSWERS = {"_shared_answer": 4, "_private_answer": 5}
 """The closures of common faults, and how many statements of each are statistics: two stores, clock, histograms."""
-TIDYING = "if not page & TIDY_MASK: tidy(TIDY_MASK + 1)"
+TIDYING = "if not page % TIMED: tidy(TIMED)"
 TAKEN_OUT = {"words", "begun", "plain"}
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 
+FOREVER = 1e9
+"""Seconds from which on nobody lives to see the end, infinity among them: more than the kernel's words take."""
+
 
 class Deadline:
-    """``seconds`` from now; None: never."""
+    """``seconds`` from now; None, or FOREVER and more: never. Raises ValueError for less than none."""
 
     __slots__ = ("_at", "seconds")
 
@@ -14,7 +17,7 @@ class Deadline:
         if seconds is not None and not seconds >= 0:
             raise ValueError(f"a timeout of {seconds} seconds makes no sense")
         self.seconds = seconds
-        self._at = None if seconds is None else time.monotonic() + seconds
+        self._at = None if seconds is None or seconds >= FOREVER else time.monotonic() + seconds
 
     def remaining(self) -> float | None:
         """Seconds left, never negative; None: no limit."""

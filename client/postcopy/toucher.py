@@ -86,8 +86,12 @@ class Toucher:
         self.recorders: list[Recorder] = []
         self._told = time.monotonic_ns()
         self._lock = threading.Lock()
+        self.recorded: list[tuple[int, int, bool]] = []
 
     def work(self, steps: list[dict[str, Any]]) -> None:
+        for step in steps:
+            if step.get("replay"):  # before anybody begins: what a long trace takes to read is not the memory's doing
+                self.recorded = replay.share(step["replay"], self.block.name, self.index)
         for step in steps:
             match step["do"]:
                 case "wait":
@@ -194,7 +198,7 @@ class Strand:
     def _replayed(self) -> Iterator[tuple[int, int, bool]]:
         """As ``_due``, from a trace. It may have been written by another block of the same name."""
         step, toucher, begin = self._step, self._toucher, time.monotonic_ns()
-        mine = replay.share(step.replay, toucher.block.name, toucher.index)[self._thread :: step.threads]
+        mine = toucher.recorded[self._thread :: step.threads]
         writable = toucher.truth is not None or toucher.block.mode == "private"
         end = begin + int(step.seconds * 1e9) if step.seconds else _FAR
         for at, page, write in mine[: step.touches or None]:
@@ -213,12 +217,12 @@ class Strand:
         share, rest = divmod(step.touches, step.threads)
         mine = share + (self._thread < rest) if step.touches else 1 << 60
         if not step.rate:
-            for _ in range(mine):
+            for number in range(mine):
+                if step.think and number:
+                    sleep_until(min(end, time.monotonic_ns() + int(step.think * 1e9)))
                 if time.monotonic_ns() >= end:
                     return
                 yield next(pages), 0, False
-                if step.think:
-                    time.sleep(step.think)
             return
         interval = 1e9 * step.threads / step.rate
         begin += int(interval * self._thread / step.threads)

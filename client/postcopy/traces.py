@@ -9,6 +9,8 @@ from typing import Any
 from postcopy_protocol import statistics, trace
 from postcopy_protocol.trace import Fault, Head
 
+from .errors import BadInput
+
 
 @dataclass(frozen=True, slots=True)
 class Trace:
@@ -26,7 +28,10 @@ def read(path: str) -> Trace:
     """Raises BadInput for what is no trace, OSError for what cannot be read."""
     with open(path, "rb") as file:
         data = file.read()
-    head, start = trace.head_of(data)
+    try:
+        head, start = trace.head_of(data)
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
     return Trace(path, head, sorted(trace.faults(data, start), key=lambda fault: fault.at))
 
 

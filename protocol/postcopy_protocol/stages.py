@@ -8,8 +8,9 @@
 *Read* is where they begin: the kernel does not say when the client came to stand there. ``asked``, ``placed`` of local
 blocks and ``woken`` are written by the client's worker, into its figures behind the statistics page: two pages of u64
 words for each block. ``arrived``, and ``placed`` of remote blocks, are the supervisor's and known by block only,
-because a page comes once whoever waits for it. Buckets are those of ``statistics``; of common local faults, and of what
-is done with one remote page at a time, one in four is timed and counts for four.
+because a page comes once whoever waits for it. Buckets are those of ``statistics``. Of a client's common local faults
+the first is timed, then one in seventeen, which counts for seventeen; of what is done with one remote page at a time,
+one in four, which counts for four.
 """
 
 from __future__ import annotations

@@ -120,6 +120,12 @@ def test_contents_by_a_rule(tmp_path: Path) -> None:
         ["--report", "load.pdf"],
         ["--verify", "handler:nothing"],
         ["--writes", "2"],
+        ["--seconds", "inf"],
+        ["--think", "1e300"],
+        ["--ramp", "inf"],
+        ["--rate", "inf"],
+        ["--kill-workers", "inf"],
+        ["--replay", "x", "--speed", "inf"],
         ["--serve", "zero:banana"],
     ],
 )
@@ -128,6 +134,32 @@ def test_what_does_not_fit_together(words: list[str], runtime_dir: Path) -> None
     done = subprocess.run(command, capture_output=True, timeout=PATIENCE, env=environment())
     assert done.returncode == 2, done.stderr
     assert done.stderr.count(b"\n") == 1
+
+
+def test_a_limit_of_time_ends_the_thinking_too(house: postcopy.Supervisor) -> None:
+    found = loaded("--clients", "1", "--seconds", "0.3", "--think", "60", "--runtime-dir", house.runtime_dir)
+    assert found["touches"] == 1 and found["seconds"] < 30
+
+
+def test_nobody_thinks_after_the_last_touch(house: postcopy.Supervisor) -> None:
+    found = loaded("--clients", "1", "--touches", "1", "--think", "60", "--runtime-dir", house.runtime_dir)
+    assert found["touches"] == 1 and found["seconds"] < 30
+
+
+def test_a_report_that_cannot_be_written_is_found_out_first(tmp_path: Path) -> None:
+    """Before anything is started, and nothing is left; where it goes wrong at the end the figures are out already."""
+    command = [sys.executable, "-m", "postcopy", "load", "--runtime-dir", str(tmp_path / "none"), "--report"]
+    (tmp_path / "there.png").mkdir()
+    for name in ("there.png", "there.md"):
+        done = subprocess.run([*command, str(tmp_path / name)], capture_output=True, timeout=PATIENCE)
+        assert (done.returncode, done.stderr.count(b"\n")) == (1, 1) and b"there.png" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["there.png"]
+
+
+def test_kills_that_were_not_made_are_said(house: postcopy.Supervisor) -> None:
+    words = ["load", "--clients", "1", "--touches", "10", "--kill-workers", "60", "--runtime-dir", house.runtime_dir]
+    done = subprocess.run([sys.executable, "-m", "postcopy", *words], capture_output=True, timeout=PATIENCE)
+    assert done.returncode == 0 and b"no worker was killed" in done.stdout
 
 
 # --- every pytest worker a load generator -----------------------------------------------------------------------------

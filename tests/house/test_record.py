@@ -11,8 +11,9 @@ import pytest
 
 import postcopy
 from postcopy import traces
+from postcopy_protocol import trace
 from tests.conftest import SourceFile
-from tests.house.house import House, environment
+from tests.house.house import House, PuppetError, environment
 from tests.house.remote import Source
 from tests.house.test_load import loaded
 
@@ -63,14 +64,44 @@ def test_remote_faults_writes_and_a_killed_worker(runtime_dir: Path, source_file
     summary = json.loads(asked("trace", "summary", "--json", str(target)).stdout)
     assert summary["blocks"][0]["kinds"]["arrived"] >= 9
     assert b"client" in asked("trace", "show", "--limit", "2", str(target)).stdout
+    assert b"no block ram1; it has ram0" in asked("trace", "show", str(target), "--block", "ram1", status=1).stderr
     assert b"overlap 100.0%" in asked("trace", "diff", str(target), str(target)).stdout
     played = loaded("--serve", str(path), "--replay", str(target), "--speed", "0", "--clients", "2")
     assert played["touches"] == 2 * len(traces.read(str(target)).faults)
 
 
+def test_a_page_whose_function_fails_is_recorded_as_lost(runtime_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "failing.py").write_text(
+        "def make(offset, length):\n    if offset >= 8192:\n        raise OSError('no')\n    return bytes(length)\n"
+    )
+    block, target = "ram0=handler:failing:make?size=16K", tmp_path / "trace"
+    with House(runtime_dir, block, cwd=tmp_path, fault_around="4K", record=str(target)) as house:
+        client = house.client("ram0", "private")
+        client.do("b.buf[4096]")
+        with pytest.raises(PuppetError, match="PageLost"):
+            client.do("b.ensure(8192, 1, 20)")
+        client.close()
+        house.end()
+    assert {fault.page: trace.KINDS[fault.kind] for fault in traces.read(str(target)).faults} == {
+        1: "placed",
+        2: "lost",
+    }
+
+
+def test_a_replay_begins_when_its_trace_has_been_read(tmp_path: Path) -> None:
+    """A long one takes seconds; no touch is late for it."""
+    target, faults = tmp_path / "long", 200_000
+    head = trace.Head(0.0, 0, (trace.Traced(1, "load", 4096, 4096),))
+    records = b"".join(trace.pack(number, 1, 1, 0, 0, 100) for number in range(faults))
+    target.write_bytes(head.encode() + records)
+    played = loaded("--serve", "zero:4K", "--replay", str(target), "--touches", "3", "--clients", "1")
+    assert played["touches"] == 3 and played["response_us"]["max"] < 400_000
+
+
 def test_what_is_no_trace(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"hello")
-    assert b"no trace" in asked("trace", "summary", str(tmp_path / "x"), status=2).stderr
+    told = asked("trace", "diff", str(tmp_path / "x"), str(tmp_path / "x"), status=2).stderr
+    assert b"no trace" in told and str(tmp_path / "x").encode() in told
     assert asked("load", "--serve", "zero:4K", "--replay", str(tmp_path / "x"), status=2).stderr.count(b"\n") == 1
     with pytest.raises(postcopy.PostcopyError, match="--record"):
         postcopy.Supervisor({"z": "zero:4K"}, record="/no/such/place")

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from postcopy_protocol import statistics
 from postcopy_protocol.received import LEASED, LOST, MISSING, PLACING, RECEIVED, TRUST, WATCHED
-from postcopy_workers.fault_handler import CannotGoOn, ClientGone
+from postcopy_workers.fault_handler import TIMED, CannotGoOn, ClientGone
 from postcopy_workers.placing import Calls
 from tests.simulated.effort import effort
 from tests.simulated.kernel import POISON, SIGBUS, failure
@@ -273,6 +273,16 @@ def test_in_order_is_placed_in_windows_that_skip_what_is_there_and_end_with_the_
     assert bytes(world.map[10:12]) == bytes((MISSING, MISSING))
 
 
+def test_no_more_of_the_windows_is_used_than_was_placed(make: Make) -> None:
+    world = make(Kind("private"), Kind("private"))
+    for page in (9, 8, 6, 5, 4, 2):  # so that there is little left to place in the other's windows
+        assert touched(world, world.clients[0], page)
+    for page in range(PAGES):
+        assert touched(world, world.clients[1], page)
+    words = world.clients[1].words
+    assert 0 < words[statistics.AROUND_USED] <= words[statistics.AROUND]
+
+
 def test_a_window_over_a_split_mapping_is_placed_through_the_own_mapping(make: Make) -> None:
     world = make(Kind("shared", adaptive=False))
     client = world.clients[0]
@@ -323,6 +333,25 @@ def test_a_placed_page_without_its_mark_is_ours(make: Make, kind: Kind) -> None:
     world.settle()
     assert thread.outcome == world.source.page(1)
     assert world.reported("polluted") == []
+
+
+@pytest.mark.parametrize("mode", ["private", "shared"])
+def test_common_faults_are_counted_each_and_timed_now_and_then(make: Make, mode: str) -> None:
+    """Never more latencies than faults; a successor goes on in the count of its predecessor."""
+    count = 2 * TIMED + 3
+    world = make(Kind(mode), pages=count)
+    client = world.clients[0]
+    for done, page in enumerate(reversed(range(count)), 1):  # backwards: nothing comes with a window
+        assert touched(world, client, page)
+        assert client.words[statistics.PLAIN] == statistics.faults(client.words) == done
+        assert statistics.count(client.words) == 1 + (done - 1) // TIMED * TIMED
+        if done == TIMED // 2:
+            world.kill(client, "before")
+            world.settle()
+
+
+def test_who_is_timed_does_not_fall_in_with_a_loop_over_a_few_arrays() -> None:
+    assert all({at * TIMED % arrays for at in range(arrays)} == set(range(arrays)) for arrays in range(2, TIMED))
 
 
 def test_a_punched_page_is_withdrawn_and_placed_anew(make: Make) -> None:

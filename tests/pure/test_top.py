@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from textual.containers import VerticalScroll
 from textual.pilot import Pilot
 from textual.widgets import Input, Static
 
 from postcopy.errors import NoSupervisor
 from postcopy.top import view
-from postcopy.top.app import Top
+from postcopy.top.app import HELP, Top
 
 
 def client(number: int, **more: Any) -> dict[str, Any]:
@@ -158,6 +159,33 @@ def test_a_client_is_looked_into_and_what_is_chosen_stays_chosen() -> None:
         await pilot.press("escape")
         await pilot.press("question_mark")
         assert "look into the client" in str(app.screen.query_one("#told", Static).render())
+
+    on_screen(act)
+
+
+def test_control_c_leaves() -> None:
+    async def act(app: Top, pilot: Pilot[None]) -> None:
+        await pilot.press("slash", "ctrl+c")  # also while somebody writes
+        await pilot.pause()
+        assert app.return_code == 0 and not app.is_running
+
+    on_screen(act)
+
+
+def test_the_smallest_usual_terminal_shows_all_columns_and_all_of_the_help() -> None:
+    async def act(app: Top, pilot: Pilot[None]) -> None:
+        assert app.people.show_vertical_scrollbar and not app.people.show_horizontal_scrollbar
+        assert app.people.render_line(0).text.rstrip().endswith("deaths")
+        await pilot.press("question_mark")
+        await pilot.pause()
+        box = app.screen.query_one(VerticalScroll)
+        assert not box.show_vertical_scrollbar
+        assert app.screen.query_one("#told", Static).size.height == len(HELP.splitlines())
+        await pilot.resize_terminal(200, 60)
+        await pilot.press("escape")
+        await pilot.resize_terminal(80, 24)
+        await pilot.pause()
+        assert not app.people.show_horizontal_scrollbar
 
     on_screen(act)
 

@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from time import monotonic_ns
 
 from postcopy_protocol import trace
-from postcopy_protocol.received import LOST, MISSING, PLACING
+from postcopy_protocol.received import LOST, MISSING, PLACING, RECEIVED
+from postcopy_protocol.statistics import FAILURES, PAGE_BYTES
 from postcopy_protocol.trace import (
     FIGURES_BYTES,
     RECORD,
@@ -38,6 +39,7 @@ class Recording:
     """The ring of one client, and what of it is waited for."""
 
     def __init__(self, figures: memoryview, client: int) -> None:
+        self._counted = figures[:PAGE_BYTES].cast("Q")
         self._words = figures[RING_HEAD:RING_AT].cast("Q")
         self._records = figures[RING_AT:]
         self._client = client
@@ -65,7 +67,7 @@ class Recording:
 
     def wrap(self, handler: FaultHandler) -> None:
         """From now on what this handler answers is recorded."""
-        answer, regions = handler.answer, handler.regions
+        answer, regions, counted = handler.answer, handler.regions, self._counted
 
         def recorded(flags: int, address: int) -> None:
             region = next((region for region in regions if region.start <= address < region.end), None)
@@ -73,14 +75,16 @@ class Recording:
                 return answer(flags, address)
             page = address - region.base >> region.block.shift
             missing = region.block.received[page] in (MISSING, PLACING)
-            begun = monotonic_ns()
+            failures, begun = counted[FAILURES], monotonic_ns()
             if missing and isinstance(region.block.pages, RemotePages):
                 self._asked(region, page, begun, flags)
                 return answer(flags, address)
             answer(flags, address)
             taken = monotonic_ns() - begun
             kind = trace.PLACED if missing else trace.PRESENT
-            kind = trace.LOST if region.block.received[page] == LOST else kind
+            state = region.block.received[page]
+            if state == LOST or (state != RECEIVED and counted[FAILURES] != failures):
+                kind = trace.LOST  # the second: to this client alone, because its function failed
             self.put(begun, region.block.grant.block, page, kind | _flags(flags), taken)
 
         handler.answer = recorded

@@ -34,6 +34,8 @@ from .options import Json, RuntimeDir
 MODES = ("private", "shared", "mixed")
 MOST_CLIENTS = 4096
 TOUCHES = 10_000
+LONGEST, FASTEST = 1e8, 1e9
+"""Seconds, and a second: what is more, infinity among it, is a slip of the hand, and no sleep takes it."""
 OWN_BLOCK = "load"
 
 
@@ -50,14 +52,21 @@ def load(
         int | None, typer.Option("--touches", min=1, help=f"Touches of each client [default: {TOUCHES}].")
     ] = None,
     seconds: Annotated[
-        float | None, typer.Option("--seconds", min=0.001, help="Touch that long, instead or at most.")
+        float | None, typer.Option("--seconds", min=0.001, max=LONGEST, help="Touch that long, instead or at most.")
     ] = None,
     mode: Annotated[str, typer.Option("--mode", metavar="|".join(MODES), help="mixed: every other one.")] = "private",
     rate: Annotated[
-        float, typer.Option("--rate", min=0.0, help="Touches a second of each client, whatever they take (open loop).")
+        float,
+        typer.Option(
+            "--rate", min=0.0, max=FASTEST, help="Touches a second of each client, whatever they take (open loop)."
+        ),
     ] = 0.0,
-    think: Annotated[float, typer.Option("--think", min=0.0, help="Seconds between touches (closed loop).")] = 0.0,
-    ramp: Annotated[float, typer.Option("--ramp", min=0.0, help="Seconds over which the clients begin.")] = 0.0,
+    think: Annotated[
+        float, typer.Option("--think", min=0.0, max=LONGEST, help="Seconds between touches (closed loop).")
+    ] = 0.0,
+    ramp: Annotated[
+        float, typer.Option("--ramp", min=0.0, max=LONGEST, help="Seconds over which the clients begin.")
+    ] = 0.0,
     threads: Annotated[int, typer.Option("--threads", min=1, max=256, help="Touching threads of each client.")] = 1,
     writes: Annotated[float, typer.Option("--writes", min=0.0, max=1.0, help="Share of touches that write.")] = 0.0,
     stride: Annotated[int, typer.Option("--stride", min=1, help="Pages from one touch to the next (stride).")] = 16,
@@ -69,7 +78,10 @@ def load(
         bool, typer.Option("--compiled", help="Touch in C, compiled now (cc): no Python in the latencies.")
     ] = False,
     kill_workers: Annotated[
-        float, typer.Option("--kill-workers", min=0.0, metavar="EVERY", help="SIGKILL a worker every EVERY seconds.")
+        float,
+        typer.Option(
+            "--kill-workers", min=0.0, max=LONGEST, metavar="EVERY", help="SIGKILL a worker every EVERY seconds."
+        ),
     ] = 0.0,
     report: Annotated[
         str | None, typer.Option("--report", metavar="FILE.html|.png|.md", help="Write a report with plots.")
@@ -78,7 +90,10 @@ def load(
         str | None, typer.Option("--replay", metavar="TRACE", help="The touches of a trace (serve --record).")
     ] = None,
     speed: Annotated[
-        float, typer.Option("--speed", min=0.0, help="So many times as fast as the trace; 0: without its pauses.")
+        float,
+        typer.Option(
+            "--speed", min=0.0, max=FASTEST, help="So many times as fast as the trace; 0: without its pauses."
+        ),
     ] = 1.0,
     block: Annotated[
         str | None, typer.Option("--block", metavar="NAME", help="[default: the first one served]")
@@ -133,12 +148,12 @@ def load(
     pattern = "recorded" if step.replay else pattern
     found |= {"block": name, "size": size, "pattern": pattern, "mode": mode, "verified": verify is not None}
     found["asked"] = {**asdict(step), "kill_workers": kill_workers, "seed": seed, "served": serve}
-    if write is not None:
-        write(found)
     if as_json:
         print(json.dumps(found))
     else:
         _show(found)
+    if write is not None:  # last: a disk that is full by now must not take the figures along
+        write(found)
     _judge(found)
 
 
@@ -237,10 +252,8 @@ def _show(found: dict[str, Any]) -> None:
         f"max {latency['max']} us"
     )
     fault = found["fault_us"]
-    print(
-        f"{found['faults']} of them found the page missing: p50 {fault['p50']} us, p99 {fault['p99']} us, "
-        f"max {fault['max']} us"
-    )
+    waited = f": p50 {fault['p50']} us, p99 {fault['p99']} us, max {fault['max']} us" if found["faults"] else ""
+    print(f"{found['faults']} of them found the page missing{waited}")
     if "response_us" in found:
         response = found["response_us"]
         print(
@@ -251,6 +264,8 @@ def _show(found: dict[str, Any]) -> None:
         print(f"fairness between clients (1.0: all the same) {found['fairness']:.3f}")
     if found["kills"]:
         print(f"{len(found['kills'])} workers killed, {found['supervisor'].get('restarts', 0)} restarted")
+    elif found["asked"]["kill_workers"]:
+        print("no worker was killed: it was over before, or there was none any more (a complete block needs none)")
     if found["verified"]:
         print(f"{format_size(found['compared'])} compared, {found['wrong']} bytes wrong")
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import traces
+from ..errors import PostcopyError
 from ..load.pages import human
 from .options import Json
 
@@ -31,6 +32,8 @@ def show(
 ) -> None:
     """Every fault: when (seconds since the start), client, block, page, what became of it, how long it took."""
     found = traces.read(file)
+    if block is not None and block not in (names := {known.name for known in found.head.blocks}):
+        raise PostcopyError(f"{file} has no block {block}; it has {', '.join(sorted(names))}")
     wanted = (
         fault
         for fault in found.faults

@@ -50,7 +50,8 @@ font-size: .85rem; margin-top: 3rem }
 def writer(path: str, words: list[str]) -> Callable[[Findings], None]:
     """What writes findings to ``path``; ``words`` is the command line that will have made them.
 
-    Raises BadInput for an ending that is none of ENDINGS, PostcopyError when there is no matplotlib.
+    Raises BadInput for an ending that is none of ENDINGS, OSError for what cannot be written to, PostcopyError when
+    there is no matplotlib.
     """
     ending = os.path.splitext(path)[1].lower()
     if ending not in ENDINGS:
@@ -61,6 +62,8 @@ def writer(path: str, words: list[str]) -> Callable[[Findings], None]:
         from . import plots
     except ImportError as error:
         raise PostcopyError(f"--report needs matplotlib: pip install 'postcopy[report]' ({error})") from None
+    for target in {path, os.path.splitext(path)[0] + ".png"} if ending == ".md" else {path}:
+        _check_writable(target)
     command = "postcopy " + shlex.join(words)
 
     def write(found: Findings) -> None:
@@ -74,6 +77,15 @@ def writer(path: str, words: list[str]) -> Callable[[Findings], None]:
             _save(path, as_markdown(found, command, os.path.basename(poster)))
 
     return write
+
+
+def _check_writable(path: str) -> None:
+    """Raises OSError now, rather than after a long test. Neither a new file stays behind nor is an old one changed."""
+    new = not os.path.lexists(path)
+    with open(path, "ab"):
+        pass
+    if new:
+        os.unlink(path)
 
 
 def _save(path: str, text: str) -> None:
@@ -93,9 +105,7 @@ def what_was_done(found: Findings) -> str:
     """The test in plain words."""
     asked = found["asked"]
     each = f"{asked['touches']} times" if asked["touches"] else ""
-    each += (" or " if each and asked["seconds"] else "") + (
-        f"for {asked['seconds']:g} seconds" if asked["seconds"] else ""
-    )
+    each += (" or " if each and asked["seconds"] else "") + (f"for {asked['seconds']:g} s" if asked["seconds"] else "")
     kinds = {
         "private": "private (copy-on-write)",
         "shared": "shared",
@@ -140,7 +150,7 @@ def rows(found: Findings) -> list[tuple[str, str, str]]:
         ("touches", f"{found['touches']:,}", f"in {found['seconds']:.2f} s: {found['touches_per_s']:,.0f} a second"),
         ("first touches", f"{found['first_touches']:,}", "touches of a page that this client had not touched before"),
         ("faults", f"{found['faults']:,}", "of them found the page missing and waited for it"),
-        *_latencies("fault", found["fault_us"], "the page was missing"),
+        *(_latencies("fault", found["fault_us"], "the page was missing") if found["faults"] else ()),
         *_latencies("first touch", found["latency_us"], "all first touches, missing or not"),
     ]
     if "response_us" in found:

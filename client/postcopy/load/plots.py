@@ -96,6 +96,7 @@ def _bars(axes: Any, found: Findings, values: list[float], label: str) -> None:
         if places:
             axes.bar(places, [values[place] for place in places], color=colour, label=mode)
     axes.set_xlabel("client")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel(label)
     axes.legend(frameon=True, fontsize=8, loc="lower right", facecolor="white", framealpha=0.8)
 

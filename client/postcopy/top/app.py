@@ -23,17 +23,23 @@ from .clients import Clients
 STYLES = {view.MISSING: "grey42", view.HOT: "bold yellow", view.RECEIVED: "green", view.LOST: "bold red"}
 NAME_WIDTH, FIGURES_WIDTH = 12, 16
 HELP = """\
-s, S        sort by the next, the previous column        enter   look into the client of the line
-r           turn the order round                         e       events: a few lines, or half of the screen
-/           show only clients whose name, state,         p       pause
-            block or pid holds some text                 q       leave
-escape      show all clients again
+s, S     sort by the next, the previous column
+r        turn the order round
+/        show only clients of this name, state, block or pid
+escape   show all clients again
+enter    look into the client of the line
+e        events: a few lines, or half of the screen
+p        pause
+q, ^C    leave
 
-blocks      · nothing has come, ▁ to █ more and more, yellow: came just now, red X: lost
-fault/s     faults answered a second                     waits   share of the time stood at missing pages
-page/s      pages placed by its worker a second          deaths  workers of it that had to be replaced
-p50, p99    from a fault's message to its release
-"""
+blocks   · nothing has come, ▁ to █ more and more,
+         yellow: came just now, red X: lost
+fault/s  faults answered a second
+page/s   pages placed by its worker a second
+p50, p99 from a fault's message to its release
+waits    share of the time stood at missing pages
+deaths   workers of it that had to be replaced"""
+"""Fits into a terminal of 80x24 without scrolling."""
 
 Ask = Callable[[], dict[str, Any]]
 """Gets a status; may raise PostcopyError."""
@@ -46,7 +52,7 @@ class Top(App[None]):
     #head { height: 1; background: $primary; color: $text; padding: 0 1 }
     #blocks { height: auto; max-height: 30%; padding: 0 1 }
     #sources { height: auto; max-height: 20%; padding: 0 1; color: $text-muted }
-    #clients { height: 1fr }
+    #clients { height: 1fr; scrollbar-size-vertical: 1 }
     #events { height: 5; padding: 0 1; border-top: solid $primary }
     #events.large { height: 50% }
     #filter { height: 1; border: none; display: none }
@@ -57,6 +63,7 @@ class Top(App[None]):
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("q", "quit", "Quit"),
+        Binding("ctrl+c", "quit", show=False, priority=True),
         Binding("s", "sort(1)", "Sort"),
         Binding("S", "sort(-1)", "Sort back", show=False),
         Binding("r", "turn", "Reverse"),

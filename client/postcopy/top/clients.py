@@ -17,8 +17,9 @@ from textual.strip import Strip
 from . import view
 
 WIDE = (4, 15, 8, 11, 16, 8, 8, 7, 7, 6, 6)
-NARROW = (4, 10, 7, 11, 9, 7, 0, 6, 6, 5, 6)
-"""Widths of the columns, for 80 characters and up to those that WIDE takes; 0: not shown."""
+NARROW = (4, 9, 7, 11, 9, 7, 0, 6, 6, 5, 6)
+"""Widths of the columns, for 80 characters (one of them a scroll bar's) and up to those that WIDE takes; 0: not
+shown."""
 LEFT = frozenset({"client", "state", "blocks"})
 HEAD, PLAIN, CHOSEN = Style(bold=True, underline=True), Style(), Style(reverse=True)
 STATES = {name: Style(color=colour) for name, colour in
@@ -67,8 +68,14 @@ class Clients(ScrollView, can_focus=True):
         place = next((at for at, row in enumerate(self.rows) if row.number == chosen), self._cursor)
         self._cursor = max(0, min(place, len(self.rows) - 1))
         if grown:
-            self.virtual_size = Size(len(_line(view.COLUMNS, self._widths)), len(self.rows) + 1)
+            self._measure()
         self.refresh()
+
+    def on_resize(self) -> None:
+        self._measure()
+
+    def _measure(self) -> None:
+        self.virtual_size = Size(len(_line(view.COLUMNS, self._widths)), len(self.rows) + 1)
 
     def render_line(self, y: int) -> Strip:
         """The head stays where it is; below it the lines that are scrolled to."""
