@@ -121,6 +121,19 @@ class Crowd:
             self._start_some()
             progress(sum(member.touches for member in self.members))
 
+    def stop(self, within: float) -> None:
+        """Let everybody come to an end at once; who has not said its result after so many seconds has failed."""
+        for member in self.members:
+            if not member.over:
+                member.process.send_signal(signal.SIGINT)
+        deadline = time.monotonic() + within
+        while any(not member.over for member in self.members) and time.monotonic() < deadline:
+            for key, _ in self._selector.select(0.1):
+                self._hear(key.data)
+        for member in self.members:
+            if not member.over:
+                member.state, member.error = "failed", f"did not come to an end within {within:g} s"
+
     def go(self) -> int:
         """Let everybody who waits go on; the instant that counts as their start (CLOCK_MONOTONIC, ns)."""
         origin = time.monotonic_ns()

@@ -114,6 +114,7 @@ class Supervisor:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self._log,
+                process_group=0,  # a Ctrl-C on the terminal is ours to answer
                 env={**os.environ, "NOTIFY_SOCKET": os.path.join(place, "notify")},
             )
             pidfd = os.pidfd_open(self._process.pid)

@@ -6,6 +6,7 @@ It attaches, says ``{"ready": PID}`` on its stdout, and works through the steps 
     {"do": "touch", "pattern": P, ...}      see ``Touching``
     {"do": "compare"}                       every byte with the truth, in order
 
+SIGINT ends the steps, and the result is of what was done until then.
 At times it says ``{"touches": N}``, at the end ``{"result": {...}}`` or ``{"error": "..."}``. A line is one message.
 
 A touch is a plain access of one byte, timed here. One toucher indexes the memory, which is the fastest that Python
@@ -42,6 +43,8 @@ from .load.truth import Truth, parse
 TELL_EVERY_NS = 200_000_000
 OVERTIME = 1.0
 """An open loop that cannot keep up is ended this many durations after its time; what was due is counted as missed."""
+STOP_SECONDS = 1.0
+"""For so long a stopped client waits for those of its threads that stand in a fault or sleep."""
 _PIECE = 1 << 20
 _FAR = 1 << 62
 
@@ -68,6 +71,10 @@ class Touching:
     """A compiled touch (see ``postcopy_kernel.compiled``) instead of Python's."""
 
 
+class Stopped(BaseException):
+    """SIGINT: what is measured by now is the result."""
+
+
 class Toucher:
     """What one client does and finds."""
 
@@ -87,6 +94,13 @@ class Toucher:
         self._told = time.monotonic_ns()
         self._lock = threading.Lock()
         self.recorded: list[tuple[int, int, bool]] = []
+        self.stopped = False
+
+    def stop(self, *_: object) -> None:
+        """The handler of SIGINT."""
+        if not self.stopped:
+            self.stopped = True
+            raise Stopped
 
     def work(self, steps: list[dict[str, Any]]) -> None:
         for step in steps:
@@ -117,8 +131,13 @@ class Toucher:
             threads = [threading.Thread(target=strand.guarded, daemon=True) for strand in strands]
             for thread in threads:
                 thread.start()
-            for thread in threads:
-                thread.join()
+            try:
+                for thread in threads:
+                    thread.join()
+            except Stopped:
+                for thread in threads:
+                    thread.join(STOP_SECONDS / len(threads))
+                raise
         self.barrier.leave()
         if failed := [strand.failure for strand in strands if strand.failure]:
             raise failed[0]
@@ -194,6 +213,8 @@ class Strand:
                 toucher.check(page * size, min(size, toucher.block.size - page * size))
             if not number & 63:
                 toucher.tell()
+            if toucher.stopped:
+                return
 
     def _replayed(self) -> Iterator[tuple[int, int, bool]]:
         """As ``_due``, from a trace. It may have been written by another block of the same name."""
@@ -322,14 +343,19 @@ def say(message: dict[str, Any]) -> None:
 def main() -> int:
     """Do the job of ``sys.argv[1]``."""
     job = json.loads(sys.argv[1])
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is for the parent to explain
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # before there is anything to tell; Ctrl-C is the parent's to explain
     die_with_parent(job["parent"])
     try:
         with attach(job["name"], job["runtime_dir"], job["mode"], job["timeout"]) as block:
             toucher = Toucher(block, job)
             say({"ready": os.getpid()})
             begun = time.perf_counter()
-            toucher.work(job["steps"])
+            try:
+                signal.signal(signal.SIGINT, toucher.stop)
+                toucher.work(job["steps"])
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done that can be
+            except Stopped:
+                toucher.barrier.leave()
             say({"result": {**toucher.result(), "seconds": time.perf_counter() - begun}})
             toucher.memory.release()
             sys.stdin.readline()  # stay attached until everybody is done: the status still shows this client

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,8 +15,9 @@ from typing import Any
 import pytest
 
 import postcopy
+from postcopy.control import Control
 from tests.conftest import SourceFile
-from tests.house.house import environment
+from tests.house.house import environment, until
 from tests.house.shared_house import shared_house
 
 PATIENCE = 90.0
@@ -81,6 +83,41 @@ def test_a_compiled_toucher(house: postcopy.Supervisor, path: Path, tmp_path: Pa
     )
     assert done.returncode == 1
     assert done.stderr == b"postcopy: --compiled: no C compiler (cc) (Debian: gcc)\n"
+
+
+@pytest.mark.parametrize(
+    "words", [["--think", "60"], ["--rate", "50"], ["--threads", "3"], ["--pattern", "lockstep"]], ids=" ".join
+)
+def test_ctrl_c_tells_what_was_measured_until_then(path: Path, words: list[str]) -> None:
+    """On a terminal it comes to everybody: the clients tell, the supervisor lives until they have."""
+    command = [sys.executable, "-m", "postcopy", "load", "--json", "--serve", str(path), "--clients", "3", *words]
+    pipe, env = subprocess.PIPE, environment()
+    with subprocess.Popen([*command, "--seconds", "600"], stdout=pipe, stderr=pipe, env=env, process_group=0) as load:
+        with Control(until(lambda: served_in(load.pid), "its supervisor is there", 60)) as control:
+            until(lambda: all(one["faults"] for one in of_clients(control)), "they have begun", 60)
+        os.killpg(load.pid, signal.SIGINT)
+        output, errors = load.communicate(timeout=PATIENCE)
+    assert (load.returncode, errors) == (130, b"")
+    found = json.loads(output)
+    assert found["interrupted"] and found["died"] == []
+    assert found["touches"] >= 3 and found["supervisor"]["faults"] >= 3
+    assert all(each["state"] == "done" for each in found["each"])
+
+
+def served_in(pid: int) -> str:
+    """The runtime directory of the supervisor that is this process's child, once somebody listens there."""
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        words = Path(f"/proc/{child}/cmdline").read_text().split("\0")
+        if "postcopy_supervisor" in words:
+            directory = words[words.index("--runtime-dir") + 1]
+            return directory if Path(directory, "private/router").exists() else ""
+    return ""
+
+
+def of_clients(control: Control) -> list[dict[str, Any]]:
+    """The records of all three."""
+    clients: list[dict[str, Any]] = control.status()["clients"]
+    return clients if len(clients) == 3 else [{"faults": 0}]
 
 
 def test_a_lockstep_of_limited_time_ends(house: postcopy.Supervisor) -> None:

@@ -34,6 +34,8 @@ from .options import Json, RuntimeDir
 MODES = ("private", "shared", "mixed")
 MOST_CLIENTS = 4096
 TOUCHES = 10_000
+STOP_WITHIN = 5.0
+"""Seconds that clients have after Ctrl-C to say what they have measured."""
 LONGEST, FASTEST = 1e8, 1e9
 """Seconds, and a second: what is more, infinity among it, is a slip of the hand, and no sleep takes it."""
 OWN_BLOCK = "load"
@@ -155,6 +157,8 @@ def load(
     if write is not None:  # last: a disk that is full by now must not take the figures along
         write(found)
     _judge(found)
+    if found["interrupted"]:
+        raise KeyboardInterrupt
 
 
 def _check_words(pattern: str, mode: str, rate: float, think: float, threads: int) -> None:
@@ -193,18 +197,25 @@ def _steps(step: Touching) -> list[dict[str, Any]]:
 
 
 def _run(crowd: Crowd, control: Control, name: str, step: Touching, kill_every: float, seed: int) -> dict[str, Any]:
+    interrupted = False
     crowd.until("waiting")
+    before = control.status()
     origin = crowd.go()
     watch = Watch(control, crowd, name, origin, kill_every, seed)
+    watch.first = before
     with touching(step.touches * len(crowd.members)) as progress:
-        crowd.until("done", progress, watch.look)
+        try:
+            crowd.until("done", progress, watch.look)
+        except KeyboardInterrupt:
+            interrupted = True
+            crowd.stop(STOP_WITHIN)
     seconds = (time.monotonic_ns() - origin) / 1e9
     if not watch.trouble:
         try:
             watch.sample()
         except PostcopyError as error:
             watch.trouble = str(error)
-    return findings(crowd, watch, seconds)
+    return {**findings(crowd, watch, seconds), "interrupted": interrupted}
 
 
 def _first_block(control: Control, directory: str) -> str:
@@ -266,6 +277,8 @@ def _show(found: dict[str, Any]) -> None:
         print(f"{len(found['kills'])} workers killed, {found['supervisor'].get('restarts', 0)} restarted")
     elif found["asked"]["kill_workers"]:
         print("no worker was killed: it was over before, or there was none any more (a complete block needs none)")
+    if found["interrupted"]:
+        print("interrupted: this is what was measured until then")
     if found["verified"]:
         print(f"{format_size(found['compared'])} compared, {found['wrong']} bytes wrong")
 

@@ -59,6 +59,7 @@ class Watch:
         self.kills: list[dict[str, Any]] = []
         self.trouble = ""
         self.first: dict[str, Any] = {"totals": {}}
+        """What was counted before: the first look, unless somebody puts an earlier one here."""
         self.last = self.first
 
     @property
@@ -85,7 +86,7 @@ class Watch:
     def sample(self) -> None:
         """One look at the status. Raises PostcopyError."""
         document = self._control.status()
-        self.first = self.first if self.residency else document
+        self.first = self.first if self.first["totals"] else document
         self.last = document
         for block in document["blocks"]:
             if block["name"] == self._block:
