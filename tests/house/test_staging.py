@@ -32,7 +32,7 @@ def test_whole_with_source_and_supervisor_killed_in_the_middle(runtime_dir: Path
         assert stood < SIZE // PAGE
         source.start()
         until(lambda: house.block()["received"] > stood, "it goes on")
-        assert source.log().count(WORD) == 2
+        until(lambda: source.log().count(WORD) == 2, "through memory of its own")
         house.kill()
         house.recover()
         until(lambda: source.log().count(WORD) == 3, "and the next supervisor has one of its own")
