@@ -309,7 +309,8 @@ class House:
 
         def running() -> int:
             record = self.record(puppet)
-            return int(record.get("worker_pid") or 0) if record.get("state") == "running" else 0
+            # It runs, too, while the source of one of its blocks is away.
+            return int(record.get("worker_pid") or 0) if record.get("state") in ("running", "paused") else 0
 
         return until(running, f"client {puppet.pid} has a running worker")
 
