@@ -50,22 +50,26 @@ class Export(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._write()
-            if self._cancelled:
-                self._state = "cancelled"
-                return
-            os.fsync(self._file)
-            os.chmod(self._partial, 0o666 & ~_umask())
-            os.replace(self._partial, self._path)
-            self._state = "done"
+            state = self._finish()
         except OSError as error:
             lost = error.errno == errno.EFAULT
             self._detail = f"a page at or behind byte {self._written} is lost" if lost else str(error.strerror)
-            self._state = "cancelled" if self._cancelled else "failed"
+            state = "cancelled" if self._cancelled else "failed"
         finally:
             os.close(self._file)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._partial)
+        # Last of all: whoever hears it finds nothing left, and the house waits at its end for what runs.
+        self._state = state
+
+    def _finish(self) -> str:
+        self._write()
+        if self._cancelled:
+            return "cancelled"
+        os.fsync(self._file)
+        os.chmod(self._partial, 0o666 & ~_umask())
+        os.replace(self._partial, self._path)
+        return "done"
 
     def _write(self) -> None:
         view = self.block.mapping.view(self.block.size, writable=False)

@@ -38,7 +38,7 @@ class FakeBackEnd:
         with suppress(OSError):  # whoever is lied to may hang up at any moment
             self.talk()
         if self.lie == "lets-go-late":
-            time.sleep(1.0)
+            time.sleep(3.0)
         for mapping in self.mappings:
             mapping.close()
         self.userfaultfd.close()

@@ -42,7 +42,7 @@ from postcopy_protocol.messages import (
 ROOT = Path(__file__).resolve().parents[2]
 WINGS = ("protocol", "kernel", "wire", "supervisor", "workers", "sources", "client")
 PUPPET = Path(__file__).with_name("puppet.py")
-READY_WITHIN = 20.0
+READY_WITHIN = 40.0
 END_WITHIN = 20.0
 PAGE = 4096
 
@@ -91,6 +91,14 @@ def alive(pid: int) -> bool:
         return False
 
 
+def called(pid: int) -> str:
+    """The name that this process gave itself; nothing when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
+
+
 def end_by_pidfd(pid: int, number: int, name: str) -> None:
     """Signal a process that is called ``name...``, by its pidfd: nobody else is ever hit."""
     pidfd = os.pidfd_open(pid)
@@ -118,6 +126,24 @@ class PuppetError(Exception):
         super().__init__(f"{kind}: {text}")
         self.kind = kind
         self.text = text
+
+
+class Gate:
+    """Before which clients stand that check a block in ``parts``: the first is free, each opening lets them into one
+    more. However fast they are and however slow the test is, they are not through, and the block is not whole, before
+    it has been opened ``parts - 1`` times."""
+
+    def __init__(self, place: Path, parts: int) -> None:
+        self._file, self._parts = place / "gate", parts
+        self._file.touch()
+
+    def order(self, path: Path, step: int = 4096, seed: int = 0) -> str:
+        """What a client is told: to compare its block with this file, in random order within each part."""
+        return f"check_in_parts(b, {str(path)!r}, {str(self._file)!r}, {self._parts}, {step}, {seed})"
+
+    def open(self) -> None:
+        with self._file.open("ab") as file:
+            file.write(b"o")
 
 
 class Puppet:
@@ -283,7 +309,8 @@ class House:
 
         def running() -> int:
             record = self.record(puppet)
-            return int(record.get("worker_pid") or 0) if record.get("state") == "running" else 0
+            # It runs, too, while the source of one of its blocks is away.
+            return int(record.get("worker_pid") or 0) if record.get("state") in ("running", "paused") else 0
 
         return until(running, f"client {puppet.pid} has a running worker")
 
@@ -329,7 +356,7 @@ class House:
 
     def await_received(self, pages: int, name: str = "ram0") -> None:
         """Wait until the received map says so: a page's mark is stored a moment after its toucher runs again."""
-        until(lambda: self.block(name)["received"] >= pages, f"{pages} pages of {name} are marked", 5)
+        until(lambda: self.block(name)["received"] >= pages, f"{pages} pages of {name} are marked")
         assert self.block(name)["received"] == pages
 
     def events(self, kind: str) -> list[str]:

@@ -57,16 +57,38 @@ def order_of(size: int, step: int, order: str, seed: int) -> list[int]:
     return starts
 
 
-def check(block: postcopy.Block, path: str, order: str = "forward", step: int = 65536, seed: int = 0) -> int:
-    """Compare every byte with the file; the first step that differs, or -1."""
+def check(
+    block: postcopy.Block,
+    path: str,
+    order: str = "forward",
+    step: int = 65536,
+    seed: int = 0,
+    begin: int = 0,
+    end: int | None = None,
+) -> int:
+    """Compare every byte from ``begin`` to ``end`` (the block's) with the file; the first step that differs, or -1."""
+    stop = block.size if end is None else end
     with Path(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as wanted:
         if len(wanted) != block.size:
             return 0
         here, there = address(block), ctypes.addressof(ctypes.c_char.from_buffer(wanted))
-        for start in order_of(block.size, step, order, seed):
-            length = min(step, block.size - start)
+        for start in (begin + place for place in order_of(stop - begin, step, order, seed)):
+            length = min(step, stop - start)
             if libc.memcmp(ctypes.c_void_p(here + start), ctypes.c_void_p(there + start), ctypes.c_size_t(length)):
                 return start
+    return -1
+
+
+def check_in_parts(block: postcopy.Block, path: str, gate: str, parts: int, step: int = 4096, seed: int = 0) -> int:
+    """The same in random order, part after part of the block; each but the first begins when ``gate`` is so many bytes
+    long as parts lie before it: what lies in it is missing until the test wants it to come."""
+    for part in range(parts):
+        while Path(gate).stat().st_size < part:
+            time.sleep(0.002)
+        begin, end = (block.size * border // parts // step * step for border in (part, part + 1))
+        found = check(block, path, "random", step, seed, begin, block.size if part == parts - 1 else end)
+        if found != -1:
+            return found
     return -1
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from tests.house.house import ROOT, House, environment, until
 
-READY_WITHIN = 20.0
+READY_WITHIN = 40.0
 
 
 class Source:

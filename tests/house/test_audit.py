@@ -60,7 +60,7 @@ def test_the_house_looks_by_itself(runtime_dir: Path, source_file: SourceFile) -
         stranger = house.client(None)
         stranger.do(POLLUTE)
         stranger.do("pollute('private', [7])")
-        until(lambda: house.status()["totals"]["polluted"] == 1, "found without being asked", 12)
+        until(lambda: house.status()["totals"]["polluted"] == 1, "found without being asked", 30)
 
 
 def test_what_clients_get_beside_a_polluted_page(runtime_dir: Path, source_file: SourceFile) -> None:
@@ -86,7 +86,7 @@ def test_a_client_of_another_user_is_announced_and_mended(runtime_dir: Path, sou
         other.attach()
         assert stranger.do("pollute('private', [9])") == [ZEROS]
         assert other.do("words(b, [9, 10])") == [word(9 * PAGE), word(10 * PAGE)]
-        until(lambda: house.status()["totals"]["repaired"] == 1, "the repair is told", 3)
+        until(lambda: house.status()["totals"]["repaired"] == 1, "the repair is told")
         assert house.status(audit=True)["totals"]["polluted"] == 0
         assert house.client().do("words(b, [9])") == [word(9 * PAGE)]
 

@@ -44,7 +44,7 @@ def test_it_reads_every_byte(runtime_dir: Path, source_file: SourceFile, program
         assert status == 0, errors
         assert said.split() == [fnv1a(path.read_bytes()), str(size)], said
         house.await_received(-(-size // PAGE))
-        until(lambda: not house.status()["clients"], "it has left", 3)
+        until(lambda: not house.status()["clients"], "it has left")
 
 
 def test_it_hears_refusals(runtime_dir: Path, source_file: SourceFile, program: Path) -> None:

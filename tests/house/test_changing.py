@@ -33,7 +33,7 @@ def all_lost(client: Puppet, pages: Iterable[int], block: str = "b") -> None:
     probes = iter(pages)
 
     def look() -> bool:
-        time.sleep(0.05)
+        time.sleep(0.1)
         return lost(client, next(probes), block)
 
     until(look, "all that is missing is lost")
@@ -60,7 +60,7 @@ def test_a_file_that_is_cut(runtime_dir: Path, source_file: SourceFile, cut: int
         toucher.begin("words(b, [95])")
         assert toucher.status() == -signal.SIGBUS
         assert house.block()["lost"] > 0
-        assert house.events("source-changed")
+        until(lambda: house.events("source-changed"), "it is told")
         assert house.client("ram0", mode).do(f"words(b, {present})") == values
 
 
@@ -112,7 +112,7 @@ def test_a_file_that_is_written_to(runtime_dir: Path, source_file: SourceFile, m
         toucher.begin("words(b, [400])")
         assert toucher.status() == -signal.SIGBUS
         assert client.do(f"check(c, {str(other)!r})") == -1
-        assert house.events("source-changed")
+        until(lambda: house.events("source-changed"), "it is told")
 
 
 def test_a_file_that_grows_or_is_replaced(runtime_dir: Path, source_file: SourceFile) -> None:

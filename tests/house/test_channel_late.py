@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import SourceFile
-from tests.house.house import House, end_by_pidfd, until, word
+from tests.house.house import House, called, end_by_pidfd, until, word
 from tests.house.remote import Source
 
 PAGE = 4096
@@ -40,5 +40,4 @@ def test_asked_before_the_channel_is_up(runtime_dir: Path, source_file: SourceFi
 
 
 def workers(house: House) -> list[int]:
-    names = {pid: Path(f"/proc/{pid}/comm") for pid in house.people()}
-    return [pid for pid, name in names.items() if name.exists() and name.read_text().strip() == "postcopy-w1"]
+    return [pid for pid in house.people() if called(pid) == "postcopy-w1"]

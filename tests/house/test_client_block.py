@@ -163,14 +163,16 @@ def test_ctrl_c_ends_ensure(begin: Callable[..., FakeSupervisor], runtime_dir: P
     program = (
         "import postcopy, sys\n"
         "block = postcopy.attach('ram0', sys.argv[1])\n"
-        "print('waiting', flush=True)\n"
-        "try:\n    block.ensure()\n"
+        "try:\n    print('waiting', flush=True)\n    block.ensure()\n"
         "except KeyboardInterrupt:\n    block.close(); print('interrupted', flush=True)\n"
     )
     with subprocess.Popen([sys.executable, "-c", program, str(runtime_dir)], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"waiting\n"
-        time.sleep(0.1)  # into ensure(); too early and the traceback of another line fails the test
+        limit = time.monotonic() + PATIENCE
+        while len(list(Path(f"/proc/{process.pid}/task").iterdir())) < 2:  # the second thread is ensure()'s
+            assert time.monotonic() < limit
+            time.sleep(0.002)
         process.send_signal(signal.SIGINT)
         try:
             assert process.stdout.readline() == b"interrupted\n"
@@ -186,7 +188,7 @@ def test_ensure_lets_other_threads_run(begin: Callable[..., FakeSupervisor], run
 
         def wait() -> None:
             try:
-                block.ensure(timeout=0.5)
+                block.ensure(timeout=2.0)
             except TimeoutError as error:
                 caught.append(error)
 

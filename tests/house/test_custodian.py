@@ -11,7 +11,7 @@ import pytest
 
 from postcopy_protocol.messages import AskStop, ControlRefused
 from tests.conftest import SourceFile
-from tests.house.house import PAGE, House, alive, descriptors, end_by_pidfd, until, word
+from tests.house.house import PAGE, Gate, House, alive, called, descriptors, end_by_pidfd, until, word
 from tests.house.test_resources import cgroup
 
 BLOCK = 32 << 20
@@ -21,7 +21,7 @@ def custodian(house: House) -> int:
     """The pid of the custodian that lives."""
 
     def names() -> list[int]:
-        return [pid for pid in house.people() if Path(f"/proc/{pid}/comm").read_text().strip() == "postcopy-cust"]
+        return [pid for pid in house.people() if called(pid) == "postcopy-cust"]
 
     return until(names, "there is a custodian")[0]
 
@@ -34,16 +34,17 @@ def kill_custodian(house: House) -> int:
 
 
 @pytest.mark.parametrize("mode", ["private", "shared"])
-def test_running_clients_do_not_notice(runtime_dir: Path, source_file: SourceFile, mode: str) -> None:
-    path = source_file(BLOCK)
+def test_running_clients_do_not_notice(runtime_dir: Path, source_file: SourceFile, tmp_path: Path, mode: str) -> None:
+    path, gate = source_file(BLOCK), Gate(tmp_path, 2)
     with House(runtime_dir, f"ram0={path}", fault_around="4K") as house:
         client = house.client("ram0", mode)
         worker = house.worker(client)
-        client.begin(f"check(b, {str(path)!r}, 'random', 4096)")
+        client.begin(gate.order(path))
         until(lambda: house.record(client)["faults"] > 20, "it faults")
         old = kill_custodian(house)
         assert house.block()["received"] < BLOCK // PAGE
         assert custodian(house) != old
+        gate.open()
         assert client.answer() == -1
         assert house.record(client)["worker_pid"] in (worker, None), "None: all is there, and it is released"
         assert house.status()["totals"]["restarts"] == 0
@@ -143,7 +144,7 @@ def test_nothing_is_kept_of_clients_that_left(runtime_dir: Path, source_file: So
             client.do("words(b, [2])")
             client.kill()
         until(lambda: len(house.status()["clients"]) == 1, "they are forgotten")
-        until(lambda: len(descriptors(new)) <= before, "the new custodian has dropped what was theirs", 3)
+        until(lambda: len(descriptors(new)) <= before, "the new custodian has dropped what was theirs")
 
 
 def test_a_supervisor_dies_while_a_worker_is_stopped(runtime_dir: Path, source_file: SourceFile) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from postcopy_protocol.messages import ControlRefused, ExportProgress
 from tests.conftest import SourceFile
-from tests.house.house import PAGE, House, end_by_pidfd, until
+from tests.house.house import PAGE, House, called, end_by_pidfd, until
 
 SIZE = 24 * (1 << 20) + 4099
 
@@ -106,17 +106,10 @@ def test_worker_zero_killed_in_the_middle(runtime_dir: Path, source_file: Source
     path, out = source_file(SIZE), tmp_path / "out"
     with House(runtime_dir, f"ram0={path}") as house:
         job = begin(house, out)
-        zero = until(lambda: [pid for pid in house.people() if named(pid) == "postcopy-w0"], "worker zero works")[0]
+        zero = until(lambda: [pid for pid in house.people() if called(pid) == "postcopy-w0"], "worker zero works")[0]
         end_by_pidfd(zero, signal.SIGKILL, "postcopy-w0")
         assert ended(house, job).state == "done"
         assert filecmp.cmp(path, out, shallow=False)
-
-
-def named(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    except OSError:
-        return ""
 
 
 def test_cancel_leaves_no_file(runtime_dir: Path, module: Path) -> None:
@@ -125,8 +118,8 @@ def test_cancel_leaves_no_file(runtime_dir: Path, module: Path) -> None:
         assert left(module) != ["out"]
         began = time.monotonic()
         house.progress(job, cancel=True)
-        assert ended(house, job, 3).state == "cancelled"
-        assert time.monotonic() - began < 3
+        assert ended(house, job).state == "cancelled"
+        assert time.monotonic() - began < 8, "long before its end"
         assert left(module) == []
         assert house.client().do(f"read(b, {60 << 20}, 2)") == "7373", "the house goes on"
 
@@ -136,7 +129,7 @@ def test_cancel_while_the_function_hangs(runtime_dir: Path, module: Path) -> Non
         job = begin(house, module / "out")
         until(lambda: house.status()["totals"]["faults"], "client zero waits")
         house.progress(job, cancel=True)
-        assert ended(house, job, 3).state == "cancelled"
+        assert ended(house, job).state == "cancelled"
         assert left(module) == []
 
 
@@ -161,7 +154,7 @@ def test_what_cannot_be_exported_or_not_there(runtime_dir: Path, module: Path, s
         assert "already" in refusal(house, module / "out2", "ram1")
         assert ended(house, begin(house, module / "out0")).state == "done", "another block may be"
         house.progress(job, cancel=True)
-        assert ended(house, job, 3).state == "cancelled"
+        assert ended(house, job).state == "cancelled"
         assert left(module) == ["out0"]
 
 
@@ -169,7 +162,7 @@ def test_an_asker_who_dies_has_its_export_cancelled(runtime_dir: Path, module: P
     with House(runtime_dir, "ram0=handler:pages:slow?size=1G", cwd=module) as house:
         begin(house, module / "out")
         assert left(module)
-        until(lambda: not left(module), "cancelled after 10 s without a question", 16)
+        until(lambda: not left(module), "cancelled after 10 s without a question", 40)
 
 
 def test_the_end_cancels_an_export(runtime_dir: Path, module: Path) -> None:

@@ -41,7 +41,7 @@ def test_every_byte_in_huge_pages(runtime_dir: Path, source_file: SourceFile, si
         block = house.block()
         assert (block["page_size"], block["pages"]) == (HUGE, -(-size // HUGE))
         house.await_received(block["pages"])
-        until(lambda: house.status()["totals"]["placed"] == block["pages"], "each is placed once, and counted", 3)
+        until(lambda: house.status()["totals"]["placed"] == block["pages"], "each is placed once, and counted")
 
 
 def test_one_touch_brings_one_huge_page(runtime_dir: Path, source_file: SourceFile) -> None:

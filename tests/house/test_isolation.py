@@ -13,7 +13,7 @@ import pytest
 
 from postcopy_protocol.messages import ControlRefused
 from tests.conftest import SourceFile
-from tests.house.house import PAGE, House, Puppet, PuppetError, descriptors, until, word
+from tests.house.house import PAGE, House, Puppet, PuppetError, called, descriptors, until, word
 
 NOBODY = 65534
 
@@ -40,7 +40,7 @@ def test_a_worker_has_no_rights(runtime_dir: Path, source_file: SourceFile, tmp_
         client.do("words(b, [1]); words(c, [1])")
         assert not isinstance(house.export(tmp_path / "out"), ControlRefused)
         worker = house.worker(client)
-        zero = until(lambda: [pid for pid in house.people() if told(pid)["Name"] == "postcopy-w0"], "worker zero")[0]
+        zero = until(lambda: [pid for pid in house.people() if called(pid) == "postcopy-w0"], "worker zero")[0]
         for pid in (worker, zero):
             status = told(pid)
             for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):

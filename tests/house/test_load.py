@@ -128,7 +128,7 @@ def test_a_lockstep_of_limited_time_ends(house: postcopy.Supervisor) -> None:
 
 def test_killed_workers_and_a_report(tmp_path: Path, path: Path) -> None:
     target = tmp_path / "load.html"
-    words = ["--serve", str(path), "--verify", str(path), "--clients", "4", "--rate", "50", "--seconds", "2"]
+    words = ["--serve", str(path), "--verify", str(path), "--clients", "4", "--rate", "50", "--seconds", "4"]
     found = loaded(*words, "--kill-workers", "0.3", "--report", str(target))
     assert len(found["kills"]) >= 3
     assert len({kill["client"] for kill in found["kills"][:4]}) == len(found["kills"][:4])

@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import postcopy
 from postcopy_workers.fault_handler import TIMED
 from tests.conftest import SourceFile
-from tests.house.house import House, until
+from tests.house.house import House, Puppet, until
 from tests.house.remote import Source
 
 SIZE = 1 << 20
@@ -33,12 +33,20 @@ def scraped(house: House) -> dict[str, dict[tuple[tuple[str, str], ...], float]]
     return samples
 
 
+def final(house: House, client: Puppet) -> bool:
+    """Do its figures change no more? A worker counts a moment after its client runs again; when the block is whole, it
+    leaves."""
+    record = house.record(client)
+    return bool(record["released"]) and record["worker_pid"] is None
+
+
 def test_prometheus_sees_what_status_says(runtime_dir: Path, source_file: SourceFile) -> None:
     path = source_file(SIZE)
     with House(runtime_dir, f"ram0={path}", fault_around="auto", metrics="127.0.0.1:0") as house:
         client = house.client("ram0", "private")
         assert client.do(f"check(b, {str(path)!r}, 'forward', 4096)") == -1
         house.await_received(SIZE // 4096)
+        until(lambda: final(house, client), "nothing is counted any more")
         samples, status = scraped(house), house.status()
         (row,) = status["clients"] or [None]
         assert samples["postcopy_state"][("state", "running"),] == 1
@@ -66,6 +74,7 @@ def test_the_stages_of_local_and_remote_faults(runtime_dir: Path, source_file: S
         clients = [house.client("near", "private"), house.client("far", "shared")]
         for client in clients:
             assert client.do(f"check(b, {str(path)!r}, 'random', 4096)") == -1
+        until(lambda: all(final(house, client) for client in clients), "nothing is counted any more")
         near, far = (block["stages_us"] for block in house.status()["blocks"])
         mine = [client["blocks"][0]["stages_us"] for client in house.status()["clients"]]
         assert [sorted(found) for found in mine] == [["placed", "woken"], ["asked", "woken"]]

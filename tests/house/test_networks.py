@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import SourceFile
-from tests.house.house import PAGE, House, environment, refused, until, word
+from tests.house.house import PAGE, Gate, House, environment, refused, until, word
 from tests.house.remote import Source, await_state, kinds, source_of
 from tests.wire.relay import Relay
 
@@ -113,14 +113,14 @@ def curve(key: dict[str, str], *allowed: str) -> tuple[str, ...]:
 def test_sixteen_clients_over_a_slow_line_while_the_source_dies_twice(
     networks: Networks, runtime_dir: Path, source_file: SourceFile, tmp_path: Path
 ) -> None:
-    path = source_file(SIZE)
+    path, gate = source_file(SIZE), Gate(tmp_path, 3)
     key = keys(tmp_path, "source", "supervisor")
     source = Source(f"ram0={path}", listen=f"tcp://{HERE}:7001", options=curve(key, "supervisor"))
     options: dict[str, Any] = {
         "curve_secret": key["supervisor"] + "_secret",
         "source_key": key["source"],
         "source_timeout": "1",
-        "background_rate": "512K",
+        "background_rate": "128K",  # beside the clients; it would need a minute for what they leave
         "fault_around": "16K",
     }
     with inside(networks.source):
@@ -130,7 +130,7 @@ def test_sixteen_clients_over_a_slow_line_while_the_source_dies_twice(
     with relay, source, inside(networks.clients), House(runtime_dir, f"ram0={relay.endpoint}/ram0", **options) as house:
         clients = [house.client("ram0", ("private", "shared")[number % 2]) for number in range(CLIENTS)]
         for seed, client in enumerate(clients):
-            client.begin(f"check(b, {str(path)!r}, 'random', 65536, {seed})")
+            client.begin(gate.order(path, 65536, seed))
         pages = house.block()["pages"]
         for life, part in enumerate((0.15, 0.45), 1):
             until(lambda part=part: house.block()["received"] > part * pages, "they are in the middle", 30)  # type: ignore[misc]
@@ -143,6 +143,7 @@ def test_sixteen_clients_over_a_slow_line_while_the_source_dies_twice(
             await_state(house, "up", 10)
             print(f"recovered in {time.monotonic() - begun:.2f} s, {house.block()['received']} of {pages} pages")
             assert kinds(house, "source", "pause", "recover") == ["source", *["pause", "recover"] * life]
+            gate.open()
         assert [client.answer(60) for client in clients] == [-1] * CLIENTS
         document = house.status()
         assert document["totals"]["restarts"] == 0 and document["blocks"][0]["lost"] == 0
@@ -179,12 +180,12 @@ def test_the_line_is_cut_and_stalls(
         await_state(house, "paused")
         assert not client.answered()
         relay.go()
-        assert client.answer(5) == [word(3 * PAGE)]
+        assert client.answer() == [word(3 * PAGE)]
         relay.refuse()
         client.begin("words(b, [4])")
         await_state(house, "paused")
         relay.accept()
-        assert client.answer(5) == [word(4 * PAGE)]
+        assert client.answer() == [word(4 * PAGE)]
         assert client.do(f"check(b, {str(path)!r})") == -1
 
 

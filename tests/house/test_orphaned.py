@@ -263,7 +263,7 @@ def test_a_client_that_ends_is_dropped(runtime_dir: Path, path: Path) -> None:
 def test_the_last_client_ends_while_time_is_left(runtime_dir: Path, path: Path) -> None:
     with Script(runtime_dir, path) as script:
         script.start()
-        script.say(WhenOrphaned(1500, False))
+        script.say(WhenOrphaned(5000, False))
         guest = script.guest()
         script.die()
         guest.kill()
@@ -387,7 +387,7 @@ def test_nobody_comes_and_remote_pages_are_poisoned(runtime_dir: Path, path: Pat
         guests[1].begin(6)
         assert guests[1].socket.recv(64) == b""
         assert guests[1].exit_code() == -signal.SIGBUS
-        assert "are poisoned in 3 clients" in script.log()
+        until(lambda: "are poisoned in 3 clients" in script.log(), "it is said")
         poisoning = script.worker(3)
         assert 3 in script.take_over().workers
         until(lambda: not alive(poisoning), "a supervisor finds no worker that poisons")

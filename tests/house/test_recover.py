@@ -148,7 +148,7 @@ def test_nobody_is_left(runtime_dir: Path, source_file: SourceFile) -> None:
         house.start()
         house.await_ready()
         assert house.block()["received"] == 0
-        assert len(house.people()) == 1
+        until(lambda: len(house.people()) == 1, "the old custodian has ended")
         reads(house.client(), 7)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from postcopy_protocol.messages import ExportProgress
 from tests.conftest import SourceFile
-from tests.house.house import PAGE, House, refused, until, word
+from tests.house.house import PAGE, Gate, House, refused, until, word
 from tests.house.remote import Source, await_state, kinds, source_of
 from tests.kernel.huge_pool import reserved
 
@@ -114,18 +114,19 @@ def test_zeros_travel_as_none(runtime_dir: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["private", "shared"])
-def test_workers_killed_in_the_middle(runtime_dir: Path, source_file: SourceFile, mode: str) -> None:
-    path = source_file(16 * MIB)
+def test_workers_killed_in_the_middle(runtime_dir: Path, source_file: SourceFile, tmp_path: Path, mode: str) -> None:
+    path, gate = source_file(16 * MIB), Gate(tmp_path, 4)
     options: dict[str, Any] = {"background_rate": "0", "fault_around": "4K"}
     with Source(f"ram0={path}") as source, House(runtime_dir, source.block(), **options) as house:
         clients = [house.client("ram0", mode) for _ in range(2)]
         for seed, client in enumerate(clients):
-            client.begin(f"check(b, {str(path)!r}, 'random', 4096, {seed})")
+            client.begin(gate.order(path, 4096, seed))
         for life in range(1, 4):
             before = house.block()["received"]
             for client in clients:
                 house.kill_worker(client)
                 until(lambda c=client, life=life: house.record(c)["restarts"] == life, "a successor")  # type: ignore[misc]
+            gate.open()
             until(lambda before=before: house.block()["received"] > before, "it goes on")  # type: ignore[misc]
         assert [client.answer(60) for client in clients] == [-1, -1]
         assert house.status()["totals"]["restarts"] == 6
@@ -172,6 +173,7 @@ def test_background_stops_at_max_memory(runtime_dir: Path, source_file: SourceFi
     path = source_file(32 * MIB)
     with Source(f"ram0={path}") as source, House(runtime_dir, source.block(), max_memory="8M") as house:
         until(lambda: house.events("memory"), "memory is said to be scarce")
+        until(lambda: source_of(house)["in_flight"] == 0, "what was on its way has come")
         received = house.block()["received"]
         assert 1024 <= received <= 7168, "about 8 MiB, and what was on its way"
         assert house.client().do("words(b, [8000])") == [word(8000 * PAGE)]

@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import SourceFile
 from tests.house.broken_disk import BrokenDisk
-from tests.house.house import PAGE, House, PuppetError, until, word
+from tests.house.house import PAGE, House, PuppetError, called, until, word
 
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -42,7 +42,7 @@ def memory() -> Iterator[Path]:
 
 
 def custodian(house: House) -> int:
-    return next(pid for pid in house.people() if Path(f"/proc/{pid}/comm").read_text().startswith("postcopy-cust"))
+    return next(pid for pid in house.people() if called(pid) == "postcopy-cust")
 
 
 def test_no_more_processes(runtime_dir: Path, source_file: SourceFile, pids: Path) -> None:

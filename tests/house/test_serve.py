@@ -41,7 +41,7 @@ def test_the_same_bytes_whatever_the_fault_around(
         assert [client.answer() for client in clients] == [-1, -1]
         pages = house.block()["pages"]
         house.await_received(pages)
-        until(lambda: house.status()["totals"]["placed"] == pages, "every page is placed once, and counted", 3)
+        until(lambda: house.status()["totals"]["placed"] == pages, "every page is placed once, and counted")
 
 
 @pytest.mark.parametrize(("window", "around"), [("4K", 0), ("auto", 600), ("64K", 700), ("1M", 700)])
@@ -51,7 +51,7 @@ def test_a_sequence_is_placed_around_its_faults(
     path = source_file(ODD)
     with House(runtime_dir, f"ram0={path}", fault_around=window) as house:
         assert house.client().do(f"check(b, {str(path)!r}, 'forward', 4096)") == -1
-        until(lambda: house.status()["totals"]["placed"] == house.block()["pages"], "all are counted", 3)
+        until(lambda: house.status()["totals"]["placed"] == house.block()["pages"], "all are counted")
         found = house.status()["totals"]["placed_around"]
         assert found >= around and (around or not found)
 

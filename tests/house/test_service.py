@@ -63,8 +63,11 @@ class Manager:
         until(lambda: self.hears("READY=1"), "it is ready", 30)
 
     def stop(self) -> None:
+        """It reads on meanwhile: with a queue full of signs of life the word of the end would be lost."""
         assert self.process is not None
-        assert self._run(setting("ExecStop")).wait(60) == 0
+        stopping = self._run(setting("ExecStop"))
+        until(lambda: self.hears("STOPPING=1"), "it says that it ends", 60)
+        assert stopping.wait(60) == 0
         assert self.process.wait(60) == 0
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ import pytest
 from postcopy_protocol.codec import encode
 from postcopy_protocol.return_path import LOST, Pages, pack_range
 from tests.conftest import SourceFile
-from tests.house.house import PAGE, House, Puppet, PuppetError, until, word
+from tests.house.house import PAGE, Gate, House, Puppet, PuppetError, until, word
 from tests.house.remote import Source, await_state, kinds, source_of
 from tests.wire.evil import EvilSource, odd
 
@@ -44,21 +44,24 @@ def path_of(source: Source) -> Path:
     return Path(source._blocks[0].partition("=")[2])
 
 
-def test_killed_and_back_while_clients_run(runtime_dir: Path, source: Source) -> None:
+def test_killed_and_back_while_clients_run(runtime_dir: Path, source: Source, tmp_path: Path) -> None:
     """Twice. Waiters wait, everything is right, and the events are one pause and one recover each."""
     with House(runtime_dir, source.block(), **SLOW) as house:
-        path = path_of(source)
-        clients = began(house, *(f"check(b, {str(path)!r}, 'random', 4096, {seed})" for seed in range(4)))
+        path, gate = path_of(source), Gate(tmp_path, 3)
+        # First a page of its own, of the last part: of the first the faster ones might leave it none to ask for.
+        orders = (f"words(b, [{2040 + seed}]) and {gate.order(path, 4096, seed)}" for seed in range(4))
+        clients = began(house, *orders)
         for life in range(2):
             source.end()
             await_state(house, "paused")
             assert house.status()["state"] == "paused"
+            gate.open()  # who was through with its part goes on, to where it must wait as well
             stood = house.block()["received"]
-            until(lambda: not any(client.answered(0.5) for client in clients), "they wait", 5)
+            assert not any(client.answered(0.5) for client in clients), "they wait"
             assert house.block()["received"] == stood < SIZE // PAGE, "and nothing comes meanwhile"
             source.start()
-            await_state(house, "up", 5)
-            until(lambda stood=stood: house.block()["received"] > stood, "it goes on", 5)  # type: ignore[misc]
+            await_state(house, "up")
+            until(lambda stood=stood: house.block()["received"] > stood, "it goes on")  # type: ignore[misc]
             assert kinds(house, *CHANGES) == ["source", *["pause", "recover"] * (life + 1)]
         assert [client.answer(60) for client in clients] == [-1] * 4
         assert house.status()["state"] == "running" and not house.events("source-refused")

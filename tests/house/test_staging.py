@@ -12,7 +12,8 @@ from tests.house.remote import Source, await_state, kinds
 
 SIZE = 96 << 20
 WORD = "goes through shared memory"
-SLOWLY: dict[str, Any] = {"background_rate": "24M", "source_timeout": "1"}
+SLOWLY: dict[str, Any] = {"background_rate": "2M", "source_timeout": "1"}
+"""Nearly a minute for all of it."""
 
 
 def mapped(pid: int) -> bool:
@@ -24,7 +25,7 @@ def test_whole_with_source_and_supervisor_killed_in_the_middle(runtime_dir: Path
     with Source(f"ram0={path}") as source, House(runtime_dir, source.block(), **SLOWLY) as house:
         shared = house.client("ram0", "shared")
         until(lambda: WORD in source.log(), "staging memory is used")
-        until(lambda: house.block()["received"] > 2048, "some of it has come")
+        until(lambda: house.block()["received"] > 512, "some of it has come")
         source.end()
         await_state(house, "paused")
         assert not mapped(house.status()["pid"]), "nothing of the dead source's memory is kept"
@@ -32,9 +33,9 @@ def test_whole_with_source_and_supervisor_killed_in_the_middle(runtime_dir: Path
         assert stood < SIZE // PAGE
         source.start()
         until(lambda: house.block()["received"] > stood, "it goes on")
-        assert source.log().count(WORD) == 2
+        until(lambda: source.log().count(WORD) == 2, "through memory of its own")
         house.kill()
-        house.recover()
+        house.recover(background_rate="24M")
         until(lambda: source.log().count(WORD) == 3, "and the next supervisor has one of its own")
         until(lambda: house.block()["complete"], "it is whole", 60)
         for client in (shared, house.client("ram0", "private")):

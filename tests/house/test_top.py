@@ -29,9 +29,18 @@ class Terminal:
         assert done.returncode == 0, done.stderr.decode()
         return done.stdout.decode()
 
-    def shows(self, text: str) -> str:
-        """Wait until it is on the screen."""
-        return until(lambda: seen if text in (seen := self.run("capture-pane", "-p")) else "", text, PATIENCE)
+    def shows(self, *texts: str) -> str:
+        """Wait until all of them are on the screen at once: it is painted piece by piece."""
+
+        def seen() -> str:
+            screen = self.run("capture-pane", "-p")
+            return screen if all(text in screen for text in texts) else ""
+
+        return until(seen, " and ".join(texts), PATIENCE)
+
+    def lost(self, text: str) -> None:
+        """Wait until it is not on the screen any more."""
+        until(lambda: text not in self.run("capture-pane", "-p"), f"no {text}", PATIENCE)
 
     def keys(self, *keys: str) -> None:
         self.run("send-keys", *keys)
@@ -53,21 +62,21 @@ def test_top_in_a_terminal(house: House) -> None:
     words = [sys.executable, "-m", "postcopy", "top", "--interval", "0.2", "--runtime-dir", str(house.directory)]
     terminal = Terminal(shlex.join(words) + "; sleep 60")
     try:
-        screen = terminal.shows("2 clients")
-        assert "ram0" in screen and "25.0%" in screen and "█" in screen
+        screen = terminal.shows("2 clients", "ram0", "25.0%", "█", "deaths")
         assert all(len(row) <= 80 for row in screen.splitlines())
-        assert "deaths" in screen
         terminal.keys("Enter")
-        shown = terminal.shows("worker_pid")
-        assert any(str(client["worker_pid"]) in shown for client in house.status()["clients"])
+        pids = [str(client["worker_pid"]) for client in house.status()["clients"]]
+        until(lambda: any(pid in terminal.shows("worker_pid") for pid in pids), "its worker", PATIENCE)
         terminal.keys("Escape")
+        terminal.lost("worker_pid")  # or an Escape and what follows at once are another key
         terminal.keys("/")
+        terminal.shows("name, state, block or pid")  # the box is open, so it takes the keys
         terminal.keys("-l", "nobody")
-        until(lambda: "ram0:p" not in terminal.run("capture-pane", "-p"), "all are filtered away", PATIENCE)
+        terminal.lost("ram0:p")
         terminal.keys("Escape")
         terminal.shows("ram0:p")
         terminal.keys("q")
-        until(lambda: "clients" not in terminal.run("capture-pane", "-p"), "it has left the screen", PATIENCE)
+        terminal.lost("clients")
     finally:
         terminal.close()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from postcopy_protocol.messages import ExportProgress
 from tests.conftest import SourceFile
-from tests.house.house import PAGE, House, alive, end_by_pidfd, until, word
+from tests.house.house import PAGE, House, alive, called, end_by_pidfd, until, word
 from tests.house.remote import Source
 
 STOPPING = """
@@ -31,7 +31,7 @@ else:
 
 def worker_of(house: House) -> int:
     """The pid of worker zero, which runs."""
-    names = {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in house.people()}
+    names = {pid: called(pid) for pid in house.people()}
     served = {record["worker_pid"] for record in house.status()["clients"]}
     return next((pid for pid, name in names.items() if name.startswith("postcopy-w") and pid not in served), 0)
 

@@ -13,6 +13,7 @@ from postcopy_kernel.memory import huge_pages
 
 POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
 PATIENCE = 60.0  # seconds that others may keep the pool
+BACK_WITHIN = 5.0  # seconds that the memory of a process that has just ended may take to come back
 
 
 @contextmanager
@@ -31,6 +32,9 @@ def reserved(pages: int) -> Iterator[None]:
             yield
         finally:
             POOL.write_text(str(before.total))
+        limit = time.monotonic() + BACK_WITHIN
+        while huge_pages() != before and time.monotonic() < limit:
+            time.sleep(0.02)
         assert huge_pages() == before, "the pool of huge pages is not as it was"
 
 

@@ -3,14 +3,17 @@ again, may do to each other within microseconds."""
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from postcopy_protocol.door import DoorConversation
+from postcopy_supervisor.exports import Export
 from postcopy_supervisor.fleet import Slot
 from postcopy_supervisor.flow import Flow
 from postcopy_supervisor.house import House
@@ -48,6 +51,32 @@ def test_a_supervisor_does_not_outlive_its_porter(stopping: bool, monkeypatch: p
     monkeypatch.setattr(os, "_exit", ended.append)
     porter.run()
     assert ended == ([] if stopping else [FAILED])
+
+
+@pytest.mark.parametrize("state", ["done", "cancelled", "failed"])
+def test_an_export_is_over_when_nothing_of_it_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    """Whoever hears that it is over may look at once."""
+
+    def view(size: int, writable: bool) -> memoryview:
+        if state == "failed":
+            raise OSError(errno.EFAULT, "lost")
+        return memoryview(bytes(size))
+
+    block = SimpleNamespace(name="ram0", size=8, mapping=SimpleNamespace(view=view))
+    export, unlink, running = Export(1, cast(Any, block), str(tmp_path / "out")), os.unlink, list[bool]()
+
+    def unlinking(path: str) -> None:
+        running.append(export.running)
+        unlink(path)
+
+    monkeypatch.setattr(os, "unlink", unlinking)
+    if state == "cancelled":
+        export.cancel()
+    export.run()
+    assert running == [True] and export.progress().state == state
+    assert [entry.name for entry in tmp_path.iterdir()] == (["out"] if state == "done" else [])
 
 
 @pytest.mark.parametrize(("became", "killed"), [(FULL, [3]), (NOBODY, []), (SENT, [])])

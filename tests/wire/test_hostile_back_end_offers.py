@@ -152,7 +152,7 @@ def test_a_userfaultfd_of_another_process_than_the_pidfds(watched: Watched) -> N
             assert mapping.view(8)[0] == 0, "served: the memory is the userfaultfd's"
             assert len(watched.house.status()["clients"]) == 2
             caller.socket.close()
-            watched.alone(8)
+            watched.alone()
             ufd.unregister(mapping.address, mapping.length)
 
 
@@ -190,7 +190,7 @@ def test_another_users_front_end_cannot_take_it_over(watched: Watched) -> None:
             until(lambda: len(watched.house.status()["clients"]) == 2, "it is still served")
             ufd.unregister(mapping.address, mapping.length)
         os.close(mine)
-    watched.alone(8)
+    watched.alone()
 
 
 def resumed(house: House, number: int) -> str:

@@ -60,7 +60,7 @@ class Watched:
         assert self.honest.do(f"words(b, {pages})", 5) == [word(page * PAGE) for page in pages]
         assert time.monotonic() - began < 4
 
-    def alone(self, within: float = 3.0) -> None:
+    def alone(self, within: float = 10.0) -> None:
         """Nobody but the honest client is left, and nothing of anybody else."""
         until(lambda: len(self.house.status()["clients"]) == 1, "everybody else is forgotten", within)
         until(lambda: not self._more(), "no descriptor is left of them", within)
@@ -144,7 +144,7 @@ def test_ten_thousand_random_words(watched: Watched) -> None:
             caller = Caller(watched.house.directory)
     caller.close()
     assert out > 10, "strangers are shown out"
-    watched.alone(10)
+    watched.alone()
 
 
 def drain(caller: Caller) -> None:

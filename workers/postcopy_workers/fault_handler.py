@@ -425,12 +425,12 @@ class FaultHandler:
             self._lose(region, page, "source-changed", str(changed))
         except HandlerFailed as failed:
             words[FAILURES] += 1
+            block.report("handler-failed", page, str(failed))
             if not self._released_after_all(region, page):
                 # For this client only; another client's worker asks the handler again. Noted first: a poison that a
                 # successor does not know of would stay.
                 deny(words, block.grant.block, page)
                 self._poison(region, page)
-            block.report("handler-failed", page, str(failed))
         except Elsewhere:
             # Marked received, but punched: the mark is withdrawn first, or we would be told that the page is there.
             block.received[page] = PLACING
@@ -509,8 +509,8 @@ class FaultHandler:
             if self._released_after_all(region, page, LOST):  # placed, and marked, between our look and our store
                 return
         self._words[LOST_PAGES] += 1
+        block.report(kind, page, reason)  # before the client may die of it, and this worker with it
         self._poison(region, page)
-        block.report(kind, page, reason)
 
     def _released_after_all(self, region: Region, page: int, *ours: int) -> bool:
         """The source has nothing for this page; was another worker in time? What is present though nobody of ours

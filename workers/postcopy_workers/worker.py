@@ -257,10 +257,9 @@ class Attendant(threading.Thread):
             ready = [fd for fd, _ in waiting.poll(pause * 1000)]
             if bell in ready:
                 os.eventfd_read(bell)
-            if client in ready:
-                os._exit(CLIENT_GONE)
-            if quit_fd in ready:
-                os._exit(TOLD_TO_LEAVE)
+            if client in ready or quit_fd in ready:
+                worker.tend(channel)  # the bell may have rung meanwhile: a page that a client dies of is reported
+                os._exit(CLIENT_GONE if client in ready else TOLD_TO_LEAVE)
             if listened in ready:
                 channel.receive_now()
             elif reads and listened < 0:
