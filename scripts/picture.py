@@ -27,6 +27,7 @@ LOOKS = 7
 
 def main(target: str) -> None:
     """Serve, load, draw."""
+    Path(target).open("ab").close()  # a path that cannot be written is told before a minute has gone by
     with tempfile.TemporaryDirectory(prefix="postcopy-picture-") as place:
         files = {}
         for name, size in (("weights", WEIGHTS), ("snapshot", SNAPSHOT)):
@@ -70,4 +71,7 @@ async def _draw(directory: str) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    try:
+        main(sys.argv[1])
+    except OSError as error:
+        raise SystemExit(f"picture: {error.filename}: {error.strerror}") from None

@@ -142,6 +142,8 @@ def _points(text: str) -> frozenset[str]:
 
 def _window(text: str) -> int:
     window = _size("--fault-around", text)
+    if window % PAGE_4K:
+        raise BadInput(f"--fault-around {text} is no whole number of pages: write auto, 0, or a multiple of 4K")
     if window > 64 << 20:
         raise BadInput(f"--fault-around {text} is too large: at most 64M, a larger COPY would block all other faults")
     return window

@@ -99,6 +99,7 @@ def test_blocks_that_cannot_be(runtime_dir: Path, blocks: list[str], status: int
         ("page_size", "8K"),
         ("fault_around", "much"),
         ("fault_around", "1G"),
+        ("fault_around", "3K"),
         ("background_rate", "-5"),
         ("max_memory", "x"),
         ("allow_uid", "-1"),
