@@ -87,6 +87,8 @@ class Reader:
         self.identity = b""
         """The routing id that it asks for, if any."""
         self.largest = largest
+        self.idle = False
+        """Messages may come, and the next bytes are the beginning of one."""
         self._until_ready = until_ready
         self._greeted = False
         self._rest = b""
@@ -95,9 +97,10 @@ class Reader:
     def feed(self, data: bytes) -> Sequence[Message]:
         """The messages that are whole now. Raises BadMessage on what is no ZMTP: the connection is of no use any
         more."""
-        if not self._rest and self.ready and len(data) > 1 and not data[0] and len(data) == 2 + data[1]:
+        if self.idle and len(data) > 1 and not data[0] and len(data) == 2 + data[1]:
             return [data[2:]]  # one short message, which is the rule
         self._rest += data
+        self.idle = False
         if not self._greeted and not self._take_greeting():
             return []
         messages: list[Message] = []
@@ -115,6 +118,7 @@ class Reader:
             else:
                 messages += self._part(body, flags)
         self._rest = self._rest[at:]
+        self.idle = self.ready and not self._rest and not self._parts
         return messages
 
     def take_rest(self) -> bytes:

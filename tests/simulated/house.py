@@ -366,13 +366,12 @@ class SimulatedHouse:
         handler = self._handler(life, client, -birth, requests)
         life.call("hello", lambda: self.tell_supervisor("hello", client.number))
         mailbox = client.mailbox
-        head, wake = head_of(Wake(BLOCK, pack_offsets([0])), OFFSET), handler.waking(BLOCK)
+        head = head_of(Wake(BLOCK, pack_offsets([0])), OFFSET)
+        placed = requests.lane(BLOCK, handler.waking(BLOCK))
         while True:
             data = life.call("listen", lambda: mailbox.popleft() if mailbox else None)
             if data is not None and data[:-OFFSET] == head:
-                offset = int.from_bytes(data[-OFFSET:], "little")
-                requests.answered_one(BLOCK, offset)
-                wake(offset)
+                placed(int.from_bytes(data[-OFFSET:], "little"))
             elif data is not None:
                 message = decode(data, expect=(Wake, Lost))
                 assert isinstance(message, Wake | Lost)

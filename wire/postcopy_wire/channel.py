@@ -20,7 +20,7 @@ from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.zmtp import Reader, frame, opening
 
 RETRY_SECONDS, RETRY_MOST = 0.01, 0.08
-READ = 1 << 16
+READ = 1 << 14
 SCHEME = "ipc://"
 _NOW = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
@@ -116,14 +116,26 @@ class Channel:
                 if not self.connect():
                     time.sleep(self._retry)
                 continue
-            messages = self._read(connection)
+            try:
+                data = connection.recv(READ)
+            except OSError:
+                data = b""
+            if len(data) > 2 and len(data) == 2 + data[1] and not data[0] and self._reader.idle:
+                return [data[2:]]  # one short message, which is the rule
+            messages = self._take(connection, data)
             if messages:
                 return messages
 
     def receive_now(self) -> list[bytes]:
         """What is there, for a thread that has polled ``fileno``; waits if nothing is."""
         connection = self._socket
-        return self._read(connection) if connection is not None else []
+        if connection is None:
+            return []
+        try:
+            data = connection.recv(READ)
+        except OSError:
+            data = b""
+        return self._take(connection, data)
 
     def connect(self) -> bool:
         """Try once; never waits. ``retry_in`` says when to try again: not at once, either, where somebody took the last
@@ -149,13 +161,13 @@ class Channel:
         """Seconds until ``connect`` is worth a try."""
         return self._retry
 
-    def _read(self, connection: socket.socket) -> list[bytes]:
+    def _take(self, connection: socket.socket, data: bytes) -> list[bytes]:
+        """What has come; nothing: the other end is gone."""
         try:
-            data = connection.recv(READ)
             if not data:
                 raise BadMessage("the other end is gone")
             messages = self._reader.feed(data)
-        except (OSError, BadMessage):
+        except BadMessage:
             self._lost(connection)
             return []
         if self._reader.answer:

@@ -307,13 +307,7 @@ class Waker(threading.Thread):
                     os._exit(FAILED)
 
     def _lane(self, number: int) -> Callable[[int], None]:
-        answered, wake = self._requests.answered_one, crashpoints.before("worker.told", self._handler.waking(number))
-
-        def placed(offset: int) -> None:
-            answered(number, offset)
-            wake(offset)
-
-        return placed
+        return self._requests.lane(number, crashpoints.before("worker.told", self._handler.waking(number)))
 
     def _heard(self, message: Message) -> None:
         assert isinstance(message, Wake | Lost)

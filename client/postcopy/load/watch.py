@@ -24,6 +24,9 @@ FORGIVEN = 4
 MINUTE = 60.0
 SHORTEST, LONGEST = 0.05, 1.0
 """Seconds between two looks: they grow with the time that the test has taken, so a long one is not looked at often."""
+RESTS = 20
+"""So many times as long as a look took nobody looks again: the status of many clients is work for the supervisor, which
+they would take for its slowness."""
 
 
 def kill_a_worker(control: Control, client: dict[str, Any]) -> int | None:
@@ -73,8 +76,10 @@ class Watch:
         try:
             due = bool(self._every) and self.now >= self._next_kill
             if due or self.now >= self._next_look:
+                begun = self.now
                 self.sample()
-                self._next_look = self.now + max(SHORTEST, min(LONGEST, self.now / 50))
+                rest = RESTS * (self.now - begun)
+                self._next_look = self.now + max(SHORTEST, min(LONGEST, self.now / 50), rest)
             if due:
                 self._kill()
                 self._next_kill += self._every
