@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from postcopy.control import Control
 
 from . import qemu, stream
 from .bench import Bench, BenchmarkFailed, ClientProcess
+from .clients8 import theirs
 from .figures import Pair, Row, percentile, ratio_row, value_row
 from .machine import ROOT
 
@@ -31,6 +33,7 @@ def run(bench: Bench) -> list[Row]:
     rows += stream.run(bench)
     rows.append(_lockstep(bench))
     rows.append(_random(bench))
+    rows.append(_random_in_c(bench))
     return rows
 
 
@@ -97,18 +100,36 @@ def _lockstep(bench: Bench) -> Row:
 
 def _random(bench: Bench) -> Row:
     """Pages a second that clients touch for the first time, against the best of fewer clients, in turns."""
+
+    def touched(clients: int) -> float:
+        report, _ = _load(bench, clients, bench.pages // clients, "random")
+        return float(report["first_touches"] / report["seconds"])
+
+    return _many(bench, "at random", touched, 0.9)
+
+
+def _random_in_c(bench: Bench) -> Row:
+    """The same of C handlers, one a client, which have their pages in a file of this machine: what so many processes on
+    these processors cost whoever serves them."""
+    return _many(
+        bench,
+        "of C handlers, local",
+        lambda clients: bench.pages // clients * clients / theirs(bench, clients, "disjoint", False) * 1000,
+    )
+
+
+def _many(bench: Bench, what: str, touched: Callable[[int], float], goal: float | None = None) -> Row:
     crowds = bench.scale.of(64, 4), bench.scale.of(16, 2), bench.scale.of(4, 1), 1
     found: dict[int, list[float]] = {clients: [] for clients in crowds}
     for number in range(bench.scale.of(3, 1)):
         for clients in found if number % 2 else reversed(found):
-            bench.say(f"remote: {clients} clients at random, round {number + 1}")
-            report, _ = _load(bench, clients, bench.pages // clients, "random")
-            found[clients].append(report["first_touches"] / report["seconds"])
+            bench.say(f"remote: {clients} clients {what}, round {number + 1}")
+            found[clients].append(touched(clients))
     many, *fewer = found
     pairs = [(found[many][at], max(found[clients][at] for clients in fewer)) for at in range(len(found[many]))]
     labels = (f"{many} clients", "best of " + ", ".join(map(str, fewer)))
-    name = f"first touches a second, {many} clients at random"
-    return ratio_row(name, pairs, 0.9, unit="/s", labels=labels, least=True)
+    name = f"first touches a second, {many} clients {what}"
+    return ratio_row(name, pairs, goal, unit="/s", labels=labels, least=True)
 
 
 def _load(bench: Bench, clients: int, touches: int, pattern: str) -> tuple[dict[str, Any], dict[str, Any]]:
