@@ -26,7 +26,7 @@ from typing import Any, cast
 
 import msgpack  # type: ignore[import-untyped, unused-ignore]
 
-from postcopy_protocol import codec
+from postcopy_protocol import codec, zmtp
 from postcopy_protocol.codec import decode, encode, unpack_offsets
 from postcopy_protocol.door import FROM_CLIENT, DoorConversation, Refusal
 from postcopy_protocol.errors import BadInput, BadMessage
@@ -61,6 +61,7 @@ from tests.fuzz_return_path import SourceEnd, SupervisorEnd
 PAGE = 4096
 ALL = tuple(codec.MESSAGES.values())
 Listener = Callable[[bytes], None]
+WIRE_BYTES = 1 << 16
 FROM_WORKER = (WorkerHello, Report, Fetched, RequestPages)
 TO_WORKER = (Wake, Lost)
 
@@ -89,6 +90,7 @@ class Fuzzer:
             "rendezvous": (self._rendezvous, (TakeOver,)),
             "inventory": (self._inventory, (BlockNote, ClientNote)),
             "back-end": (self._back_end, ALL),
+            "wire": (self._wire, ALL),
         }
         with tempfile.TemporaryDirectory(prefix="pcf-", dir="/tmp") as directory:
             (Path(directory) / "private").mkdir()
@@ -149,6 +151,35 @@ class Fuzzer:
             stream = stream[wanted:]
             if frame is not None:
                 return void(talk.heard(asked, frame))
+
+    def _wire(self, data: bytes) -> None:
+        """The bytes of a connection: ZMTP around the message, or nearly. Both readers hear the same, whatever it is."""
+        chance = self.random
+        cuts = sorted(chance.randrange(len(data) + 1) for _ in range(chance.choice((0, 0, 0, 1, 3))))
+        parts = [data[start:end] for start, end in zip([0, *cuts], [*cuts, len(data)], strict=True)]
+        ready = zmtp.opening(chance.choice((b"", b"w1.1", b"x" * 255)), chance.choice((b"DEALER", b"ROUTER")))
+        stream = bytearray(ready + b"".join(map(bytes, zmtp.framed(parts))))
+        if chance.random() < 0.3:
+            stream += zmtp.command(b"PING", chance.randbytes(chance.randrange(9))) + zmtp.frame(data)
+        for _ in range(chance.choice((0, 1, 1, 2, 5))):
+            self._mutate(stream)
+        plain, placed = zmtp.Reader(WIRE_BYTES), zmtp.PlacedReader(memoryview(bytearray(WIRE_BYTES)))
+        heard: list[list[list[bytes]]] = [[], []]
+        refused: list[BadMessage | None] = [None, None]
+        while stream:
+            piece = bytes(stream[: chance.choice((1, 7, 64, 4096))])
+            del stream[: len(piece)]
+            feeds: tuple[Callable[[bytes], Any], ...] = (plain.feed, partial(_placed, placed))
+            for which, feed in enumerate(feeds):
+                try:
+                    heard[which] += [[one] if isinstance(one, bytes) else list(map(bytes, one)) for one in feed(piece)]
+                except BadMessage as error:
+                    refused[which] = error
+            assert heard[0] == heard[1] and (refused[0] is None) == (refused[1] is None), (heard, refused)
+            if refused[0] is not None:
+                raise refused[0]
+        if not plain.ready or plain.answer != placed.take_answer():
+            raise BadMessage("not whole") if not plain.ready else AssertionError("they answer differently")
 
     def one(self) -> None:
         if self.random.random() < 0.01:
@@ -288,6 +319,12 @@ def encode_or_pack(kind: type[Message], make: Callable[[str], Any]) -> bytes:
         return encode(kind(*values))
     except Exception:
         return bytes(msgpack.packb([VERSION, kind.TAG, *values]))
+
+
+def _placed(reader: zmtp.PlacedReader, data: bytes) -> list[list[memoryview]]:
+    space = reader.space()
+    space[: len(data)] = data
+    return reader.filled(len(data))
 
 
 def void(*_: Any, **__: Any) -> None:

@@ -203,7 +203,7 @@ class PlacedReader:
 
     def __init__(self, buffer: memoryview) -> None:
         """``buffer``: of bytes, as large as the largest message with what stands before its frames."""
-        self._opening = Reader(until_ready=True)
+        self._opening = Reader(len(buffer), until_ready=True)
         self._buffer = buffer
         self.ready = False
         """It has said READY."""
