@@ -159,8 +159,9 @@ class Fuzzer:
         parts = [data[start:end] for start, end in zip([0, *cuts], [*cuts, len(data)], strict=True)]
         ready = zmtp.opening(chance.choice((b"", b"w1.1", b"x" * 255)), chance.choice((b"DEALER", b"ROUTER")))
         stream = bytearray(ready + b"".join(map(bytes, zmtp.framed(parts))))
-        if chance.random() < 0.3:
-            stream += zmtp.command(b"PING", chance.randbytes(chance.randrange(9))) + zmtp.frame(data)
+        for _ in range(chance.choice((0, 0, 1, 4))):
+            stream += zmtp.command(b"PING", chance.randbytes(chance.randrange(9))) if chance.random() < 0.3 else b""
+            stream += b"".join(map(bytes, zmtp.framed([chance.randbytes(chance.randrange(600)) for _ in parts])))
         for _ in range(chance.choice((0, 1, 1, 2, 5))):
             self._mutate(stream)
         plain, placed = zmtp.Reader(WIRE_BYTES), zmtp.PlacedReader(memoryview(bytearray(WIRE_BYTES)))
