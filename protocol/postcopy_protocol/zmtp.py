@@ -199,7 +199,7 @@ def _identity(properties: bytes) -> bytes:
 
 class PlacedReader:
     """As Reader, for an end that sends much: the bytes lie where they were received, and the frames of a message are
-    views of them, which hold until ``space`` is called again."""
+    views of them, which hold until more is received."""
 
     def __init__(self, buffer: memoryview) -> None:
         """``buffer``: of bytes, as large as the largest message with what stands before its frames."""
@@ -208,6 +208,8 @@ class PlacedReader:
         self.ready = False
         """It has said READY."""
         self._begin = self._end = 0
+        self.room: memoryview | None = buffer
+        """Where the next bytes of it are to be received; None: ``space`` has to say."""
 
     def take_answer(self) -> bytes:
         """What is to be sent back because of what it said."""
@@ -215,15 +217,16 @@ class PlacedReader:
         return answer
 
     def space(self) -> memoryview:
-        """Where the next bytes of it are to be received."""
-        begin, end = self._begin, self._end
+        """Where the next bytes of it are to be received; what is left over may be moved for it."""
+        buffer, begin, end = self._buffer, self._begin, self._end
         if begin == end:
             self._begin = self._end = 0
-            return self._buffer
-        if begin and len(self._buffer) - end < _ROOM:
-            self._buffer[: end - begin] = bytes(self._buffer[begin:end])
+            self.room = buffer
+            return buffer
+        if begin and len(buffer) - end < _ROOM:
+            buffer[: end - begin] = bytes(buffer[begin:end])
             self._begin, self._end = 0, end - begin
-        return self._buffer[self._end :]
+        return buffer[self._end :]
 
     def filled(self, count: int) -> list[list[memoryview]]:
         """``count`` bytes have been received into ``space()``: the messages that are whole now. Raises BadMessage."""
@@ -238,6 +241,7 @@ class PlacedReader:
                 and int.from_bytes(buffer[head + 1 : start], "big") == count - start
             ):
                 return [[buffer[2:head], buffer[start:count]]]
+        self.room = None
         end = self._end + count
         if not self.ready:
             self._opening.feed(bytes(self._buffer[self._begin : end]))

@@ -93,6 +93,16 @@ class Slot:
     unforked: int = 0
     """Forks in a row that failed."""
 
+    called: tuple[int, bytes] = (-1, b"")
+    """An incarnation, and its routing id."""
+
+    @property
+    def name(self) -> bytes:
+        """The routing id of the worker that lives now."""
+        if self.called[0] != self.incarnation:
+            self.called = (self.incarnation, b"w%d.%d" % (self.worker, self.incarnation))
+        return self.called[1]
+
     @property
     def shown(self) -> str:
         """The state in the words of ``status``."""

@@ -490,7 +490,7 @@ class House:
     def _tell_worker(self, worker: int, data: bytes) -> None:
         slot = self.workforce.fleet.slots.get(worker)
         # NOBODY: it is gone, or not back yet; its successor asks or wakes by itself.
-        if slot is not None and self._router.send(b"w%d.%d" % (worker, slot.incarnation), data) == FULL:
+        if slot is not None and self._router.send(slot.name, data) == FULL:
             # A wake that it never hears is a client that waits for ever; a successor wakes everybody.
             self.workforce.kill(worker, "takes no more words")
 
@@ -499,7 +499,7 @@ class House:
         slot = self.workforce.fleet.slots.get(worker)
         if slot is None:
             return False
-        return self._router.send(b"w%d.%d" % (worker, slot.incarnation), encode(message)) == SENT
+        return self._router.send(slot.name, encode(message)) == SENT
 
     def _answer(self, identity: bytes, message: Message) -> None:
         self._router.send(identity, encode(message))

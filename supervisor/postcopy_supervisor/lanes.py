@@ -100,11 +100,14 @@ def source_lane(
     address: Callable[[memoryview], int] = address_of,
 ) -> SourceLane:
     """For the answers of one source. ``ioctl`` and ``address``: on a simulated kernel they are others."""
-    expected, come = link.expected, {block.number: _come(paging, link, block, ioctl, address) for block in blocks}
+    come = {block.number: _come(paging, link, block, ioctl, address) for block in blocks}
+    answers, flying = link.answers, link.flow.flying
 
     def answered(head: bytes, buffer: memoryview) -> bool | None:
-        wish = expected(head, len(buffer))
-        return None if wish is None else come[wish.block](wish, buffer)
+        wish = answers.pop(head, None)
+        if wish is None or wish.length != len(buffer) or flying.get(wish.request) is not wish:
+            return None
+        return come[wish.block](wish, buffer)
 
     return answered
 

@@ -436,7 +436,7 @@ class Sought(Line):
         if mask == _WRITE or connection is None:
             return
         try:
-            count = connection.recv_into(reader.space())
+            count = connection.recv_into(reader.room or reader.space())
         except BlockingIOError:
             return
         except OSError:
