@@ -33,7 +33,7 @@ from .source import PageSource, offer_of
 
 MAX_MESSAGE = 1 << 16
 """Bytes of a frame that a supervisor may send; ZeroMQ hangs up on more."""
-_LINGER_MS = 500  # what is answered may still leave
+_LINGER = 0.5  # seconds: what is answered may still leave
 _HEARTBEAT_MS, _SILENT_MS = 5000, 20000
 
 log = logging.getLogger(__name__)
@@ -104,14 +104,14 @@ def _router(listen: str, curve: KeyPair | None, allow: Sequence[bytes]) -> Itera
     path = listen.removeprefix("ipc://")
     with ExitStack() as stack:
         if path != listen and curve is None:
-            stack.callback(router.close)
+            stack.callback(router.close, _LINGER)
             _listen(router, path)
             stack.callback(_unlink, path)
             yield router, listen
             return
         context = stack.enter_context(_context())
         socket = context.socket(zmq.ROUTER)
-        stack.callback(router.close)
+        stack.callback(router.close, _LINGER)
         router.bridge(Libzmq(socket, lambda name, frames: router.heard(name, _words(frames))))
         if curve is not None:
             Gate(context, allow).open()
@@ -149,7 +149,7 @@ def _unlink(path: str) -> None:
 def _bind(socket: zmq.Socket[bytes], listen: str) -> str:
     """The endpoint as it came out. Raises PostcopyError."""
     for option, value in (
-        (zmq.LINGER, _LINGER_MS),
+        (zmq.LINGER, int(_LINGER * 1000)),
         (zmq.ROUTER_MANDATORY, 1),  # who is gone is noticed when it is answered
         (zmq.ROUTER_HANDOVER, 1),  # who comes back on a new connection is the same
         (zmq.SNDHWM, SEND_QUEUE),

@@ -88,6 +88,8 @@ NEWCOMER_SECONDS = 5.0
 """For so long a supervisor that takes over asks the sources of new blocks: who is on trial replaces no worker yet."""
 RARELY = 20_000
 """Objects more than before at which Python looks for garbage."""
+LINGER = 0.5
+"""Seconds in which whoever has asked may still take its answer at the end."""
 TURNS = 16
 """Messages after which pages in a slot have waited long enough."""
 SCARCE = 128 << 20
@@ -557,7 +559,7 @@ class House:
         self.porter.stop()
         self.custody.end()
         self.runtime.nobody_stays()
-        self._router.close()
+        self._router.close(LINGER)
         self.sources.close()
         log.info("ended")
 
@@ -567,7 +569,7 @@ class House:
             export.join(2)
         self.porter.stop()
         self.custody.step_aside()
-        self._router.close()
+        self._router.close(LINGER)
         self.sources.close()
         log.info("ended; %d clients go on: serve --recover takes them over", len(self.reception.clients))
 

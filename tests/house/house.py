@@ -91,6 +91,12 @@ def alive(pid: int) -> bool:
         return False
 
 
+def stands(pid: int) -> bool:
+    """Is each of its threads stopped? SIGSTOP is there when one of them has got the processor to take it."""
+    states = [task.read_text().rpartition(")")[2].split()[0] for task in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return set(states) == {"T"}
+
+
 def called(pid: int) -> str:
     """The name that this process gave itself; nothing when it is gone."""
     try:
@@ -315,9 +321,11 @@ class House:
         return until(running, f"client {puppet.pid} has a running worker")
 
     def kill_worker(self, puppet: Puppet, number: int = signal.SIGKILL) -> int:
-        """Send its worker a signal; returns its pid."""
+        """Send its worker a signal; returns its pid. SIGSTOP: it stands still then."""
         pid = self.worker(puppet)
         end_by_pidfd(pid, number, "postcopy-w")
+        if number == signal.SIGSTOP:
+            until(lambda: stands(pid), "it stands still")
         return pid
 
     # --- control ------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tests.house.house import ROOT, House, environment, until
+from tests.house.house import ROOT, House, environment, stands, until
 
 READY_WITHIN = 40.0
 
@@ -63,6 +63,9 @@ class Source:
         """SIGSTOP and SIGCONT: it stands still and goes on."""
         assert self.process is not None
         self.process.send_signal(number)
+        if number == signal.SIGSTOP:
+            pid = self.process.pid
+            until(lambda: stands(pid), "it stands still")
 
     def end(self, number: int = signal.SIGKILL) -> None:
         """End it by this signal and wait for it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -209,6 +210,27 @@ def test_who_does_not_read_is_not_waited_for(house: House) -> None:
     assert house.router.peers[b"slow"].kept == 0
     assert house.router.send_parts(b"slow", [b"head", bytes(4096)]) == SENT
     assert slow.recv(1 << 16) == frame(b"head", MORE) + frame(bytes(4096))
+
+
+def test_what_is_kept_may_leave_at_the_end(house: House) -> None:
+    slow, dead = house.known(b"slow"), house.known(b"dead")
+    sent = list[bytes]()
+    while house.router.send(b"slow", word := b"%d," % len(sent) * 3000) == SENT:
+        sent.append(word)
+    while house.router.send(b"dead", bytes(9000)) == SENT:
+        pass
+    dead.close()
+    came = bytearray()
+
+    def read() -> None:
+        while more := slow.recv(1 << 16):
+            came.extend(more)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    house.router.close(PATIENCE)
+    reader.join(PATIENCE)
+    assert came == b"".join(map(frame, sent))
 
 
 def test_few_large_messages_are_full_too(house: House) -> None:

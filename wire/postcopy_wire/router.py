@@ -35,6 +35,7 @@ STRANGERS = 1024
 STRANGE_SECONDS = 30.0
 """... and how long."""
 RETRY_SECONDS, RETRY_MOST = 0.01, 0.1
+LINGER_STEP = 0.002
 DEAF_SECONDS = 0.05
 """Between two tries to take somebody in while there is no descriptor."""
 _NOW = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
@@ -125,8 +126,15 @@ class Router:
         with contextlib.suppress(OSError):
             self.epoll.unregister(fd)
 
-    def close(self) -> None:
-        """What is not sent by now is dropped."""
+    def close(self, linger: float = 0.0) -> None:
+        """What is not sent after ``linger`` seconds is dropped."""
+        until = time.monotonic() + linger
+        lines: list[Line] = [*self.peers.values(), *self.sought.values()]
+        while any(line.outbox for line in lines) and time.monotonic() < until:
+            time.sleep(LINGER_STEP)
+            for line in lines:
+                if line.outbox:
+                    line.flush()
         for peer in [*self.peers.values(), *self.strangers, *self.sought.values()]:
             peer.drop()
         if self._listener is not None:
