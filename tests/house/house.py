@@ -93,8 +93,11 @@ def alive(pid: int) -> bool:
 
 def stands(pid: int) -> bool:
     """Is each of its threads stopped? SIGSTOP is there when one of them has got the processor to take it."""
-    states = [task.read_text().rpartition(")")[2].split()[0] for task in Path(f"/proc/{pid}/task").glob("*/stat")]
-    return set(states) == {"T"}
+    try:
+        states = {task.read_text().rpartition(")")[2].split()[0] for task in Path(f"/proc/{pid}/task").glob("*/stat")}
+    except OSError:  # a thread has just ended
+        return False
+    return states <= {"T"}  # none: it is gone already
 
 
 def called(pid: int) -> str:
@@ -106,7 +109,7 @@ def called(pid: int) -> str:
 
 
 def end_by_pidfd(pid: int, number: int, name: str) -> None:
-    """Signal a process that is called ``name...``, by its pidfd: nobody else is ever hit."""
+    """Signal a process that is called ``name...``, by its pidfd: nobody else is ever hit. After SIGSTOP it stands."""
     pidfd = os.pidfd_open(pid)
     try:
         called = Path(f"/proc/{pid}/comm").read_text().strip()
@@ -114,6 +117,8 @@ def end_by_pidfd(pid: int, number: int, name: str) -> None:
         signal.pidfd_send_signal(pidfd, number)
     finally:
         os.close(pidfd)
+    if number == signal.SIGSTOP:
+        until(lambda: stands(pid), "it stands still")
 
 
 def descriptors(pid: int) -> list[str]:
@@ -321,11 +326,9 @@ class House:
         return until(running, f"client {puppet.pid} has a running worker")
 
     def kill_worker(self, puppet: Puppet, number: int = signal.SIGKILL) -> int:
-        """Send its worker a signal; returns its pid. SIGSTOP: it stands still then."""
+        """Send its worker a signal; returns its pid."""
         pid = self.worker(puppet)
         end_by_pidfd(pid, number, "postcopy-w")
-        if number == signal.SIGSTOP:
-            until(lambda: stands(pid), "it stands still")
         return pid
 
     # --- control ------------------------------------------------------------------------------------------------------

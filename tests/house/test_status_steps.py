@@ -54,7 +54,7 @@ def test_who_has_asked_is_answered_when_the_house_ends(runtime_dir: Path) -> Non
         dealer.send(encode(AskStop(False)))
         kinds = [type(heard(dealer)).__name__ for _ in range(VERY_MANY + 2)]
         assert sorted(kinds) == ["EventsAnswer"] * VERY_MANY + ["StatusAnswer", "StopAnswer"]
-        house.end()
+        assert house.wait() == 0
 
 
 @pytest.fixture

@@ -233,6 +233,17 @@ def test_what_is_kept_may_leave_at_the_end(house: House) -> None:
     assert came == b"".join(map(frame, sent))
 
 
+def test_a_signal_ends_all_in_the_middle_of_a_goodbye(house: House) -> None:
+    """A source's signal handler raises, wherever its loop is."""
+    house.known(b"a")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(house.router, "forget", lambda fd: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            house.router.peers[b"a"].drop()
+    house.router.close()
+    assert house.router.peers == {} and house.gone == [b"a"]
+
+
 def test_few_large_messages_are_full_too(house: House) -> None:
     house.known(b"slow")
     buffer = bytearray(b"a" * (1 << 20))

@@ -280,10 +280,12 @@ class Line:
 
     def drop(self) -> None:
         """It is of no use any more."""
-        if self.connection is not None:
-            self.router.forget(self.connection.fileno())
-            self.connection.close()
-            self.connection = self.speaking = None
+        connection, self.connection, self.speaking = self.connection, None, None  # a signal may raise in what follows
+        if connection is not None:
+            try:
+                self.router.forget(connection.fileno())
+            finally:
+                connection.close()
         self.outbox.clear()
         self.kept = 0
 
