@@ -9,6 +9,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import zmq
@@ -236,10 +238,17 @@ def test_what_is_kept_may_leave_at_the_end(house: House) -> None:
 def test_a_signal_ends_all_in_the_middle_of_a_goodbye(house: House) -> None:
     """A source's signal handler raises, wherever its loop is."""
     house.known(b"a")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(house.router, "forget", lambda fd: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            house.router.peers[b"a"].drop()
+    peer = house.router.peers[b"a"]
+    connection = peer.connection
+    assert connection is not None
+
+    def close() -> None:
+        connection.close()
+        raise KeyboardInterrupt
+
+    peer.connection = cast(socket.socket, SimpleNamespace(fileno=connection.fileno, close=close))
+    with pytest.raises(KeyboardInterrupt):
+        peer.drop()
     house.router.close()
     assert house.router.peers == {} and house.gone == [b"a"]
 
