@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import postcopy.load
 from postcopy.errors import BadInput, PostcopyError
 from postcopy.load import pages, truth, watch
 from postcopy.load.findings import fairness, findings
@@ -192,7 +194,8 @@ def test_a_report_that_cannot_be_is_known_before_the_test_runs(path: str) -> Non
 
 
 def test_without_matplotlib_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "postcopy.load.plots", None)
+    monkeypatch.setitem(sys.modules, "postcopy.load.plots", None)
+    monkeypatch.delattr(postcopy.load, "plots", raising=False)  # another test may have imported it
     with pytest.raises(PostcopyError, match=r"postcopy\[report\]"):
         pages.writer("/tmp/load.html", [])
 
