@@ -83,7 +83,7 @@ CALM_SECONDS = 0.05
 """After an urgent request."""
 MAX_STAGINGS = 16
 """Supervisors that have a staging memory; the others get everything over their sockets."""
-SILENT_SECONDS = 10.0
+STAGING_SILENT_SECONDS = 10.0
 """A supervisor that has said nothing for so long needs none: it pings every second."""
 LARGE = 31 << 20
 """Bytes; just below the largest that glibc (any, 64 bit) learns its threshold from."""
@@ -164,7 +164,7 @@ class Loop:
         for peer in self._sender.flush():
             self._enqueue(peer)
         for peer in self._peers.values():
-            if peer.staging is not None and now - peer.heard > SILENT_SECONDS:
+            if peer.staging is not None and now - peer.heard > STAGING_SILENT_SECONDS:
                 peer.unstage()
         self._keep_pace(now)
 

@@ -61,7 +61,7 @@ SILENT_SECONDS = 1.0
 """Counted from our last answer to what was heard: an honest crowd waits for us, not we for it."""
 DESCRIPTORS_PER_CLIENT = 8
 SPARE_DESCRIPTORS = 24
-"""For the house's own work: an export, a custodian started anew, libzmq, which aborts when it has none."""
+"""For the house's own work: an export, a custodian started anew, questions, libzmq for sources behind tcp."""
 
 
 @dataclass(slots=True)
