@@ -45,7 +45,7 @@ def _memory(bench: Bench) -> list[Row]:
     rows = []
     with bench.supervisor(MODES) as supervisor:
         for mode in MODES:
-            with bench.house_client(supervisor, mode, mode) as client:
+            with bench.product_client(supervisor, mode, mode) as client:
                 client.ask(do="touch", seed=0, count=1)
                 worker = worker_of(supervisor, client.pid)
                 fresh = memory_figures(worker)["private"] / 1e6

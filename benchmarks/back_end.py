@@ -19,9 +19,9 @@ from typing import Any
 
 import postcopy
 from postcopy.vhost_user import BackEnd
+from postcopy.vhost_user.attach_side import DoorSide, SharedBlock
 from postcopy.vhost_user.channel import somebody_listens
-from postcopy.vhost_user.door_side import DoorSide, SharedBlock
-from postcopy.vhost_user.probe_plan import PAGE, Plan, Planned, Wishes, offer
+from postcopy.vhost_user.probe.plan import PAGE, Plan, Planned, Wishes, offer
 from postcopy.vhost_user.rings import Bells, start_ring
 from postcopy_kernel import memory
 

@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any
 
 import postcopy
-from postcopy.control import Control
+from postcopy.queries import Control
 
 from .machine import ROOT
 
@@ -197,7 +197,7 @@ class Bench:
         """A client of the C chain of four processes: the floor of a remote fault."""
         return self.client(pinned=pinned, handler=self.chain, mode=mode)
 
-    def house_client(
+    def product_client(
         self, supervisor: postcopy.Supervisor, block: str, mode: str, *, pinned: bool = False
     ) -> ClientProcess:
         """A client of ours, attached to ``block``; its worker is where it should be."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 
-from postcopy.control import Control
+from postcopy.queries import Control
 
 from .bench import Bench, BenchmarkFailed
 from .figures import Pair, Row, ratio_row

@@ -10,7 +10,7 @@ Run as ``python -m benchmarks.client SPEC`` with SPEC a JSON object:
   attach when told to ``join``
 
 It writes ``{"ready": ...}``, then answers each JSON line on stdin with one on stdout, and ends at the end of stdin.
-The touching itself is C (see toucher.c); Python only says where, so that floor and house are measured alike.
+The touching itself is C (see toucher.c); Python only says where, so that floor and service are measured alike.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Client:
         if spec.get("handler"):
             self._join_floor()
         elif spec.get("block"):
-            self._join_house()
+            self._join_product()
         elif spec.get("runtime_dir"):
             import postcopy.client  # noqa: F401  # so that a later join is not the import's time
 
@@ -135,7 +135,7 @@ class Client:
         # Without its handler a touch would wait for ever. A thread that sleeps costs the toucher nothing, measured.
         threading.Thread(target=_end_with, args=(handler,), daemon=True).start()
 
-    def _join_house(self) -> None:
+    def _join_product(self) -> None:
         import postcopy
 
         block = postcopy.attach(self.spec["block"], runtime_dir=self.spec["runtime_dir"], mode=self.spec["mode"])
@@ -210,7 +210,7 @@ class Client:
     def join(self, order: Answer) -> Answer:
         """Attach to ``block`` in ``mode``."""
         self.spec |= {"block": order["block"], "mode": order["mode"]}
-        self._join_house()
+        self._join_product()
         return {}
 
     def read(self, order: Answer) -> Answer:
@@ -237,7 +237,7 @@ class Client:
         """Leave, and attach as a client that is new to everybody."""
         while self._held:
             self._held.pop().close()
-        self._join_house()
+        self._join_product()
         return {}
 
     def attach(self, order: Answer) -> Answer:

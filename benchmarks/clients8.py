@@ -44,7 +44,7 @@ def _pairs(bench: Bench, clients: int, pinned: bool) -> dict[str, list[Pair]]:
 
 def ours(bench: Bench, clients: int, pattern: str, pinned: bool) -> float:
     with bench.supervisor(["ram"], pinned=pinned) as supervisor:
-        return _wall(bench, clients, pattern, lambda: bench.house_client(supervisor, "ram", "shared", pinned=pinned))
+        return _wall(bench, clients, pattern, lambda: bench.product_client(supervisor, "ram", "shared", pinned=pinned))
 
 
 def theirs(bench: Bench, clients: int, pattern: str, pinned: bool) -> float:

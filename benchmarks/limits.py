@@ -36,7 +36,7 @@ def _touches(bench: Bench, pinned: bool) -> Row:
         bench.say(f"limits, {where}: pair {number + 1} of {bench.scale.pairs}")
         with (
             bench.supervisor(["ram"], pinned=pinned) as supervisor,
-            bench.house_client(supervisor, "ram", "private", pinned=pinned) as client,
+            bench.product_client(supervisor, "ram", "private", pinned=pinned) as client,
         ):
             orders = {"ours": "touch", "mmap": "touch_file"}
             sides = list(orders)[:: -1 if number % 2 else 1]

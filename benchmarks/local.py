@@ -1,7 +1,7 @@
 """``local``: how long does a client wait for a page that lies in a file, against the least that C needs for it?
 
 p50 of touch to resume, one client, random missing pages. Both sides are touched by the same C code in the same kind of
-process; each run has a fresh block, a fresh client and a fresh handler; floor and house alternate.
+process; each run has a fresh block, a fresh client and a fresh handler; floor and service alternate.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _pairs(bench: Bench, pinned: bool) -> tuple[dict[str, list[Pair]], dict[str,
                 sides = {}
                 for side in ("ours", "floor") if number % 2 else ("floor", "ours"):
                     if side == "ours":
-                        client = bench.house_client(supervisor, mode, mode, pinned=pinned)
+                        client = bench.product_client(supervisor, mode, mode, pinned=pinned)
                     else:
                         client = bench.floor_client(pinned=pinned)
                     sides[side] = _touches(bench, client, number)

@@ -23,7 +23,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import postcopy
-from postcopy.control import Control
+from postcopy.queries import Control
 
 from . import unseen
 from .bench import Bench, BenchmarkFailed, ClientProcess
@@ -69,8 +69,8 @@ def _in_turns(
 ) -> Pair:
     """p50 of touches in us, a slice of one and a slice of the other, so that both see the same machine."""
     with (
-        bench.house_client(seeing, mode, mode, pinned=True) as ours,
-        bench.house_client(unseeing, mode, mode, pinned=True) as theirs,
+        bench.product_client(seeing, mode, mode, pinned=True) as ours,
+        bench.product_client(unseeing, mode, mode, pinned=True) as theirs,
     ):
         took: dict[int, list[float]] = {ours.pid: [], theirs.pid: []}
         step = bench.pages // SLICES
@@ -111,8 +111,8 @@ def _status(bench: Bench) -> list[Row]:
         bench.source(["far"]) as far,
         bench.supervisor({"ram": bench.file, **far}, background_rate=0, fault_around="4K") as supervisor,
         _attached(bench, supervisor, count),
-        bench.house_client(supervisor, "ram", "shared") as local,
-        bench.house_client(supervisor, "far", "shared") as remote,
+        bench.product_client(supervisor, "ram", "shared") as local,
+        bench.product_client(supervisor, "far", "shared") as remote,
     ):
         bench.say(f"observing: status of {count} clients")
         with Control(supervisor.runtime_dir) as control:

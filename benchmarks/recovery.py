@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import postcopy
-from postcopy.control import Control
+from postcopy.queries import Control
 
 from .bench import WORKER_WITHIN, Bench, BenchmarkFailed, ClientProcess, worker_of
 from .figures import Row, percentile, value_row
@@ -36,7 +36,7 @@ def run(bench: Bench) -> list[Row]:
 def _alone(bench: Bench) -> list[Row]:
     samples = []
     count = bench.scale.of(100, 3)
-    with bench.supervisor(["ram"]) as supervisor, bench.house_client(supervisor, "ram", "shared") as client:
+    with bench.supervisor(["ram"]) as supervisor, bench.product_client(supervisor, "ram", "shared") as client:
         for number in range(count):
             if number % 25 == 0:
                 bench.say(f"recovery: kill {number + 1} of {count}")
@@ -56,7 +56,7 @@ def _crowd(bench: Bench) -> list[Row]:
             if number % 16 == 0:
                 bench.say(f"recovery: client {number + 1} of {count}")
             mode = ("shared", "private")[number % 2]
-            clients.append(stack.enter_context(bench.house_client(supervisor, "ram", mode)))
+            clients.append(stack.enter_context(bench.product_client(supervisor, "ram", mode)))
         one_by_one = []
         for number, client in enumerate(clients):
             worker = worker_of(supervisor, client.pid)
@@ -106,7 +106,7 @@ def _supervisor(bench: Bench, count: int) -> list[Row]:
     ):
         current = stack.enter_context(postcopy.Supervisor(blocks, directory, **options))
         modes = [("shared", "private")[number % 2] for number in range(count)]
-        clients = [clients_end.enter_context(bench.house_client(current, "ram", mode)) for mode in modes]
+        clients = [clients_end.enter_context(bench.product_client(current, "ram", mode)) for mode in modes]
         for kill in range(kills):
             bench.say(f"recovery: supervisor {kill + 1} of {kills}, {count} clients")
             start = bench.start_time()

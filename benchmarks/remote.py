@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from postcopy.control import Control
+from postcopy.queries import Control
 
 from . import qemu, stream
 from .bench import Bench, BenchmarkFailed, ClientProcess
@@ -64,7 +64,7 @@ def _ours(bench: Bench, mode: str, pinned: bool, seed: int) -> list[float]:
     with (
         bench.source(["ram"], pinned=pinned) as blocks,
         bench.supervisor(blocks, pinned=pinned, background_rate=0) as supervisor,
-        bench.house_client(supervisor, "ram", mode, pinned=pinned) as client,
+        bench.product_client(supervisor, "ram", mode, pinned=pinned) as client,
     ):
         return _touches(bench, client, seed)
 

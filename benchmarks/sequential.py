@@ -45,7 +45,7 @@ def _round(bench: Bench, pinned: bool, number: int) -> dict[tuple[str, str], flo
     for window in list(FIXED)[:: -1 if number % 2 else 1]:
         with bench.supervisor(MODES, pinned=pinned, fault_around=FIXED[window]) as supervisor:
             for mode in MODES:
-                with bench.house_client(supervisor, mode, mode, pinned=pinned) as client:
+                with bench.product_client(supervisor, mode, mode, pinned=pinned) as client:
                     took[mode, window] = _milliseconds(client.ask(do="read")["span"])
     took |= {("peer", name): spent for name, spent in _peers(bench.client(pinned=pinned)).items()}
     return took

@@ -16,7 +16,7 @@ from threading import Event, Thread
 from types import TracebackType
 
 import postcopy
-from postcopy.control import Control
+from postcopy.queries import Control
 
 from .bench import Bench, BenchmarkFailed, ClientProcess
 from .figures import Pair, Row, percentile, ratio_row

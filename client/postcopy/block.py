@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from postcopy_kernel.memory import POPULATE_READ, Mapping, advise
 from postcopy_protocol.geometry import PAGE_2M
-from postcopy_protocol.received import RECEIVED
+from postcopy_protocol.received_map import RECEIVED
 from postcopy_protocol.sizes import format_size
 
 from . import filling

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 
 from postcopy_kernel.memory import DOFORK, DONTFORK, NOHUGEPAGE, Mapping
 from postcopy_protocol.geometry import PAGE_4K
-from postcopy_protocol.places import runtime_directory
+from postcopy_protocol.runtime_paths import runtime_directory
 
 from . import filling
 from .block import Block

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from postcopy_kernel.descriptors import close_all
 from postcopy_kernel.userfaultfd import Userfaultfd, open_userfaultfd
 from postcopy_kernel.userfaultfd import UserfaultfdUnavailable as KernelUnavailable
+from postcopy_protocol.attach_conversation import mapping_length
 from postcopy_protocol.codec import unpack_offsets
-from postcopy_protocol.door import mapping_length
 from postcopy_protocol.messages import (
     Attached,
     BlockOpened,
@@ -33,8 +33,8 @@ from postcopy_protocol.messages import (
     Welcome,
 )
 
+from .attach_socket import Door
 from .deadline import Deadline
-from .door import Door
 from .errors import AttachDenied, BadMessage, NoSupervisor, PostcopyError, unavailable
 
 

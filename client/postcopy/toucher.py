@@ -30,7 +30,7 @@ from typing import Any
 
 from postcopy_kernel.compiled import load_touch
 from postcopy_kernel.process import die_with_parent
-from postcopy_protocol.received import RECEIVED
+from postcopy_protocol.received_map import RECEIVED
 
 from .block import Block
 from .client import attach

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from postcopy_protocol import statistics, trace
+from postcopy_protocol import counters, trace
 from postcopy_protocol.trace import Fault, Head
 
 from .errors import BadInput
@@ -29,7 +29,7 @@ def read(path: str) -> Trace:
     with open(path, "rb") as file:
         data = file.read()
     try:
-        head, start = trace.head_of(data)
+        head, start = trace.template_of(data)
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
     return Trace(path, head, sorted(trace.faults(data, start), key=lambda fault: fault.at))
@@ -46,7 +46,7 @@ class Tally:
     pages: Counter[int] = field(default_factory=Counter)
     clients: set[int] = field(default_factory=set)
     writes: int = 0
-    words: list[int] = field(default_factory=lambda: [0] * statistics.WORDS)
+    words: list[int] = field(default_factory=lambda: [0] * counters.WORDS)
 
 
 def tally(found: Trace) -> dict[int, Tally]:
@@ -62,8 +62,8 @@ def tally(found: Trace) -> dict[int, Tally]:
         block.pages[fault.page] += 1
         block.clients.add(fault.client)
         block.writes += fault.write
-        block.words[statistics.bucket(fault.latency)] += 1
-        block.words[statistics.LONGEST_NS] = max(block.words[statistics.LONGEST_NS], fault.latency)
+        block.words[counters.bucket(fault.latency)] += 1
+        block.words[counters.LONGEST_NS] = max(block.words[counters.LONGEST_NS], fault.latency)
     return dict(blocks)
 
 
@@ -85,7 +85,7 @@ def summary(found: Trace) -> dict[str, Any]:
                 "in_order": round(block.in_order / block.faults, 4),
                 "writes": block.writes,
                 "kinds": dict(sorted(block.kinds.items())),
-                "latency_us": statistics.summary(block.words),
+                "latency_us": counters.summary(block.words),
                 "most_wanted": [[page, count] for page, count in block.pages.most_common(5)],
             }
         )
@@ -109,7 +109,7 @@ def difference(first: Trace, second: Trace) -> dict[str, Any]:
                 "in_both": len(both),
                 "only": [len(left.pages) - len(both), len(right.pages) - len(both)],
                 "overlap": round(len(both) / len(either), 4) if either else 1.0,
-                "latency_us": [statistics.summary(left.words), statistics.summary(right.words)],
+                "latency_us": [counters.summary(left.words), counters.summary(right.words)],
             }
         )
     return {"files": [first.path, second.path], "blocks": blocks}

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from . import statistics
-from .statistics import BUCKETS, HISTOGRAM, PAGE_BYTES
+from . import counters
+from .counters import BUCKETS, HISTOGRAM, PAGE_BYTES
 
 NAMES = ("asked", "arrived", "placed", "woken")
 STARTS = [stage * BUCKETS for stage in range(len(NAMES))]
@@ -51,15 +51,15 @@ def merged(stages: Iterable[memoryview]) -> memoryview:
     return memoryview(total.to_bytes(BYTES + 8, "little")[:BYTES]).cast("Q")
 
 
-def taken(stages: Sequence[int] | None) -> list[statistics.Stretch]:
+def taken(stages: Sequence[int] | None) -> list[counters.Stretch]:
     """What is in use of each stage now; []: they are not kept."""
-    return [] if stages is None else [statistics.in_use(stages[at : at + BUCKETS]) for at in STARTS]
+    return [] if stages is None else [counters.in_use(stages[at : at + BUCKETS]) for at in STARTS]
 
 
-def join(total: list[int], found: Sequence[statistics.Stretch]) -> None:
+def join(total: list[int], found: Sequence[counters.Stretch]) -> None:
     """Add what was ``taken`` to ``total``, WORDS zeros at first. What is spoilt makes large numbers there."""
     for at, stretch in zip(STARTS, found, strict=False):
-        statistics.add_up(total, at, stretch)
+        counters.add_up(total, at, stretch)
 
 
 def histogram(stages: memoryview, name: str) -> list[int]:
@@ -68,8 +68,8 @@ def histogram(stages: memoryview, name: str) -> list[int]:
     return [0] * HISTOGRAM + stages[first : first + BUCKETS].tolist()
 
 
-def told(found: Sequence[statistics.Stretch]) -> dict[str, dict[str, float]]:
+def told(found: Sequence[counters.Stretch]) -> dict[str, dict[str, float]]:
     """For the status, of what was ``taken``: ``p50``, ``p99``, ``max`` in microseconds and ``count`` of each stage that
     has any."""
-    summaries = zip(NAMES, map(statistics.summary_of, found), strict=False)
+    summaries = zip(NAMES, map(counters.summary_of, found), strict=False)
     return {name: summary for name, summary in summaries if summary}

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import stages
+from .counters import PAGE_BYTES
 from .errors import BadInput
-from .statistics import PAGE_BYTES
 
 MAGIC = b"PCTRACE1"
 RECORD = struct.Struct("<QQII")
@@ -94,7 +94,7 @@ def pack(at: int, client: int, block: int, page: int, kind: int, latency: int) -
     return RECORD.pack(first, page | block << _PAGE_BITS, client, min(latency, LONGEST))
 
 
-def head_of(data: bytes | memoryview) -> tuple[Head, int]:
+def template_of(data: bytes | memoryview) -> tuple[Head, int]:
     """The head of a file that begins with ``data``, and where its records begin. Raises BadInput."""
     front = bytes(data[: len(MAGIC) + 4])
     if len(front) < len(MAGIC) + 4 or not front.startswith(MAGIC):

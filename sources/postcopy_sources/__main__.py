@@ -51,9 +51,9 @@ def main() -> int:
 
 def _sources(settings: Settings) -> list[PageSource]:
     if settings.house:
-        from .house_source import HouseSource
+        from .supervisor_source import SupervisorSource
 
-        return [HouseSource(settings.house, name) for name in settings.files]
+        return [SupervisorSource(settings.house, name) for name in settings.files]
     from .file_source import FileSource
 
     return [FileSource(name, path) for name, path in settings.files.items()]

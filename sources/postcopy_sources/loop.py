@@ -22,7 +22,6 @@ from functools import partial
 from postcopy_kernel import crashpoints
 from postcopy_protocol.codec import decode, encode
 from postcopy_protocol.errors import BadMessage
-from postcopy_protocol.express import RANGE, answer_parts, number_of, stream_part
 from postcopy_protocol.messages import Message
 from postcopy_protocol.return_path import (
     DATA,
@@ -42,6 +41,7 @@ from postcopy_protocol.return_path import (
     unpack_range,
 )
 from postcopy_protocol.source_conversation import Offer, Phase, SourceConversation, SourceRefusal, Stream
+from postcopy_protocol.templates import RANGE, answer_parts, number_of, stream_part
 from postcopy_protocol.zmtp import Message as Words
 from postcopy_wire.router import Router
 
@@ -60,8 +60,8 @@ from .answers import (
     reason_of,
     zeros,
 )
+from .connection import Lane, Peer, Sender, Task, abandon, pieces_of, settle
 from .mailbox import Mailbox
-from .peer import Lane, Peer, Sender, Task, abandon, pieces_of, settle
 from .readers import Job, Readers
 from .source import PageSource, PushStream, StreamEnded
 from .staging import ZEROS, Staging

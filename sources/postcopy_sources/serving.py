@@ -16,18 +16,18 @@ import zmq
 
 from postcopy_protocol.curve_keys import KeyPair
 from postcopy_protocol.errors import BadInput, PostcopyError
-from postcopy_protocol.places import SOCKET_PATH_BYTES
 from postcopy_protocol.return_path import features_at
+from postcopy_protocol.runtime_paths import SOCKET_PATH_BYTES
 from postcopy_protocol.sizes import format_size
 from postcopy_protocol.source_conversation import Offer
 from postcopy_protocol.zmtp import Message as Words
 from postcopy_wire.libzmq import Libzmq
 from postcopy_wire.router import Router
 
-from .curve import Gate, protect
+from .authenticator import Authenticator, protect
+from .connection import SEND_QUEUE
 from .loop import Loop
 from .mailbox import Mailbox
-from .peer import SEND_QUEUE
 from .readers import Readers
 from .source import PageSource, offer_of
 
@@ -114,7 +114,7 @@ def _router(listen: str, curve: KeyPair | None, allow: Sequence[bytes]) -> Itera
         stack.callback(router.close, _LINGER)
         router.bridge(Libzmq(socket, lambda name, frames: router.heard(name, _words(frames))))
         if curve is not None:
-            Gate(context, allow).open()
+            Authenticator(context, allow).open()
             protect(socket, curve)
         if path != listen:
             _refuse_second(path)

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from postcopy_protocol.curve_keys import PUBLIC_ENDING, KeyPair, read_keys
 from postcopy_protocol.errors import BadInput
-from postcopy_protocol.places import runtime_directory
+from postcopy_protocol.runtime_paths import runtime_directory
 from postcopy_protocol.sources import FileSource, parse_block_name, parse_named
 
 

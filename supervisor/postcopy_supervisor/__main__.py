@@ -31,7 +31,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 1
-    from .house import serve
+    from .main_loop import serve
 
     try:
         serve(settings)

@@ -17,7 +17,7 @@ from postcopy_kernel.userfaultfd import RegisterMode, Userfaultfd
 from postcopy_protocol.errors import BadInput
 from postcopy_protocol.geometry import PAGE_2M, page_count
 from postcopy_protocol.messages import BlockGrant, BlockNote
-from postcopy_protocol.received import (
+from postcopy_protocol.received_map import (
     CHANGED,
     FLAGS,
     LEASED,
@@ -34,8 +34,8 @@ from postcopy_protocol.received import (
 from postcopy_protocol.sizes import format_size
 from postcopy_protocol.sources import FileSource, HandlerSource, RemoteSource, Source, ZeroSource
 
-from .recovery import KeptBlock
-from .remote import Advice
+from .recovery.plan import KeptBlock
+from .remote.advise import Advice
 
 LARGEST_BLOCK = 16 << 40
 """Bytes: what a process can map several times over (47 bits of addresses)."""

@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterator
 
 from postcopy_protocol.errors import BadInput
-from postcopy_protocol.places import DOOR, LOCK, PRIVATE, ROUTER, custodian_path, door_path, router_endpoint
+from postcopy_protocol.runtime_paths import DOOR, LOCK, PRIVATE, ROUTER, custodian_path, door_path, router_endpoint
 
 log = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ from typing import NoReturn
 
 from postcopy_protocol.errors import BadInput
 from postcopy_protocol.geometry import PAGE_2M, PAGE_4K
-from postcopy_protocol.places import runtime_directory
+from postcopy_protocol.runtime_paths import runtime_directory
 from postcopy_protocol.sizes import parse_size
 from postcopy_protocol.sources import RemoteSource, Source, parse_named
 
-from .fleet import LONGEST_BACKOFF, RestartPolicy
+from .pool.lifecycle import LONGEST_BACKOFF, RestartPolicy
 
 LARGEST_WINDOW = 1 << 20
 """Bytes of the largest window of ``--fault-around auto``: beyond it a COPY blocks its loop for long and gains

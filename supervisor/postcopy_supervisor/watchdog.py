@@ -6,16 +6,16 @@ import time
 
 from postcopy_kernel.process import is_stopped
 from postcopy_kernel.userfaultfd import stuck_faults
-from postcopy_protocol.statistics import BUSY_SINCE_NS, OUTSIDE, PLACED
-from postcopy_protocol.statistics import faults as answered
+from postcopy_protocol.counters import BUSY_SINCE_NS, OUTSIDE, PLACED
+from postcopy_protocol.counters import faults as answered
 
-from .client_zero import NUMBER as ZERO
-from .client_zero import ClientZero
-from .custody import Custody
-from .engine import Engine
-from .history import Tell
-from .reception import Reception
-from .workforce import Workforce
+from .clients.attach_server import AttachServer
+from .clients.client_zero import NUMBER as ZERO
+from .clients.client_zero import ClientZero
+from .observe.event_log import Tell
+from .paging.engine import Engine
+from .pool.custodian_client import CustodianClient
+from .pool.worker_pool import WorkerPool
 
 STUCK_SECONDS = 5.0
 """A worker whose client waits for so long while no fault is answered hangs, whatever it is doing."""
@@ -29,9 +29,9 @@ class Watchdog:
 
     def __init__(
         self,
-        workforce: Workforce,
-        custody: Custody,
-        reception: Reception,
+        workforce: WorkerPool,
+        custody: CustodianClient,
+        reception: AttachServer,
         zero: ClientZero,
         engine: Engine,
         handler_timeout: float,

@@ -15,10 +15,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import report
-from .monkey import CROWD_KINDS, HOUSE_KINDS, WEIGHTS, acts
-from .round import Plan, Round
-from .tally import Tally
+from tests.chaos import report
+from tests.chaos.monkey import CROWD_KINDS, HOUSE_KINDS, WEIGHTS, acts
+from tests.chaos.round import Plan, Round
+from tests.chaos.tally import Tally
 
 ENOUGH_MEMORY = 2 << 30
 """Bytes that must be available before a round; less would make the machine's killer part of the chaos."""

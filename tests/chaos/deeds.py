@@ -8,17 +8,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from postcopy.control import Control
 from postcopy.errors import PostcopyError
-
-from . import progress
-from .monkey import Act
-from .progress import Progress
-from .stage import Client, Stage
-from .tally import Tally
+from postcopy.queries import Control
+from tests.chaos import progress
+from tests.chaos.monkey import Act
+from tests.chaos.progress import Progress
+from tests.chaos.stage import Client, Stage
+from tests.chaos.tally import Tally
 
 CALM_WITHIN = 90.0
-"""Seconds that the house may take to come back from one act, on a busy machine."""
+"""Seconds that the service may take to come back from one act, on a busy machine."""
 CRASHES_A_MINUTE = 4
 """More would put an innocent client into quarantine, as it must."""
 ENOUGH_OPERATIONS = 25
@@ -36,8 +35,8 @@ class Wait:
 
 
 class Deeds:
-    """Acts done to the people of a stage; ``troubled`` is when the house was last hit. ``find`` takes what must not be,
-    ``note`` what happens."""
+    """Acts done to the people of a stage; ``troubled`` is when the service was last hit. ``find`` takes what must not
+    be, ``note`` what happens."""
 
     def __init__(
         self, stage: Stage, table: Progress, tally: Tally, find: Callable[[str], None], note: Callable[[str], None]
@@ -80,13 +79,13 @@ class Deeds:
         return bool(served) or row[progress.OPERATIONS] - operations > ENOUGH_OPERATIONS
 
     def may(self, act: Act) -> bool:
-        """One of the house at a time: the last must be back."""
+        """One of the service at a time: the last must be back."""
         if not act.of_house:
             return True
         if self.stage.calm(self.troubled) and not any(wait.kind.split()[0] == act.who for wait in self.waits):
             return True
         if time.monotonic() - self.troubled > CALM_WITHIN and not self.stage.calm(self.troubled):
-            self.find(f"the house does not come back: {self.stage.in_words()}")
+            self.find(f"the service does not come back: {self.stage.in_words()}")
         # Somebody who waits for a page longer than this is looked after by the watch over stuck clients.
         return self.stage.calm(self.troubled) and time.monotonic() - self.troubled > CALM_WITHIN / 6
 

@@ -8,8 +8,8 @@ import signal
 import time
 from pathlib import Path
 
-from .progress import Progress
-from .stage import Stage
+from tests.chaos.progress import Progress
+from tests.chaos.stage import Stage
 
 
 def keep(stage: Stage, table: Progress) -> None:

@@ -1,4 +1,4 @@
-"""What may be left of clients, and of the whole house: nothing."""
+"""What may be left of clients, and of the whole service: nothing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from .stage import Stage, descriptors
+from tests.chaos.stage import Stage, descriptors
 
 LEAVE_WITHIN = 15.0
 WORKER_ZERO = Counter({"anon_inode:[pidfd]": 1, "socket": 2})

@@ -1,9 +1,9 @@
 """The chaos monkey's mind: what is done to whom, after how long, for how long. All of it comes from the seed alone.
 
-There are two monkeys, one for workers and clients, of which any number may die, and one for the house, which waits
-until the house is back. An act is drawn with the same number of draws whatever it is, and never looks at what the last
-one did: two runs of one seed do the same acts in the same order. Only which process stands behind "the third of the
-workers", and how long an act waits until the house may bear it, is the run's.
+There are two monkeys, one for workers and clients, of which any number may die, and one for the service, which waits
+until the service is back. An act is drawn with the same number of draws whatever it is, and never looks at what the
+last one did: two runs of one seed do the same acts in the same order. Only which process stands behind "the third of
+the workers", and how long an act waits until the service may bear it, is the run's.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ HOUSE_KINDS = frozenset(WEIGHTS) - CROWD_KINDS
 @dataclass(frozen=True, slots=True)
 class Act:
     """``kind`` is ``WHO WHAT``. ``victims``: numbers in [0, 1), one a victim, to be taken among those there are;
-    ``workers``: how many workers die with one of the house. Seconds: ``gap`` before the act, ``pause`` within it."""
+    ``workers``: how many workers die with one of the service. Seconds: ``gap`` before the act, ``pause`` within it."""
 
     number: int
     kind: str

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .monkey import WEIGHTS
-from .tally import Tally
+from tests.chaos.monkey import WEIGHTS
+from tests.chaos.tally import Tally
 
 NOTHING = ("wrong bytes", "stuck clients", "leaks")
 """What must be 0."""

@@ -1,8 +1,8 @@
 """One round: fresh blocks, programs in all seats, chaos until the blocks would be whole, the last pass, the oracle.
 
 What is not as it must be becomes a finding, one line each; a round without findings is a good one. Findings come from
-the programs (a wrong byte, an end that they did not earn), from the house (it does not come back, a traceback, an audit
-that finds strange pages), from the end (somebody waits, something is left).
+the programs (a wrong byte, an end that they did not earn), from the service (it does not come back, a traceback, an
+audit that finds strange pages), from the end (somebody waits, something is left).
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from postcopy.control import Control
 from postcopy.errors import PostcopyError
-
-from . import evidence, progress
-from .contents import Contents
-from .deeds import CALM_WITHIN, Deeds
-from .leaks import Leaks
-from .monkey import Act
-from .progress import Progress, where
-from .stage import Client, Stage
-from .tally import Tally
+from postcopy.queries import Control
+from tests.chaos import evidence, progress
+from tests.chaos.contents import Contents
+from tests.chaos.deeds import CALM_WITHIN, Deeds
+from tests.chaos.leaks import Leaks
+from tests.chaos.monkey import Act
+from tests.chaos.progress import Progress, where
+from tests.chaos.stage import Client, Stage
+from tests.chaos.tally import Tally
 
 STUCK_AFTER = 120.0
 """An operation that takes longer than that never ends."""
@@ -153,7 +152,7 @@ class Round:
         while not self.stage.calm(self.deeds.troubled) and not self.findings:
             self.look_around()
             if time.monotonic() > limit:
-                return self.find(f"the house does not come back: {self.stage.in_words()}")
+                return self.find(f"the service does not come back: {self.stage.in_words()}")
             time.sleep(STEP)
         self.table.phase = progress.FINISH
         limit = time.monotonic() + LAST_PASS_WITHIN

@@ -1,7 +1,7 @@
 """Everybody on the stage, and who starts them again: supervisor, source, the line between them, client programs.
 
-``Stage`` is what a service manager is to the house: a supervisor that died is started with ``--recover``, a source that
-died is started anew. It finds everybody by an environment variable that all inherit, never by name alone.
+``Stage`` is what a service manager is to the service: a supervisor that died is started with ``--recover``, a source
+that died is started anew. It finds everybody by an environment variable that all inherit, never by name alone.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from postcopy.control import Control
 from postcopy.errors import PostcopyError
-from tests.house.house import alive, environment
-from tests.house.test_networks import HERE, Networks, inside, ip, two_networks
+from postcopy.queries import Control
+from tests.system.service import alive, environment
+from tests.system.test_networks import HERE, Networks, inside, ip, two_networks
 from tests.wire.relay import Relay
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,7 +114,7 @@ class Stage:
     # --- starting -----------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """The house, ready for clients."""
+        """The service, ready for clients."""
         self.start_source()
         with self._where("source"):
             self.relay = Relay(*self._ends())
@@ -230,7 +230,7 @@ class Stage:
         )
 
     def in_words(self) -> str:
-        """How the house looked last."""
+        """How the service looked last."""
         age = time.monotonic() - self.watcher.seen
         return f"last status {age:.0f} s ago: {self.watcher.document.get('state')}, custodians {self.custodians()}"
 

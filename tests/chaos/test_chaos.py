@@ -19,7 +19,7 @@ from tests.chaos.leaks import Leaks
 from tests.chaos.monkey import CROWD_KINDS, HOUSE, HOUSE_KINDS, WEIGHTS, Act, acts
 from tests.chaos.round import Plan, Round
 from tests.chaos.tally import Tally
-from tests.house.house import ROOT, environment
+from tests.system.service import ROOT, environment
 
 WITHIN = 400.0
 

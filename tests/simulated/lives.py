@@ -13,8 +13,7 @@ from typing import Any
 
 from postcopy_kernel import abi
 from postcopy_workers.placing import Calls
-
-from .kernel import Kernel
+from tests.simulated.kernel import Kernel
 
 PATIENCE = 30.0
 NAMES = {

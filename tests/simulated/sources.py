@@ -10,8 +10,7 @@ from postcopy_kernel.memory import Mapping
 from postcopy_protocol.errors import PageLost
 from postcopy_protocol.messages import BlockGrant
 from postcopy_workers.page_sources import HandlerPages, SourceChanged
-
-from .kernel import File, Kernel
+from tests.simulated.kernel import File, Kernel
 
 SOURCE_AT = 0x7000_0000_0000
 

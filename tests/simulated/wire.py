@@ -28,8 +28,8 @@ from postcopy_protocol.return_path import (
     pack_ranges,
 )
 from postcopy_protocol.source_conversation import Offer, Phase, SourceConversation, SourceRefusal
-from postcopy_supervisor.engine import Ask, Effect, Engine, Release
-from postcopy_supervisor.link import Arrived, Link, Stream
+from postcopy_supervisor.paging.engine import Ask, Effect, Engine, Release
+from postcopy_supervisor.paging.source_link import Arrived, SourceLink, Stream
 
 PAGE = 4096
 SIZES = {1: 8 * PAGE, 2: 4 * PAGE + 17}
@@ -154,7 +154,7 @@ class Source:
 
 
 class Supervisor:
-    """Engine and link as Paging and House join them, with sets for memory. ``out`` is what goes to the source."""
+    """Engine and link as Paging and MainLoop join them, with sets for memory. ``out`` is what goes to the source."""
 
     def __init__(self, patience: float = 5.0) -> None:
         self.now = 1000.0
@@ -169,7 +169,7 @@ class Supervisor:
         self.lost: set[tuple[int, int]] = set()
         self.waiting: set[tuple[int, int, int]] = set()
         streams = [Stream(block, NAMES[block], PAGE, SIZES[block], RIGHT) for block in SIZES]
-        self.link = Link("ipc:///x", streams, patience, self._send, self._event, self._gave_up)
+        self.link = SourceLink("ipc:///x", streams, patience, self._send, self._event, self._gave_up)
 
     def _event(self, kind: str, detail: str, **_: int | str) -> None:
         self.events.append((kind, detail))
@@ -283,10 +283,10 @@ class Supervisor:
         assert not waiting & self.received, "somebody waits for a page that has arrived"
         assert {key[1:] for key in self.waiting} == waiting
         flow = self.link.flow
-        wishes = [*flow.flying.values(), *(wish for queue in flow.queues.values() for wish in queue)]
+        wishes = [*flow.outstanding.values(), *(wish for queue in flow.queues.values() for wish in queue)]
         asked = [(wish.block, page) for wish in wishes for page in _pages_of(wish.offset, wish.length)]
         assert len(asked) == len(set(asked)), "a page is on its way twice"
-        open_pages = {(block, page) for block, low, high in self.engine.flying() for page in range(low, high)}
+        open_pages = {(block, page) for block, low, high in self.engine.outstanding() for page in range(low, high)}
         assert open_pages <= set(asked), f"counted as asked for, and is not: {open_pages - set(asked)}"
         assert set(self.link._blocks) == set(self.link._numbers.values())
         kinds = [kind for kind, _ in self.events if kind in ("source", "pause", "recover")]

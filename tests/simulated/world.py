@@ -9,17 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from postcopy_kernel import abi
-from postcopy_protocol import statistics
+from postcopy_protocol import counters
 from postcopy_protocol.messages import BlockGrant, RegionGrant
-from postcopy_protocol.received import CHANGED, FLAGS, LOST, MISSING, RECEIVED, SHARED, TRUST, WATCHED
+from postcopy_protocol.received_map import CHANGED, FLAGS, LOST, MISSING, RECEIVED, SHARED, TRUST, WATCHED
 from postcopy_protocol.window import FaultAround
 from postcopy_workers.fault_handler import MESSAGE_WORDS, ClientGone, FaultHandler, Region
 from postcopy_workers.page_sources import NoPages, PageSource
 from postcopy_workers.placing import Block, Calls, OwnMapping
-
-from .kernel import SIGBUS, Area, Kernel, Memory, Space, Thread, Userfaultfd
-from .lives import Killed, Life
-from .sources import Function, SimulatedFilePages, SimulatedHandlerPages, SourceFile
+from tests.simulated.kernel import SIGBUS, Area, Kernel, Memory, Space, Thread, Userfaultfd
+from tests.simulated.lives import Killed, Life
+from tests.simulated.sources import Function, SimulatedFilePages, SimulatedHandlerPages, SourceFile
 
 BATCH = 16
 CALLS_FOR_A_MESSAGE = 48
@@ -83,8 +82,8 @@ class World:
         self.descriptor = self.kernel.open(self.memory)
         self.map = bytearray(pages + FLAGS)
         self.map[pages + SHARED] = any(kind.mode == "shared" for kind in kinds)
-        self.house = memoryview(bytearray(statistics.PAGE_BYTES)).cast("Q")
-        self.house[statistics.WINDOW_LIMIT] = 1 << 30
+        self.service = memoryview(bytearray(counters.PAGE_BYTES)).cast("Q")
+        self.service[counters.WINDOW_LIMIT] = 1 << 30
         self.grant = BlockGrant(0, "ram0", size, page_size, pages, kind, "", size, 0, self.descriptor, 1, 2)
         self.truth = {page: self.source.page(page) for page in range(pages)}
         self.reports: list[tuple[str, int, int, str]] = []
@@ -110,7 +109,7 @@ class World:
         area.registered, area.minor = ufd, kind.announced
         space.areas.append(area)
         grant = RegionGrant(0, kind.mode, start, area.end - start, area.offset, kind.announced)
-        words = memoryview(bytearray(statistics.PAGE_BYTES)).cast("Q")
+        words = memoryview(bytearray(counters.PAGE_BYTES)).cast("Q")
         return Client(kind, space, ufd, self.kernel.open(ufd), grant, words)
 
     def block(self, calls: Calls, quarantined: bool = False) -> Block:
@@ -146,7 +145,7 @@ class World:
         kind = client.kind
         quarantined = self.clients.index(client) in self.quarantined
         region = Region(client.grant, self.block(calls, quarantined), FaultAround(kind.largest, kind.adaptive))
-        return FaultHandler(client.descriptor, [region], client.words, self.house, self._report, calls, pause)
+        return FaultHandler(client.descriptor, [region], client.words, self.service, self._report, calls, pause)
 
     def live(self, client: Client) -> Life:
         """A worker for this client: the first, or a successor. It stands before its first call."""
@@ -168,7 +167,7 @@ class World:
                 if taken:
                     handler.messages(words, len(taken))
 
-        client.words[statistics.BUSY_SINCE_NS] = 0  # a worker's first store: its predecessor may have died busy
+        client.words[counters.BUSY_SINCE_NS] = 0  # a worker's first store: its predecessor may have died busy
         client.messages, client.calls_before = 0, 0
         client.life = Life(work)
         return client.life
@@ -177,7 +176,7 @@ class World:
     def _bounded(client: Client, life: Life, taken: int) -> None:
         spent, causes = life.calls - client.calls_before, client.messages
         assert spent <= 2 + causes * CALLS_FOR_A_MESSAGE, f"{spent} calls for {causes} messages and pages to heal"
-        client.messages = taken + len(statistics.denied(client.words))
+        client.messages = taken + len(counters.denied(client.words))
         client.calls_before = life.calls
 
     # --- the course of things -----------------------------------------------------------------------------------------
@@ -260,7 +259,7 @@ class World:
         page = (thread.address - client.grant.address + client.grant.offset) // self.page_size
         if isinstance(thread.outcome, str):
             assert thread.outcome == SIGBUS, f"page {page}: {thread.outcome}"
-            denied = (0, page) in statistics.denied(client.words)
+            denied = (0, page) in counters.denied(client.words)
             assert denied or self.may_be_lost(page), f"{client.space.name} got SIGBUS at page {page}, which can be had"
             return
         found = thread.outcome
@@ -308,7 +307,7 @@ class World:
             if client.space.alive:
                 pages = [(thread.address - client.address(0)) // self.page_size for thread in client.sleepers]
                 assert not pages, f"{client.space.name} sleeps on {[(page, self.map[page]) for page in pages]}"
-                assert client.words[statistics.BUSY_SINCE_NS] == 0, "an idle worker looks busy to the watchdog"
+                assert client.words[counters.BUSY_SINCE_NS] == 0, "an idle worker looks busy to the watchdog"
         for page, bytes_of_it in self.memory.pages.items():
             if page not in self.polluted:
                 assert bytes_of_it == self.truth[page], f"page {page} is not what it should be"
@@ -318,7 +317,7 @@ class World:
         for number, client in enumerate(self.clients):
             if client.space.alive and number not in self.quarantined:
                 there = [page for page in self.memory.pages if self.map[page] == RECEIVED]
-                stuck = [page for _, page in statistics.denied(client.words) if page in there]
+                stuck = [page for _, page in counters.denied(client.words) if page in there]
                 assert not stuck, f"{client.space.name} was denied pages {stuck}, which are there"
 
 

@@ -17,7 +17,6 @@ import zmq
 
 from postcopy_protocol.codec import decode, encode
 from postcopy_protocol.curve_keys import KeyPair
-from postcopy_protocol.express import REQUESTS
 from postcopy_protocol.messages import Message
 from postcopy_protocol.return_path import (
     FROM_SOURCE,
@@ -30,6 +29,7 @@ from postcopy_protocol.return_path import (
     check_pages,
     pack_ranges,
 )
+from postcopy_protocol.templates import REQUESTS
 
 ROOT = Path(__file__).resolve().parents[2]
 WITHIN = 10.0

@@ -20,7 +20,7 @@ from postcopy_kernel import address_space
 from postcopy_kernel.userfaultfd import RegisterMode, open_userfaultfd
 from postcopy_protocol.messages import Attached, Hello, Mapped, OfferBackEnd, Resume, UserfaultfdAccepted, Welcome
 from tests.conftest import SourceFile
-from tests.house.house import PAGE, House, until
+from tests.system.service import PAGE, Service, until
 from tests.wire.caller import Caller
 from tests.wire.test_hostile_door import PAGES, Watched
 
@@ -30,9 +30,9 @@ NOBODY, OTHER = 65534, 65533
 @pytest.fixture
 def watched(runtime_dir: Path, source_file: SourceFile) -> Iterator[Watched]:
     path = source_file(PAGES * PAGE)
-    with House(runtime_dir, f"ram0={path}", fault_around="4K", allow_uid=[NOBODY, OTHER]) as house:
-        yield Watched(house, path)
-        assert house.client("ram0", "private").do(f"check(b, {str(path)!r})") == -1
+    with Service(runtime_dir, f"ram0={path}", fault_around="4K", allow_uid=[NOBODY, OTHER]) as service:
+        yield Watched(service, path)
+        assert service.client("ram0", "private").do(f"check(b, {str(path)!r})") == -1
 
 
 @contextmanager
@@ -83,9 +83,9 @@ def as_user(user: int, body: Callable[[], object]) -> Any:
     return ast.literal_eval(said)
 
 
-def offered(house: House, userfaultfd: int, pidfd: int) -> tuple[str, str]:
+def offered(service: Service, userfaultfd: int, pidfd: int) -> tuple[str, str]:
     """Code and words of the refusal of such a back-end; empty when it is taken."""
-    with Caller(house.directory) as caller:
+    with Caller(service.directory) as caller:
         caller.say(Hello("front", "vhost-user"))
         caller.get(Welcome)
         caller.say(OfferBackEnd(), [userfaultfd, pidfd])
@@ -95,7 +95,7 @@ def offered(house: House, userfaultfd: int, pidfd: int) -> tuple[str, str]:
 
 def test_whose_process_it_may_be(watched: Watched) -> None:
     """For a front-end that is not root: its own user's processes, but none that the kernel protects from that user."""
-    supervisor = os.pidfd_open(watched.house.pid)
+    supervisor = os.pidfd_open(watched.service.pid)
     with (
         open_userfaultfd() as ufd,
         sleeper(NOBODY) as (_, own),
@@ -105,10 +105,10 @@ def test_whose_process_it_may_be(watched: Watched) -> None:
     ):
         ufd.handshake()
         for pidfd in (strange, protected, roots, supervisor):
-            code, reason = as_user(NOBODY, partial(offered, watched.house, ufd.fd, pidfd))
+            code, reason = as_user(NOBODY, partial(offered, watched.service, ufd.fd, pidfd))
             assert code == "denied", reason
-        assert as_user(NOBODY, lambda: offered(watched.house, ufd.fd, own)) == ("", "")
-        code, reason = offered(watched.house, ufd.fd, supervisor)
+        assert as_user(NOBODY, lambda: offered(watched.service, ufd.fd, own)) == ("", "")
+        code, reason = offered(watched.service, ufd.fd, supervisor)
         assert code == "bad-descriptor" and "names the supervisor" in reason, "not even for root"
     os.close(supervisor)
     watched.alone()
@@ -129,7 +129,7 @@ def test_who_looks_like_a_pidfd(watched: Watched, tmp_path: Path) -> None:
         for fd in (pidfd, directory, file):
             stack.callback(os.close, fd)
         for fd in (pidfd, directory, file, ufd.fd):
-            code, reason = offered(watched.house, ufd.fd, fd)
+            code, reason = offered(watched.service, ufd.fd, fd)
             assert code == "bad-descriptor" and "names no process" in reason
     os.waitpid(zombie, 0)
     watched.alone()
@@ -138,7 +138,7 @@ def test_who_looks_like_a_pidfd(watched: Watched, tmp_path: Path) -> None:
 def test_a_userfaultfd_of_another_process_than_the_pidfds(watched: Watched) -> None:
     """It is served as long as that process lives or the front-end speaks; when the front-end is gone, the process is
     found not to have such memory, and all is forgotten. The process itself never notices."""
-    with open_userfaultfd() as ufd, sleeper(NOBODY) as (_, pidfd), Caller(watched.house.directory) as caller:
+    with open_userfaultfd() as ufd, sleeper(NOBODY) as (_, pidfd), Caller(watched.service.directory) as caller:
         ufd.handshake()
         caller.say(Hello("front", "vhost-user"))
         caller.get(Welcome)
@@ -150,14 +150,14 @@ def test_a_userfaultfd_of_another_process_than_the_pidfds(watched: Watched) -> N
             caller.say(Mapped(opened.block, mapping.address, mapping.length, 0))
             caller.get(Attached)
             assert mapping.view(8)[0] == 0, "served: the memory is the userfaultfd's"
-            assert len(watched.house.status()["clients"]) == 2
+            assert len(watched.service.status()["clients"]) == 2
             caller.socket.close()
             watched.alone()
             ufd.unregister(mapping.address, mapping.length)
 
 
 def test_the_process_ends_and_so_does_all_of_it(watched: Watched) -> None:
-    with open_userfaultfd() as ufd, Caller(watched.house.directory) as caller:
+    with open_userfaultfd() as ufd, Caller(watched.service.directory) as caller:
         ufd.handshake()
         process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
         pidfd = os.pidfd_open(process.pid)
@@ -173,7 +173,7 @@ def test_the_process_ends_and_so_does_all_of_it(watched: Watched) -> None:
 
 def test_another_users_front_end_cannot_take_it_over(watched: Watched) -> None:
     """Resume of somebody's back-end that has no front-end just now."""
-    with open_userfaultfd() as ufd, Caller(watched.house.directory) as caller:
+    with open_userfaultfd() as ufd, Caller(watched.service.directory) as caller:
         ufd.handshake()
         mine = os.pidfd_open(os.getpid())
         caller.say(Hello("front", "vhost-user"))
@@ -186,15 +186,15 @@ def test_another_users_front_end_cannot_take_it_over(watched: Watched) -> None:
             caller.say(Mapped(opened.block, mapping.address, mapping.length, 0))
             caller.get(Attached)
             caller.socket.close()
-            assert as_user(NOBODY, lambda: resumed(watched.house, number)) == "denied"
-            until(lambda: len(watched.house.status()["clients"]) == 2, "it is still served")
+            assert as_user(NOBODY, lambda: resumed(watched.service, number)) == "denied"
+            until(lambda: len(watched.service.status()["clients"]) == 2, "it is still served")
             ufd.unregister(mapping.address, mapping.length)
         os.close(mine)
     watched.alone()
 
 
-def resumed(house: House, number: int) -> str:
-    with Caller(house.directory) as caller:
+def resumed(service: Service, number: int) -> str:
+    with Caller(service.directory) as caller:
         caller.say(Hello("front", "vhost-user"))
         caller.get(Welcome)
         caller.say(Resume(number))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import SourceFile
-from tests.house.house import PAGE, House, Puppet, until, word
+from tests.system.service import PAGE, Puppet, Service, until, word
 
 PAGES = 512
 TOOLS = """
@@ -38,30 +38,30 @@ def opened(mode):
 
 
 @pytest.fixture
-def served(runtime_dir: Path, source_file: SourceFile) -> Iterator[tuple[House, Puppet, Path]]:
-    """A house whose honest client has read half of the block; at the end it reads all, and so does a newcomer."""
+def served(runtime_dir: Path, source_file: SourceFile) -> Iterator[tuple[Service, Puppet, Path]]:
+    """A service whose honest client has read half of the block; at the end it reads all, and so does a newcomer."""
     path = source_file(PAGES * PAGE)
-    with House(runtime_dir, f"ram0={path}", fault_around="4K", background_rate=0) as house:
-        honest = house.client()
+    with Service(runtime_dir, f"ram0={path}", fault_around="4K", background_rate=0) as service:
+        honest = service.client()
         assert honest.do(f"words(b, {list(range(0, PAGES, 2))})") == [word(page * PAGE) for page in range(0, PAGES, 2)]
-        yield house, honest, path
-        house.kill_worker(honest)
-        newcomer = house.client()
+        yield service, honest, path
+        service.kill_worker(honest)
+        newcomer = service.client()
         for client in (honest, newcomer):
             assert client.do(f"check(b, {str(path)!r}, 'random')") == -1
 
 
-def hostile(house: House, mode: str | None) -> Puppet:
-    client = house.client("ram0" if mode else None, mode or "private")
+def hostile(service: Service, mode: str | None) -> Puppet:
+    client = service.client("ram0" if mode else None, mode or "private")
     client.do(TOOLS)
     return client
 
 
-def test_cutting_growing_and_sealing(served: tuple[House, Puppet, Path]) -> None:
+def test_cutting_growing_and_sealing(served: tuple[Service, Puppet, Path]) -> None:
     """A shared client holds a writable descriptor. A seal against later writable mappings would forbid every successor
     of every worker to map the block."""
-    house, _, _ = served
-    client = hostile(house, None)
+    service, _, _ = served
+    client = hostile(service, None)
     client.do("session, o = opened('shared')")
     for size in (0, PAGE, PAGES * PAGE * 2):
         assert client.do(f"attempt(os.ftruncate, o.memory, {size})") == "EPERM"
@@ -72,10 +72,10 @@ def test_cutting_growing_and_sealing(served: tuple[House, Puppet, Path]) -> None
     assert client.do("attempt(mmap.mmap, o.received, 4096, mmap.MAP_SHARED, mmap.PROT_WRITE)") == "EACCES"
 
 
-def test_holes_punched_without_pause(served: tuple[House, Puppet, Path]) -> None:
+def test_holes_punched_without_pause(served: tuple[Service, Puppet, Path]) -> None:
     """A shared client may take pages out of the block: whoever misses one gets it again from the source."""
-    house, honest, path = served
-    client = hostile(house, None)
+    service, honest, path = served
+    client = hostile(service, None)
     client.do("session, o = opened('shared')")
     punch = "libc.fallocate(o.memory, 3, ctypes.c_long(0), ctypes.c_long(512 * 4096))"
     client.do("stop = False")
@@ -87,14 +87,14 @@ def test_holes_punched_without_pause(served: tuple[House, Puppet, Path]) -> None
 
 
 @pytest.mark.parametrize("mode", ["private", "shared"])
-def test_a_userfaultfd_that_does_not_block(served: tuple[House, Puppet, Path], mode: str) -> None:
+def test_a_userfaultfd_that_does_not_block(served: tuple[Service, Puppet, Path], mode: str) -> None:
     """The flag is shared with the worker's duplicate: its faults are answered, and its worker does not spin."""
-    house, _, _ = served
-    client = hostile(house, mode)
+    service, _, _ = served
+    client = hostile(service, mode)
     for page in (1, 3, 5):
         client.do("os.set_blocking(own_userfaultfd(), False)")
         assert client.do(f"words(b, [{page}])") == [word(page * PAGE)]
-    worker = house.worker(client)
+    worker = service.worker(client)
     client.do("os.set_blocking(own_userfaultfd(), False)")
     before, begun = cpu_seconds(worker), time.monotonic()
     time.sleep(1.5)
@@ -108,11 +108,11 @@ def cpu_seconds(pid: int) -> float:
 
 @pytest.mark.parametrize("mode", ["private", "shared"])
 @pytest.mark.parametrize("what", ["unregister", "minor", "protect", "unmap", "map over"])
-def test_its_registration_undone(served: tuple[House, Puppet, Path], mode: str, what: str) -> None:
+def test_its_registration_undone(served: tuple[Service, Puppet, Path], mode: str, what: str) -> None:
     """Through its own userfaultfd a client may unregister what we registered, register it otherwise, or map something
     else there. What it reads then is its own affair; nobody else sees a byte of it."""
-    house, honest, _ = served
-    client = hostile(house, mode)
+    service, honest, _ = served
+    client = hostile(service, mode)
     client.do("from postcopy_kernel.userfaultfd import Userfaultfd, RegisterMode\nu = Userfaultfd(own_userfaultfd())")
     client.do("at, length = address(b), 512 * 4096")
     client.do(
@@ -125,31 +125,31 @@ def test_its_registration_undone(served: tuple[House, Puppet, Path], mode: str, 
         }[what]
     )
     assert honest.do("words(b, [1, 511])") == [word(PAGE), word(511 * PAGE)]
-    assert house.status()["state"] == "running"
+    assert service.status()["state"] == "running"
     client.kill()
-    until(lambda: not house.record(client), "it is forgotten")
+    until(lambda: not service.record(client), "it is forgotten")
 
 
-def test_stopped_at_every_step(served: tuple[House, Puppet, Path]) -> None:
+def test_stopped_at_every_step(served: tuple[Service, Puppet, Path]) -> None:
     """A client that stands still, connected, attached or in the middle of a fault, holds nobody up."""
-    house, honest, _ = served
-    clients = [hostile(house, None), hostile(house, "private"), hostile(house, "shared")]
+    service, honest, _ = served
+    clients = [hostile(service, None), hostile(service, "private"), hostile(service, "shared")]
     clients[0].do("session, o = opened('private')")
     clients[1].begin("words(b, list(range(512)))")
     for client in clients:
         client.kill(signal.SIGSTOP)
     assert honest.do("words(b, [7, 9])") == [word(7 * PAGE), word(9 * PAGE)]
-    other = house.client("ram0", "shared")
+    other = service.client("ram0", "shared")
     assert other.do("words(b, [11])") == [word(11 * PAGE)]
     for client in clients:
         client.kill(signal.SIGCONT)
     assert clients[1].answer() == [word(page * PAGE) for page in range(512)]
 
 
-def test_a_crowd_of_attaches_in_one_process(served: tuple[House, Puppet, Path]) -> None:
+def test_a_crowd_of_attaches_in_one_process(served: tuple[Service, Puppet, Path]) -> None:
     """Connections by the hundred, each with a userfaultfd and a region: refused when it is too much, gone with it."""
-    house, honest, _ = served
-    client = hostile(house, None)
+    service, honest, _ = served
+    client = hostile(service, None)
     client.do(
         "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))\nmany = []\n"
         "def crowd(count):\n"
@@ -161,4 +161,4 @@ def test_a_crowd_of_attaches_in_one_process(served: tuple[House, Puppet, Path]) 
     assert client.do("crowd(150)", 60) == 150
     assert honest.do("words(b, [13])") == [word(13 * PAGE)]
     client.kill()
-    until(lambda: len(house.status()["clients"]) == 1, "the crowd is gone")
+    until(lambda: len(service.status()["clients"]) == 1, "the crowd is gone")

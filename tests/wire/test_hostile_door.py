@@ -35,7 +35,7 @@ from postcopy_protocol.messages import (
     Welcome,
 )
 from tests.conftest import SourceFile
-from tests.house.house import PAGE, House, Puppet, descriptors, until, word
+from tests.system.service import PAGE, Puppet, Service, descriptors, until, word
 from tests.wire.caller import PATIENCE, Caller
 
 PAGES = 64
@@ -43,14 +43,14 @@ HONEST = [3, 17, 40]
 
 
 class Watched:
-    """A house with an honest client, which works before and after; its descriptors are counted."""
+    """A service with an honest client, which works before and after; its descriptors are counted."""
 
-    def __init__(self, house: House, path: Path) -> None:
-        self.house, self.path = house, path
-        self.honest: Puppet = house.client("ram0", "shared")
+    def __init__(self, service: Service, path: Path) -> None:
+        self.service, self.path = service, path
+        self.honest: Puppet = service.client("ram0", "shared")
         self.page = 0
         self.works()
-        self.before = sorted(descriptors(house.pid))
+        self.before = sorted(descriptors(service.pid))
 
     def works(self) -> None:
         """The honest client touches two pages, right after each other; it may not have to wait long."""
@@ -62,21 +62,21 @@ class Watched:
 
     def alone(self, within: float = 10.0) -> None:
         """Nobody but the honest client is left, and nothing of anybody else."""
-        until(lambda: len(self.house.status()["clients"]) == 1, "everybody else is forgotten", within)
+        until(lambda: len(self.service.status()["clients"]) == 1, "everybody else is forgotten", within)
         until(lambda: not self._more(), "no descriptor is left of them", within)
         self.works()
 
     def _more(self) -> list[str]:
-        return sorted((Counter(descriptors(self.house.pid)) - Counter(self.before)).elements())
+        return sorted((Counter(descriptors(self.service.pid)) - Counter(self.before)).elements())
 
 
 @pytest.fixture
 def watched(runtime_dir: Path, source_file: SourceFile) -> Iterator[Watched]:
     path, other = source_file(PAGES * PAGE), source_file(PAGES * PAGE, 5, "other.bin")
-    with House(runtime_dir, f"ram0={path}", f"ram1={other}", fault_around="4K") as house:
-        yield Watched(house, path)
+    with Service(runtime_dir, f"ram0={path}", f"ram1={other}", fault_around="4K") as service:
+        yield Watched(service, path)
         # The last word: a new client reads everything right.
-        assert house.client("ram0", "private").do(f"check(b, {str(path)!r})") == -1
+        assert service.client("ram0", "private").do(f"check(b, {str(path)!r})") == -1
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ NONSENSE = {
 
 @pytest.mark.parametrize("data", NONSENSE.values(), ids=NONSENSE)
 def test_nonsense_is_refused_and_shown_out(watched: Watched, data: bytes) -> None:
-    with Caller(watched.house.directory) as caller:
+    with Caller(watched.service.directory) as caller:
         caller.raw(data)
         assert caller.refusal() == "bad-message"
         assert caller.ended()
@@ -105,7 +105,7 @@ def test_nonsense_is_refused_and_shown_out(watched: Watched, data: bytes) -> Non
 
 
 def test_a_word_of_the_future(watched: Watched) -> None:
-    with Caller(watched.house.directory) as caller:
+    with Caller(watched.service.directory) as caller:
         caller.raw(b"\x93\x63\x01\xa1x")  # version 99
         answer = caller.get(Refused)
         assert answer.code == "bad-version" and "99" in answer.reason and "1" in answer.reason
@@ -126,12 +126,12 @@ def test_ten_thousand_random_words(watched: Watched) -> None:
             data[chance.randrange(len(data))] = chance.randrange(256)
         return bytes(data) if chance.random() < 0.8 else chance.randbytes(chance.randrange(1, 200))
 
-    caller, out = Caller(watched.house.directory), 0
+    caller, out = Caller(watched.service.directory), 0
     for said in range(10_000):
         if said % 500 == 0:  # by turns a stranger, who is shown out again and again, and one who is in
             caller.close()
-            caller = Caller(watched.house.directory)
-            watched.house.status()
+            caller = Caller(watched.service.directory)
+            watched.service.status()
         try:
             if said % 1000 == 500:
                 caller.hello()
@@ -141,7 +141,7 @@ def test_ten_thousand_random_words(watched: Watched) -> None:
         except (BrokenPipeError, ConnectionResetError):
             out += 1
             caller.close()
-            caller = Caller(watched.house.directory)
+            caller = Caller(watched.service.directory)
     caller.close()
     assert out > 10, "strangers are shown out"
     watched.alone()
@@ -160,10 +160,10 @@ def drain(caller: Caller) -> None:
 
 
 def test_words_out_of_order(watched: Watched) -> None:
-    with Caller(watched.house.directory) as caller:
+    with Caller(watched.service.directory) as caller:
         caller.say(OpenBlock("ram0", "private"))
         assert caller.refusal() == "bad-message" and caller.ended()
-    with Caller(watched.house.directory) as caller:
+    with Caller(watched.service.directory) as caller:
         caller.hello()
         caller.offer()
         for message, code in (
@@ -197,12 +197,12 @@ def test_descriptors_that_are_no_userfaultfd(watched: Watched) -> None:
         event = os.eventfd(0)
         bad = [[], [file.fileno()], [other.fileno()], [event], [used.fd], [fresh.fd] * 2, [fresh.fd] * 8]
         for fds in [*bad, [fresh.fd] * 40]:
-            with Caller(watched.house.directory) as caller:
+            with Caller(watched.service.directory) as caller:
                 caller.hello()
                 caller.say(OfferUserfaultfd(), fds)
                 assert caller.refusal() in ("bad-descriptor", "bad-message"), fds
                 assert caller.ended()
-        with Caller(watched.house.directory) as caller:
+        with Caller(watched.service.directory) as caller:
             caller.say(Hello("gift", "native"), [fresh.fd])
             assert caller.refusal() == "bad-descriptor" and caller.ended()
         os.close(event)
@@ -220,7 +220,7 @@ def test_a_userfaultfd_of_another_process(watched: Watched) -> None:
     os.waitpid(pid, 0)
     mine.close()
     theirs.close()
-    with Caller(watched.house.directory) as caller:
+    with Caller(watched.service.directory) as caller:
         caller.hello()
         caller.say(OfferUserfaultfd(), fds)
         caller.get(UserfaultfdAccepted)
@@ -250,17 +250,17 @@ def test_back_ends_that_are_none(watched: Watched) -> None:
             [event, mine],
             [mine] * 3,
         ):
-            with Caller(watched.house.directory) as caller:
+            with Caller(watched.service.directory) as caller:
                 caller.say(Hello("front", "vhost-user"))
                 caller.get(Welcome)
                 caller.say(OfferBackEnd(), fds)
                 assert caller.refusal() == "bad-descriptor", fds
                 assert caller.ended()
-        with Caller(watched.house.directory) as caller:
+        with Caller(watched.service.directory) as caller:
             caller.hello()
             caller.say(OfferBackEnd(), [shaken.fd, mine])
             assert caller.refusal() == "bad-message" and caller.ended()
-        with Caller(watched.house.directory) as caller:  # a good one, whose ranges were never registered
+        with Caller(watched.service.directory) as caller:  # a good one, whose ranges were never registered
             caller.say(Hello("front", "vhost-user"))
             caller.get(Welcome)
             caller.say(OfferBackEnd(), [shaken.fd, mine])
@@ -276,7 +276,7 @@ def test_back_ends_that_are_none(watched: Watched) -> None:
 
 
 def test_lies_about_addresses(watched: Watched) -> None:
-    with Caller(watched.house.directory) as caller:
+    with Caller(watched.service.directory) as caller:
         caller.hello()
         caller.offer()
         opened, memory = caller.open()
@@ -327,7 +327,7 @@ opened, fd = caller.open("ram0", "shared")
 @pytest.mark.parametrize("lie", ["its own memory", "another block"])
 def test_memory_that_is_not_what_it_is_said_to_be(watched: Watched, lie: str) -> None:
     """What a liar's touches place is marked received and is not in the block: everybody else still reads right."""
-    liar = watched.house.client(None)
+    liar = watched.service.client(None)
     liar.do(LIAR)
     size, pages = PAGES * PAGE, [2, 5, 30, 63]
     if lie == "its own memory":
@@ -337,18 +337,18 @@ def test_memory_that_is_not_what_it_is_said_to_be(watched: Watched, lie: str) ->
     liar.do(f"caller.say(Mapped(opened.block, m.address, {size}, 0)); caller.get(Attached)")
     values = liar.do(f"[int.from_bytes(ctypes.string_at(m.address + n * PAGE, 8), 'little') for n in {pages}]")
     assert values == [word(page * PAGE) for page in pages]
-    for client in (watched.honest, watched.house.client("ram0", "private")):
+    for client in (watched.honest, watched.service.client("ram0", "private")):
         assert client.do(f"words(b, {pages})") == [word(page * PAGE) for page in pages]
-    assert watched.house.client("ram1").do(f"words(b, {pages})") == [word(page * PAGE, 5) for page in pages]
+    assert watched.service.client("ram1").do(f"words(b, {pages})") == [word(page * PAGE, 5) for page in pages]
 
 
 def test_a_writer_who_lies_about_the_place_is_reported(runtime_dir: Path, source_file: SourceFile) -> None:
     """It may write the block anyhow; but the pages that it gets placed wrongly are found, the others come right."""
-    with House(runtime_dir, f"ram0={source_file(PAGES * PAGE)}", polluting=True, fault_around="4K") as house:
-        honest, liar = house.client(), house.client(None)
+    with Service(runtime_dir, f"ram0={source_file(PAGES * PAGE)}", polluting=True, fault_around="4K") as service:
+        honest, liar = service.client(), service.client(None)
         liar.do(LIAR)
         liar.do(f"m = Mapping.of(fd, {8 * PAGE})")
         liar.do(f"caller.say(Mapped(opened.block, m.address, {8 * PAGE}, {32 * PAGE})); caller.get(Attached)")
         liar.do("[ctypes.string_at(m.address + n * PAGE, 8).hex() for n in (2, 5)]")
         assert honest.do("words(b, [32, 34, 37])") == [word(page * PAGE) for page in (32, 34, 37)]
-        assert house.status(audit=True)["blocks"][0]["polluted"] == [[2 * PAGE, PAGE], [5 * PAGE, PAGE]]
+        assert service.status(audit=True)["blocks"][0]["polluted"] == [[2 * PAGE, PAGE], [5 * PAGE, PAGE]]

@@ -13,7 +13,7 @@ import pytest
 
 from postcopy_protocol.messages import Hello, OpenBlock
 from tests.conftest import SourceFile
-from tests.house.house import PAGE, House, until, word
+from tests.system.service import PAGE, Service, until, word
 from tests.wire.caller import Caller, die_after
 from tests.wire.test_hostile_door import PAGES, Watched
 
@@ -21,9 +21,9 @@ from tests.wire.test_hostile_door import PAGES, Watched
 @pytest.fixture
 def watched(runtime_dir: Path, source_file: SourceFile) -> Iterator[Watched]:
     path = source_file(PAGES * PAGE)
-    with House(runtime_dir, f"ram0={path}", fault_around="4K") as house:
-        yield Watched(house, path)
-        assert house.client("ram0", "private").do(f"check(b, {str(path)!r})") == -1
+    with Service(runtime_dir, f"ram0={path}", fault_around="4K") as service:
+        yield Watched(service, path)
+        assert service.client("ram0", "private").do(f"check(b, {str(path)!r})") == -1
 
 
 def shown_out(callers: list[Caller]) -> list[Caller]:
@@ -37,7 +37,7 @@ def shown_out(callers: list[Caller]) -> list[Caller]:
 
 def test_who_says_nothing_is_shown_out_after_ten_seconds(watched: Watched) -> None:
     with ExitStack() as stack:
-        callers = [stack.enter_context(Caller(watched.house.directory)) for _ in range(4)]
+        callers = [stack.enter_context(Caller(watched.service.directory)) for _ in range(4)]
         callers[1].hello()
         callers[2].say(Hello("never listens", "native"))
         callers[3].hello()
@@ -55,11 +55,11 @@ def test_who_says_nothing_is_shown_out_after_ten_seconds(watched: Watched) -> No
 def test_three_hundred_who_connect_and_wait(watched: Watched) -> None:
     with ExitStack() as stack:
         for _ in range(300):
-            stack.enter_context(Caller(watched.house.directory))
+            stack.enter_context(Caller(watched.service.directory))
         began = time.monotonic()
         for _ in range(10):
             watched.works()
-        late = watched.house.client()
+        late = watched.service.client()
         assert late.do("words(b, [60])") == [word(60 * PAGE)]
         assert time.monotonic() - began < 8, "nobody had to wait until the crowd was shown out"
         late.kill()
@@ -88,13 +88,13 @@ def flood(seconds, data):
 
 @pytest.mark.parametrize("what", ["OpenBlock('ram0', 'shared')", "OpenBlock('ram9', 'shared')", "Hello('x', 'native')"])
 def test_who_talks_without_listening(watched: Watched, what: str) -> None:
-    flooder = watched.house.client(None)
+    flooder = watched.service.client(None)
     flooder.do(FLOOD)
     flooder.begin(f"flood(2, encode({what}))")
     while not flooder.answered():
         watched.works() if watched.page < 50 else None
         began = time.monotonic()
-        assert watched.house.status()["state"] == "running"
+        assert watched.service.status()["state"] == "running"
         assert time.monotonic() - began < 3
     assert flooder.answer() > 10
     flooder.kill()
@@ -106,7 +106,7 @@ def test_who_dies_between_any_two_words(watched: Watched) -> None:
         pid = os.fork()
         if pid == 0:
             try:
-                die_after(str(watched.house.directory), steps)
+                die_after(str(watched.service.directory), steps)
             finally:
                 os._exit(1)
         _, status = os.waitpid(pid, 0)
@@ -117,15 +117,15 @@ def test_who_dies_between_any_two_words(watched: Watched) -> None:
 def test_who_closes_the_connection_and_lives_on(watched: Watched) -> None:
     """Its memory is served as long as it lives; it is nobody's guest before it has any."""
     for steps in range(2):
-        with Caller(watched.house.directory) as caller:
+        with Caller(watched.service.directory) as caller:
             caller.hello()
             if steps:
                 caller.offer()
         watched.alone()
-    liver = watched.house.client("ram0", "shared")
+    liver = watched.service.client("ram0", "shared")
     liver.do("b.session.door._socket.shutdown(2)")
     assert liver.do("words(b, [50, 51])") == [word(50 * PAGE), word(51 * PAGE)]
-    watched.house.kill_worker(liver)
+    watched.service.kill_worker(liver)
     assert liver.do("words(b, [52])") == [word(52 * PAGE)]
     liver.kill()
     watched.alone()
@@ -133,7 +133,7 @@ def test_who_closes_the_connection_and_lives_on(watched: Watched) -> None:
 
 def test_who_opens_without_end_has_a_limit(watched: Watched) -> None:
     """Many blocks opened and many regions: bounded, refused in words."""
-    with Caller(watched.house.directory) as caller:
+    with Caller(watched.service.directory) as caller:
         caller.hello()
         caller.offer()
         for _ in range(200):

@@ -13,76 +13,68 @@ from pathlib import Path
 import pytest
 
 from postcopy_protocol.codec import decode, encode, pack_offsets
-from postcopy_protocol.messages import (
-    AskProgress,
-    ControlRefused,
-    ExportProgress,
-    Fetched,
-    Hello,
-    Report,
-    WorkerHello,
-)
+from postcopy_protocol.messages import AskProgress, ControlRefused, ExportProgress, Fetched, Hello, Report, WorkerHello
 from tests.conftest import SourceFile
-from tests.house.house import PAGE, House, Puppet, until, word
+from tests.system.service import PAGE, Puppet, Service, until, word
 
 SIZE = 4 << 20
 
 
 @pytest.fixture
-def served(runtime_dir: Path, source_file: SourceFile) -> Iterator[tuple[House, Puppet, Path]]:
+def served(runtime_dir: Path, source_file: SourceFile) -> Iterator[tuple[Service, Puppet, Path]]:
     path = source_file(SIZE)
-    with House(runtime_dir, f"ram0={path}", fault_around="4K") as house:
-        client = house.client("ram0", "shared")
-        yield house, client, path
-        assert house.status()["state"] == "running"
+    with Service(runtime_dir, f"ram0={path}", fault_around="4K") as service:
+        client = service.client("ram0", "shared")
+        yield service, client, path
+        assert service.status()["state"] == "running"
         assert client.do(f"check(b, {str(path)!r}, 'random')") == -1
 
 
-def test_nonsense_is_answered_by_a_refusal(served: tuple[House, Puppet, Path]) -> None:
-    house, _, _ = served
+def test_nonsense_is_answered_by_a_refusal(served: tuple[Service, Puppet, Path]) -> None:
+    service, _, _ = served
     for frames in ([b"junk"], [b"\x93\x01\x3c"], [encode(Hello("x", "native"))], [b"\x93\x63\x3c\xc2"], [b"a", b"b"]):
-        with house.dealer() as dealer:
+        with service.dealer() as dealer:
             dealer.send_multipart(frames)
             assert dealer.poll(5000), frames
             assert isinstance(decode(dealer.recv(), expect=(ControlRefused,)), ControlRefused)
 
 
-def test_thousands_of_random_frames(served: tuple[House, Puppet, Path]) -> None:
-    house, client, _ = served
+def test_thousands_of_random_frames(served: tuple[Service, Puppet, Path]) -> None:
+    service, client, _ = served
     chance = random.Random(3)
-    with house.dealer() as dealer:
+    with service.dealer() as dealer:
         for number in range(5000):
             frames = [chance.randbytes(chance.randrange(0, 60)) for _ in range(chance.randrange(1, 5))]
             dealer.send_multipart(frames)
             if number % 100 == 0:
                 page = number // 100
                 assert client.do(f"words(b, [{page}])", 5) == [word(page * PAGE)]
-        house.status()
+        service.status()
 
 
-def test_huge_frames(served: tuple[House, Puppet, Path]) -> None:
-    house, client, _ = served
+def test_huge_frames(served: tuple[Service, Puppet, Path]) -> None:
+    service, client, _ = served
     for size in (1 << 20, 64 << 20):
-        with house.dealer() as dealer:
+        with service.dealer() as dealer:
             dealer.send(bytes(size))
             dealer.poll(300)
-        assert house.status()["state"] == "running"
+        assert service.status()["state"] == "running"
     assert client.do("words(b, [9])", 5) == [word(9 * PAGE)]
 
 
-def test_bytes_that_are_no_zeromq(served: tuple[House, Puppet, Path]) -> None:
-    house, _, _ = served
+def test_bytes_that_are_no_zeromq(served: tuple[Service, Puppet, Path]) -> None:
+    service, _, _ = served
     greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(48)
     for data in (b"GET / HTTP/1.1\r\n\r\n", bytes(64), greeting, greeting[:20], b"\xff" * 4096):
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stream:
-            stream.connect(str(house.directory / "private/router"))
+            stream.connect(str(service.directory / "private/router"))
             stream.send(data)
-            house.status()
+            service.status()
 
 
-def test_lies_of_workers_that_are_none(served: tuple[House, Puppet, Path]) -> None:
-    house, client, _ = served
-    number = house.record(client)["id"]
+def test_lies_of_workers_that_are_none(served: tuple[Service, Puppet, Path]) -> None:
+    service, client, _ = served
+    number = service.record(client)["id"]
     lies = [
         WorkerHello(999, 1, os.getpid()),
         WorkerHello(number, 77, os.getpid()),
@@ -97,52 +89,52 @@ def test_lies_of_workers_that_are_none(served: tuple[House, Puppet, Path]) -> No
         Fetched(1, 0, PAGE, b"odd"),
         AskProgress(999, True),
     ]
-    with house.dealer() as dealer:
+    with service.dealer() as dealer:
         for lie in lies:
             dealer.send(encode(lie))
-        house.status()
-    house.kill_worker(client, signal.SIGKILL)
+        service.status()
+    service.kill_worker(client, signal.SIGKILL)
     assert client.do("words(b, [11])", 10) == [word(11 * PAGE)]
-    assert house.status()["totals"]["restarts"] == 1
+    assert service.status()["totals"]["restarts"] == 1
 
 
-def test_false_answers_spoil_no_export(served: tuple[House, Puppet, Path], tmp_path: Path) -> None:
-    house, _, path = served
-    started = house.export(tmp_path / "out")
+def test_false_answers_spoil_no_export(served: tuple[Service, Puppet, Path], tmp_path: Path) -> None:
+    service, _, path = served
+    started = service.export(tmp_path / "out")
     assert isinstance(started, ExportProgress)
-    with house.dealer() as dealer:
-        while (progress := house.progress(started.job)).state == "running":
+    with service.dealer() as dealer:
+        while (progress := service.progress(started.job)).state == "running":
             dealer.send(encode(Fetched(1, 0, SIZE, b"")))
     assert progress.state == "done"
     assert filecmp.cmp(path, tmp_path / "out", shallow=False)
 
 
-def test_a_stolen_identity(served: tuple[House, Puppet, Path], tmp_path: Path) -> None:
+def test_a_stolen_identity(served: tuple[Service, Puppet, Path], tmp_path: Path) -> None:
     """ROUTER_HANDOVER gives a name to the latest: a thief of worker zero's gets its orders, until it is noticed."""
-    house, client, path = served
-    name = b"w%d.1" % house.record(client)["id"]
-    with house.dealer(name) as thief, house.dealer(b"porter") as other:
+    service, client, path = served
+    name = b"w%d.1" % service.record(client)["id"]
+    with service.dealer(name) as thief, service.dealer(b"porter") as other:
         thief.send(b"mine")
         other.send(b"mine")
         assert client.do("words(b, [700])", 5) == [word(700 * PAGE)]
-        assert house.status()["state"] == "running"
-    with house.dealer(b"w0.1") as thief:
+        assert service.status()["state"] == "running"
+    with service.dealer(b"w0.1") as thief:
         thief.send(b"mine")
-        started = house.export(tmp_path / "out")
+        started = service.export(tmp_path / "out")
         assert isinstance(started, ExportProgress)
         thief.poll(500)
-    until(lambda: house.progress(started.job).state != "running", "the export ends", 40)
-    assert house.progress(started.job).state == "done"
+    until(lambda: service.progress(started.job).state != "running", "the export ends", 40)
+    assert service.progress(started.job).state == "done"
     assert filecmp.cmp(path, tmp_path / "out", shallow=False)
 
 
-def test_a_crowd_at_the_router(served: tuple[House, Puppet, Path]) -> None:
-    house, client, _ = served
+def test_a_crowd_at_the_router(served: tuple[Service, Puppet, Path]) -> None:
+    service, client, _ = served
     streams = [socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(200)]
     try:
         for stream in streams:
-            stream.connect(str(house.directory / "private/router"))
-        assert house.status()["state"] == "running"
+            stream.connect(str(service.directory / "private/router"))
+        assert service.status()["state"] == "running"
         assert client.do("words(b, [800])", 5) == [word(800 * PAGE)]
     finally:
         for stream in streams:

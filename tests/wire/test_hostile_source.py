@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import msgpack  # type: ignore[import-untyped, unused-ignore]
 import pytest
@@ -13,8 +14,8 @@ from postcopy_protocol.codec import encode
 from postcopy_protocol.messages import AskStop
 from postcopy_protocol.return_path import Advise, Advised, Pages, Pong, RequestRanges, SourceRefused, pack_ranges
 from tests.conftest import SourceFile
-from tests.house.house import House, refused, until, word
-from tests.house.remote import kinds
+from tests.system.remote import kinds
+from tests.system.service import Service, refused, until, word
 from tests.wire.evil import PAGE, EvilSource, Frames, Script, odd
 
 WRONG = b"\xee" * PAGE
@@ -84,10 +85,13 @@ def path(source_file: SourceFile) -> Path:
 def test_nonsense_around_every_answer(runtime_dir: Path, path: Path, source_file: SourceFile) -> None:
     """Each kind before the right answer to a request of its own, told as nonsense; another block goes on beside it."""
     other = source_file(1 << 20, 4, "other")
-    options = {"background_rate": "0", "fault_around": "4K"}
-    with EvilSource(path) as evil, House(runtime_dir, f"ram0={evil.endpoint}/ram0", f"ok={other}", **options) as house:  # type: ignore[arg-type]
-        clients = [house.client("ram0", mode) for mode in ("private", "shared")]
-        bystander = house.client("ok")
+    options: dict[str, Any] = {"background_rate": "0", "fault_around": "4K"}
+    with (
+        EvilSource(path) as evil,
+        Service(runtime_dir, f"ram0={evil.endpoint}/ram0", f"ok={other}", **options) as service,
+    ):
+        clients = [service.client("ram0", mode) for mode in ("private", "shared")]
+        bystander = service.client("ok")
         bystander.begin(f"check(b, {str(other)!r}, 'random', 4096)")
         for page, (name, script) in enumerate([*NONSENSE.items(), *HARMLESS.items()]):
             evil.before = script
@@ -104,19 +108,19 @@ def test_nonsense_around_every_answer(runtime_dir: Path, path: Path, source_file
             assert clients[1].do(f"words(b, [{page}])") == [word(page * PAGE)], name
         assert bystander.answer() == -1
         assert [client.do(f"check(b, {str(path)!r}, 'random', 4096)") for client in clients] == [-1, -1]
-        assert house.events("source-nonsense") and not house.events("lost")
-        assert house.block()["lost"] == 0 and kinds(house, "pause") == []
+        assert service.events("source-nonsense") and not service.events("lost")
+        assert service.block()["lost"] == 0 and kinds(service, "pause") == []
 
 
 @pytest.mark.parametrize("name", NONSENSE)
 def test_each_nonsense_is_told(runtime_dir: Path, path: Path, name: str) -> None:
     """Told, and the request that it came for stays open until it is answered."""
-    with EvilSource(path) as evil, House(runtime_dir, f"ram0={evil.endpoint}/ram0", background_rate="0") as house:
-        client = house.client()
+    with EvilSource(path) as evil, Service(runtime_dir, f"ram0={evil.endpoint}/ram0", background_rate="0") as service:
+        client = service.client()
         evil.before, evil.right = NONSENSE[name], False
         client.begin("words(b, [3])")
-        until(lambda: house.events("source-nonsense"), f"{name} is told")
-        assert not client.answered(0.2) and house.block()["received"] == 0
+        until(lambda: service.events("source-nonsense"), f"{name} is told")
+        assert not client.answered(0.2) and service.block()["received"] == 0
         request = next(message for message in evil.heard if isinstance(message, RequestRanges))
         evil.push(evil.pages(request))
         assert client.answer() == [word(3 * PAGE)]
@@ -126,43 +130,43 @@ def test_a_flood_of_pages_that_nobody_asked_for(runtime_dir: Path, path: Path, s
     """Far beyond the window: what fits the block is used, nothing else happens, and others are served meanwhile."""
     other = source_file(4 << 20, 4, "other")
     evil = EvilSource(path)
-    with evil, House(runtime_dir, f"ram0={evil.endpoint}/ram0", f"ok={other}", background_rate="0") as house:
+    with evil, Service(runtime_dir, f"ram0={evil.endpoint}/ram0", f"ok={other}", background_rate="0") as service:
         until(evil.listened, "it listens")
-        bystander = house.client("ok")
+        bystander = service.client("ok")
         piece = [evil.data[at : at + 65536] for at in range(0, LAST, 65536)]
         heads = [encode(Pages(evil.stream, 0, pack_ranges([(at, 65536)]), b"\0", "")) for at in range(0, LAST, 65536)]
         evil.push(*([head, data] for _ in range(100) for head, data in zip(heads, piece, strict=True)))
         begun = time.monotonic()
         assert bystander.do(f"check(b, {str(other)!r}, 'random', 4096)") == -1
         assert time.monotonic() - begun < 10
-        until(lambda: house.block()["received"] == PAGES, "all of the block is there")
+        until(lambda: service.block()["received"] == PAGES, "all of the block is there")
         evil.push([encode(Pages(evil.stream, 0, pack_ranges([(0, PAGE)]), b"\0", "")), WRONG])
-        assert house.client().do(f"check(b, {str(path)!r})") == -1
+        assert service.client().do(f"check(b, {str(path)!r})") == -1
 
 
 def test_a_source_that_only_babbles(runtime_dir: Path, path: Path) -> None:
     """It counts as silent, its noise does not push out what matters, and it may come to its senses."""
-    with EvilSource(path) as evil, House(runtime_dir, f"ram0={evil.endpoint}/ram0", source_timeout="1") as house:
-        until(lambda: house.block()["complete"], "it is whole")
+    with EvilSource(path) as evil, Service(runtime_dir, f"ram0={evil.endpoint}/ram0", source_timeout="1") as service:
+        until(lambda: service.block()["complete"], "it is whole")
         noise = random.Random(7)
         for _ in range(20):
             evil.push(*([noise.randbytes(64)] for _ in range(200)))
-        until(lambda: len(house.events("source-nonsense")) > 3, "it is told")
+        until(lambda: len(service.events("source-nonsense")) > 3, "it is told")
         until(lambda: not evil._push, "all is said")
-        house.status()
-        assert kinds(house, "source", "complete") == ["source", "complete"]
-        assert len(house.events("source-nonsense")) < 50 and len(house.log()) < 100_000
+        service.status()
+        assert kinds(service, "source", "complete") == ["source", "complete"]
+        assert len(service.events("source-nonsense")) < 50 and len(service.log()) < 100_000
 
 
 def test_never_listening_to_reason(runtime_dir: Path, path: Path) -> None:
     """Every request is refused as out of phase: asked again about once a second, and nobody spins."""
-    with EvilSource(path) as evil, House(runtime_dir, f"ram0={evil.endpoint}/ram0", background_rate="0") as house:
-        client = house.client()
+    with EvilSource(path) as evil, Service(runtime_dir, f"ram0={evil.endpoint}/ram0", background_rate="0") as service:
+        client = service.client()
         evil.right = False
         evil.before = lambda *_: [[encode(SourceRefused("out-of-phase", "ram0", "who are you?"))]]
         begun = time.monotonic()
         client.begin("words(b, [3])")
-        until(lambda: kinds(house, "pause").count("pause") >= 2, "it is paused, and tried again")
+        until(lambda: kinds(service, "pause").count("pause") >= 2, "it is paused, and tried again")
         asked = sum(isinstance(message, RequestRanges) for message in evil.heard)
         assert asked <= 3 + (time.monotonic() - begun) and not client.answered()
         evil.right, evil.before = True, lambda *_: ()
@@ -193,10 +197,10 @@ def test_nonsense_at_the_beginning(runtime_dir: Path, path: Path, answer: Frames
 
 def test_a_stranger_at_the_router_cannot_be_the_source(runtime_dir: Path, path: Path) -> None:
     """Pages come from where we connected to, whatever identity somebody at our own router takes."""
-    with EvilSource(path) as evil, House(runtime_dir, f"ram0={evil.endpoint}/ram0", background_rate="0") as house:
+    with EvilSource(path) as evil, Service(runtime_dir, f"ram0={evil.endpoint}/ram0", background_rate="0") as service:
         until(evil.listened, "it listens")
-        with house.dealer(b"s1") as liar:
+        with service.dealer(b"s1") as liar:
             head = encode(Pages(evil.stream, 0, pack_ranges([(0, PAGE)]), b"\0", ""))
             for _ in range(3):
                 liar.send_multipart([head, WRONG])
-            assert house.client().do("words(b, [0, 1])") == [word(0), word(PAGE)]
+            assert service.client().do("words(b, [0, 1])") == [word(0), word(PAGE)]

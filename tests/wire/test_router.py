@@ -24,7 +24,7 @@ PATIENCE = 20.0
 READY = command(b"READY", b"\x0bSocket-Type\0\0\0\6ROUTER")
 
 
-class House:
+class Service:
     """A router, and what it hears."""
 
     def __init__(self, path: Path, **limits: int) -> None:
@@ -90,8 +90,8 @@ def path(runtime_dir: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def house(path: Path) -> Iterator[House]:
-    made = House(path, queue=20)
+def service(path: Path) -> Iterator[Service]:
+    made = Service(path, queue=20)
     try:
         yield made
     finally:
@@ -108,65 +108,65 @@ def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
 
 
 @pytest.mark.parametrize("kind", [zmq.DEALER, zmq.ROUTER, zmq.REQ])
-def test_libzmq_comes_in(house: House, context: zmq.Context[zmq.Socket[bytes]], kind: int) -> None:
+def test_libzmq_comes_in(service: Service, context: zmq.Context[zmq.Socket[bytes]], kind: int) -> None:
     peer = context.socket(kind)
     peer.setsockopt(zmq.ROUTING_ID, b"w1.1")
     if kind == zmq.ROUTER:
         peer.setsockopt(zmq.CONNECT_ROUTING_ID, b"us")
         peer.setsockopt(zmq.ROUTER_MANDATORY, 1)
-    peer.connect(f"ipc://{house.path}")
-    house.until(lambda: b"w1.1" in house.router.peers)
+    peer.connect(f"ipc://{service.path}")
+    service.until(lambda: b"w1.1" in service.router.peers)
     before = {zmq.DEALER: [], zmq.ROUTER: [b"us"], zmq.REQ: []}[kind]  # type: ignore[index]
     envelope = [b""] if kind == zmq.REQ else []
     for body in (b"x", b"", bytes(255), bytes(256), bytes(100_000)):
         peer.send_multipart([*before, body])
-        name, message = house.next()
+        name, message = service.next()
         assert name == b"w1.1" and message == ([b"", body] if envelope else body)
-        assert house.router.send_parts(name, [*envelope, body]) == SENT
-        house.until(lambda: peer.poll(0))
+        assert service.router.send_parts(name, [*envelope, body]) == SENT
+        service.until(lambda: peer.poll(0))
         assert peer.recv_multipart() == [*before, body]
     peer.close()
-    house.until(lambda: house.gone)
-    assert house.gone == [b"w1.1"] and house.router.send(b"w1.1", b"x") == NOBODY
+    service.until(lambda: service.gone)
+    assert service.gone == [b"w1.1"] and service.router.send(b"w1.1", b"x") == NOBODY
 
 
-def test_who_says_no_name_gets_one_of_ours(house: House, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+def test_who_says_no_name_gets_one_of_ours(service: Service, context: zmq.Context[zmq.Socket[bytes]]) -> None:
     peers = [context.socket(zmq.DEALER) for _ in range(3)]
     for number, peer in enumerate(peers):
-        peer.connect(f"ipc://{house.path}")
+        peer.connect(f"ipc://{service.path}")
         peer.send(b"%d" % number)
-    names = {message: name for name, message in (house.next() for _ in peers)}
+    names = {message: name for name, message in (service.next() for _ in peers)}
     assert len(set(names.values())) == 3 and all(name[:1] == b"\0" for name in names.values())
     for number, peer in enumerate(peers):
-        assert house.router.send(names[b"%d" % number], b"to %d" % number) == SENT
-        house.until(lambda: peer.poll(0))  # noqa: B023
+        assert service.router.send(names[b"%d" % number], b"to %d" % number) == SENT
+        service.until(lambda: peer.poll(0))  # noqa: B023
         assert peer.recv() == b"to %d" % number
         peer.close()
 
 
-def test_the_latest_has_the_name_and_ours_nobody_gets(house: House, path: Path) -> None:
-    first = house.known(b"w1.1")
-    second = house.stranger()
+def test_the_latest_has_the_name_and_ours_nobody_gets(service: Service, path: Path) -> None:
+    first = service.known(b"w1.1")
+    second = service.stranger()
     second.sendall(opening(b"w1.1") + frame(b"second"))
-    assert house.next() == (b"w1.1", b"second")
-    house.shown_out(first)
-    assert house.gone == []  # nobody is gone: it is there
-    house.router.connect(str(path.with_name("nobody")), b"s1", lambda frames: None, lambda: None, 1 << 16)
-    thief = house.stranger()
+    assert service.next() == (b"w1.1", b"second")
+    service.shown_out(first)
+    assert service.gone == []  # nobody is gone: it is there
+    service.router.connect(str(path.with_name("nobody")), b"s1", lambda frames: None, lambda: None, 1 << 16)
+    thief = service.stranger()
     thief.sendall(opening(b"s1") + frame(b"mine") + opening(b"\0\0\0\0\0\0\0\0\1"))
-    house.shown_out(thief)
-    assert house.heard == [] and house.router.send(b"s1", b"x") == NOBODY
-    zero = house.stranger()
+    service.shown_out(thief)
+    assert service.heard == [] and service.router.send(b"s1", b"x") == NOBODY
+    zero = service.stranger()
     zero.sendall(opening(b"\0taken") + frame(b"hello"))
-    assert house.next()[0] != b"\0taken"
+    assert service.next()[0] != b"\0taken"
 
 
-def test_many_frames_and_pings(house: House) -> None:
-    peer = house.known(b"a")
+def test_many_frames_and_pings(service: Service) -> None:
+    peer = service.known(b"a")
     peer.sendall(frame(b"x", MORE) + frame(b"", MORE) + frame(b"y") + command(b"PING", b"\0\x64me") + frame(b"z"))
-    assert house.next() == (b"a", [b"x", b"", b"y"])
-    assert house.next() == (b"a", b"z")
-    house.router.turn(0)
+    assert service.next() == (b"a", [b"x", b"", b"y"])
+    assert service.next() == (b"a", b"z")
+    service.router.turn(0)
     assert peer.recv(1 << 16) == command(b"PONG", b"me")
 
 
@@ -183,43 +183,43 @@ def test_many_frames_and_pings(house: House) -> None:
         opening(b"a") + frame(b"", MORE) * 2000,
     ],
 )
-def test_who_speaks_nonsense_is_shown_out(house: House, said: bytes) -> None:
-    other = house.known(b"other")
-    peer = house.stranger()
+def test_who_speaks_nonsense_is_shown_out(service: Service, said: bytes) -> None:
+    other = service.known(b"other")
+    peer = service.stranger()
     peer.sendall(said)
-    house.shown_out(peer)
-    assert not house.router.strangers and b"a" not in house.router.peers
+    service.shown_out(peer)
+    assert not service.router.strangers and b"a" not in service.router.peers
     other.sendall(frame(b"still here"))
-    assert house.next() == (b"other", b"still here")
+    assert service.next() == (b"other", b"still here")
 
 
-def test_who_does_not_read_is_not_waited_for(house: House) -> None:
+def test_who_does_not_read_is_not_waited_for(service: Service) -> None:
     """What is kept comes whole and in order; then it is full, and nobody else is concerned."""
-    slow, other = house.known(b"slow"), house.known(b"other")
+    slow, other = service.known(b"slow"), service.known(b"other")
     words = list[bytes]()
-    while (became := house.router.send(b"slow", word := b"%d," % len(words) * 3000)) == SENT:
+    while (became := service.router.send(b"slow", word := b"%d," % len(words) * 3000)) == SENT:
         words.append(word)
-    assert became == FULL and len(house.router.peers[b"slow"].outbox) == 20
-    assert house.router.send_parts(b"slow", [b"head", bytes(4096)]) == FULL
-    assert house.router.send(b"other", b"x") == SENT
+    assert became == FULL and len(service.router.peers[b"slow"].outbox) == 20
+    assert service.router.send_parts(b"slow", [b"head", bytes(4096)]) == FULL
+    assert service.router.send(b"other", b"x") == SENT
     assert other.recv(100) == frame(b"x")
     expected, came = b"".join(map(frame, words)), bytearray()
     while len(came) < len(expected):
-        house.router.turn(0)
+        service.router.turn(0)
         came += slow.recv(1 << 20)
     assert came == expected
-    house.until(lambda: not house.router.peers[b"slow"].outbox)
-    assert house.router.peers[b"slow"].kept == 0
-    assert house.router.send_parts(b"slow", [b"head", bytes(4096)]) == SENT
+    service.until(lambda: not service.router.peers[b"slow"].outbox)
+    assert service.router.peers[b"slow"].kept == 0
+    assert service.router.send_parts(b"slow", [b"head", bytes(4096)]) == SENT
     assert slow.recv(1 << 16) == frame(b"head", MORE) + frame(bytes(4096))
 
 
-def test_what_is_kept_may_leave_at_the_end(house: House) -> None:
-    slow, dead = house.known(b"slow"), house.known(b"dead")
+def test_what_is_kept_may_leave_at_the_end(service: Service) -> None:
+    slow, dead = service.known(b"slow"), service.known(b"dead")
     sent = list[bytes]()
-    while house.router.send(b"slow", word := b"%d," % len(sent) * 3000) == SENT:
+    while service.router.send(b"slow", word := b"%d," % len(sent) * 3000) == SENT:
         sent.append(word)
-    while house.router.send(b"dead", bytes(9000)) == SENT:
+    while service.router.send(b"dead", bytes(9000)) == SENT:
         pass
     dead.close()
     came = bytearray()
@@ -230,15 +230,15 @@ def test_what_is_kept_may_leave_at_the_end(house: House) -> None:
 
     reader = threading.Thread(target=read)
     reader.start()
-    house.router.close(PATIENCE)
+    service.router.close(PATIENCE)
     reader.join(PATIENCE)
     assert came == b"".join(map(frame, sent))
 
 
-def test_a_signal_ends_all_in_the_middle_of_a_goodbye(house: House) -> None:
+def test_a_signal_ends_all_in_the_middle_of_a_goodbye(service: Service) -> None:
     """A source's signal handler raises, wherever its loop is."""
-    house.known(b"a")
-    peer = house.router.peers[b"a"]
+    service.known(b"a")
+    peer = service.router.peers[b"a"]
     connection = peer.connection
     assert connection is not None
 
@@ -249,55 +249,55 @@ def test_a_signal_ends_all_in_the_middle_of_a_goodbye(house: House) -> None:
     peer.connection = cast(socket.socket, SimpleNamespace(fileno=connection.fileno, close=close))
     with pytest.raises(KeyboardInterrupt):
         peer.drop()
-    house.router.close()
-    assert house.router.peers == {} and house.gone == [b"a"]
+    service.router.close()
+    assert service.router.peers == {} and service.gone == [b"a"]
 
 
-def test_few_large_messages_are_full_too(house: House) -> None:
-    house.known(b"slow")
+def test_few_large_messages_are_full_too(service: Service) -> None:
+    service.known(b"slow")
     buffer = bytearray(b"a" * (1 << 20))
     sent = 0
-    while house.router.send_parts(b"slow", [b"head", buffer]) == SENT:
+    while service.router.send_parts(b"slow", [b"head", buffer]) == SENT:
         sent += 1
     assert KEPT_BYTES >> 20 <= sent <= (KEPT_BYTES >> 20) + 2
 
 
-def test_what_is_kept_does_not_change_under_us(house: House) -> None:
-    slow = house.known(b"slow")
+def test_what_is_kept_does_not_change_under_us(service: Service) -> None:
+    slow = service.known(b"slow")
     buffer = bytearray(b"a" * (1 << 20))
-    assert house.router.send_parts(b"slow", [b"head", buffer]) == SENT
+    assert service.router.send_parts(b"slow", [b"head", buffer]) == SENT
     buffer[:] = b"b" * len(buffer)
     came, expected = bytearray(), frame(b"head", MORE) + frame(b"a" * (1 << 20))
     while len(came) < len(expected):
-        house.router.turn(0)
+        service.router.turn(0)
         came += slow.recv(1 << 20)
     assert came == expected
 
 
-def test_who_goes_with_words_kept_for_it(house: House) -> None:
-    slow = house.known(b"slow")
-    while house.router.send(b"slow", bytes(9000)) == SENT:
+def test_who_goes_with_words_kept_for_it(service: Service) -> None:
+    slow = service.known(b"slow")
+    while service.router.send(b"slow", bytes(9000)) == SENT:
         pass
     slow.close()
-    house.until(lambda: house.gone)
-    assert house.router.send(b"slow", b"x") == NOBODY
+    service.until(lambda: service.gone)
+    assert service.router.send(b"slow", b"x") == NOBODY
 
 
-def test_strangers_are_many_and_stay_long(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strangers_are_many_and_stay_long(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "STRANGERS", 3)
-    crowd = [house.stranger() for _ in range(8)]
-    house.until(lambda: not house.router.waiting())
-    assert len(house.router.strangers) == 3
+    crowd = [service.stranger() for _ in range(8)]
+    service.until(lambda: not service.router.waiting())
+    assert len(service.router.strangers) == 3
     monkeypatch.setattr(module, "STRANGE_SECONDS", 0.0)
-    crowd.append(house.stranger())
-    house.until(lambda: len(house.router.strangers) == 1)
+    crowd.append(service.stranger())
+    service.until(lambda: len(service.router.strangers) == 1)
     crowd[-1].sendall(opening(b"last"))
-    house.until(lambda: b"last" in house.router.peers)
+    service.until(lambda: b"last" in service.router.peers)
 
 
-def test_no_descriptor_left(house: House) -> None:
+def test_no_descriptor_left(service: Service) -> None:
     """They wait in the backlog; who is there is heard, and nobody spins."""
-    peer, late = house.known(b"there"), house.stranger()
+    peer, late = service.known(b"there"), service.stranger()
     late.sendall(opening(b"late"))
     limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     free = os.dup(0)
@@ -305,13 +305,13 @@ def test_no_descriptor_left(house: House) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
     try:
         for _ in range(3):
-            house.router.turn(0.01)
-        assert not house.router.waiting(), "it would be looked at for ever"
+            service.router.turn(0.01)
+        assert not service.router.waiting(), "it would be looked at for ever"
         peer.sendall(frame(b"here"))
-        assert house.next() == (b"there", b"here")
+        assert service.next() == (b"there", b"here")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-    house.until(lambda: b"late" in house.router.peers)
+    service.until(lambda: b"late" in service.router.peers)
 
 
 # --- sought -----------------------------------------------------------------------------------------------------------
@@ -320,10 +320,10 @@ def test_no_descriptor_left(house: House) -> None:
 class Found:
     """What is heard of a peer that is sought."""
 
-    def __init__(self, house: House, path: Path, capacity: int = 1 << 20) -> None:
+    def __init__(self, service: Service, path: Path, capacity: int = 1 << 20) -> None:
         self.met = 0
         self.heard: list[list[bytes]] = []
-        house.router.connect(str(path), b"s1", self._hear, self._meet, capacity)
+        service.router.connect(str(path), b"s1", self._hear, self._meet, capacity)
 
     def _meet(self) -> None:
         self.met += 1
@@ -333,29 +333,29 @@ class Found:
 
 
 def test_a_router_of_libzmq_is_sought_until_it_is_there_and_again(
-    house: House, path: Path, context: zmq.Context[zmq.Socket[bytes]]
+    service: Service, path: Path, context: zmq.Context[zmq.Socket[bytes]]
 ) -> None:
     there = path.with_name("source")
-    found = Found(house, there)
-    house.router.turn(0.05)
-    assert house.router.send(b"s1", b"nobody hears this") == NOBODY
+    found = Found(service, there)
+    service.router.turn(0.05)
+    assert service.router.send(b"s1", b"nobody hears this") == NOBODY
     for life in (1, 2):
         source = context.socket(zmq.ROUTER)
         source.setsockopt(zmq.LINGER, 0)
         source.bind(f"ipc://{there}")
-        house.until(lambda: found.met == life)  # noqa: B023
+        service.until(lambda: found.met == life)  # noqa: B023
         for frames in ([b"head", bytes(4096)], [b"word"], [b"h", b"", bytes(300_000), b"x" * 300], [b"", b"y" * 256]):
-            assert house.router.send(b"s1", b"request") == SENT
-            house.until(lambda: source.poll(0))  # noqa: B023
+            assert service.router.send(b"s1", b"request") == SENT
+            service.until(lambda: source.poll(0))  # noqa: B023
             name, word = source.recv_multipart()
             assert word == b"request"
             source.send_multipart([name, *frames])
             source.send_multipart([name, *frames])
-            house.until(lambda: len(found.heard) == 2)
+            service.until(lambda: len(found.heard) == 2)
             assert found.heard == [frames, frames]
             found.heard.clear()
         source.close()
-        house.until(lambda: house.router.send(b"s1", b"x") == NOBODY)
+        service.until(lambda: service.router.send(b"s1", b"x") == NOBODY)
     there.unlink(missing_ok=True)
 
 
@@ -369,14 +369,14 @@ def test_a_router_of_libzmq_is_sought_until_it_is_there_and_again(
         GREETING + READY + frame(b"x", MORE) + command(b"PING", b"\0\0"),
     ],
 )
-def test_somebody_else_is_found(house: House, path: Path, said: bytes) -> None:
+def test_somebody_else_is_found(service: Service, path: Path, said: bytes) -> None:
     """Given up, and sought again, but not at once; others are heard meanwhile."""
-    there, other = path.with_name("source"), house.known(b"other")
+    there, other = path.with_name("source"), service.known(b"other")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(there))
         listener.listen(8)
         listener.setblocking(False)
-        found = Found(house, there, 1 << 16)
+        found = Found(service, there, 1 << 16)
         for _ in range(3):
             theirs = list[socket.socket]()
 
@@ -387,26 +387,26 @@ def test_somebody_else_is_found(house: House, path: Path, said: bytes) -> None:
                     return False
                 return True
 
-            house.until(taken)
+            service.until(taken)
             theirs[0].sendall(said)
-            house.until(lambda: house.router.sought[b"s1"].connection is None)
+            service.until(lambda: service.router.sought[b"s1"].connection is None)
             theirs[0].close()
         other.sendall(frame(b"here"))
-        assert house.next() == (b"other", b"here")
+        assert service.next() == (b"other", b"here")
         assert found.heard == []
     there.unlink()
 
 
-def test_messages_in_pieces(house: House, path: Path) -> None:
+def test_messages_in_pieces(service: Service, path: Path) -> None:
     """The buffer is as large as the largest message: what is left over is moved, and nothing is lost."""
     there = path.with_name("source")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(there))
         listener.listen(1)
-        found = Found(house, there, (1 << 16) + 100)
+        found = Found(service, there, (1 << 16) + 100)
         theirs, _ = listener.accept()
         theirs.sendall(GREETING + READY)
-        house.until(lambda: found.met)
+        service.until(lambda: found.met)
         sent = [[b"%d" % number, os.urandom(1 + number * 499 % 65_000)] for number in range(400)]
         stream = b"".join(frame(head, MORE) + frame(body) for head, body in sent)
         at = 0
@@ -414,7 +414,7 @@ def test_messages_in_pieces(house: House, path: Path) -> None:
             piece = stream[at : at + 1 + at % 70_001]
             theirs.sendall(piece)
             at += len(piece)
-            house.until(lambda: not house.router.waiting())
+            service.until(lambda: not service.router.waiting())
         assert found.heard == sent
         theirs.close()
     there.unlink()
@@ -423,26 +423,26 @@ def test_messages_in_pieces(house: House, path: Path) -> None:
 # --- libzmq beside it -------------------------------------------------------------------------------------------------
 
 
-def test_libzmq_in_the_same_turns(house: House, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+def test_libzmq_in_the_same_turns(service: Service, context: zmq.Context[zmq.Socket[bytes]]) -> None:
     bound, heard = context.socket(zmq.ROUTER), list[tuple[bytes, list[bytes]]]()
     bound.setsockopt(zmq.ROUTER_MANDATORY, 1)
     port = bound.bind_to_random_port("tcp://127.0.0.1")
-    house.router.bridge(Libzmq(bound, lambda name, frames: heard.append((name, [bytes(one) for one in frames]))))
-    peer, other = context.socket(zmq.DEALER), house.known(b"other")
+    service.router.bridge(Libzmq(bound, lambda name, frames: heard.append((name, [bytes(one) for one in frames]))))
+    peer, other = context.socket(zmq.DEALER), service.known(b"other")
     peer.setsockopt(zmq.ROUTING_ID, b"far")
     peer.connect(f"tcp://127.0.0.1:{port}")
     for number in range(200):
         peer.send_multipart([b"%d" % number, bytes(5000)])
         other.sendall(frame(b"%d" % number))
-        house.router.turn(0)
-    house.until(lambda: len(heard) == 200 and len(house.heard) == 200)
+        service.router.turn(0)
+    service.until(lambda: len(heard) == 200 and len(service.heard) == 200)
     assert heard == [(b"far", [b"%d" % number, bytes(5000)]) for number in range(200)]
     for number in range(50):  # each answer may eat the word that there is another message
-        assert house.router.send_parts(b"far", [b"%d" % number, b"x"]) == SENT
-        house.until(lambda: peer.poll(0))
+        assert service.router.send_parts(b"far", [b"%d" % number, b"x"]) == SENT
+        service.until(lambda: peer.poll(0))
         assert peer.recv_multipart() == [b"%d" % number, b"x"]
         peer.send(b"again")
-        house.until(lambda: heard[-1] == (b"far", [b"again"]))
+        service.until(lambda: heard[-1] == (b"far", [b"again"]))
         heard.pop()
-    assert house.router.send(b"nobody", b"x") == NOBODY
+    assert service.router.send(b"nobody", b"x") == NOBODY
     peer.close()

@@ -17,7 +17,6 @@ import zmq
 
 from postcopy_protocol.codec import encode
 from postcopy_protocol.curve_keys import KeyPair, write_keys
-from postcopy_protocol.express import REQUESTS
 from postcopy_protocol.messages import VERSION, Goodbye
 from postcopy_protocol.return_path import (
     MAX_OPEN_BYTES,
@@ -33,10 +32,11 @@ from postcopy_protocol.return_path import (
     SourceRefused,
     pack_range,
 )
+from postcopy_protocol.templates import REQUESTS
 from postcopy_sources import PushStream, StreamEnded
 from postcopy_sources.loop import SILENT_SECONDS
 from tests.conftest import SourceFile
-from tests.fuzz_return_path import SUPERVISOR, SourceEnd
+from tests.fuzz.return_path import SUPERVISOR, SourceEnd
 from tests.wire.own_sources import SIZE, page_of
 from tests.wire.relay import Relay
 from tests.wire.scripted import PAGE, ScriptedSupervisor, SourceProgram, environment

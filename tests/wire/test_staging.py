@@ -33,7 +33,7 @@ from postcopy_protocol.return_path import (
     unpack_ranges,
 )
 from tests.conftest import SourceFile
-from tests.house.house import House, until, word
+from tests.system.service import Service, until, word
 from tests.wire.evil import EvilSource
 from tests.wire.own_sources import Large, page_of
 from tests.wire.scripted import PAGE, ScriptedSupervisor, SourceProgram
@@ -291,8 +291,8 @@ NONCE_TOLD = b"0123456789abcdef"
 class Liar:
     """A source that offers memory of this process. ``memory`` is the honest one."""
 
-    def __init__(self, evil: EvilSource, house: House) -> None:
-        self.evil, self.house = evil, house
+    def __init__(self, evil: EvilSource, service: Service) -> None:
+        self.evil, self.service = evil, service
         self._noise = 64
         self.descriptor = create_memfd(STAGING_NAME, STAGING_HEADER + SLOTS * SLOT)
         self.memory = mmap.mmap(self.descriptor, STAGING_HEADER + SLOTS * SLOT)
@@ -329,10 +329,10 @@ class Liar:
     def heard(self) -> None:
         """What was pushed has been heard by the supervisor."""
         until(lambda: not self.evil._push, "all is said")
-        nonsense = len(self.house.events("source-nonsense"))
+        nonsense = len(self.service.events("source-nonsense"))
         self.evil.push(*[[b"\xc1"]] * self._noise)
         self._noise *= 2  # told when its number has doubled
-        until(lambda: len(self.house.events("source-nonsense")) > nonsense, "it is heard")
+        until(lambda: len(self.service.events("source-nonsense")) > nonsense, "it is heard")
 
     def close(self) -> None:
         self.memory.close()
@@ -341,9 +341,9 @@ class Liar:
 
 @contextmanager
 def lying(runtime_dir: Path, path: Path) -> Iterator[Liar]:
-    with EvilSource(path) as evil, House(runtime_dir, f"ram0={evil.endpoint}/ram0", background_rate="0") as house:
+    with EvilSource(path) as evil, Service(runtime_dir, f"ram0={evil.endpoint}/ram0", background_rate="0") as service:
         until(evil.listened, "it listens")
-        liar = Liar(evil, house)
+        liar = Liar(evil, service)
         try:
             yield liar
         finally:
@@ -403,8 +403,8 @@ def test_what_is_no_staging_memory_is_not_used(runtime_dir: Path, path: Path) ->
             liar.offer(slot_bytes=length)
         liar.offer(number=NUMBER + 1)
         until(lambda: liar.used() == [NUMBER + 1], "only the last one is used")
-        assert liar.house.client().do("words(b, [3])") == [word(3 * PAGE)]
-        assert "Traceback" not in liar.house.log() and not liar.house.events("bug")
+        assert liar.service.client().do("words(b, [3])") == [word(3 * PAGE)]
+        assert "Traceback" not in liar.service.log() and not liar.service.events("bug")
         for descriptor in strange:
             os.close(descriptor)
 
@@ -422,24 +422,24 @@ def test_lies_about_slots_place_nothing_and_free_no_others(runtime_dir: Path, pa
         liar.staged(1 << 63, 0)
         liar.staged(1, 0)  # is not full
         liar.heard()
-        assert liar.slots() == bytes([SLOT_FULL, 0, 0, 0]) and liar.house.block()["received"] == 0
+        assert liar.slots() == bytes([SLOT_FULL, 0, 0, 0]) and liar.service.block()["received"] == 0
         for slot, offset, length in ((1, 8, PAGE), (2, 0, SLOT + PAGE), (3, 1 << 40, PAGE)):
             liar.fill(slot, wrong)
             liar.staged(slot, offset, length)
         liar.staged(0, 0, stream=99)  # of a block that nobody asked for
         until(lambda: not any(liar.slots()), "what is dropped is set free")
-        assert liar.house.block()["received"] == 0
+        assert liar.service.block()["received"] == 0
         liar.fill(2, data[:SLOT])
         liar.staged(2, 0)  # pushed, the right bytes
         liar.staged(2, SLOT)  # and once more, of a slot that is ours by now
-        liar.house.await_received(SLOT // PAGE)
+        liar.service.await_received(SLOT // PAGE)
         liar.heard()
-        assert liar.house.block()["received"] == SLOT // PAGE and not any(liar.slots())
+        assert liar.service.block()["received"] == SLOT // PAGE and not any(liar.slots())
         liar.fill(1, wrong)
         liar.staged(1, 0)  # other bytes for what has come
         until(lambda: not any(liar.slots()), "it is set free")
-        assert liar.house.client().do(f"check(b, {str(path)!r})") == -1
-        assert liar.house.events("source-nonsense") and not liar.house.events("bug")
+        assert liar.service.client().do(f"check(b, {str(path)!r})") == -1
+        assert liar.service.events("source-nonsense") and not liar.service.events("bug")
 
 
 def test_a_staging_memory_takes_the_place_of_the_one_before(runtime_dir: Path, path: Path) -> None:
@@ -452,12 +452,12 @@ def test_a_staging_memory_takes_the_place_of_the_one_before(runtime_dir: Path, p
         liar.fill(0, data[:SLOT])
         liar.staged(0, 0)
         liar.heard()
-        assert liar.slots()[0] == SLOT_FULL and liar.house.block()["received"] == 0
+        assert liar.slots()[0] == SLOT_FULL and liar.service.block()["received"] == 0
         liar.offer(nonce=b"fedcba9876543210", number=NUMBER + 2)
         os.pwrite(a, bytes([SLOT_FULL]), NONCE)
         liar.staged(0, 0, number=NUMBER + 1)
         liar.heard()
-        assert liar.house.block()["received"] == 0, "an offer that fails ends the one before, too"
+        assert liar.service.block()["received"] == 0, "an offer that fails ends the one before, too"
         assert os.pread(a, 1, NONCE) == bytes([SLOT_FULL])
         os.close(a)
 
@@ -468,9 +468,9 @@ def test_a_source_that_goes_takes_its_memory_with_it(runtime_dir: Path, path: Pa
         until(liar.used, "it is used")
 
         def mapped() -> bool:
-            return STAGING_NAME in Path(f"/proc/{liar.house.status()['pid']}/maps").read_text()
+            return STAGING_NAME in Path(f"/proc/{liar.service.status()['pid']}/maps").read_text()
 
         assert mapped()
         liar.evil.push([encode(SourceRefused("out-of-phase", "", "who are you?"))])
         until(lambda: not mapped(), "nothing of it is left")
-        assert liar.house.client().do("words(b, [3])") == [word(3 * PAGE)]
+        assert liar.service.client().do("words(b, [3])") == [word(3 * PAGE)]

@@ -76,7 +76,7 @@ class Router:
         self.largest = largest
         self.epoll = select.epoll()
         self.peers: dict[bytes, Peer] = {}
-        self.sought: dict[bytes, Sought] = {}
+        self.sought: dict[bytes, Outbound] = {}
         self.strangers: dict[Peer, float] = {}
         """Who has not said its name yet, and since when; the eldest first."""
         self.acts: dict[int, Callable[[int], object]] = {}
@@ -104,7 +104,7 @@ class Router:
     def connect(self, path: str, name: bytes, heard: HeardPlaced, met: Callable[[], object], capacity: int) -> None:
         """Seek the peer at this socket, now and whenever it is gone. ``met`` is called each time that it is there;
         ``capacity``: bytes of its largest message, with what stands before its frames."""
-        self.sought[name] = Sought(self, path, heard, met, capacity)
+        self.sought[name] = Outbound(self, path, heard, met, capacity)
         self.sought[name].seek()
 
     def watch(self, fd: int, act: Callable[[], object]) -> None:
@@ -129,7 +129,7 @@ class Router:
     def close(self, linger: float = 0.0) -> None:
         """What is not sent after ``linger`` seconds is dropped."""
         until = time.monotonic() + linger
-        lines: list[Line] = [*self.peers.values(), *self.sought.values()]
+        lines: list[Connection] = [*self.peers.values(), *self.sought.values()]
         while any(line.outbox for line in lines) and time.monotonic() < until:
             time.sleep(LINGER_STEP)
             for line in lines:
@@ -257,7 +257,7 @@ class Router:
         self.peers[wanted] = peer
 
 
-class Line:
+class Connection:
     """One connection, and what it has not taken yet."""
 
     def __init__(self, router: Router) -> None:
@@ -364,7 +364,7 @@ class Line:
             self.router.epoll.modify(self.connection.fileno(), events)
 
 
-class Peer(Line):
+class Peer(Connection):
     """Who has come in."""
 
     def __init__(self, router: Router, connection: socket.socket) -> None:
@@ -413,7 +413,7 @@ class Peer(Line):
             self.router.gone(self.name)
 
 
-class Sought(Line):
+class Outbound(Connection):
     """Who is sought at a path."""
 
     def __init__(self, router: Router, path: str, heard: HeardPlaced, met: Callable[[], object], capacity: int) -> None:

@@ -3,7 +3,7 @@
 A small program with one thread, no ZeroMQ context and nothing of a user's in it. It has imported all that a worker
 needs, so a fork is a worker (11 ms from attach to the first byte; a fresh interpreter takes 94). It outlives the
 supervisor: while it lives, no last reference of a shared userfaultfd is closed, which would turn the pages its client
-waits for into zeros; workers that die are replaced (``orphan.py`` is the law); and the next supervisor takes over at
+waits for into zeros; workers that die are replaced (``standby.py`` is the law); and the next supervisor takes over at
 its own socket (``rendezvous.py``).
 
 ``python -m postcopy_workers.custodian --channel FD --directory DIR`` with a SEQPACKET socket whose other end the
@@ -45,11 +45,11 @@ from postcopy_protocol.messages import (
     WorkerForked,
 )
 
-from . import orders, orphan, worker
+from . import orders, standby, worker
 from .forking import fork_worker
 from .orders import Order
-from .orphan import Orphan
-from .rendezvous import Rendezvous
+from .standby import StandbyPolicy
+from .takeover_socket import TakeoverSocket
 
 MESSAGE_LIMIT = 1 << 18
 SEND_SECONDS = 5
@@ -76,7 +76,7 @@ class Life:
 class Custodian:
     """Descriptors by key, workers by pidfd, their last orders by number, and the channel while there is one."""
 
-    def __init__(self, channel: socket.socket, rendezvous: Rendezvous | None) -> None:
+    def __init__(self, channel: socket.socket, rendezvous: TakeoverSocket | None) -> None:
         self._channel: socket.socket | None = channel
         self._rendezvous = rendezvous
         self._kept: dict[str, tuple[bytes, tuple[int, ...]]] = {}
@@ -84,7 +84,7 @@ class Custodian:
         self._lives: dict[int, Life] = {}
         self._when_orphaned = (0.0, False)
         self._lost_at: float | None = None
-        self._orphan: Orphan | None = None
+        self._orphan: StandbyPolicy | None = None
         self._clients: dict[int, int] = {}  # pidfd: client, watched only without a supervisor
         self._ending = False
         self._poll = select.poll()
@@ -233,8 +233,8 @@ class Custodian:
         log.warning("the supervisor is gone; %d workers go on for %d clients", len(self._lives), self._orphan.clients)
         self._do(self._orphan.begin(now))
 
-    def _made_orphan(self, lost_at: float) -> Orphan:
-        law = Orphan(lost_at, *self._when_orphaned)
+    def _made_orphan(self, lost_at: float) -> StandbyPolicy:
+        law = StandbyPolicy(lost_at, *self._when_orphaned)
         for key, (meta, fds) in self._kept.items():
             number = orders.client_of(key)
             if not number or len(fds) <= PIDFD:
@@ -259,7 +259,7 @@ class Custodian:
         due = min((due for due in dues if due is not None), default=None)
         return None if due is None else max(0.0, due - time.monotonic()) * 1000 + 1
 
-    def _look_orphaned(self, law: Orphan, fd: int) -> None:
+    def _look_orphaned(self, law: StandbyPolicy, fd: int) -> None:
         if fd in self._clients:
             if process.pidfd_exited(fd):
                 self._do(law.client_ended(self._clients[fd]))
@@ -273,7 +273,7 @@ class Custodian:
             if connection is not None:
                 self._taken(law, connection)
 
-    def _deputize(self, law: Orphan, now: float) -> None:
+    def _deputize(self, law: StandbyPolicy, now: float) -> None:
         self._do(law.tick(now))
         for fd in self._rendezvous.silent(now) if self._rendezvous else ():
             self._poll.unregister(fd)
@@ -284,19 +284,19 @@ class Custodian:
             log.info("no client is left, and no supervisor %s", "can come" if abandoned else "came")
             self._end()
 
-    def _do(self, effects: list[orphan.Effect]) -> None:
+    def _do(self, effects: list[standby.Effect]) -> None:
         for effect in effects:
             match effect:
-                case orphan.Fork():
+                case standby.Fork():
                     self._replace(effect)
-                case orphan.Kill(number):
+                case standby.Kill(number):
                     self._kill(number)
-                case orphan.Drop(number):
+                case standby.Drop(number):
                     self._drop(f"{orders.CLIENT}{number}")
-                case orphan.Say(text):
+                case standby.Say(text):
                     log.warning("%s", text)
 
-    def _replace(self, effect: orphan.Fork) -> None:
+    def _replace(self, effect: standby.Fork) -> None:
         assert self._orphan is not None
         number = effect.worker
         try:
@@ -339,7 +339,7 @@ class Custodian:
 
     # --- the next one -------------------------------------------------------------------------------------------------
 
-    def _taken(self, law: Orphan, connection: socket.socket) -> None:
+    def _taken(self, law: StandbyPolicy, connection: socket.socket) -> None:
         """Tell all that is kept. Until the end of the inventory has been sent, whoever does not read is given up."""
         self._do(law.taken())
         self._alone_no_more()
@@ -392,7 +392,7 @@ def main() -> None:
         process.drop_privileges()
         worker.PRIVILEGED = False
     try:
-        rendezvous = Rendezvous(told.directory)
+        rendezvous = TakeoverSocket(told.directory)
     except (OSError, BadInput) as error:
         log.error("no supervisor will be able to take over: %s", error)
         rendezvous = None

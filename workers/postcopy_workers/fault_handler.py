@@ -27,18 +27,8 @@ import errno
 from collections.abc import Callable, Sequence
 from time import monotonic_ns, perf_counter_ns
 
-from postcopy_kernel.userfaultfd import (
-    UFFDIO_CONTINUE,
-    UFFDIO_COPY,
-    UFFDIO_POISON,
-    UFFDIO_WAKE,
-)
-from postcopy_protocol.errors import PageLost
-from postcopy_protocol.messages import RegionGrant
-from postcopy_protocol.received import CHANGED, LOST, PLACING, RECEIVED
-from postcopy_protocol.stages import PLACED as PLACED_STAGE
-from postcopy_protocol.stages import WOKEN, unkept
-from postcopy_protocol.statistics import (
+from postcopy_kernel.userfaultfd import UFFDIO_CONTINUE, UFFDIO_COPY, UFFDIO_POISON, UFFDIO_WAKE
+from postcopy_protocol.counters import (
     AROUND,
     AROUND_USED,
     BUSY_SINCE_NS,
@@ -55,7 +45,12 @@ from postcopy_protocol.statistics import (
     denied,
     deny,
 )
-from postcopy_protocol.statistics import LOST as LOST_PAGES
+from postcopy_protocol.counters import LOST as LOST_PAGES
+from postcopy_protocol.errors import PageLost
+from postcopy_protocol.messages import RegionGrant
+from postcopy_protocol.received_map import CHANGED, LOST, PLACING, RECEIVED
+from postcopy_protocol.stages import PLACED as PLACED_STAGE
+from postcopy_protocol.stages import WOKEN, unkept
 from postcopy_protocol.window import FaultAround
 
 from .page_sources import Elsewhere, HandlerFailed, NoPages, RemotePages, SourceChanged

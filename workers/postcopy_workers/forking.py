@@ -12,11 +12,11 @@ from typing import NoReturn
 from postcopy_kernel import descriptors, process
 from postcopy_protocol.messages import Assignment
 
-from . import errand, worker
+from . import worker, worker_zero
 
 
 @dataclass(frozen=True, slots=True)
-class Newborn:
+class ForkedWorker:
     """A child that waits for the word to live. ``pidfd`` is the caller's."""
 
     pid: int
@@ -30,7 +30,7 @@ class Newborn:
         os.close(self.tell)
 
 
-def fork_worker(assignment: Assignment, fds: list[int]) -> Newborn:
+def fork_worker(assignment: Assignment, fds: list[int]) -> ForkedWorker:
     """Fork; raises OSError. The child keeps ``fds`` and nothing else."""
     hear, tell = os.pipe()
     try:
@@ -42,7 +42,7 @@ def fork_worker(assignment: Assignment, fds: list[int]) -> Newborn:
         _be_worker(assignment, fds, hear)
     os.close(hear)
     try:
-        return Newborn(pid, process.pidfd_open(pid), tell)  # no race: nobody but us reaps it
+        return ForkedWorker(pid, process.pidfd_open(pid), tell)  # no race: nobody but us reaps it
     except OSError:
         os.close(tell)  # not told to live, it ends
         os.waitpid(pid, 0)
@@ -58,7 +58,7 @@ def _be_worker(assignment: Assignment, fds: list[int], hear: int) -> NoReturn:
             os._exit(status)
         os.close(hear)
         process.name_process(f"postcopy-w{assignment.worker}")
-        live = errand.serve_errands if assignment.worker == 0 else worker.serve_client
+        live = worker_zero.serve_worker_zero if assignment.worker == 0 else worker.serve_client
         live(assignment, fds)
     except BaseException:
         traceback.print_exc()

@@ -20,7 +20,7 @@ from typing import Any
 
 from postcopy_kernel.userfaultfd import UFFDIO_CONTINUE, UFFDIO_COPY
 from postcopy_protocol.messages import BlockGrant
-from postcopy_protocol.received import MISSING, PLACING, RECEIVED, SHARED, TRUST
+from postcopy_protocol.received_map import MISSING, PLACING, RECEIVED, SHARED, TRUST
 
 from .page_sources import PageSource
 

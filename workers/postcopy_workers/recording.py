@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from time import monotonic_ns
 
 from postcopy_protocol import trace
-from postcopy_protocol.received import LOST, MISSING, PLACING, RECEIVED
-from postcopy_protocol.statistics import FAILURES, PAGE_BYTES
+from postcopy_protocol.counters import FAILURES, PAGE_BYTES
+from postcopy_protocol.received_map import LOST, MISSING, PLACING, RECEIVED
 from postcopy_protocol.trace import (
     FIGURES_BYTES,
     RECORD,

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from time import perf_counter_ns
 
 from postcopy_protocol.codec import encode, pack_offsets
+from postcopy_protocol.counters import DEDUPLICATED, REQUESTS, bucket
 from postcopy_protocol.messages import RequestPages
 from postcopy_protocol.stages import ASKED, WOKEN, unkept
-from postcopy_protocol.statistics import DEDUPLICATED, REQUESTS, bucket
 
 OFFSET_BYTES = 8
 SAMPLE_MASK = 3

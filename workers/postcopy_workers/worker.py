@@ -31,16 +31,16 @@ from postcopy_kernel import crashpoints, descriptors, process
 from postcopy_kernel.filewatch import give_up_lease, lease_wanted
 from postcopy_kernel.memory import DONTFORK, DONTNEED, Mapping
 from postcopy_kernel.userfaultfd import MESSAGE_BYTES, RegisterMode, Userfaultfd, open_userfaultfd
-from postcopy_protocol import stages, statistics
+from postcopy_protocol import counters, stages
 from postcopy_protocol.codec import decode, encode, pack_offsets, unpack_offsets
 from postcopy_protocol.errors import BadMessage
-from postcopy_protocol.express import OFFSET, head_of
 from postcopy_protocol.messages import Assignment, BlockGrant, Lost, Message, Report, Wake, WorkerHello
-from postcopy_protocol.received import CHANGED, LEASED, WATCHED
+from postcopy_protocol.received_map import CHANGED, LEASED, WATCHED
+from postcopy_protocol.templates import OFFSET, template_of
 from postcopy_protocol.window import FaultAround
 from postcopy_wire.channel import Channel
 
-from . import crashing, walls
+from . import crashing, sandbox
 from .fault_handler import EVENT_PAGEFAULT, MESSAGE_WORDS, CannotGoOn, ClientGone, FaultHandler, Region
 from .page_sources import FilePages, Handler, HandlerPages, NoPages, PageSource, RemotePages, SourceChanged, ZeroPages
 from .placing import Block, Calls, OwnMapping
@@ -97,9 +97,9 @@ class Worker:
         self._fds = fds
         self.words = _words(fds[assignment.statistics])
         self.house = _words(fds[assignment.house])
-        self.words[statistics.WORKER_PID] = os.getpid()
-        self.words[statistics.INCARNATION] = assignment.incarnation
-        self.words[statistics.BUSY_SINCE_NS] = 0
+        self.words[counters.WORKER_PID] = os.getpid()
+        self.words[counters.INCARNATION] = assignment.incarnation
+        self.words[counters.BUSY_SINCE_NS] = 0
         self._own = self._own_userfaultfd()
         if PRIVILEGED:
             process.drop_privileges()
@@ -112,12 +112,12 @@ class Worker:
         told = self.assignment
         cgroups = self._fds[told.cgroup :] if told.cgroup >= 0 else []
         try:
-            walls.enter(cgroups)
+            sandbox.enter(cgroups)
         except OSError as error:
             raise CannotGoOn(f"cannot enter its cgroup: {error}") from None
         handlers = any(grant.kind == "handler" for grant in told.blocks)
-        standing, wrong = walls.raise_walls(told.walls, len(self._fds), runs_handler=handlers)
-        self.words[statistics.WALLS] = standing | (statistics.CGROUP if cgroups else 0)
+        standing, wrong = sandbox.enter_sandbox_walls(told.walls, len(self._fds), runs_handler=handlers)
+        self.words[counters.WALLS] = standing | (counters.CGROUP if cgroups else 0)
         for what in wrong:
             self.reports("no-wall", -1, -1, what)
 
@@ -222,7 +222,7 @@ class Worker:
         return FaultHandler(ufd, regions, self.words, self.house, self.reports, calls, time.sleep, requests)
 
 
-class Attendant(threading.Thread):
+class MonitorThread(threading.Thread):
     """The second thread: waits for everything that is no fault, and ends the process when there is reason to. Where all
     blocks are local it reads the channel too, on which nothing is said to it, to hear when the supervisor is gone."""
 
@@ -289,7 +289,9 @@ class Waker(threading.Thread):
         self._again = Requests(
             self._worker.assignment.worker, self._worker.words, self._channel.send, self._worker.stages
         )
-        lanes = {head_of(Wake(number, pack_offsets([0])), OFFSET): self._lane(number) for number in self._worker.blocks}
+        lanes = {
+            template_of(Wake(number, pack_offsets([0])), OFFSET): self._lane(number) for number in self._worker.blocks
+        }
         while True:
             for data in receive():
                 lane = lanes.get(data[:-OFFSET])
@@ -333,7 +335,7 @@ def serve_client(assignment: Assignment, fds: list[int]) -> NoReturn:
     userfaultfd = fds[assignment.userfaultfd]
     os.set_blocking(userfaultfd, True)
     recording = Recording.of(fds[assignment.statistics], assignment.worker)
-    attendant = Attendant(worker, channel)
+    attendant = MonitorThread(worker, channel)
     handler.wake_everything()
     attendant.start()
     try:
@@ -393,7 +395,7 @@ def _leave(worker: Worker, kind: str, detail: str, status: int) -> NoReturn:
 
 
 def _words(fd: int) -> memoryview:
-    return memoryview(mmap.mmap(fd, statistics.PAGE_BYTES)).cast("Q")
+    return memoryview(mmap.mmap(fd, counters.PAGE_BYTES)).cast("Q")
 
 
 def _stages(fd: int, blocks: Iterable[int]) -> dict[int, memoryview]:

@@ -14,8 +14,8 @@ from postcopy_protocol.messages import ExportProgress
 from postcopy_protocol.sizes import format_size
 from postcopy_protocol.sources import parse_block_name
 
-from ..control import TIMEOUT, Control
 from ..errors import AttachDenied, BadInput, NoSupervisor, PostcopyError
+from ..queries import TIMEOUT, Control
 from .explaining import show_events, show_story
 from .options import Json, RuntimeDir, page_place
 

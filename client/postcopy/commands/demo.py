@@ -12,13 +12,13 @@ from typing import Annotated, Any
 
 import typer
 
-from postcopy_protocol import statistics
+from postcopy_protocol import counters
 from postcopy_protocol.sizes import format_size
 
-from ..control import Control
 from ..crowd import Crowd
 from ..errors import PostcopyError
 from ..load.watch import kill_a_worker
+from ..queries import Control
 from ..supervisor import Supervisor
 from .load import MOST_CLIENTS, touching
 
@@ -116,9 +116,9 @@ def _show(crowd: Crowd, status: dict[str, Any]) -> None:
             "touches": member.touches,
             "compared": 0,
             "wrong": 0,
-            "words": [0] * statistics.WORDS,
+            "words": [0] * counters.WORDS,
         }
-        latency = statistics.summary(result["words"])
+        latency = counters.summary(result["words"])
         cells = [member.index, member.mode, member.process.pid, result["touches"], format_size(result["compared"])]
         cells += [result["wrong"], latency["p50"], latency["p99"], latency["max"], seen.get("restarts", "-")]
         table.add_row(*(str(cell) for cell in cells))

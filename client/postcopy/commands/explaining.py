@@ -8,7 +8,7 @@ from typing import Any
 
 from postcopy_protocol.sizes import format_size
 
-from ..control import Control
+from ..queries import Control
 
 _EVERY = 0.5
 _SHOWN_APART = ("number", "at", "kind", "detail")

@@ -15,11 +15,10 @@ from typing import Annotated, Any
 import typer
 
 from postcopy_kernel.compiled import CompiledTouch
-from postcopy_protocol.places import runtime_directory
+from postcopy_protocol.runtime_paths import runtime_directory
 from postcopy_protocol.sizes import format_size
 from postcopy_protocol.sources import parse_block_name, parse_source
 
-from ..control import Control
 from ..crowd import Crowd
 from ..errors import BadInput, PostcopyError
 from ..load import truth
@@ -27,6 +26,7 @@ from ..load.findings import findings
 from ..load.patterns import PATTERNS
 from ..load.replay import share
 from ..load.watch import Watch
+from ..queries import Control
 from ..supervisor import Supervisor
 from ..toucher import Touching
 from .options import Json, RuntimeDir

@@ -47,7 +47,7 @@ def probe_vhost_user(
     """Check a vhost-user back-end: every rule of post-copy, real requests on missing pages, trouble on the way.
 
     Starts a supervisor of its own. Exit status 0: every rule is held (quirks are named); 1: one is broken."""
-    from ..vhost_user.probe import Settings, probe
+    from ..vhost_user.probe.run import Settings, probe
 
     if device not in DEVICES:
         raise BadInput(f"--device {device!r} is none of {', '.join(DEVICES)}")

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..control import Control
 from ..errors import PostcopyError
+from ..queries import Control
 from .options import RuntimeDir
 
 

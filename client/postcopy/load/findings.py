@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from postcopy_protocol import statistics
+from postcopy_protocol import counters
 
 from ..crowd import Crowd, Member
 from . import recorder
@@ -18,23 +18,23 @@ COUNTED = ("faults", "placed", "placed_around", "deduplicated", "requests", "wak
 def findings(crowd: Crowd, watch: Watch, seconds: float) -> dict[str, Any]:
     """Latencies in microseconds, times in seconds since the start."""
     done = [member.result for member in crowd.members if member.result]
-    words = statistics.merge(result["words"] for result in done)
-    faults = statistics.merge(result["faults"] for result in done)
+    words = counters.merge(result["words"] for result in done)
+    faults = counters.merge(result["faults"] for result in done)
     touches = sum(member.touches for member in crowd.members)
     found = {
         "clients": len(crowd.members),
         "touches": touches,
-        "first_touches": words[statistics.FAULTS],
-        "faults": faults[statistics.FAULTS],
+        "first_touches": words[counters.FAULTS],
+        "faults": faults[counters.FAULTS],
         "seconds": round(seconds, 6),
         "touches_per_s": round(touches / seconds, 1),
         "compared": sum(result["compared"] for result in done),
         "wrong": sum(result["wrong"] for result in done),
         "missed": sum(result["missed"] for result in done),
         "died": crowd.failures(),
-        "latency_us": statistics.summary(words),
+        "latency_us": counters.summary(words),
         "percentiles_us": _percentiles(words),
-        "fault_us": statistics.summary(faults),
+        "fault_us": counters.summary(faults),
         "fault_percentiles_us": _percentiles(faults),
         "timeline": _timeline(done),
         "residency": watch.residency,
@@ -44,8 +44,8 @@ def findings(crowd: Crowd, watch: Watch, seconds: float) -> dict[str, Any]:
         "each": [_each(member) for member in crowd.members],
     }
     if responses := [result["response"] for result in done if result.get("response")]:
-        response = statistics.merge(responses)
-        found |= {"response_us": statistics.summary(response), "response_percentiles_us": _percentiles(response)}
+        response = counters.merge(responses)
+        found |= {"response_us": counters.summary(response), "response_percentiles_us": _percentiles(response)}
     return found
 
 
@@ -57,9 +57,9 @@ def fairness(shares: Sequence[float]) -> float:
 
 def _percentiles(words: Sequence[int]) -> list[list[float]]:
     """[percent, microseconds], as far as there are enough samples for the percentile to mean something."""
-    samples = statistics.count(words)
+    samples = counters.count(words)
     wanted = [percent for percent in PERCENTS if samples * (100 - percent) / 100 >= 1]
-    return [[percent, round(statistics.percentile(words, percent), 1)] for percent in wanted]
+    return [[percent, round(counters.percentile(words, percent), 1)] for percent in wanted]
 
 
 def _timeline(done: list[dict[str, Any]]) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def _each(member: Member) -> dict[str, Any]:
         return figures
     kept = ("touches", "first_touches", "compared", "wrong", "first_wrong", "missed", "seconds")
     result = {key: member.result[key] for key in kept}
-    told = {"latency_us": statistics.summary(member.result["words"])}
-    told["fault_us"] = statistics.summary(member.result["faults"])
-    faults = member.result["faults"][statistics.FAULTS]
+    told = {"latency_us": counters.summary(member.result["words"])}
+    told["fault_us"] = counters.summary(member.result["faults"])
+    faults = member.result["faults"][counters.FAULTS]
     return {**figures, **result, "faults": faults, "touches_per_s": round(_rate(member.result), 1), **told}

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from postcopy_protocol import statistics
-from postcopy_protocol.statistics import bucket
+from postcopy_protocol import counters
+from postcopy_protocol.counters import bucket
 
 MOST_BINS = 1024
 FIRST_WIDTH = 20_000_000
@@ -29,9 +29,9 @@ class Recorder:
     def __init__(self, origin: int, *, open_loop: bool = False) -> None:
         self.origin = origin
         self.width = FIRST_WIDTH
-        self.latency = [0] * statistics.WORDS
-        self.faults = [0] * statistics.WORDS
-        self.response = [0] * statistics.WORDS if open_loop else None
+        self.latency = [0] * counters.WORDS
+        self.faults = [0] * counters.WORDS
+        self.response = [0] * counters.WORDS if open_loop else None
         self.bins: dict[int, list[int]] = {}
         self.touches = self.missed = 0
         self.begun = self.ended = 0
@@ -82,10 +82,10 @@ class Recorder:
 
 
 def _count(words: list[int], taken: int) -> None:
-    words[statistics.FAULTS] += 1
+    words[counters.FAULTS] += 1
     words[bucket(taken)] += 1
-    if taken > words[statistics.LONGEST_NS]:
-        words[statistics.LONGEST_NS] = taken
+    if taken > words[counters.LONGEST_NS]:
+        words[counters.LONGEST_NS] = taken
 
 
 def halved(bins: dict[int, list[int]]) -> dict[int, list[int]]:
@@ -121,9 +121,9 @@ def together(told: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "touches": sum(record["touches"] for record in told),
         "missed": sum(record["missed"] for record in told),
-        "words": list(statistics.merge(record["words"] for record in told)),
-        "faults": list(statistics.merge(record["faults"] for record in told)),
-        "response": list(statistics.merge(responses)) if responses else None,
+        "words": list(counters.merge(record["words"] for record in told)),
+        "faults": list(counters.merge(record["faults"] for record in told)),
+        "response": list(counters.merge(responses)) if responses else None,
         "width": width,
         "bins": [[number, *figures] for number, figures in sorted(bins.items())],
         "begun": min((record["begun"] for record in told), default=0),

@@ -16,9 +16,9 @@ from typing import Any
 
 from postcopy_kernel.process import pidfd_open, pidfd_signal
 
-from ..control import Control
 from ..crowd import Crowd
 from ..errors import PostcopyError
+from ..queries import Control
 
 FORGIVEN = 4
 MINUTE = 60.0

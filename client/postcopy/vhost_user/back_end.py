@@ -18,13 +18,13 @@ from typing import Any
 
 from postcopy_kernel import address_space, process
 from postcopy_kernel.userfaultfd import is_userfaultfd
-from postcopy_protocol.places import runtime_directory
+from postcopy_protocol.runtime_paths import runtime_directory
 from postcopy_protocol.vhost_conversation import FrontEnd, Question, lay_out
 from postcopy_protocol.vhost_user import FEATURE_INDIRECT, MemoryRegion, ProtocolFeature, Request, VhostUserError
 
 from ..errors import BackEndGone, BackEndTimeout, PostcopyError
+from .attach_side import DoorSide, SharedBlock
 from .channel import Channel, close_frame
-from .door_side import DoorSide, SharedBlock
 from .memory_map import Placed, believe, compare, find_mappings
 
 ORDERS = ("standard", "rust-vmm")

@@ -1,0 +1,1 @@
+"""What status, queries, metrics, traces and the audit read; nothing here decides."""

@@ -1,0 +1,130 @@
+"""``serve --record FILE``: takes what workers have written into their rings and appends it to a file.
+
+A thread of its own, awake twenty times a second. The rings are shared memory, so workers never wait for it; what does
+not fit into a ring in between is counted, here and in the status. The format is in ``postcopy_protocol.trace``.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import threading
+import time
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from postcopy_protocol import trace
+from postcopy_protocol.errors import BadInput
+from postcopy_protocol.trace import (
+    FIGURES_BYTES,
+    RECORD,
+    RING_AT,
+    RING_HEAD,
+    RING_LOST,
+    RING_RECORDS,
+    RING_TAKEN,
+    RING_WRITTEN,
+)
+
+from ..blocks import RamBlock
+
+log = logging.getLogger(__name__)
+
+ROUND_SECONDS = 0.05
+
+
+@dataclass(slots=True)
+class Ring:
+    """One client's. ``words`` are those of its first page, ``lost`` how many were lost by the last look."""
+
+    words: memoryview
+    records: memoryview
+    lost: int = 0
+
+
+class Recorder(threading.Thread):
+    """``present`` holds the clients that there are: the ring of one that has left is emptied once more and
+    forgotten. Raises BadInput for a file that cannot be written."""
+
+    def __init__(self, path: str, blocks: Iterable[RamBlock], present: Collection[int]) -> None:
+        super().__init__(name="recorder", daemon=True)
+        self.path = path
+        self.records = self.lost = 0
+        self.failed = ""
+        self._present = present
+        self._rings: dict[int, Ring] = {}
+        self._end = threading.Event()
+        self._monotonic = time.monotonic_ns()
+        told = tuple(trace.Traced(block.number, block.name, block.size, block.page_size) for block in blocks)
+        try:
+            # It tells who read what: for the supervisor's user alone.
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            os.write(self._file, trace.Head(time.time(), self._monotonic, told).encode())
+        except OSError as error:
+            raise BadInput(f"--record {path}: {error.strerror}") from error
+
+    def add(self, client: int, figures: int) -> None:
+        """A client whose figures have come to be (main thread); those without a ring are left out."""
+        if os.fstat(figures).st_size >= FIGURES_BYTES:
+            page = memoryview(mmap.mmap(figures, FIGURES_BYTES))
+            self._rings[client] = Ring(page[RING_HEAD:RING_AT].cast("Q"), page[RING_AT:])
+
+    def run(self) -> None:
+        while not self._end.wait(ROUND_SECONDS):
+            self._round()
+
+    def close(self) -> None:
+        """Empty all rings a last time."""
+        self._end.set()
+        if self.is_alive():
+            self.join()
+        self._round()
+        os.close(self._file)
+        log.info("recorded: %d faults in %s, %d lost", self.records, self.path, self.lost)
+
+    def document(self) -> dict[str, Any]:
+        """For the status."""
+        return {"file": self.path, "records": self.records, "lost": self.lost, "failed": self.failed}
+
+    def _round(self) -> None:
+        for client, ring in list(self._rings.items()):
+            gone = client not in self._present  # asked first: what it has written by now is all
+            self._empty(ring)
+            if gone:
+                del self._rings[client]
+
+    def _empty(self, ring: Ring) -> None:
+        words = ring.words
+        written, taken = words[RING_WRITTEN], words[RING_TAKEN]
+        self.lost += words[RING_LOST] - ring.lost
+        ring.lost = words[RING_LOST]
+        if not taken < written <= taken + RING_RECORDS:  # nothing new, or not what a worker of ours would write
+            return
+        first, count = taken % RING_RECORDS, written - taken
+        for low, many in ((first, min(count, RING_RECORDS - first)), (0, max(0, first + count - RING_RECORDS))):
+            if many:
+                self._write(self._shifted(bytes(ring.records[low * RECORD.size : (low + many) * RECORD.size])), many)
+        words[RING_TAKEN] = written
+
+    def _shifted(self, data: bytes) -> bytes:
+        """Workers write the clock's time, the file has the time since its start."""
+        out = bytearray(data)
+        for at in range(0, len(out), RECORD.size):
+            word = int.from_bytes(out[at : at + 7], "little") - self._monotonic
+            out[at : at + 7] = max(0, word).to_bytes(7, "little")
+        return bytes(out)
+
+    def _write(self, data: bytes, count: int) -> None:
+        if self.failed:
+            self.lost += count
+            return
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[os.write(self._file, left) :]
+            self.records += count
+        except OSError as error:  # a full disk must not stop anybody's faults
+            self.failed, self.lost = str(error.strerror), self.lost + count
+            log.error("recording to %s ends: %s", self.path, error.strerror)

@@ -1,0 +1,1 @@
+"""A fault of a remote block: from the request of a worker to the wake."""

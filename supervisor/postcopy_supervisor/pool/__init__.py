@@ -1,0 +1,1 @@
+"""Worker processes: their lifecycle, and the custodian that forks them."""

@@ -1,0 +1,1 @@
+"""Take-over from a supervisor that is gone."""

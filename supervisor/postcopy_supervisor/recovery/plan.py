@@ -1,0 +1,265 @@
+"""Recovery, judged: what a dead supervisor left with its custodian, and what its successor is told to serve, make a
+plan or a refusal. No process, socket or descriptor is touched here, so nothing has changed when it refuses.
+
+A start is a recovery of nothing: the house is built from a ``Plan`` either way, and an empty one is a fresh start.
+
+What a client uses must be what it was: the same page size, size and kind of source, for a file the same file (device,
+inode), unchanged (size, time) since it was first served. The content of a remote block is judged later, when its source
+says what it has. What nobody uses is not worth a refusal: it is dropped and made anew under another number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from postcopy_protocol.codec import decode
+from postcopy_protocol.errors import BadInput, BadMessage
+from postcopy_protocol.messages import BlockNote, ClientNote
+from postcopy_protocol.sizes import format_size
+from postcopy_protocol.sources import FileSource, HandlerSource, RemoteSource, Source, ZeroSource
+
+from ..remote.advise import Advice
+
+HOUSE = "house"
+ZERO = "client/0"
+CGROUPS = "cgroups"
+WITHOUT_DEVICE, WITH_DEVICE = 2, 3
+"""Descriptors under the key ``house``: quit eventfd, house page, and the device where there is one."""
+
+Note = TypeVar("Note", BlockNote, ClientNote)
+OTHER_VERSION = "what the custodian keeps is another version's"
+
+
+@dataclass(frozen=True, slots=True)
+class FileFacts:
+    """What makes a file the same file: ``mtime_ns`` and ``size`` (bytes) tell whether it was changed."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeptBlock:
+    """A block of the predecessor. ``fds``: memory, received map, and the file of a local block."""
+
+    note: BlockNote
+    fds: tuple[int, ...]
+
+    @property
+    def file(self) -> int:
+        """The file's descriptor; -1: it has none."""
+        return self.fds[2] if len(self.fds) > 2 else -1
+
+
+@dataclass(frozen=True, slots=True)
+class KeptClient:
+    """A client of the predecessor. ``fds``: userfaultfd, pidfd, statistics page."""
+
+    note: ClientNote
+    fds: tuple[int, ...]
+
+    @property
+    def blocks(self) -> set[int]:
+        return {region.block for region in (*self.note.regions, *self.note.released)}
+
+
+@dataclass(frozen=True, slots=True)
+class KeptWorker:
+    """A worker that lives."""
+
+    worker: int
+    incarnation: int
+    pid: int
+    pidfd: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """Everything that was kept, read."""
+
+    house: tuple[int, ...] = ()
+    zero: tuple[int, ...] = ()
+    blocks: tuple[KeptBlock, ...] = ()
+    clients: tuple[KeptClient, ...] = ()
+    workers: tuple[KeptWorker, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the house is built from. ``numbers``: those of all blocks to be served; ``blocks``: the adopted ones among
+    them, by name; ``forgotten``: keys that the custodian is to drop."""
+
+    numbers: Mapping[str, int]
+    house: tuple[int, ...] = ()
+    zero: tuple[int, ...] = ()
+    blocks: Mapping[str, KeptBlock] = field(default_factory=dict)
+    clients: tuple[KeptClient, ...] = ()
+    workers: tuple[KeptWorker, ...] = ()
+    forgotten: tuple[str, ...] = ()
+    first_client: int = 1
+
+    @property
+    def recovers(self) -> bool:
+        return bool(self.house)
+
+    @property
+    def advice(self) -> dict[str, Advice]:
+        """What the sources of adopted remote blocks said of them once."""
+        notes = [block.note for block in self.blocks.values() if block.note.kind == "remote"]
+        return {note.name: Advice(note.size, note.identity) for note in notes}
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read(kept: Mapping[str, tuple[bytes, tuple[int, ...]]], workers: Sequence[KeptWorker]) -> Inventory:
+    """Understand what was kept: (note, descriptors) by key. Raises BadInput when it is of another version."""
+    blocks, clients = list[KeptBlock](), list[KeptClient]()
+    for key, (meta, fds) in kept.items():
+        kind, _, _ = key.partition("/")
+        if key in (HOUSE, ZERO, CGROUPS):
+            continue
+        if kind == "block":
+            blocks.append(_block(meta, fds))
+        elif kind == "client":
+            clients.append(_client(meta, fds))
+        else:
+            raise BadInput(f"{OTHER_VERSION}: {key}")
+    _, house = kept.get(HOUSE, (b"", ()))
+    _, zero = kept.get(ZERO, (b"", ()))
+    if len(house) not in (0, WITHOUT_DEVICE, WITH_DEVICE) or (clients and not house):
+        raise BadInput(f"{OTHER_VERSION}: {HOUSE}")
+    return Inventory(house, zero, tuple(blocks), tuple(clients), tuple(workers))
+
+
+def _block(meta: bytes, fds: tuple[int, ...]) -> KeptBlock:
+    note = _note(meta, BlockNote)
+    if len(fds) != (3 if note.kind == "file" else 2):
+        raise BadInput(f"{OTHER_VERSION}: block {note.name} with {len(fds)} descriptors")
+    return KeptBlock(note, fds)
+
+
+def _client(meta: bytes, fds: tuple[int, ...]) -> KeptClient:
+    note = _note(meta, ClientNote)
+    if len(fds) != 3:
+        raise BadInput(f"{OTHER_VERSION}: client {note.client} with {len(fds)} descriptors")
+    return KeptClient(note, fds)
+
+
+def _note(meta: bytes, kind: type[Note]) -> Note:
+    try:
+        note = decode(meta, expect=(kind,))
+    except BadMessage as error:
+        raise BadInput(f"{OTHER_VERSION}: {error}") from None
+    assert isinstance(note, kind)
+    return note
+
+
+# --- judging ----------------------------------------------------------------------------------------------------------
+
+
+def fresh(sources: Mapping[str, Source], first_client: int = 1) -> Plan:
+    """A start with nothing to recover."""
+    return Plan({name: number for number, name in enumerate(sources, 1)}, first_client=first_client)
+
+
+def numbers_after(kept: Iterable[str], workers: Iterable[KeptWorker]) -> int:
+    """The first client number that no client or worker of the predecessor has. Those that live on may still speak: no
+    new client may be taken for one of them."""
+    used = [worker.worker for worker in workers]
+    for key in kept:
+        kind, _, number = key.partition("/")
+        used += [int(number)] if kind == "client" and number.isdigit() else []
+    return max(used, default=0) + 1
+
+
+def judge(
+    estate: Inventory,
+    sources: Mapping[str, Source],
+    page_size: int,
+    alive: Collection[int],
+    kept_files: Mapping[int, FileFacts],
+    named_files: Mapping[str, FileFacts],
+) -> Plan:
+    """The plan. ``alive``: numbers of the clients whose processes live; ``kept_files``: the file under each kept block,
+    by number, as it was when first served; ``named_files``: what the command line names, as it is, missing where it
+    cannot be opened. Raises BadInput, in one line, when a client would get other bytes than it had."""
+    clients = tuple(client for client in estate.clients if client.note.client in alive and client.blocks)
+    adopted: dict[str, KeptBlock] = {}
+    for kept in estate.blocks:
+        name, source = kept.note.name, sources.get(kept.note.name)
+        users = sum(kept.note.block in client.blocks for client in clients)
+        if source is None:
+            why = "is not named on the command line"
+        else:
+            why = _difference(kept, source, page_size, kept_files.get(kept.note.block), named_files.get(name))
+        if why and users:
+            raise BadInput(
+                f"cannot recover: block {name} {why}, which {users} clients use; nothing is changed, they go on: "
+                "serve what they have, or leave them to their workers with --abandon"
+            )
+        if not why:
+            adopted[name] = kept
+    numbers = _number(sources, adopted, max((kept.note.block for kept in estate.blocks), default=0))
+    kept_keys = {f"block/{kept.note.block}" for kept in adopted.values()}
+    kept_keys |= {f"client/{client.note.client}" for client in clients}
+    gone = [f"block/{kept.note.block}" for kept in estate.blocks]
+    gone += [f"client/{client.note.client}" for client in estate.clients]
+    return Plan(
+        numbers,
+        estate.house,
+        estate.zero,
+        adopted,
+        clients,
+        estate.workers,
+        tuple(key for key in gone if key not in kept_keys),
+        numbers_after(gone, estate.workers),
+    )
+
+
+def _number(sources: Mapping[str, Source], adopted: Mapping[str, KeptBlock], last: int) -> dict[str, int]:
+    """Adopted blocks keep their numbers, which workers know them by; no other ever gets one that was used."""
+    numbers: dict[str, int] = {}
+    for name in sources:
+        if name in adopted:
+            numbers[name] = adopted[name].note.block
+        else:
+            last += 1
+            numbers[name] = last
+    return numbers
+
+
+def _difference(kept: KeptBlock, source: Source, page_size: int, was: FileFacts | None, now: FileFacts | None) -> str:
+    """What is not as it was, or nothing."""
+    note = kept.note
+    if note.page_size != page_size:
+        return f"has pages of {format_size(note.page_size)}, not of {format_size(page_size)}"
+    match source:
+        case FileSource(path) if note.kind == "file":
+            return _other_file(path, was, now)
+        case HandlerSource(module, function, size) if note.kind == "handler":
+            told, had = (f"{module}:{function}", size), (note.detail, note.size)
+        case ZeroSource(size) if note.kind == "zero":
+            told, had = ("", size), ("", note.size)
+        case RemoteSource() if note.kind == "remote":
+            return ""
+        case _:
+            return f"comes from {note.source}, not from {source}"
+    if told == had:
+        return ""
+    return f"has {had[1]} bytes of {note.source}, not {told[1]} of {source}"
+
+
+def _other_file(path: str, was: FileFacts | None, now: FileFacts | None) -> str:
+    if now is None:
+        return f"cannot be compared with {path}, which cannot be opened"
+    assert was is not None
+    if (was.device, was.inode) != (now.device, now.inode):
+        return f"has another file than {path} is by now"
+    if was.size != now.size:
+        return f"had {was.size} bytes in {path}, which has {now.size} by now"
+    return "" if was.mtime_ns == now.mtime_ns else f"comes from {path}, which has been written to since"

@@ -1,0 +1,1 @@
+"""Page sources at the other end of a return path."""

@@ -1,0 +1,203 @@
+"""What a supervisor refuses to serve, or where: one line that names the matter, the right exit status, nothing left."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import SourceFile
+from tests.system.service import END_WITHIN, PAGE, Option, Service, alive, arguments, environment, refused, until, word
+
+FAILED, USAGE = 1, 2
+
+
+def one_line(said: tuple[int, str], status: int, *parts: str) -> None:
+    """This exit status and one line for people with these regular expressions in it."""
+    assert "\n" not in said[1], said[1]
+    assert said[0] == status, said
+    for part in parts:
+        assert re.search(part, said[1]), f"no {part!r} in {said[1]!r}"
+
+
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (lambda path: None, "No such file"),
+        (Path.touch, "empty"),
+        (Path.mkdir, "not a regular file"),
+        (fifo, "not a regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
+    ],
+    ids=["missing", "empty", "directory", "fifo", "device"],
+)
+def test_a_source_that_is_no_file(
+    runtime_dir: Path, tmp_path: Path, make: Callable[[Path], None], complaint: str
+) -> None:
+    path = tmp_path / "thing"
+    make(path)
+    one_line(refused(runtime_dir, f"ram0={path}"), FAILED, "ram0", re.escape(str(path)), complaint)
+    assert not (runtime_dir / "door").exists()
+
+
+def test_an_unreadable_file(runtime_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    path.write_bytes(b"x" * PAGE)
+    path.chmod(0)
+    os.chown(path, 4711, 4711)
+    one_line(without_rights(arguments(runtime_dir, (f"ram0={path}",), {})), FAILED, "ram0", "Permission denied")
+
+
+def without_rights(command: list[str], before: str = "pass") -> tuple[int, str]:
+    """Run it as root that heeds file modes: CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH are out of its bounds."""
+    drop = "import ctypes, os, sys; libc = ctypes.CDLL(None); libc.prctl(24, 1); libc.prctl(24, 2)"
+    code = f"{drop}\n{before}\nos.execv(sys.argv[1], sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command], capture_output=True, env=environment(), timeout=20, check=False
+    )
+    return done.returncode, done.stderr.decode().strip()
+
+
+@pytest.mark.parametrize(
+    ("blocks", "status", "complaint"),
+    [
+        (["a=zero:1M", "a=zero:1M"], USAGE, "a is used twice"),
+        (["a=zero:0"], USAGE, "zero:0|nothing is no size|'0'"),
+        (["a=zero:-1"], USAGE, "no size"),
+        (["a=zero:99999T"], USAGE, "too large"),
+        (["a=zero:99999999999999999999999"], USAGE, "no size|too large"),
+        (["a=zero:17T"], FAILED, "too large"),
+        (["a=handler:m:f"], USAGE, "size"),
+        (["a=handler:m:f?size=x"], USAGE, "no size"),
+        (["a=gopher://x"], USAGE, "gopher"),
+        (["a="], USAGE, "source"),
+        (["zero:1M"], USAGE, "NAME=SOURCE"),
+        (["-a=zero:1M"], USAGE, ""),
+        (["a b=zero:1M"], USAGE, "no name"),
+        (["x" * 65 + "=zero:1M"], USAGE, "no name"),
+        (["a=tcp://127.0.0.1:1/x"], FAILED, "--plain-tcp"),
+        ([], USAGE, ""),
+    ],
+)
+def test_blocks_that_cannot_be(runtime_dir: Path, blocks: list[str], status: int, complaint: str) -> None:
+    one_line(refused(runtime_dir, *blocks), status, complaint)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("page_size", "8K"),
+        ("fault_around", "much"),
+        ("fault_around", "1G"),
+        ("fault_around", "3K"),
+        ("background_rate", "-5"),
+        ("max_memory", "x"),
+        ("allow_uid", "-1"),
+        ("allow_uid", "nobody"),
+        ("allow_uid", str(1 << 32)),
+        ("handler_timeout", "0"),
+        ("handler_timeout", "nan"),
+        ("restart_limit", "-1"),
+        ("restart_limit", "1.5"),
+        ("restart_interval", "0"),
+        ("restart_backoff", "0"),
+        ("restart_backoff", "6"),
+        ("restart_stable", "inf"),
+        ("start_timeout", "never"),
+        ("quarantine", "kill"),
+        ("log_level", "loud"),
+        ("no_such_option", "1"),
+    ],
+)
+def test_options_that_cannot_be(runtime_dir: Path, option: str, value: str) -> None:
+    options: dict[str, Option] = {option: value}
+    one_line(refused(runtime_dir, "a=zero:1M", options=options), USAGE, option.replace("_", "-") + "|unrecognized")
+
+
+# --- the runtime directory --------------------------------------------------------------------------------------------
+
+
+def test_a_runtime_directory_with_a_path_too_long(runtime_dir: Path) -> None:
+    long = runtime_dir / ("x" * 100)
+    one_line(refused(long, "a=zero:1M"), FAILED, "too long", "--runtime-dir")
+    assert not long.exists()
+
+
+def test_a_runtime_directory_of_somebody_else(runtime_dir: Path) -> None:
+    place = runtime_dir / "theirs"
+    place.mkdir()
+    os.chown(place, 4711, 4711)
+    one_line(refused(place, "a=zero:1M"), FAILED, "belongs to user 4711")
+    assert place.stat().st_mode & 0o777 != 0o711
+
+
+def test_a_runtime_directory_that_cannot_be_made(runtime_dir: Path) -> None:
+    parent = runtime_dir / "closed"
+    parent.mkdir(mode=0o500)
+    command = arguments(parent / "in", ("a=zero:1M",), {})
+    one_line(without_rights(command), FAILED, "Permission denied", re.escape(str(parent)))
+
+
+@pytest.mark.leaves_files("the file in the way")
+def test_a_runtime_directory_that_is_a_file_or_a_link(runtime_dir: Path) -> None:
+    (runtime_dir / "file").write_text("mine")
+    (runtime_dir / "link").symlink_to("/tmp")
+    for name in ("file", "link"):
+        one_line(refused(runtime_dir / name, "a=zero:1M"), FAILED, "not a directory|Not a directory", name)
+    assert (runtime_dir / "file").read_text() == "mine"
+
+
+def test_a_runtime_directory_that_is_served_already(runtime_dir: Path, source_file: SourceFile) -> None:
+    path = source_file(PAGE)
+    with Service(runtime_dir, f"ram0={path}") as service:
+        one_line(refused(runtime_dir, "a=zero:1M"), FAILED, "already served", rf"\b{service.pid}\b")
+        client = service.client()
+        assert client.do(f"check(b, {str(path)!r})") == -1
+
+
+def test_after_a_crash_of_the_supervisor_its_directory_is_served_again(
+    runtime_dir: Path, source_file: SourceFile
+) -> None:
+    path = source_file(64 * PAGE)
+    with Service(runtime_dir, f"ram0={path}") as service:
+        client = service.client()
+        client.do("words(b, [1])")
+        service.process.kill()
+        assert service.wait() == -signal.SIGKILL
+        people = service.people()
+        assert client.do("words(b, [40])") == [word(40 * PAGE)], "workers outlive the supervisor"
+        assert (runtime_dir / "door").exists(), "or there is nothing stale to clean"
+        with Service(runtime_dir, f"ram0={path}", abandon=True) as second:
+            assert second.client().do("words(b, [3])") == [word(3 * PAGE)]
+            assert client.do("words(b, [41])") == [word(41 * PAGE)]
+        client.close()
+        until(lambda: not any(alive(pid) for pid in people), "nobody lives on without clients", END_WITHIN)
+
+
+# --- rights -----------------------------------------------------------------------------------------------------------
+
+
+def test_without_permission_for_userfaultfd(runtime_dir: Path, tmp_path: Path) -> None:
+    """A namespace of mounts where the device cannot be opened, and no right to the system call."""
+    bar = tmp_path / "bar"
+    bar.touch(mode=0)
+    bar.chmod(0)
+    newns, private, bind, ptrace = 0x20000, 1 << 14 | 1 << 18, 1 << 12, 19
+    mount = f"""
+libc.unshare({newns})
+libc.mount(None, b"/", None, {private}, None)
+assert libc.mount({os.fsencode(bar)!r}, b"/dev/userfaultfd", None, {bind}, None) == 0
+libc.prctl(24, {ptrace})"""
+    command = arguments(runtime_dir, ("a=zero:1M",), {})
+    one_line(without_rights(command, mount), FAILED, "userfaultfd", "vm.unprivileged_userfaultfd|/dev/userfaultfd")
+    assert not (runtime_dir / "door").exists()

@@ -1,0 +1,157 @@
+"""Something runs out: processes, descriptors, memory, a disk. The client concerned waits or is told, the others go on,
+and when there is enough again all is well."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import SourceFile
+from tests.system.broken_disk import BrokenDisk
+from tests.system.service import PAGE, PuppetError, Service, called, until, word
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def cgroup(controller: str) -> Iterator[Path]:
+    """A cgroup of our own in version 1's hierarchy of this controller."""
+    if not (CGROUPS / controller / "cgroup.procs").exists():
+        pytest.skip(f"no hierarchy of version 1 for {controller}")
+    made = CGROUPS / controller / f"postcopy-test-{os.getpid()}"
+    made.mkdir()
+    try:
+        yield made
+    finally:
+        until(lambda: not (made / "cgroup.procs").read_text(), "the cgroup is empty")
+        made.rmdir()
+
+
+@pytest.fixture
+def pids() -> Iterator[Path]:
+    yield from cgroup("pids")
+
+
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    yield from cgroup("memory")
+
+
+def custodian(service: Service) -> int:
+    return next(pid for pid in service.people() if called(pid) == "postcopy-cust")
+
+
+def test_no_more_processes(runtime_dir: Path, source_file: SourceFile, pids: Path) -> None:
+    """A custodian that cannot fork: who attaches waits, nobody is quarantined, and a dead worker's client waits too."""
+    with Service(runtime_dir, f"ram0={source_file(64 * PAGE)}") as service:
+        first, second = service.client(), service.client()
+        (pids / "cgroup.procs").write_text(str(custodian(service)))
+        (pids / "pids.max").write_text("1")
+        service.kill_worker(first)
+        until(lambda: "could not be forked" in service.log(), "a fork has failed")
+        first.begin("words(b, [3])")
+        newcomer = service.client(None)
+        newcomer.begin("b = attach('ram0', 'private')")
+        until(lambda: service.log().count("could not be forked") > 12, "it is tried again and again")
+        assert second.do("words(b, [5])") == [word(5 * PAGE)]
+        assert service.events("quarantine") == [] and not first.answered() and not newcomer.answered()
+        (pids / "pids.max").write_text("max")
+        assert first.answer() == [word(3 * PAGE)]
+        newcomer.answer()
+        assert newcomer.do("words(b, [7])") == [word(7 * PAGE)]
+
+
+@pytest.mark.parametrize("spare", [0, 1, 6, 24])
+def test_no_more_descriptors_in_a_running_supervisor(runtime_dir: Path, source_file: SourceFile, spare: int) -> None:
+    with Service(runtime_dir, f"ram0={source_file(64 * PAGE)}") as service:
+        first = service.client()
+        before = resource.prlimit(service.pid, resource.RLIMIT_NOFILE)
+        used = len(list(Path(f"/proc/{service.pid}/fd").iterdir()))
+        resource.prlimit(service.pid, resource.RLIMIT_NOFILE, (used + spare, before[1]))
+        client = service.client(None)
+        with pytest.raises(PuppetError) as refused:
+            client.do("attach('ram0', 'private', 2)")
+        assert refused.value.kind in ("AttachDenied", "AttachTimeout"), refused.value
+        assert first.do("words(b, [1])") == [word(PAGE)]
+        resource.prlimit(service.pid, resource.RLIMIT_NOFILE, before)
+        service.kill_worker(first)
+        assert first.do("words(b, [2])") == [word(2 * PAGE)]
+        late = service.client()
+        assert late.do("words(b, [9])") == [word(9 * PAGE)]
+
+
+def test_no_more_memory_for_workers(runtime_dir: Path, source_file: SourceFile, memory: Path) -> None:
+    """What a private client's worker places is charged to the worker. At the limit its client waits. A shared client's
+    pages are charged to that client, but its worker is in the same cgroup, and may wait there for a page table of its
+    own: it goes on or waits, and nothing is lost, poisoned or given up. Who needs no worker notices nothing."""
+    path = source_file(96 << 20)
+    (memory / "memory.limit_in_bytes").write_text(str(64 << 20))
+    (memory / "memory.oom_control").write_text("1")
+    with Service(
+        runtime_dir, f"ram0={path}", worker_cgroup=str(memory), restart_limit=1000, fault_around="4K"
+    ) as service:
+        client, other = service.client(), service.client("ram0", "shared")
+        assert other.do("words(b, [1])") == [word(PAGE)]
+        client.begin(f"check(b, {str(path)!r})")
+        until(lambda: "under_oom 1" in (memory / "memory.oom_control").read_text(), "the limit is reached", 60)
+        assert other.do("words(b, [1])") == [word(PAGE)]
+        other.begin(f"words(b, [{(95 << 20) // PAGE}])")
+        assert service.status()["state"] == "running" and not client.answered()
+        (memory / "memory.limit_in_bytes").write_text("-1")
+        assert other.answer(60) == [word(95 << 20)]
+        assert client.answer(60) == -1
+        # Its worker may have stood at the limit before it could say that it is there.
+        until(lambda: service.record(client)["state"] == "running", "nothing is given up")
+        assert service.status()["totals"]["lost"] == 0 and service.events("quarantine") == []
+
+
+def test_a_worker_that_the_oom_killer_ends(runtime_dir: Path, source_file: SourceFile, memory: Path) -> None:
+    """The kernel's own answer to the limit: workers are killed, and replaced as often as it takes. Their clients wait
+    no longer than there is no memory, one whose pages are there notices nothing, nobody gets a wrong byte."""
+    path = source_file(96 << 20)
+    (memory / "memory.limit_in_bytes").write_text(str(64 << 20))
+    with Service(
+        runtime_dir, f"ram0={path}", worker_cgroup=str(memory), restart_limit=1000, fault_around="4K"
+    ) as service:
+        client, other = service.client(), service.client("ram0", "shared")
+        assert other.do("words(b, [1])") == [word(PAGE)]
+        client.begin(f"check(b, {str(path)!r})")
+        until(lambda: killed(memory), "the OOM killer has come", 60)
+        until(lambda: service.events("restart"), "who was killed is replaced")
+        assert other.do("words(b, [1])") == [word(PAGE)]
+        assert service.status()["state"] == "running"
+        (memory / "memory.limit_in_bytes").write_text("-1")
+        assert client.answer(60) == -1
+        assert other.do(f"check(b, {str(path)!r})") == -1
+        assert service.status()["totals"]["lost"] == 0 and service.events("quarantine") == []
+
+
+def killed(group: Path) -> int:
+    """Processes of the cgroup that the OOM killer has ended."""
+    lines = (group / "memory.oom_control").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+
+
+@pytest.mark.skipif(not Path("/dev/fuse").exists(), reason="no FUSE to break a disk with")
+@pytest.mark.parametrize("mode", ["private", "shared"])
+def test_a_disk_that_cannot_be_read(runtime_dir: Path, tmp_path: Path, mode: str) -> None:
+    """EIO for one stretch of the file: these pages are lost, loudly, and no others."""
+    content = b"".join((page * PAGE // 8).to_bytes(8, "little").ljust(PAGE, b"\1") for page in range(64))
+    with contextlib.ExitStack() as stack:
+        path = stack.enter_context(BrokenDisk(tmp_path, content, range(16 * PAGE, 20 * PAGE)))
+        with Service(runtime_dir, f"ram0={path}") as service:
+            client, other = service.client("ram0", mode), service.client("ram0", mode)
+            good = [page for page in range(64) if page not in range(16, 20)]
+            assert client.do(f"words(b, {good})") == [page * PAGE // 8 for page in good]
+            with pytest.raises(PuppetError) as lost:
+                client.do(f"b.ensure({17 * PAGE}, 8)")
+            assert lost.value.kind == "PageLost"
+            assert other.do(f"words(b, {good})") == [page * PAGE // 8 for page in good]
+            until(lambda: "input/output error" in " ".join(service.events("lost")), "the loss is told")
+            assert service.status()["totals"]["restarts"] == 0
+            for one in (client, other):
+                one.do("b.close()")

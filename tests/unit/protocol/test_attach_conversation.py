@@ -1,0 +1,281 @@
+"""The law of the door: a state machine that says anything in any order, and cases that name their refusal."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from postcopy_protocol.attach_conversation import (
+    FROM_CLIENT,
+    KINDS,
+    MAX_REGIONS,
+    MODES,
+    AttachConversation,
+    Refusal,
+    Stage,
+    mapping_length,
+)
+from postcopy_protocol.codec import decode, encode
+from postcopy_protocol.errors import BadMessage, BadVersion
+from postcopy_protocol.geometry import PAGE_2M, PAGE_4K
+from postcopy_protocol.messages import (
+    REFUSALS,
+    BlockOpened,
+    Goodbye,
+    Hello,
+    Mapped,
+    Message,
+    OfferBackEnd,
+    OfferUserfaultfd,
+    OpenBlock,
+    Refused,
+    Resume,
+    Unmap,
+    Welcome,
+)
+
+BLOCKS = {0: (4, PAGE_4K), 1: (16, PAGE_4K), 2: (2, PAGE_2M)}
+small = st.integers(0, 12)
+blocks = st.sampled_from((0, 1, 2, 9))
+
+
+def code_of(conversation: AttachConversation, message: Message, descriptors: int | None = None) -> str:
+    """The refusal's code, or an empty text."""
+    count = type(message).DESCRIPTORS if descriptors is None else descriptors
+    try:
+        conversation.hear(message, count)
+    except Refusal as refusal:
+        assert decode(encode(refusal.message()), expect=(Refused,)).code == refusal.code
+        return refusal.code
+    return ""
+
+
+class Door(RuleBasedStateMachine):
+    """The conversation beside a model that is as plain as can be: a stage, opened blocks, taken pages of 4 KiB."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.door = AttachConversation()
+        self.stage = Stage.STRANGE
+        self.opened: dict[int, str] = {}
+        self.regions: dict[int, Mapped] = {}
+
+    @initialize(far=st.booleans())
+    def begin(self, far: bool) -> None:
+        """Half of the histories begin where regions may be mapped; otherwise few would come so far."""
+        if far:
+            self.hello("a", "native")
+            self.offer()
+            for block in BLOCKS:
+                self.open(block, "private", True)
+
+    def in_order(self, *stages: Stage) -> bool:
+        return self.stage in stages
+
+    @rule(name=st.text(max_size=80), kind=st.sampled_from((*KINDS, "", "other")))
+    def hello(self, name: str, kind: str) -> None:
+        fine = self.in_order(Stage.STRANGE) and kind in KINDS
+        assert code_of(self.door, Hello(name, kind)) == ("" if fine else "bad-message")
+        if fine:
+            self.stage = Stage.GREETED
+            assert self.door.kind == kind and len(self.door.name) <= 64
+            assert self.door.name == "" or self.door.name.isprintable()
+
+    @rule()
+    def offer(self) -> None:
+        fine = self.in_order(Stage.GREETED)
+        assert code_of(self.door, OfferUserfaultfd()) == ("" if fine else "bad-message")
+        if fine:
+            self.stage = Stage.READY
+
+    @rule()
+    def userfaultfd_is_of_no_use(self) -> None:
+        if self.stage is Stage.READY and not self.opened:
+            self.stage = Stage.GREETED
+            self.door.refuse_userfaultfd()
+
+    @rule(block=st.sampled_from(sorted(BLOCKS)), mode=st.sampled_from((*MODES, "")), granted=st.booleans())
+    def open(self, block: int, mode: str, granted: bool) -> None:
+        fine = self.in_order(Stage.READY) and mode in MODES
+        assert code_of(self.door, OpenBlock(f"ram{block}", mode)) == ("" if fine else "bad-message")
+        if fine and granted:
+            self.door.opened(block, mode, *BLOCKS[block])
+            self.opened[block] = mode
+
+    @rule(block=blocks, page=small, length=small, offset=small, skew=st.sampled_from((0, 0, 0, 1)), huge=st.booleans())
+    def mapped(self, block: int, page: int, length: int, offset: int, skew: int, huge: bool) -> None:
+        unit = PAGE_2M if huge else PAGE_4K
+        message = Mapped(block, page * unit + skew, length * unit, offset * unit)
+        expected = self.judge(message)
+        assert code_of(self.door, message) == expected
+        if not expected:
+            self.regions[message.address] = message
+
+    def judge(self, message: Mapped) -> str:
+        if not self.in_order(Stage.READY):
+            return "bad-message"
+        if message.block not in self.opened:
+            return "no-such-block"
+        if len(self.regions) >= MAX_REGIONS:
+            return "limit"
+        pages, size = BLOCKS[message.block]
+        aligned = not any(value % size for value in (message.address, message.length, message.offset))
+        inside = message.address > 0 and message.length > 0 and message.offset + message.length <= pages * size
+        free = all(
+            message.address + message.length <= other.address or other.address + other.length <= message.address
+            for other in self.regions.values()
+        )
+        return "" if aligned and inside and free else "bad-range"
+
+    @rule(block=blocks, page=small, huge=st.booleans(), by_supervisor=st.booleans())
+    def unmap(self, block: int, page: int, huge: bool, by_supervisor: bool) -> None:
+        address = page * (PAGE_2M if huge else PAGE_4K)
+        known = address in self.regions and self.regions[address].block == block
+        if by_supervisor and known:
+            assert self.door.withdraw(block, address).address == address
+        else:
+            expected = "" if known else "bad-range"
+            assert code_of(self.door, Unmap(block, address)) == (
+                expected if self.in_order(Stage.READY) else "bad-message"
+            )
+        if known:
+            del self.regions[address]
+
+    @rule(kind=st.sampled_from(FROM_CLIENT), more=st.integers(1, 3))
+    def too_many_descriptors(self, kind: type[Message], more: int) -> None:
+        messages = {
+            Hello: Hello("a", "native"),
+            OpenBlock: OpenBlock("a", "private"),
+            Mapped: Mapped(0, 0, 0, 0),
+            Resume: Resume(1),
+        }
+        message = messages.get(kind) or (Unmap(0, 0) if kind is Unmap else kind())
+        assert code_of(self.door, message, type(message).DESCRIPTORS + more) == "bad-descriptor"
+
+    @rule()
+    def supervisors_words_from_a_client(self) -> None:
+        assert code_of(self.door, Welcome(1)) == "bad-message"
+
+    @rule(sure=st.integers(0, 9))
+    def goodbye(self, sure: int) -> None:
+        if sure:
+            return
+        fine = self.in_order(Stage.GREETED, Stage.READY)
+        assert code_of(self.door, Goodbye()) == ("" if fine else "bad-message")
+        if fine:
+            self.stage = Stage.GONE
+            self.regions.clear()
+
+    @invariant()
+    def they_agree(self) -> None:
+        assert self.door.stage is self.stage
+        assert {block: grant.mode for block, grant in self.door.blocks.items()} == self.opened
+        ours = [(region.block, region.address, region.length, region.offset) for region in self.door.regions]
+        assert ours == [(m.block, m.address, m.length, m.offset) for _, m in sorted(self.regions.items())]
+
+
+Door.TestCase.settings = settings(deadline=None, max_examples=60, stateful_step_count=40)
+TestDoor = Door.TestCase
+
+
+def ready(block: int = 1, mode: str = "private") -> AttachConversation:
+    conversation = AttachConversation()
+    conversation.hear(Hello("test", "native"), 0)
+    conversation.hear(OfferUserfaultfd(), 1)
+    conversation.hear(OpenBlock("ram0", mode), 0)
+    conversation.opened(block, mode, *BLOCKS[block])
+    return conversation
+
+
+def test_a_whole_conversation() -> None:
+    conversation = ready()
+    conversation.hear(Mapped(1, PAGE_4K, 16 * PAGE_4K, 0), 0)
+    (region,) = conversation.regions
+    assert (region.mode, region.length) == ("private", 65536)
+    assert code_of(conversation, Unmap(0, PAGE_4K)) == "bad-range", "it is a region of another block"
+    conversation.hear(Unmap(1, PAGE_4K), 0)
+    conversation.hear(Mapped(1, PAGE_4K, PAGE_4K, 0), 0)
+    conversation.hear(Goodbye(), 0)
+    assert conversation.stage is Stage.GONE and not len(conversation.regions)
+    assert code_of(conversation, Hello("again", "native")) == "bad-message"
+
+
+def test_a_userfaultfd_must_come_with_its_offer() -> None:
+    conversation = AttachConversation()
+    conversation.hear(Hello("test", "native"), 0)
+    assert code_of(conversation, OfferUserfaultfd(), 0) == "bad-descriptor"
+    assert code_of(conversation, OfferUserfaultfd()) == ""
+
+
+def test_only_a_front_end_has_a_back_end() -> None:
+    for kind, code in (("native", "bad-message"), ("vhost-user", "")):
+        conversation = AttachConversation()
+        conversation.hear(Hello("test", kind), 0)
+        assert code_of(conversation, OfferBackEnd(), 1) == "bad-descriptor"
+        assert code_of(conversation, OfferBackEnd()) == code
+        assert conversation.stage is (Stage.GREETED if code else Stage.READY)
+
+
+def test_a_region_has_the_mode_of_the_latest_open() -> None:
+    conversation = ready()
+    conversation.hear(Mapped(1, PAGE_4K, PAGE_4K, 0), 0)
+    conversation.hear(OpenBlock("ram0", "shared"), 0)
+    conversation.opened(1, "shared", *BLOCKS[1])
+    conversation.hear(Mapped(1, 2 * PAGE_4K, PAGE_4K, PAGE_4K), 0)
+    assert [region.mode for region in conversation.regions] == ["private", "shared"]
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", "a" * 65, "a\0"])
+def test_a_name_that_no_block_has(name: str) -> None:
+    assert code_of(ready(), OpenBlock(name, "private")) == "no-such-block"
+
+
+@pytest.mark.parametrize(
+    "mapped",
+    [
+        Mapped(1, PAGE_4K, 17 * PAGE_4K, 0),
+        Mapped(1, PAGE_4K, PAGE_4K, 16 * PAGE_4K),
+        Mapped(1, PAGE_4K, (1 << 64) - PAGE_4K, PAGE_4K),
+        Mapped(1, (1 << 64) - PAGE_4K, 2 * PAGE_4K, 0),
+        Mapped(1, 0, PAGE_4K, 0),
+        Mapped(1, PAGE_4K, 0, 0),
+    ],
+)
+def test_ranges_that_cannot_be(mapped: Mapped) -> None:
+    conversation = ready()
+    assert code_of(conversation, mapped) == "bad-range"
+    assert not len(conversation.regions)
+
+
+def test_huge_blocks_are_mapped_in_huge_pages() -> None:
+    conversation = ready(block=2)
+    assert code_of(conversation, Mapped(2, PAGE_4K, PAGE_2M, 0)) == "bad-range"
+    assert code_of(conversation, Mapped(2, PAGE_2M, 2 * PAGE_2M, 0)) == ""
+
+
+def test_what_a_client_makes_us_remember_is_bounded() -> None:
+    conversation = ready()
+    codes = [code_of(conversation, Mapped(1, page * PAGE_4K, PAGE_4K, 0)) for page in range(1, MAX_REGIONS + 2)]
+    assert codes == [""] * MAX_REGIONS + ["limit"]
+
+
+def test_refusals_are_those_of_the_protocol() -> None:
+    with pytest.raises(ValueError, match="no refusal"):
+        Refusal("because", "why")
+    assert {code for code in REFUSALS if Refusal(code, "").fatal} == {"bad-message", "bad-version", "bad-descriptor"}
+    assert Refusal.of(BadVersion("v")).code == "bad-version" and Refusal.of(BadMessage("m")).code == "bad-message"
+
+
+def test_the_supervisor_grants_only_what_can_be() -> None:
+    for mode, pages, size in (("both", 1, PAGE_4K), ("private", 0, PAGE_4K), ("private", 1, 8192)):
+        with pytest.raises(ValueError, match="no block"):
+            ready().opened(3, mode, pages, size)
+
+
+def test_a_client_checks_the_figures_of_a_block() -> None:
+    assert mapping_length(BlockOpened(1, "a", 4097, PAGE_4K, 2)) == 8192
+    for wrong in ((4097, PAGE_4K, 1), (0, PAGE_4K, 0), (4096, 8192, 1), (4096, 0, 1)):
+        with pytest.raises(BadMessage):
+            mapping_length(BlockOpened(1, "a", *wrong))

@@ -1,0 +1,67 @@
+"""A worker's attendant: what the main thread has reported is sent, also where the worker ends in the same moment."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from postcopy_protocol.codec import decode
+from postcopy_protocol.messages import Report
+from postcopy_workers.worker import CLIENT_GONE, TOLD_TO_LEAVE, MonitorThread, Reports, Worker
+
+
+class Sent:
+    """A channel that is connected, and keeps what it is to send."""
+
+    connected, retry_in = True, 1.0
+
+    def __init__(self) -> None:
+        self.data: list[bytes] = []
+        self.send = self.data.append
+
+    def flush(self) -> None:
+        pass
+
+    def holds(self) -> bool:
+        return False
+
+
+class EndedError(Exception):
+    """With this status."""
+
+
+def ends(status: int) -> None:
+    raise EndedError(status)
+
+
+@pytest.mark.parametrize(("place", "status"), [(0, TOLD_TO_LEAVE), (1, CLIENT_GONE)], ids=["quit", "client"])
+def test_a_report_made_as_the_worker_ends(monkeypatch: pytest.MonkeyPatch, place: int, status: int) -> None:
+    """A client that dies of a lost page ends its worker at once; why the page is lost, nobody else may come to tell."""
+    monkeypatch.setattr(os, "_exit", ends)
+    signs, reports, channel = [os.eventfd(0), os.eventfd(0)], Reports(3), Sent()
+
+    def tend(channel: Any) -> float:
+        pause = Worker.tend(worker, channel)
+        if not channel.data:  # while the attendant is on its way to its sleep
+            reports("lost", 1, 4096, "gone for good")
+            os.eventfd_write(signs[place], 1)
+        return pause
+
+    assignment = SimpleNamespace(quit=0, client=1)
+    worker = cast(
+        Any,
+        SimpleNamespace(reports=reports, remote=True, descriptor=signs.__getitem__, assignment=assignment, tend=tend),
+    )
+    try:
+        with pytest.raises(EndedError) as ended:
+            MonitorThread(worker, cast(Any, channel))._attend()
+        assert ended.value.args == (status,)
+        assert [decode(data, expect=(Report,)) for data in channel.data] == [
+            Report(3, "lost", 1, 4096, "gone for good")
+        ]
+    finally:
+        for fd in (*signs, reports.bell):
+            os.close(fd)

@@ -1,0 +1,133 @@
+"""Worker zero: it places pages in the supervisor's name.
+
+The supervisor is client zero: its own system calls fault on its own mapping, and it must not open a user's file by
+mapping it nor run a user's handler function. So it asks this worker, over the router, for ranges of local blocks
+(Fetch), and wakes its own waiters itself when the answer comes (Fetched). One thread is enough: there is no
+userfaultfd of a client to read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+from postcopy_protocol import counters
+from postcopy_protocol.codec import decode, encode, pack_offsets
+from postcopy_protocol.errors import BadMessage, PageLost
+from postcopy_protocol.messages import Assignment, Fetch, Fetched
+from postcopy_protocol.received_map import LOST, PLACING, RECEIVED
+
+from .page_sources import HandlerFailed, SourceChanged
+from .placing import COPY_DONTWAKE, Block
+from .worker import Worker
+
+PIECE = 1 << 20
+STARVED_SECONDS = 5.0
+SHORTAGES = (errno.ENOMEM, errno.ENOSPC, errno.EAGAIN)
+
+
+class RangePlacer:
+    """Makes ranges of local blocks present; pure but for the block's calls."""
+
+    def __init__(
+        self,
+        blocks: dict[int, Block],
+        words: memoryview,
+        clock: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._blocks = blocks
+        self._words = words
+        self._clock = clock
+        self._pause = pause
+        self._deadline = 0.0
+
+    def fetch(self, order: Fetch) -> Fetched:
+        """Place what is missing in the range, page by page only where a larger piece does not go; names the lost
+        pages."""
+        block = self._blocks[order.block]
+        shift = block.shift
+        first, end = order.offset >> shift, min(block.grant.pages, -(-(order.offset + order.length) >> shift))
+        lost: list[int] = []
+        step = max(1, PIECE >> shift)
+        for start in range(first, end, step):
+            lost += self._piece(block, start, min(end, start + step))
+        return Fetched(order.block, order.offset, order.length, pack_offsets([page << shift for page in lost]))
+
+    def _piece(self, block: Block, first: int, end: int) -> list[int]:
+        self._words[counters.BUSY_SINCE_NS] = time.monotonic_ns()
+        self._deadline = self._clock() + STARVED_SECONDS  # for all of its pages: the watchdog is not to take it ill
+        if end - first > 1:
+            try:
+                placed = block.widen(block.own.userfaultfd, block.own.address, first, end, COPY_DONTWAKE)
+                block.tidy(placed)
+                self._words[counters.PLACED] += placed
+            except (PageLost, SourceChanged, HandlerFailed):
+                pass  # page by page below, each with its own answer
+        states = bytes(block.received[first:end])
+        lost = []
+        if states != bytes((RECEIVED,)) * len(states) or not block.all_present(first, end):
+            lost = [page for page in range(first, end) if not self._page(block, page)]
+        self._words[counters.BUSY_SINCE_NS] = 0
+        return lost
+
+    def _page(self, block: Block, page: int) -> bool:
+        """Make one page present; False: it is lost."""
+        state = block.received[page]
+        if state in (RECEIVED, LOST):
+            present = block.present(page)
+            if present == (state == RECEIVED):
+                return present
+        try:
+            block.pages.check()
+            while failed := block.fill_own(page, 1):
+                if failed not in SHORTAGES:
+                    block.pages.check()  # a cut file raises SourceChanged
+                    raise PageLost(f"cannot be placed: {errno.errorcode.get(failed, failed)}")
+                if self._clock() > self._deadline:
+                    # Not here in time, but not lost either: whoever asks again may find memory.
+                    block.report("no-memory", page, f"{errno.errorcode[failed]} for {STARVED_SECONDS:g} s")
+                    return False
+                self._pause(0.01)
+        except (PageLost, SourceChanged, HandlerFailed) as reason:
+            if block.present(page) and block.received[page] in (PLACING, RECEIVED):
+                block.received[page] = RECEIVED  # a client's worker was in time
+                return True
+            if not isinstance(reason, HandlerFailed) and not block.present(page):
+                block.received[page] = LOST
+                self._words[counters.LOST] += 1
+            block.report("source-changed" if isinstance(reason, SourceChanged) else "lost", page, str(reason))
+            return False
+        self._words[counters.PLACED] += 1
+        return True
+
+
+def serve_worker_zero(assignment: Assignment, fds: list[int]) -> NoReturn:
+    """The life of worker zero; never returns."""
+    worker = Worker(assignment, fds)
+    errands = RangePlacer(worker.blocks, worker.words)
+    channel = worker.channel()
+    quit_fd, bell = fds[assignment.quit], worker.reports.bell
+    while True:
+        pause = worker.tend(channel)
+        waiting = select.poll()
+        waiting.register(quit_fd, select.POLLIN)
+        waiting.register(bell, select.POLLIN)
+        if channel.fileno() >= 0 or channel.connect():
+            waiting.register(channel, select.POLLIN)
+        else:
+            pause = channel.retry_in
+        ready = [fd for fd, _ in waiting.poll(pause * 1000)]
+        if quit_fd in ready:
+            os._exit(0)
+        if bell in ready:
+            os.eventfd_read(bell)
+        if channel.fileno() in ready:
+            for data in channel.receive_now():
+                with contextlib.suppress(BadMessage):
+                    channel.send(encode(errands.fetch(decode(data, expect=(Fetch,)))))
