@@ -1,9 +1,9 @@
 """The law of the door: what a client may say, when, and what each refusal is called. The supervisor's side, sans-I/O.
 
-One ``AttachConversation`` a connection. Every message of the client goes through ``hear``; when it returns, the message
-is in order and its figures are sound, and what remains to be judged needs the world (is there such a block, may this
-user, does the kernel register the range). What the supervisor grants it tells the conversation
-by ``opened``; what it could not do it takes back by ``withdraw`` (Mapped) or ``refuse_userfaultfd``.
+One ``AttachConversation`` a connection. ``on_message`` checks every message of the client: its order and its figures.
+What it cannot check (is there such a block, may this user attach, does the kernel register the range) is the
+supervisor's: it reports what it granted by ``opened`` and takes back what failed by ``withdraw`` (Mapped),
+``refuse_userfaultfd`` and ``refuse_resume``.
 
 ::
 
@@ -119,7 +119,7 @@ class AttachConversation:
 
     # --- heard ------------------------------------------------------------------------------------------------------
 
-    def hear(self, message: Message, descriptors: int) -> None:
+    def on_message(self, message: Message, descriptors: int) -> None:
         """Take a message that came with so many descriptors. Raises Refusal and then has changed nothing."""
         word, expected = type(message).__name__, type(message).DESCRIPTORS
         if descriptors != expected:

@@ -45,7 +45,7 @@ def code_of(conversation: AttachConversation, message: Message, descriptors: int
     """The refusal's code, or an empty text."""
     count = type(message).DESCRIPTORS if descriptors is None else descriptors
     try:
-        conversation.hear(message, count)
+        conversation.on_message(message, count)
     except Refusal as refusal:
         assert decode(encode(refusal.message()), expect=(Refused,)).code == refusal.code
         return refusal.code
@@ -182,29 +182,29 @@ TestDoor = Door.TestCase
 
 def ready(block: int = 1, mode: str = "private") -> AttachConversation:
     conversation = AttachConversation()
-    conversation.hear(Hello("test", "native"), 0)
-    conversation.hear(OfferUserfaultfd(), 1)
-    conversation.hear(OpenBlock("ram0", mode), 0)
+    conversation.on_message(Hello("test", "native"), 0)
+    conversation.on_message(OfferUserfaultfd(), 1)
+    conversation.on_message(OpenBlock("ram0", mode), 0)
     conversation.opened(block, mode, *BLOCKS[block])
     return conversation
 
 
 def test_a_whole_conversation() -> None:
     conversation = ready()
-    conversation.hear(Mapped(1, PAGE_4K, 16 * PAGE_4K, 0), 0)
+    conversation.on_message(Mapped(1, PAGE_4K, 16 * PAGE_4K, 0), 0)
     (region,) = conversation.regions
     assert (region.mode, region.length) == ("private", 65536)
     assert code_of(conversation, Unmap(0, PAGE_4K)) == "bad-range", "it is a region of another block"
-    conversation.hear(Unmap(1, PAGE_4K), 0)
-    conversation.hear(Mapped(1, PAGE_4K, PAGE_4K, 0), 0)
-    conversation.hear(Goodbye(), 0)
+    conversation.on_message(Unmap(1, PAGE_4K), 0)
+    conversation.on_message(Mapped(1, PAGE_4K, PAGE_4K, 0), 0)
+    conversation.on_message(Goodbye(), 0)
     assert conversation.stage is Stage.GONE and not len(conversation.regions)
     assert code_of(conversation, Hello("again", "native")) == "bad-message"
 
 
 def test_a_userfaultfd_must_come_with_its_offer() -> None:
     conversation = AttachConversation()
-    conversation.hear(Hello("test", "native"), 0)
+    conversation.on_message(Hello("test", "native"), 0)
     assert code_of(conversation, OfferUserfaultfd(), 0) == "bad-descriptor"
     assert code_of(conversation, OfferUserfaultfd()) == ""
 
@@ -212,7 +212,7 @@ def test_a_userfaultfd_must_come_with_its_offer() -> None:
 def test_only_a_front_end_has_a_back_end() -> None:
     for kind, code in (("native", "bad-message"), ("vhost-user", "")):
         conversation = AttachConversation()
-        conversation.hear(Hello("test", kind), 0)
+        conversation.on_message(Hello("test", kind), 0)
         assert code_of(conversation, OfferBackEnd(), 1) == "bad-descriptor"
         assert code_of(conversation, OfferBackEnd()) == code
         assert conversation.stage is (Stage.GREETED if code else Stage.READY)
@@ -220,10 +220,10 @@ def test_only_a_front_end_has_a_back_end() -> None:
 
 def test_a_region_has_the_mode_of_the_latest_open() -> None:
     conversation = ready()
-    conversation.hear(Mapped(1, PAGE_4K, PAGE_4K, 0), 0)
-    conversation.hear(OpenBlock("ram0", "shared"), 0)
+    conversation.on_message(Mapped(1, PAGE_4K, PAGE_4K, 0), 0)
+    conversation.on_message(OpenBlock("ram0", "shared"), 0)
     conversation.opened(1, "shared", *BLOCKS[1])
-    conversation.hear(Mapped(1, 2 * PAGE_4K, PAGE_4K, PAGE_4K), 0)
+    conversation.on_message(Mapped(1, 2 * PAGE_4K, PAGE_4K, PAGE_4K), 0)
     assert [region.mode for region in conversation.regions] == ["private", "shared"]
 
 
