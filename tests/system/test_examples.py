@@ -1,8 +1,11 @@
-"""The programs in ``examples/`` run as a user runs them: real processes, real userfaultfd."""
+"""The programs in ``examples/``, and the commands of README and tutorial, run as a user runs them: real processes, real
+userfaultfd."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 import struct
 import subprocess
 import sys
@@ -116,3 +119,47 @@ def test_a_back_end_reads_memory_that_has_not_come(runtime_dir: Path, tmp_path: 
         assert back_end.wait(20) == 0
         assert back_end.stdout is not None
         assert back_end.stdout.read().decode() == f"sha256 {hashlib.sha256(content).hexdigest()}\n"
+
+
+END_JOBS = "trap 'status=$?; kill $(jobs -p) 2>/dev/null; wait; exit $status' EXIT\n"
+"""A script that fails must leave no supervisor behind."""
+
+
+def pasted(page: str, heading: str, directory: Path) -> subprocess.CompletedProcess[str]:
+    """Run the shell blocks of a page, from a heading on, as one script; its files are put into ``directory``."""
+    text = (ROOT / page).read_text("utf-8")
+    blocks = re.findall(r"^```sh\n(.*?)^```", text.partition(f"\n{heading}\n")[2], re.MULTILINE | re.DOTALL)
+    script = "\n".join(blocks if page.startswith("docs") else blocks[:1])
+    # What installs is left out; .venv stands for its result.
+    script = re.sub(r"^(scripts/|\. \.venv|pip install).*$", "", script, flags=re.MULTILINE).replace(
+        "/tmp/", f"{directory}/"
+    )
+    bin_directory = directory / "bin"
+    bin_directory.mkdir()
+    for name, module in (("postcopy", "-m postcopy "), ("python", "")):
+        (bin_directory / name).write_text(f'#!/bin/sh\nexec {sys.executable} {module}"$@"\n')
+    for program in bin_directory.iterdir():
+        program.chmod(0o755)
+    path = f"{bin_directory}:{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", "-e", "-c", END_JOBS + script],
+        env=environment(PATH=path, POSTCOPY_RUNTIME_DIR=str(directory / "run")),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_the_quick_start_of_the_readme(tmp_path: Path) -> None:
+    done = pasted("README.md", "## Quick start", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "0000000" in done.stdout, "od has shown what cat has read"
+
+
+@pytest.mark.slow
+def test_the_tutorial(tmp_path: Path) -> None:
+    done = pasted("docs/tutorial.md", "## 2. Serve a file", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "last number:" in done.stdout
+    assert "restart" in done.stdout, "the events show that workers were killed"
