@@ -201,6 +201,29 @@ def test_messages_in_troubleshooting_are_real() -> None:
     assert [message for message in quoted_messages() if message not in source] == []
 
 
+# --- the way of a fault -----------------------------------------------------------------------------------------------
+
+
+def test_the_stops_of_a_remote_fault_exist() -> None:
+    text = (ROOT / "docs" / "design.md").read_text("utf-8").partition("\n## How to follow a remote fault\n")[2]
+    stops = re.findall(r"`([a-z_/]+\.py):(\w+)`", text.partition("\n## ")[0])
+    assert 10 < len(stops) < 24
+    files = {path: ROOT / path for path, _ in stops}
+    assert [path for path, file in files.items() if not file.exists()] == []
+    missing = [
+        f"{path}:{name}"
+        for path, name in stops
+        if not re.search(rf"^ *(?:def|class) {name}\b", files[path].read_text("utf-8"), re.MULTILINE)
+    ]
+    assert missing == []
+    assert [path for path in modules_named() if not (ROOT / path).exists()] == []
+
+
+def modules_named() -> list[str]:
+    """Modules with their whole path in docs/design.md."""
+    return re.findall(r"`([a-z]+/postcopy_?[a-z]*/[a-z_/]+\.py)`", (ROOT / "docs" / "design.md").read_text("utf-8"))
+
+
 # --- lines ----------------------------------------------------------------------------------------------------------
 
 
