@@ -178,8 +178,8 @@ class Supervisor:
     def _send(self, data: bytes) -> None:
         self.out.append(Word(decode(data, expect=FROM_SUPERVISOR)))
 
-    def gave_up(self, block: int, offset: int, length: int) -> None:
-        self._lose(block, offset, length)
+    def gave_up(self, request: RangeRequest) -> None:
+        self._lose(request.block, request.offset, request.length)
 
     def source_lost(self, link: SourceLink) -> None:
         self.staging = None

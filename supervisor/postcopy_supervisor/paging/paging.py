@@ -235,12 +235,12 @@ class RemotePaging:
 
     # --- sources that give up, go or come back ------------------------------------------------------------------------
 
-    def gave_up(self, block: int, offset: int, length: int) -> None:
-        """A source never answered for this range."""
-        ram = self._blocks[block]
-        first, end = offset // ram.page_size, (offset + length) // ram.page_size
-        lost = self.placer.lose(ram, first, end, "its source gives no answer")
-        self.do(self.engine.answered(block, first, end, lost))
+    def gave_up(self, request: RangeRequest) -> None:
+        """A source never answered this request."""
+        block = self._blocks[request.block]
+        first, end = request.offset // block.page_size, request.end // block.page_size
+        lost = self.placer.lose(block, first, end, "its source gives no answer")
+        self.do(self.engine.answered(block.number, first, end, lost))
 
     def source_lost(self, link: SourceLink) -> None:
         """With ``--on-source-loss poison``: tell every waiter that its page does not come."""

@@ -194,4 +194,4 @@ def _advised(block: RamBlock, name: str, advice: Advice) -> AdvisedBlock:
 
 def _connected(link: SourceLink) -> None:
     """The peer may be another program than before, and requests to the earlier one are gone."""
-    link.connected(time.monotonic())
+    link.ping(time.monotonic())
