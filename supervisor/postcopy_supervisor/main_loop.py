@@ -36,7 +36,7 @@ from postcopy_protocol.messages import (
     WhenOrphaned,
     WorkerHello,
 )
-from postcopy_protocol.templates import OFFSET
+from postcopy_protocol.templates import OFFSET_BYTES
 from postcopy_protocol.zmtp import Message as Words
 from postcopy_wire.router import FULL, SENT, Router
 
@@ -294,7 +294,7 @@ class MainLoop:
         """A word of the router. Most take the fast path; the others are decoded."""
         try:
             data = message if isinstance(message, bytes) else message[-1]
-            fast_path = self.paging.fast_paths.get(data[:-OFFSET])
+            fast_path = self.paging.fast_paths.get(data[:-OFFSET_BYTES])
             if fast_path is not None:
                 fast_path(data)
             else:

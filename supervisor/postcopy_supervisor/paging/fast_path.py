@@ -26,9 +26,9 @@ from postcopy_protocol.codec import pack_offsets
 from postcopy_protocol.counters import bucket
 from postcopy_protocol.messages import Wake
 from postcopy_protocol.received_map import LOST, PLACING, RECEIVED
-from postcopy_protocol.return_path import DATA
+from postcopy_protocol.return_path import RangeKind
 from postcopy_protocol.stages import ARRIVED, PLACED
-from postcopy_protocol.templates import NUMBER, OFFSET, REQUESTS_END, template_of
+from postcopy_protocol.templates import NUMBER_BYTES, OFFSET_BYTES, REQUEST_LIMIT, template_of
 
 from ..blocks import RamBlock
 from .engine import Engine
@@ -88,14 +88,14 @@ class Paging(Protocol):
 def worker_fast_path(paging: Paging, waiter: int, block: RamBlock, link: SourceLink, window: Window) -> WorkerFastPath:
     """For the requests of one worker for pages of one remote block."""
     received, number, length, size = block.received, block.number, block.length, block.page_size
-    shift, width, clock = size.bit_length() - 1, size.to_bytes(OFFSET, "little"), time.monotonic
+    shift, width, clock = size.bit_length() - 1, size.to_bytes(OFFSET_BYTES, "little"), time.monotonic
     engine, cursor, full_path, up = paging.engine, paging.cursor, paging.fault, LinkState.UP
     flow, templates, answers, send = link.flow, link.templates, link.answers, link.send
     waiting, ranges, outstanding, queues = engine.waiting, engine.ranges(number), flow.outstanding, flow.queues
     starts, ends, most, most_bytes = ranges.starts, ranges.ends, flow.limits.requests, flow.limits.bytes
 
     def on_request(data: bytes) -> None:
-        offset = int.from_bytes(data[-OFFSET:], "little")
+        offset = int.from_bytes(data[-OFFSET_BYTES:], "little")
         if offset >= length:
             return
         page = offset >> shift
@@ -109,7 +109,7 @@ def worker_fast_path(paging: Paging, waiter: int, block: RamBlock, link: SourceL
             or queues  # others come first
             or len(outstanding) >= most
             or flow.bytes_in_flight >= most_bytes
-            or request >= REQUESTS_END
+            or request >= REQUEST_LIMIT
         ):
             return full_path(waiter, block, (page,), pages)
         waiting[key] = {waiter}
@@ -121,7 +121,7 @@ def worker_fast_path(paging: Paging, waiter: int, block: RamBlock, link: SourceL
         flow.next_number = request + 1
         flow.bytes_in_flight += size
         flow.urgent_at = now
-        name, span = request.to_bytes(NUMBER, "big"), data[-OFFSET:] + width
+        name, span = request.to_bytes(NUMBER_BYTES, "big"), data[-OFFSET_BYTES:] + width
         before, behind, answer, between, end = templates[number].urgent
         outstanding[request] = answers[answer + name + between + span + end] = RangeRequest(
             waiter, number, offset, size, now, 1, request
@@ -166,14 +166,14 @@ def _placing(paging: Paging, link: SourceLink, block: RamBlock, ioctl: Ioctl, ad
     send, release_own, waiting, ranges = wakers.send, wakers.release_own, engine.waiting, engine.ranges(number)
     outstanding, queues, finished = flow.outstanding, flow.queues, flow.finished
     starts, ends, counters, stages = ranges.starts, ranges.ends, link.counters, link.stages[number]
-    wake = template_of(Wake(number, pack_offsets([0])), OFFSET)
+    wake = template_of(Wake(number, pack_offsets([0])), OFFSET_BYTES)
     argument = bytearray(40)  # of UFFDIO_COPY: destination, source, length, mode, result
     copy = memoryview(argument).cast("Q")
     copy[2] = size
 
     def full_path(request: RangeRequest, now: float, source: int) -> bool:
         link.completed(request, now)  # first: pages that find no memory are requested again
-        arrived(Arrived(number, ((request.offset, request.length, DATA, 0),), ""), (source,))
+        arrived(Arrived(number, ((request.offset, request.length, RangeKind.DATA, 0),), ""), (source,))
         return request.client == BACKGROUND or not flow.background_in_flight
 
     def place(request: RangeRequest, buffer: memoryview) -> bool:
@@ -198,7 +198,7 @@ def _placing(paging: Paging, link: SourceLink, block: RamBlock, ioctl: Ioctl, ad
             ranges.remove(page, page + 1)
         waiters = waiting.pop((number, page), None)
         if waiters:
-            message = wake + offset.to_bytes(OFFSET, "little")
+            message = wake + offset.to_bytes(OFFSET_BYTES, "little")
             for waiter in waiters:
                 if waiter:
                     send(waiter, message)

@@ -30,7 +30,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
-from postcopy_protocol.templates import REQUESTS
+from postcopy_protocol.templates import FIRST_REQUEST
 
 PAST = 1024
 SHORTEST_PAUSE = 0.01
@@ -112,7 +112,7 @@ class FlowControl:
     _background_bytes: int = 0
     background_in_flight: int = 0
     """Background requests."""
-    next_number: int = REQUESTS
+    next_number: int = FIRST_REQUEST
     urgent_at: float = -1e9
     """When the last urgent request was sent."""
     _background_pace: float = 0.0

@@ -28,7 +28,6 @@ from postcopy_protocol.codec import encode
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.messages import Message
 from postcopy_protocol.return_path import (
-    DATA,
     Advise,
     Advised,
     Complete,
@@ -36,6 +35,7 @@ from postcopy_protocol.return_path import (
     Pages,
     Ping,
     Pong,
+    RangeKind,
     RequestRanges,
     SourceRefused,
     Staged,
@@ -45,7 +45,7 @@ from postcopy_protocol.return_path import (
     features_at,
     pack_ranges,
 )
-from postcopy_protocol.templates import REQUESTS_END, MessageTemplates
+from postcopy_protocol.templates import REQUEST_LIMIT, MessageTemplates
 
 from ..observe.event_log import Tell
 from .flow_control import Effect, FlowControl, GiveUp, Limits, RangeRequest
@@ -126,7 +126,7 @@ class SourceLink:
         """A predecessor knew this source: silence from the start on is a loss."""
         self.flow = FlowControl(limits)
         self.counters = [0] * counters.WORDS
-        self.stages = {block.block: stages.unkept() for block in blocks}
+        self.stages = {block.block: stages.scratch() for block in blocks}
         """By block: how long its pages took to arrive and to be placed (see ``postcopy_protocol.stages``)."""
         self.requests = self.pages = self.bytes = 0
         self.send = send
@@ -236,7 +236,7 @@ class SourceLink:
         check_staged(message, slot_bytes, self._advised[block].page_size, self._advised[block].size)
         self._count(block, message.length, message.length)
         self._on_answer(message.request, block, [(message.offset, message.length)], now)
-        return Arrived(block, ((message.offset, message.length, DATA, 0),), "")
+        return Arrived(block, ((message.offset, message.length, RangeKind.DATA, 0),), "")
 
     def _on_pages(self, message: Pages, frame_lengths: Sequence[int], now: float) -> Arrived | None:
         block = self._blocks.get(message.stream)
@@ -316,7 +316,7 @@ class SourceLink:
         self.requests += 1
         number, block, offset, length = request.number, request.block, request.offset, request.length
         urgent = request.urgent
-        if number < REQUESTS_END:
+        if number < REQUEST_LIMIT:
             message, answer = self.templates[block].request(number, offset, length, urgent)
             self.answers[answer] = request
             self.send(message)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from postcopy_protocol.templates import REQUESTS
+from postcopy_protocol.templates import FIRST_REQUEST
 from postcopy_supervisor.paging.flow_control import (
     BACKGROUND,
     LONGEST_PAUSE,
@@ -164,7 +164,7 @@ class Requests(RuleBasedStateMachine):
         assert self.flow.not_requested(1, at, end) == ([(at, rest.offset)] if page else [])
         self._heard(effects)
 
-    @rule(request=st.integers(0, 30).map(REQUESTS.__add__), block=st.integers(1, 2), offset=st.integers(0, 400))
+    @rule(request=st.integers(0, 30).map(FIRST_REQUEST.__add__), block=st.integers(1, 2), offset=st.integers(0, 400))
     def nonsense(self, request: int, block: int, offset: int) -> None:
         """Answers to no request, or with other ranges, are ignored."""
         start = (offset * 16 + 8) * PAGE  # between two requests
@@ -245,7 +245,7 @@ def test_a_first_request_waits_for_one_turn_of_a_storm() -> None:
     assert flow.request(3, 1, 2000 * PAGE, PAGE, 0.0) == []
     order = []
     for request in range(1, 5):
-        order += sends(flow.answered(REQUESTS + request - 1, 1, [((request - 1) * PAGE, PAGE)], 0.0)[0])
+        order += sends(flow.answered(FIRST_REQUEST + request - 1, 1, [((request - 1) * PAGE, PAGE)], 0.0)[0])
         if request == 3:
             break
     assert order == [3 * PAGE, 1000 * PAGE, 2000 * PAGE]
@@ -275,10 +275,10 @@ def test_the_background_window_is_small_while_a_client_waits() -> None:
 def test_one_part_twice_does_not_complete_a_request() -> None:
     flow = FlowControl(LIMITS, up=True)
     flow.request(1, 1, 0, 2 * PAGE, 0.0)
-    assert flow.answered(REQUESTS, 1, [(0, PAGE)], 1.0) == ((), 0.0)
-    assert flow.answered(REQUESTS, 1, [(0, PAGE)], 1.0) == ((), 0.0)
+    assert flow.answered(FIRST_REQUEST, 1, [(0, PAGE)], 1.0) == ((), 0.0)
+    assert flow.answered(FIRST_REQUEST, 1, [(0, PAGE)], 1.0) == ((), 0.0)
     assert flow.in_flight == 1
-    assert flow.answered(REQUESTS, 1, [(PAGE, PAGE)], 3.0) == ((), 3.0)
+    assert flow.answered(FIRST_REQUEST, 1, [(PAGE, PAGE)], 3.0) == ((), 3.0)
     assert flow.in_flight == 0
 
 
@@ -286,11 +286,11 @@ def test_a_request_is_retried_then_given_up() -> None:
     flow = FlowControl(LIMITS, up=True)
     flow.request(1, 1, 0, PAGE, 0.0)
     assert flow.tick(9.9) == []
-    assert numbers(flow.tick(10.0)) == [REQUESTS + 1]
-    assert flow.answered(REQUESTS, 1, [(0, PAGE)], 11.0) == ((), 0.0), (
+    assert numbers(flow.tick(10.0)) == [FIRST_REQUEST + 1]
+    assert flow.answered(FIRST_REQUEST, 1, [(0, PAGE)], 11.0) == ((), 0.0), (
         "a late answer to a number that is not in use any more"
     )
-    assert numbers(flow.tick(20.0)) == [REQUESTS + 2]
+    assert numbers(flow.tick(20.0)) == [FIRST_REQUEST + 2]
     (given_up,) = flow.tick(30.0)
     assert isinstance(given_up, GiveUp) and given_up.request.covers(1, 0)
     assert flow.in_flight == flow.waiting == 0
