@@ -17,6 +17,7 @@ import fcntl
 import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 from postcopy_kernel import crashpoints
@@ -139,6 +140,7 @@ def source_fast_path(
     address: AddressOf = address_of,
 ) -> SourceFastPath:
     """For the answers of one source. ``ioctl`` and ``address`` are others on a simulated kernel."""
+    ioctl = crashpoints.around("page.arrived", ioctl, "page.placed")
     place = {block.number: _placing(paging, link, block, ioctl, address) for block in blocks}
     answers, outstanding = link.answers, link.flow.outstanding
 
@@ -152,6 +154,13 @@ def source_fast_path(
     return on_answer
 
 
+def _full_path(paging: Paging, link: SourceLink, request: RangeRequest, now: float, source: int) -> bool:
+    link.completed(request, now)  # first: pages that find no memory are requested again
+    ranges = ((request.offset, request.length, RangeKind.DATA, 0),)
+    paging.arrived(Arrived(request.block, ranges, ""), (source,))
+    return request.client == BACKGROUND or not link.flow.background_in_flight
+
+
 class _Place(Protocol):
     def __call__(self, request: RangeRequest, buffer: memoryview) -> bool: ...
 
@@ -161,20 +170,14 @@ def _placing(paging: Paging, link: SourceLink, block: RamBlock, ioctl: Ioctl, ad
     received, number, size, base = block.received, block.number, block.page_size, block.mapping.address
     engine, placer, wakers, flow = paging.engine, paging.placer, paging.wakers, link.flow
     shift, core, clock = size.bit_length() - 1, placer.core.fileno(), time.monotonic
-    ioctl = crashpoints.around("page.arrived", ioctl, "page.placed")
-    count, unpoison, awaited, arrived = placer.count, wakers.unpoison, wakers.awaited, paging.arrived
+    count, unpoison, awaited = placer.count, wakers.unpoison, wakers.awaited
     send, release_own, waiting, ranges = wakers.send, wakers.release_own, engine.waiting, engine.ranges(number)
     outstanding, queues, finished = flow.outstanding, flow.queues, flow.finished
     starts, ends, counters, stages = ranges.starts, ranges.ends, link.counters, link.stages[number]
-    wake = template_of(Wake(number, pack_offsets([0])), OFFSET_BYTES)
+    full_path, wake = partial(_full_path, paging, link), template_of(Wake(number, pack_offsets([0])), OFFSET_BYTES)
     argument = bytearray(40)  # of UFFDIO_COPY: destination, source, length, mode, result
     copy = memoryview(argument).cast("Q")
     copy[2] = size
-
-    def full_path(request: RangeRequest, now: float, source: int) -> bool:
-        link.completed(request, now)  # first: pages that find no memory are requested again
-        arrived(Arrived(number, ((request.offset, request.length, RangeKind.DATA, 0),), ""), (source,))
-        return request.client == BACKGROUND or not flow.background_in_flight
 
     def place(request: RangeRequest, buffer: memoryview) -> bool:
         now, offset, source = clock(), request.offset, address(buffer)
