@@ -68,6 +68,14 @@ class RemoteSource:
         return f"{self.endpoint}/{self.block}"
 
 
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """What a page source says of a remote block before it is served: its size in bytes and its identity."""
+
+    size: int
+    identity: str
+
+
 Source = FileSource | HandlerSource | ZeroSource | RemoteSource
 
 
