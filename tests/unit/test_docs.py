@@ -140,8 +140,7 @@ def every_command() -> dict[tuple[str, ...], set[str]]:
     for page in GUIDES:
         for words in commands(page.read_text("utf-8")):
             name, options = split(words)
-            if name:
-                named.setdefault(name, set()).update(options)
+            named.setdefault(name, set()).update(options)
     return named
 
 
