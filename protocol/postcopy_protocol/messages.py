@@ -611,7 +611,7 @@ class Assignment(Message):
     the quit eventfd, the statistics page, the house page, an open /dev/userfaultfd. ``fault_around`` is the largest
     window in bytes, ``adaptive`` whether it grows from one page or is fixed. ``walls`` is auto, all or off: what the
     worker gives up. Descriptors from place ``cgroup`` on (-1: none) are ``cgroup.procs`` files that it writes itself
-    into."""
+    into. ``transport`` is native or libzmq: what its channel to the supervisor is made of."""
 
     TAG = 102
     worker: int
@@ -631,6 +631,7 @@ class Assignment(Message):
     cgroup: int
     blocks: tuple[BlockGrant, ...]
     regions: tuple[RegionGrant, ...]
+    transport: str = "native"
 
 
 # --- notes of a supervisor to its successor: the ``meta`` of Keep, which a custodian does not read --------------------

@@ -121,6 +121,11 @@ class Reader:
         self.idle = self.ready and not self._rest and not self._parts
         return messages
 
+    def take_answer(self) -> bytes:
+        """Bytes to send back, because of what the peer said; they are returned once."""
+        answer, self.answer = self.answer, b""
+        return answer
+
     def take_rest(self) -> bytes:
         """What has come behind the last whole message; it is not known here any more."""
         rest, self._rest = self._rest, b""
@@ -212,9 +217,8 @@ class PlacedReader:
         """Where the next bytes of it are to be received; None: ``space`` has to say."""
 
     def take_answer(self) -> bytes:
-        """What is to be sent back because of what it said."""
-        answer, self._opening.answer = self._opening.answer, b""
-        return answer
+        """As ``Reader.take_answer``."""
+        return self._opening.take_answer()
 
     def space(self) -> memoryview:
         """Where the next bytes of it are to be received; what is left over may be moved for it."""

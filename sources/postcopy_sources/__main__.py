@@ -37,6 +37,7 @@ def main() -> int:
             identity=settings.identity,
             readers=settings.readers,
             read_timeout=settings.read_timeout,
+            transport=settings.transport,
         )
     except BadInput as error:
         return _complain(str(error), 2)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from postcopy_protocol.return_path import MAX_OPEN_BYTES, Range
 from postcopy_protocol.source_conversation import SourceConversation, Stream
-from postcopy_wire.router import FULL, NOBODY, SENT
+from postcopy_wire.transport import FULL, SENT, UNREACHABLE
 
 from .answers import Buffer, Read
 from .source import PushStream
@@ -108,7 +108,7 @@ class Sender:
     def _send(self, peer: Peer, parts: Sequence[Buffer]) -> bool:
         """False: not now. A peer that is gone takes everything."""
         became = self._send_parts(peer.name, parts)
-        if became == NOBODY:
+        if became == UNREACHABLE:
             self._gone(peer)
         return became != FULL
 

@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Protocol
 
 from postcopy_kernel import crashpoints
 from postcopy_protocol.codec import decode, encode
@@ -43,7 +44,7 @@ from postcopy_protocol.return_path import (
 from postcopy_protocol.source_conversation import Offer, Phase, SourceConversation, SourceRefusal, Stream
 from postcopy_protocol.templates import RANGE, answer_parts, number_of, stream_part
 from postcopy_protocol.zmtp import Message as Words
-from postcopy_wire.router import Router
+from postcopy_wire.transport import GoneHandler, MessageHandler, Router
 
 from .answers import (
     KIND,
@@ -97,14 +98,20 @@ RETRY = 0.005  # ... and at an outbox
 log = logging.getLogger(__name__)
 
 
+class RouterOpener(Protocol):
+    """Opens the router of a loop, which receives its messages. Raises PostcopyError."""
+
+    def __call__(self, on_message: MessageHandler, on_gone: GoneHandler) -> Router: ...
+
+
 class Loop:
-    """Serves ``sources`` to who speaks in ``router``, whose ``heard`` and ``gone`` become the loop's, until a signal
-    raises something in its thread. ``features`` are those that supervisors may have."""
+    """Serves ``sources`` to supervisors that connect to its router, until a signal raises an exception in its thread.
+    ``features`` are those that supervisors may have."""
 
     def __init__(
         self,
         sources: Mapping[str, tuple[PageSource, Offer]],
-        router: Router,
+        open_router: RouterOpener,
         mailbox: Mailbox,
         readers: Readers,
         features: Sequence[str],
@@ -118,7 +125,7 @@ class Loop:
         }
         self._offers = {name: offer for name, (_, offer) in sources.items()}
         self._features = features
-        self._router = router
+        self._router = router = open_router(self.heard, self.gone)
         self._mailbox = mailbox
         self._readers = readers
         self._sender = Sender(router.send_parts, self._forget)
@@ -141,7 +148,6 @@ class Loop:
 
     def run(self) -> None:
         """Never returns."""
-        self._router.heard, self._router.gone = self.heard, self.gone
         self._router.watch(self._mailbox.bell, self._errands)
         self._keep_pace(0.0)
         # glibc gives every freed piece back to the kernel, to fault it in again for the next one, until a block as

@@ -11,6 +11,7 @@ from postcopy_protocol.curve_keys import PUBLIC_ENDING, KeyPair, read_keys
 from postcopy_protocol.errors import BadInput
 from postcopy_protocol.runtime_paths import runtime_directory
 from postcopy_protocol.sources import FileSource, parse_block_name, parse_named
+from postcopy_wire.transport import TRANSPORTS, chosen_transport
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class Settings:
     read_timeout: float
     die_with_parent: int
     log_level: str
+    transport: str
 
 
 def parse(arguments: list[str]) -> Settings:
@@ -47,6 +49,7 @@ def parse(arguments: list[str]) -> Settings:
         read_timeout=told.read_timeout,
         die_with_parent=told.die_with_parent,
         log_level=told.log_level,
+        transport=chosen_transport(told.transport, os.environ),
     )
 
 
@@ -125,5 +128,6 @@ def _parser() -> _Parser:
     add("--readers", default=4, type=_threads, metavar="N", help="threads for reads that wait (default: 4)")
     add("--read-timeout", default=30.0, type=_seconds, metavar="SECONDS", help="a read that takes longer is lost")
     add("--die-with-parent", type=int, default=0, metavar="PID", help="end when the process PID, our parent, ends")
+    add("--transport", choices=TRANSPORTS, help="ZeroMQ by native sockets or libzmq (default: native, which is faster)")
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     return parser

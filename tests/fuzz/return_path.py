@@ -57,7 +57,7 @@ from postcopy_supervisor.paging import fast_path, paging
 from postcopy_supervisor.paging.paging import Paging
 from postcopy_supervisor.paging.source_link import SourceLink, Stream
 from postcopy_supervisor.remote import sources
-from postcopy_wire.router import FULL, NOBODY, SENT
+from postcopy_wire.transport import FULL, SENT, UNREACHABLE
 
 PAGE = 4096
 COUNT = 65
@@ -119,7 +119,7 @@ class SourceEnd:
         router = SimpleNamespace(send_parts=self._send)
         readers = SimpleNamespace(put=self._read, check=lambda: None)
         known = {NAME: (source, Offer(NAME, SIZE, PAGE, IDENTITY))}
-        self.loop = Loop(cast(Any, known), cast(Any, router), cast(Any, mailbox), cast(Any, readers), FEATURES)
+        self.loop = Loop(cast(Any, known), lambda *_: cast(Any, router), cast(Any, mailbox), cast(Any, readers), FEATURES)
         if self.dice.random() < 0.9:
             self.loop._hear(SUPERVISOR, encode(Advise(NAME, PAGE, self.dice.choice((FEATURES, ("zero", "push"), ())))))
             if self.dice.random() < 0.9:
@@ -176,7 +176,7 @@ class SourceEnd:
     def _send(self, to: bytes, parts: Sequence[Any]) -> int:
         """The router, at times full, and the supervisor at times gone."""
         if self.dice.random() < 0.05:
-            return FULL if self.dice.random() < 0.98 else NOBODY
+            return FULL if self.dice.random() < 0.98 else UNREACHABLE
         assert to == SUPERVISOR
         self._sent(decode(parts[0], expect=FROM_SOURCE), [len(one) for one in parts[1:]])
         return SENT

@@ -1,6 +1,6 @@
 """All page sources of the house: asked for advice at the start, linked to over the one router, heard.
 
-Those on this machine are connections of the router itself; those behind tcp come over libzmq, which has CURVE.
+The router connects to all of them; those behind tcp come over libzmq, which has CURVE.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from postcopy_protocol.codec import decode
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.return_path import FROM_SOURCE, Staged, Staging
 from postcopy_protocol.sources import RemoteSource, Source
-from postcopy_wire.libzmq import Libzmq
-from postcopy_wire.router import Router
+from postcopy_wire.transport import Router
 
 from ..blocks import RamBlock
 from ..observe.event_log import Tell
@@ -33,7 +32,6 @@ from .staging import StagingMemory
 
 log = logging.getLogger(__name__)
 
-SCHEME = "ipc://"
 MESSAGE_LIMIT = FRAME_LIMIT + (64 << 10)
 """Bytes of a source's message on the wire: pages, the word before them, and what stands before each frame."""
 
@@ -56,7 +54,6 @@ class Sources:
         """What lies in slots and is not placed yet: it can wait there while anything else is to be done."""
         self._babble: dict[str, int] = {}
         self._unshared: set[str] = set()
-        self._libzmq: Libzmq | None = None
         self._paging: Paging
 
     def ask(self, known: Mapping[str, Advice], stopped: Callable[[], str]) -> dict[str, Advice]:
@@ -103,30 +100,9 @@ class Sources:
             self.links[link_name] = link
             self.lanes[link_name] = source_fast_path(paging, link, ours)
             paging.links |= dict.fromkeys((block.number for block in ours), link)
-            if endpoint.startswith(SCHEME):
-                met = partial(_met, link)
-                router.connect(endpoint.removeprefix(SCHEME), link_name, partial(said, link_name), met, MESSAGE_LIMIT)
-            else:
-                self._connect_libzmq(router, endpoint, link_name, said)
-
-    def _connect_libzmq(
-        self, router: Router, endpoint: str, name: bytes, said: Callable[[bytes, list[memoryview]], object]
-    ) -> None:
-        if self._libzmq is None:
-            channel: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
-            for option, value in (
-                (zmq.LINGER, 0),
-                (zmq.ROUTER_MANDATORY, 1),
-                (zmq.SNDHWM, 1000),
-                (zmq.RCVHWM, 10000),
-                (zmq.MAXMSGSIZE, FRAME_LIMIT),
-            ):
-                channel.setsockopt(option, value)
-            self._libzmq = Libzmq(channel, said)
-            router.bridge(self._libzmq)
-        secure(self._libzmq.socket, endpoint, self._keys, self._settings.plain_tcp)
-        self._libzmq.socket.setsockopt(zmq.CONNECT_ROUTING_ID, name)
-        self._libzmq.socket.connect(endpoint)
+            prepare = partial(secure, endpoint=endpoint, keys=self._keys, plain_tcp=self._settings.plain_tcp)
+            met = partial(_met, link)
+            router.connect(endpoint, link_name, partial(said, link_name), met, MESSAGE_LIMIT, prepare)
 
     def close(self) -> None:
         """After the router: nobody is heard any more."""
