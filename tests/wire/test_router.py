@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -65,13 +66,21 @@ class Service:
         return connection
 
     def known(self, name: bytes) -> socket.socket:
-        """A bare socket that has said its name and a message, and has read the router's opening."""
-        connection = self.bare()
-        connection.sendall(opening(name) + frame(b"hello"))
+        """A bare socket that the router knows by name."""
+        connection = self.connect_as(name, b"hello")
         assert self.next() == (name, b"hello")
+        return connection
+
+    def connect_as(self, name: bytes, message: bytes) -> socket.socket:
+        """A bare socket that says its name, and then a message when the router may hear it."""
+        connection = self.bare()
+        connection.sendall(opening(name))
         reader = Reader()
         while not reader.ready:
-            assert reader.feed(connection.recv(1 << 16)) == []
+            self.router.turn(0.01)
+            with suppress(BlockingIOError):
+                reader.feed(connection.recv(1 << 16, socket.MSG_DONTWAIT))
+        connection.sendall(frame(message))
         return connection
 
     def await_end(self, connection: socket.socket) -> None:
@@ -167,12 +176,13 @@ def test_a_peer_without_a_name_gets_one(service: Service, context: zmq.Context[z
 
 def test_the_latest_peer_has_the_name(service: Service) -> None:
     first = service.known(b"w1.1")
-    second = service.bare()
-    second.sendall(opening(b"w1.1") + frame(b"second"))
+    second = service.connect_as(b"w1.1", b"second")
     assert service.next() == (b"w1.1", b"second")
-    service.await_end(first)
+    if isinstance(service.router, NativeRouter):  # libzmq leaves the connection open and does not use it
+        service.await_end(first)
     assert service.gone == []  # the name is still there
     assert service.router.send(b"w1.1", b"x") == SENT
+    assert second.recv(100) == frame(b"x")
 
 
 def test_no_peer_takes_the_name_of_one_that_we_connect_to(service: Service, path: Path) -> None:
@@ -181,11 +191,11 @@ def test_no_peer_takes_the_name_of_one_that_we_connect_to(service: Service, path
     absent = f"ipc://{path.with_name('absent')}"
     service.router.connect(absent, b"s1", frames_received.append, lambda: None, 1 << 16)
     thief = service.bare()
-    thief.sendall(opening(b"s1") + frame(b"mine"))
+    thief.sendall(opening(b"s1"))
     if isinstance(service.router, NativeRouter):
         service.await_end(thief)
     else:  # it has that name only among those that connect to us
-        assert service.next() == (b"s1", b"mine")
+        service.router.turn(0.1)
     assert service.received == frames_received == [] and service.router.send(b"s1", b"x") == UNREACHABLE
 
 
