@@ -1,4 +1,4 @@
-"""From sources and endpoints to a program that serves: sockets, keys, signals, the end in order."""
+"""Serves sources at an endpoint until a signal comes: the socket, keys, signals, the end in order."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from postcopy_wire.factory import open_router
 from postcopy_wire.transport import GoneHandler, MessageHandler, Router, chosen_transport
 
 from .authenticator import Authenticator, protect
+from .call_queue import CallQueue
 from .connection import SEND_QUEUE
 from .loop import Loop
-from .mailbox import Mailbox
 from .readers import Readers
 from .source import PageSource, offer_of
 
 MAX_MESSAGE = 1 << 16
-"""Bytes of a frame that a supervisor may send; ZeroMQ hangs up on more."""
-_LINGER = 0.5  # seconds: what is answered may still leave
+"""Bytes of a message that a supervisor may send; the connection is ended for more."""
+_LINGER = 0.5  # seconds in which answers may still be sent at the end
 
 log = logging.getLogger(__name__)
 
 
 class Ended(BaseException):
-    """A signal ends the loop."""
+    """Raised by the handler of a signal that ends the loop."""
 
 
 def serve(
@@ -53,14 +53,19 @@ def serve(
     read_timeout: float = 30.0,
     transport: str | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT (from the main thread), or for ever. ``listen``: ``ipc:///PATH`` or
-    ``tcp://HOST:PORT``; tcp takes ``curve`` (this source's key pair) and the public keys that it allows, or
-    ``plain_tcp``. A read that takes longer than ``read_timeout`` seconds is lost; ``readers`` threads read.
-    ``transport``: ``native`` or ``libzmq`` (default: ``$POSTCOPY_TRANSPORT``, else native).
+    """Serve until SIGTERM or SIGINT (from the main thread), or forever.
 
-    Raises BadInput for what cannot be served, PostcopyError for an endpoint that cannot be had.
+    ``listen``: ``ipc:///PATH`` or ``tcp://HOST:PORT``; tcp needs ``curve`` (this source's key pair) and ``allow`` (the
+    public keys of supervisors), or ``plain_tcp``. A read that takes longer than ``read_timeout`` seconds is lost;
+    ``readers`` threads read. ``transport``: ``native`` or ``libzmq`` (default: ``$POSTCOPY_TRANSPORT``, else native).
+
+    Raises BadInput for what cannot be served, PostcopyError for an endpoint where it cannot listen.
+
+    Example::
+
+        serve([FileSource("ram0", "weights.bin")], "ipc:///run/weights")
     """
-    judge_endpoint(listen, curve, allow, plain_tcp)
+    check_endpoint(listen, curve, allow, plain_tcp)
     known: dict[str, tuple[PageSource, Offer]] = {}
     for source in sources:
         offer = offer_of(source, identity)
@@ -70,15 +75,15 @@ def serve(
     if not known:
         raise BadInput("there is nothing to serve: name a source")
     endpoint = Endpoint(listen, transport or chosen_transport(None, os.environ), curve, allow)
-    with _signals(), endpoint, Mailbox() as mailbox, suppress(Ended):
-        loop = Loop(known, endpoint.open, mailbox, Readers(readers, read_timeout), features_at(listen))
+    with _signals(), endpoint, CallQueue() as calls, suppress(Ended):
+        loop = Loop(known, endpoint.open, calls, Readers(readers, read_timeout), features_at(listen))
         log.info("ready: %s at %s", ", ".join(_described(offer) for _, offer in known.values()), endpoint.shown)
         loop.run()
     log.info("ended")
 
 
-def judge_endpoint(listen: str, curve: KeyPair | None, allow: Sequence[bytes], plain_tcp: bool) -> None:
-    """Raises BadInput for an endpoint that is none, or that anybody could read who reaches it."""
+def check_endpoint(listen: str, curve: KeyPair | None, allow: Sequence[bytes], plain_tcp: bool) -> None:
+    """Raises BadInput for an endpoint that is not valid, or open to any program that reaches it."""
     scheme, _, place = listen.partition("://")
     if scheme == "ipc":
         if not place.startswith("/"):
@@ -89,13 +94,13 @@ def judge_endpoint(listen: str, curve: KeyPair | None, allow: Sequence[bytes], p
         raise BadInput(f"{listen!r} is no endpoint: write ipc:///PATH or tcp://HOST:PORT")
     elif curve is None and not plain_tcp:
         raise BadInput(
-            f"{listen}: anybody who reaches it could read everything; give --curve-secret and --allow-key "
+            f"{listen}: any program that reaches it could read everything; give --curve-secret and --allow-key "
             "(make keys with postcopy keygen), or say --plain-tcp"
         )
     if curve is not None and plain_tcp:
         raise BadInput("--plain-tcp and --curve-secret exclude each other")
     if (curve is None) != (not allow):
-        raise BadInput("--curve-secret and --allow-key belong together: who may come in, and how we are known")
+        raise BadInput("--curve-secret and --allow-key belong together: which supervisors may connect, and our own key")
 
 
 class Endpoint:
@@ -149,7 +154,7 @@ def _unlink(path: str) -> None:
 
 
 def _refuse_second(path: str) -> None:
-    """What a dead program left may be taken away, nobody else's."""
+    """Only the socket file of a program that has ended may be removed. Raises PostcopyError."""
     with sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM) as probe:
         probe.settimeout(1.0)
         try:
@@ -161,7 +166,7 @@ def _refuse_second(path: str) -> None:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """SIGTERM and SIGINT raise Ended in the main thread; elsewhere they are not ours."""
+    """SIGTERM and SIGINT raise Ended in the main thread; in another thread they stay as they are."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -176,7 +181,7 @@ def _signals() -> Iterator[None]:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    # Once: a second one must not disturb the end that the first one began.
+    # Only once: a second signal must not disturb the end that the first one began.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise Ended
