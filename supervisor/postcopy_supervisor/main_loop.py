@@ -38,7 +38,8 @@ from postcopy_protocol.messages import (
 )
 from postcopy_protocol.templates import OFFSET_BYTES
 from postcopy_protocol.zmtp import Message as Words
-from postcopy_wire.router import FULL, SENT, Router
+from postcopy_wire.factory import open_router
+from postcopy_wire.transport import FULL, SENT, Router
 
 from . import assignment, shutdown
 from .adopt import PendingWorkers, adopt
@@ -231,10 +232,9 @@ class MainLoop:
         )
 
     def _bind(self) -> Router:
-        router = Router(self._said)
-        path = self.runtime.endpoint.removeprefix("ipc://")
-        with made(path):
-            router.listen(path)
+        router = open_router(self.settings.transport, self._said)
+        with made(self.runtime.endpoint.removeprefix("ipc://")):
+            router.listen(self.runtime.endpoint)
         return router
 
     def _open_door(self) -> socket.socket:
@@ -493,7 +493,7 @@ class MainLoop:
 
     def _tell_worker(self, worker: int, data: bytes) -> None:
         slot = self.workforce.fleet.slots.get(worker)
-        # NOBODY: it is gone, or not back yet; its successor asks or wakes by itself.
+        # UNREACHABLE: it is gone, or not back yet; its successor asks or wakes by itself.
         if slot is not None and self._router.send(slot.name, data) == FULL:
             # A wake that it never hears is a client that waits for ever; a successor wakes everybody.
             self.workforce.kill(worker, "takes no more words")

@@ -21,7 +21,7 @@ from postcopy_supervisor.paging.flow_control import FlowControl, RangeRequest
 from postcopy_supervisor.paging.source_link import FIRST_PING_SECONDS
 from postcopy_supervisor.pool.lifecycle import Slot
 from postcopy_supervisor.remote.sources import Sources
-from postcopy_wire.router import FULL, NOBODY, SENT
+from postcopy_wire.transport import FULL, SENT, UNREACHABLE
 
 ABSENT = cast(Any, None)
 
@@ -79,7 +79,7 @@ def test_an_export_is_over_when_nothing_of_it_is_left(
     assert [entry.name for entry in tmp_path.iterdir()] == (["out"] if state == "done" else [])
 
 
-@pytest.mark.parametrize(("became", "killed"), [(FULL, [3]), (NOBODY, []), (SENT, [])])
+@pytest.mark.parametrize(("became", "killed"), [(FULL, [3]), (UNREACHABLE, []), (SENT, [])])
 def test_a_worker_that_takes_no_more_words_is_killed(became: int, killed: list[int]) -> None:
     """It lives, and a wake is lost: its successor wakes everybody."""
     service = MainLoop.__new__(MainLoop)
