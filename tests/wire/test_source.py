@@ -391,9 +391,7 @@ def test_too_many_requests_are_refused_and_the_others_answered(endpoint: str, ru
         gate.unlink()
 
 
-def test_a_supervisor_that_does_not_read_delays_no_other(
-    source_file: SourceFile, endpoint: str
-) -> None:
+def test_a_supervisor_that_does_not_read_delays_no_other(source_file: SourceFile, endpoint: str) -> None:
     path = source_file(16 << 20)
     size = 16 << 20
     with (
