@@ -2,8 +2,8 @@
 supervisor does with messages of sources and workers (router, fast path, link, flow control, engine, paging) without
 its kernel.
 
-Random bytes seldom get as far as a stream that listens, or a request that is open. So each end begins where most words
-mean something, is given words that fit what is open (``nearly``), and is spoiled from there.
+Random bytes seldom reach a listening stream or an open request. So each end begins in a state where most messages have
+a meaning, and is given messages that fit what is open (``nearly``), with random changes.
 """
 
 from __future__ import annotations
@@ -276,8 +276,8 @@ class Slots:
 
 
 class SupervisorEnd:
-    """A supervisor with one remote block, one client that faults and one source. Who is woken finds his page marked
-    and placed; engine and flow are in order after every word."""
+    """A supervisor with one remote block, one client that faults and one source. A wake is sent only for
+    pages that are marked and placed; engine and flow control are consistent after every message."""
 
     def __init__(self, dice: random.Random) -> None:
         self.dice, self.now, self.express, self.placed = dice, 1000.0, 0, 0
@@ -322,7 +322,7 @@ class SupervisorEnd:
             self.from_source(encode(self._advice()))
 
     def _service(self) -> Any:
-        """The service itself, but for the rooms that fault traffic does not enter."""
+        """The main loop, without the parts that faults do not pass."""
         made: Any = object.__new__(main_loop.MainLoop)
         made.paging, made._by_number = self.paging, {BLOCK: self.block}
         made.settings = SimpleNamespace(background_rate=self.paging.background._bucket.rate, max_memory=0)
@@ -368,7 +368,7 @@ class SupervisorEnd:
             raise BadMessage(message.reason)
 
     def nearly_of_source(self) -> Message | bytes:
-        """What the source might say now."""
+        """A message that the source might send now."""
         dice, link = self.dice, self.link
         chance, pick = dice.random(), dice.choice
         if chance < 0.35 and link.answers:
@@ -461,4 +461,4 @@ def _raised(what: object, error: Exception) -> None:
 
 
 def _void(*_: Any, **__: Any) -> None:
-    """Takes anything, says nothing."""
+    """Accepts any arguments and does nothing."""

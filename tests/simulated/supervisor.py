@@ -254,7 +254,7 @@ class Supervisor:
     def _event(self, kind: str, detail: str, **where: int | str) -> None:
         self.service.events.append(kind)
         if kind == "source" and self.service.births > 1:
-            self.paging.source_back(self.link)
+            self.paging.source_back([BLOCK])
 
     def _tell(self, worker: int, data: bytes) -> None:
         """The router: who is not connected does not hear."""
