@@ -5,10 +5,10 @@
     PostcopyError
      |-- ...                      see postcopy_protocol.errors
      |-- UserfaultfdUnavailable   also an OSError, with the kernel's errno
-     |-- PageTimeout              also a TimeoutError: ensure() gave up waiting; the pages still come
-     |-- BackEndGone              no vhost-user back-end there (any more)
+     |-- PageTimeout              also a TimeoutError: ensure() reached its timeout; the pages may still arrive
+     |-- BackEndGone              no vhost-user back-end, or it closed the connection
      |-- BackEndTimeout           also a TimeoutError: a vhost-user back-end does not answer
-     `-- VhostUserError           a vhost-user back-end broke a rule, or cannot do what is asked
+     `-- VhostUserError           a vhost-user back-end broke the protocol, or lacks a feature
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class UserfaultfdUnavailable(errors.UserfaultfdUnavailable, KernelUnavailable):
 
 
 class PageTimeout(PostcopyError, TimeoutError):
-    """``Block.ensure`` waited as long as it was told to; the pages are still on their way."""
+    """``Block.ensure`` reached its timeout; the pages may still arrive."""
 
 
 class BackEndGone(PostcopyError):
@@ -63,7 +63,7 @@ class BackEndGone(PostcopyError):
 
 
 class BackEndTimeout(PostcopyError, TimeoutError):
-    """A vhost-user back-end has not answered in time; it may wait for a page."""
+    """A vhost-user back-end has not answered in time; it may be waiting for a page."""
 
 
 _REFUSALS: dict[str, type[PostcopyError]] = {
@@ -83,5 +83,5 @@ def refusal(answer: Refused, directory: str) -> PostcopyError:
 
 
 def unavailable(error: OSError) -> UserfaultfdUnavailable:
-    """The kernel wing's failure as one of ours."""
+    """The client's exception for an error of the kernel wing."""
     return UserfaultfdUnavailable(error.errno, error.strerror or str(error))
