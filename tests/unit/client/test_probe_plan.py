@@ -98,7 +98,7 @@ def test_an_answer_that_nobody_asked_for() -> None:
     rings: Any = SimpleNamespace(rings=[None], free=lambda *_: (), wait=lambda _: [(0, 3), (0, 77)])
     plan = Plan(PlanSettings(1, 1, 1, 1024, False, False))
     load = Load(Settings("s"), plan, rings, lambda request: None, None)
-    with pytest.raises(VhostUserError, match="slot 77, where nothing is") as caught:
+    with pytest.raises(VhostUserError, match="slot 77, which has no request") as caught:
         load.drive([], {(0, 3): plan.requests[0]})
     assert caught.value.rule == "requests" and load.done == plan.requests[:1]
 
