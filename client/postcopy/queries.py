@@ -114,7 +114,7 @@ class Control:
 
     def resume(self, client: int) -> int:
         """End a client's quarantine; the number of pages that are fetched again."""
-        return self._ask(AskResume(client), ResumeAnswer).healing
+        return self._ask(AskResume(client), ResumeAnswer).unpoisoning
 
     def export(self, name: str, path: str) -> ExportProgress:
         """Begin to write a block to ``path``. Call ``progress`` at least every 10 s, or it is cancelled."""

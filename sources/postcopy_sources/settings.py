@@ -11,6 +11,7 @@ from postcopy_protocol.curve_keys import PUBLIC_ENDING, KeyPair, read_keys
 from postcopy_protocol.errors import BadInput
 from postcopy_protocol.runtime_paths import runtime_directory
 from postcopy_protocol.sources import FileSource, parse_block_name, parse_named
+from postcopy_wire.transport import TRANSPORTS, chosen_transport
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +19,9 @@ class Settings:
     """Times in seconds."""
 
     files: dict[str, str]
-    """Files by block name; with ``house`` the blocks' names, to nothing."""
-    house: str
+    """Files by block name. With ``runtime_dir`` only the names count."""
+    runtime_dir: str
+    """Of the supervisor whose blocks are served; empty: files are served."""
     listen: str
     curve: KeyPair | None
     allow: tuple[bytes, ...]
@@ -29,15 +31,18 @@ class Settings:
     read_timeout: float
     die_with_parent: int
     log_level: str
+    transport: str
 
 
 def parse(arguments: list[str]) -> Settings:
-    """Settings of a command line; exits 2 with one line on wrong usage. Raises BadInput for values that are no values,
+    """Settings of a command line; exits 2 with one line on wrong usage. Raises BadInput for values that are not valid,
     OSError for a key file that cannot be read."""
     typed = _parser().parse_args(arguments)
     return Settings(
-        files=_files(typed.blocks) if typed.house is None else {parse_block_name(name): "" for name in typed.blocks},
-        house="" if typed.house is None else runtime_directory(typed.house, os.environ),
+        files=_files(typed.blocks)
+        if typed.runtime_dir is None
+        else {parse_block_name(name): "" for name in typed.blocks},
+        runtime_dir="" if typed.runtime_dir is None else runtime_directory(typed.runtime_dir, os.environ),
         listen=typed.listen,
         curve=_keys(typed.curve_secret, secret=True) if typed.curve_secret else None,
         allow=tuple(_keys(path, secret=False).public for place in typed.allow_key for path in _public_files(place)),
@@ -47,6 +52,7 @@ def parse(arguments: list[str]) -> Settings:
         read_timeout=typed.read_timeout,
         die_with_parent=typed.die_with_parent,
         log_level=typed.log_level,
+        transport=chosen_transport(typed.transport, os.environ),
     )
 
 
@@ -65,7 +71,7 @@ def _files(blocks: list[str]) -> dict[str, str]:
 def _keys(path: str, *, secret: bool) -> KeyPair:
     with open(path, encoding="utf-8", errors="replace") as file:
         if secret and os.fstat(file.fileno()).st_mode & 0o077:
-            raise BadInput(f"{path} can be read by others: chmod 600 {path}, or make new keys if somebody has")
+            raise BadInput(f"{path} can be read by others: chmod 600 {path}, or make new keys if it was read")
         return read_keys(file.read(1 << 16), path, secret=secret)
 
 
@@ -87,7 +93,12 @@ def _parser() -> args.Parser:
     )
     add = parser.add_argument
     add("blocks", nargs="+", metavar="NAME=FILE", help="a block and its file (with --from: NAME)")
-    add("--from", dest="house", metavar="RUNTIME_DIR", help="serve blocks of the supervisor there, as their pages come")
+    add(
+        "--from",
+        dest="runtime_dir",
+        metavar="RUNTIME_DIR",
+        help="serve blocks of the supervisor there",
+    )
     add("--listen", required=True, metavar="ENDPOINT", help="ipc:///PATH or tcp://HOST:PORT")
     add("--curve-secret", metavar="FILE", help="own CURVE keys, the file that ends in .key_secret")
     help = "public CURVE key of a supervisor that may connect, or a directory of such keys (repeat)"
@@ -96,6 +107,8 @@ def _parser() -> args.Parser:
     add("--identity", default="", metavar="TEXT", help="identifies this content (default: a hash of 64 samples)")
     parser.option("--readers", args.count(1, 64), 4, "N", "threads for reads that wait")
     parser.option("--read-timeout", args.seconds(), 30.0, "SECONDS", "the pages of a read that takes longer are lost")
+    help = "ZeroMQ by native sockets or libzmq (default: $POSTCOPY_TRANSPORT, else native, which is faster)"
+    add("--transport", choices=TRANSPORTS, help=help)
     parser.choice("--log-level", args.LOG_LEVELS, "info", "the least important messages that are logged")
     # For tests and for embedding: the source ends when its parent, this process id, ends.
     parser.option("--die-with-parent", args.count(0, 1 << 31), 0, "PID", SUPPRESS)

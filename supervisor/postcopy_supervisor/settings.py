@@ -11,6 +11,7 @@ from postcopy_protocol.errors import BadInput
 from postcopy_protocol.geometry import PAGE_2M, PAGE_4K
 from postcopy_protocol.runtime_paths import runtime_directory
 from postcopy_protocol.sources import RemoteSource, Source, parse_named
+from postcopy_wire.transport import NATIVE, TRANSPORTS, chosen_transport
 
 from .pool.lifecycle import LONGEST_BACKOFF, RestartPolicy
 
@@ -55,6 +56,7 @@ class Settings:
     abandon: bool = False
     orphan_timeout: float = 60.0
     poison_orphans: bool = False
+    transport: str = NATIVE
 
 
 def parse(arguments: list[str]) -> Settings:
@@ -96,6 +98,7 @@ def parse(arguments: list[str]) -> Settings:
         abandon=typed.abandon,
         orphan_timeout=typed.orphan_timeout,
         poison_orphans=typed.on_orphan == "poison",
+        transport=chosen_transport(typed.transport, os.environ),
     )
 
 
@@ -179,6 +182,8 @@ def _add_sources(parser: args.Parser) -> None:
     parser.flag("--plain-tcp", "allow tcp sources without keys: anyone on the network path can read and change pages")
     help = "what missing pages do while their source is away: wait, or SIGBUS in the client"
     parser.choice("--on-source-loss", ("wait", "poison"), "wait", help)
+    help = "ZeroMQ by native sockets or libzmq (default: $POSTCOPY_TRANSPORT, else native, which is faster)"
+    parser.add_argument("--transport", choices=TRANSPORTS, help=help)
     parser.option("--source-timeout", args.seconds(), 5.0, "SECONDS", "a source that is silent longer is lost")
 
 

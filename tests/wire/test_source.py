@@ -32,7 +32,7 @@ from postcopy_protocol.return_path import (
     SourceRefused,
     pack_range,
 )
-from postcopy_protocol.templates import REQUESTS
+from postcopy_protocol.templates import FIRST_REQUEST
 from postcopy_sources import PushStream, StreamEnded
 from postcopy_sources.loop import SILENT_SECONDS
 from tests.conftest import SourceFile
@@ -114,7 +114,7 @@ def test_a_known_request_is_judged_like_any_other(supervisor: ScriptedSupervisor
     """Once one has been taken, others differ in number and range only; what is wrong with those is still seen."""
     data = path.read_bytes()
     advised = supervisor.listen("ram0")
-    supervisor.requests = REQUESTS
+    supervisor.requests = FIRST_REQUEST
     last = (PAGES - 1) * PAGE
     for offset in (0, PAGE, last, 2 * PAGE):
         assert supervisor.fetch(advised, (offset, PAGE)) == {offset: page(data, offset)}
@@ -128,7 +128,7 @@ def test_a_known_request_is_judged_like_any_other(supervisor: ScriptedSupervisor
     ):
         supervisor.ask(advised, wrong)
         assert supervisor.expect(SourceRefused).code == "bad-range"
-    nameless = bytearray(encode(RequestRanges(REQUESTS, advised.stream, True, pack_range(0, PAGE))))
+    nameless = bytearray(encode(RequestRanges(FIRST_REQUEST, advised.stream, True, pack_range(0, PAGE))))
     nameless[4:8] = bytes(4)
     supervisor.send(bytes(nameless))
     assert supervisor.expect(SourceRefused).code == "bad-message"
@@ -359,13 +359,13 @@ def test_who_is_silent_for_long_is_forgotten_and_not_pushed_to() -> None:
     """A connection that breaks while nothing is sent is not told: what pushes would wait for ever, a thread each."""
     end = SourceEnd(random.Random(2))
     try:
-        end.loop._hear(SUPERVISOR, encode(Advise("ram0", PAGE, ("push",))))
-        (peer,) = end.loop._peers.values()
+        end.loop.on_data(SUPERVISOR, encode(Advise("ram0", PAGE, ("push",))))
+        (peer,) = end.loop.connections.values()
         peer.pushers[1] = stream = PushStream(SIZE, PAGE, lambda answer: None)
-        end.loop._tick(peer.heard + SILENT_SECONDS - 1)
-        assert end.loop._peers
-        end.loop._tick(peer.heard + SILENT_SECONDS + 1)
-        assert not end.loop._peers
+        end.loop.tick(peer.last_message_at + SILENT_SECONDS - 1)
+        assert end.loop.connections
+        end.loop.tick(peer.last_message_at + SILENT_SECONDS + 1)
+        assert not end.loop.connections
         with pytest.raises(StreamEnded):
             stream.push(0, bytes(PAGE))
     finally:
@@ -605,7 +605,7 @@ def test_tcp_with_keys(path: Path, tmp_path: Path, keys: Callable[[str], KeyPair
         assert supervisor.fetch(advised, (0, PAGES * PAGE)) == as_pages(path.read_bytes())
         with ScriptedSupervisor(program.endpoint, keys=strange, source_key=source.public) as other:
             assert not other.handshake()
-            program.wait_for_log("is not let in")
+            program.wait_for_log("is refused: its key")
         with ScriptedSupervisor(program.endpoint, keys=ours, source_key=strange.public) as other:
             other.say(Advise("ram0", PAGE, ()))
             assert other.hear(0.5) is None, "whoever it takes for the source, it is not this one"

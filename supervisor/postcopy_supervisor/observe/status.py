@@ -21,7 +21,7 @@ from postcopy_protocol.messages import VERSION
 from ..blocks import RamBlock
 from ..clients.attach_server import AttachServer, Client
 from ..clients.client_zero import ClientZero
-from ..paging.paging import Paging
+from ..paging.paging import RemotePaging
 from ..paging.source_link import SourceLink
 from ..pool.lifecycle import RestartPolicy
 from ..pool.worker_pool import WorkerPool
@@ -44,7 +44,7 @@ def document(
     reception: AttachServer,
     workforce: WorkerPool,
     zero: ClientZero,
-    paging: Paging,
+    paging: RemotePaging,
     history: History,
     recovered: int = 0,
     record: dict[str, Any] | None = None,
@@ -108,7 +108,7 @@ class Census:
         for client in self._here:
             yield
             words = client.words[: counters.DENIED_AT].tolist() if client.words is not None else NOTHING
-            staged = {block: stages.taken(client.stages(block)) for block in client.touches}
+            staged = {block: stages.snapshot(client.stages(block)) for block in client.touches}
             counters.join(self.total, words)
             for block, found in staged.items():
                 stages.join(self.stages[block], found)
@@ -122,7 +122,7 @@ def _totals(
     blocks: Sequence[RamBlock],
     workforce: WorkerPool,
     zero: ClientZero,
-    paging: Paging,
+    paging: RemotePaging,
     history: History,
 ) -> dict[str, Any]:
     counters.join(total, zero.words)
@@ -159,10 +159,10 @@ def blocked_s(words: Sequence[int]) -> float:
     return round(counters.sum_ns(words) / 1e9, 6)
 
 
-def _block(block: RamBlock, staged: list[int], paging: Paging) -> Generator[None, None, dict[str, Any]]:
+def _block(block: RamBlock, staged: list[int], paging: RemotePaging) -> Generator[None, None, dict[str, Any]]:
     link = paging.links.get(block.number)
     if link is not None:
-        stages.join(staged, stages.taken(link.stages[block.number]))
+        stages.join(staged, stages.snapshot(link.stages[block.number]))
     received_map, lost_map = yield from block.tally(MAP_CELLS)
     received, lost = sum(received_map), sum(lost_map)
     return {
@@ -176,7 +176,7 @@ def _block(block: RamBlock, staged: list[int], paging: Paging) -> Generator[None
         "lost": lost,
         "map": {"pages": -(-block.pages // MAP_CELLS), "received": received_map, "lost": lost_map if lost else []},
         "complete": block.complete,
-        "stages_us": stages.told(stages.taken(staged)),
+        "stages_us": stages.summaries(stages.snapshot(staged)),
         "polluted": [[first * block.page_size, (last - first) * block.page_size] for first, last in block.polluted],
     }
 
@@ -190,7 +190,7 @@ def _source(link: SourceLink) -> dict[str, Any]:
         "bytes": link.bytes,
         "in_flight": link.flow.in_flight,
         "waiting": link.flow.waiting,
-        "latency_us": counters.summary(link.words),
+        "latency_us": counters.summary(link.counters),
     }
 
 
@@ -203,7 +203,7 @@ def shown_state(client: Client, workforce: WorkerPool) -> str:
 def _client(
     client: Client,
     words: Sequence[int],
-    staged: dict[int, list[counters.Stretch]],
+    staged: dict[int, list[counters.BucketRun]],
     workforce: WorkerPool,
     names: dict[int, str],
     paused: set[int],
@@ -223,7 +223,7 @@ def _client(
         "worker_pid": workforce.pid(client.number),
         "state": shown,
         "blocks": [
-            {"name": names[block], "mode": mode, "stages_us": stages.told(staged[block])} for block, mode in seen
+            {"name": names[block], "mode": mode, "stages_us": stages.summaries(staged[block])} for block, mode in seen
         ],
         "released": sorted({names[region.block] for region in client.released}),
         "faults": counters.faults(words),
@@ -238,6 +238,6 @@ def _client(
         "failures": words[counters.FAILURES],
         "restarts": slot.restarts if slot is not None else 0,
         "denied": words[counters.DENIED] + words[counters.UNNOTED],
-        "walls": counters.walls(words[counters.WALLS]),
+        "walls": counters.sandbox_names(words[counters.SANDBOX]),
         "latency_us": counters.summary(words),
     }

@@ -9,7 +9,7 @@ import threading
 import time
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pytest
 from hypothesis import given

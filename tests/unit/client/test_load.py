@@ -199,3 +199,14 @@ def test_without_matplotlib_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -
 
 def test_latencies_in_the_unit_that_people_choose() -> None:
     assert [report.human(us) for us in (0.5, 999.0, 1500.0, 2_500_000.0)] == ["0.5 us", "999.0 us", "1.50 ms", "2.50 s"]
+
+
+@pytest.mark.usefixtures("fonts")
+def test_plots_overwrite_only_those_of_the_earlier_report(tmp_path: Path) -> None:
+    (tmp_path / "load.png").write_bytes(b"a photograph")
+    for _ in range(2):  # the second report of that name replaces the first
+        report.ReportWriter(str(tmp_path / "load.md"), ["load"]).write(found_by(1, 3000))
+    assert (tmp_path / "load.png").read_bytes() == b"a photograph"
+    (tmp_path / "x-plots.png").write_bytes(b"a photograph")
+    with pytest.raises(PostcopyError, match=r"x-plots\.png, which is not of an earlier report"):
+        report.ReportWriter(str(tmp_path / "x.md"), ["load"])
