@@ -21,31 +21,14 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from postcopy_kernel.descriptors import Received, TruncatedMessage, close_all, receive_message, send_message
-from postcopy_protocol.attach_conversation import mapping_length
-from postcopy_protocol.codec import decode, encode, unpack_offsets
-from postcopy_protocol.messages import (
-    Attached,
-    BlockOpened,
-    Ending,
-    Hello,
-    Mapped,
-    Message,
-    OpenBlock,
-    Refused,
-    Released,
-    Resume,
-    Resumed,
-    Welcome,
-)
+from postcopy_protocol.attach_conversation import AttachClient, Question
+from postcopy_protocol.messages import Message
 from postcopy_protocol.runtime_paths import door_path
 
 from .deadline import Deadline
-from .errors import AttachDenied, AttachTimeout, BadMessage, NoSupervisor, PostcopyError, refusal
+from .errors import AttachDenied, AttachTimeout, BadMessage, NoSupervisor, PostcopyError
 
 Answer = TypeVar("Answer", bound=Message)
-
-_EXACTLY: dict[type[Message], int] = {BlockOpened: 2}
-"""Messages that need all their descriptors; others may have fewer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +57,10 @@ class OpenedBlock:
     def close(self) -> None:
         close_all((self.memory, self.received))
 
-    def check(self, answer: BlockOpened) -> None:
+    def check(self) -> None:
         """Raises BadMessage when the size does not fit the descriptors, which would be a SIGBUS later."""
-        length = mapping_length(answer)
-        if answer.name != self.name or not (_holds(self.memory, length) and _holds(self.received, self.pages)):
-            raise BadMessage(f"the supervisor described block {self.name} with figures that do not fit together")
+        if not (_holds(self.memory, self.length) and _holds(self.received, self.pages)):
+            raise BadMessage(f"the supervisor sent block {self.name} with descriptors that are too small")
 
 
 class AttachConnection:
@@ -87,63 +69,63 @@ class AttachConnection:
     def __init__(self, directory: str, deadline: Deadline) -> None:
         self.directory = directory
         self.usable = True
-        self.ending: str | None = None
-        self.released: set[int] = set()
+        self._conversation = AttachClient(directory)
         self._socket = _connect(directory, deadline)
 
-    def ask(
-        self, request: Message, answer: type[Answer], deadline: Deadline, fds: Sequence[int] = ()
-    ) -> tuple[Answer, tuple[int, ...]]:
-        """Send a request and wait for the answer. The caller owns the descriptors of the answer.
+    @property
+    def client(self) -> int:
+        """The number that the supervisor has given this client."""
+        return self._conversation.client
 
-        Raises the exception of a refusal (the connection stays usable), AttachTimeout, NoSupervisor (the connection
-        ended), BadMessage.
-        """
-        try:
-            self._send(encode(request), fds, deadline)
-            while True:
-                message, received = self._next(answer, deadline)
-                if isinstance(message, answer):
-                    return message, received
-                if isinstance(message, Refused):
-                    break
-                if isinstance(message, Ending):  # answers arrive in order: there will be none
-                    raise NoSupervisor(f"the supervisor in {self.directory} has ended: {message.reason}")
-        except BaseException:
-            self.usable = False
-            raise
-        raise refusal(message, self.directory)
+    @property
+    def ending(self) -> str | None:
+        """Why the supervisor has ended, if it gave a reason."""
+        return self._conversation.ending
 
-    # --- the requests of every client ---------------------------------------------------------------------------------
+    @property
+    def released(self) -> set[int]:
+        """Numbers of the blocks that are complete."""
+        return self._conversation.released
 
-    def greet(self, name: str, kind: str, deadline: Deadline) -> tuple[int, tuple[int, ...]]:
-        """Say Hello. Returns the client's number, and a /dev/userfaultfd descriptor if the supervisor sent one."""
-        welcome, device = self.ask(Hello(name, kind), Welcome, deadline)
-        return welcome.client, device
+    # --- requests -----------------------------------------------------------------------------------------------------
+    #
+    # Each raises the exception of a refusal (the connection stays usable), AttachTimeout, NoSupervisor (the connection
+    # ended), BadMessage.
 
-    def resume(self, name: str, kind: str, client: int, deadline: Deadline) -> AttachConnection:
-        """A new connection to the supervisor that has taken over ``client`` and its regions.
+    def greet(self, name: str, kind: str, deadline: Deadline) -> tuple[int, ...]:
+        """Say Hello. Returns a /dev/userfaultfd descriptor if the supervisor sent one."""
+        return self._ask(self._conversation.hello(name, kind), deadline)[1]
+
+    def offer_userfaultfd(self, userfaultfd: int, deadline: Deadline) -> None:
+        """Send the client's own userfaultfd."""
+        self._ask(self._conversation.offer_userfaultfd(), deadline, (userfaultfd,))
+
+    def offer_back_end(self, userfaultfd: int, pidfd: int, deadline: Deadline) -> None:
+        """Send the userfaultfd and a pidfd of a vhost-user back-end."""
+        self._ask(self._conversation.offer_back_end(), deadline, (userfaultfd, pidfd))
+
+    def resume(self, name: str, kind: str, deadline: Deadline) -> AttachConnection:
+        """A new connection to the supervisor that has taken over this client and its regions.
 
         Raises NoSupervisor (not yet started), AttachDenied (it does not know the client)."""
         successor = AttachConnection(self.directory, deadline)
         try:
-            _, device = successor.greet(name, kind, deadline)
-            close_all(device)
-            resumed, _ = successor.ask(Resume(client), Resumed, deadline)
+            close_all(successor.greet(name, kind, deadline))
+            successor._ask(successor._conversation.resume(self.client), deadline)
         except BaseException:
             successor.close()
             raise
-        successor.released |= self.released.union(unpack_offsets(resumed.released))
+        successor.released.update(self.released)
         return successor
 
     def open(self, name: str, mode: str, deadline: Deadline) -> OpenedBlock:
         """Open a block. The caller owns its descriptors."""
-        answer, (memory, received) = self.ask(OpenBlock(name, mode), BlockOpened, deadline)
+        answer, (memory, received) = self._ask(self._conversation.open_block(name, mode), deadline)
         block = OpenedBlock(
             answer.block, name, mode, answer.size, answer.page_size, answer.pages, memory=memory, received=received
         )
         try:
-            block.check(answer)
+            block.check()
         except BaseException:
             self.usable = False
             block.close()
@@ -152,25 +134,53 @@ class AttachConnection:
 
     def announce(self, number: int, address: int, length: int, offset: int, deadline: Deadline) -> None:
         """Announce where a part of a block is mapped. After that it may be touched."""
-        answer, _ = self.ask(Mapped(number, address, length, offset), Attached, deadline)
-        if (answer.block, answer.address) != (number, address):
-            self.usable = False
-            raise BadMessage(f"the supervisor in {self.directory} attached a range that was not requested")
+        self._ask(self._conversation.mapped(number, address, length, offset), deadline)
+
+    def unmap(self, number: int, address: int, deadline: Deadline) -> None:
+        """Announce that a region is no longer touched. After that it may be unmapped."""
+        self._ask(self._conversation.unmap(number, address), deadline)
+
+    def say_goodbye(self) -> None:
+        """End the conversation, if the connection still exists."""
+        if self.usable:
+            try:
+                send_message(self._socket, self._conversation.goodbye())
+            except OSError:
+                self.usable = False
 
     # --- messages -----------------------------------------------------------------------------------------------------
 
-    def send(self, message: Message) -> None:
-        """Send a message that has no answer, if the connection still exists."""
+    def _ask(
+        self, question: Question[Answer], deadline: Deadline, fds: Sequence[int] = ()
+    ) -> tuple[Answer, tuple[int, ...]]:
+        """Send a question and wait for the answer. The caller owns the answer's descriptors."""
         try:
-            send_message(self._socket, encode(message))
-        except OSError:
-            self.usable = False
+            self._send(question.data, fds, deadline)
+            while True:
+                received = self._receive(deadline)
+                message = self._take(received)
+                if isinstance(message, question.answer):
+                    return message, received.fds
+        except BaseException:
+            # An answer that may still arrive would be taken for that of the next question. A refusal is an answer.
+            self.usable = self.usable and not self._conversation.waiting
+            raise
+
+    def _take(self, received: Received) -> Message | None:
+        """The answer in a message; a notice is recorded, and gives None."""
+        message = None
+        try:
+            message = self._conversation.on_message(received.data, len(received.fds))
+        finally:
+            if message is None:
+                close_all(received.fds)
+        return message
 
     def take_notices(self) -> None:
         """Record the notices that have arrived; never waits."""
         while self.usable:
             try:
-                self._next(Ending, Deadline(0))
+                self._take(self._receive(Deadline(0)))
             except AttachTimeout:
                 return
             except PostcopyError:
@@ -199,21 +209,6 @@ class AttachConnection:
             except (BrokenPipeError, ConnectionResetError):
                 return  # it hung up; a refusal, sent before our request arrived, may be waiting
 
-    def _next(self, answer: type[Answer], deadline: Deadline) -> tuple[Message, tuple[int, ...]]:
-        """The next message: the answer, a refusal, or a notice, which is recorded."""
-        received = self._receive(deadline)
-        try:
-            message: Message = decode(received.data, expect=(answer, Refused, Ending, Released))
-            self._check_descriptors(message, len(received.fds))
-        except BaseException:
-            close_all(received.fds)
-            raise
-        if isinstance(message, Ending):
-            self.ending = message.reason
-        elif isinstance(message, Released):
-            self.released.add(message.block)
-        return message, received.fds
-
     def _receive(self, deadline: Deadline) -> Received:
         while True:
             self._wait(select.POLLIN, deadline)
@@ -238,12 +233,6 @@ class AttachConnection:
             raise AttachTimeout(
                 f"the supervisor in {self.directory} did not answer within {deadline.seconds} s; is it stopped or busy?"
             )
-
-    def _check_descriptors(self, message: Message, count: int) -> None:
-        wanted = _EXACTLY.get(type(message))
-        if count > message.DESCRIPTORS or (wanted is not None and count != wanted):
-            kind = type(message).__name__
-            raise BadMessage(f"the supervisor in {self.directory} sent {kind} with {count} descriptors")
 
     def _gone(self) -> NoSupervisor:
         return NoSupervisor(f"the supervisor in {self.directory} closed the connection; ask: postcopy status")

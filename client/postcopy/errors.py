@@ -25,7 +25,6 @@ from postcopy_protocol.errors import (
     PageLost,
     PostcopyError,
 )
-from postcopy_protocol.messages import Refused
 from postcopy_protocol.vhost_user import VhostUserError
 
 __all__ = [
@@ -42,7 +41,6 @@ __all__ = [
     "PostcopyError",
     "UserfaultfdUnavailable",
     "VhostUserError",
-    "refusal",
     "unavailable",
 ]
 
@@ -64,22 +62,6 @@ class BackEndGone(PostcopyError):
 
 class BackEndTimeout(PostcopyError, TimeoutError):
     """A vhost-user back-end has not answered in time; it may be waiting for a page."""
-
-
-_REFUSALS: dict[str, type[PostcopyError]] = {
-    "no-such-block": NoSuchBlock,
-    "denied": AttachDenied,
-    "limit": AttachDenied,
-    "bad-version": BadMessage,
-}
-
-
-def refusal(answer: Refused, directory: str) -> PostcopyError:
-    """The exception for a refusal of the supervisor in ``directory``."""
-    kind = _REFUSALS.get(answer.code)
-    if kind is not None:
-        return kind(f"{answer.reason} (supervisor in {directory})")
-    return PostcopyError(f"the supervisor in {directory} refused ({answer.code}): {answer.reason}")
 
 
 def unavailable(error: OSError) -> UserfaultfdUnavailable:

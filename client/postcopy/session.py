@@ -14,7 +14,6 @@ from contextlib import suppress
 from postcopy_kernel.descriptors import close_all
 from postcopy_kernel.userfaultfd import Userfaultfd, open_userfaultfd
 from postcopy_kernel.userfaultfd import UserfaultfdUnavailable as KernelUnavailable
-from postcopy_protocol.messages import Goodbye, OfferUserfaultfd, Unmap, Unmapped, UserfaultfdAccepted
 
 from .attach_socket import AttachConnection, OpenedBlock
 from .deadline import Deadline
@@ -29,12 +28,12 @@ class Session:
         self.connection = AttachConnection(directory, deadline)
         self.regions = 0
         self._resumable = True
-        self._unmaps: list[Unmap] = []
+        self._unmaps: list[tuple[int, int]] = []
         self._userfaultfd: Userfaultfd | None = None
         try:
-            self.client, device = self.connection.greet(_program_name(), "native", deadline)
+            device = self.connection.greet(_program_name(), "native", deadline)
             self._userfaultfd = _make_userfaultfd(device)
-            self.connection.ask(OfferUserfaultfd(), UserfaultfdAccepted, deadline, (self._userfaultfd.fd,))
+            self.connection.offer_userfaultfd(self._userfaultfd.fd, deadline)
         except BaseException:
             self.abandon()
             raise
@@ -52,7 +51,7 @@ class Session:
         if not self._resumable or not self.regions or self.connection.ending is not None or not self.connection.hung_up:
             return False
         try:
-            successor = self.connection.resume(_program_name(), "native", self.client, deadline)
+            successor = self.connection.resume(_program_name(), "native", deadline)
         except NoSupervisor:  # not yet started
             return False
         except AttachDenied:  # not a successor of our supervisor: our regions stay with our worker
@@ -79,7 +78,7 @@ class Session:
     def queue_unmap(self, number: int, address: int) -> None:
         """Note that a range is no longer touched. Until the supervisor knows, it refuses the range's addresses to the
         next block that is attached there."""
-        self._unmaps.append(Unmap(number, address))
+        self._unmaps.append((number, address))
 
     def send_unmaps(self, deadline: Deadline) -> None:
         """Send the queued notes; after that the ranges may be unmapped. Those that fail are sent to a successor."""
@@ -88,7 +87,7 @@ class Session:
     def _send_unmaps(self, connection: AttachConnection, deadline: Deadline) -> None:
         while self._unmaps:
             try:
-                connection.ask(self._unmaps[0], Unmapped, deadline)
+                connection.unmap(*self._unmaps[0], deadline)
             except PostcopyError:
                 if not connection.usable:
                     raise
@@ -102,8 +101,7 @@ class Session:
 
     def end(self) -> None:
         """Send Goodbye and close, for a session without regions."""
-        if self.connection.usable:
-            self.connection.send(Goodbye())
+        self.connection.say_goodbye()
         self.abandon()
 
     def abandon(self) -> None:

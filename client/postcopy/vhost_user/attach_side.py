@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from postcopy_kernel.descriptors import close_all
 from postcopy_kernel.memory import Mapping, data_runs
 from postcopy_protocol.geometry import PAGE_4K
-from postcopy_protocol.messages import Goodbye, OfferBackEnd, UserfaultfdAccepted
 
 from ..attach_socket import AttachConnection
 from ..deadline import Deadline
@@ -82,12 +81,16 @@ class BackEndSession:
         self._resume_at = 0.0
         self.connection = AttachConnection(directory, Deadline(timeout))
         try:
-            self.client, device = self.connection.greet(name, _KIND, Deadline(timeout))
-            close_all(device)
-            self.connection.ask(OfferBackEnd(), UserfaultfdAccepted, Deadline(timeout), (userfaultfd, pidfd))
+            close_all(self.connection.greet(name, _KIND, Deadline(timeout)))
+            self.connection.offer_back_end(userfaultfd, pidfd, Deadline(timeout))
         except BaseException:
             self.connection.close()
             raise
+
+    @property
+    def client(self) -> int:
+        """The number of this client in the status."""
+        return self.connection.client
 
     def close(self) -> None:
         self.connection.close()
@@ -127,12 +130,11 @@ class BackEndSession:
             return
         self._resume_at = time.monotonic() + RESUME_EVERY
         with suppress(PostcopyError, OSError):
-            successor = self.connection.resume(self.name, _KIND, self.client, Deadline(self.timeout))
+            successor = self.connection.resume(self.name, _KIND, Deadline(self.timeout))
             self.connection.close()
             self.connection = successor
 
     def leave(self) -> None:
         """Say Goodbye: the back-end no longer touches the memory."""
-        if self.connection.usable:
-            self.connection.send(Goodbye())
+        self.connection.say_goodbye()
         self.connection.close()
