@@ -50,7 +50,7 @@ class Starter:
         if not pid:
             self._become_client(received.data, received.fds, parent)
         close_all(received.fds)
-        pidfd = os.pidfd_open(pid)  # nobody but us reaps it, so the pid is still this child's
+        pidfd = os.pidfd_open(pid)  # only this process reaps it, so the pid is still this child's
         send_message(self._socket, json.dumps({"started": pid}).encode(), (pidfd,), wait=True)
         self._pids[pidfd] = pid
         self._poll.register(pidfd, select.POLLIN)

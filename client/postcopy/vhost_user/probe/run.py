@@ -168,7 +168,7 @@ class Run:
         for request in self.done:
             if request.kind == blk.WRITE:
                 written.setdefault(request.sector, []).append(request)
-        for sector, requests in written.items():  # which of several was the last, nobody can know
+        for sector, requests in written.items():  # the order of several writes is unknown
             same = any(self._disk(request) == request.pattern() for request in requests)
             self.report.judge("writes", same, f"request {requests[-1].number} at sector {sector} differs")
 
