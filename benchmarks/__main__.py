@@ -1,4 +1,7 @@
-"""``python -m benchmarks [NAME ...] [--json FILE] [--pairs N] [--quick] [--stretch] [--write-docs]``."""
+"""``python -m benchmarks [NAME ...] [--json FILE] [--pairs N] [--quick] [--stretch] [--write-docs]``.
+
+``python -m benchmarks compare DIRECTORY`` compares the faults of this checkout with those of another one.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,25 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from postcopy.errors import PostcopyError
 
-from . import attach, back_end, bulk, clients8, limits, local, machine, observing, recovery, remote, scaling, sequential
+from . import (
+    attach,
+    back_end,
+    bulk,
+    clients8,
+    compare,
+    limits,
+    local,
+    machine,
+    observing,
+    recovery,
+    remote,
+    scaling,
+    sequential,
+)
 from .bench import Bench, BenchmarkFailed, Scale
 from .docs import write_docs
 from .figures import HEADINGS, Row, as_document
@@ -39,9 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 measured, whatever the goals say; 1 a benchmark failed or read a wrong byte; 2 usage."""
     parser = _parser()
     asked = parser.parse_args(arguments)
-    names = asked.names or list(BENCHMARKS)
-    if unknown := [name for name in names if name not in BENCHMARKS]:
-        parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
+    benchmarks: dict[str, Callable[[Bench], list[Row]]] = {name: BENCHMARKS[name] for name in BENCHMARKS}
+    if asked.names[:1] == ["compare"]:
+        if len(asked.names) != 2:
+            parser.error("compare needs one argument: the directory of the other checkout")
+        benchmarks = {"compare": partial(compare.run, other=asked.names[1])}
+        asked.names = ["compare"]
+    names = asked.names or list(benchmarks)
+    if unknown := [name for name in names if name not in benchmarks]:
+        parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(benchmarks)}")
     scale = Scale(quick=asked.quick, stretch=asked.stretch, pairs=asked.pairs or (1 if asked.quick else 7))
     found = machine.facts()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through every `with`: nothing of ours stays behind
@@ -52,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with Bench(scale) as bench:
             for name in names:
                 try:
-                    results[name] = BENCHMARKS[name](bench)
+                    results[name] = benchmarks[name](bench)
                 except (BenchmarkFailed, PostcopyError, OSError) as error:
                     failed = True  # the others may be worth having all the same
                     print(f"benchmarks: {name}: {error}", file=sys.stderr)

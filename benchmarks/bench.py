@@ -55,8 +55,8 @@ class Scale:
 class ClientProcess:
     """A ``benchmarks.client`` process: ask it, one answer a question; a context manager."""
 
-    def __init__(self, spec: Mapping[str, Any], keep: Sequence[int] = ()) -> None:
-        command = [sys.executable, "-m", "benchmarks.client", json.dumps(spec)]
+    def __init__(self, spec: Mapping[str, Any], keep: Sequence[int] = (), python: str = sys.executable) -> None:
+        command = [python, "-m", "benchmarks.client", json.dumps(spec)]
         # A process group of its own, because a floor client has a handler as its child and both must end.
         self._process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=keep, process_group=0
@@ -153,10 +153,18 @@ class Bench:
     # --- what is measured ---------------------------------------------------------------------------------------------
 
     @contextmanager
-    def source(self, blocks: Sequence[str], *, pinned: bool = False, file: str = "") -> Iterator[dict[str, str]]:
+    def source(
+        self,
+        blocks: Sequence[str],
+        *,
+        pinned: bool = False,
+        file: str = "",
+        python: str = sys.executable,
+        name: str = "source",
+    ) -> Iterator[dict[str, str]]:
         """A page source that serves the warm file (or ``file``) under each of these names: the SOURCE of each."""
-        endpoint = f"ipc://{self.sockets}/source"
-        command = [sys.executable, "-m", "postcopy_sources", *(f"{name}={file or self.file}" for name in blocks)]
+        endpoint = f"ipc://{self.sockets}/{name}"
+        command = [python, "-m", "postcopy_sources", *(f"{name}={file or self.file}" for name in blocks)]
         command += ["--listen", endpoint, "--die-with-parent", str(os.getpid()), "--log-level", "warning"]
         with self.placed(pinned):
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
@@ -176,11 +184,13 @@ class Bench:
         with self.placed(pinned):
             return postcopy.Supervisor(sources, **options)
 
-    def client(self, *, pinned: bool = False, keep: Sequence[int] = (), **spec: Any) -> ClientProcess:
+    def client(
+        self, *, pinned: bool = False, keep: Sequence[int] = (), python: str = sys.executable, **spec: Any
+    ) -> ClientProcess:
         """A client process of ``spec`` (see client.py), ready."""
         known = {"parent": os.getpid(), "library": self.library, "file": self.file, "length": self.length}
         with self.placed(pinned):
-            client = ClientProcess(known | spec, keep)
+            client = ClientProcess(known | spec, keep, python)
         try:
             client.hear()
         except BaseException:

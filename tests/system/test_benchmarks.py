@@ -112,6 +112,37 @@ def _check_row(row: dict[str, object]) -> None:
     assert (row["verdict"] == "") == (row["goal"] is None)
 
 
+@pytest.mark.xdist_group("benchmarks")
+@pytest.mark.timeout(120)
+def test_compare_gives_the_ratio_of_this_checkout_to_another(tmp_path: Path, require_userfaultfd: None) -> None:
+    other = tmp_path / "other"  # the same packages: what is tested is that the other's interpreter is started
+    (other / ".venv" / "bin").mkdir(parents=True)
+    used = tmp_path / "used"
+    python = other / ".venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\necho "$2" >> {used}\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    done = _run("compare", str(other), "--quick", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["benchmarks"]["compare"]
+    assert [" ".join(row["name"].split()[:4]) for row in rows] == [
+        "local fault p50, shared,", "local fault p50, private,", "remote fault p50, shared,", "remote fault p50, private,",
+    ]  # fmt: skip
+    for row in rows:
+        _check_row(row)
+    assert used.read_text().split().count("benchmarks.client") == 4
+
+
+def test_compare_without_an_installed_checkout_says_what_is_missing(tmp_path: Path) -> None:
+    assert _run("compare").returncode == 2
+    done = _run("compare", str(tmp_path), "--quick")
+    assert done.returncode == 1 and "scripts/install" in done.stderr
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
+
+
 def test_an_unknown_benchmark_is_a_usage_error() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", "nonsense"], cwd=ROOT, capture_output=True, text=True, timeout=60
