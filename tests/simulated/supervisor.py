@@ -25,20 +25,22 @@ from typing import Any, cast
 from postcopy_kernel import abi
 from postcopy_kernel.userfaultfd import Outcome, Status, Userfaultfd
 from postcopy_protocol import counters
-from postcopy_protocol.codec import decode, encode, pack_offsets, unpack_offsets
+from postcopy_protocol.codec import decode, encode, unpack_offsets
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.messages import BlockGrant, Lost, RegionGrant, RequestPages, Wake
 from postcopy_protocol.received_map import FLAGS, LOST, MISSING, RECEIVED, SHARED
 from postcopy_protocol.return_path import FROM_SUPERVISOR, Pages, unpack_range
-from postcopy_protocol.templates import OFFSET, template_of
+from postcopy_protocol.templates import OFFSET
 from postcopy_protocol.window import FaultAround
 from postcopy_supervisor.blocks import RamBlock
 from postcopy_supervisor.paging.fast_path import source_fast_path
 from postcopy_supervisor.paging.flow_control import Limits
 from postcopy_supervisor.paging.paging import Paging
 from postcopy_supervisor.paging.source_link import SourceLink, Stream
-from postcopy_workers.fault_handler import MESSAGE_WORDS, ClientGone, FaultHandler, Region
+from postcopy_workers.client_ufd import ClientGone, ClientUserfaultfd, Region
+from postcopy_workers.fault_handler import MESSAGE_FIELDS, FaultHandler
 from postcopy_workers.page_sources import RemotePages
+from postcopy_workers.page_waker import PageWaker
 from postcopy_workers.placing import Block, Calls, OwnMapping, Structure
 from postcopy_workers.requests import Requests
 from tests.simulated import kernel as simulated
@@ -117,7 +119,7 @@ class Core:
 
     def copy(self, target: int, source: int, length: int) -> Outcome:
         for place, value in enumerate((target, source, length, 0, 0)):
-            self._copy.words[place] = value
+            self._copy.fields[place] = value
         try:
             self._calls.ioctl(self._descriptor, abi.UFFDIO_COPY, self._copy.buffer)
         except OSError as error:
@@ -347,13 +349,13 @@ class SimulatedHouse:
         shared.append(requests)
         handler = self._handler(life, client, birth, requests)
         handler.wake_everything()
-        handler.heal()
+        handler.unpoison_local()
         words = memoryview(bytearray(32 * BATCH)).cast("Q")
         while True:
             taken = life.call("read", lambda: self.kernel.messages(client.descriptor, BATCH))
             for at, message in enumerate(taken):
                 for place, value in enumerate(message):
-                    words[at * MESSAGE_WORDS + place] = value
+                    words[at * MESSAGE_FIELDS + place] = value
             if taken:
                 handler.messages(words, len(taken))
 
@@ -365,22 +367,17 @@ class SimulatedHouse:
         handler = self._handler(life, client, -birth, requests)
         life.call("hello", lambda: self.tell_supervisor("hello", client.number))
         mailbox = client.mailbox
-        head = template_of(Wake(BLOCK, pack_offsets([0])), OFFSET)
-        placed = requests.lane(BLOCK, handler.waking(BLOCK))
+        calls: Calls = life.calls_of(self.kernel)
+        ufd, again = ClientUserfaultfd(client.descriptor, client.words, calls), self._requests(life, client)
+        waker = PageWaker(handler.regions, ufd, client.words, calls, requests, again)
         while True:
             data = life.call("listen", lambda: mailbox.popleft() if mailbox else None)
-            if data is not None and data[:-OFFSET] == head:
+            if data is not None and (placed := waker.fast_paths.get(data[:-OFFSET])):
                 placed(int.from_bytes(data[-OFFSET:], "little"))
             elif data is not None:
                 message = decode(data, expect=(Wake, Lost))
                 assert isinstance(message, Wake | Lost)
-                if not message.block:
-                    requests.forget()
-                    handler.wake_everything()
-                    continue
-                offsets = unpack_offsets(message.offsets)
-                requests.answered(message.block, offsets)
-                handler.woken(message.block, offsets, lost=isinstance(message, Lost))
+                waker.receive(message)
 
     # --- deaths -------------------------------------------------------------------------------------------------------
 
