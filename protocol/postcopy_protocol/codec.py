@@ -37,9 +37,18 @@ MAX_OFFSETS = MAX_BYTES // 8
 # Places of descriptors are -1 where there is none, so are block and offset of a report about neither. A file may be
 # older than 1970.
 _NONE = -1
+_ASSIGNMENT_PLACES = (
+    "userfaultfd",
+    "client_pidfd",
+    "quit_eventfd",
+    "statistics_page",
+    "control_page",
+    "device",
+    "cgroup",
+)
 _LOWEST = {
     "BlockGrant": {"memory": _NONE, "received": _NONE, "source": _NONE, "source_mtime_ns": -(1 << 63)},
-    "Assignment": dict.fromkeys(("userfaultfd", "client", "quit", "statistics", "house", "device", "cgroup"), _NONE),
+    "Assignment": dict.fromkeys(_ASSIGNMENT_PLACES, _NONE),
     "BlockNote": {"source_mtime_ns": -(1 << 63)},
     "Report": {"block": _NONE, "offset": _NONE},
 }

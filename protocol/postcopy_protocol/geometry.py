@@ -39,13 +39,6 @@ class Region:
         """First address behind the region."""
         return self.address + self.length
 
-    def contains(self, address: int) -> bool:
-        return self.address <= address < self.address + self.length
-
-    def translate(self, address: int) -> int:
-        """Offset in the block of an address of this region."""
-        return address - self.address + self.offset
-
     def address_of(self, offset: int) -> int | None:
         """Address at which this region shows the block's ``offset``; None when it does not."""
         inside = offset - self.offset
@@ -117,9 +110,3 @@ def runs(pages: Iterable[int]) -> Iterator[tuple[int, int]]:
         start, stop = page, page + 1
     if stop > start:
         yield start, stop
-
-
-def clip(start: int, stop: int, low: int, high: int) -> tuple[int, int]:
-    """The part of ``[start, stop)`` that lies in ``[low, high)``; empty is ``(x, x)``."""
-    start = min(max(start, low), high)
-    return start, max(start, min(stop, high))

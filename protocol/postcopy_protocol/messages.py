@@ -422,11 +422,11 @@ class EventsAnswer(Message):
 
 @wire
 class ResumeAnswer(Message):
-    """The quarantine is over; ``healing``: pages that were poisoned by it and are brought now."""
+    """The quarantine is over; ``unpoisoning``: pages that were poisoned by it and are brought now."""
 
     TAG = 76
     client: int
-    healing: int
+    unpoisoning: int
 
 
 # --- custodian channel: supervisor -> custodian -----------------------------------------------------------------------
@@ -608,8 +608,8 @@ class RegionGrant(Message):
 @wire
 class Assignment(Message):
     """All a worker ever knows. Descriptor places (-1: none): the client's userfaultfd and pidfd (none for worker zero),
-    the quit eventfd, the statistics page, the house page, an open /dev/userfaultfd. ``fault_around`` is the largest
-    window in bytes, ``adaptive`` whether it grows from one page or is fixed. ``walls`` is auto, all or off: what the
+    the quit eventfd, the statistics page, the control page, an open /dev/userfaultfd. ``fault_around`` is the largest
+    window in bytes, ``adaptive`` whether it grows from one page or is fixed. ``sandbox`` is auto, all or off: what the
     worker gives up. Descriptors from place ``cgroup`` on (-1: none) are ``cgroup.procs`` files that it writes itself
     into."""
 
@@ -619,15 +619,15 @@ class Assignment(Message):
     name: str
     endpoint: str
     userfaultfd: int
-    client: int
-    quit: int
-    statistics: int
-    house: int
+    client_pidfd: int
+    quit_eventfd: int
+    statistics_page: int
+    control_page: int
     device: int
     fault_around: int
     adaptive: bool
     handler_path: str
-    walls: str
+    sandbox: str
     cgroup: int
     blocks: tuple[BlockGrant, ...]
     regions: tuple[RegionGrant, ...]

@@ -34,12 +34,12 @@ END = PAGE_BYTES + MOST_BLOCKS * BYTES
 """Size of a client's figures: the statistics page, then the stages."""
 
 
-def place(block: int) -> int | None:
+def position(block: int) -> int | None:
     """Where in a client's figures those of a block begin; None: there is no room for it."""
     return PAGE_BYTES + (block - 1) * BYTES if 1 <= block <= MOST_BLOCKS else None
 
 
-def unkept() -> memoryview:
+def scratch() -> memoryview:
     """Fresh words: for a block without room, which nobody reads, or for whoever has no client's figures to write to."""
     return memoryview(bytearray(BYTES)).cast("Q")
 
@@ -51,12 +51,12 @@ def merged(stages: Iterable[memoryview]) -> memoryview:
     return memoryview(total.to_bytes(BYTES + 8, "little")[:BYTES]).cast("Q")
 
 
-def taken(stages: Sequence[int] | None) -> list[counters.Stretch]:
+def snapshot(stages: Sequence[int] | None) -> list[counters.BucketRun]:
     """What is in use of each stage now; []: they are not kept."""
     return [] if stages is None else [counters.in_use(stages[at : at + BUCKETS]) for at in STARTS]
 
 
-def join(total: list[int], found: Sequence[counters.Stretch]) -> None:
+def join(total: list[int], found: Sequence[counters.BucketRun]) -> None:
     """Add what was ``taken`` to ``total``, WORDS zeros at first. What is spoilt makes large numbers there."""
     for at, stretch in zip(STARTS, found, strict=False):
         counters.add_up(total, at, stretch)
@@ -68,8 +68,8 @@ def histogram(stages: memoryview, name: str) -> list[int]:
     return [0] * HISTOGRAM + stages[first : first + BUCKETS].tolist()
 
 
-def told(found: Sequence[counters.Stretch]) -> dict[str, dict[str, float]]:
+def summaries(found: Sequence[counters.BucketRun]) -> dict[str, dict[str, float]]:
     """For the status, of what was ``taken``: ``p50``, ``p99``, ``max`` in microseconds and ``count`` of each stage that
     has any."""
-    summaries = zip(NAMES, map(counters.summary_of, found), strict=False)
-    return {name: summary for name, summary in summaries if summary}
+    found_of = zip(NAMES, map(counters.summary_of, found), strict=False)
+    return {name: summary for name, summary in found_of if summary}

@@ -59,7 +59,7 @@ class Traced:
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
+class Header:
     """What stands at the front. ``started`` in seconds since the epoch, ``monotonic`` in ns."""
 
     started: float
@@ -94,7 +94,7 @@ def pack(at: int, client: int, block: int, page: int, kind: int, latency: int) -
     return RECORD.pack(first, page | block << _PAGE_BITS, client, min(latency, LONGEST))
 
 
-def template_of(data: bytes | memoryview) -> tuple[Head, int]:
+def read_header(data: bytes | memoryview) -> tuple[Header, int]:
     """The head of a file that begins with ``data``, and where its records begin. Raises BadInput."""
     front = bytes(data[: len(MAGIC) + 4])
     if len(front) < len(MAGIC) + 4 or not front.startswith(MAGIC):
@@ -108,7 +108,7 @@ def template_of(data: bytes | memoryview) -> tuple[Head, int]:
         blocks = tuple(
             Traced(int(number), str(name), int(size), int(page)) for number, name, size, page in told["blocks"]
         )
-        return Head(float(told["started"]), int(told["monotonic"]), blocks), start
+        return Header(float(told["started"]), int(told["monotonic"]), blocks), start
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise BadInput(f"the head of this trace is damaged ({type(error).__name__})") from error
 

@@ -36,7 +36,7 @@ from postcopy_protocol.messages import (
     WhenOrphaned,
     WorkerHello,
 )
-from postcopy_protocol.templates import OFFSET
+from postcopy_protocol.templates import OFFSET_BYTES
 from postcopy_protocol.zmtp import Message as Words
 from postcopy_wire.router import FULL, SENT, Router
 
@@ -288,7 +288,7 @@ class MainLoop:
         """A word of the router. Most are taken by a lane (lanes.py); the others are decoded."""
         try:
             data = message if isinstance(message, bytes) else message[-1]
-            lane = self.paging.lanes.get(data[:-OFFSET])
+            lane = self.paging.lanes.get(data[:-OFFSET_BYTES])
             if lane is not None:
                 lane(data)
             else:

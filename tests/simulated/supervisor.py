@@ -30,7 +30,7 @@ from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.messages import BlockGrant, Lost, RegionGrant, RequestPages, Wake
 from postcopy_protocol.received_map import FLAGS, LOST, MISSING, RECEIVED, SHARED
 from postcopy_protocol.return_path import FROM_SUPERVISOR, Pages, unpack_range
-from postcopy_protocol.templates import OFFSET
+from postcopy_protocol.templates import OFFSET_BYTES
 from postcopy_protocol.window import FaultAround
 from postcopy_supervisor.blocks import RamBlock
 from postcopy_supervisor.paging.fast_path import source_fast_path
@@ -209,7 +209,7 @@ class Supervisor:
             self._word(what)
 
     def _requested(self, data: bytes, block: RamBlock) -> None:
-        lane = self.paging.lanes.get(data[:-OFFSET])
+        lane = self.paging.lanes.get(data[:-OFFSET_BYTES])
         if lane is not None:
             return lane(data)
         message = decode(data, expect=(RequestPages,))
@@ -372,8 +372,8 @@ class SimulatedHouse:
         waker = PageWaker(handler.regions, ufd, client.words, calls, requests, again)
         while True:
             data = life.call("listen", lambda: mailbox.popleft() if mailbox else None)
-            if data is not None and (placed := waker.fast_paths.get(data[:-OFFSET])):
-                placed(int.from_bytes(data[-OFFSET:], "little"))
+            if data is not None and (placed := waker.fast_paths.get(data[:-OFFSET_BYTES])):
+                placed(int.from_bytes(data[-OFFSET_BYTES:], "little"))
             elif data is not None:
                 message = decode(data, expect=(Wake, Lost))
                 assert isinstance(message, Wake | Lost)

@@ -115,7 +115,7 @@ def test_refusals_and_reports() -> None:
         f"{return_path.STAGING_HEADER} bytes of header",
         f"begins with the {return_path.NONCE} bytes of `nonce`",
         f"one byte for each slot, {return_path.SLOT_FREE} free, {return_path.SLOT_FULL} full",
-        f"{return_path.DATA} data, {return_path.ZERO} zero, {return_path.LOST} lost",
+        f"{return_path.RangeKind.DATA} data, {return_path.RangeKind.ZERO} zero, {return_path.RangeKind.LOST} lost",
     ],
 )
 def test_limits(sentence: str) -> None:

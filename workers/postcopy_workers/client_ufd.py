@@ -10,7 +10,7 @@ from postcopy_kernel.userfaultfd import UFFDIO_CONTINUE, UFFDIO_POISON, UFFDIO_W
 from postcopy_protocol.counters import WAKES, allow, denied
 from postcopy_protocol.messages import RegionGrant
 from postcopy_protocol.received_map import RECEIVED
-from postcopy_protocol.stages import unkept
+from postcopy_protocol.stages import scratch
 from postcopy_protocol.window import FaultAround
 
 from .placing import Block, Calls, Structure
@@ -28,7 +28,7 @@ class Region:
 
     def __init__(self, grant: RegionGrant, block: Block, around: FaultAround, stages: memoryview | None = None) -> None:
         self.grant = grant
-        self.stages = stages if stages is not None else unkept()
+        self.stages = stages if stages is not None else scratch()
         self.around = around
         self.block = block
         self.start = grant.address

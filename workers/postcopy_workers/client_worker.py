@@ -28,7 +28,7 @@ from postcopy_kernel.userfaultfd import MESSAGE_BYTES
 from postcopy_protocol.codec import decode
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.messages import Assignment, Lost, Wake
-from postcopy_protocol.templates import OFFSET
+from postcopy_protocol.templates import OFFSET_BYTES
 from postcopy_protocol.window import FaultAround
 from postcopy_wire.channel import Channel
 
@@ -57,7 +57,7 @@ def serve_client(assignment: Assignment, fds: list[int], *, privileged: bool) ->
     requests = None
     if worker.remote:
         requests = _requests(worker, crashpoints.around("worker.unasked", channel.send, "worker.asked"))
-    recording = Recording.of(fds[assignment.statistics], assignment.worker)
+    recording = Recording.of(fds[assignment.statistics_page], assignment.worker)
     handler = _fault_handler(worker, requests, recording)
     userfaultfd = fds[assignment.userfaultfd]
     os.set_blocking(userfaultfd, True)
@@ -176,7 +176,10 @@ class MonitorThread(threading.Thread):
 
     def _monitor(self) -> NoReturn:
         worker, channel, reads = self._worker, self._channel, not self._worker.remote
-        quit_fd, client = worker.descriptor(worker.assignment.quit), worker.descriptor(worker.assignment.client)
+        quit_fd, client = (
+            worker.descriptor(worker.assignment.quit_eventfd),
+            worker.descriptor(worker.assignment.client_pidfd),
+        )
         wakeup = worker.reports.wakeup
         while True:
             pause = worker.send_waiting(channel)
@@ -220,10 +223,10 @@ class WakerThread(threading.Thread):
         receive, fast_paths = self._channel.receive, self._waker.fast_paths
         while True:
             for data in receive():
-                wake = fast_paths.get(data[:-OFFSET])
+                wake = fast_paths.get(data[:-OFFSET_BYTES])
                 try:
                     if wake is not None:  # one page is placed: nothing to decode but its offset, at the end
-                        wake(int.from_bytes(data[-OFFSET:], "little"))
+                        wake(int.from_bytes(data[-OFFSET_BYTES:], "little"))
                         continue
                     message = decode(data, expect=(Wake, Lost))
                     assert isinstance(message, Wake | Lost)

@@ -15,7 +15,7 @@ from postcopy_protocol.counters import LOST as LOST_PAGES
 from postcopy_protocol.counters import WAKES
 from postcopy_protocol.messages import Lost, Wake
 from postcopy_protocol.received_map import LOST, RECEIVED
-from postcopy_protocol.templates import OFFSET, template_of
+from postcopy_protocol.templates import OFFSET_BYTES, template_of
 
 from .client_ufd import ClientUserfaultfd, Region, unpoison_denied
 from .page_sources import RemotePages
@@ -48,10 +48,10 @@ class PageWaker:
         self._own_requests = own_requests
         self._recording = recording
         self.fast_paths = {
-            template_of(Wake(block, pack_offsets([0])), OFFSET): self._fast_path(block)
+            template_of(Wake(block, pack_offsets([0])), OFFSET_BYTES): self._fast_path(block)
             for block in {region.block.grant.block for region in regions}
         }
-        """For a Wake of one page, by all of its bytes but the last OFFSET: what to call with the offset."""
+        """For a Wake of one page, by all of its bytes but the last OFFSET_BYTES: what to call with the offset."""
 
     def receive(self, message: Wake | Lost) -> None:
         """Act on a message that has no fast path. Raises ClientGone."""

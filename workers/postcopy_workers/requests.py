@@ -10,9 +10,9 @@ from typing import Protocol
 from postcopy_protocol.codec import encode, pack_offsets
 from postcopy_protocol.counters import DEDUPLICATED, REQUESTS, bucket
 from postcopy_protocol.messages import RequestPages
-from postcopy_protocol.stages import ASKED, WOKEN, unkept
+from postcopy_protocol.stages import ASKED, WOKEN, scratch
+from postcopy_protocol.templates import OFFSET_BYTES
 
-OFFSET_BYTES = 8
 SAMPLE_MASK = 3
 """Of the requests for a single page the sending of one in four is timed, the first among them, and counts for four."""
 
@@ -42,7 +42,7 @@ class Requests:
         self._worker = worker
         self._counters = counters
         self._send = send
-        self._stages = stages if stages is not None else defaultdict(unkept)
+        self._stages = stages if stages is not None else defaultdict(scratch)
         self._asked: dict[tuple[int, int], int] = {}
         self._batch: dict[int, list[int]] | None = None
         self._templates: dict[int, bytes] = {}

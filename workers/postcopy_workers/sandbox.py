@@ -41,7 +41,7 @@ def enter_cgroups(cgroups: Sequence[int]) -> None:
 
 def enter(option: str, given: int, *, runs_handler: bool) -> tuple[int, list[str]]:
     """Give up what this worker does not need; ``given`` is how many descriptors it was given, ``option`` is that of
-    ``--walls``. Returns the bits of ``counters.WALLS``, and a text for each restriction that failed."""
+    ``--walls``. Returns the bits of ``counters.SANDBOX``, and a text for each restriction that failed."""
     failures: list[str] = []
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would be a copy of the client's memory
     active = counters.NO_CAPABILITIES | counters.NO_NEW_PRIVILEGES  # given up before, here or in the custodian

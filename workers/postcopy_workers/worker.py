@@ -52,8 +52,8 @@ class Worker:
         self.assignment = assignment
         self.reports = Reports(assignment.worker)
         self._fds = fds
-        self.counters = _page(fds[assignment.statistics])
-        self.control = _page(fds[assignment.house])
+        self.counters = _page(fds[assignment.statistics_page])
+        self.control = _page(fds[assignment.control_page])
         self.counters[counters.WORKER_PID] = os.getpid()
         self.counters[counters.INCARNATION] = assignment.incarnation
         self.counters[counters.BUSY_SINCE_NS] = 0
@@ -61,7 +61,7 @@ class Worker:
         if privileged:
             process.drop_privileges()
         self.blocks = {grant.block: self._block(grant) for grant in assignment.blocks}
-        self.stages = _stages(fds[assignment.statistics], self.blocks)
+        self.stages = _stages(fds[assignment.statistics_page], self.blocks)
         self._enter_sandbox()
 
     def _enter_sandbox(self) -> None:
@@ -73,8 +73,8 @@ class Worker:
         except OSError as error:
             raise CannotContinue(f"cannot enter its cgroup: {error}") from None
         handlers = any(grant.kind == "handler" for grant in assignment.blocks)
-        active, failures = sandbox.enter(assignment.walls, len(self._fds), runs_handler=handlers)
-        self.counters[counters.WALLS] = active | (counters.CGROUP if cgroups else 0)
+        active, failures = sandbox.enter(assignment.sandbox, len(self._fds), runs_handler=handlers)
+        self.counters[counters.SANDBOX] = active | (counters.CGROUP if cgroups else 0)
         for failure in failures:
             self.reports("no-wall", -1, -1, failure)
 
@@ -174,10 +174,10 @@ def _stages(fd: int, blocks: Iterable[int]) -> dict[int, memoryview]:
     written where no process reads them."""
     size = os.fstat(fd).st_size
     if size < stages.END:
-        return {block: stages.unkept() for block in blocks}
+        return {block: stages.scratch() for block in blocks}
     figures = memoryview(mmap.mmap(fd, stages.END))
-    starts = {block: stages.place(block) for block in blocks}
+    starts = {block: stages.position(block) for block in blocks}
     return {
-        block: figures[start : start + stages.BYTES].cast("Q") if start is not None else stages.unkept()
+        block: figures[start : start + stages.BYTES].cast("Q") if start is not None else stages.scratch()
         for block, start in starts.items()
     }

@@ -120,7 +120,7 @@ def serve_worker_zero(assignment: Assignment, fds: list[int], *, privileged: boo
     worker = Worker(assignment, fds, privileged=privileged)
     placer = RangePlacer(worker.blocks, worker.counters)
     channel = worker.channel()
-    quit_fd, wakeup = fds[assignment.quit], worker.reports.wakeup
+    quit_fd, wakeup = fds[assignment.quit_eventfd], worker.reports.wakeup
     while True:
         pause = worker.send_waiting(channel)
         waiting = select.poll()

@@ -104,7 +104,7 @@ class Client:
 
     def stages(self, block: int) -> memoryview | None:
         """Of its faults in a block; None where they are not kept."""
-        at = stages.place(block)
+        at = stages.position(block)
         if self.figures is None or at is None or len(self.figures) < stages.END:
             return None
         return self.figures[at : at + stages.BYTES].cast("Q")
@@ -168,7 +168,7 @@ class AttachServer:
         self.next_number = 1
         self._estimate = limit  # the first visitor is counted
         self.past = counters.merge(())
-        self.past_stages = {number: stages.unkept() for number in self._by_number}
+        self.past_stages = {number: stages.scratch() for number in self._by_number}
         """Of clients that have left."""
 
     # --- the door -----------------------------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ class AttachServer:
                 return self._hung_up(client)
             if isinstance(message, BadMessage):
                 raise Refusal.of(message)
-            client.conversation.hear(message, len(fds))
+            client.conversation.on_message(message, len(fds))
             client.since = time.monotonic()
             crashpoints.at("door." + type(message).__name__)
             taken = self._grant(client, message, fds)

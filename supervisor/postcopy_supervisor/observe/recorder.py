@@ -61,7 +61,7 @@ class Recorder(threading.Thread):
         try:
             # It tells who read what: for the supervisor's user alone.
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            os.write(self._file, trace.Head(time.time(), self._monotonic, told).encode())
+            os.write(self._file, trace.Header(time.time(), self._monotonic, told).encode())
         except OSError as error:
             raise BadInput(f"--record {path}: {error.strerror}") from error
 

@@ -108,7 +108,7 @@ class Census:
         for client in self._here:
             yield
             words = client.words[: counters.DENIED_AT].tolist() if client.words is not None else NOTHING
-            staged = {block: stages.taken(client.stages(block)) for block in client.touches}
+            staged = {block: stages.snapshot(client.stages(block)) for block in client.touches}
             counters.join(self.total, words)
             for block, found in staged.items():
                 stages.join(self.stages[block], found)
@@ -162,7 +162,7 @@ def blocked_s(words: Sequence[int]) -> float:
 def _block(block: RamBlock, staged: list[int], paging: Paging) -> Generator[None, None, dict[str, Any]]:
     link = paging.links.get(block.number)
     if link is not None:
-        stages.join(staged, stages.taken(link.stages[block.number]))
+        stages.join(staged, stages.snapshot(link.stages[block.number]))
     received_map, lost_map = yield from block.tally(MAP_CELLS)
     received, lost = sum(received_map), sum(lost_map)
     return {
@@ -176,7 +176,7 @@ def _block(block: RamBlock, staged: list[int], paging: Paging) -> Generator[None
         "lost": lost,
         "map": {"pages": -(-block.pages // MAP_CELLS), "received": received_map, "lost": lost_map if lost else []},
         "complete": block.complete,
-        "stages_us": stages.told(stages.taken(staged)),
+        "stages_us": stages.summaries(stages.snapshot(staged)),
         "polluted": [[first * block.page_size, (last - first) * block.page_size] for first, last in block.polluted],
     }
 
@@ -203,7 +203,7 @@ def shown_state(client: Client, workforce: WorkerPool) -> str:
 def _client(
     client: Client,
     words: Sequence[int],
-    staged: dict[int, list[counters.Stretch]],
+    staged: dict[int, list[counters.BucketRun]],
     workforce: WorkerPool,
     names: dict[int, str],
     paused: set[int],
@@ -223,7 +223,7 @@ def _client(
         "worker_pid": workforce.pid(client.number),
         "state": shown,
         "blocks": [
-            {"name": names[block], "mode": mode, "stages_us": stages.told(staged[block])} for block, mode in seen
+            {"name": names[block], "mode": mode, "stages_us": stages.summaries(staged[block])} for block, mode in seen
         ],
         "released": sorted({names[region.block] for region in client.released}),
         "faults": counters.faults(words),
@@ -238,6 +238,6 @@ def _client(
         "failures": words[counters.FAILURES],
         "restarts": slot.restarts if slot is not None else 0,
         "denied": words[counters.DENIED] + words[counters.UNNOTED],
-        "walls": counters.walls(words[counters.WALLS]),
+        "walls": counters.sandbox_names(words[counters.SANDBOX]),
         "latency_us": counters.summary(words),
     }

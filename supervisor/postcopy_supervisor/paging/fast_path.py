@@ -26,9 +26,9 @@ from postcopy_protocol.codec import pack_offsets
 from postcopy_protocol.counters import bucket
 from postcopy_protocol.messages import Wake
 from postcopy_protocol.received_map import LOST, PLACING, RECEIVED
-from postcopy_protocol.return_path import DATA
+from postcopy_protocol.return_path import RangeKind
 from postcopy_protocol.stages import ARRIVED, PLACED
-from postcopy_protocol.templates import NUMBER, OFFSET, REQUESTS_END, template_of
+from postcopy_protocol.templates import NUMBER_BYTES, OFFSET_BYTES, REQUEST_LIMIT, template_of
 
 from ..blocks import RamBlock
 from .flow_control import BACKGROUND, RangeRequest
@@ -49,14 +49,14 @@ placed by now; True when more may be wanted in the background."""
 def worker_fast_path(paging: Paging, waiter: int, block: RamBlock, link: SourceLink) -> WorkerFastPath:
     """For the requests of one worker for pages of one remote block."""
     received, number, length, size = block.received, block.number, block.length, block.page_size
-    shift, width, clock = size.bit_length() - 1, size.to_bytes(OFFSET, "little"), time.monotonic
+    shift, width, clock = size.bit_length() - 1, size.to_bytes(OFFSET_BYTES, "little"), time.monotonic
     window, cursor, careful = paging.window_of(waiter, block), paging.cursor, paging.fault
     engine, flow, templates, answers, say = paging.engine, link.flow, link.templates, link.answers, link.say
     waiting, flight, outstanding, queues = engine.waiting, engine.flight(number), flow.outstanding, flow.queues
     starts, ends, most, most_bytes = flight.starts, flight.ends, flow.limits.requests, flow.limits.bytes
 
     def asked(data: bytes) -> None:
-        offset = int.from_bytes(data[-OFFSET:], "little")
+        offset = int.from_bytes(data[-OFFSET_BYTES:], "little")
         if offset >= length:
             return
         page = offset >> shift
@@ -70,7 +70,7 @@ def worker_fast_path(paging: Paging, waiter: int, block: RamBlock, link: SourceL
             or queues  # others are before us
             or len(outstanding) >= most
             or flow.bytes_in_flight >= most_bytes
-            or request >= REQUESTS_END
+            or request >= REQUEST_LIMIT
         ):
             return careful(waiter, block, (page,), pages)
         waiting[key] = {waiter}
@@ -82,7 +82,7 @@ def worker_fast_path(paging: Paging, waiter: int, block: RamBlock, link: SourceL
         flow.next_request = request + 1
         flow.bytes_in_flight += size
         flow.urgent_at = now
-        name, span = request.to_bytes(NUMBER, "big"), data[-OFFSET:] + width
+        name, span = request.to_bytes(NUMBER_BYTES, "big"), data[-OFFSET_BYTES:] + width
         before, behind, answer, between, end = templates[number].urgent
         outstanding[request] = answers[answer + name + between + span + end] = RangeRequest(
             waiter, number, offset, size, now, 1, request
@@ -133,14 +133,14 @@ def _come(
         flow.past,
     )
     starts, ends, words, stages = flight.starts, flight.ends, link.words, link.stages[number]
-    wake = template_of(Wake(number, pack_offsets([0])), OFFSET)
+    wake = template_of(Wake(number, pack_offsets([0])), OFFSET_BYTES)
     argument = bytearray(40)  # of UFFDIO_COPY: destination, source, length, mode, result
     copy = memoryview(argument).cast("Q")
     copy[2] = size
 
     def carefully(wish: RangeRequest, now: float, source: int) -> bool:
         link.landed(wish, now)  # first: what there is no memory for is wished for anew
-        arrived(Arrived(number, ((wish.offset, wish.length, DATA, 0),), ""), (source,))
+        arrived(Arrived(number, ((wish.offset, wish.length, RangeKind.DATA, 0),), ""), (source,))
         return wish.client == BACKGROUND or not flow.pieces
 
     def come(wish: RangeRequest, buffer: memoryview) -> bool:
@@ -165,7 +165,7 @@ def _come(
             flight.land(page, page + 1)
         waiters = waiting.pop((number, page), None)
         if waiters:
-            word = wake + offset.to_bytes(OFFSET, "little")
+            word = wake + offset.to_bytes(OFFSET_BYTES, "little")
             for waiter in waiters:
                 if waiter:
                     tell(waiter, word)

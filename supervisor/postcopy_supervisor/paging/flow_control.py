@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
-from postcopy_protocol.templates import REQUESTS
+from postcopy_protocol.templates import FIRST_REQUEST
 
 PAST = 1024
 SHORTEST_PAUSE = 0.01
@@ -110,7 +110,7 @@ class FlowControl:
     _background: int = 0
     pieces: int = 0
     """Of the background, in flight."""
-    next_request: int = REQUESTS
+    next_request: int = FIRST_REQUEST
     urgent_at: float = -1e9
     _pace: float = 0.0
     """Seconds that the last piece of the background took."""

@@ -23,10 +23,9 @@ from postcopy_protocol.counters import bucket
 from postcopy_protocol.geometry import PAGE_2M, runs
 from postcopy_protocol.messages import Lost, Wake
 from postcopy_protocol.received_map import LOST, MISSING, PLACING, RECEIVED, SHARED, runs_of
-from postcopy_protocol.return_path import LOST as LOST_RANGE
-from postcopy_protocol.return_path import ZERO
+from postcopy_protocol.return_path import RangeKind
 from postcopy_protocol.stages import PLACED
-from postcopy_protocol.templates import OFFSET
+from postcopy_protocol.templates import OFFSET_BYTES
 from postcopy_protocol.window import FaultAround
 
 from ..blocks import RamBlock
@@ -140,8 +139,8 @@ class Paging:
         link = self.links.get(block.number)
         heads = self._lanes_of.setdefault(waiter, [])
         if link is not None and len(heads) < MOST_LANES:
-            heads.append(data[:-OFFSET])
-            self.lanes[data[:-OFFSET]] = worker_fast_path(self, waiter, block, link)
+            heads.append(data[:-OFFSET_BYTES])
+            self.lanes[data[:-OFFSET_BYTES]] = worker_fast_path(self, waiter, block, link)
 
     def left(self, waiter: int) -> None:
         """A client is gone."""
@@ -188,11 +187,11 @@ class Paging:
             first, end = offset // block.page_size, (offset + length) // block.page_size
             lost: Sequence[int] = ()
             stop = end
-            if kind == LOST_RANGE:
+            if kind == RangeKind.LOST:
                 lost = self.lose(block, first, end, arrived.reason)
             else:
                 self._found_again(block, first, end)
-                if kind == ZERO:
+                if kind == RangeKind.ZERO:
                     stop = self._place_zeros(block, first, end)
                 else:
                     stop = self._place_timed(block, first, end, addresses[frame])

@@ -24,7 +24,6 @@ from postcopy_protocol.codec import encode
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.messages import Message
 from postcopy_protocol.return_path import (
-    DATA,
     Advise,
     Advised,
     Complete,
@@ -32,6 +31,7 @@ from postcopy_protocol.return_path import (
     Pages,
     Ping,
     Pong,
+    RangeKind,
     RequestRanges,
     SourceRefused,
     Staged,
@@ -41,7 +41,7 @@ from postcopy_protocol.return_path import (
     features_at,
     pack_ranges,
 )
-from postcopy_protocol.templates import REQUESTS_END, MessageTemplates
+from postcopy_protocol.templates import REQUEST_LIMIT, MessageTemplates
 
 from ..observe.event_log import Tell
 from .flow_control import Effect, FlowControl, GiveUp, RangeRequest, Send
@@ -97,7 +97,7 @@ class SourceLink:
         """A supervisor before us knew this source: silence from the start on is a loss."""
         self.flow = FlowControl()
         self.words = [0] * counters.WORDS
-        self.stages = {stream.block: stages.unkept() for stream in streams}
+        self.stages = {stream.block: stages.scratch() for stream in streams}
         """By block: how long its pages took to arrive, and then to be placed (see ``postcopy_protocol.stages``)."""
         self.requests = self.pages = self.bytes = 0
         self._streams = {stream.block: stream for stream in streams}
@@ -245,7 +245,7 @@ class SourceLink:
         if took:
             self._took(block, took)
         self._do(effects)
-        return Arrived(block, ((offset, length, DATA, 0),), "")
+        return Arrived(block, ((offset, length, RangeKind.DATA, 0),), "")
 
     def _advised(self, message: Advised, now: float) -> None:
         stream = next((stream for stream in self._streams.values() if stream.name == message.name), None)
@@ -290,7 +290,7 @@ class SourceLink:
 
     def _ask(self, wish: RangeRequest, urgent: bool) -> None:
         self.requests += 1
-        if wish.request < REQUESTS_END:
+        if wish.request < REQUEST_LIMIT:
             asked, answer = self.templates[wish.block].request(wish.request, wish.offset, wish.length, urgent)
             self.answers[answer] = wish
             self.say(asked)

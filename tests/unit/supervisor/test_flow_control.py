@@ -9,7 +9,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from postcopy_protocol.templates import REQUESTS
+from postcopy_protocol.templates import FIRST_REQUEST
 from postcopy_supervisor.paging.flow_control import (
     BACKGROUND,
     LONGEST_PAUSE,
@@ -159,7 +159,7 @@ class Wishes(RuleBasedStateMachine):
         assert self.flow.unwished(1, at, end) == ([(at, rest.offset)] if page else [])
         self._heard(effects)
 
-    @rule(request=st.integers(0, 30).map(REQUESTS.__add__), block=st.integers(1, 2), offset=st.integers(0, 400))
+    @rule(request=st.integers(0, 30).map(FIRST_REQUEST.__add__), block=st.integers(1, 2), offset=st.integers(0, 400))
     def nonsense(self, request: int, block: int, offset: int) -> None:
         """Answers that nobody asked for, or with other ranges than asked for, are answers to nothing."""
         start = (offset * 16 + 8) * PAGE  # between two wishes
@@ -237,7 +237,7 @@ def test_a_first_wish_waits_for_one_turn_of_a_storm() -> None:
     assert flow.wish(3, 1, 2000 * PAGE, PAGE, 0.0) == []
     order = []
     for request in range(1, 5):
-        order += sends(flow.answered(REQUESTS + request - 1, 1, [((request - 1) * PAGE, PAGE)], 0.0)[0])
+        order += sends(flow.answered(FIRST_REQUEST + request - 1, 1, [((request - 1) * PAGE, PAGE)], 0.0)[0])
         if request == 3:
             break
     assert order == [3 * PAGE, 1000 * PAGE, 2000 * PAGE]
@@ -267,10 +267,10 @@ def test_the_window_of_the_background_is_small_while_somebody_waits() -> None:
 def test_one_part_twice_is_not_two_parts() -> None:
     flow = FlowControl(LIMITS, up=True)
     flow.wish(1, 1, 0, 2 * PAGE, 0.0)
-    assert flow.answered(REQUESTS, 1, [(0, PAGE)], 1.0) == ([], 0.0)
-    assert flow.answered(REQUESTS, 1, [(0, PAGE)], 1.0) == ([], 0.0)
+    assert flow.answered(FIRST_REQUEST, 1, [(0, PAGE)], 1.0) == ([], 0.0)
+    assert flow.answered(FIRST_REQUEST, 1, [(0, PAGE)], 1.0) == ([], 0.0)
     assert flow.in_flight == 1
-    assert flow.answered(REQUESTS, 1, [(PAGE, PAGE)], 3.0) == ([], 3.0)
+    assert flow.answered(FIRST_REQUEST, 1, [(PAGE, PAGE)], 3.0) == ([], 3.0)
     assert flow.in_flight == 0
 
 
@@ -278,11 +278,11 @@ def test_retries_then_given_up() -> None:
     flow = FlowControl(LIMITS, up=True)
     flow.wish(1, 1, 0, PAGE, 0.0)
     assert flow.tick(9.9) == []
-    assert flow.tick(10.0) == [Send(REQUESTS + 1, 1, 0, PAGE, True)]
-    assert flow.answered(REQUESTS, 1, [(0, PAGE)], 11.0) == ([], 0.0), (
+    assert flow.tick(10.0) == [Send(FIRST_REQUEST + 1, 1, 0, PAGE, True)]
+    assert flow.answered(FIRST_REQUEST, 1, [(0, PAGE)], 11.0) == ([], 0.0), (
         "a late answer to a number that is not in use any more"
     )
-    assert flow.tick(20.0) == [Send(REQUESTS + 2, 1, 0, PAGE, True)]
+    assert flow.tick(20.0) == [Send(FIRST_REQUEST + 2, 1, 0, PAGE, True)]
     assert flow.tick(30.0) == [GiveUp(1, 0, PAGE)]
     assert flow.in_flight == flow.waiting == 0
 

@@ -29,7 +29,7 @@ class Place:
 
     def __init__(self, count: int) -> None:
         clients = {number: client(number, number) for number in range(1, count + 1)}
-        past = {BLOCK: stages.unkept()}
+        past = {BLOCK: stages.scratch()}
         self.reception: Any = cast(Any, SimpleNamespace(clients=clients, past=counters.merge(()), past_stages=past))
         fleet: Any = SimpleNamespace(fleet=SimpleNamespace(slots={}), pid=lambda number: None)
         block: Any = SimpleNamespace(number=BLOCK, name="ram0")
