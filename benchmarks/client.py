@@ -101,7 +101,7 @@ class Toucher:
 
 
 class Client:
-    """The mapping under test, whoever serves it."""
+    """The mapping under test."""
 
     def __init__(self, spec: Answer) -> None:
         self.spec = spec
