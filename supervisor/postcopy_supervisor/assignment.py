@@ -60,6 +60,7 @@ def brief(house: MainLoop, worker: int, incarnation: int, quarantined: bool) -> 
         cgroup=place if house.settings.worker_cgroups else -1,
         blocks=tuple(grants),
         regions=tuple(regions),
+        transport=house.settings.transport,
     )
 
 

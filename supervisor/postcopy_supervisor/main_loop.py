@@ -38,7 +38,8 @@ from postcopy_protocol.messages import (
 )
 from postcopy_protocol.templates import OFFSET_BYTES
 from postcopy_protocol.zmtp import Message as Words
-from postcopy_wire.router import FULL, SENT, Router
+from postcopy_wire.factory import open_router
+from postcopy_wire.transport import FULL, SENT, Router
 
 from . import assignment, shutdown
 from .adopt import PendingWorkers, adopt
@@ -64,12 +65,16 @@ from .observe.audit import Auditor
 from .observe.desk import Desk
 from .observe.event_log import History
 from .observe.recorder import Recorder
-from .paging.paging import Paging
+from .paging.engine import Engine
+from .paging.paging import RemotePaging
+from .paging.placer import Placer
+from .paging.wakers import Wakers
 from .pool.custodian_client import CustodianClient
 from .pool.worker_pool import WorkerPool
 from .recovery import inventory
 from .recovery.inventory import Custodian
 from .recovery.plan import Plan
+from .remote.advise import SourceAccess
 from .remote.sources import Sources
 from .runtime import RuntimeDirectory, SignOfLife, cgroup_procs, made, notify
 from .settings import Settings
@@ -115,8 +120,8 @@ class MainLoop:
         self._stop_bell = descriptors.create_eventfd()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: descriptors.signal_eventfd(self._stop_bell))
-        self.sources = Sources(settings, self._event)
-        advice = self.sources.ask(plan.advice, partial(self._cannot_wait, plan.recovers))
+        self._access = SourceAccess(settings)
+        advice = self._access.ask(plan.advice, partial(self._cannot_wait, plan.recovers))
         self.blocks = {
             name: RamBlock(
                 plan.numbers[name], name, source, settings.page_size, advice.get(name), plan.blocks.get(name)
@@ -147,7 +152,9 @@ class MainLoop:
         self._people()
         self.recorder = self._recording()
         self._router.watch(self.porter.bell, self._rung)
-        self.sources.connect(self._router, advice, self.blocks, self.paging, self._source_said)
+        self.sources = Sources(
+            settings, self._access, self._router, advice, self.blocks, self.paging, self._source_said, self._event
+        )
         adopt(plan, self.custody, self.workforce, self.reception)
         self.returning.expect({number for block in self.paging.links for number in self.reception.with_block(block)})
         if plan.recovers:
@@ -193,27 +200,27 @@ class MainLoop:
         self.workforce.fleet.policy = self.settings.restart
         self._keep_what_workers_need()
         self.zero = ClientZero(self._core, self._by_number, self.custody, self._send_worker, self._event)
-        self.paging = Paging(
-            self._core,
-            self._by_number,
-            self.settings.fault_around,
-            self.zero.fetch,
-            self._tell_worker,
-            self.zero.release,
-            self._event,
-        )
-        self.paging.aside = self.porter.aside
-        self.paging.poison_on_loss = self.settings.poison_on_loss
-        self.zero.paging = self.paging
         allowed = frozenset({os.geteuid()}) | self.settings.allow_uids
         self.reception = AttachServer(
             self.blocks, self.custody, self.porter, self._device, allowed, self.limit, self._event
         )
         self.reception.allowed_groups = self.settings.allow_gids
         self.zero.workforce = self.reception.workforce = self.workforce
+        engine, send = Engine(), _SendToWorker(self._tell_worker)
+        self.paging = RemotePaging(
+            self._by_number,
+            engine,
+            Placer(self._core, self.porter, self._event),
+            Wakers(self._by_number, send, self.zero, self.reception, self._event),
+            self.zero,
+            self.porter,
+            self._event,
+            fault_around=self.settings.fault_around,
+            background_rate=self.settings.background_rate,
+            poison_on_loss=self.settings.poison_on_loss,
+        )
+        self.zero.paging = self.paging
         self.reception.left = self.paging.left
-        self.paging.clients_with = self.reception.with_block
-        self.paging.ring_at = self.porter.ring_at
         self.watchdog = Watchdog(
             self.workforce,
             self.custody,
@@ -225,10 +232,9 @@ class MainLoop:
         )
 
     def _bind(self) -> Router:
-        router = Router(self._said)
-        path = self.runtime.endpoint.removeprefix("ipc://")
-        with made(path):
-            router.listen(path)
+        router = open_router(self.settings.transport, self._said)
+        with made(self.runtime.endpoint.removeprefix("ipc://")):
+            router.listen(self.runtime.endpoint)
         return router
 
     def _open_door(self) -> socket.socket:
@@ -285,23 +291,23 @@ class MainLoop:
         os.eventfd_read(self.porter.bell)
 
     def _said(self, identity: bytes, message: Words) -> None:
-        """A word of the router. Most are taken by a lane (lanes.py); the others are decoded."""
+        """A word of the router. Most take the fast path; the others are decoded."""
         try:
             data = message if isinstance(message, bytes) else message[-1]
-            lane = self.paging.lanes.get(data[:-OFFSET_BYTES])
-            if lane is not None:
-                lane(data)
+            fast_path = self.paging.fast_paths.get(data[:-OFFSET_BYTES])
+            if fast_path is not None:
+                fast_path(data)
             else:
                 self._heard(identity, data)
         except Exception as error:
             self._bug(identity, error)
 
     def _source_said(self, identity: bytes, frames: list[memoryview]) -> None:
-        """A source's word: here, too, a lane takes the most."""
+        """A message of a source: here, too, most take the fast path."""
         try:
-            more = self.sources.lanes[identity](bytes(frames[0]), frames[1]) if len(frames) == 2 else None
+            more = self.sources.fast_paths[identity](bytes(frames[0]), frames[1]) if len(frames) == 2 else None
             if more is None:
-                more = self.sources.heard(identity, frames)
+                more = self.sources.on_message(identity, frames)
             if more:
                 self._stream()
         except Exception as error:
@@ -336,7 +342,7 @@ class MainLoop:
 
     def _stream(self) -> None:
         if self.settings.background_rate:
-            self.paging.background(self.settings.background_rate, self._memory_left(), time.monotonic())
+            self.porter.ring_at(self.paging.stream(self._memory_left()))
 
     def _heard(self, identity: bytes, frame: bytes) -> None:
         try:
@@ -408,11 +414,10 @@ class MainLoop:
     def _tick(self, now: float, at: float) -> None:
         self.workforce.tick()
         self._look_at_memory()
-        self.porter.ring_at(self.zero.background(self.settings.background_rate, self.paging.roomy))
         self.porter.ring_at(self.sources.tick(now))
         self.porter.ring_at(self.returning.knock(self.workforce.fleet.slots.__contains__, now))
         self._alive.tick(now)
-        self.paging.background(self.settings.background_rate, self._memory_left(), now)
+        self._stream()
         self.auditor.step(now)
         if now - self._ticked < 1.0:
             return
@@ -488,7 +493,7 @@ class MainLoop:
 
     def _tell_worker(self, worker: int, data: bytes) -> None:
         slot = self.workforce.fleet.slots.get(worker)
-        # NOBODY: it is gone, or not back yet; its successor asks or wakes by itself.
+        # UNREACHABLE: it is gone, or not back yet; its successor asks or wakes by itself.
         if slot is not None and self._router.send(slot.name, data) == FULL:
             # A wake that it never hears is a client that waits for ever; a successor wakes everybody.
             self.workforce.kill(worker, "takes no more words")
@@ -557,7 +562,7 @@ class MainLoop:
         self.custody.end()
         self.runtime.nobody_stays()
         self._router.close(LINGER)
-        self.sources.close()
+        self._access.close()
         log.info("ended")
 
     def _step_aside(self) -> None:
@@ -567,8 +572,15 @@ class MainLoop:
         self.porter.stop()
         self.custody.step_aside()
         self._router.close(LINGER)
-        self.sources.close()
+        self._access.close()
         log.info("ended; %d clients go on: serve --recover takes them over", len(self.reception.clients))
+
+
+class _SendToWorker:
+    """The port of the wakers to the workers."""
+
+    def __init__(self, send: Callable[[int, bytes], None]) -> None:
+        self.send = send
 
 
 def _furniture(kept: tuple[int, ...]) -> tuple[int, int, int]:

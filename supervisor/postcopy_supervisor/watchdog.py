@@ -93,7 +93,7 @@ class Watchdog:
             unread, waiting = stuck_faults(ufd.fileno())
         except OSError:
             return  # no descriptor is left to look with: nobody is judged unseen
-        if self._engine.waits(number):
+        if self._engine.is_waiting(number):
             waiting = unread
         else:
             waiting -= words[OUTSIDE]  # read, and left waiting on purpose

@@ -1,8 +1,9 @@
 """Both ends of a return path for the fuzzer, as they run: the loop of a page source without its socket, and what a
-supervisor does with words of sources and workers (router, lanes, link, flow, engine, paging) without its kernel.
+supervisor does with messages of sources and workers (router, fast path, link, flow control, engine, paging) without
+its kernel.
 
-Random bytes seldom get as far as a stream that listens, or a request that is open. So each end begins where most words
-mean something, is given words that fit what is open (``nearly``), and is spoiled from there.
+Random bytes seldom reach a listening stream or an open request. So each end begins in a state where most messages have
+a meaning, and is given messages that fit what is open (``nearly``), with random changes.
 """
 
 from __future__ import annotations
@@ -53,11 +54,14 @@ from postcopy_protocol.source_conversation import Stream as Open
 from postcopy_protocol.templates import FIRST_REQUEST
 from postcopy_sources.loop import Loop
 from postcopy_supervisor import main_loop
-from postcopy_supervisor.paging import fast_path, paging
-from postcopy_supervisor.paging.paging import Paging
-from postcopy_supervisor.paging.source_link import SourceLink, Stream
+from postcopy_supervisor.paging import fast_path
+from postcopy_supervisor.paging.engine import Engine
+from postcopy_supervisor.paging.paging import RemotePaging
+from postcopy_supervisor.paging.placer import Placer
+from postcopy_supervisor.paging.source_link import AdvisedBlock
+from postcopy_supervisor.paging.wakers import Wakers
 from postcopy_supervisor.remote import sources
-from postcopy_wire.router import FULL, NOBODY, SENT
+from postcopy_wire.transport import FULL, SENT, UNREACHABLE
 
 PAGE = 4096
 COUNT = 65
@@ -107,33 +111,35 @@ class SourceEnd:
         self.fresh()
 
     def _unstage(self) -> None:
-        for peer in self.loop._peers.values():
+        for peer in self.loop.connections.values():
             peer.unstage()
 
     def fresh(self) -> None:
         if hasattr(self, "loop"):
             self._unstage()
-        self.refused, self._errands = False, deque[Callable[[], None]]()
+        self.refused, self._calls = False, deque[Callable[[], None]]()
         source = Fickle()
-        mailbox = SimpleNamespace(post=self._errands.append, empty=self._posted)
+        calls = SimpleNamespace(call_soon=self._calls.append, take=self._posted)
         router = SimpleNamespace(send_parts=self._send)
         readers = SimpleNamespace(put=self._read, check=lambda: None)
         known = {NAME: (source, Offer(NAME, SIZE, PAGE, IDENTITY))}
-        self.loop = Loop(cast(Any, known), cast(Any, router), cast(Any, mailbox), cast(Any, readers), FEATURES)
+        self.loop = Loop(cast(Any, known), lambda *_: cast(Any, router), cast(Any, calls), cast(Any, readers), FEATURES)
         if self.dice.random() < 0.9:
-            self.loop._hear(SUPERVISOR, encode(Advise(NAME, PAGE, self.dice.choice((FEATURES, ("zero", "push"), ())))))
+            self.loop.on_data(
+                SUPERVISOR, encode(Advise(NAME, PAGE, self.dice.choice((FEATURES, ("zero", "push"), ()))))
+            )
             if self.dice.random() < 0.9:
-                self.loop._hear(SUPERVISOR, encode(Listen(self._stream(), self.dice.choice((0, PAGE, 1 << 24)))))
+                self.loop.on_data(SUPERVISOR, encode(Listen(self._stream(), self.dice.choice((0, PAGE, 1 << 24)))))
 
     def hear(self, data: bytes) -> None:
         """One frame of the supervisor's; what it asks for is read and sent, unless the supervisor does not read."""
         loop, self.refused = self.loop, False
-        peer = loop._peers.get(SUPERVISOR)
-        if peer is not None and loop._urgent(peer, data):
+        peer = loop.connections.get(SUPERVISOR)
+        if peer is not None and loop.answerer.answer_fast(peer, data):
             decode(data, expect=FROM_SUPERVISOR)  # what is taken unread must be what decode takes
             self.express += 1
         else:
-            loop._hear(SUPERVISOR, data)
+            loop.on_data(SUPERVISOR, data)
         if self.dice.random() < 0.8:
             self._settle()
         if self.refused:
@@ -150,7 +156,7 @@ class SourceEnd:
         if chance < 0.02:
             return pick((Advise(NAME, PAGE, ("zero", "push")), Advise(NAME, 1 << 21, ()), Complete(stream)))
         if chance < 0.04:
-            peer = self.loop._peers.get(SUPERVISOR)
+            peer = self.loop.connections.get(SUPERVISOR)
             return UseStaging(peer.staging.number if peer is not None and peer.staging is not None else 1)
         if chance < 0.08:
             return pick((Listen(stream, pick((0, PAGE, 1 << 24))), Ping(pick((0, 1, 1 << 63)))))
@@ -160,7 +166,7 @@ class SourceEnd:
         return RequestRanges(request, stream, pick((True, True, False)), pack_ranges(ranges))
 
     def _streams(self) -> list[Open]:
-        peer = self.loop._peers.get(SUPERVISOR)
+        peer = self.loop.connections.get(SUPERVISOR)
         return list(peer.conversation.streams.values()) if peer is not None else []
 
     def _stream(self) -> int:
@@ -176,7 +182,7 @@ class SourceEnd:
     def _send(self, to: bytes, parts: Sequence[Any]) -> int:
         """The router, at times full, and the supervisor at times gone."""
         if self.dice.random() < 0.05:
-            return FULL if self.dice.random() < 0.98 else NOBODY
+            return FULL if self.dice.random() < 0.98 else UNREACHABLE
         assert to == SUPERVISOR
         self._sent(decode(parts[0], expect=FROM_SOURCE), [len(one) for one in parts[1:]])
         return SENT
@@ -192,7 +198,7 @@ class SourceEnd:
 
     def _placed(self, message: Staged) -> None:
         """The supervisor sets the slot free, mostly."""
-        staging = self.loop._peers[SUPERVISOR].staging
+        staging = self.loop.connections[SUPERVISOR].staging
         check_staged(message, 1 << 20, PAGE, SIZE)
         if staging is not None and staging.number == message.number and self.dice.random() < 0.9:
             assert staging._memory[NONCE + message.slot] == SLOT_FULL, "said to be full, and is not"
@@ -203,20 +209,20 @@ class SourceEnd:
         job.done(job.read())
 
     def _posted(self) -> list[Callable[[], None]]:
-        errands = list(self._errands)
-        self._errands.clear()
-        return errands
+        calls = list(self._calls)
+        self._calls.clear()
+        return calls
 
     def _settle(self) -> None:
         """All that is open is read and sent, and then nothing counts as open."""
         loop = self.loop
-        while loop._streaming or self._errands or loop._sender.held:
-            loop._tick(time.monotonic())
-            if loop._streaming:
-                loop._stream(loop._streaming.popleft())
-            for errand in self._posted():  # the loop would log what goes wrong in one, and go on
-                errand()
-        peer = loop._peers.get(SUPERVISOR)
+        while loop.answerer.streaming or self._calls or loop.sender.held:
+            loop.tick(time.monotonic())
+            if loop.answerer.streaming:
+                loop.answerer.stream_next()
+            for call in self._posted():  # the loop would log what goes wrong in one, and go on
+                call()
+        peer = loop.connections.get(SUPERVISOR)
         if peer is not None:
             talk = peer.conversation
             assert (talk.open_requests, talk.open_bytes, peer.outbox_bytes) == (0, 0, 0)
@@ -270,15 +276,15 @@ class Slots:
 
 
 class SupervisorEnd:
-    """A supervisor with one remote block, one client that faults and one source. Who is woken finds his page marked
-    and placed; engine and flow are in order after every word."""
+    """A supervisor with one remote block, one client that faults and one source. A wake is sent only for
+    pages that are marked and placed; engine and flow control are consistent after every message."""
 
     def __init__(self, dice: random.Random) -> None:
         self.dice, self.now, self.express, self.placed = dice, 1000.0, 0, 0
         clock = SimpleNamespace(
             monotonic=lambda: self.now, monotonic_ns=lambda: int(self.now * 1e9), sleep=lambda _: None
         )
-        self._patches = [patch.object(module, "time", clock) for module in (main_loop, fast_path, paging, sources)]
+        self._patches = [patch.object(module, "time", clock) for module in (main_loop, fast_path, sources)]
         for one in self._patches:
             one.start()
         self.fresh()
@@ -293,32 +299,33 @@ class SupervisorEnd:
         block.forget_own_pages = _void
         block.lost_pages = lambda: [page for page in range(COUNT) if received[page] == LOST]
         self.block = block
-        self.paging = Paging(
-            cast(Any, self.core), {BLOCK: block}, 4 * PAGE, _void, self._tell_worker, _void, cast(Any, _void)
+        alarm, event = SimpleNamespace(ring_at=_void, aside=_void), cast(Any, _void)
+        own, clients = SimpleNamespace(release=_void), SimpleNamespace(with_block=lambda number: [CLIENT])
+        self.paging = RemotePaging(
+            {BLOCK: block},
+            Engine(),
+            Placer(cast(Any, self.core), alarm, event),
+            Wakers({BLOCK: block}, SimpleNamespace(send=self._tell_worker), own, clients, event),
+            SimpleNamespace(fetch=_void),
+            alarm,
+            event,
+            fault_around=4 * PAGE,
+            background_rate=self.dice.choice((-1, -1, 0, 1 << 20)),
+            poison_on_loss=self.dice.random() < 0.2,
+            clock=lambda: self.now,
         )
-        self.paging.poison_on_loss = self.dice.random() < 0.2
-        self.paging.clients_with = lambda number: [CLIENT]
-        self.link = self._link()
-        self.paging.links[BLOCK] = self.link
+        self.link = self.paging.add_source("ipc:///x", [AdvisedBlock(BLOCK, NAME, PAGE, SIZE, IDENTITY)], 5.0, _void)
         self.service = self._service()
         if self.dice.random() < 0.9:
             self.link.tick(self.now)
             self.from_source(encode(Pong(1)))
             self.from_source(encode(self._advice()))
 
-    def _link(self) -> SourceLink:
-        def event(kind: str, *_: Any, **__: Any) -> None:
-            self.service.sources._link_event("", kind, "")
-
-        return SourceLink(
-            "ipc:///x", [Stream(BLOCK, NAME, PAGE, SIZE, IDENTITY)], 5.0, _void, event, self.paging.gave_up
-        )
-
     def _service(self) -> Any:
-        """The service itself, but for the rooms that fault traffic does not enter."""
+        """The main loop, without the parts that faults do not pass."""
         made: Any = object.__new__(main_loop.MainLoop)
         made.paging, made._by_number = self.paging, {BLOCK: self.block}
-        made.settings = SimpleNamespace(background_rate=self.dice.choice((-1, -1, 0, 1 << 20)), max_memory=0)
+        made.settings = SimpleNamespace(background_rate=self.paging.background._bucket.rate, max_memory=0)
         made.reception = SimpleNamespace(clients={CLIENT: None})
         made.workforce = SimpleNamespace(hello=_void, explain=_void, fleet=SimpleNamespace(slots={}))
         made.zero = SimpleNamespace(fetched=lambda message: unpack_offsets(message.lost))
@@ -331,23 +338,24 @@ class SupervisorEnd:
         made._router = SimpleNamespace(send=lambda identity, data: self.answered.append(data))
         made._bug = _raised
         made.sources = object.__new__(sources.Sources)
-        made.sources.links, made.sources._paging, made.sources._babble = {SOURCE: self.link}, self.paging, {}
+        made.sources.links, made.sources._paging, made.sources._bad_messages = {SOURCE: self.link}, self.paging, {}
         made.sources._event = _void
         made.sources.staging, made.sources.parked, made.sources._unshared = {SOURCE: Slots()}, deque(), {""}
-        lane = fast_path.source_fast_path(self.paging, self.link, [self.block], self.core.ioctl)
-        made.sources.lanes = {SOURCE: lane}
-        made.sources._nonsense = self._nonsense
+        fast = fast_path.source_fast_path(self.paging, self.link, [self.block], self.core.ioctl)
+        made.sources.fast_paths = {SOURCE: fast}
+        made.sources._bad_message = self._nonsense
+        made.porter = SimpleNamespace(ring_at=_void)
         return made
 
     def from_source(self, data: bytes) -> None:
         """One head, with raw frames as it promises them, mostly."""
         raw = [memoryview(bytearray(length)) for length in self._lengths(data)]
         self.core.frames = [_range(one) for one in raw if len(one)]
-        zeros = self.paging._zeros
+        zeros = self.paging.placer._zeros
         self.core.frames.append(range(zeros.address, zeros.address + zeros.length))
         self.core.frames.append(range(Slots.address, Slots.address + Slots.count * Slots.slot_bytes))
-        lane = len(raw) == 1 and self.link.answers.get(data)
-        if lane and lane.length == len(raw[0]):
+        expected = self.link.answers.get(data) if len(raw) == 1 else None
+        if expected is not None and expected.length == len(raw[0]):
             decode(data, expect=FROM_SOURCE)
             self.express += 1
         self._said(self.service._source_said, SOURCE, [memoryview(bytearray(data)), *raw])
@@ -360,7 +368,7 @@ class SupervisorEnd:
             raise BadMessage(message.reason)
 
     def nearly_of_source(self) -> Message | bytes:
-        """What the source might say now."""
+        """A message that the source might send now."""
         dice, link = self.dice, self.link
         chance, pick = dice.random(), dice.choice
         if chance < 0.35 and link.answers:
@@ -372,7 +380,7 @@ class SupervisorEnd:
         ranges = [(wish.offset, wish.length)] if wish is not None and dice.random() < 0.6 else some_ranges(dice)
         if dice.random() < 0.3:
             ranges = [(at, PAGE) for offset, length in ranges for at in range(offset, offset + length, PAGE)]
-        request = wish.request if wish is not None and dice.random() < 0.8 else pick((0, 0, 1, FIRST_REQUEST + 5))
+        request = wish.number if wish is not None and dice.random() < 0.8 else pick((0, 0, 1, FIRST_REQUEST + 5))
         stream = pick([*link._blocks, *link._blocks, *link._blocks, 7])
         if chance < 0.6:
             self.service.sources.staging[SOURCE] = Slots()  # opened again, if it was given up
@@ -415,7 +423,7 @@ class SupervisorEnd:
             assert not offset % PAGE
             assert state == RECEIVED if isinstance(message, Wake) else state != RECEIVED
 
-    def _nonsense(self, link: SourceLink, error: Exception) -> None:
+    def _nonsense(self, link: object, error: Exception) -> None:
         raise BadMessage(str(error)) from error
 
     def _advice(self) -> Advised:
@@ -453,4 +461,4 @@ def _raised(what: object, error: Exception) -> None:
 
 
 def _void(*_: Any, **__: Any) -> None:
-    """Takes anything, says nothing."""
+    """Accepts any arguments and does nothing."""

@@ -33,10 +33,13 @@ from postcopy_protocol.return_path import FROM_SUPERVISOR, Pages, unpack_range
 from postcopy_protocol.templates import OFFSET_BYTES
 from postcopy_protocol.window import FaultAround
 from postcopy_supervisor.blocks import RamBlock
+from postcopy_supervisor.paging.engine import Engine
 from postcopy_supervisor.paging.fast_path import source_fast_path
 from postcopy_supervisor.paging.flow_control import Limits
-from postcopy_supervisor.paging.paging import Paging
-from postcopy_supervisor.paging.source_link import SourceLink, Stream
+from postcopy_supervisor.paging.paging import RemotePaging
+from postcopy_supervisor.paging.placer import Placer
+from postcopy_supervisor.paging.source_link import AdvisedBlock, SourceLink
+from postcopy_supervisor.paging.wakers import Wakers
 from postcopy_workers.client_ufd import ClientGone, ClientUserfaultfd, Region
 from postcopy_workers.fault_handler import MESSAGE_FIELDS, FaultHandler
 from postcopy_workers.page_sources import RemotePages
@@ -90,12 +93,12 @@ class Client:
         return [(thread.address - self.grant.address) // PAGE for thread in asleep]
 
 
-class SimulatedPaging(Paging):
+class SimulatedPlacer(Placer):
     """A predecessor's page is compared with its source in real memory, which is not here: nobody pollutes here."""
 
     there: dict[int, bytes]
 
-    def _settle(self, block: RamBlock, page: int, source: int) -> bool:
+    def _accept_present(self, block: RamBlock, page: int, source: int) -> bool:
         block.received[page] = RECEIVED
         return True
 
@@ -151,7 +154,7 @@ class Supervisor:
         self.service = service
         self.box: deque[tuple[str, Any]] = deque()
         self.connected: set[int] = set()
-        self.paging: SimulatedPaging
+        self.paging: RemotePaging
         self.link: SourceLink
         self.life = Life(self._work)
 
@@ -179,16 +182,32 @@ class Supervisor:
             word = Word(decode(data, expect=FROM_SUPERVISOR))
             life.call("say", lambda: service.out.append(word))
 
-        paging = self.paging = SimulatedPaging(
-            cast(Userfaultfd, core), {BLOCK: ram}, 4 * PAGE, _never, to_worker, _never, self._event
+        alarm = SimpleNamespace(ring_at=lambda due: None, aside=lambda act: act())
+        placer = SimulatedPlacer(cast(Userfaultfd, core), alarm, self._event)
+        placer.there = service.memory.pages
+        living = lambda number: [client.number for client in service.clients if client.space.alive]  # noqa: E731
+        wakers = Wakers(
+            {BLOCK: ram},
+            SimpleNamespace(send=to_worker),
+            SimpleNamespace(release=_never),
+            SimpleNamespace(with_block=living),
+            self._event,
         )
-        paging.there = service.memory.pages
-        stream = Stream(BLOCK, NAMES[BLOCK], PAGE, SIZES[BLOCK], RIGHT)
-        self.link = SourceLink("ipc:///x", [stream], PATIENCE, say, self._event, paging.gave_up)
-        self.link.flow.limits = FOR_EVER
-        paging.links[BLOCK] = self.link
+        paging = self.paging = RemotePaging(
+            {BLOCK: ram},
+            Engine(),
+            placer,
+            wakers,
+            SimpleNamespace(fetch=_never),
+            alarm,
+            self._event,
+            fault_around=4 * PAGE,
+            background_rate=0,
+            poison_on_loss=False,
+        )
+        advised = AdvisedBlock(BLOCK, NAMES[BLOCK], PAGE, SIZES[BLOCK], RIGHT)
+        self.link = paging.add_source("ipc:///x", [advised], PATIENCE, say, FOR_EVER)
         self.lane = source_fast_path(paging, self.link, [ram], core.ioctl, lambda buffer: cast(Bytes, buffer).address)
-        paging.clients_with = lambda number: [client.number for client in service.clients if client.space.alive]
         while True:
             told = life.call("hear", lambda: self.box.popleft() if self.box else None)
             if told is not None:
@@ -198,7 +217,7 @@ class Supervisor:
         paging = self.paging
         if kind == "hello":
             self.connected.add(what)
-            paging.tell_worker(what, encode(Wake(0, b"")))
+            paging.wakers.send(what, encode(Wake(0, b"")))
         elif kind == "request":
             self._requested(what, block)
         elif kind == "left":
@@ -209,7 +228,7 @@ class Supervisor:
             self._word(what)
 
     def _requested(self, data: bytes, block: RamBlock) -> None:
-        lane = self.paging.lanes.get(data[:-OFFSET_BYTES])
+        lane = self.paging.fast_paths.get(data[:-OFFSET_BYTES])
         if lane is not None:
             return lane(data)
         message = decode(data, expect=(RequestPages,))
@@ -227,7 +246,7 @@ class Supervisor:
             if self.lane(encode(what.message), cast(memoryview, frame)) is not None:
                 return
         try:
-            arrived = self.link.heard(what.message, what.frames, time.monotonic() + self.service.skipped)
+            arrived = self.link.on_message(what.message, what.frames, time.monotonic() + self.service.skipped)
         except BadMessage:  # what comes twice, and after its time: not used
             return
         if arrived is not None:
@@ -236,8 +255,8 @@ class Supervisor:
 
     def _event(self, kind: str, detail: str, **where: int | str) -> None:
         self.service.events.append(kind)
-        if kind == "recover" or (kind == "source" and self.service.births > 1):
-            self.paging.source_back(self.link)
+        if kind == "source" and self.service.births > 1:
+            self.paging.source_back([BLOCK])
 
     def _tell(self, worker: int, data: bytes) -> None:
         """The router: who is not connected does not hear."""
@@ -522,13 +541,13 @@ class SimulatedHouse:
                 away = self.source.content is None or not self.supervised
                 assert away or self.memory.room == 0, f"nobody brings page {page}"
                 if self.supervised and self.supervisor is not None:
-                    standing = self.supervisor.paging.engine.standing(BLOCK, page)
+                    standing = self.supervisor.paging.engine.waiters_of(BLOCK, page)
                     assert client.number in standing, f"{client.space.name} waits for page {page}, and nobody knows"
         if self.supervised and self.supervisor is not None:
             self.supervisor.paging.engine.check()
             self.supervisor.link.flow.check()
-            for block, first, end in self.supervisor.paging.engine.outstanding():
-                orphans = self.supervisor.link.flow.unwished(block, first * PAGE, end * PAGE)
+            for ask in self.supervisor.paging.engine.outstanding():
+                orphans = self.supervisor.link.flow.not_requested(ask.block, ask.first * PAGE, ask.end * PAGE)
                 assert not orphans, f"counted as asked for, and is not: {orphans}"
 
 

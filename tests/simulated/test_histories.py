@@ -252,7 +252,7 @@ def test_who_waits_for_a_source_stands_in_the_successors_book() -> None:
         service.start_supervisor()
         service.settle()
         service.check_rest()
-        assert service.supervisor is not None and service.supervisor.paging.engine.standing(1, 5) == [1, 2]
+        assert service.supervisor is not None and service.supervisor.paging.engine.waiters_of(1, 5) == [1, 2]
         service.source.start(RIGHT)
         service.settle()
         assert [thread.outcome for thread in threads] == [content(5)] * 2

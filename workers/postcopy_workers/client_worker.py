@@ -30,7 +30,7 @@ from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.messages import Assignment, Lost, Wake
 from postcopy_protocol.templates import OFFSET_BYTES
 from postcopy_protocol.window import FaultAround
-from postcopy_wire.channel import Channel
+from postcopy_wire.transport import Channel
 
 from .client_ufd import ClientGone, ClientUserfaultfd, Region
 from .fault_handler import EVENT_PAGEFAULT, MESSAGE_FIELDS, CannotContinue, FaultHandler

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from postcopy_kernel import descriptors, process
 from postcopy_protocol.messages import Assignment
+from postcopy_wire.factory import preload
 
 from .client_worker import serve_client
 from .worker_zero import serve_worker_zero
@@ -33,6 +34,7 @@ class ForkedWorker:
 
 def fork_worker(assignment: Assignment, fds: list[int], *, privileged: bool) -> ForkedWorker:
     """Fork a worker that keeps ``fds`` and no other descriptor; raises OSError. ``privileged``: see ``Worker``."""
+    preload(assignment.transport)  # here, or every worker would import it into memory of its own
     waiting, gate = os.pipe()
     try:
         pid = os.fork()

@@ -21,7 +21,8 @@ from postcopy_protocol import counters, stages
 from postcopy_protocol.codec import encode
 from postcopy_protocol.messages import Assignment, BlockGrant, WorkerHello
 from postcopy_protocol.received_map import CHANGED, LEASED, WATCHED
-from postcopy_wire.channel import Channel
+from postcopy_wire.factory import open_channel
+from postcopy_wire.transport import Channel
 
 from . import sandbox
 from .fault_handler import CannotContinue
@@ -138,7 +139,8 @@ class Worker:
         worker, incarnation = self.assignment.worker, self.assignment.incarnation
         hello = encode(WorkerHello(worker, incarnation, os.getpid()))
         held = partial(descriptors.signal_eventfd, self.reports.wakeup)
-        return Channel(self.assignment.endpoint, b"w%d.%d" % (worker, incarnation), hello, held)
+        identity = b"w%d.%d" % (worker, incarnation)
+        return open_channel(self.assignment.transport, self.assignment.endpoint, identity, hello, held)
 
     def send_waiting(self, channel: Channel) -> float:
         """Send the queued reports and what the channel holds back; seconds until that must be done again."""

@@ -1,8 +1,7 @@
 """Client zero: the supervisor itself, whose own system calls fault on its own mapping of the blocks.
 
 A fault is read from the core userfaultfd, turned into block and page, given to the engine like any waiter's, fetched
-(through worker zero where the block is local), and released by a wake (or a poison) on the core userfaultfd. The same
-road fills blocks in the background.
+(through worker zero where the block is local), and released by a wake (or a poison) on the core userfaultfd.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import logging
 import mmap
 import os
-import time
 from collections.abc import Callable
 
 from postcopy_kernel import memory
@@ -19,11 +17,10 @@ from postcopy_protocol import counters
 from postcopy_protocol.codec import unpack_offsets
 from postcopy_protocol.geometry import AddressSpace, Region
 from postcopy_protocol.messages import Fetch, Fetched, Message
-from postcopy_protocol.received_map import LOST, RECEIVED
 
 from ..blocks import RamBlock
 from ..paging.engine import Ask
-from ..paging.paging import Paging
+from ..paging.paging import RemotePaging
 from ..pool.custodian_client import CustodianClient
 from ..pool.worker_pool import WorkerPool
 
@@ -33,9 +30,6 @@ NUMBER = 0
 KEY = "client/0"
 PIECE = 1 << 20
 """Bytes asked of worker zero at a time: more would keep an urgent page behind them waiting."""
-
-
-RECEIVED_BYTE, LOST_BYTE = bytes((RECEIVED,)), bytes((LOST,))
 
 
 class ClientZero:
@@ -50,7 +44,7 @@ class ClientZero:
         event: Callable[[str, str], None],
     ) -> None:
         self.workforce: WorkerPool
-        self.paging: Paging
+        self.paging: RemotePaging
         self.faults = 0
         self._core = core
         self._blocks = blocks
@@ -58,9 +52,6 @@ class ClientZero:
         self._event = event
         self._ready = False
         self._outside = 0
-        self._cursor = dict.fromkeys(blocks, 0)
-        self._credit = 0.0
-        self._credited = time.monotonic()
         self._poisoned: set[tuple[int, int]] = set()
         self.statistics = memory.create_memfd("postcopy-zero", counters.PAGE_BYTES)
         self.words = memoryview(mmap.mmap(self.statistics, counters.PAGE_BYTES)).cast("Q")
@@ -111,14 +102,12 @@ class ClientZero:
     def worker_ready(self) -> None:
         """Worker zero is there, for the first time or again: what is in flight is asked (anew)."""
         self._ready = True
-        for ask in self.paging.engine.asked_anew():
-            if isinstance(ask, Ask) and self._blocks[ask.block].kind == "local":
-                self.fetch(ask)
+        for ask in self.outstanding():
+            self.fetch(ask)
 
     def outstanding(self) -> list[Ask]:
         """What worker zero has been asked for and has not answered."""
-        asks = self.paging.engine.asked_anew() if not self.paging.engine.idle else []
-        return [ask for ask in asks if isinstance(ask, Ask) and self._blocks[ask.block].kind == "local"]
+        return [ask for ask in self.paging.engine.outstanding() if self._blocks[ask.block].kind == "local"]
 
     def worker_lost(self) -> None:
         self._ready = False
@@ -130,38 +119,6 @@ class ClientZero:
         first, end = answer.offset // block.page_size, -(-(answer.offset + answer.length) // block.page_size)
         lost = [offset // block.page_size for offset in unpack_offsets(answer.lost)]
         self.paging.do(self.paging.engine.answered(block.number, first, end, lost))
-
-    # --- background ---------------------------------------------------------------------------------------------------
-
-    def background(self, rate: int, allowed: bool) -> float | None:
-        """Ask for the next pieces of what is missing, at most ``rate`` bytes a second; returns when to come again."""
-        now = time.monotonic()
-        self._credit = min(self._credit + (now - self._credited) * rate, float(max(PIECE, rate // 4)))
-        self._credited = now
-        if rate <= 0 or not allowed:
-            return None
-        while self._credit >= PIECE and self.paging.engine.in_flight < 4:
-            piece = self._next_piece()
-            if piece is None:
-                return None
-            self._credit -= PIECE
-            self.paging.do(self.paging.engine.ask(*piece))
-        return now + max(0.005, PIECE / rate)
-
-    def _next_piece(self) -> tuple[int, int, int] | None:
-        """Block, first and end page of what is not there yet; around the end of a block once more, for what was in
-        flight or left over by a worker that died."""
-        for block in self._blocks.values():
-            if block.kind != "local" or block.complete:
-                continue
-            for _ in range(block.pages // max(1, PIECE // block.page_size) + 2):
-                at = self._cursor[block.number]
-                end = self._piece_end(block, at)
-                self._cursor[block.number] = end if end < block.pages else 0
-                states = block.received[at:end]
-                if states.count(RECEIVED_BYTE) + states.count(LOST_BYTE) < len(states):
-                    return block.number, at, end
-        return None
 
     # --- for exports --------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from postcopy_protocol.errors import BadInput, PostcopyError
 
 from ..blocks import RamBlock
 from ..clients.attach_server import AttachServer, Client
-from ..paging.paging import Paging
+from ..paging.paging import RemotePaging
 
 if TYPE_CHECKING:
     from ..main_loop import MainLoop
@@ -75,7 +75,7 @@ class Collector:
                         [(("block", "stage"), (name, stage), stages.histogram(words, stage))
                          for name, words in stages_of for stage in stages.NAMES])  # fmt: skip
         links = list(dict.fromkeys(house.paging.links.values()))
-        found = [(("endpoint",), (link.endpoint,), link.words) for link in links]
+        found = [(("endpoint",), (link.endpoint,), link.counters) for link in links]
         if links:
             yield histogram("postcopy_source_latency_seconds", "From a request to a source to its answer.", found)
             yield _gauge("postcopy_source_up", "1: the source answers.", "endpoint",
@@ -102,7 +102,7 @@ class Collector:
         yield _counter("postcopy_events", "What a person should know, by kind.", "kind", counts)
 
 
-def block_stages(block: RamBlock, reception: AttachServer, paging: Paging) -> memoryview:
+def block_stages(block: RamBlock, reception: AttachServer, paging: RemotePaging) -> memoryview:
     """All faults in a block, of clients that are here or have left, and what the supervisor did for them."""
     link = paging.links.get(block.number)
     found = [client.stages(block.number) for client in reception.clients.values() if block.number in client.touches]

@@ -19,7 +19,7 @@ from postcopy_protocol.received_map import MISSING
 from ..blocks import RamBlock
 from ..clients.attach_server import AttachServer, Client
 from ..paging.flow_control import BACKGROUND, PAST, RangeRequest
-from ..paging.paging import Paging
+from ..paging.paging import RemotePaging
 from .event_log import History
 from .status import shown_state
 
@@ -30,7 +30,9 @@ REMOTE = (
 )
 
 
-def story(block: RamBlock, offset: int, reception: AttachServer, paging: Paging, history: History) -> dict[str, Any]:
+def story(
+    block: RamBlock, offset: int, reception: AttachServer, paging: RemotePaging, history: History
+) -> dict[str, Any]:
     """What is known of the page at ``offset``. Raises BadInput when the block has none there."""
     if offset >= block.length:
         raise BadInput(f"block {block.name} has {block.length} bytes; there is no page at {offset}")
@@ -49,8 +51,8 @@ def story(block: RamBlock, offset: int, reception: AttachServer, paging: Paging,
         "state": block.story(page),
         "present": present,
         "polluted": bool(present) and block.received[page] == MISSING,
-        "told_lost": paging.told_lost(block.number, page),
-        "waiting": paging.engine.standing(block.number, page),
+        "told_lost": paging.wakers.was_denied(block.number, page),
+        "waiting": paging.engine.waiters_of(block.number, page),
         "request": _request(block, first, paging),
         "clients": [_client(client, block, page, reception) for client in _who_maps(block, first, reception)],
         "life": _life(block, first, paging, history),
@@ -58,10 +60,10 @@ def story(block: RamBlock, offset: int, reception: AttachServer, paging: Paging,
     }
 
 
-def _request(block: RamBlock, offset: int, paging: Paging) -> dict[str, Any] | None:
+def _request(block: RamBlock, offset: int, paging: RemotePaging) -> dict[str, Any] | None:
     """What is on its way with this page in it."""
     link = paging.links.get(block.number)
-    found = link.flow.open_wish(block.number, offset) if link is not None else None
+    found = link.flow.find_open(block.number, offset) if link is not None else None
     if found is None:
         return None
     wish, sent = found
@@ -101,11 +103,11 @@ def _client(client: Client, block: RamBlock, page: int, reception: AttachServer)
     }
 
 
-def _life(block: RamBlock, offset: int, paging: Paging, history: History) -> list[dict[str, Any]]:
+def _life(block: RamBlock, offset: int, paging: RemotePaging, history: History) -> list[dict[str, Any]]:
     """Requests that brought it, or did not, and events, in the order of time."""
     told = [event.document() for event in history if event.concerns(block.name, offset, offset + block.page_size)]
     link = paging.links.get(block.number)
-    for wish, came in list(link.flow.past) if link is not None else ():
+    for wish, came in list(link.flow.finished) if link is not None else ():
         if wish.block == block.number and wish.offset <= offset < wish.offset + wish.length:
             took = {"answered_at": _wall(came), "took_ms": round((came - wish.sent) * 1e3, 3)} if came else {}
             who = "in the background" if wish.client == BACKGROUND else f"for client {wish.client}"

@@ -21,7 +21,7 @@ from postcopy_protocol.messages import VERSION
 from ..blocks import RamBlock
 from ..clients.attach_server import AttachServer, Client
 from ..clients.client_zero import ClientZero
-from ..paging.paging import Paging
+from ..paging.paging import RemotePaging
 from ..paging.source_link import SourceLink
 from ..pool.lifecycle import RestartPolicy
 from ..pool.worker_pool import WorkerPool
@@ -44,7 +44,7 @@ def document(
     reception: AttachServer,
     workforce: WorkerPool,
     zero: ClientZero,
-    paging: Paging,
+    paging: RemotePaging,
     history: History,
     recovered: int = 0,
     record: dict[str, Any] | None = None,
@@ -122,7 +122,7 @@ def _totals(
     blocks: Sequence[RamBlock],
     workforce: WorkerPool,
     zero: ClientZero,
-    paging: Paging,
+    paging: RemotePaging,
     history: History,
 ) -> dict[str, Any]:
     counters.join(total, zero.words)
@@ -159,7 +159,7 @@ def blocked_s(words: Sequence[int]) -> float:
     return round(counters.sum_ns(words) / 1e9, 6)
 
 
-def _block(block: RamBlock, staged: list[int], paging: Paging) -> Generator[None, None, dict[str, Any]]:
+def _block(block: RamBlock, staged: list[int], paging: RemotePaging) -> Generator[None, None, dict[str, Any]]:
     link = paging.links.get(block.number)
     if link is not None:
         stages.join(staged, stages.snapshot(link.stages[block.number]))
@@ -190,7 +190,7 @@ def _source(link: SourceLink) -> dict[str, Any]:
         "bytes": link.bytes,
         "in_flight": link.flow.in_flight,
         "waiting": link.flow.waiting,
-        "latency_us": counters.summary(link.words),
+        "latency_us": counters.summary(link.counters),
     }
 
 

@@ -41,15 +41,15 @@ def install(house: MainLoop, points: frozenset[str]) -> None:
     if "request" in points:
         _around(house.paging, "fault", _request)
     if "place" in points:
-        _around(house.paging, "place", _place)
+        _around(house.paging.placer, "place", _place)
     if "wake" in points:
-        _around(house.paging, "tell_worker", functools.partial(_wake, house))
+        _around(house.paging.wakers, "send", functools.partial(_wake, house))
 
 
 def _close_lanes(house: MainLoop) -> None:
     """Everything goes the careful way, past the points, and not by the lanes that know only the common case."""
-    lanes = house.sources.lanes
-    lanes.update(dict.fromkeys(lanes, lambda head, frame: None))
+    fast_paths = house.sources.fast_paths
+    fast_paths.update(dict.fromkeys(fast_paths, lambda head, buffer: None))
     house.paging.learn = lambda data, waiter, block: None  # type: ignore[method-assign]
 
 

@@ -1,4 +1,5 @@
-"""Pages of a source that find no memory in the supervisor: what becomes of them, of their marks, and who is told."""
+"""Pages of a source that find no memory in the supervisor: their marks, their waiters, and when they are requested
+again."""
 
 from __future__ import annotations
 
@@ -16,10 +17,12 @@ from postcopy_protocol.codec import decode, unpack_offsets
 from postcopy_protocol.messages import Wake
 from postcopy_protocol.received_map import LOST, MISSING, PLACING, RECEIVED
 from postcopy_protocol.return_path import RangeKind
-from postcopy_supervisor.paging import paging as module
+from postcopy_supervisor.paging.engine import Engine
 from postcopy_supervisor.paging.flow_control import BACKGROUND, LONGEST_PAUSE
-from postcopy_supervisor.paging.paging import Paging
-from postcopy_supervisor.paging.source_link import Arrived, SourceLink, Stream
+from postcopy_supervisor.paging.paging import RemotePaging
+from postcopy_supervisor.paging.placer import Placer
+from postcopy_supervisor.paging.source_link import AdvisedBlock, Arrived
+from postcopy_supervisor.paging.wakers import Wakers
 
 PAGE = 4096
 BLOCK = 1
@@ -57,14 +60,25 @@ class Bench:
         block.received, block.memory, block.mapping = self.received, self.memory, SimpleNamespace(address=1 << 20)
         block.lost_pages = lambda: [page for page in range(PAGES) if self.received[page] == LOST]
         self.block = cast(Any, block)
-        self.paging = Paging(
-            cast(Any, self.core), {BLOCK: self.block}, PAGE, lambda ask: None, self._told, self._own, self._event
+        alarm = SimpleNamespace(ring_at=self.rung.append, aside=lambda act: None)
+        clients = SimpleNamespace(with_block=lambda number: [])
+        workers, own = SimpleNamespace(send=self._told), SimpleNamespace(release=self._own)
+        self.paging = RemotePaging(
+            {BLOCK: self.block},
+            Engine(),
+            Placer(cast(Any, self.core), alarm, self._event),
+            Wakers({BLOCK: self.block}, workers, own, clients, self._event),
+            SimpleNamespace(fetch=lambda ask: None),
+            alarm,
+            self._event,
+            fault_around=PAGE,
+            background_rate=0,
+            poison_on_loss=False,
+            clock=lambda: self.now,
         )
-        self.paging.ring_at = self.rung.append
-        stream = Stream(BLOCK, "ram0", PAGE, PAGES * PAGE, "right")
-        self.link = SourceLink("ipc:///x", [stream], 5.0, lambda data: None, self._event, self.paging.gave_up)
+        blocks = [AdvisedBlock(BLOCK, "ram0", PAGE, PAGES * PAGE, "right")]
+        self.link = self.paging.add_source("ipc:///x", blocks, 5.0, lambda data: None)
         self.flow = self.link.flow
-        self.paging.links[BLOCK] = self.link
 
     def _event(self, kind: str, *_: object, **where: object) -> None:
         self.events.append(kind)
@@ -83,20 +97,18 @@ class Bench:
 
     def deferred(self) -> list[tuple[int, int, int]]:
         """Client, first and end page."""
-        wishes = self.flow.deferred
-        return [(wish.client, wish.offset // PAGE, (wish.offset + wish.length) // PAGE) for wish in wishes]
+        return [(one.client, one.offset // PAGE, (one.offset + one.length) // PAGE) for one in self.flow.deferred]
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+def bench() -> Iterator[Bench]:
     bench = Bench()
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: bench.now))
     yield bench
     os.close(bench.memory)
 
 
 @pytest.mark.parametrize("kind", [RangeKind.DATA, RangeKind.ZERO])
-def test_what_fits_is_given_and_the_rest_is_asked_for_again(bench: Bench, kind: int) -> None:
+def test_what_fits_is_placed_and_the_rest_is_requested_again(bench: Bench, kind: int) -> None:
     bench.paging.fault(7, bench.block, (2,), window=6)
     bench.paging.fault(0, bench.block, (6,))
     for waiter, page in ((8, 3), (8, 5), (0, 6)):
@@ -106,26 +118,24 @@ def test_what_fits_is_given_and_the_rest_is_asked_for_again(bench: Bench, kind: 
     bench.come(2, 8, kind)
     assert bench.woken == [2, 3] and bench.events == ["no-memory"]
     assert bytes(bench.received[2:8]) == bytes((RECEIVED, RECEIVED, MISSING, MISSING, MISSING, MISSING))
-    assert bench.deferred() == [(8, 5, 7)], "in one request, for who came first; client zero like any other"
-    assert bench.rung == [bench.flow.again_at]
-    assert bench.paging.engine.first_free(BLOCK, 4, 16) == (4, 5), (
-        "nobody waits for it: it is asked for when somebody does"
-    )
+    assert bench.deferred() == [(8, 5, 7)], "one request, for the first waiter; client zero counts as any other"
+    assert bench.rung == [bench.flow.retry_at]
+    assert bench.paging.engine.first_gap(BLOCK, 4, 16) == (4, 5), "it has no waiter: it is requested when it has one"
     bench.core.room = 100
     bench.flow.deferred.clear()
     bench.come(5, 7, kind)
     assert sorted(bench.woken) == [2, 3, 5, 6] and bench.paging.engine.idle
 
 
-def test_a_shortage_is_told_once_however_long_it_takes(bench: Bench) -> None:
-    """What else happened meanwhile stays in the history."""
+def test_a_shortage_is_one_event_however_long_it_takes(bench: Bench) -> None:
+    """Many events of one shortage would push other events out of the history."""
     for seconds in (0.0, 0.01, 0.5, 1.0, 3.0, 30.0):
         bench.now += seconds
         bench.come(3, 4)
     bench.core.room = 1
     bench.come(3, 4)
     bench.come(4, 5)
-    assert bench.events == ["no-memory"], "as good as none"
+    assert bench.events == ["no-memory"], "one page is not the end of the shortage"
     bench.core.room = 1
     bench.come(4, 5)
     bench.now += 2 * LONGEST_PAUSE
@@ -134,17 +144,17 @@ def test_a_shortage_is_told_once_however_long_it_takes(bench: Bench) -> None:
 
 
 def test_marks_of_pages_that_were_not_placed(bench: Bench) -> None:
-    """As they were before; PLACING only where a predecessor's page is there, or it would pass for a stranger's."""
+    """As they were before. PLACING stays only where a predecessor's page is present; MISSING would make it polluted."""
     os.pwrite(bench.memory, b"ours", 5 * PAGE)
     bench.received[4:8] = bytes((PLACING, PLACING, LOST, RECEIVED))
     bench.come(3, 9)
     assert bytes(bench.received[3:9]) == bytes((MISSING, MISSING, PLACING, LOST, RECEIVED, MISSING))
 
 
-def test_what_was_lost_and_denied_is_asked_for_again(bench: Bench) -> None:
-    """Nobody waits for it, and nobody will fault there: who was given SIGBUS is to be told when it comes."""
+def test_lost_pages_that_find_no_memory_are_requested_again(bench: Bench) -> None:
+    """They have no waiter, and no client will fault there: clients that got SIGBUS need the wake."""
     bench.received[4:6] = bytes((LOST, LOST))
-    bench.paging.source_back(bench.link)
+    bench.paging.source_back([BLOCK])
     bench.flow.queues.clear()
     bench.come(4, 6)
     assert bench.deferred() == [(BACKGROUND, 4, 6)]
@@ -154,8 +164,8 @@ def test_what_was_lost_and_denied_is_asked_for_again(bench: Bench) -> None:
     assert bench.events == ["no-memory", "healed"]
 
 
-def test_what_another_request_brings_is_left_to_it(bench: Bench) -> None:
-    """A page that is pushed while it is asked for: asked for once more only when the answer finds no memory, either."""
+def test_pages_that_another_request_brings_are_not_deferred(bench: Bench) -> None:
+    """A page is pushed while it is requested. It is requested again only if the answer finds no memory either."""
     bench.paging.fault(7, bench.block, (2,), window=2)
     for _ in range(3):
         bench.come(2, 4)
@@ -166,8 +176,8 @@ def test_what_another_request_brings_is_left_to_it(bench: Bench) -> None:
     assert bench.deferred() == [(7, 2, 3)]
 
 
-def test_the_background_waits_too(bench: Bench) -> None:
+def test_the_background_waits_during_a_shortage(bench: Bench) -> None:
     bench.flow.up = True
     bench.come(2, 4)
     assert bench.deferred() == [] and bench.paging.engine.idle
-    assert bench.flow.room_for_background(bench.now) == 0 < bench.flow.room_for_background(bench.flow.again_at)
+    assert bench.flow.room_for_background(bench.now) == 0 < bench.flow.room_for_background(bench.flow.retry_at)

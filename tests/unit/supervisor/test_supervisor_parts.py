@@ -17,11 +17,11 @@ from postcopy_supervisor.clients.attach_server import AttachServer, Client
 from postcopy_supervisor.exports import Export
 from postcopy_supervisor.listener import FAILED, Listener
 from postcopy_supervisor.main_loop import MainLoop
-from postcopy_supervisor.paging.flow_control import FlowControl
+from postcopy_supervisor.paging.flow_control import FlowControl, RangeRequest
 from postcopy_supervisor.paging.source_link import FIRST_PING_SECONDS
 from postcopy_supervisor.pool.lifecycle import Slot
 from postcopy_supervisor.remote.sources import Sources
-from postcopy_wire.router import FULL, NOBODY, SENT
+from postcopy_wire.transport import FULL, SENT, UNREACHABLE
 
 ABSENT = cast(Any, None)
 
@@ -79,7 +79,7 @@ def test_an_export_is_over_when_nothing_of_it_is_left(
     assert [entry.name for entry in tmp_path.iterdir()] == (["out"] if state == "done" else [])
 
 
-@pytest.mark.parametrize(("became", "killed"), [(FULL, [3]), (NOBODY, []), (SENT, [])])
+@pytest.mark.parametrize(("became", "killed"), [(FULL, [3]), (UNREACHABLE, []), (SENT, [])])
 def test_a_worker_that_takes_no_more_words_is_killed(became: int, killed: list[int]) -> None:
     """It lives, and a wake is lost: its successor wakes everybody."""
     service = MainLoop.__new__(MainLoop)
@@ -94,11 +94,12 @@ def test_a_postponed_wish_has_a_tick_of_its_own() -> None:
     """A regular tick that comes before its time does not take it away."""
     sources = Sources.__new__(Sources)
     calm, short, hurried = (
-        SimpleNamespace(tick=lambda now: None, hurries=hurries, finished=False, flow=FlowControl())
-        for hurries in (False, False, True)
+        SimpleNamespace(tick=lambda now: None, pings_often=often, finished=False, flow=FlowControl(), state="up")
+        for often in (False, False, True)
     )
-    short.flow.defer([(1, 1, 0, 4096)], 100.0)
-    for links, due in ((calm,), None), ((calm, short), short.flow.again_at), ((hurried,), 100.0 + FIRST_PING_SECONDS):
+    short.flow.defer([RangeRequest(1, 1, 0, 4096)], 100.0)
+    for links, due in ((calm,), None), ((calm, short), short.flow.retry_at), ((hurried,), 100.0 + FIRST_PING_SECONDS):
+        sources.staging = {}
         sources.links = cast(Any, dict(enumerate(links)))
         assert sources.tick(100.0) == due
 
