@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from postcopy.vhost_user.channel import somebody_listens
+from postcopy.vhost_user.channel import is_listening
 from tests.system.service import ROOT, Service, environment, until
 
 pytestmark = pytest.mark.usefixtures("require_userfaultfd")
@@ -112,7 +112,7 @@ def test_a_back_end_reads_memory_that_has_not_come(runtime_dir: Path, tmp_path: 
         Service(runtime_dir, f"ram0={tmp_path / 'ram'}", fault_around="4K"),
         running("vhost_user_back_end.py", path) as back_end,
     ):
-        until(lambda: somebody_listens(str(path)), "the back-end listens")
+        until(lambda: is_listening(str(path)), "the back-end listens")
         attached = run("-m", "postcopy", "attach", "vhost-user", path, "--block", "ram0", "--runtime-dir", runtime_dir)
         assert attached.returncode == 1, "the back-end hangs up in the end"
         assert b"post-copy has ended" in attached.stdout, attached.stderr.decode()

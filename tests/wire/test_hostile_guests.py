@@ -123,7 +123,7 @@ def test_who_closes_the_connection_and_lives_on(watched: Watched) -> None:
                 caller.offer()
         watched.alone()
     liver = watched.service.client("ram0", "shared")
-    liver.do("b.session.door._socket.shutdown(2)")
+    liver.do("b.session.connection._socket.shutdown(2)")
     assert liver.do("words(b, [50, 51])") == [word(50 * PAGE), word(51 * PAGE)]
     watched.service.kill_worker(liver)
     assert liver.do("words(b, [52])") == [word(52 * PAGE)]

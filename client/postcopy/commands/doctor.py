@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from importlib.util import find_spec
 
-import typer
-
 from ..errors import PostcopyError
 from .options import Json
 
@@ -33,10 +31,6 @@ class Finding:
     state: str
     found: str
     remedy: str = ""
-
-
-def add_to(app: typer.Typer) -> None:
-    app.command()(doctor)
 
 
 def doctor(as_json: Json = False) -> None:

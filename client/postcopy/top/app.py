@@ -98,13 +98,13 @@ class Top(App[None]):
         yield Footer()
 
     def on_mount(self) -> None:
-        self.people.focus()
+        self.client_list.focus()
         self.query_one("#blocks").can_focus = False
         self.set_interval(self._interval, self.look)
         self.call_later(self.look)
 
     @property
-    def people(self) -> Clients:
+    def client_list(self) -> Clients:
         """The list of clients."""
         return self.query_one("#clients", Clients)
 
@@ -131,7 +131,7 @@ class Top(App[None]):
         self._put("#map", self._blocks())
         self._put("#sources", Text("\n".join(view.sources(self._now, self._before)), no_wrap=True))
         self._put("#events", self._events())
-        self.people.show(view.arranged(found, self._key, turned=self._turned, wanted=self._wanted))
+        self.client_list.show(view.arranged(found, self._key, turned=self._turned, wanted=self._wanted))
 
     def _put(self, name: str, text: Text) -> None:
         """Into the widget, without a new layout of the screen where it has as many lines as before, and not at all
@@ -194,7 +194,7 @@ class Top(App[None]):
 
     def _close_filter(self) -> None:
         self.query_one("#filter", Input).set_class(bool(self._wanted), "shown")
-        self.people.focus()
+        self.client_list.focus()
 
     def on_input_changed(self, event: Input.Changed) -> None:
         self._wanted = event.value
