@@ -356,8 +356,8 @@ class RamBlock:
         self._audit, self.polluted = None, tuple(self._strange)
         return True
 
-    def story(self, page: int) -> str:
-        """State of a page in a word."""
+    def page_state(self, page: int) -> str:
+        """State of a page by the received map."""
         return ("missing", "placing", "received", "lost")[self.received[page]]
 
     def forget_own_pages(self) -> None:

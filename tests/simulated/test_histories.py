@@ -141,7 +141,7 @@ class History(RuleBasedStateMachine):
 
     @invariant()
     def holds(self) -> None:
-        if hasattr(self, "house"):
+        if hasattr(self, "service"):
             self.service.check()
 
     @rule()
@@ -152,7 +152,7 @@ class History(RuleBasedStateMachine):
         self.service.check_rest()
 
     def teardown(self) -> None:
-        if not hasattr(self, "house"):
+        if not hasattr(self, "service"):
             return
         try:
             self.service.custodian = True

@@ -1,101 +1,75 @@
 """Trace points: ``serve --trace request,wake`` logs what passes them, one line each, in the fields of an event.
 
-    loop     the main loop is entered and left            quit     the word to end has come
-    core     a fault of the supervisor's own mapping      foreign  any other descriptor: door, custodian, pidfd, clock
-    request  somebody stands at a page: block and offset  place    the supervisor places pages
-    wake     a worker is told to wake its client, or that a page is lost
+    loop     the main loop begins and ends                quit     the supervisor is asked to end
+    core     a fault of the supervisor's own mapping      foreign  any other event: clients, custodian, pidfds, ticks
+    request  a client waits for a page: block and offset  place    the supervisor places pages
+    wake     a worker has to wake its client, or a page is lost
 
-Off by default, and then there is nothing in the way: the points are wrapped around methods only when somebody asks,
-and remote pages then go the careful way instead of the lanes.
-What a worker places from a file or a function passes the supervisor nowhere; ``serve --record`` shows that.
+They cost nothing when off: the traced parts are subclasses, used only with ``--trace``. Then every remote page takes
+the slow path instead of the fast one. What a worker places from a file or a handler does not pass the supervisor;
+``serve --record`` shows that.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
 
 from postcopy_protocol.codec import decode, unpack_offsets
 from postcopy_protocol.messages import Lost, Wake
 
 from ..blocks import RamBlock
-from ..listener import CoreFaults, ListenerEvent, QuitAsked
+from ..events import ClientMessage, CoreFaults, CustodianMessage, ListenerEvent, StopRequested
 from .event_log import field
-
-if TYPE_CHECKING:
-    from ..main_loop import MainLoop
 
 log = logging.getLogger("postcopy.trace")
 
 
-def install(house: MainLoop, points: frozenset[str]) -> None:
-    """Put the points that are asked for into a house that does not run yet."""
-    if "loop" in points:
-        _around(house, "run", lambda: say("loop", at="entry"), lambda: say("loop", at="exit"))
-    if points & {"quit", "core", "foreign"}:
-        _around(house, "_happened", functools.partial(_happening, points))
-    if points & {"request", "place", "wake"}:
-        _close_lanes(house)
-    if "request" in points:
-        _around(house.paging, "fault", _request)
-    if "place" in points:
-        _around(house.paging, "place", _place)
-    if "wake" in points:
-        _around(house.paging, "tell_worker", functools.partial(_wake, house))
+def trace(point: str, **fields: int | str) -> None:
+    """Log one line: ``trace.POINT key=value ...``."""
+    log.info("trace.%s %s", point, " ".join(f"{key}={field(value)}" for key, value in fields.items()))
 
 
-def _close_lanes(house: MainLoop) -> None:
-    """Everything goes the careful way, past the points, and not by the lanes that know only the common case."""
-    lanes = house.sources.lanes
-    lanes.update(dict.fromkeys(lanes, lambda head, frame: None))
-    house.paging.learn = lambda data, waiter, block: None  # type: ignore[method-assign]
+class TracePoints:
+    """The points that are asked for."""
 
+    def __init__(self, points: frozenset[str], blocks: Mapping[int, RamBlock]) -> None:
+        self._points = points
+        self._blocks = blocks
 
-def say(point: str, **fields: int | str) -> None:
-    """One line: ``trace.POINT key=value ...``."""
-    told = " ".join(f"{key}={field(value)}" for key, value in fields.items())
-    log.info("trace.%s %s", point, told)
+    @property
+    def on_faults(self) -> bool:
+        """Is a point asked for that the fast path does not pass?"""
+        return bool(self._points & {"request", "place", "wake"})
 
+    def loop(self, at: str) -> None:
+        if "loop" in self._points:
+            trace("loop", at=at)
 
-def _around(owner: object, name: str, before: Callable[..., None], after: Callable[[], None] = lambda: None) -> None:
-    method = getattr(owner, name)
+    def event(self, event: ListenerEvent) -> None:
+        point = "core" if isinstance(event, CoreFaults) else "quit" if isinstance(event, StopRequested) else "foreign"
+        if point not in self._points:
+            return
+        fields: dict[str, int | str] = {"descriptor": type(event).__name__}
+        if isinstance(event, CoreFaults):
+            fields["events"] = len(event.events)
+        elif isinstance(event, ClientMessage | CustodianMessage) and event.message is not None:
+            fields["message"] = type(event.message).__name__
+        trace(point, **fields)
 
-    def traced(*arguments: Any, **named: Any) -> Any:
-        before(*arguments, **named)
-        try:
-            return method(*arguments, **named)
-        finally:
-            after()
+    def request(self, waiter: int, block: RamBlock, pages: Sequence[int]) -> None:
+        if "request" in self._points:
+            for page in pages:
+                trace("request", client=waiter, block=block.name, offset=page * block.page_size)
 
-    setattr(owner, name, traced)
+    def place(self, block: RamBlock, first: int, end: int) -> None:
+        if "place" in self._points:
+            trace("place", block=block.name, offset=first * block.page_size, length=(end - first) * block.page_size)
 
-
-def _happening(points: frozenset[str], happening: ListenerEvent) -> None:
-    kind = type(happening).__name__
-    point = {CoreFaults: "core", QuitAsked: "quit"}.get(type(happening), "foreign")
-    if point not in points:
-        return
-    if isinstance(happening, CoreFaults):
-        return say(point, descriptor=kind, events=len(happening.events))
-    message = getattr(happening, "message", None)
-    say(point, descriptor=kind, **({"message": type(message).__name__} if message is not None else {}))
-
-
-def _request(waiter: int, block: RamBlock, pages: Any, *more: Any, **named: Any) -> None:
-    for page in pages:
-        say("request", client=waiter, block=block.name, offset=page * block.page_size)
-
-
-def _place(block: RamBlock, first: int, end: int, source: int) -> None:
-    say("place", block=block.name, offset=first * block.page_size, length=(end - first) * block.page_size)
-
-
-def _wake(house: MainLoop, worker: int, data: bytes) -> None:
-    message = decode(data, expect=(Wake, Lost))
-    names = {block.number: block.name for block in house.blocks.values()}
-    if isinstance(message, Wake | Lost):
-        for offset in unpack_offsets(message.offsets):
-            lost = "lost" if isinstance(message, Lost) else "present"
-            say("wake", worker=worker, block=names.get(message.block, "-"), offset=offset, page=lost)
+    def wake(self, worker: int, data: bytes) -> None:
+        message = decode(data)
+        if "wake" in self._points and isinstance(message, Wake | Lost):
+            block = self._blocks.get(message.block)
+            for offset in unpack_offsets(message.offsets):
+                lost = "lost" if isinstance(message, Lost) else "present"
+                trace("wake", worker=worker, block=block.name if block else "-", offset=offset, page=lost)
