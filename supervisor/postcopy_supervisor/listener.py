@@ -81,9 +81,7 @@ class FileWatches:
 class Listener(threading.Thread):
     """``watch_*`` and ``forget_*`` may be called from the main thread at any time; epoll allows it."""
 
-    def __init__(
-        self, core: Userfaultfd, stop_eventfd: int, attach_socket: socket.socket, files: FileWatches
-    ) -> None:
+    def __init__(self, core: Userfaultfd, stop_eventfd: int, attach_socket: socket.socket, files: FileWatches) -> None:
         super().__init__(name="listener", daemon=True)
         self.queue: collections.deque[ListenerEvent] = collections.deque()
         self.wakeup = descriptors.create_eventfd()

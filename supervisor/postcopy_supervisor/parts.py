@@ -12,7 +12,7 @@ from .clients.client import Clients
 from .clients.client_zero import ClientZero
 from .observe.event_log import EventLog
 from .observe.recorder import Recorder
-from .paging.paging import Paging
+from .paging.paging import RemotePaging
 from .pool.worker_pool import WorkerPool
 
 
@@ -33,7 +33,7 @@ class Parts:
     clients: Clients
     pool: WorkerPool
     zero: ClientZero
-    paging: Paging
+    paging: RemotePaging
     event_log: EventLog
     control_page: memoryview
     recorder: Recorder | None

@@ -33,7 +33,7 @@ from .observe.queries import LongAnswers
 from .parts import RunState
 from .pool.custodian_client import CustodianClient
 from .pool.worker_pool import Process, WorkerPool
-from .remote.sources import Sources
+from .remote.advise import SourceAccess
 from .runtime import RuntimeDirectory, notify
 
 log = logging.getLogger("postcopy")
@@ -82,7 +82,7 @@ class Shutdown:
     answers: LongAnswers
     listener: Listener
     router: Router
-    sources: Sources
+    access: SourceAccess
     runtime: RuntimeDirectory
     attach_socket: socket.socket
     control_page: memoryview
@@ -123,7 +123,7 @@ class Shutdown:
 
     def _close(self) -> None:
         self.router.close(LINGER_SECONDS)
-        self.sources.close()
+        self.access.close()
 
 
 def end_workers(pool: WorkerPool, quit_eventfd: int) -> None:
@@ -168,7 +168,7 @@ def poison_holes(clients: Clients, blocks: Mapping[int, RamBlock]) -> None:
             block = blocks[region.block]
             if not _poison_region(client.userfaultfd, region, block, budget):
                 log.error(
-                    "client %d: no memory or time to poison every missing page of block %s: a touch of the others waits",
+                    "client %d: no memory or time to poison every missing page of block %s: the others wait",
                     client.number,
                     block.name,
                 )

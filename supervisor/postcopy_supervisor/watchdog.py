@@ -91,7 +91,7 @@ class Watchdog:
             unread, waiting = stuck_faults(ufd.fileno())
         except OSError:
             return  # no descriptor is left to look with
-        if self._engine.waits(number):
+        if self._engine.is_waiting(number):
             waiting = unread
         else:
             waiting -= page[counters.OUTSIDE]  # read, and left waiting on purpose

@@ -1,5 +1,6 @@
 """Both ends of a return path for the fuzzer, as they run: the loop of a page source without its socket, and what a
-supervisor does with words of sources and workers (router, lanes, link, flow, engine, paging) without its kernel.
+supervisor does with messages of sources and workers (router, fast path, link, flow control, engine, paging) without
+its kernel.
 
 Random bytes seldom get as far as a stream that listens, or a request that is open. So each end begins where most words
 mean something, is given words that fit what is open (``nearly``), and is spoiled from there.
@@ -53,9 +54,13 @@ from postcopy_protocol.source_conversation import Stream as Open
 from postcopy_protocol.templates import REQUESTS
 from postcopy_sources.loop import Loop
 from postcopy_supervisor import main_loop
-from postcopy_supervisor.paging import fast_path, paging
-from postcopy_supervisor.paging.paging import Paging
-from postcopy_supervisor.paging.source_link import SourceLink, Stream
+from postcopy_supervisor.paging import fast_path
+from postcopy_supervisor.paging.engine import Engine
+from postcopy_supervisor.paging.paging import RemotePaging
+from postcopy_supervisor.paging.placer import Placer
+from postcopy_supervisor.paging.source_link import AdvisedBlock
+from postcopy_supervisor.paging.wakers import Wakers
+from postcopy_supervisor.parts import RunState
 from postcopy_supervisor.remote import sources
 from postcopy_wire.router import FULL, NOBODY, SENT
 
@@ -278,7 +283,7 @@ class SupervisorEnd:
         clock = SimpleNamespace(
             monotonic=lambda: self.now, monotonic_ns=lambda: int(self.now * 1e9), sleep=lambda _: None
         )
-        self._patches = [patch.object(module, "time", clock) for module in (main_loop, fast_path, paging, sources)]
+        self._patches = [patch.object(module, "time", clock) for module in (main_loop, fast_path, sources)]
         for one in self._patches:
             one.start()
         self.fresh()
@@ -293,68 +298,71 @@ class SupervisorEnd:
         block.forget_own_pages = _void
         block.lost_pages = lambda: [page for page in range(COUNT) if received[page] == LOST]
         self.block = block
-        self.paging = Paging(
-            cast(Any, self.core), {BLOCK: block}, 4 * PAGE, _void, self._tell_worker, _void, cast(Any, _void)
+        alarm, event = SimpleNamespace(tick_at=_void, call_soon=_void), cast(Any, _void)
+        own, clients = SimpleNamespace(release=_void), SimpleNamespace(with_block=lambda number: [CLIENT])
+        self.paging = RemotePaging(
+            {BLOCK: block},
+            Engine(),
+            Placer(cast(Any, self.core), alarm, event),
+            Wakers({BLOCK: block}, SimpleNamespace(send=self._tell_worker), own, clients, event),
+            SimpleNamespace(fetch=_void),
+            alarm,
+            event,
+            fault_around=4 * PAGE,
+            background_rate=self.dice.choice((-1, -1, 0, 1 << 20)),
+            poison_on_loss=self.dice.random() < 0.2,
+            clock=lambda: self.now,
         )
-        self.paging.poison_on_loss = self.dice.random() < 0.2
-        self.paging.clients_with = lambda number: [CLIENT]
-        self.link = self._link()
-        self.paging.links[BLOCK] = self.link
-        self.service = self._service()
+        self.link = self.paging.add_source("ipc:///x", [AdvisedBlock(BLOCK, NAME, PAGE, SIZE, IDENTITY)], 5.0, _void)
+        self.loop = self._main_loop()
         if self.dice.random() < 0.9:
             self.link.tick(self.now)
             self.from_source(encode(Pong(1)))
             self.from_source(encode(self._advice()))
 
-    def _link(self) -> SourceLink:
-        def event(kind: str, *_: Any, **__: Any) -> None:
-            self.service.sources._link_event("", kind, "")
-
-        return SourceLink(
-            "ipc:///x", [Stream(BLOCK, NAME, PAGE, SIZE, IDENTITY)], 5.0, _void, event, self.paging.gave_up
+    def _main_loop(self) -> main_loop.MainLoop:
+        """The real dispatcher, with the ports that fault traffic passes."""
+        made: Any = object.__new__(sources.Sources)
+        made.links, made._paging, made._bad_messages, made._event = {SOURCE: self.link}, self.paging, {}, _void
+        made.staging, made.parked, made._unshared = {SOURCE: Slots()}, deque(), {""}
+        fast = fast_path.source_fast_path(self.paging, self.link, [self.block], self.core.ioctl)
+        made.fast_paths = {SOURCE: fast}
+        made._bad_message = self._nonsense
+        self.sources = made
+        ports: Any = SimpleNamespace(
+            state=RunState(0.0, "running"),
+            blocks={BLOCK: self.block},
+            clients={CLIENT},
+            pool=SimpleNamespace(on_hello=_void, explain=_void, send=_void, events=deque()),
+            zero=SimpleNamespace(on_fetched=lambda message: unpack_offsets(message.lost)),
+            paging=self.paging,
+            sources=made,
+            periodic=SimpleNamespace(stream=lambda: self.paging.stream(1 << 62)),
+            answers=SimpleNamespace(answer=lambda question: ControlRefused("fuzzed")),
+            long_answers=SimpleNamespace(ask=_void),
+            replies=SimpleNamespace(
+                send_answer=lambda identity, answer: self.answered.append(encode(answer)), report_bug=_raised
+            ),
+            event=_void,
         )
-
-    def _service(self) -> Any:
-        """The service itself, but for the rooms that fault traffic does not enter."""
-        made: Any = object.__new__(main_loop.MainLoop)
-        made.paging, made._by_number = self.paging, {BLOCK: self.block}
-        made.settings = SimpleNamespace(background_rate=self.dice.choice((-1, -1, 0, 1 << 20)), max_memory=0)
-        made.reception = SimpleNamespace(clients={CLIENT: None})
-        made.workforce = SimpleNamespace(hello=_void, explain=_void, fleet=SimpleNamespace(slots={}))
-        made.zero = SimpleNamespace(fetched=lambda message: unpack_offsets(message.lost))
-        made.history, made.blocks, made.exports = (
-            SimpleNamespace(tell=_void, after=_void),
-            {},
-            SimpleNamespace(get=_void),
-        )
-        made.desk, made.ask_to_end = SimpleNamespace(ask=_void), _void
-        made._router = SimpleNamespace(send=lambda identity, data: self.answered.append(data))
-        made._bug = _raised
-        made.sources = object.__new__(sources.Sources)
-        made.sources.links, made.sources._paging, made.sources._babble = {SOURCE: self.link}, self.paging, {}
-        made.sources._event = _void
-        made.sources.staging, made.sources.parked, made.sources._unshared = {SOURCE: Slots()}, deque(), {""}
-        lane = fast_path.source_fast_path(self.paging, self.link, [self.block], self.core.ioctl)
-        made.sources.lanes = {SOURCE: lane}
-        made.sources._nonsense = self._nonsense
-        return made
+        return main_loop.MainLoop(ports)
 
     def from_source(self, data: bytes) -> None:
         """One head, with raw frames as it promises them, mostly."""
         raw = [memoryview(bytearray(length)) for length in self._lengths(data)]
         self.core.frames = [_range(one) for one in raw if len(one)]
-        zeros = self.paging._zeros
+        zeros = self.paging.placer._zeros
         self.core.frames.append(range(zeros.address, zeros.address + zeros.length))
         self.core.frames.append(range(Slots.address, Slots.address + Slots.count * Slots.slot_bytes))
-        lane = len(raw) == 1 and self.link.answers.get(data)
-        if lane and lane.length == len(raw[0]):
+        expected = self.link.answers.get(data) if len(raw) == 1 else None
+        if expected is not None and expected.length == len(raw[0]):
             decode(data, expect=FROM_SOURCE)
             self.express += 1
-        self._said(self.service._source_said, SOURCE, [memoryview(bytearray(data)), *raw])
+        self._said(self.loop.on_source_message, SOURCE, [memoryview(bytearray(data)), *raw])
 
     def from_worker(self, data: bytes) -> None:
         self.answered.clear()
-        self._said(self.service._said, WORKER, data)
+        self._said(self.loop.on_message, WORKER, data)
         for answer in self.answered:
             message = decode(answer, expect=(ControlRefused,))
             raise BadMessage(message.reason)
@@ -372,10 +380,10 @@ class SupervisorEnd:
         ranges = [(wish.offset, wish.length)] if wish is not None and dice.random() < 0.6 else some_ranges(dice)
         if dice.random() < 0.3:
             ranges = [(at, PAGE) for offset, length in ranges for at in range(offset, offset + length, PAGE)]
-        request = wish.request if wish is not None and dice.random() < 0.8 else pick((0, 0, 1, REQUESTS + 5))
+        request = wish.number if wish is not None and dice.random() < 0.8 else pick((0, 0, 1, REQUESTS + 5))
         stream = pick([*link._blocks, *link._blocks, *link._blocks, 7])
         if chance < 0.6:
-            self.service.sources.staging[SOURCE] = Slots()  # opened again, if it was given up
+            self.sources.staging[SOURCE] = Slots()  # opened again, if it was given up
             return Staged(stream, request, *ranges[0], pick((9, 9, 9, 8)), pick((0, 1, 2, 2, 3, 1 << 40)))
         if chance < 0.61:
             return Staging(10, pick((1, 1 << 40)), dice.randrange(99), bytes(16), 4, 4 * PAGE)
@@ -393,11 +401,11 @@ class SupervisorEnd:
         self.now += self.dice.choice((0.0, 0.0001, 0.001, 0.001, 0.3))
         try:
             hear(identity, message)
-            while self.service.sources.parked:
-                self.service._place_parked(None)
+            while self.sources.parked:
+                self.loop._place_parked()
             if self.dice.random() < 0.1:
                 self.now += self.dice.choice((0.1, 0.5, 2.0, 7.0, 16.0))
-                self.service.sources.tick(self.now)
+                self.sources.tick(self.now)
         finally:
             self.link.flow.check()
             self.paging.engine.check()
@@ -415,7 +423,7 @@ class SupervisorEnd:
             assert not offset % PAGE
             assert state == RECEIVED if isinstance(message, Wake) else state != RECEIVED
 
-    def _nonsense(self, link: SourceLink, error: Exception) -> None:
+    def _nonsense(self, link: object, error: Exception) -> None:
         raise BadMessage(str(error)) from error
 
     def _advice(self) -> Advised:

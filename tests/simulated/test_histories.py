@@ -3,13 +3,16 @@ ever."""
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from postcopy_protocol.received_map import PLACING, RECEIVED
+from postcopy_supervisor.events import Tick
 from tests.simulated.effort import effort
-from tests.simulated.supervisor import COUNT, Client, SimulatedHouse, content
+from tests.simulated.supervisor import COUNT, Client, SimulatedService, content
 from tests.simulated.wire import RIGHT
 
 MOST_SLEEPERS = 5
@@ -21,13 +24,13 @@ moments = st.sampled_from(("before", "after"))
 class History(RuleBasedStateMachine):
     """Clients, their workers, a custodian, a supervisor and a source."""
 
-    service: SimulatedHouse
+    service: SimulatedService
 
     @initialize(
         modes=st.lists(st.tuples(st.sampled_from(("private", "shared")), st.booleans()), min_size=1, max_size=3)
     )
     def serve(self, modes: list[tuple[str, bool]]) -> None:
-        self.service = SimulatedHouse(modes)
+        self.service = SimulatedService(modes)
 
     def _client(self, number: int) -> Client:
         return self.service.clients[number % len(self.service.clients)]
@@ -135,7 +138,7 @@ class History(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.service.skipped += seconds
         if self.service.supervisor is not None:
-            self.service.supervisor.box.append(("tick", None))
+            self.service.supervisor.inbox.append(Tick(time.monotonic()))
 
     # --- the law ------------------------------------------------------------------------------------------------------
 
@@ -173,7 +176,7 @@ TestHistory.settings = effort(60, 40)
 
 @pytest.mark.parametrize("mode", ["private", "shared"])
 def test_a_page_comes_from_the_source(mode: str) -> None:
-    service = SimulatedHouse([(mode, False)])
+    service = SimulatedService([(mode, False)])
     try:
         thread = service.touch(service.clients[0], 3)
         service.settle()
@@ -185,7 +188,7 @@ def test_a_page_comes_from_the_source(mode: str) -> None:
 
 def test_a_supervisor_that_dies_between_copy_and_mark() -> None:
     """The page is ours, and whoever waits for it gets it from the next one."""
-    service = SimulatedHouse([("private", False), ("shared", True)])
+    service = SimulatedService([("private", False), ("shared", True)])
     try:
         thread = service.touch(service.clients[0], 3)
         assert service.supervisor is not None
@@ -212,7 +215,7 @@ def test_a_supervisor_that_dies_between_copy_and_mark() -> None:
 @pytest.mark.parametrize("room", [0, 1])
 def test_no_memory_is_waited_for_by_its_waiter_alone(room: int, style: str) -> None:
     """The answer comes by either road, alone or with its window; the supervisor hears everything else meanwhile."""
-    service = SimulatedHouse([("private", False), ("shared", False)])
+    service = SimulatedService([("private", False), ("shared", False)])
     first, second = service.clients
     try:
         assert service.supervisor is not None
@@ -241,7 +244,7 @@ def test_no_memory_is_waited_for_by_its_waiter_alone(room: int, style: str) -> N
 
 
 def test_who_waits_for_a_source_stands_in_the_successors_book() -> None:
-    service = SimulatedHouse([("private", False), ("shared", False)])
+    service = SimulatedService([("private", False), ("shared", False)])
     try:
         service.settle()
         service.source.stop()
@@ -252,7 +255,7 @@ def test_who_waits_for_a_source_stands_in_the_successors_book() -> None:
         service.start_supervisor()
         service.settle()
         service.check_rest()
-        assert service.supervisor is not None and service.supervisor.paging.engine.standing(1, 5) == [1, 2]
+        assert service.supervisor is not None and service.supervisor.paging.engine.waiters_of(1, 5) == [1, 2]
         service.source.start(RIGHT)
         service.settle()
         assert [thread.outcome for thread in threads] == [content(5)] * 2

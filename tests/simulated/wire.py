@@ -29,7 +29,8 @@ from postcopy_protocol.return_path import (
 )
 from postcopy_protocol.source_conversation import Offer, Phase, SourceConversation, SourceRefusal
 from postcopy_supervisor.paging.engine import Ask, Effect, Engine, Release
-from postcopy_supervisor.paging.source_link import Arrived, SourceLink, Stream
+from postcopy_supervisor.paging.flow_control import RangeRequest
+from postcopy_supervisor.paging.source_link import AdvisedBlock, Arrived, SourceLink
 
 PAGE = 4096
 SIZES = {1: 8 * PAGE, 2: 4 * PAGE + 17}
@@ -168,19 +169,23 @@ class Supervisor:
         self.received: set[tuple[int, int]] = set()
         self.lost: set[tuple[int, int]] = set()
         self.waiting: set[tuple[int, int, int]] = set()
-        streams = [Stream(block, NAMES[block], PAGE, SIZES[block], RIGHT) for block in SIZES]
-        self.link = SourceLink("ipc:///x", streams, patience, self._send, self._event, self._gave_up)
+        blocks = [AdvisedBlock(block, NAMES[block], PAGE, SIZES[block], RIGHT) for block in SIZES]
+        self.link = SourceLink("ipc:///x", blocks, patience, self._send, self._event, self)
 
     def _event(self, kind: str, detail: str, **_: int | str) -> None:
         self.events.append((kind, detail))
-        if kind == "pause":
-            self.staging = None
 
     def _send(self, data: bytes) -> None:
         self.out.append(Word(decode(data, expect=FROM_SUPERVISOR)))
 
-    def _gave_up(self, block: int, offset: int, length: int) -> None:
+    def gave_up(self, block: int, offset: int, length: int) -> None:
         self._lose(block, offset, length)
+
+    def source_lost(self, link: SourceLink) -> None:
+        self.staging = None
+
+    def source_back(self, link: SourceLink) -> None:
+        """Nothing is requested again here."""
 
     def _lose(self, block: int, offset: int, length: int) -> None:
         pages = [
@@ -212,11 +217,11 @@ class Supervisor:
 
     def hear(self, word: Word) -> None:
         if len(word.frames) == 1:
-            wish = self.link.expected(encode(word.message), word.frames[0])
+            wish = self._expected(encode(word.message), word.frames[0])
             if wish is not None:
                 assert word.content == RIGHT, "pages of another content were taken"
                 self._arrived(Arrived(wish.block, [(wish.offset, wish.length, DATA, 0)], ""))
-                self.link.landed(wish, self.now)
+                self.link.completed(wish, self.now)
                 self.expected += 1
                 return
         try:
@@ -226,7 +231,7 @@ class Supervisor:
                 case Staging(number):
                     self.staging = self.memories.get(number)
                     return self.link.use_staging(number) if self.staging is not None else None
-            arrived = self.link.heard(word.message, word.frames, self.now)
+            arrived = self.link.on_message(word.message, word.frames, self.now)
         except BadMessage as error:
             self.events.append(("source-nonsense", str(error)))
             return
@@ -234,13 +239,19 @@ class Supervisor:
             assert word.content == RIGHT, "pages of another content were taken"
             self._arrived(arrived)
 
+    def _expected(self, head: bytes, length: int) -> RangeRequest | None:
+        """As the fast path knows an answer."""
+        request = self.link.answers.pop(head, None)
+        known = request is not None and self.link.flow.outstanding.get(request.number) is request
+        return request if known and request is not None and request.length == length else None
+
     def _staged(self, message: Staged) -> None:
         """As Sources does: placed from the slot as it is at this instant, and set free whatever becomes of it."""
         staging, slot = self.staging, message.slot
         if staging is None or staging.number != message.number or staging.slots[slot] is None:
             return
         lies = staging.slots[slot]
-        arrived = self.link.staged(message, 4 * PAGE, self.now)
+        arrived = self.link.on_staged(message, 4 * PAGE, self.now)
         staging.slots[slot] = None
         if arrived is not None:
             assert lies == (NAMES[arrived.block], message.offset, message.length, RIGHT), "other bytes were placed"
@@ -265,7 +276,7 @@ class Supervisor:
         for effect in effects:
             if isinstance(effect, Ask):
                 length = (effect.end - effect.first) * PAGE
-                self.link.wish(client, effect.block, effect.first * PAGE, length, self.now)
+                self.link.request(client, effect.block, effect.first * PAGE, length, self.now)
             else:
                 self._release(effect)
 
@@ -286,9 +297,9 @@ class Supervisor:
         wishes = [*flow.outstanding.values(), *(wish for queue in flow.queues.values() for wish in queue)]
         asked = [(wish.block, page) for wish in wishes for page in _pages_of(wish.offset, wish.length)]
         assert len(asked) == len(set(asked)), "a page is on its way twice"
-        open_pages = {(block, page) for block, low, high in self.engine.outstanding() for page in range(low, high)}
+        open_pages = {(ask.block, page) for ask in self.engine.outstanding() for page in range(ask.first, ask.end)}
         assert open_pages <= set(asked), f"counted as asked for, and is not: {open_pages - set(asked)}"
-        assert set(self.link._blocks) == set(self.link._numbers.values())
+        assert set(self.link._blocks) == set(self.link._streams.values())
         kinds = [kind for kind, _ in self.events if kind in ("source", "pause", "recover")]
         assert kinds[:1] in ([], ["source"]) and set(kinds[1::2]) <= {"pause"} and set(kinds[2::2]) <= {"recover"}
         assert (self.link.state == "up") == (bool(kinds) and kinds[-1] != "pause")

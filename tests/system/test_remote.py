@@ -48,6 +48,28 @@ def test_in_order_with_fault_around(runtime_dir: Path, source_file: SourceFile, 
         assert asked == pages if window == "4K" else asked < pages / 8
 
 
+def test_local_and_remote_blocks_share_one_background_rate(runtime_dir: Path, source_file: SourceFile) -> None:
+    """Each kind had a token bucket of its own: 2M gave 1.8 and 1.6 MiB/s."""
+    rate, path = 2 * MIB, source_file(32 * MIB)
+    with (
+        Source(f"far={path}") as source,
+        Service(runtime_dir, source.block("far"), f"near={path}", background_rate="2M") as service,
+    ):
+
+        def received() -> tuple[float, list[int]]:
+            status = service.status()
+            return status["uptime_s"], [block["received"] * PAGE for block in status["blocks"]]
+
+        until(lambda: all(received()[1]), "both streams have begun")
+        begun, before = received()
+        until(lambda: received()[0] > begun + 4, "some seconds pass")
+        ended, after = received()
+    far, near = (have - had for had, have in zip(before, after, strict=True))
+    assert far + near <= 1.15 * rate * (ended - begun)
+    assert far + near >= 0.5 * rate * (ended - begun), "the rate is used"
+    assert min(far, near) >= (far + near) / 4, "no block keeps the other from its turn"
+
+
 def test_several_blocks_and_several_sources(runtime_dir: Path, source_file: SourceFile) -> None:
     paths = [source_file(MIB + PAGE * number + 1, number, f"{number}.bin") for number in range(4)]
     one = Source(f"x={paths[0]}", f"y={paths[1]}")

@@ -63,7 +63,7 @@ class Router:
 
     def __init__(
         self,
-        heard: Heard,
+        heard: Heard = lambda name, message: None,
         gone: Callable[[bytes], object] = lambda name: None,
         *,
         queue: int = 1000,
@@ -100,6 +100,10 @@ class Router:
             raise
         self._listener = listener
         self.watch(listener.fileno(), self._accept)
+
+    def deliver(self, heard: Heard) -> None:
+        """Give messages of peers that connect to ``heard`` from now on; called before the first ``turn``."""
+        self.heard = heard
 
     def connect(self, path: str, name: bytes, heard: HeardPlaced, met: Callable[[], object], capacity: int) -> None:
         """Seek the peer at this socket, now and whenever it is gone. ``met`` is called each time that it is there;

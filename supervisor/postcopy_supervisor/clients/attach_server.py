@@ -133,9 +133,7 @@ class AttachServer:
         self._estimate = descriptors.count_descriptors() + unfinished * DESCRIPTORS_PER_CLIENT
         return self._estimate + SPARE_DESCRIPTORS <= self._limit
 
-    def on_message(
-        self, connection: socket.socket, message: Message | BadMessage | None, fds: tuple[int, ...]
-    ) -> None:
+    def on_message(self, connection: socket.socket, message: Message | BadMessage | None, fds: tuple[int, ...]) -> None:
         """Handle a message, or the end (None) of a connection. Descriptors that are not kept are closed."""
         client = self._clients.by_connection.get(connection)
         kept = False

@@ -6,24 +6,21 @@ block, from the source for a remote one. A wake (or a poison) on the core userfa
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 
 from postcopy_kernel.userfaultfd import PageFault, Userfaultfd
 from postcopy_protocol.codec import unpack_offsets
 from postcopy_protocol.geometry import AddressSpace, Region
 from postcopy_protocol.messages import Fetched
-from postcopy_protocol.received_map import LOST, RECEIVED
 
 from ..blocks import RamBlock
 from ..observe.event_log import Tell
 from ..paging.engine import Ask
-from ..paging.paging import Paging
+from ..paging.paging import RemotePaging
 from .worker_zero import NUMBER, WorkerZero
 
 PIECE = 1 << 20
 """Bytes requested from worker zero at a time: more would delay an urgent page behind them."""
-RECEIVED_BYTE, LOST_BYTE = bytes((RECEIVED,)), bytes((LOST,))
 
 
 class OwnMapping:
@@ -54,7 +51,7 @@ class ClientZero:
     def __init__(
         self,
         blocks: Mapping[int, RamBlock],
-        paging: Paging,
+        paging: RemotePaging,
         worker: WorkerZero,
         mapping: OwnMapping,
         event: Tell,
@@ -67,9 +64,6 @@ class ClientZero:
         self._mapping = mapping
         self._event = event
         self._outside = 0
-        self._cursor = dict.fromkeys(blocks, 0)
-        self._credit = 0.0
-        self._credited = time.monotonic()
         self._space = AddressSpace(
             Region(block.number, "shared", block.mapping.address, block.length, 0) for block in blocks.values()
         )
@@ -107,8 +101,7 @@ class ClientZero:
 
     def outstanding(self) -> list[Ask]:
         """What worker zero has been asked for and has not answered."""
-        asks = self._paging.engine.asked_anew() if not self._paging.engine.idle else []
-        return [ask for ask in asks if isinstance(ask, Ask) and self._blocks[ask.block].kind == "local"]
+        return [ask for ask in self._paging.engine.outstanding() if self._blocks[ask.block].kind == "local"]
 
     def on_fetched(self, answer: Fetched) -> None:
         block = self._blocks.get(answer.block)
@@ -117,39 +110,6 @@ class ClientZero:
         first, end = answer.offset // block.page_size, -(-(answer.offset + answer.length) // block.page_size)
         lost = [offset // block.page_size for offset in unpack_offsets(answer.lost)]
         self._paging.do(self._paging.engine.answered(block.number, first, end, lost))
-
-    # --- background ---------------------------------------------------------------------------------------------------
-
-    def background(self, rate: int, allowed: bool) -> float | None:
-        """Ask for the next missing pieces of local blocks, at most ``rate`` bytes a second; returns when to call it
-        again."""
-        now = time.monotonic()
-        self._credit = min(self._credit + (now - self._credited) * rate, float(max(PIECE, rate // 4)))
-        self._credited = now
-        if rate <= 0 or not allowed:
-            return None
-        while self._credit >= PIECE and self._paging.engine.in_flight < 4:
-            piece = self._next_piece()
-            if piece is None:
-                return None
-            self._credit -= PIECE
-            self._paging.do(self._paging.engine.ask(*piece))
-        return now + max(0.005, PIECE / rate)
-
-    def _next_piece(self) -> tuple[int, int, int] | None:
-        """Block, first and end page of a piece with missing pages; past the end of a block once more, for what was in
-        flight or left by a worker that died."""
-        for block in self._blocks.values():
-            if block.kind != "local" or block.complete:
-                continue
-            for _ in range(block.pages // max(1, PIECE // block.page_size) + 2):
-                at = self._cursor[block.number]
-                end = self._piece_end(block, at)
-                self._cursor[block.number] = end if end < block.pages else 0
-                states = block.received[at:end]
-                if states.count(RECEIVED_BYTE) + states.count(LOST_BYTE) < len(states):
-                    return block.number, at, end
-        return None
 
     # --- exports ------------------------------------------------------------------------------------------------------
 

@@ -72,7 +72,7 @@ class Collector:
                         [(("block", "stage"), (name, stage), stages.histogram(page, stage))
                          for name, page in stages_of for stage in stages.NAMES])  # fmt: skip
         links = list(dict.fromkeys(parts.paging.links.values()))
-        found = [(("endpoint",), (link.endpoint,), link.words) for link in links]
+        found = [(("endpoint",), (link.endpoint,), link.counters) for link in links]
         if links:
             yield histogram("postcopy_source_latency_seconds", "From a request to a source to its answer.", found)
             yield _gauge("postcopy_source_up", "1: the source answers.", "endpoint",
@@ -125,7 +125,9 @@ def _client_metrics(pages: Sequence[tuple[Client, list[int]]], restarts: Callabl
         for client, page in pages:
             family.add_metric(_labels(client), page[counter] if isinstance(counter, int) else counter(page))
         yield family
-    blocked = CounterMetricFamily("postcopy_client_blocked_seconds", "Time spent waiting for missing pages.", labels=labels)
+    blocked = CounterMetricFamily(
+        "postcopy_client_blocked_seconds", "Time spent waiting for missing pages.", labels=labels
+    )
     restarted = CounterMetricFamily("postcopy_client_restarts", "Restarts of this client's worker.", labels=labels)
     for client, page in pages:
         blocked.add_metric(_labels(client), counters.sum_ns(page) / 1e9)

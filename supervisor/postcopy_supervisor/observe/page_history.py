@@ -19,7 +19,7 @@ from postcopy_protocol.received_map import MISSING
 from ..blocks import RamBlock
 from ..clients.client import Client, Clients
 from ..paging.flow_control import BACKGROUND, PAST, RangeRequest
-from ..paging.paging import Paging
+from ..paging.paging import RemotePaging
 from ..parts import Parts
 from ..pool.worker_pool import WorkerPool
 from .event_log import EventLog
@@ -52,8 +52,8 @@ def page_history(parts: Parts, block: RamBlock, offset: int) -> dict[str, Any]:
         "state": block.page_state(page),
         "present": present,
         "polluted": bool(present) and block.received[page] == MISSING,
-        "told_lost": paging.told_lost(block.number, page),
-        "waiting": paging.engine.standing(block.number, page),
+        "told_lost": paging.wakers.was_denied(block.number, page),
+        "waiting": paging.engine.waiters_of(block.number, page),
         "request": _request(block, first, paging),
         "clients": [_client(client, block, page, parts.pool) for client in _clients_at(block, first, parts.clients)],
         "life": _past(block, first, paging, parts.event_log),
@@ -61,10 +61,10 @@ def page_history(parts: Parts, block: RamBlock, offset: int) -> dict[str, Any]:
     }
 
 
-def _request(block: RamBlock, offset: int, paging: Paging) -> dict[str, Any] | None:
+def _request(block: RamBlock, offset: int, paging: RemotePaging) -> dict[str, Any] | None:
     """The request in flight, or queued, that has this page in it."""
     link = paging.links.get(block.number)
-    found = link.flow.open_wish(block.number, offset) if link is not None else None
+    found = link.flow.find_open(block.number, offset) if link is not None else None
     if found is None:
         return None
     request, sent = found
@@ -105,15 +105,13 @@ def _client(client: Client, block: RamBlock, page: int, pool: WorkerPool) -> dic
     }
 
 
-def _past(block: RamBlock, offset: int, paging: Paging, event_log: EventLog) -> list[dict[str, Any]]:
+def _past(block: RamBlock, offset: int, paging: RemotePaging, event_log: EventLog) -> list[dict[str, Any]]:
     """Requests that had the page in them, answered or not, and events, in the order of time."""
     found = [event.document() for event in event_log if event.concerns(block.name, offset, offset + block.page_size)]
     link = paging.links.get(block.number)
-    for request, came in list(link.flow.past) if link is not None else ():
+    for request, came in list(link.flow.finished) if link is not None else ():
         if request.block == block.number and request.offset <= offset < request.offset + request.length:
-            took = (
-                {"answered_at": _wall_clock(came), "took_ms": round((came - request.sent) * 1e3, 3)} if came else {}
-            )
+            took = {"answered_at": _wall_clock(came), "took_ms": round((came - request.sent) * 1e3, 3)} if came else {}
             who = "in the background" if request.client == BACKGROUND else f"for client {request.client}"
             text = f"asked of {link.endpoint if link else ''} {who}"
             found.append({"at": _wall_clock(request.sent), "kind": "asked", "detail": text, **_range(request), **took})

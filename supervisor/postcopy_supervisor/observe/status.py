@@ -18,7 +18,7 @@ from postcopy_protocol.messages import VERSION
 
 from ..blocks import RamBlock
 from ..clients.client import Client, Clients
-from ..paging.paging import Paging
+from ..paging.paging import RemotePaging
 from ..paging.source_link import SourceLink
 from ..parts import Parts
 from ..pool.lifecycle import RestartPolicy
@@ -138,7 +138,7 @@ def blocked_s(page: Sequence[int]) -> float:
     return round(counters.sum_ns(page) / 1e9, 6)
 
 
-def _block(block: RamBlock, staged: list[int], paging: Paging) -> Generator[None, None, dict[str, Any]]:
+def _block(block: RamBlock, staged: list[int], paging: RemotePaging) -> Generator[None, None, dict[str, Any]]:
     link = paging.links.get(block.number)
     if link is not None:
         stages.join(staged, stages.taken(link.stages[block.number]))
@@ -169,7 +169,7 @@ def _source(link: SourceLink) -> dict[str, Any]:
         "bytes": link.bytes,
         "in_flight": link.flow.in_flight,
         "waiting": link.flow.waiting,
-        "latency_us": counters.summary(link.words),
+        "latency_us": counters.summary(link.counters),
     }
 
 

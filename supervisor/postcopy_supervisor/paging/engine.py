@@ -1,9 +1,8 @@
-"""The engine: who waits for which page, and what has been asked for. Pure: events in, effects out, no clock, no
-descriptor.
+"""The engine: which waiter waits for which page, and which pages are requested. Pure: events in, effects out.
 
-Pages are asked for once, however many wait. Waiters are numbers (0 is the supervisor itself, client zero; a client's
-number else). Invariant: every waited-for page is inside exactly one request in flight, so nobody can be forgotten;
-``check`` asserts it.
+A page is requested once, however many clients wait for it. A waiter is a number: 0 is client zero, the supervisor
+itself; any other is a client. Invariant: every page that has a waiter is inside exactly one requested range, so no
+waiter can be forgotten. ``check`` asserts it.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """Bring pages ``first`` to ``end`` of a block."""
+    """Effect: request pages ``first`` to ``end`` of a block."""
 
     block: int
     first: int
@@ -24,7 +23,7 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """Let a waiter of this page run: it is present; or, ``lost``, it never will be."""
+    """Effect: let a waiter of this page run. The page is present or, with ``lost``, will never be."""
 
     waiter: int
     block: int
@@ -35,17 +34,17 @@ class Release:
 Effect = Ask | Release
 
 
-class Flight:
-    """Ranges of one block in flight, none overlapping another: found by page without looking at all of them."""
+class Ranges:
+    """Requested ranges of one block. They do not overlap; a page is found by bisection."""
 
     __slots__ = ("ends", "starts")
 
     def __init__(self) -> None:
         self.starts: list[int] = []  # ascending
-        self.ends: dict[int, int] = {}  # by start, in the order in which they were asked
+        self.ends: dict[int, int] = {}  # by start, in the order of the requests
 
-    def take_off(self, first: int, end: int) -> int:
-        """Add the first part, from ``first`` on, that is not in flight; its end. 0 when ``first`` itself is."""
+    def add(self, first: int, end: int) -> int:
+        """Add the part from ``first`` up to the next requested page; its end. 0: ``first`` itself is requested."""
         starts, ends = self.starts, self.ends
         at = bisect_right(starts, first)
         if at and first < ends[starts[at - 1]]:
@@ -56,10 +55,10 @@ class Flight:
         ends[first] = end
         return end
 
-    def land(self, first: int, end: int) -> None:
-        """Take a range out, whole requests or parts of them."""
+    def remove(self, first: int, end: int) -> None:
+        """Remove a range: whole requests or parts of them."""
         starts, ends = self.starts, self.ends
-        if ends.get(first) == end:  # the rule
+        if ends.get(first) == end:  # one whole request: the common case
             del ends[first]
             del starts[bisect_left(starts, first)]
             return
@@ -77,8 +76,8 @@ class Flight:
                     ends[low] = high
                     at += 1
 
-    def free(self, first: int, end: int) -> tuple[int, int] | None:
-        """The first part of a range that is not in flight."""
+    def first_gap(self, first: int, end: int) -> tuple[int, int] | None:
+        """The first part of ``first`` to ``end`` that is not requested."""
         starts, ends = self.starts, self.ends
         at = bisect_right(starts, first)
         if at:
@@ -92,26 +91,26 @@ class Flight:
 
 
 class Engine:
-    """Waiters and requests in flight of all blocks. The lanes (lanes.py) do by hand what ``stand`` and ``answered``
-    do for one page; ``fault`` and ``answered`` say the same in effects, of any number of pages."""
+    """Waiters and requested ranges of all blocks. The fast path (fast_path.py) inlines ``wait`` and ``answered`` for
+    one page; ``fault`` and ``answered`` give the same as effects, for any number of pages."""
 
     def __init__(self) -> None:
         self.waiting: dict[tuple[int, int], set[int]] = {}
-        """Who stands at a page, by (block, page)."""
-        self.flights: dict[int, Flight] = {}
-        """By block."""
+        """Waiters by (block, page)."""
+        self._ranges: dict[int, Ranges] = {}  # by block
         self.requests = 0
         self.deduplicated = 0
+        """Faults on pages that were requested already."""
 
-    def flight(self, block: int) -> Flight:
-        """What is in flight of a block; always the same object."""
-        flight = self.flights.get(block)
-        if flight is None:
-            flight = self.flights[block] = Flight()
-        return flight
+    def ranges(self, block: int) -> Ranges:
+        """The requested ranges of a block; always the same object."""
+        ranges = self._ranges.get(block)
+        if ranges is None:
+            ranges = self._ranges[block] = Ranges()
+        return ranges
 
-    def stand(self, waiter: int, block: int, page: int, end: int) -> int:
-        """A waiter stands at ``page``. The end of what has to be asked for from there, at most ``end``; 0: nothing."""
+    def wait(self, waiter: int, block: int, page: int, end: int) -> int:
+        """Add a waiter of ``page``. Returns the end of the range to request from there, at most ``end``; 0: none."""
         key = (block, page)
         waiters = self.waiting.get(key)
         if waiters is not None:
@@ -119,7 +118,7 @@ class Engine:
             self.deduplicated += 1
             return 0
         self.waiting[key] = {waiter}
-        end = self.flight(block).take_off(page, end)
+        end = self.ranges(block).add(page, end)
         if end:
             self.requests += 1
         else:
@@ -127,25 +126,24 @@ class Engine:
         return end
 
     def fault(self, waiter: int, block: int, page: int, end: int) -> list[Effect]:
-        """A waiter stands at ``page``; if it has to be asked for, then pages up to ``end`` in the same breath."""
-        end = self.stand(waiter, block, page, end)
+        """A waiter faulted on ``page``. If the page must be requested, the pages up to ``end`` go with it."""
+        end = self.wait(waiter, block, page, end)
         return [Ask(block, page, end)] if end else []
 
     def ask(self, block: int, first: int, end: int) -> list[Effect]:
-        """Ask for a range, whoever wants it (background too); what is in flight of it is not asked for again."""
-        free = self.first_free(block, first, end)
-        if free is None:
+        """Request the first part of a range that is not requested, without a waiter (background)."""
+        gap = self.first_gap(block, first, end)
+        if gap is None:
             return []
-        self.flight(block).take_off(*free)
+        self.ranges(block).add(*gap)
         self.requests += 1
-        return [Ask(block, *free)]
+        return [Ask(block, *gap)]
 
     def answered(self, block: int, first: int, end: int, lost: Iterable[int] = ()) -> list[Effect]:
-        """Pages ``first`` to ``end`` have an answer, asked for or not, whole requests or parts: release all who
-        wait."""
-        if block in self.flights:
-            self.flights[block].land(first, end)
-        gone = set(lost)
+        """Pages ``first`` to ``end`` have an answer, requested or not: release all their waiters."""
+        if block in self._ranges:
+            self._ranges[block].remove(first, end)
+        lost = set(lost)
         if end - first == 1:
             keys = [(block, first)] if (block, first) in self.waiting else []
         else:
@@ -153,63 +151,60 @@ class Engine:
         effects: list[Effect] = []
         for key in keys:
             for waiter in sorted(self.waiting.pop(key)):
-                effects.append(Release(waiter, block, key[1], key[1] in gone))
+                effects.append(Release(waiter, block, key[1], key[1] in lost))
         return effects
 
-    def first_free(self, block: int, first: int, end: int) -> tuple[int, int] | None:
-        """The first part of a range that is not in flight."""
-        flight = self.flights.get(block)
-        return flight.free(first, end) if flight is not None else (first, end) if first < end else None
+    def first_gap(self, block: int, first: int, end: int) -> tuple[int, int] | None:
+        """The first part of ``first`` to ``end`` that is not requested."""
+        ranges = self._ranges.get(block)
+        return ranges.first_gap(first, end) if ranges is not None else (first, end) if first < end else None
 
-    def outstanding(self) -> Iterator[tuple[int, int, int]]:
-        """(block, first, end) of everything in flight, block by block in the order in which it was asked."""
-        for block, flight in sorted(self.flights.items()):
-            for first, end in flight.ends.items():
-                yield block, first, end
-
-    def asked_anew(self) -> list[Effect]:
-        """Whoever was asked has died: everything in flight is asked again, in the old order."""
-        return [Ask(*outstanding) for outstanding in self.outstanding()]
+    def outstanding(self) -> Iterator[Ask]:
+        """Every requested range, block by block in the order of the requests."""
+        for block, ranges in sorted(self._ranges.items()):
+            for first, end in ranges.ends.items():
+                yield Ask(block, first, end)
 
     def leave(self, waiter: int) -> list[tuple[int, int]]:
-        """A waiter is gone; returns the (block, page) it stood at. What it asked for is brought all the same."""
-        stood = [key for key, waiters in self.waiting.items() if waiter in waiters]
-        for key in stood:
+        """Forget a waiter; returns the (block, page) it waited for. Its requests stay: others may wait for them."""
+        left = [key for key, waiters in self.waiting.items() if waiter in waiters]
+        for key in left:
             self.waiting[key].discard(waiter)
             if not self.waiting[key]:
                 del self.waiting[key]
-        return sorted(stood)
+        return sorted(left)
 
     @property
     def in_flight(self) -> int:
-        """Requests without an answer yet."""
-        return sum(len(flight.starts) for flight in self.flights.values())
+        """Number of requested ranges."""
+        return sum(len(ranges.starts) for ranges in self._ranges.values())
 
     @property
     def idle(self) -> bool:
-        """Nothing in flight and nobody waiting."""
-        return not self.waiting and not any(flight.starts for flight in self.flights.values())
+        """Nothing is requested and no waiter is left."""
+        return not self.waiting and not self.in_flight
 
-    def waits(self, waiter: int) -> bool:
-        """Does it stand anywhere?"""
+    def is_waiting(self, waiter: int) -> bool:
+        """Does it wait for any page?"""
         return any(waiter in waiters for waiters in self.waiting.values())
 
-    def waited_for(self, block: int) -> list[int]:
-        """Pages of a block that somebody stands at."""
+    def pages_waited_for(self, block: int) -> list[int]:
+        """Pages of a block that have a waiter."""
         return sorted(page for number, page in self.waiting if number == block)
 
-    def standing(self, block: int, page: int) -> list[int]:
-        """Who stands at a page."""
+    def waiters_of(self, block: int, page: int) -> list[int]:
+        """Waiters of one page."""
         return sorted(self.waiting.get((block, page), ()))
 
     def check(self) -> None:
         """Assert the invariants (tests call it after every event)."""
+        outstanding = list(self.outstanding())
         for (block, page), waiters in self.waiting.items():
-            assert waiters, f"page {page} of block {block} is waited for by nobody"
-            flights = sum(number == block and first <= page < end for number, first, end in self.outstanding())
-            assert flights == 1, f"page {page} of block {block} is waited for and in flight {flights} times"
-        for flight in self.flights.values():
-            assert flight.starts == sorted(flight.ends)
-            ends = [flight.ends[start] for start in flight.starts]
-            assert all(start < end for start, end in zip(flight.starts, ends, strict=True))
-            assert all(end <= start for end, start in zip(ends, flight.starts[1:], strict=False)), "asked for twice"
+            assert waiters, f"page {page} of block {block} has an empty set of waiters"
+            count = sum(ask.block == block and ask.first <= page < ask.end for ask in outstanding)
+            assert count == 1, f"page {page} of block {block} has waiters and is requested {count} times"
+        for ranges in self._ranges.values():
+            assert ranges.starts == sorted(ranges.ends)
+            ends = [ranges.ends[start] for start in ranges.starts]
+            assert all(start < end for start, end in zip(ranges.starts, ends, strict=True))
+            assert all(end <= start for end, start in zip(ends, ranges.starts[1:], strict=False)), "requested twice"

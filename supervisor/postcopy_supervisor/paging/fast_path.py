@@ -1,14 +1,14 @@
-"""Lanes: the common fault of a remote block, one page that one client waits for, in as few steps of Python as it takes.
+"""The fast path: the common fault of a remote block, one page that one client waits for, in few steps of Python.
 
-Everything else goes the careful way (``Paging``, ``SourceLink.heard``), and so does what turns out to
-be not so common on the way. The order is the same here and there: PLACING, UFFDIO_COPY, RECEIVED, and only then word
-to exactly the workers that wait.
+Everything else takes the full path (``RemotePaging.fault`` and ``arrived``, ``SourceLink.on_message``), and so does a
+fault that turns out on the way not to be common. The order is the same on both: PLACING, UFFDIO_COPY, RECEIVED, and
+only then a message to the workers that wait.
 
-A lane is one flat closure over what never changes for it, and does by hand what ``Engine.stand``, ``answered``,
-``FlowControl.launch`` and ``landed``, ``SourceLink.wish`` and ``expected`` say in words. Between two faults
-the processor has done other processes' work, so each function and object that a fault passes costs several times what
-it costs in a loop of its own, and all of them cost as much as ZeroMQ. The laws are still theirs: the tests check
-their invariants after each lane.
+A fast path is one flat closure over what never changes for it. It inlines ``Engine.wait`` and ``answered``,
+``FlowControl.send`` and ``completed``, and ``SourceLink.request`` and ``completed``. Between two faults the processor
+has run other processes, so each function and object that a fault passes costs several times what it costs in a loop,
+and all of them together cost as much as ZeroMQ. The invariants are those of the inlined methods; tests check them after
+each fault.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from __future__ import annotations
 import fcntl
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Protocol
 
 from postcopy_kernel import crashpoints
 from postcopy_kernel.memory import address_of
@@ -31,55 +31,94 @@ from postcopy_protocol.stages import ARRIVED, PLACED
 from postcopy_protocol.templates import NUMBER, OFFSET, REQUESTS_END, template_of
 
 from ..blocks import RamBlock
+from .engine import Engine
 from .flow_control import BACKGROUND, RangeRequest
-from .source_link import Arrived, SourceLink
-
-if TYPE_CHECKING:
-    from .paging import Paging
+from .placer import Placer
+from .source_link import Arrived, LinkState, SourceLink
+from .wakers import Wakers
 
 SAMPLE_MASK = 3
 """Of the pages that come one in four is timed while it is placed, and counts for four."""
-WorkerFastPath = Callable[[bytes], None]
-"""Given what a worker says: a RequestPages of one page whose head is the one that the lane was made for."""
-SourceFastPath = Callable[[bytes, memoryview], "bool | None"]
-"""Given a head and the one frame behind it. None: not an answer as it was expected, nothing is done. Else its pages are
-placed by now; True when more may be wanted in the background."""
 
 
-def worker_fast_path(paging: Paging, waiter: int, block: RamBlock, link: SourceLink) -> WorkerFastPath:
+class WorkerFastPath(Protocol):
+    """Takes a RequestPages of one page whose head is the one that this fast path was made for."""
+
+    def __call__(self, data: bytes) -> None: ...
+
+
+class SourceFastPath(Protocol):
+    """Takes a head and the one frame behind it. None: it is not an expected answer, and nothing was done. Otherwise
+    its pages are placed; True when more may be requested in the background."""
+
+    def __call__(self, head: bytes, buffer: memoryview) -> bool | None: ...
+
+
+class Window(Protocol):
+    """Fault-around of one client on one block (``FaultAround.window``)."""
+
+    def __call__(self, page: int) -> int: ...
+
+
+class Ioctl(Protocol):
+    """``fcntl.ioctl``."""
+
+    def __call__(self, descriptor: int, request: int, argument: bytearray, /) -> object: ...
+
+
+class AddressOf(Protocol):
+    """Address of a buffer's first byte."""
+
+    def __call__(self, buffer: memoryview, /) -> int: ...
+
+
+class Paging(Protocol):
+    """The full path and its parts (``RemotePaging``)."""
+
+    engine: Engine
+    placer: Placer
+    wakers: Wakers
+    cursor: dict[int, int]
+
+    def fault(self, waiter: int, block: RamBlock, pages: Sequence[int], window: int = 0) -> None: ...
+
+    def arrived(self, arrived: Arrived, addresses: Sequence[int]) -> None: ...
+
+
+def worker_fast_path(paging: Paging, waiter: int, block: RamBlock, link: SourceLink, window: Window) -> WorkerFastPath:
     """For the requests of one worker for pages of one remote block."""
     received, number, length, size = block.received, block.number, block.length, block.page_size
     shift, width, clock = size.bit_length() - 1, size.to_bytes(OFFSET, "little"), time.monotonic
-    window, cursor, careful = paging.window_of(waiter, block), paging.cursor, paging.fault
-    engine, flow, templates, answers, say = paging.engine, link.flow, link.templates, link.answers, link.say
-    waiting, flight, outstanding, queues = engine.waiting, engine.flight(number), flow.outstanding, flow.queues
-    starts, ends, most, most_bytes = flight.starts, flight.ends, flow.limits.requests, flow.limits.bytes
+    engine, cursor, full_path, up = paging.engine, paging.cursor, paging.fault, LinkState.UP
+    flow, templates, answers, send = link.flow, link.templates, link.answers, link.send
+    waiting, ranges, outstanding, queues = engine.waiting, engine.ranges(number), flow.outstanding, flow.queues
+    starts, ends, most, most_bytes = ranges.starts, ranges.ends, flow.limits.requests, flow.limits.bytes
 
-    def asked(data: bytes) -> None:
+    def on_request(data: bytes) -> None:
         offset = int.from_bytes(data[-OFFSET:], "little")
         if offset >= length:
             return
         page = offset >> shift
-        if received[page] > PLACING or link.state != "up" or page << shift != offset:
-            return careful(waiter, block, (page,))
-        pages, key, at, request = window(page), (number, page), bisect_right(starts, page), flow.next_request
+        if received[page] > PLACING or link.state is not up or page << shift != offset:
+            return full_path(waiter, block, (page,))
+        pages, key, at, request = window(page), (number, page), bisect_right(starts, page), flow.next_number
         if (
             pages > 1
-            or key in waiting  # somebody waits for it already
-            or (at and page < ends[starts[at - 1]])  # it is on its way already
-            or queues  # others are before us
+            or key in waiting  # it has a waiter already
+            or (at and page < ends[starts[at - 1]])  # it is requested already
+            or queues  # others come first
             or len(outstanding) >= most
             or flow.bytes_in_flight >= most_bytes
             or request >= REQUESTS_END
         ):
-            return careful(waiter, block, (page,), pages)
+            return full_path(waiter, block, (page,), pages)
         waiting[key] = {waiter}
         starts.insert(at, page)
         cursor[number] = ends[page] = page + 1
         engine.requests += 1
         link.requests += 1
         now = clock()
-        flow.next_request = request + 1
+        flow.next_number = request + 1
         flow.bytes_in_flight += size
         flow.urgent_at = now
         name, span = request.to_bytes(NUMBER, "big"), data[-OFFSET:] + width
@@ -87,105 +126,99 @@ def worker_fast_path(paging: Paging, waiter: int, block: RamBlock, link: SourceL
         outstanding[request] = answers[answer + name + between + span + end] = RangeRequest(
             waiter, number, offset, size, now, 1, request
         )
-        say(before + name + behind + span)
+        send(before + name + behind + span)
 
-    return asked
+    return on_request
 
 
 def source_fast_path(
     paging: Paging,
     link: SourceLink,
     blocks: list[RamBlock],
-    ioctl: Callable[..., object] = fcntl.ioctl,
-    address: Callable[[memoryview], int] = address_of,
+    ioctl: Ioctl = fcntl.ioctl,
+    address: AddressOf = address_of,
 ) -> SourceFastPath:
-    """For the answers of one source. ``ioctl`` and ``address``: on a simulated kernel they are others."""
-    come = {block.number: _come(paging, link, block, ioctl, address) for block in blocks}
+    """For the answers of one source. ``ioctl`` and ``address`` are others on a simulated kernel."""
+    place = {block.number: _placing(paging, link, block, ioctl, address) for block in blocks}
     answers, outstanding = link.answers, link.flow.outstanding
 
-    def answered(head: bytes, buffer: memoryview) -> bool | None:
-        wish = answers.pop(head, None)
-        if wish is None or wish.length != len(buffer) or outstanding.get(wish.request) is not wish:
+    def on_answer(head: bytes, buffer: memoryview) -> bool | None:
+        request = answers.pop(head, None)
+        # Sent again under another number, or the source was lost: the pages are good, but not this request's.
+        if request is None or request.length != len(buffer) or outstanding.get(request.number) is not request:
             return None
-        return come[wish.block](wish, buffer)
+        return place[request.block](request, buffer)
 
-    return answered
+    return on_answer
 
 
-def _come(
-    paging: Paging,
-    link: SourceLink,
-    block: RamBlock,
-    ioctl: Callable[..., object],
-    address: Callable[[memoryview], int],
-) -> Callable[[RangeRequest, memoryview], bool]:
-    """Place what has come of a block as it was expected, and release whoever waits."""
+class _Place(Protocol):
+    def __call__(self, request: RangeRequest, buffer: memoryview) -> bool: ...
+
+
+def _placing(paging: Paging, link: SourceLink, block: RamBlock, ioctl: Ioctl, address: AddressOf) -> _Place:
+    """Place what has come of a block in the expected form, and release its waiters."""
     received, number, size, base = block.received, block.number, block.page_size, block.mapping.address
-    shift, core, clock = size.bit_length() - 1, paging.core.fileno(), time.monotonic
+    engine, placer, wakers, flow = paging.engine, paging.placer, paging.wakers, link.flow
+    shift, core, clock = size.bit_length() - 1, placer.core.fileno(), time.monotonic
     ioctl = crashpoints.around("page.arrived", ioctl, "page.placed")
-    count, heal, healing, arrived = paging.count, paging.heal, paging.healing, paging.arrived
-    tell, release_own, engine, flow = paging.tell_worker, paging.release_own, paging.engine, link.flow
-    waiting, flight, outstanding, queues, past = (
-        engine.waiting,
-        engine.flight(number),
-        flow.outstanding,
-        flow.queues,
-        flow.past,
-    )
-    starts, ends, words, stages = flight.starts, flight.ends, link.words, link.stages[number]
+    count, unpoison, awaited, arrived = placer.count, wakers.unpoison, wakers.awaited, paging.arrived
+    send, release_own, waiting, ranges = wakers.send, wakers.release_own, engine.waiting, engine.ranges(number)
+    outstanding, queues, finished = flow.outstanding, flow.queues, flow.finished
+    starts, ends, counters, stages = ranges.starts, ranges.ends, link.counters, link.stages[number]
     wake = template_of(Wake(number, pack_offsets([0])), OFFSET)
     argument = bytearray(40)  # of UFFDIO_COPY: destination, source, length, mode, result
     copy = memoryview(argument).cast("Q")
     copy[2] = size
 
-    def carefully(wish: RangeRequest, now: float, source: int) -> bool:
-        link.landed(wish, now)  # first: what there is no memory for is wished for anew
-        arrived(Arrived(number, ((wish.offset, wish.length, DATA, 0),), ""), (source,))
-        return wish.client == BACKGROUND or not flow.pieces
+    def full_path(request: RangeRequest, now: float, source: int) -> bool:
+        link.completed(request, now)  # first: pages that find no memory are requested again
+        arrived(Arrived(number, ((request.offset, request.length, DATA, 0),), ""), (source,))
+        return request.client == BACKGROUND or not flow.background_in_flight
 
-    def come(wish: RangeRequest, buffer: memoryview) -> bool:
-        now, offset, source = clock(), wish.offset, address(buffer)
+    def place(request: RangeRequest, buffer: memoryview) -> bool:
+        now, offset, source = clock(), request.offset, address(buffer)
         page = offset >> shift
-        if wish.length != size or wish.client == BACKGROUND or received[page] == LOST:
-            return carefully(wish, now, source)
+        if request.length != size or request.client == BACKGROUND or received[page] == LOST:
+            return full_path(request, now, source)
         if received[page] != RECEIVED:
             copy[0], copy[1] = base + offset, source
             received[page] = PLACING
             try:
                 ioctl(core, UFFDIO_COPY, argument)
-            except OSError:  # it is there already, there is no memory for it: the careful way knows
-                return carefully(wish, now, source)
+            except OSError:  # it is present already, or there is no memory for it
+                return full_path(request, now, source)
             received[page] = RECEIVED
-            if not wish.request & SAMPLE_MASK:
+            if not request.number & SAMPLE_MASK:
                 stages[bucket(int((clock() - now) * 1e9)) + PLACED] += SAMPLE_MASK + 1
             count(block, 1)
         if ends.get(page) == page + 1:
             del ends[page], starts[bisect_left(starts, page)]
         else:
-            flight.land(page, page + 1)
+            ranges.remove(page, page + 1)
         waiters = waiting.pop((number, page), None)
         if waiters:
-            word = wake + offset.to_bytes(OFFSET, "little")
+            message = wake + offset.to_bytes(OFFSET, "little")
             for waiter in waiters:
                 if waiter:
-                    tell(waiter, word)
+                    send(waiter, message)
                 else:
                     release_own(block, page, False)
-        if healing:
-            heal(block, page, page + 1)
+        if awaited:
+            unpoison(block, page, page + 1)
         if queues:
-            link.landed(wish, now)
-            return not flow.pieces
-        del outstanding[wish.request]
+            link.completed(request, now)
+            return not flow.background_in_flight
+        del outstanding[request.number]
         flow.bytes_in_flight -= size
-        flow.urgent_pace = took = now - wish.sent
-        past.append((wish, now))
+        flow.urgent_pace = took = now - request.sent
+        finished.append((request, now))
         link.silent_since = None
         link.pages += 1
         link.bytes += size
         at = bucket(int(took * 1e9))
-        words[at] += 1
+        counters[at] += 1
         stages[at + ARRIVED] += 1
-        return not flow.pieces
+        return not flow.background_in_flight
 
-    return come
+    return place

@@ -1,20 +1,26 @@
-"""Flow control towards one page source: what is sent now, what waits, what is sent again. Pure; the time comes in.
+"""Flow control towards one page source: what is sent now, queued, sent again, given up. Pure: the time is an argument.
 
-Urgent before background: ranges that somebody waits for are sent at once, up to a bound of requests and bytes in
-flight, and what does not fit waits in a queue *per client*, served in turns, so that one client's storm does not
-starve another. Background pieces have a bound of requests of their own, and go only into a window that is small while
-anything urgent is under way: on one connection an urgent answer stands behind whatever was asked before it.
+A request for a range goes through these states:
 
-The wishes of a client that leaves stay: the engine counts them as asked for, and others may wait for the same pages.
+    queued       no room, or the source is away             --room--> in flight
+    in flight    sent                                       --all of it came--> finished
+                 no answer for ``patience`` seconds         --> queued (first in its queue), with a new number
+                 ... after ``attempts`` times               --> given up: its pages are lost
+                 the source is lost                         --> queued, all attempts forgiven
+    deferred     its pages came and found no memory         --at ``retry_at``--> queued
 
-Somebody may come to wait for a page that is on its way already, in a piece of the background. Where pieces take long
-(a slow link: four MiB may be ahead of it) the page is asked for once more, as urgent; what comes second is not placed.
+Urgent requests (a client waits) are sent at once, up to a bound of requests and bytes in flight. The others wait in a
+queue per client; the queues are served in turns, so one client's storm does not starve another client.
+Background requests have a bound of their own and a window that is small while urgent requests are frequent: on one
+connection an urgent answer comes behind everything that was requested before it.
 
-A request that is not answered in ``patience`` seconds is sent again under a new number; after ``attempts`` its pages
-are lost. While the source is away nothing is sent and no time passes; when it is back everything open is sent anew.
+A fault on a page inside an outstanding background request waits for that request, unless an urgent request would
+arrive ``hurry`` seconds earlier (on a slow link four MiB may be ahead of it). Then the page is requested again as
+urgent and the later copy is dropped.
 
-What has come and finds no memory is wished for again after a pause, which grows while that lasts; until then nothing is
-asked in the background.
+Requests of a client that leaves stay: the engine counts their pages as requested, and others may wait for them. No time
+passes while the source is away. After a shortage of memory the pause doubles from SHORTEST_PAUSE to LONGEST_PAUSE, and
+until then there is no background.
 """
 
 from __future__ import annotations
@@ -29,17 +35,17 @@ from postcopy_protocol.templates import REQUESTS
 PAST = 1024
 SHORTEST_PAUSE = 0.01
 LONGEST_PAUSE = 1.0
-"""Seconds, after pages found no memory: doubled from one to the other as long as there is none."""
+"""Seconds to wait after pages found no memory."""
 BACKGROUND = -1
-"""The "client" of pieces that nobody waits for yet."""
+"""The "client" of background requests."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bytes and seconds; ``requests`` urgent ones in flight, and as many of the background. ``calm`` is for how long
-    after an urgent request the window of the background stays small. ``patience`` times ``attempts`` is longer than a
-    source's own ``--read-timeout`` (30 by default): a read that hangs is told as lost by the source, with its reason,
-    before we give it up without one."""
+    """Bytes and seconds. ``requests`` bounds the urgent requests in flight, and also those of the background. ``calm``:
+    how long after an urgent request the background window stays small. ``patience`` times ``attempts`` exceeds a
+    source's own ``--read-timeout`` (30 s by default), so that a read that hangs is reported by the source, with its
+    reason, before it is given up here."""
 
     requests: int = 64
     bytes: int = 8 << 20
@@ -49,23 +55,22 @@ class Limits:
     attempts: int = 3
     calm: float = 0.05
     hurry: float = 0.01
-    """A page is asked for again when that should bring it so much sooner than its piece of the background does."""
 
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Ask the source for ``length`` bytes of a block from ``offset``."""
+    """Effect: send this request to the source."""
 
-    request: int
-    block: int
-    offset: int
-    length: int
-    urgent: bool
+    request: RangeRequest
+
+    @property
+    def urgent(self) -> bool:
+        return self.request.client != BACKGROUND
 
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """No answer after all attempts: these bytes are lost."""
+    """Effect: no answer after all attempts; these bytes are lost."""
 
     block: int
     offset: int
@@ -77,8 +82,8 @@ Effect = Send | GiveUp
 
 @dataclass(slots=True)
 class RangeRequest:
-    """A range on its way: asked for ``attempts`` times, last at ``sent`` (monotonic seconds) under the number
-    ``request``. ``missing``: what has not come of it since then, as (offset, end); None: all of it."""
+    """A range that a client (or BACKGROUND) wants from the source. Last sent at ``sent`` (monotonic seconds) as number
+    ``number``. ``missing``: what has not come since then, as (offset, end); None: all of it."""
 
     client: int
     block: int
@@ -86,7 +91,7 @@ class RangeRequest:
     length: int
     sent: float = 0.0
     attempts: int = 0
-    request: int = 0
+    number: int = 0
     missing: list[tuple[int, int]] | None = None
 
     def covers(self, block: int, offset: int) -> bool:
@@ -95,132 +100,131 @@ class RangeRequest:
 
 @dataclass(slots=True)
 class FlowControl:
-    """All wishes towards one source."""
+    """All requests towards one source."""
 
     limits: Limits = field(default_factory=Limits)
     up: bool = False
     outstanding: dict[int, RangeRequest] = field(default_factory=dict)
-    """Wishes in flight, by number."""
+    """In flight, by number; the oldest first."""
     queues: dict[int, deque[RangeRequest]] = field(default_factory=dict)
+    """By client, in the order of their turns."""
     deferred: list[RangeRequest] = field(default_factory=list)
-    """Wishes that have come and found no memory, until ``again_at``."""
-    again_at: float = -1e9
+    retry_at: float = -1e9
     _pause: float = 0.0
     bytes_in_flight: int = 0
-    _background: int = 0
-    pieces: int = 0
-    """Of the background, in flight."""
-    next_request: int = REQUESTS
+    _background_bytes: int = 0
+    background_in_flight: int = 0
+    """Background requests."""
+    next_number: int = REQUESTS
     urgent_at: float = -1e9
-    _pace: float = 0.0
-    """Seconds that the last piece of the background took."""
+    """When the last urgent request was sent."""
+    _background_pace: float = 0.0
+    """Seconds that the last background request took."""
     urgent_pace: float = 0.0
-    """... and the last urgent wish."""
-    past: deque[tuple[RangeRequest, float]] = field(default_factory=lambda: deque(maxlen=PAST))
-    """The last wishes that have landed, and when their answer came (0.0: it did not). One append a request: it is
-    what ``status --story`` knows of a page's way here."""
+    """... and the last urgent request."""
+    finished: deque[tuple[RangeRequest, float]] = field(default_factory=lambda: deque(maxlen=PAST))
+    """The last requests that left ``outstanding`` and when their answer came (0.0: never), for ``status --story``."""
 
     # --- events -------------------------------------------------------------------------------------------------------
 
-    def wish(self, client: int, block: int, offset: int, length: int, now: float) -> list[Effect]:
-        """A range is wanted by a client, or by nobody yet (BACKGROUND)."""
-        wish = self.launch(client, block, offset, length, now)
-        if wish is not None:
-            return [Send(wish.request, block, offset, length, True)]
-        self.queues.setdefault(client, deque()).append(RangeRequest(client, block, offset, length))
-        return self._pump(now)
+    def request(self, client: int, block: int, offset: int, length: int, now: float) -> list[Effect]:
+        """A client, or BACKGROUND, wants a range."""
+        request = self.send(client, block, offset, length, now)
+        if request is not None:
+            return [Send(request)]
+        self._queue(client).append(RangeRequest(client, block, offset, length))
+        return self._fill(now)
 
-    def launch(self, client: int, block: int, offset: int, length: int, now: float) -> RangeRequest | None:
-        """Somebody waits for a range, there is room for it and no queue, which is the rule: to be sent at once. Else
-        None, and nothing has changed."""
-        if client == BACKGROUND or not self._free:
+    def send(self, client: int, block: int, offset: int, length: int, now: float) -> RangeRequest | None:
+        """The common case of ``request``: urgent, room and no queue. Returns what the caller must send. None: it is not
+        the common case, and nothing has changed."""
+        if client == BACKGROUND or not self._may_send_at_once:
             return None
-        wish = RangeRequest(client, block, offset, length)
-        self._fly(wish, now)
-        return wish
+        request = RangeRequest(client, block, offset, length)
+        self._start(request, now)
+        return request
 
     def promote(self, client: int, block: int, offset: int, length: int, now: float) -> list[Effect]:
-        """A client has come to wait for a page that is wished for already: again, as urgent, if only the background
-        brings it, and not soon."""
-        covering = [wish for wish in self.outstanding.values() if wish.covers(block, offset)]
-        if not self.up or any(wish.client != BACKGROUND for wish in (*covering, *self._waiting_for(block, offset))):
+        """A client waits for a page that is requested already: request it again, as urgent, if only a background
+        request brings it, and not soon."""
+        covering = [request for request in self.outstanding.values() if request.covers(block, offset)]
+        unsent = self._unsent(block, offset)
+        if not self.up or any(request.client != BACKGROUND for request in (*covering, *unsent)):
             return []
-        oldest = next((wish.sent for wish in self.outstanding.values() if wish.client == BACKGROUND), now)
-        pace = max(self._pace, now - oldest)
+        oldest = next((request.sent for request in self.outstanding.values() if request.client == BACKGROUND), now)
+        pace = max(self._background_pace, now - oldest)
         if covering and covering[0].sent + pace - now < self.urgent_pace + self.limits.hurry:
             return []
-        return self.wish(client, block, offset, length, now)
+        return self.request(client, block, offset, length, now)
 
-    def landed(self, wish: RangeRequest, now: float) -> Sequence[Effect]:
-        """All of a wish in flight has come at once: what may be sent now."""
-        del self.outstanding[wish.request]
-        if wish.client == BACKGROUND:
-            self._pace = now - wish.sent
+    def completed(self, request: RangeRequest, now: float) -> Sequence[Effect]:
+        """All of a request in flight has come at once; returns what to send now."""
+        del self.outstanding[request.number]
+        if request.client == BACKGROUND:
+            self._background_pace = now - request.sent
         else:
-            self.urgent_pace = now - wish.sent
-        self._landed(wish, now)
-        return self._pump(now) if self.queues else ()
+            self.urgent_pace = now - request.sent
+        self._stop(request, now)
+        return self._fill(now) if self.queues else ()
 
     def answered(
-        self, request: int, block: int, ranges: Sequence[tuple[int, int]], now: float
-    ) -> tuple[list[Effect], float]:
-        """``ranges`` (offset, length) have come in answer to a request. When that was the rest of it: what may be sent
-        now, and how many seconds it took (0.0 before that, and for a request that nobody remembers)."""
-        wish = self.outstanding.get(request)
-        if wish is None or wish.block != block:
-            return [], 0.0
-        if len(ranges) != 1 or ranges[0] != (wish.offset, wish.length):  # else all at once, which is the rule
-            missing = wish.missing or [(wish.offset, wish.offset + wish.length)]
+        self, number: int, block: int, ranges: Sequence[tuple[int, int]], now: float
+    ) -> tuple[Sequence[Effect], float]:
+        """``ranges`` (offset, length) have come for a request. When that completes it: what to send now, and the
+        seconds it took; else nothing and 0.0, also for an unknown number."""
+        request = self.outstanding.get(number)
+        if request is None or request.block != block:
+            return (), 0.0
+        if len(ranges) != 1 or ranges[0] != (request.offset, request.length):  # not all of it at once
+            missing = request.missing or [(request.offset, request.offset + request.length)]
             for offset, length in ranges:
                 missing = _less(missing, offset, offset + length)
             if missing:
-                wish.missing = missing
-                return [], 0.0
-        return list(self.landed(wish, now)), now - wish.sent
+                request.missing = missing
+                return (), 0.0
+        return self.completed(request, now), now - request.sent
 
-    def defer(self, wanted: Sequence[tuple[int, int, int, int]], now: float) -> None:
-        """There was no memory for what has come. These ranges (client, block, offset, length) of it, which no open wish
-        brings, are wished for again at ``again_at``, by ``tick``."""
-        if now >= self.again_at:  # before that it is the same moment's
-            self._pause = min(LONGEST_PAUSE, 2 * self._pause) if self.short(now) else SHORTEST_PAUSE
-            self.again_at = now + self._pause
-        self.deferred += [RangeRequest(*want) for want in wanted]
+    def defer(self, wanted: Sequence[RangeRequest], now: float) -> None:
+        """Pages have come and found no memory. ``wanted``, which no open request brings, is requested again at
+        ``retry_at``, by ``tick``."""
+        if now >= self.retry_at:  # else it belongs to the same shortage
+            self._pause = min(LONGEST_PAUSE, 2 * self._pause) if self.short_of_memory(now) else SHORTEST_PAUSE
+            self.retry_at = now + self._pause
+        self.deferred += wanted
 
     def lost_source(self) -> None:
-        """Nothing can be sent; everything open will be sent anew."""
+        """Nothing can be sent; every open request will be sent again."""
         self.up = False
-        for wish in reversed(self.outstanding.values()):  # the oldest will be first in its queue
-            self._landed(wish)
-            self.queues.setdefault(wish.client, deque()).appendleft(wish)
+        for request in reversed(self.outstanding.values()):  # the oldest becomes the first of its queue
+            self._stop(request)
+            self._queue(request.client).appendleft(request)
         self.outstanding.clear()
-        for queue in self.queues.values():
-            for wish in queue:
-                wish.attempts = 0
+        for request in chain.from_iterable(self.queues.values()):
+            request.attempts = 0
 
     def found_source(self, now: float) -> list[Effect]:
-        """It is there (again)."""
+        """The source is there, for the first time or again."""
         self.up = True
-        return self._pump(now)
+        return self._fill(now)
 
     def tick(self, now: float) -> list[Effect]:
-        """Send again what was not answered in time, give up what never is."""
+        """Send again what was not answered in time; give up what never is."""
         effects: list[Effect] = []
         if not self.up:
             return effects
-        if now >= self.again_at:
-            for wish in self.deferred:
-                self.queues.setdefault(wish.client, deque()).append(wish)
+        if now >= self.retry_at:
+            for request in self.deferred:
+                self._queue(request.client).append(request)
             self.deferred.clear()
-        for request, wish in reversed(list(self.outstanding.items())):
-            if now - wish.sent < self.limits.patience:
-                continue
-            del self.outstanding[request]
-            self._landed(wish)
-            if wish.attempts >= self.limits.attempts:
-                effects.append(GiveUp(wish.block, wish.offset, wish.length))
+        late = [request for request in self.outstanding.values() if now - request.sent >= self.limits.patience]
+        for request in reversed(late):
+            del self.outstanding[request.number]
+            self._stop(request)
+            if request.attempts >= self.limits.attempts:
+                effects.append(GiveUp(request.block, request.offset, request.length))
             else:
-                self.queues.setdefault(wish.client, deque()).appendleft(wish)
-        return effects + self._pump(now)
+                self._queue(request.client).appendleft(request)
+        return effects + self._fill(now)
 
     # --- figures ------------------------------------------------------------------------------------------------------
 
@@ -229,124 +233,126 @@ class FlowControl:
         return len(self.outstanding)
 
     @property
-    def streaming(self) -> bool:
-        """Is any background piece in flight?"""
-        return self.pieces > 0
-
-    @property
     def waiting(self) -> int:
-        """Wishes not sent yet, or to be sent again."""
+        """Requests that are queued or deferred."""
         return sum(map(len, self.queues.values())) + len(self.deferred)
 
-    def open_wish(self, block: int, offset: int) -> tuple[RangeRequest, bool] | None:
-        """The wish that brings the bytes at ``offset``, and whether it is sent."""
-        outstanding = (wish for wish in self.outstanding.values() if wish.covers(block, offset))
-        for sent, wishes in ((True, outstanding), (False, self._waiting_for(block, offset))):
-            for wish in wishes:
-                return wish, sent
+    def find_open(self, block: int, offset: int) -> tuple[RangeRequest, bool] | None:
+        """The request that brings the bytes at ``offset``, and whether it is in flight."""
+        in_flight = (request for request in self.outstanding.values() if request.covers(block, offset))
+        for sent, requests in ((True, in_flight), (False, self._unsent(block, offset))):
+            for request in requests:
+                return request, sent
         return None
 
-    def unwished(self, block: int, offset: int, end: int) -> list[tuple[int, int]]:
-        """Parts (offset, end) of a range that no open wish brings."""
+    def not_requested(self, block: int, offset: int, end: int) -> list[tuple[int, int]]:
+        """Parts (offset, end) of a range that no open request brings."""
         left = [(offset, end)]
-        for wish in (*self.outstanding.values(), *self.deferred, *chain.from_iterable(self.queues.values())):
-            if wish.block == block:
-                for low, high in wish.missing or [(wish.offset, wish.offset + wish.length)]:
+        for request in (*self.outstanding.values(), *self.deferred, *chain.from_iterable(self.queues.values())):
+            if request.block == block:
+                for low, high in request.missing or [(request.offset, request.offset + request.length)]:
                     left = _less(left, low, high)
         return left
 
-    def short(self, now: float) -> bool:
-        """Was there no memory for what came, a moment ago?"""
-        return now < self.again_at + LONGEST_PAUSE
+    def short_of_memory(self, now: float) -> bool:
+        """Did pages find no memory a moment ago?"""
+        return now < self.retry_at + LONGEST_PAUSE
 
     def busy(self, now: float) -> bool:
-        """Has somebody been waiting a moment ago?"""
+        """Was an urgent request sent a moment ago?"""
         return now - self.urgent_at < self.limits.calm
 
     def room_for_background(self, now: float) -> int:
-        """Bytes of background that may be wished for now; 0 while urgent wishes wait, or all do for memory."""
-        if not self.up or self.deferred or now < self.again_at:
+        """Bytes of background that may be requested now; 0 while urgent requests are queued or memory is short."""
+        if not self.up or self.deferred or now < self.retry_at:
             return 0
         if any(queue for client, queue in self.queues.items() if client != BACKGROUND):
             return 0
         window = self.limits.background_busy if self.busy(now) else self.limits.background_calm
-        waiting = sum(wish.length for wish in self.queues.get(BACKGROUND, ()))
-        return max(0, window - self._background - waiting)
+        queued = sum(request.length for request in self.queues.get(BACKGROUND, ()))
+        return max(0, window - self._background_bytes - queued)
 
     def check(self) -> None:
         """Assert the invariants (tests call it after every event)."""
-        assert self.bytes_in_flight == sum(wish.length for wish in self.outstanding.values())
-        background = sum(wish.length for wish in self.outstanding.values() if wish.client == BACKGROUND)
-        assert self._background == background
-        assert self.up or not self.outstanding
-        pieces = [wish for wish in self.outstanding.values() if wish.client == BACKGROUND]
-        assert len(pieces) == self.pieces <= self.limits.requests
-        assert len(self.outstanding) - self.pieces <= self.limits.requests
-        assert all(wish.missing is None or wish.missing for wish in self.outstanding.values())
-        assert not any(self.outstanding.get(wish.request) is wish for wish in self.deferred)
-        assert not self.up or self._take() is None, "something waits though there is room"
-        urgent = self.bytes_in_flight - background
-        largest = max((wish.length for wish in self.outstanding.values()), default=0)
-        assert urgent <= self.limits.bytes + largest
+        in_flight = list(self.outstanding.values())
+        background = [request for request in in_flight if request.client == BACKGROUND]
+        assert self.bytes_in_flight == sum(request.length for request in in_flight)
+        assert self._background_bytes == sum(request.length for request in background)
+        assert self.up or not in_flight
+        assert len(background) == self.background_in_flight <= self.limits.requests
+        assert len(in_flight) - self.background_in_flight <= self.limits.requests
+        assert all(request.missing is None or request.missing for request in in_flight)
+        assert not any(self.outstanding.get(request.number) is request for request in self.deferred)
+        assert not self.up or self._next() is None, "a request is queued though there is room"
+        largest = max((request.length for request in in_flight), default=0)
+        assert self.bytes_in_flight - self._background_bytes <= self.limits.bytes + largest
 
-    def _waiting_for(self, block: int, offset: int) -> Iterator[RangeRequest]:
-        """Wishes for these bytes that are not sent."""
-        waiting = chain(chain.from_iterable(self.queues.values()), self.deferred)
-        return (wish for wish in waiting if wish.covers(block, offset))
+    # --- changes of state ---------------------------------------------------------------------------------------------
 
-    # --- the law ------------------------------------------------------------------------------------------------------
+    def _queue(self, client: int) -> deque[RangeRequest]:
+        return self.queues.setdefault(client, deque())
 
-    def _landed(self, wish: RangeRequest, came: float = 0.0) -> None:
-        self.past.append((wish, came))
-        self.bytes_in_flight -= wish.length
-        if wish.client == BACKGROUND:
-            self._background -= wish.length
-            self.pieces -= 1
+    def _unsent(self, block: int, offset: int) -> Iterator[RangeRequest]:
+        """Queued and deferred requests for these bytes."""
+        unsent = chain(chain.from_iterable(self.queues.values()), self.deferred)
+        return (request for request in unsent if request.covers(block, offset))
 
-    def _pump(self, now: float) -> list[Effect]:
+    def _start(self, request: RangeRequest, now: float) -> None:
+        """In flight from now on."""
+        request.sent, request.attempts = now, request.attempts + 1
+        request.missing = None
+        self.bytes_in_flight += request.length
+        if request.client != BACKGROUND:
+            self.urgent_at = now
+        else:
+            self._background_bytes += request.length
+            self.background_in_flight += 1
+        request.number, self.next_number = self.next_number, self.next_number + 1
+        self.outstanding[request.number] = request
+
+    def _stop(self, request: RangeRequest, came: float = 0.0) -> None:
+        """Not in flight any more."""
+        self.finished.append((request, came))
+        self.bytes_in_flight -= request.length
+        if request.client == BACKGROUND:
+            self._background_bytes -= request.length
+            self.background_in_flight -= 1
+
+    def _fill(self, now: float) -> list[Effect]:
+        """Send from the queues while there is room."""
         effects: list[Effect] = []
-        while self.up and self.queues and (wish := self._take()) is not None:
-            self._fly(wish, now)
-            effects.append(Send(wish.request, wish.block, wish.offset, wish.length, wish.client != BACKGROUND))
+        while self.up and self.queues and (request := self._next()) is not None:
+            self._start(request, now)
+            effects.append(Send(request))
         return effects
 
     @property
-    def _free(self) -> bool:
-        """May an urgent wish be sent at once, overtaking nobody?"""
+    def _room_for_urgent(self) -> bool:
         return (
-            self.up
-            and len(self.queues) == (BACKGROUND in self.queues)
-            and len(self.outstanding) - self.pieces < self.limits.requests
-            and self.bytes_in_flight - self._background < self.limits.bytes
+            len(self.outstanding) - self.background_in_flight < self.limits.requests
+            and self.bytes_in_flight - self._background_bytes < self.limits.bytes
         )
 
-    def _fly(self, wish: RangeRequest, now: float) -> None:
-        wish.sent, wish.attempts = now, wish.attempts + 1
-        wish.missing = None
-        self.bytes_in_flight += wish.length
-        if wish.client != BACKGROUND:
-            self.urgent_at = now
-        else:
-            self._background += wish.length
-            self.pieces += 1
-        wish.request, self.next_request = self.next_request, self.next_request + 1
-        self.outstanding[wish.request] = wish
+    @property
+    def _may_send_at_once(self) -> bool:
+        """An urgent request would overtake no other, and there is room."""
+        return self.up and len(self.queues) == (BACKGROUND in self.queues) and self._room_for_urgent
 
-    def _take(self) -> RangeRequest | None:
-        """The next wish: clients in turns, background last; None when there is no room or nothing waits."""
-        urgent, size = len(self.outstanding) - self.pieces, self.bytes_in_flight - self._background
+    def _next(self) -> RangeRequest | None:
+        """Take the next request from the queues: clients in turns, background last. None: no room, or none is
+        queued."""
         for client, queue in self.queues.items():
             if client == BACKGROUND or not queue:
                 continue
-            if urgent >= self.limits.requests or size >= self.limits.bytes:
+            if not self._room_for_urgent:
                 return None
             del self.queues[client]
-            wish = queue.popleft()
+            request = queue.popleft()
             if queue:
                 self.queues[client] = queue  # behind the others: its next turn comes after theirs
-            return wish
-        pieces = self.queues.get(BACKGROUND)
-        return pieces.popleft() if pieces and self.pieces < self.limits.requests else None
+            return request
+        background = self.queues.get(BACKGROUND)
+        return background.popleft() if background and self.background_in_flight < self.limits.requests else None
 
 
 def _less(ranges: list[tuple[int, int]], start: int, stop: int) -> list[tuple[int, int]]:

@@ -226,7 +226,8 @@ class WorkerPool:
         now = time.monotonic()
         match message:
             case None:
-                log.error("the custodian is gone; starting another")
+                text = "the custodian died; another is started with everything it kept"
+                self._event("restart", text, pid=self._custodian.pid, cause="its channel has ended")
                 self._custodian.lost()
                 self._start_custodian(now)
             case CustodianReady():

@@ -1,6 +1,6 @@
-"""All page sources of the house: asked for advice at the start, linked to over the one router, heard.
+"""All page sources: their links over the one router, their messages, and the staging memories of local ones.
 
-Those on this machine are connections of the router itself; those behind tcp come over libzmq, which has CURVE.
+Sources on this machine are connections of the router itself; sources behind tcp come over libzmq, which has CURVE.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Protocol
 
 import zmq
 
@@ -18,102 +18,78 @@ from postcopy_kernel import memory
 from postcopy_protocol.codec import decode
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.return_path import FROM_SOURCE, Staged, Staging
-from postcopy_protocol.sources import RemoteSource, Source
 from postcopy_wire.libzmq import Libzmq
 from postcopy_wire.router import Router
 
 from ..blocks import RamBlock
 from ..observe.event_log import Tell
 from ..paging.fast_path import SourceFastPath, source_fast_path
-from ..paging.paging import Paging
-from ..paging.source_link import FIRST_PING_SECONDS, SourceLink, Stream
+from ..paging.paging import RemotePaging
+from ..paging.source_link import FIRST_PING_SECONDS, AdvisedBlock, LinkState, SourceLink
 from ..settings import Settings
-from .advise import FRAME_LIMIT, Advice, ask_advice, load_keys, secure
+from .advise import FRAME_LIMIT, Advice, SourceAccess, by_endpoint
 from .staging import StagingMemory
 
 log = logging.getLogger(__name__)
 
 SCHEME = "ipc://"
 MESSAGE_LIMIT = FRAME_LIMIT + (64 << 10)
-"""Bytes of a source's message on the wire: pages, the word before them, and what stands before each frame."""
+"""Bytes of a source's message on the wire: pages, the head before them, and what precedes each frame."""
+
+
+class OnSourceMessage(Protocol):
+    """Takes the name of a link and the frames of a message; they are valid until it returns."""
+
+    def __call__(self, name: bytes, frames: list[memoryview], /) -> object: ...
 
 
 class Sources:
-    """Links by the routing id that our router gives them."""
+    """The links, by the name that the router has for each."""
 
-    def __init__(self, settings: Settings, event: Tell) -> None:
-        """Raises BadInput for keys that cannot be loaded."""
-        self.links: dict[bytes, SourceLink] = {}
-        self.lanes: dict[bytes, SourceFastPath] = {}
-        """By the same id: where answers go first."""
-        self.staging: dict[bytes, StagingMemory] = {}
-        """By the same id: where a source on this machine lays its pages."""
-        self._context: zmq.Context[Any] = zmq.Context()
-        self._settings = settings
-        self._event = event
-        self._keys = load_keys(settings.curve_secret, settings.source_key) if settings.curve_secret else None
-        self.parked: deque[tuple[bytes, Staged]] = deque()
-        """What lies in slots and is not placed yet: it can wait there while anything else is to be done."""
-        self._babble: dict[str, int] = {}
-        self._unshared: set[str] = set()
-        self._libzmq: Libzmq | None = None
-        self._paging: Paging
-
-    def ask(self, known: Mapping[str, Advice], stopped: Callable[[], str]) -> dict[str, Advice]:
-        """What the sources of remote blocks say of them, by our names; waits for sources that are not there yet, until
-        ``stopped`` says why not. What is ``known`` is not asked for."""
-        advice = dict(known)
-        unknown = {name: source for name, source in self._settings.sources.items() if name not in known}
-        for endpoint, blocks in _by_endpoint(unknown).items():
-            told = ask_advice(
-                self._context,
-                endpoint,
-                sorted(set(blocks.values())),
-                self._settings.page_size,
-                self._keys,
-                self._settings.plain_tcp,
-                stopped,
-            )
-            advice |= {name: told[theirs] for name, theirs in blocks.items()}
-        return advice
-
-    def connect(
+    def __init__(
         self,
+        settings: Settings,
+        access: SourceAccess,
         router: Router,
         advice: Mapping[str, Advice],
         blocks: Mapping[str, RamBlock],
-        paging: Paging,
-        said: Callable[[bytes, list[memoryview]], object],
+        paging: RemotePaging,
+        event: Tell,
     ) -> None:
-        """One link for every endpoint. ``said`` is told the name of a link and the frames that its source says; they
-        hold until it returns."""
+        """One link for every endpoint of ``settings``; ``advice`` and ``blocks`` by our names."""
+        self.links: dict[bytes, SourceLink] = {}
+        self.fast_paths: dict[bytes, SourceFastPath] = {}
+        """By link name; answers go there first."""
+        self.staging: dict[bytes, StagingMemory] = {}
+        """By link name."""
+        self.parked: deque[tuple[bytes, Staged]] = deque()
+        """Pages that lie in slots and are not placed yet: they can wait there while there is other work."""
+        self._access = access
+        self._router = router
         self._paging = paging
-        for number, (endpoint, names) in enumerate(_by_endpoint(self._settings.sources).items(), 1):
-            link_name = b"s%d" % number
-            ours = [blocks[name] for name in names]
-            streams = [Stream(b.number, names[b.name], b.page_size, b.size, advice[b.name].identity) for b in ours]
-            link = SourceLink(
-                endpoint,
-                streams,
-                self._settings.source_timeout,
-                partial(router.send, link_name),
-                partial(self._link_event, endpoint),
-                paging.gave_up,
-            )
-            self.links[link_name] = link
-            self.lanes[link_name] = source_fast_path(paging, link, ours)
-            paging.links |= dict.fromkeys((block.number for block in ours), link)
-            if endpoint.startswith(SCHEME):
-                met = partial(_met, link)
-                router.connect(endpoint.removeprefix(SCHEME), link_name, partial(said, link_name), met, MESSAGE_LIMIT)
-            else:
-                self._connect_libzmq(router, endpoint, link_name, said)
+        self._event = event
+        self._bad_messages: dict[str, int] = {}  # by endpoint: how many
+        self._unshared: set[str] = set()
+        self._libzmq: Libzmq | None = None
+        for number, (endpoint, names) in enumerate(by_endpoint(settings.sources).items(), 1):
+            name, ours = b"s%d" % number, [blocks[block] for block in names]
+            advised = [_advised(block, names[block.name], advice[block.name]) for block in ours]
+            link = paging.add_source(endpoint, advised, settings.source_timeout, partial(router.send, name))
+            self.links[name] = link
+            self.fast_paths[name] = source_fast_path(paging, link, ours)
 
-    def _connect_libzmq(
-        self, router: Router, endpoint: str, name: bytes, said: Callable[[bytes, list[memoryview]], object]
-    ) -> None:
+    def connect(self, on_message: OnSourceMessage) -> None:
+        """Connect to every source, now and whenever the connection is lost."""
+        for name, link in self.links.items():
+            if link.endpoint.startswith(SCHEME):
+                connected, path = partial(_connected, link), link.endpoint.removeprefix(SCHEME)
+                self._router.connect(path, name, partial(on_message, name), connected, MESSAGE_LIMIT)
+            else:
+                self._connect_libzmq(link.endpoint, name, on_message)
+
+    def _connect_libzmq(self, endpoint: str, name: bytes, on_message: OnSourceMessage) -> None:
         if self._libzmq is None:
-            channel: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
+            channel: zmq.Socket[bytes] = self._access.context.socket(zmq.ROUTER)
             for option, value in (
                 (zmq.LINGER, 0),
                 (zmq.ROUTER_MANDATORY, 1),
@@ -122,117 +98,104 @@ class Sources:
                 (zmq.MAXMSGSIZE, FRAME_LIMIT),
             ):
                 channel.setsockopt(option, value)
-            self._libzmq = Libzmq(channel, said)
-            router.bridge(self._libzmq)
-        secure(self._libzmq.socket, endpoint, self._keys, self._settings.plain_tcp)
+            self._libzmq = Libzmq(channel, on_message)
+            self._router.bridge(self._libzmq)
+        self._access.secure(self._libzmq.socket, endpoint)
         self._libzmq.socket.setsockopt(zmq.CONNECT_ROUTING_ID, name)
         self._libzmq.socket.connect(endpoint)
 
-    def close(self) -> None:
-        """After the router: nobody is heard any more."""
-        self._context.term()
-
-    def heard(self, identity: bytes, frames: Sequence[memoryview]) -> bool:
-        """A word of a source, with the bytes of pages behind it; True when pages have come."""
-        link = self.links[identity]
+    def on_message(self, name: bytes, frames: Sequence[memoryview]) -> bool:
+        """Handle a message of a source with the bytes of pages behind it; True when pages have come."""
+        link = self.links[name]
         try:
             message = decode(frames[0], expect=FROM_SOURCE)
             if isinstance(message, Staged):
-                self.parked.append((identity, message))
+                self.parked.append((name, message))
                 return False
             if isinstance(message, Staging):
-                return self._offered_staging(identity, link, message)
+                self._on_staging(name, link, message)
+                return False
             raw = frames[1:]
-            arrived = link.heard(message, [len(buffer) for buffer in raw], time.monotonic())
+            arrived = link.on_message(message, [len(buffer) for buffer in raw], time.monotonic())
         except BadMessage as error:
-            self._nonsense(link, error)
+            self._bad_message(link, error)
             return False
         if arrived is not None:
             self._paging.arrived(arrived, [memory.address_of(buffer) for buffer in raw])
+        self._unstage_idle(name, link)
         return arrived is not None
 
     def place_parked(self) -> bool:
-        """Place what lies in the slot that has waited longest; True when pages have come."""
-        identity, message = self.parked.popleft()
+        """Place the pages that have waited longest in a slot; True when pages have come."""
+        name, message = self.parked.popleft()
         try:
-            return self._staged(identity, message)
+            return self._place_staged(name, message)
         except BadMessage as error:
-            self._nonsense(self.links[identity], error)
+            self._bad_message(self.links[name], error)
             return False
 
-    def _staged(self, identity: bytes, message: Staged) -> bool:
-        """Place what lies in a slot, and set that free, whatever becomes of it. Raises BadMessage."""
-        staging, link = self.staging.get(identity), self.links[identity]
+    def tick(self, now: float) -> float | None:
+        """Returns when to call again, if that is soon."""
+        for name, link in self.links.items():
+            link.tick(now)
+            self._unstage_idle(name, link)
+        due = [link.flow.retry_at for link in self.links.values() if link.flow.deferred]
+        if any(link.pings_often for link in self.links.values()):
+            due.append(now + FIRST_PING_SECONDS)
+        return min(due, default=None)
+
+    def _place_staged(self, name: bytes, message: Staged) -> bool:
+        """Place the pages in a slot and set it free in any case. Raises BadMessage."""
+        staging, link = self.staging.get(name), self.links[name]
         if staging is None or staging.number != message.number:
-            return False  # of one that we had before: its slots are nobody's any more
+            return False  # of an earlier staging memory, which is closed
         address = staging.address_of(message)
         try:
-            arrived = link.staged(message, staging.slot_bytes, time.monotonic())
+            arrived = link.on_staged(message, staging.slot_bytes, time.monotonic())
             if arrived is not None:
                 self._paging.arrived(arrived, (address,))
         finally:
             staging.free(message.slot)
         return arrived is not None
 
-    def _offered_staging(self, identity: bytes, link: SourceLink, message: Staging) -> bool:
-        """Open it; where that cannot be, pages go on coming through the socket."""
+    def _on_staging(self, name: bytes, link: SourceLink, offer: Staging) -> None:
+        """Open an offered staging memory. If that fails, pages continue to come through the socket."""
         while self.parked:
             self.place_parked()
-        self._unstage(identity)
+        self._unstage(name)
         if link.finished:
-            return False
+            return
         try:
-            self.staging[identity] = StagingMemory(message)
+            self.staging[name] = StagingMemory(offer)
         except (OSError, ValueError) as error:
             level = logging.DEBUG if link.endpoint in self._unshared else logging.INFO
             self._unshared.add(link.endpoint)
             log.log(level, "source %s: pages come through the socket: %s", link.endpoint, error)
         else:
-            link.use_staging(message.number)
-        return False
+            link.use_staging(offer.number)
 
-    def _unstage(self, identity: bytes) -> None:
-        staging = self.staging.pop(identity, None)
+    def _unstage_idle(self, name: bytes, link: SourceLink) -> None:
+        """Close the staging memory of a source that is lost or has sent everything."""
+        if link.finished or link.state is LinkState.PAUSED:
+            self._unstage(name)
+
+    def _unstage(self, name: bytes) -> None:
+        staging = self.staging.pop(name, None)
         if staging is not None:
             staging.close()
 
-    def tick(self, now: float) -> float | None:
-        """Returns when to come again, if that is soon."""
-        for identity, link in self.links.items():
-            link.tick(now)
-            if link.finished:
-                self._unstage(identity)
-        due = [link.flow.again_at for link in self.links.values() if link.flow.deferred]
-        if any(link.hurries for link in self.links.values()):
-            due.append(now + FIRST_PING_SECONDS)
-        return min(due, default=None)
-
-    def _link_event(self, endpoint: str, kind: str, detail: str, **where: int | str) -> None:
-        self._event(kind, detail, source=endpoint, **where)
-        for identity, link in self.links.items():
-            if kind == "pause" and link.state == "paused":
-                self._unstage(identity)
-                self._paging.source_lost(link)
-            elif kind == "recover" and link.state == "up":
-                self._paging.source_back(link)
-
-    def _nonsense(self, link: SourceLink, error: Exception) -> None:
-        """Told when its number has doubled: a source that babbles must not drown everything else."""
-        count = self._babble[link.endpoint] = self._babble.get(link.endpoint, 0) + 1
+    def _bad_message(self, link: SourceLink, error: Exception) -> None:
+        """Reported when its count has doubled: a source that sends nonsense must not fill the log."""
+        count = self._bad_messages[link.endpoint] = self._bad_messages.get(link.endpoint, 0) + 1
         if count & (count - 1) == 0:
-            text = f"source {link.endpoint}: {error}; not used ({count} such words)"
+            text = f"source {link.endpoint}: {error}; not used ({count} such messages)"
             self._event("source-nonsense", text, source=link.endpoint, cause=str(error))
 
 
-def _met(link: SourceLink) -> None:
-    """The source at the other end may be another one than before, and who was asked before is gone."""
-    link.met(time.monotonic())
+def _advised(block: RamBlock, name: str, advice: Advice) -> AdvisedBlock:
+    return AdvisedBlock(block.number, name, block.page_size, block.size, advice.identity)
 
 
-def _by_endpoint(sources: Mapping[str, Source]) -> dict[str, dict[str, str]]:
-    """Remote blocks by endpoint: our name of each, and its name there."""
-    found: dict[str, dict[str, str]] = {}
-    for name, source in sources.items():
-        if isinstance(source, RemoteSource):
-            found.setdefault(source.endpoint, {})[name] = source.block
-    return found
+def _connected(link: SourceLink) -> None:
+    """The peer may be another program than before, and requests to the earlier one are gone."""
+    link.connected(time.monotonic())

@@ -1,8 +1,8 @@
-"""The supervisor's side of a staging memory (staging.py in the sources wing): a source's memfd, opened and mapped.
+"""Staging memory, the supervisor's side: a source's memfd, opened and mapped (staging.py in the sources wing).
 
-A source is not believed: what it names is opened only when it is a memfd of that kind and size which cannot shrink,
-and used only when it begins with the nonce that we were told, because a process number may be one of another
-namespace. What lies in the slots may change at any instant; it is only ever the source of a UFFDIO_COPY.
+A source is not trusted. Its memfd is opened only if it has the expected name and size and cannot shrink. It is used
+only if it begins with the nonce that the source sent, because a process number may belong to another namespace. Slots
+may change at any instant; they are only ever the source of a UFFDIO_COPY.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from postcopy_protocol.return_path import (
 
 
 class StagingMemory:
-    """Raises BadMessage for an offer that is none, OSError or ValueError when it cannot be had."""
+    """Raises BadMessage for an offer that breaks the protocol, OSError or ValueError when it cannot be opened."""
 
     def __init__(self, offer: Staging) -> None:
         length = check_staging(offer)
@@ -34,7 +34,7 @@ class StagingMemory:
         self._slots = offer.slots
         descriptor = open_memfd_of(offer.pid, offer.descriptor, STAGING_NAME, length)
         try:
-            # Read, not mapped: nothing of it is touched before it is known to be what was meant.
+            # Read, not mapped: no page of it is touched before it is known to be the right one.
             if os.pread(descriptor, NONCE, 0) != offer.nonce:
                 raise ValueError(f"the staging memory of process {offer.pid} is another one")
             self._header = mmap.mmap(descriptor, STAGING_HEADER)
@@ -43,7 +43,7 @@ class StagingMemory:
             os.close(descriptor)
 
     def address_of(self, message: Staged) -> int:
-        """Where the pages lie. Raises BadMessage for a slot that there is not, or that is not full."""
+        """Where the pages lie. Raises BadMessage for a slot that does not exist or is not full."""
         if message.slot >= self._slots:
             raise BadMessage(f"slot {message.slot} of {self._slots}")
         if self._header[NONCE + message.slot] != SLOT_FULL:
@@ -51,7 +51,7 @@ class StagingMemory:
         return self._mapping.address + STAGING_HEADER + message.slot * self.slot_bytes
 
     def free(self, slot: int) -> None:
-        """It is the source's again."""
+        """Give a slot back to the source."""
         self._header[NONCE + slot] = SLOT_FREE
 
     def close(self) -> None:

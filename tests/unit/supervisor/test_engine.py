@@ -1,4 +1,4 @@
-"""The engine beside a model: asked once, released exactly once, nobody forgotten."""
+"""The engine beside a model: a page is requested once, a waiter is released exactly once, and none is forgotten."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ waiters = st.integers(0, 3)
 
 
 class Requests(RuleBasedStateMachine):
-    """The model: who waits where, and which pages of which block are asked for."""
+    """The model: which waiter waits for which page, and which pages of which block are requested."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,9 +64,9 @@ class Requests(RuleBasedStateMachine):
 
     @precondition(lambda self: self.asked)
     @rule()
-    def ask_anew(self) -> None:
-        anew = self.engine.asked_anew()
-        key = [(ask.block, ask.first, ask.end) for ask in anew if isinstance(ask, Ask)]
+    def outstanding(self) -> None:
+        anew = list(self.engine.outstanding())
+        key = [(ask.block, ask.first, ask.end) for ask in anew]
         assert sorted(key) == sorted((ask.block, ask.first, ask.end) for ask in self.asked)
 
     @rule(waiter=waiters)
@@ -92,14 +92,14 @@ TestRequests = Requests.TestCase
 TestRequests.settings = effort(200)
 
 
-def test_an_answer_given_twice_releases_nobody_twice() -> None:
+def test_a_second_answer_releases_no_waiter() -> None:
     engine = Engine()
     assert engine.fault(3, 0, 5, 8) == [Ask(0, 5, 8)]
     assert engine.answered(0, 5, 8, [5]) == [Release(3, 0, 5, True)]
     assert engine.answered(0, 5, 8, []) == []
 
 
-def test_a_range_in_flight_is_not_asked_for_again() -> None:
+def test_a_range_in_flight_is_not_requested_again() -> None:
     engine = Engine()
     assert engine.ask(0, 4, 8) == [Ask(0, 4, 8)]
     assert engine.ask(0, 4, 8) == []

@@ -16,10 +16,12 @@ from postcopy_protocol.codec import decode, unpack_offsets
 from postcopy_protocol.messages import Wake
 from postcopy_protocol.received_map import LOST, MISSING, PLACING, RECEIVED
 from postcopy_protocol.return_path import DATA, ZERO
-from postcopy_supervisor.paging import paging as module
+from postcopy_supervisor.paging.engine import Engine
 from postcopy_supervisor.paging.flow_control import BACKGROUND, LONGEST_PAUSE
-from postcopy_supervisor.paging.paging import Paging
-from postcopy_supervisor.paging.source_link import Arrived, SourceLink, Stream
+from postcopy_supervisor.paging.paging import RemotePaging
+from postcopy_supervisor.paging.placer import Placer
+from postcopy_supervisor.paging.source_link import AdvisedBlock, Arrived
+from postcopy_supervisor.paging.wakers import Wakers
 
 PAGE = 4096
 BLOCK = 1
@@ -57,14 +59,25 @@ class Bench:
         block.received, block.memory, block.mapping = self.received, self.memory, SimpleNamespace(address=1 << 20)
         block.lost_pages = lambda: [page for page in range(PAGES) if self.received[page] == LOST]
         self.block = cast(Any, block)
-        self.paging = Paging(
-            cast(Any, self.core), {BLOCK: self.block}, PAGE, lambda ask: None, self._told, self._own, self._event
+        alarm = SimpleNamespace(tick_at=self.rung.append, call_soon=lambda act: None)
+        clients = SimpleNamespace(with_block=lambda number: [])
+        workers, own = SimpleNamespace(send=self._told), SimpleNamespace(release=self._own)
+        self.paging = RemotePaging(
+            {BLOCK: self.block},
+            Engine(),
+            Placer(cast(Any, self.core), alarm, self._event),
+            Wakers({BLOCK: self.block}, workers, own, clients, self._event),
+            SimpleNamespace(fetch=lambda ask: None),
+            alarm,
+            self._event,
+            fault_around=PAGE,
+            background_rate=0,
+            poison_on_loss=False,
+            clock=lambda: self.now,
         )
-        self.paging.ring_at = self.rung.append
-        stream = Stream(BLOCK, "ram0", PAGE, PAGES * PAGE, "right")
-        self.link = SourceLink("ipc:///x", [stream], 5.0, lambda data: None, self._event, self.paging.gave_up)
+        blocks = [AdvisedBlock(BLOCK, "ram0", PAGE, PAGES * PAGE, "right")]
+        self.link = self.paging.add_source("ipc:///x", blocks, 5.0, lambda data: None)
         self.flow = self.link.flow
-        self.paging.links[BLOCK] = self.link
 
     def _event(self, kind: str, *_: object, **where: object) -> None:
         self.events.append(kind)
@@ -83,14 +96,12 @@ class Bench:
 
     def deferred(self) -> list[tuple[int, int, int]]:
         """Client, first and end page."""
-        wishes = self.flow.deferred
-        return [(wish.client, wish.offset // PAGE, (wish.offset + wish.length) // PAGE) for wish in wishes]
+        return [(one.client, one.offset // PAGE, (one.offset + one.length) // PAGE) for one in self.flow.deferred]
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+def bench() -> Iterator[Bench]:
     bench = Bench()
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: bench.now))
     yield bench
     os.close(bench.memory)
 
@@ -107,10 +118,8 @@ def test_what_fits_is_given_and_the_rest_is_asked_for_again(bench: Bench, kind: 
     assert bench.woken == [2, 3] and bench.events == ["no-memory"]
     assert bytes(bench.received[2:8]) == bytes((RECEIVED, RECEIVED, MISSING, MISSING, MISSING, MISSING))
     assert bench.deferred() == [(8, 5, 7)], "in one request, for who came first; client zero like any other"
-    assert bench.rung == [bench.flow.again_at]
-    assert bench.paging.engine.first_free(BLOCK, 4, 16) == (4, 5), (
-        "nobody waits for it: it is asked for when somebody does"
-    )
+    assert bench.rung == [bench.flow.retry_at]
+    assert bench.paging.engine.first_gap(BLOCK, 4, 16) == (4, 5), "it has no waiter: it is requested when it has one"
     bench.core.room = 100
     bench.flow.deferred.clear()
     bench.come(5, 7, kind)
@@ -170,4 +179,4 @@ def test_the_background_waits_too(bench: Bench) -> None:
     bench.flow.up = True
     bench.come(2, 4)
     assert bench.deferred() == [] and bench.paging.engine.idle
-    assert bench.flow.room_for_background(bench.now) == 0 < bench.flow.room_for_background(bench.flow.again_at)
+    assert bench.flow.room_for_background(bench.now) == 0 < bench.flow.room_for_background(bench.flow.retry_at)

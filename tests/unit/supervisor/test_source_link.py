@@ -285,13 +285,13 @@ def test_another_content_is_refused_with_both_values(talk: Talk, content: str, s
 
 def test_late_answers_of_an_old_stream_are_nothing(talk: Talk) -> None:
     link = talk.supervisor.link
-    old = link._numbers[1]
+    old = link._streams[1]
     talk.source.start(RIGHT)
     talk.go(2.5)
     late = talk.source.pages(old, 0, [(0, PAGE)], 0)
     late.content = OTHER
     talk.supervisor.hear(late)
-    assert not talk.supervisor.received and link._numbers[1] != old
+    assert not talk.supervisor.received and link._streams[1] != old
 
 
 def test_the_background_comes_in_slots_that_are_used_again(talk: Talk) -> None:
@@ -338,8 +338,8 @@ def test_advising_anew_brings_a_new_staging_memory(talk: Talk) -> None:
 def test_pages_in_a_slot_obey_the_rules_of_pages(talk: Talk, offset: int, length: int, complaint: str) -> None:
     stream = next(number for number, block in talk.supervisor.link._blocks.items() if block == 1)
     with pytest.raises(BadMessage, match=complaint):
-        talk.supervisor.link.staged(Staged(stream, 1, offset, length, 1, 0), 4 * PAGE, talk.supervisor.now)
-    assert talk.supervisor.link.staged(Staged(stream + 99, 1, offset, length, 1, 0), PAGE, 0.0) is None
+        talk.supervisor.link.on_staged(Staged(stream, 1, offset, length, 1, 0), 4 * PAGE, talk.supervisor.now)
+    assert talk.supervisor.link.on_staged(Staged(stream + 99, 1, offset, length, 1, 0), PAGE, 0.0) is None
 
 
 def test_it_has_finished_when_every_block_is_complete(talk: Talk) -> None:
@@ -401,15 +401,15 @@ def test_a_source_that_answers_everything_but_this_loses_the_page(talk: Talk) ->
     talk.go(20, "never")
     assert not talk.supervisor.waiting and talk.supervisor.lost == {(1, 3), (1, 4)}
     assert talk.kinds() == ["source"], "it is not away"
-    talk.supervisor.hear(talk.source.pages(talk.supervisor.link._numbers[1], 0, [(3 * PAGE, PAGE)], 0))
+    talk.supervisor.hear(talk.source.pages(talk.supervisor.link._streams[1], 0, [(3 * PAGE, PAGE)], 0))
     assert talk.supervisor.lost == {(1, 4)}, "a late answer heals"
 
 
 def test_a_stray_advised_changes_nothing(talk: Talk) -> None:
-    numbers = dict(talk.supervisor.link._numbers)
+    numbers = dict(talk.supervisor.link._streams)
     talk.supervisor.hear(Word(Advised("one", 77, SIZES[1], RIGHT, ())))
     talk.supervisor.hear(Word(Advised("three", 78, SIZES[1], RIGHT, ())))
-    assert talk.supervisor.link._numbers == numbers and talk.kinds() == ["source", "source-nonsense", "source-nonsense"]
+    assert talk.supervisor.link._streams == numbers and talk.kinds() == ["source", "source-nonsense", "source-nonsense"]
 
 
 def test_one_stream_number_for_two_blocks_is_nonsense() -> None:
