@@ -1,7 +1,7 @@
 """``scripts/picture.py FILE.svg``: the screen of ``postcopy top`` while 64 clients touch a real file.
 
-A supervisor of our own serves two files, a load test runs on one of them and kills workers, and textual draws what
-``top`` shows into an SVG, with a fixed-width font of the reader's own.
+Starts a supervisor for two files and a load test that kills workers. textual draws the screen of ``top`` as SVG, in the
+reader's own fixed-width font.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ LOOKS = 7
 
 
 def main(target: str) -> None:
-    """Serve, load, draw."""
-    Path(target).open("ab").close()  # a path that cannot be written is told before a minute has gone by
-    with tempfile.TemporaryDirectory(prefix="postcopy-picture-") as place:
+    """Write the picture to ``target``."""
+    Path(target).open("ab").close()  # fails now and not after a minute
+    with tempfile.TemporaryDirectory(prefix="postcopy-picture-") as directory:
         files = {}
         for name, size in (("weights", WEIGHTS), ("snapshot", SNAPSHOT)):
-            path = Path(place) / f"{name}.bin"
+            path = Path(directory) / f"{name}.bin"
             path.write_bytes(random.Random(size).randbytes(size))
             files[name] = path
         with Supervisor(files) as supervisor:
@@ -41,15 +41,15 @@ def main(target: str) -> None:
                 drawn = asyncio.run(_draw(supervisor.runtime_dir))
             finally:
                 clients.wait()
-    # The drawing would fetch a font from elsewhere: any fixed-width one does.
+    # textual's drawing fetches a font from the network: any fixed-width one will do.
     text = re.sub(r"@font-face\s*{[^}]*}", "", drawn)
     Path(target).write_text(re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE), "utf-8")
 
 
 def _load(directory: str, block: str, clients: int, rate: int, seconds: int, *more: str) -> subprocess.Popen[bytes]:
-    words = ["--block", block, "--clients", str(clients), "--rate", str(rate), "--seconds", str(seconds), *more]
-    words += ["--mode", "mixed", "--pattern", "zipf" if rate == RATE else "sequential", "--runtime-dir", directory]
-    return subprocess.Popen([sys.executable, "-m", "postcopy", "load", *words], stdout=subprocess.DEVNULL)
+    arguments = ["--block", block, "--clients", str(clients), "--rate", str(rate), "--seconds", str(seconds), *more]
+    arguments += ["--mode", "mixed", "--pattern", "zipf" if rate == RATE else "sequential", "--runtime-dir", directory]
+    return subprocess.Popen([sys.executable, "-m", "postcopy", "load", *arguments], stdout=subprocess.DEVNULL)
 
 
 async def _draw(directory: str) -> str:

@@ -111,7 +111,7 @@ class Control:
 
     def resume(self, client: int) -> int:
         """End a client's quarantine; the number of pages that are healed by and by."""
-        return self._ask(AskResume(client), ResumeAnswer).healing
+        return self._ask(AskResume(client), ResumeAnswer).unpoisoning
 
     def export(self, name: str, path: str) -> ExportProgress:
         """Begin to write block ``name`` to ``path``. Ask ``progress`` at least every 10 s, or it is cancelled."""

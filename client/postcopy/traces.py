@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from postcopy_protocol import counters, trace
-from postcopy_protocol.trace import Fault, Head
+from postcopy_protocol.trace import Fault, Header
 
 from .errors import BadInput
 
@@ -17,7 +17,7 @@ class Trace:
     """A file of ``serve --record``, its faults in the order of time."""
 
     path: str
-    head: Head
+    head: Header
     faults: list[Fault]
 
     def name(self, block: int) -> str:
@@ -29,7 +29,7 @@ def read(path: str) -> Trace:
     with open(path, "rb") as file:
         data = file.read()
     try:
-        head, start = trace.template_of(data)
+        head, start = trace.read_header(data)
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
     return Trace(path, head, sorted(trace.faults(data, start), key=lambda fault: fault.at))

@@ -81,11 +81,6 @@ def _range(line: bytes) -> MappedRange:
     )
 
 
-def is_registered(pid: int, start: int, length: int) -> bool:
-    """Is every byte of the range registered with a userfaultfd for missing pages? Raises OSError."""
-    return covered(((at.start, at.end) for at in flagged_ranges(pid) if "um" in at.flags), start, start + length)
-
-
 def any_registered(pid: int, ranges: Iterable[tuple[int, int]]) -> bool:
     """Is any byte of the ranges (start, length) registered with a userfaultfd? Raises OSError."""
     registered = [(at.start, at.end) for at in flagged_ranges(pid) if "um" in at.flags]

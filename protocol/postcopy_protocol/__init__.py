@@ -1,6 +1,7 @@
-"""What the programs of the house say to each other. Pure: no socket, no system call, no clock, no other wing.
+"""What the programs of postcopy send to one another. Pure: no socket, no system call, no clock, no other wing.
 
-``messages`` holds the words and ``codec`` their bytes; ``door`` is the law of the conversation with a client;
-``geometry``, ``received``, ``window`` and ``statistics`` are the shapes that several programs share in memory;
-``places``, ``sizes`` and ``sources`` are what a person types. ``protocol/README.md`` is the specification.
+``messages`` and ``return_path`` define the messages, ``codec`` their bytes. ``attach_conversation``,
+``source_conversation`` and ``vhost_conversation`` are the state machines. ``geometry``, ``received_map``, ``counters``,
+``stages``, ``trace`` and ``window`` describe what several programs share in memory. ``runtime_paths``, ``sizes`` and
+``sources`` parse what a user types. ``protocol/README.md`` is the specification.
 """

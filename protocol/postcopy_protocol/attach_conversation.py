@@ -1,30 +1,24 @@
-"""The law of the door: what a client may say, when, and what each refusal is called. The supervisor's side, sans-I/O.
-
-One ``AttachConversation`` a connection. Every message of the client goes through ``hear``; when it returns, the message
-is in order and its figures are sound, and what remains to be judged needs the world (is there such a block, may this
-user, does the kernel register the range). What the supervisor grants it tells the conversation
-by ``opened``; what it could not do it takes back by ``withdraw`` (Mapped) or ``refuse_userfaultfd``.
+"""The conversation on the attach socket: what a client may send, when, and what answers it. Both halves, sans-I/O.
 
 ::
 
-    state      hears              and then
-    ---------  -----------------  ------------------------------------------------
-    strange    Hello              greeted
-    greeted    OfferUserfaultfd   ready
-    greeted    OfferBackEnd       ready (vhost-user only)
-    greeted    Resume             ready; resumed() gives back what the client had
-    ready      OpenBlock          ready; opened() makes the block known
-    ready      Mapped             ready; the region is known
-    ready      Unmap              ready; the region is forgotten
-    greeted,   Goodbye            gone: nothing more is heard
-    ready
+    message            allowed in        answer                then
+    -----------------  ----------------  --------------------  -------
+    Hello              new               Welcome               greeted
+    OfferUserfaultfd   greeted           UserfaultfdAccepted   ready
+    OfferBackEnd       greeted           UserfaultfdAccepted   ready
+    Resume             greeted           Resumed               ready
+    OpenBlock          ready             BlockOpened           ready
+    Mapped             ready             Attached              ready
+    Unmap              ready             Unmapped              ready
+    Goodbye            greeted, ready    -                     gone
 
-A refusal changes nothing: after it the conversation is where it was, and the client may go on. Refusals whose code is
-in ``FATAL`` say that the two do not understand each other: the supervisor closes the connection of a stranger after
-them, not that of a client whose memory it serves.
+``Refused`` may come in place of any answer and changes nothing: the conversation stays where it was.
+``Released`` and ``Ending`` may come at any time.
 
-A client is not believed: it may be of another user. Its numbers are checked here before anything is done with them,
-and what it may make us remember is bounded.
+``AttachConversation`` is the supervisor's half. A client is not trusted, it may run as another user: its numbers are
+checked here before they are used, and what it can make the supervisor remember is bounded. ``AttachClient`` is the
+client's half. Neither reads a socket or a clock, or owns a descriptor.
 """
 
 from __future__ import annotations
@@ -32,12 +26,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
+from typing import Generic, NamedTuple, TypeVar
 
-from .errors import BadMessage, BadVersion, PostcopyError
+from .codec import decode, encode, unpack_offsets
+from .errors import AttachDenied, BadMessage, BadVersion, NoSuchBlock, NoSupervisor, PostcopyError
 from .geometry import PAGE_SIZES, AddressSpace, Region, page_count
 from .messages import (
     REFUSALS,
+    Attached,
     BlockOpened,
+    Ending,
     Goodbye,
     Hello,
     Mapped,
@@ -47,25 +45,61 @@ from .messages import (
     OpenBlock,
     Refused,
     RegionGrant,
+    Released,
     Resume,
+    Resumed,
     Unmap,
+    Unmapped,
+    UserfaultfdAccepted,
+    Welcome,
 )
 from .sources import is_block_name
 
 KINDS = ("native", "vhost-user")
 MODES = ("private", "shared")
-FROM_CLIENT = (Hello, OfferUserfaultfd, OpenBlock, Mapped, Unmap, Goodbye, Resume, OfferBackEnd)
-"""What the supervisor expects at its door."""
-
 MAX_REGIONS = 64
 MAX_NAME = 64
 """Characters of a client's name that are kept."""
 
 FATAL = frozenset({"bad-message", "bad-version", "bad-descriptor"})
+"""Refusals after which the supervisor closes the connection, unless it serves memory of this client already."""
+
+
+class Stage(Enum):
+    """How far a conversation has come."""
+
+    NEW = "new"
+    GREETED = "greeted"
+    READY = "ready"
+    GONE = "gone"
+
+
+class Rule(NamedTuple):
+    """Stages in which a message may be sent, its answer (None: there is none), and the stage after it."""
+
+    allowed: tuple[Stage, ...]
+    answer: type[Message] | None
+    after: Stage
+
+
+RULES: dict[type[Message], Rule] = {
+    Hello: Rule((Stage.NEW,), Welcome, Stage.GREETED),
+    OfferUserfaultfd: Rule((Stage.GREETED,), UserfaultfdAccepted, Stage.READY),
+    OpenBlock: Rule((Stage.READY,), BlockOpened, Stage.READY),
+    Mapped: Rule((Stage.READY,), Attached, Stage.READY),
+    Unmap: Rule((Stage.READY,), Unmapped, Stage.READY),
+    Goodbye: Rule((Stage.GREETED, Stage.READY), None, Stage.GONE),
+    Resume: Rule((Stage.GREETED,), Resumed, Stage.READY),
+    OfferBackEnd: Rule((Stage.GREETED,), UserfaultfdAccepted, Stage.READY),
+}
+"""The table above. Both halves walk it."""
+
+FROM_CLIENT = tuple(RULES)
+"""Messages that the supervisor expects on its attach socket, by tag."""
 
 
 class Refusal(PostcopyError):
-    """Why a message is refused: ``code`` is one of REFUSALS, the text is one line for people."""
+    """Why a message is refused: ``code`` is one of REFUSALS, ``reason`` is one line for people."""
 
     def __init__(self, code: str, reason: str) -> None:
         if code not in REFUSALS:
@@ -76,30 +110,25 @@ class Refusal(PostcopyError):
 
     @property
     def fatal(self) -> bool:
-        """Does it say that the two do not understand each other?"""
+        """Whether the two sides do not understand each other."""
         return self.code in FATAL
 
     def message(self) -> Refused:
+        """The message that reports it."""
         return Refused(self.code, self.reason)
 
     @classmethod
     def of(cls, error: BadMessage) -> Refusal:
-        """The refusal that answers what ``decode`` could not take."""
+        """The refusal for bytes that ``decode`` did not accept."""
         return cls("bad-version" if isinstance(error, BadVersion) else "bad-message", str(error))
 
 
-class Stage(Enum):
-    """How far a conversation has come."""
-
-    STRANGE = "strange"
-    GREETED = "greeted"
-    READY = "ready"
-    GONE = "gone"
+# --- the supervisor's half --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """A block as it was opened for this client; the mode is that of the latest OpenBlock."""
+    """A block as it was opened for this client. ``mode`` is that of the latest OpenBlock."""
 
     block: int
     mode: str
@@ -108,73 +137,64 @@ class Grant:
 
 
 class AttachConversation:
-    """What one client has said so far. ``name`` and ``kind`` are empty until it has said Hello."""
+    """What one client has sent so far. ``name`` and ``kind`` are empty before its Hello.
+
+    ``on_message`` checks order and figures. Whether there is such a block, whether this user may attach and whether the
+    kernel registers the range, only the supervisor can find out: it reports what it granted by ``opened`` and takes
+    back what failed by ``withdraw`` (Mapped), ``refuse_userfaultfd`` and ``refuse_resume``.
+    """
 
     def __init__(self) -> None:
-        self.stage = Stage.STRANGE
+        self.stage = Stage.NEW
         self.name = ""
         self.kind = ""
         self.blocks: dict[int, Grant] = {}
         self.regions = AddressSpace()
 
-    # --- heard ------------------------------------------------------------------------------------------------------
-
-    def hear(self, message: Message, descriptors: int) -> None:
-        """Take a message that came with so many descriptors. Raises Refusal and then has changed nothing."""
-        word, expected = type(message).__name__, type(message).DESCRIPTORS
+    def on_message(self, message: Message, descriptors: int) -> None:
+        """Take a message that came with ``descriptors`` descriptors. Raises Refusal, and then has changed nothing."""
+        name, expected = type(message).__name__, type(message).DESCRIPTORS
         if descriptors != expected:
-            raise Refusal("bad-descriptor", f"{word} came with {descriptors} descriptors, not {expected}")
+            raise Refusal("bad-descriptor", f"{name} came with {descriptors} descriptors, not {expected}")
+        rule = RULES.get(type(message))
+        if rule is None:
+            raise Refusal("bad-message", f"{name} is not a message of a client")
+        if self.stage not in rule.allowed:
+            raise Refusal("bad-message", f"{name} is out of order: the client is {self.stage.value}")
         match message:
             case Hello():
-                self._hello(message)
-            case OfferUserfaultfd() | Resume():
-                self._at(message, Stage.GREETED)
-                self.stage = Stage.READY
-            case OfferBackEnd():
-                self._at(message, Stage.GREETED)
-                if self.kind != "vhost-user":
-                    raise Refusal("bad-message", "only a vhost-user front-end has a back-end to offer")
-                self.stage = Stage.READY
+                self._greet(message)
+            case OfferBackEnd() if self.kind != "vhost-user":
+                raise Refusal("bad-message", "only a client of kind vhost-user may offer a back-end")
             case OpenBlock():
-                self._at(message, Stage.READY)
-                _open(message)
+                _check_open(message)
             case Mapped():
-                self._at(message, Stage.READY)
-                self._mapped(message)
+                self._map(message)
             case Unmap():
-                self._at(message, Stage.READY)
                 self._forget(message.block, message.address)
             case Goodbye():
-                self._at(message, Stage.GREETED, Stage.READY)
-                self._goodbye()
-            case _:
-                raise Refusal("bad-message", f"{word} is nothing that a client says")
+                self.regions = AddressSpace()
+        self.stage = rule.after
 
-    def _at(self, message: Message, *stages: Stage) -> None:
-        if self.stage not in stages:
-            raise Refusal("bad-message", f"{type(message).__name__} is out of order: the client is {self.stage.value}")
-
-    def _hello(self, message: Hello) -> None:
-        self._at(message, Stage.STRANGE)
+    def _greet(self, message: Hello) -> None:
         if message.kind not in KINDS:
-            raise Refusal("bad-message", f"a client is {' or '.join(KINDS)}, nothing else")
-        # The name is shown on terminals: no control characters, no endless one.
+            raise Refusal("bad-message", f"the kind of a client is {' or '.join(KINDS)}")
+        # The name is shown on terminals: no control characters, bounded length.
         self.name = "".join(letter if letter.isprintable() else "?" for letter in message.name[:MAX_NAME])
         self.kind = message.kind
-        self.stage = Stage.GREETED
 
-    def _mapped(self, message: Mapped) -> None:
+    def _map(self, message: Mapped) -> None:
         grant = self.blocks.get(message.block)
         if grant is None:
             raise Refusal("no-such-block", f"block {message.block} is not open: OpenBlock comes before Mapped")
         if len(self.regions) >= MAX_REGIONS:
             raise Refusal("limit", f"a client may have {MAX_REGIONS} regions")
-        if message.offset + message.length > grant.pages * grant.page_size:
-            raise Refusal("bad-range", f"the block ends at {grant.pages * grant.page_size}, before the region does")
+        end = grant.pages * grant.page_size
+        if message.offset + message.length > end:
+            raise Refusal("bad-range", f"the block ends at {end}, before the region does")
+        region = Region(message.block, grant.mode, message.address, message.length, message.offset)
         try:
-            self.regions.add(
-                Region(message.block, grant.mode, message.address, message.length, message.offset), grant.page_size
-            )
+            self.regions.add(region, grant.page_size)
         except BadMessage as error:
             raise Refusal("bad-range", str(error)) from None
 
@@ -184,47 +204,207 @@ class AttachConversation:
             raise Refusal("bad-range", f"no region of block {block} starts at {address:#x}")
         return self.regions.remove(address)
 
-    def _goodbye(self) -> None:
-        self.stage = Stage.GONE
-        self.regions = AddressSpace()
-
-    # --- told by the supervisor -------------------------------------------------------------------------------------
-
     def opened(self, block: int, mode: str, pages: int, page_size: int) -> None:
-        """The supervisor answers OpenBlock with BlockOpened: from now on the block may be mapped."""
+        """The supervisor answers OpenBlock with BlockOpened: the block may be mapped now."""
         if mode not in MODES or page_size not in PAGE_SIZES or pages < 1:
             raise ValueError(f"no block is {mode} with {pages} pages of {page_size}")
         self.blocks[block] = Grant(block, mode, pages, page_size)
 
     def refuse_userfaultfd(self) -> None:
-        """What came with the offer is no userfaultfd, or of no use: the client may offer another."""
+        """The descriptor is no userfaultfd or is of no use: the client may offer another."""
         if self.stage is Stage.READY:
             self.stage = Stage.GREETED
 
     def refuse_resume(self) -> None:
-        """The client is not the one that it says: it may offer a userfaultfd instead."""
+        """The process is not that client: it may offer a userfaultfd instead."""
         self.refuse_userfaultfd()
 
     def resumed(self, regions: Iterable[RegionGrant]) -> None:
-        """What the client had before its connection ended. Blocks that it had opened are opened by ``opened``."""
+        """Restore the regions of a client that resumes. Its blocks are restored by ``opened``."""
         self.regions = AddressSpace(
             Region(region.block, region.mode, region.address, region.length, region.offset) for region in regions
         )
 
     def withdraw(self, block: int, address: int) -> Region:
-        """The supervisor refuses a Mapped that was in order, such as one that the kernel did not register."""
+        """Forget a region whose Mapped was in order, but that the supervisor refuses, as the kernel did."""
         return self._forget(block, address)
 
 
-def _open(message: OpenBlock) -> None:
+def _check_open(message: OpenBlock) -> None:
     if message.mode not in MODES:
-        raise Refusal("bad-message", f"a block is opened {' or '.join(MODES)}, nothing else")
+        raise Refusal("bad-message", f"the mode of a block is {' or '.join(MODES)}")
     if not is_block_name(message.name):
         raise Refusal("no-such-block", "no block can have that name")
 
 
+# --- the client's half ------------------------------------------------------------------------------------------------
+
+Answer = TypeVar("Answer", bound=Message)
+
+
+@dataclass(frozen=True, slots=True)
+class Question(Generic[Answer]):
+    """A message to send, and the class of its answer."""
+
+    message: Message
+    answer: type[Answer]
+
+    @property
+    def data(self) -> bytes:
+        """The bytes to send."""
+        return encode(self.message)
+
+
+_UNASKED = (Refused, Ending, Released)
+_ERRORS: dict[str, type[PostcopyError]] = {
+    "no-such-block": NoSuchBlock,
+    "denied": AttachDenied,
+    "limit": AttachDenied,
+    "bad-version": BadMessage,
+}
+
+
+class AttachClient:
+    """The client's half of one connection to the supervisor in ``directory`` (for error messages).
+
+    A method such as ``hello`` gives the Question to send; descriptors are sent beside it by the caller. ``on_message``
+    takes every message that comes and gives the answer when it is there. One question at a time.
+
+    ``client`` is the client's number, ``released`` the numbers of blocks that are complete, and ``ending`` why the
+    supervisor has ended (None while it serves).
+
+    Example::
+
+        conversation = AttachClient(directory)
+        question = conversation.hello("cat", "native")
+        send(question.data)
+        while (welcome := conversation.on_message(*receive())) is None:
+            pass
+    """
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+        self.stage = Stage.NEW
+        self.client = 0
+        self.released: set[int] = set()
+        self.ending: str | None = None
+        self._question: Question[Message] | None = None
+
+    @property
+    def waiting(self) -> bool:
+        """Whether an answer is still to come. After an exception it means that nothing more can be asked here."""
+        return self._question is not None
+
+    # --- questions ----------------------------------------------------------------------------------------------------
+
+    def hello(self, name: str, kind: str) -> Question[Welcome]:
+        """Begin. The answer's descriptor, if any, is an open /dev/userfaultfd."""
+        return self._ask(Hello(name, kind), Welcome)
+
+    def offer_userfaultfd(self) -> Question[UserfaultfdAccepted]:
+        """Send with it the client's own userfaultfd, before its handshake."""
+        return self._ask(OfferUserfaultfd(), UserfaultfdAccepted)
+
+    def offer_back_end(self) -> Question[UserfaultfdAccepted]:
+        """Send with it the back-end's userfaultfd, after its handshake, and a pidfd of the back-end."""
+        return self._ask(OfferBackEnd(), UserfaultfdAccepted)
+
+    def resume(self, client: int) -> Question[Resumed]:
+        """Go on as ``client``, on a new connection."""
+        return self._ask(Resume(client), Resumed)
+
+    def open_block(self, name: str, mode: str) -> Question[BlockOpened]:
+        """The answer's descriptors are the block and its received map. The caller checks their sizes."""
+        return self._ask(OpenBlock(name, mode), BlockOpened)
+
+    def mapped(self, block: int, address: int, length: int, offset: int) -> Question[Attached]:
+        """Report a region. When the answer is there, it may be touched."""
+        return self._ask(Mapped(block, address, length, offset), Attached)
+
+    def unmap(self, block: int, address: int) -> Question[Unmapped]:
+        """Give up a region. When the answer is there, it may be unmapped."""
+        return self._ask(Unmap(block, address), Unmapped)
+
+    def goodbye(self) -> bytes:
+        """The bytes to send before closing. Nothing answers."""
+        self._check_order(Goodbye())
+        self.stage = Stage.GONE
+        return encode(Goodbye())
+
+    def _ask(self, message: Message, answer: type[Answer]) -> Question[Answer]:
+        if self._question is not None:
+            raise ValueError(f"{type(self._question.message).__name__} is not answered yet")
+        self._check_order(message)
+        question = Question(message, answer)
+        self._question = question  # type: ignore[assignment]  # read only: an answer is a Message
+        return question
+
+    def _check_order(self, message: Message) -> None:
+        if self.stage not in RULES[type(message)].allowed:
+            raise ValueError(f"{type(message).__name__} is out of order: the conversation is {self.stage.value}")
+
+    # --- what comes ---------------------------------------------------------------------------------------------------
+
+    def on_message(self, data: bytes, descriptors: int) -> Message | None:
+        """Take a message that came with ``descriptors`` descriptors.
+
+        Returns the answer to the question, None for a message that answers nothing. Raises what a refusal stands for
+        (NoSuchBlock, AttachDenied, BadMessage, PostcopyError; the conversation can go on), NoSupervisor when it has
+        ended and will not answer, and BadMessage. Unless it returns an answer, the caller closes the descriptors.
+        """
+        question = self._question
+        expected = _UNASKED if question is None else (question.answer, *_UNASKED)
+        message: Message = decode(data, expect=expected)
+        least = BlockOpened.DESCRIPTORS if isinstance(message, BlockOpened) else 0
+        if not least <= descriptors <= message.DESCRIPTORS:
+            name = type(message).__name__
+            raise BadMessage(f"the supervisor in {self.directory} sent {name} with {descriptors} descriptors")
+        match message:
+            case Released(block):
+                self.released.add(block)
+                return None
+            case Ending(reason):
+                self.ending = reason
+                if question is not None:  # answers come in order: this one will not
+                    raise NoSupervisor(f"the supervisor in {self.directory} has ended: {reason}")
+                return None
+            case Refused():
+                if question is not None:
+                    self._question = None
+                    raise self._error(message)
+                return None
+        assert question is not None
+        self._check(question.message, message)
+        self._question = None
+        self.stage = RULES[type(question.message)].after
+        return message
+
+    def _check(self, asked: Message, answer: Message) -> None:
+        """Raise BadMessage when the answer does not belong to what was asked."""
+        match asked, answer:
+            case _, Welcome(client):
+                self.client = client
+            case Resume(client), Resumed(released):
+                self.client = client
+                self.released.update(unpack_offsets(released))
+            case OpenBlock(name, _), BlockOpened():
+                mapping_length(answer)
+                if answer.name != name:
+                    raise BadMessage(f"the supervisor in {self.directory} opened another block than {name}")
+            case ((Mapped(block, address) | Unmap(block, address)), (Attached() | Unmapped())):
+                if (answer.block, answer.address) != (block, address):
+                    raise BadMessage(f"the supervisor in {self.directory} answered for another range")
+
+    def _error(self, refused: Refused) -> PostcopyError:
+        """The exception that a refusal stands for."""
+        kind = _ERRORS.get(refused.code)
+        if kind is not None:
+            return kind(f"{refused.reason} (supervisor in {self.directory})")
+        return PostcopyError(f"the supervisor in {self.directory} refused ({refused.code}): {refused.reason}")
+
+
 def mapping_length(opened: BlockOpened) -> int:
-    """Bytes to map for a block. Raises BadMessage when its figures do not fit together (for clients)."""
+    """Bytes to map for a block: whole pages. Raises BadMessage when its figures contradict one another."""
     if opened.page_size not in PAGE_SIZES or opened.size < 1:
         raise BadMessage(f"block {opened.name} of {opened.size} bytes has pages of {opened.page_size}")
     if opened.pages != page_count(opened.size, opened.page_size):

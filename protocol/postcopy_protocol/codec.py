@@ -1,14 +1,14 @@
-"""Messages to bytes and back. The strict side of the wire: whatever comes in, ``decode`` gives a message or BadMessage.
+"""Messages to bytes and back. ``decode`` is strict: any input gives a message or BadMessage.
 
 A message is msgpack ``[VERSION, tag, field, ...]``. The fields, their order and their types are the annotations of the
-dataclass, read once at import, so a message is written down in one place only. Nested dataclasses are plain lists of
-their fields: their shape is fixed by the field that holds them.
+dataclass, so a message is defined in one place only. Nested dataclasses are plain lists of their fields: the field that
+holds them fixes their shape.
 
-Strict on the way in: the version first, then the tag among those expected here, the number of fields, type and range of
-each, nothing behind. ``True`` is not 1, a bin is not a str, there are no maps, floats, nils or extension types.
-msgpack refuses every length that exceeds the bytes at hand before it allocates, and nesting beyond its fixed stack.
-On the way out a message is ours and believed; only text for people is made to fit, because a diagnosis that the other
-side must refuse helps nobody.
+``decode`` checks the version, then that the tag is expected here, then number, type and range of the fields; nothing
+may follow. ``True`` is not 1, a bin is not a str, there are no maps, floats, nils or extension types. msgpack itself
+refuses a length beyond the bytes at hand before it allocates, and nesting beyond its fixed stack.
+
+``encode`` trusts its message. Only text for people is shortened and made valid, so that the receiver can accept it.
 """
 
 from __future__ import annotations
@@ -34,17 +34,26 @@ MAX_ITEMS = 4096
 MAX_OFFSETS = MAX_BYTES // 8
 """Offsets in one packed batch."""
 
-# Places of descriptors are -1 where there is none, so are block and offset of a report about neither. A file may be
-# older than 1970.
+# Positions of descriptors are -1 for "none", as are block and offset of a report about neither. A file may be older
+# than 1970.
 _NONE = -1
+_ASSIGNMENT_PLACES = (
+    "userfaultfd",
+    "client_pidfd",
+    "quit_eventfd",
+    "statistics_page",
+    "control_page",
+    "device",
+    "cgroup",
+)
 _LOWEST = {
     "BlockGrant": {"memory": _NONE, "received": _NONE, "source": _NONE, "source_mtime_ns": -(1 << 63)},
-    "Assignment": dict.fromkeys(("userfaultfd", "client", "quit", "statistics", "house", "device", "cgroup"), _NONE),
+    "Assignment": dict.fromkeys(_ASSIGNMENT_PLACES, _NONE),
     "BlockNote": {"source_mtime_ns": -(1 << 63)},
     "Report": {"block": _NONE, "offset": _NONE},
 }
 
-# Text for people: cut and mended on the way out instead of refused on the way in.
+# Text for people: shortened and made valid by encode, instead of refused by decode.
 _PROSE = frozenset({"reason", "detail", "Hello.name"})
 
 MessageType = TypeVar("MessageType", bound=Message)
@@ -62,15 +71,15 @@ MESSAGES: dict[int, type[Message]] = {
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """What the codec knows of one class. Places count its fields from 0."""
+    """What the codec knows of one class. Positions count its fields from 0."""
 
     names: tuple[str, ...]
     types: tuple[type, ...]
-    """As msgpack gives them: int, bool, str, bytes, or tuple for a list."""
+    """As msgpack returns them: int, bool, str, bytes, or tuple for a list."""
     integers: tuple[tuple[int, int], ...]
-    """Place and smallest value. msgpack itself knows none above 2**64-1."""
+    """Position and smallest value. The largest is 2**64-1, as in msgpack."""
     lists: tuple[tuple[int, type], ...]
-    """Place and type of the items: str, or a nested message."""
+    """Position and type of the items: str, or a nested message."""
     prose: tuple[int, ...]
     read: Callable[[Message], tuple[object, ...]]
 
@@ -79,7 +88,7 @@ _shapes: dict[type[Message], _Shape] = {}
 
 
 def shape_of(kind: type[Message]) -> _Shape:
-    """Made when a class is first used. Raises TypeError for a field that has no form on the wire."""
+    """The shape of a class, made when it is first used. Raises TypeError for a field that has no form on the wire."""
     shape = _shapes.get(kind)
     if shape is None:
         shape = _shapes[kind] = _shape(kind)
@@ -94,8 +103,8 @@ def _shape(kind: type[Message]) -> _Shape:
     return _Shape(
         names=names,
         types=tuple(hints[name] if item is None else tuple for name, item in zip(names, items, strict=True)),
-        integers=tuple((place, lowest.get(name, 0)) for place, name in enumerate(names) if hints[name] is int),
-        lists=tuple((place, item) for place, item in enumerate(items) if item is not None),
+        integers=tuple((position, lowest.get(name, 0)) for position, name in enumerate(names) if hints[name] is int),
+        lists=tuple((position, item) for position, item in enumerate(items) if item is not None),
         prose=tuple(p for p, name in enumerate(names) if not _PROSE.isdisjoint((name, f"{kind.__name__}.{name}"))),
         read=attrgetter(*names) if len(names) > 1 else lambda message: tuple(getattr(message, name) for name in names),
     )
@@ -116,48 +125,48 @@ def _item(hint: Any) -> type | None:
 
 
 def encode(message: Message) -> bytes:
-    """The bytes of a message. Raises BadInput for what no decoder takes: no UTF-8, too long, 2**64."""
+    """The bytes of a message. Raises BadInput for a field that no decoder accepts: no UTF-8, too long, 2**64."""
     shape = _shapes.get(type(message)) or shape_of(type(message))
-    words: tuple[object, ...] = (VERSION, message.TAG, *shape.read(message))
+    values: tuple[object, ...] = (VERSION, message.TAG, *shape.read(message))
     if shape.prose or shape.lists:
-        words = _mended(shape, words, 2)
+        values = _mended(shape, values, 2)
     try:
-        # A packer of its own: it costs 60 ns more than one that is kept, and has no state for two threads to share.
-        data: bytes = msgpack.Packer().pack(words)
+        # A new packer costs 60 ns more than a shared one, and two threads share no state.
+        data: bytes = msgpack.Packer().pack(values)
     except (ValueError, OverflowError, TypeError) as error:
         raise BadInput(f"{type(message).__name__} cannot be sent: {error}") from error
     if len(data) > MAX_TEXT:
-        _measure(type(message).__name__, words)
+        _measure(type(message).__name__, values)
     return data
 
 
-def _measure(name: str, words: Iterable[object]) -> None:
-    """Refuse here what is too long there. Only long messages are looked at."""
-    for word in words:
-        if isinstance(word, str) and len(word.encode()) > MAX_TEXT:
+def _measure(name: str, values: Iterable[object]) -> None:
+    """Raise BadInput for a field that the receiver would refuse as too long."""
+    for value in values:
+        if isinstance(value, str) and len(value.encode()) > MAX_TEXT:
             raise BadInput(f"{name} cannot be sent: it has a text of more than {MAX_TEXT} bytes")
-        if isinstance(word, bytes) and len(word) > MAX_BYTES:
-            raise BadInput(f"{name} cannot be sent: it has {len(word)} bytes in one field, {MAX_BYTES} may be")
-        if isinstance(word, tuple | list):
-            if len(word) > MAX_ITEMS:
-                raise BadInput(f"{name} cannot be sent: it has a list of {len(word)} items, {MAX_ITEMS} may be")
-            _measure(name, word)
+        if isinstance(value, bytes) and len(value) > MAX_BYTES:
+            raise BadInput(f"{name} cannot be sent: it has {len(value)} bytes in one field, {MAX_BYTES} may be")
+        if isinstance(value, tuple | list):
+            if len(value) > MAX_ITEMS:
+                raise BadInput(f"{name} cannot be sent: it has a list of {len(value)} items, {MAX_ITEMS} may be")
+            _measure(name, value)
 
 
-def _mended(shape: _Shape, words: tuple[object, ...], skip: int) -> tuple[object, ...]:
-    """Text for people made to fit, nested messages as the lists of their fields."""
-    mended: list[Any] = list(words)
-    for place in shape.prose:
-        mended[skip + place] = _fit(mended[skip + place])
-    for place, item in shape.lists:
+def _mended(shape: _Shape, values: tuple[object, ...], skip: int) -> tuple[object, ...]:
+    """The fields with text for people made valid, and nested messages as lists of their fields."""
+    mended: list[Any] = list(values)
+    for position in shape.prose:
+        mended[skip + position] = _fit(mended[skip + position])
+    for position, item in shape.lists:
         if issubclass(item, Message):
             inner = shape_of(item)
-            mended[skip + place] = [_mended(inner, inner.read(part), 0) for part in mended[skip + place]]
+            mended[skip + position] = [_mended(inner, inner.read(part), 0) for part in mended[skip + position]]
     return tuple(mended)
 
 
 def _fit(text: str) -> str:
-    """Text for people, made to fit: UTF-8 of at most MAX_TEXT bytes."""
+    """Text as valid UTF-8 of at most MAX_TEXT bytes."""
     if text.isascii() and len(text) <= MAX_TEXT:
         return text
     return text.encode("utf-8", "backslashreplace")[:MAX_TEXT].decode("utf-8", "ignore")
@@ -167,9 +176,9 @@ def _fit(text: str) -> str:
 
 
 def decode(data: bytes | memoryview, *, expect: Collection[type[MessageType]]) -> MessageType:
-    """The message in ``data``, one of the classes in ``expect``. Raises BadMessage on anything else, never more."""
+    """The message in ``data``, one of the classes in ``expect``. Raises only BadMessage."""
     try:
-        words = msgpack.unpackb(
+        values = msgpack.unpackb(
             data,
             use_list=False,
             raw=False,
@@ -184,52 +193,52 @@ def decode(data: bytes | memoryview, *, expect: Collection[type[MessageType]]) -
     except (ValueError, TypeError, OverflowError, BufferError, RecursionError, msgpack.UnpackException) as error:
         _refuse_version(_peek_version(data))
         raise BadMessage(f"not a message: {_fit(str(error) or type(error).__name__)}") from None
-    return _message(words, expect)
+    return _message(values, expect)
 
 
-def _message(words: object, expect: Collection[type[MessageType]]) -> MessageType:
-    if type(words) is not tuple or not words or type(words[0]) is not int:
+def _message(values: object, expect: Collection[type[MessageType]]) -> MessageType:
+    if type(values) is not tuple or not values or type(values[0]) is not int:
         raise BadMessage("not a message: it does not begin with a version")
-    _refuse_version(words[0])
-    if len(words) == 1 or type(words[1]) is not int:
+    _refuse_version(values[0])
+    if len(values) == 1 or type(values[1]) is not int:
         raise BadMessage("not a message: no tag follows the version")
-    kind = MESSAGES.get(words[1])
+    kind = MESSAGES.get(values[1])
     if kind is None or kind not in expect:
-        raise BadMessage(f"{kind.__name__ if kind else f'tag {words[1]}'} is not expected here")
+        raise BadMessage(f"{kind.__name__ if kind else f'tag {values[1]}'} is not expected here")
     try:
-        return _build(kind, words[2:])  # type: ignore[return-value]  # kind is in expect
+        return _build(kind, values[2:])  # type: ignore[return-value]  # kind is in expect
     except ValueError as error:
         raise BadMessage(f"{kind.__name__}: {error}") from None
 
 
-def _build(kind: type[Message], words: tuple[object, ...]) -> Message:
-    """The message whose fields are ``words``. Raises ValueError. One comparison judges the types of all fields."""
+def _build(kind: type[Message], values: tuple[object, ...]) -> Message:
+    """The message with these fields. Raises ValueError. One comparison checks the types of all fields."""
     shape = _shapes.get(kind) or shape_of(kind)
-    if tuple(map(type, words)) != shape.types:
-        raise ValueError(_mismatch(shape, words))
-    for place, lowest in shape.integers:
-        if words[place] < lowest:  # type: ignore[operator]  # it is an int
-            raise ValueError(f"{shape.names[place]} is below {lowest}")
-    return kind(*(_unnested(shape, words) if shape.lists else words))
+    if tuple(map(type, values)) != shape.types:
+        raise ValueError(_mismatch(shape, values))
+    for position, lowest in shape.integers:
+        if values[position] < lowest:  # type: ignore[operator]  # it is an int
+            raise ValueError(f"{shape.names[position]} is below {lowest}")
+    return kind(*(_unnested(shape, values) if shape.lists else values))
 
 
-def _unnested(shape: _Shape, words: tuple[object, ...]) -> list[Any]:
-    """Lists of fields as the nested messages that they are."""
-    values: list[Any] = list(words)
-    for place, item in shape.lists:
+def _unnested(shape: _Shape, values: tuple[object, ...]) -> list[Any]:
+    """The fields with lists converted to nested messages. Raises ValueError."""
+    converted: list[Any] = list(values)
+    for position, item in shape.lists:
         wanted = str if item is str else tuple
-        if any(type(part) is not wanted for part in values[place]):
-            raise ValueError(f"{shape.names[place]} is no list of {item.__name__}")
+        if any(type(part) is not wanted for part in converted[position]):
+            raise ValueError(f"{shape.names[position]} is no list of {item.__name__}")
         if issubclass(item, Message):
-            values[place] = tuple([_build(item, part) for part in values[place]])
-    return values
+            converted[position] = tuple([_build(item, part) for part in converted[position]])
+    return converted
 
 
-def _mismatch(shape: _Shape, words: tuple[object, ...]) -> str:
-    if len(words) != len(shape.types):
-        return f"{len(words)} fields instead of {len(shape.types)}"
-    wrong = zip(shape.names, shape.types, words, strict=True)
-    return next(f"{name} is no {wanted.__name__}" for name, wanted, word in wrong if type(word) is not wanted)
+def _mismatch(shape: _Shape, values: tuple[object, ...]) -> str:
+    if len(values) != len(shape.types):
+        return f"{len(values)} fields instead of {len(shape.types)}"
+    wrong = zip(shape.names, shape.types, values, strict=True)
+    return next(f"{name} is no {wanted.__name__}" for name, wanted, value in wrong if type(value) is not wanted)
 
 
 def _refuse_version(version: int | None) -> None:
@@ -238,13 +247,13 @@ def _refuse_version(version: int | None) -> None:
 
 
 def _peek_version(data: bytes | memoryview) -> int | None:
-    """The version of a message whose rest cannot be read: a later one may hold what we refuse."""
+    """The version of a message that cannot be parsed: a later version may use formats that this one refuses."""
     try:
         unpacker = msgpack.Unpacker(max_buffer_size=64)
         unpacker.feed(bytes(data[:16]))
         unpacker.read_array_header()
         version = unpacker.unpack()
-    except Exception:  # whatever it is, the first failure has been kept and is the one to tell
+    except Exception:  # the first failure is the one to report
         return None
     return version if type(version) is int else None
 
@@ -257,7 +266,7 @@ def _no_extension(code: int, data: bytes) -> NoReturn:
 
 
 def pack_offsets(offsets: Iterable[int]) -> bytes:
-    """Offsets as little-endian u64, one behind the other. Raises BadInput on one that is no u64."""
+    """Offsets as little-endian u64. Raises BadInput for one that is no u64."""
     values = tuple(offsets)
     try:
         return struct.pack(f"<{len(values)}Q", *values)
@@ -266,7 +275,7 @@ def pack_offsets(offsets: Iterable[int]) -> bytes:
 
 
 def unpack_offsets(data: bytes | memoryview) -> tuple[int, ...]:
-    """Offsets of a packed batch. Raises BadMessage when it is no whole number of them, or too long."""
+    """The offsets of a packed batch. Raises BadMessage for a partial offset, or more than MAX_OFFSETS."""
     count, rest = divmod(len(data), 8)
     if rest or count > MAX_OFFSETS:
         raise BadMessage(f"a batch of offsets of {len(data)} bytes is no list of at most {MAX_OFFSETS} u64")

@@ -11,7 +11,6 @@ value wide. ``bucket`` is on the fault path; everything below it is for readers.
 
 from __future__ import annotations
 
-import struct
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, compress
@@ -30,7 +29,7 @@ DEDUPLICATED = 4  # messages for a page that was already asked for or present
 AROUND = 5  # pages placed by fault-around, beyond the faulting one
 LOST = 6  # pages that their source could not supply
 FAILURES = 7  # calls that failed and were reported
-POLLUTED = 8  # pages found present that nobody of ours placed
+# 8 is free: it was used by older workers.
 PLAIN = 9  # faults answered by placing their page and nothing else: one word for both, it is stored in every fault
 AROUND_USED = 10  # of those placed by fault-around: in windows that a stream of faults went through to the end
 LAST_COUNTER = AROUND_USED
@@ -40,7 +39,7 @@ BUSY_SINCE_NS = 17  # CLOCK_MONOTONIC of the fault in hand; 0 idle
 WORKER_PID = 18
 INCARNATION = 19
 OUTSIDE = 20  # faults outside every region, left waiting on purpose
-WALLS = 21  # what the worker has given up, as bits (see walls)
+SANDBOX = 21  # what the worker has given up, as bits (see sandbox_names)
 
 HISTOGRAM = 64
 """First word of the histogram."""
@@ -66,10 +65,10 @@ WINDOW_LIMIT = 0  # bytes: the largest fault-around that memory pressure allows 
 ENDING = 1  # not 0: the house ends, place nothing more
 RECOVERED = 2  # how many supervisors have taken over from one that was gone
 
-# --- bits of WALLS ----------------------------------------------------------------------------------------------------
+# --- bits of SANDBOX ------------------------------------------------------------------------------------------------
 
 NO_CAPABILITIES, NO_NEW_PRIVILEGES, LANDLOCK, SECCOMP, CGROUP = 1, 2, 4, 8, 16
-_WALLS = {
+_SANDBOX = {
     NO_CAPABILITIES: "no-capabilities",
     NO_NEW_PRIVILEGES: "no-new-privileges",
     LANDLOCK: "landlock",
@@ -78,9 +77,9 @@ _WALLS = {
 }
 
 
-def walls(bits: int) -> list[str]:
-    """The walls around a worker, by name."""
-    return [name for bit, name in _WALLS.items() if bits & bit]
+def sandbox_names(bits: int) -> list[str]:
+    """Names of the restrictions in ``bits``."""
+    return [name for bit, name in _SANDBOX.items() if bits & bit]
 
 
 def bucket(ns: int) -> int:
@@ -97,11 +96,6 @@ def bounds(word: int) -> tuple[int, int]:
     width = 1 << (power + _LOW_BITS - 3)
     low = (8 + eighth) * width
     return low, low + width
-
-
-def words_of(page: bytes | bytearray | memoryview) -> tuple[int, ...]:
-    """A snapshot of a page as its 512 words."""
-    return struct.unpack_from(f"<{WORDS}Q", page)
 
 
 def faults(words: Sequence[int]) -> int:
@@ -129,11 +123,11 @@ def longest(words: Sequence[int]) -> float:
     return _longest(*_sums(words), words[LONGEST_NS])
 
 
-Stretch = tuple[int, Sequence[int]]
+BucketRun = tuple[int, Sequence[int]]
 """Of a histogram the first bucket that counts, and from there to the last that does: a few of hundreds."""
 
 
-def in_use(buckets: Sequence[int]) -> Stretch:
+def in_use(buckets: Sequence[int]) -> BucketRun:
     """What is in use of these. A status asks for that of hundreds of clients, so the loops here and below are C's, and
     short."""
     if isinstance(buckets, memoryview):
@@ -190,7 +184,7 @@ def summary(words: Sequence[int]) -> dict[str, float]:
     return _summary(*_sums(words), words[LONGEST_NS])
 
 
-def summary_of(stretch: Stretch) -> dict[str, float]:
+def summary_of(stretch: BucketRun) -> dict[str, float]:
     """The same of a histogram alone, and their ``count``; {}: there are none."""
     first, buckets = stretch
     if not buckets:
@@ -222,7 +216,7 @@ def join(total: list[int], words: Sequence[int]) -> None:
     total[LONGEST_NS] = max(total[LONGEST_NS], words[LONGEST_NS])
 
 
-def add_up(total: list[int], at: int, stretch: Stretch) -> None:
+def add_up(total: list[int], at: int, stretch: BucketRun) -> None:
     """Add a histogram to that in ``total`` from word ``at`` on."""
     begin, words = at + stretch[0], stretch[1]
     end = begin + len(words)

@@ -1,12 +1,12 @@
-"""Files of CURVE keys, readable and written as those of pyzmq's ``zmq.auth`` are. Text in, keys out: no file is opened.
+"""CURVE key files in the format of pyzmq's ``zmq.auth``. Text in, keys out: no file is opened.
 
 ::
 
     curve
         public-key = "40 characters of Z85"
-        secret-key = "40 characters of Z85"      only in the file of the owner
+        secret-key = "40 characters of Z85"      only in the secret file
 
-Two files a pair: ``NAME.key`` is given to the other side, ``NAME.key_secret`` (0600) never leaves.
+A pair has two files: ``NAME.key`` is given to the peer, ``NAME.key_secret`` (0600) stays on its machine.
 """
 
 from __future__ import annotations
@@ -25,19 +25,18 @@ _KEY = re.compile(r"[0-9A-Za-z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class KeyPair:
-    """Z85 text as bytes, 40 each. ``secret`` is empty in what was read from a public file."""
+    """Z85 text as bytes, 40 each. ``secret`` is empty if it was read from a public file."""
 
     public: bytes
     secret: bytes = b""
 
     def __repr__(self) -> str:
-        """Never the secret: this ends up in logs."""
+        """Without the secret, because this may be logged."""
         return f"KeyPair({self.public.decode()}{', secret' if self.secret else ''})"
 
 
 def read_keys(text: str, where: str, *, secret: bool) -> KeyPair:
-    """The keys of a file. ``where`` names it in errors. Raises BadInput when it has none, or no ``secret`` that is
-    wanted."""
+    """The keys of a file. ``where`` names it in errors. Raises BadInput if it has none, or lacks a required secret."""
     entries = dict(_ENTRY.findall(text)) if re.search(r"^curve\s*$", text, re.MULTILINE) else {}
     for name, key in entries.items():
         if not _KEY.fullmatch(key):
@@ -52,7 +51,7 @@ def read_keys(text: str, where: str, *, secret: bool) -> KeyPair:
 def write_keys(keys: KeyPair) -> str:
     """The text of the secret file, or of the public one for a pair without its secret."""
     head = "# A CURVE key of postcopy: " + (
-        "SECRET, never leaves this machine" if keys.secret else "public, pass it on"
+        "SECRET, keep it on this machine" if keys.secret else "public, give it to the peer"
     )
     lines = [head, "metadata", "curve", f'    public-key = "{keys.public.decode()}"']
     if keys.secret:

@@ -1,26 +1,26 @@
-"""What can go wrong, by whose fault it is.
+"""The exceptions of postcopy.
 
 ::
 
     PostcopyError
-     |-- NoSupervisor             nobody listens in that runtime directory
+     |-- NoSupervisor             no supervisor answers in that runtime directory
      |-- NoSuchBlock              the supervisor has no RAM block of that name
      |-- AttachDenied             the supervisor does not let this user in
      |-- AttachTimeout            the attach was not answered in time
      |-- PageLost                 a page that its source cannot supply; it is never zeros
      |-- UserfaultfdUnavailable   this process cannot have a userfaultfd
-     |-- BadMessage               what came over the wire is not a message of ours (the other side's fault)
-     |    `-- BadVersion          ... because the other side speaks another version
-     `-- BadInput                 a size, a name or a SOURCE that a person typed (the person's fault)
+     |-- BadMessage               what was received is not a valid message (the peer's fault)
+     |    `-- BadVersion          ... because the peer uses another version
+     `-- BadInput                 a size, a name or a SOURCE that a user typed (the user's fault)
 
-Every text is one line that says what, where and what to do.
+Every text is one line: what, where and what to do.
 """
 
 from __future__ import annotations
 
 
 class PostcopyError(Exception):
-    """Base of everything that this project raises on purpose."""
+    """Base of all exceptions that this project raises on purpose."""
 
 
 class NoSupervisor(PostcopyError):
@@ -40,9 +40,9 @@ class AttachTimeout(PostcopyError):
 
 
 class PageLost(PostcopyError):
-    """A page of ``block`` at byte ``offset`` cannot be supplied. ``offset`` is -1 where it is not known.
+    """A page of ``block`` at byte ``offset`` cannot be supplied. ``offset`` is -1 if it is not known.
 
-    A handler function raises it with its reason alone; whoever knows block and offset raises it with them. Pickles.
+    A handler function raises it with a reason only; its caller raises it again with block and offset. Can be pickled.
     """
 
     def __init__(self, message: str = "", *, block: str = "", offset: int = -1) -> None:
@@ -56,7 +56,7 @@ class PageLost(PostcopyError):
 
 
 def _page_lost(message: str, block: str, offset: int) -> PageLost:
-    """Rebuild from a pickle, which cannot pass keyword arguments to an exception."""
+    """Rebuild from a pickle, which cannot pass keyword arguments."""
     return PageLost(message, block=block, offset=offset)
 
 
@@ -70,7 +70,7 @@ class UserfaultfdUnavailable(PostcopyError):
 
 
 class BadMessage(PostcopyError):
-    """Bytes that are no message of ours, or a message that is not expected here."""
+    """Bytes that are no valid message, or a message that is not expected here."""
 
 
 class BadVersion(BadMessage):
@@ -78,4 +78,4 @@ class BadVersion(BadMessage):
 
 
 class BadInput(PostcopyError, ValueError):
-    """What a person typed cannot be understood; also a text that the wire cannot carry."""
+    """User input that cannot be parsed; also a text that the wire cannot carry."""

@@ -1,7 +1,6 @@
 """Pages, ranges and the address space of one client.
 
-A region says: ``length`` bytes at ``address`` of the client are the block's from ``offset``. Regions of one client
-never overlap, so an address belongs to at most one and a bisection finds it.
+Regions of one client never overlap, so an address belongs to at most one, and a bisection finds it.
 """
 
 from __future__ import annotations
@@ -39,15 +38,8 @@ class Region:
         """First address behind the region."""
         return self.address + self.length
 
-    def contains(self, address: int) -> bool:
-        return self.address <= address < self.address + self.length
-
-    def translate(self, address: int) -> int:
-        """Offset in the block of an address of this region."""
-        return address - self.address + self.offset
-
     def address_of(self, offset: int) -> int | None:
-        """Address at which this region shows the block's ``offset``; None when it does not."""
+        """Address of the block's byte ``offset`` in this region; None if it is not in it."""
         inside = offset - self.offset
         return self.address + inside if 0 <= inside < self.length else None
 
@@ -82,12 +74,12 @@ class AddressSpace:
         self._regions[region.address] = region
 
     def overlaps(self, start: int, end: int) -> bool:
-        """Does any region share an address with ``[start, end)``?"""
+        """Whether any region shares an address with ``[start, end)``."""
         before = bisect_right(self._starts, end - 1)
         return before > 0 and self._regions[self._starts[before - 1]].end > start
 
     def remove(self, address: int) -> Region:
-        """Forget the region that starts at ``address``. Raises BadMessage when there is none."""
+        """Remove and return the region that starts at ``address``. Raises BadMessage if there is none."""
         region = self._regions.pop(address, None)
         if region is None:
             raise BadMessage(f"no region starts at {address:#x}")
@@ -117,9 +109,3 @@ def runs(pages: Iterable[int]) -> Iterator[tuple[int, int]]:
         start, stop = page, page + 1
     if stop > start:
         yield start, stop
-
-
-def clip(start: int, stop: int, low: int, high: int) -> tuple[int, int]:
-    """The part of ``[start, stop)`` that lies in ``[low, high)``; empty is ``(x, x)``."""
-    start = min(max(start, low), high)
-    return start, max(start, min(stop, high))

@@ -1,9 +1,9 @@
-"""Every message of the house, one dataclass each: what it says, who sends it to whom, over which channel.
+"""All messages except those of the return path, one dataclass each: its meaning, sender, receiver and channel.
 
 Channels (see ``protocol/README.md`` for the bytes):
 
-* **door**: Unix SEQPACKET between a client and the supervisor; descriptors travel beside the message (SCM_RIGHTS).
-* **router**: ZeroMQ, the supervisor's one ROUTER; workers and the command line are its DEALERs.
+* **attach socket**: Unix SEQPACKET between a client and the supervisor; descriptors travel beside it (SCM_RIGHTS).
+* **router**: ZeroMQ, the supervisor's ROUTER; workers and the command line are its DEALERs.
 * **custodian**: Unix SEQPACKET socketpair between supervisor and custodian, with descriptors.
 
 A message is msgpack ``[VERSION, tag, field, ...]`` in the order of the fields below. Offsets, lengths and sizes are
@@ -44,17 +44,19 @@ Kind = TypeVar("Kind", bound=Message)
 
 @dataclass_transform(frozen_default=True)
 def wire(kind: type[Kind]) -> type[Kind]:
-    """A message is a frozen dataclass with slots. What Message can say for all of them is not generated for each: every
-    process of ours imports all messages when it starts, and a supervisor that takes over is waited for."""
+    """Make a class a message: a frozen dataclass with slots.
+
+    ``Message`` implements repr, equality and hash for all, so they are not generated for each class. Every process
+    imports all messages when it starts, and clients wait for a supervisor that takes over."""
     return dataclass(frozen=True, slots=True, repr=False, eq=False)(kind)
 
 
-# --- door: client -> supervisor ---------------------------------------------------------------------------------------
+# --- attach socket: client -> supervisor ------------------------------------------------------------------------------
 
 
 @wire
 class Hello(Message):
-    """First word of a client. ``name`` is for people (status); ``kind`` is ``native`` or ``vhost-user``."""
+    """First message of a client. ``name`` is for people (status); ``kind`` is ``native`` or ``vhost-user``."""
 
     TAG = 1
     name: str
@@ -63,7 +65,7 @@ class Hello(Message):
 
 @wire
 class OfferUserfaultfd(Message):
-    """The client's userfaultfd (1 descriptor), made in the client and not yet shaken hands with (UFFDIO_API)."""
+    """The client's userfaultfd (1 descriptor), made in the client, before its handshake (UFFDIO_API)."""
 
     TAG = 2
     DESCRIPTORS = 1
@@ -91,7 +93,7 @@ class Mapped(Message):
 
 @wire
 class Unmap(Message):
-    """The client is about to unmap the region at ``address`` and touches it no more."""
+    """The client no longer touches the region at ``address`` and is about to unmap it."""
 
     TAG = 5
     block: int
@@ -116,21 +118,19 @@ class Resume(Message):
 
 @wire
 class OfferBackEnd(Message):
-    """Instead of OfferUserfaultfd, by a ``vhost-user`` front-end: the userfaultfd of the back-end, past its handshake,
-    and a pidfd of the back-end's process (2 descriptors). From now on regions are the back-end's, which registers
-    them."""
+    """Instead of OfferUserfaultfd, by a ``vhost-user`` front-end: the userfaultfd of the back-end, after its handshake,
+    and a pidfd of the back-end's process (2 descriptors). Regions are now the back-end's, which registers them."""
 
     TAG = 8
     DESCRIPTORS = 2
 
 
-# --- door: supervisor -> client ---------------------------------------------------------------------------------------
+# --- attach socket: supervisor -> client ------------------------------------------------------------------------------
 
 
 @wire
 class Welcome(Message):
-    """Answer to Hello: the client's number; 1 descriptor: an open /dev/userfaultfd, or none where there is no
-    device."""
+    """Answer to Hello: the client's number; 1 descriptor: an open /dev/userfaultfd, or none if there is no device."""
 
     TAG = 20
     DESCRIPTORS = 1
@@ -139,7 +139,7 @@ class Welcome(Message):
 
 @wire
 class UserfaultfdAccepted(Message):
-    """The userfaultfd is one, has had its handshake and is kept."""
+    """The descriptor is a userfaultfd; the supervisor has done its handshake and keeps it."""
 
     TAG = 21
 
@@ -160,7 +160,7 @@ class BlockOpened(Message):
 
 @wire
 class Attached(Message):
-    """The region is registered and its worker runs: it may be touched from now on."""
+    """The region is registered and its worker runs: it may be touched now."""
 
     TAG = 23
     block: int
@@ -178,7 +178,7 @@ class Unmapped(Message):
 
 @wire
 class Refused(Message):
-    """What was asked is refused. ``code`` is one of ``REFUSALS``; ``reason`` is one line for people."""
+    """The request is refused. ``code`` is one of ``REFUSALS``; ``reason`` is one line for people."""
 
     TAG = 25
     code: str
@@ -187,7 +187,7 @@ class Refused(Message):
 
 @wire
 class Ending(Message):
-    """The supervisor ended in order: every page that is still missing is poisoned (SIGBUS), none is zeros."""
+    """The supervisor ends in order: every page that is still missing is poisoned (SIGBUS), none is zeros."""
 
     TAG = 26
     reason: str
@@ -195,7 +195,7 @@ class Ending(Message):
 
 @wire
 class Released(Message):
-    """Every page of ``block`` is present: its ranges are unregistered, the memory runs at native speed."""
+    """Every page of ``block`` is present and its ranges are unregistered: it is ordinary memory now."""
 
     TAG = 27
     block: int
@@ -203,8 +203,7 @@ class Released(Message):
 
 @wire
 class Resumed(Message):
-    """Answer to Resume: everything of the client is as it was. ``released``: numbers of the blocks that
-    are whole by now (packed u64)."""
+    """Answer to Resume: all regions are as before. ``released``: numbers of complete blocks (packed u64)."""
 
     TAG = 28
     released: bytes
@@ -218,7 +217,7 @@ REFUSALS = ("no-such-block", "denied", "bad-message", "bad-version", "bad-descri
 
 @wire
 class WorkerHello(Message):
-    """A worker is there: sent at start and again after every reconnect."""
+    """A worker is connected: sent at start and after every reconnect."""
 
     TAG = 40
     worker: int
@@ -228,7 +227,7 @@ class WorkerHello(Message):
 
 @wire
 class Report(Message):
-    """Something a person should know. ``kind`` is one of ``REPORTS``."""
+    """An event for people. ``kind`` is one of ``REPORTS``."""
 
     TAG = 41
     worker: int
@@ -250,7 +249,7 @@ class RequestPages(Message):
 
 @wire
 class Fetched(Message):
-    """Worker zero's answer to Fetch: everything in the range is present but the pages at ``lost`` (packed u64)."""
+    """Worker zero's answer to Fetch: all of the range is present except the pages at ``lost`` (packed u64)."""
 
     TAG = 43
     block: int
@@ -262,14 +261,14 @@ class Fetched(Message):
 REPORTS = (
     "lost",  # a page that its source cannot supply
     "source-changed",  # the file under a local block was cut or written
-    "polluted",  # a page present that nobody of ours placed
-    "handler-failed",  # a handler function raised, or gave something unusable
-    "foreign-event",  # the ufd delivered an event that is no page fault
+    "polluted",  # a page that is present, but that no program of ours placed
+    "handler-failed",  # a handler function raised, or returned something unusable
+    "foreign-event",  # the ufd delivered an event that is not a page fault
     "outside",  # a fault outside every region
-    "stale-region",  # a region that is not what was registered (ENOENT)
+    "stale-region",  # a region that is no longer as registered (ENOENT)
     "client-gone",  # the client's memory is gone (ESRCH)
     "no-memory",  # ENOMEM or ENOSPC while placing; the page is retried
-    "failed",  # the worker cannot go on: it ends after this word
+    "failed",  # the worker cannot continue: it ends after this report
 )
 
 
@@ -278,8 +277,8 @@ REPORTS = (
 
 @wire
 class Wake(Message):
-    """Pages of a remote block are placed: wake whoever waits for them (packed u64 offsets). Block 0 answers a hello:
-    earlier answers may be lost, so wake everybody and ask again for what they then fault on."""
+    """Pages of a remote block are placed: wake their waiters (packed u64 offsets). Block 0 answers WorkerHello:
+    earlier answers may be lost, so wake the whole client and request again what it then faults on."""
 
     TAG = 50
     block: int
@@ -288,7 +287,7 @@ class Wake(Message):
 
 @wire
 class Lost(Message):
-    """Pages of a remote block that cannot be had: poison them for the client that waits (packed u64 offsets)."""
+    """Pages of a remote block that cannot be had: poison them for the waiting client (packed u64 offsets)."""
 
     TAG = 52
     block: int
@@ -297,7 +296,7 @@ class Lost(Message):
 
 @wire
 class Fetch(Message):
-    """To worker zero, which places pages in the supervisor's name: make this range of a local block present."""
+    """To worker zero, which places pages for the supervisor: make this range of a local block present."""
 
     TAG = 51
     block: int
@@ -310,7 +309,7 @@ class Fetch(Message):
 
 @wire
 class AskStatus(Message):
-    """What do you see? ``audit``: look through every block for pages that nobody of ours placed, first."""
+    """Ask for the status. ``audit``: first search every block for pages that no program of ours placed."""
 
     TAG = 60
     audit: bool
@@ -336,7 +335,7 @@ class AskExport(Message):
 
 @wire
 class AskProgress(Message):
-    """How far is the export? An export that nobody asks after for 10 s is cancelled; ``cancel`` does so at once."""
+    """Ask for the progress of an export. Without this request for 10 s, or with ``cancel``, it is cancelled."""
 
     TAG = 63
     job: int
@@ -345,7 +344,7 @@ class AskProgress(Message):
 
 @wire
 class AskStory(Message):
-    """What is known of one page's life: the page at ``offset`` of the block ``name``."""
+    """Ask for the history of the page at ``offset`` of the block ``name``."""
 
     TAG = 64
     name: str
@@ -354,7 +353,7 @@ class AskStory(Message):
 
 @wire
 class AskEvents(Message):
-    """Events that are kept, with numbers greater than ``after``."""
+    """Ask for the kept events with numbers greater than ``after``."""
 
     TAG = 65
     after: int
@@ -362,7 +361,7 @@ class AskEvents(Message):
 
 @wire
 class AskResume(Message):
-    """End the quarantine of a client (0: of worker zero): a fresh worker, its crashes forgiven."""
+    """End the quarantine of a client (0: of worker zero): it gets a new worker, and its crashes are forgotten."""
 
     TAG = 66
     client: int
@@ -398,7 +397,7 @@ class ExportProgress(Message):
 
 @wire
 class ControlRefused(Message):
-    """A control question that cannot be answered, in one line for people."""
+    """A request of the command line that is refused; ``reason`` is one line for people."""
 
     TAG = 73
     reason: str
@@ -406,7 +405,7 @@ class ControlRefused(Message):
 
 @wire
 class StoryAnswer(Message):
-    """A page's life as UTF-8 JSON."""
+    """The history of a page as UTF-8 JSON."""
 
     TAG = 74
     document: bytes
@@ -414,7 +413,7 @@ class StoryAnswer(Message):
 
 @wire
 class EventsAnswer(Message):
-    """Events, oldest first, as a UTF-8 JSON array of what ``status`` has under ``events``."""
+    """Events, oldest first, as a UTF-8 JSON array in the form of ``events`` in the status document."""
 
     TAG = 75
     document: bytes
@@ -422,11 +421,11 @@ class EventsAnswer(Message):
 
 @wire
 class ResumeAnswer(Message):
-    """The quarantine is over; ``healing``: pages that were poisoned by it and are brought now."""
+    """The quarantine is over. ``unpoisoning``: how many pages it had poisoned that are fetched now."""
 
     TAG = 76
     client: int
-    healing: int
+    unpoisoning: int
 
 
 # --- custodian channel: supervisor -> custodian -----------------------------------------------------------------------
@@ -434,8 +433,8 @@ class ResumeAnswer(Message):
 
 @wire
 class Keep(Message):
-    """Keep duplicates of these descriptors under ``key`` (replacing what was there); ``meta`` is the supervisor's own
-    note, given back unread."""
+    """Keep duplicates of these descriptors under ``key``, replacing what was there. ``meta`` is a note of the
+    supervisor, returned unread."""
 
     TAG = 80
     DESCRIPTORS = 16
@@ -464,8 +463,8 @@ class ForkWorker(Message):
 
 @wire
 class TakeOver(Message):
-    """First word on the custodian's own socket: a new supervisor wants everything that is kept. Nothing is given up: a
-    connection that ends leaves the custodian as it was."""
+    """First message on the custodian's socket: a new supervisor asks for everything that is kept. The custodian keeps
+    it too, so a connection that ends changes nothing."""
 
     TAG = 83
     pid: int
@@ -473,7 +472,7 @@ class TakeOver(Message):
 
 @wire
 class Adopt(Message):
-    """A worker that another custodian forked: watch it, and replace it when no supervisor lives. 1 descriptor: its
+    """A worker that another custodian forked: watch it, and replace it while there is no supervisor. 1 descriptor: its
     pidfd; ``keys`` and ``assignment`` as in ForkWorker."""
 
     TAG = 84
@@ -487,8 +486,8 @@ class Adopt(Message):
 
 @wire
 class WhenOrphaned(Message):
-    """What to do without a supervisor: after ``timeout_ms`` the missing pages of remote blocks wait on, or are poisoned
-    when touched (``poison``); with no client left, the custodian ends."""
+    """What to do without a supervisor. After ``timeout_ms``, missing pages of remote blocks are poisoned when touched
+    (``poison``), or their clients wait on. When no client is left, the custodian ends."""
 
     TAG = 85
     timeout_ms: int
@@ -497,7 +496,7 @@ class WhenOrphaned(Message):
 
 @wire
 class Dismiss(Message):
-    """The supervisor ends in order: forget everything, end with the last worker."""
+    """The supervisor ends in order: forget everything and end when the last worker has ended."""
 
     TAG = 86
 
@@ -507,7 +506,7 @@ class Dismiss(Message):
 
 @wire
 class CustodianReady(Message):
-    """Everything that workers need is imported; the custodian answers."""
+    """Everything that workers need is imported: the custodian is ready."""
 
     TAG = 90
     pid: int
@@ -526,7 +525,7 @@ class WorkerForked(Message):
 
 @wire
 class ForkFailed(Message):
-    """No worker: fork failed or a key is not kept here."""
+    """There is no worker: fork failed, or a key is not kept here."""
 
     TAG = 92
     worker: int
@@ -536,7 +535,7 @@ class ForkFailed(Message):
 
 @wire
 class WorkerExited(Message):
-    """A worker is gone and reaped; ``status`` is the wait status (os.waitstatus_to_exitcode reads it)."""
+    """A worker has ended and is reaped; ``status`` is the wait status (see os.waitstatus_to_exitcode)."""
 
     TAG = 93
     worker: int
@@ -546,7 +545,7 @@ class WorkerExited(Message):
 
 @wire
 class Kept(Message):
-    """Answer to TakeOver, one a key: what Keep said, and the descriptors."""
+    """Answer to TakeOver, one for each key: key and note of Keep, and the descriptors."""
 
     TAG = 94
     DESCRIPTORS = 16
@@ -556,8 +555,8 @@ class Kept(Message):
 
 @wire
 class InventoryEnd(Message):
-    """All of ``kept`` Kept and ``workers`` WorkerForked (one a living worker) have been said; from here on the channel
-    is that of any supervisor."""
+    """The end of ``kept`` Kept and ``workers`` WorkerForked (one for each living worker). From here on the channel is
+    an ordinary one."""
 
     TAG = 95
     pid: int
@@ -565,16 +564,17 @@ class InventoryEnd(Message):
     workers: int
 
 
-# --- what a worker is told at its birth -------------------------------------------------------------------------------
+# --- what a worker gets when it is forked -----------------------------------------------------------------------------
 
 
 @wire
 class BlockGrant(Message):
-    """A block as a worker sees it. Descriptors, at their places in the worker's list (-1: none): ``memory``
-    (read-write), ``received`` (read-write), ``source`` (the file). ``kind`` is ``file``, ``handler``, ``zero`` or
-    ``remote``; or there is no source, and missing pages are poisoned: ``quarantined``, ``orphaned``. ``detail`` is
-    ``module:function`` for a handler, the reason for an orphan. ``source_size`` and ``source_mtime_ns`` are the file's
-    at serve."""
+    """A block as a worker sees it.
+
+    Positions in the worker's list of descriptors (-1: none): ``memory`` (read-write), ``received`` (read-write),
+    ``source`` (the file). ``kind`` is ``file``, ``handler``, ``zero`` or ``remote``. Without a source it is
+    ``quarantined`` or ``orphaned``, and missing pages are poisoned. ``detail`` is ``module:function`` of a handler, or
+    the reason. ``source_size`` and ``source_mtime_ns`` are the file's when serving began."""
 
     TAG = 100
     block: int
@@ -607,11 +607,12 @@ class RegionGrant(Message):
 
 @wire
 class Assignment(Message):
-    """All a worker ever knows. Descriptor places (-1: none): the client's userfaultfd and pidfd (none for worker zero),
-    the quit eventfd, the statistics page, the house page, an open /dev/userfaultfd. ``fault_around`` is the largest
-    window in bytes, ``adaptive`` whether it grows from one page or is fixed. ``walls`` is auto, all or off: what the
-    worker gives up. Descriptors from place ``cgroup`` on (-1: none) are ``cgroup.procs`` files that it writes itself
-    into."""
+    """All that a worker is given.
+
+    Positions in its list of descriptors (-1: none): the client's userfaultfd and pidfd (none for worker zero), the quit
+    eventfd, the statistics page, the control page, an open /dev/userfaultfd (``device``). The descriptors from
+    ``cgroup`` on are ``cgroup.procs`` files into which the worker writes itself. ``fault_around`` is the largest window
+    in bytes; ``adaptive``: it grows from one page, otherwise it is fixed. ``sandbox`` is auto, all or off."""
 
     TAG = 102
     worker: int
@@ -619,15 +620,15 @@ class Assignment(Message):
     name: str
     endpoint: str
     userfaultfd: int
-    client: int
-    quit: int
-    statistics: int
-    house: int
+    client_pidfd: int
+    quit_eventfd: int
+    statistics_page: int
+    control_page: int
     device: int
     fault_around: int
     adaptive: bool
     handler_path: str
-    walls: str
+    sandbox: str
     cgroup: int
     blocks: tuple[BlockGrant, ...]
     regions: tuple[RegionGrant, ...]
@@ -638,8 +639,8 @@ class Assignment(Message):
 
 @wire
 class BlockNote(Message):
-    """Key ``block/N``; descriptors: memory, received map, and the file of a local block. ``source`` is SOURCE as serve
-    was told it; ``kind``, ``detail`` as in BlockGrant; ``identity`` is the remote source's word for its content."""
+    """Key ``block/N``; descriptors: memory, received map, and the file of a local block. ``source`` is SOURCE as given
+    to serve; ``kind``, ``detail`` as in BlockGrant; ``identity`` is that of Advised, for a remote source."""
 
     TAG = 103
     block: int
@@ -656,7 +657,7 @@ class BlockNote(Message):
 
 @wire
 class ClientNote(Message):
-    """Key ``client/N``; descriptors: userfaultfd, pidfd, statistics page. Kept anew before any change is answered."""
+    """Key ``client/N``; descriptors: userfaultfd, pidfd, statistics page. Kept again before a change is answered."""
 
     TAG = 104
     client: int

@@ -1,18 +1,19 @@
-"""The return path: what a supervisor and a page source say to each other, and the law of it. Sans-I/O.
+"""The return path: messages between a supervisor and a page source, and the checks of their figures. Sans-I/O.
 
 The source binds a ZeroMQ ROUTER, supervisors connect to it. Frame 0 is one message of this module, the raw frames
-behind it are the bytes of pages. Nothing is delivered twice and nothing is certain to be delivered at all: who wants an
-answer asks anew. ``stream`` numbers one supervisor's use of one block between two advises, and is never given out twice
-by a source, so an answer that comes late, from before a recover, names a stream that nobody knows any more.
+behind it are the bytes of pages. Nothing is delivered twice, and delivery is not certain: a supervisor without an
+answer asks again. ``stream`` numbers one supervisor's use of one block between two advises. A source never reuses a
+number, so a late answer from before a recovery names an unknown stream.
 
-Neither side believes the other: ``SourceConversation`` (source_conversation.py) judges what a supervisor says,
-``check_pages`` what a source says.
+Neither side trusts the other: ``SourceConversation`` (source_conversation.py) checks the messages of a supervisor,
+``check_pages``, ``check_staging`` and ``check_staged`` those of a source.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable, Sequence
+from typing import Final
 
 from .errors import BadInput, BadMessage
 from .geometry import page_count
@@ -34,25 +35,34 @@ MAX_SLOTS = 64
 MAX_STAGING_BYTES = 64 << 20
 """Bytes of all its slots together."""
 
-DATA, ZERO, LOST = 0, 1, 2
-"""Kinds of ranges in Pages."""
+
+class RangeKind:
+    """What Pages say of a range. Plain integers: one look-up of an IntEnum's member costs five times as much."""
+
+    DATA: Final = 0
+    """A raw frame has its bytes."""
+    ZERO: Final = 1
+    """It is zeros; no frame."""
+    LOST: Final = 2
+    """The source cannot supply it; no frame."""
+
 
 FEATURES = ("zero", "push", "staging")
-"""What a supervisor may say that it takes: ranges of zeros without bytes, pages that it has not asked for, pages that
-lie in memory which both can see (on one machine only: neither side says it over tcp)."""
+"""What a supervisor may support: ranges of zeros without bytes, pages that it has not requested, pages in memory that
+both sides map (on one machine only, so not over tcp)."""
 
 STAGING_NAME = "postcopy.staging"
-"""The memfd of a staging memory. No block's is called so: they begin with ``postcopy-``."""
+"""Name of the memfd of a staging memory. Those of blocks begin with ``postcopy-``."""
 STAGING_HEADER = 4096
-"""Bytes before the first slot: the nonce, then one byte a slot."""
+"""Bytes before the first slot: the nonce, then one byte for each slot."""
 NONCE = 16
-"""Bytes of the nonce, and where the bytes of the slots begin."""
+"""Length of the nonce, and where the bytes of the slots begin."""
 SLOT_FREE, SLOT_FULL = 0, 1
 """A slot's byte. Only the source fills a slot, and only a free one; only the supervisor frees it."""
 
 
 def features_at(endpoint: str) -> tuple[str, ...]:
-    """Those that make sense at an endpoint: memory is shared on one machine only."""
+    """The features that an endpoint can have: memory is shared on one machine only."""
     return FEATURES if endpoint.startswith("ipc://") else tuple(word for word in FEATURES if word != "staging")
 
 
@@ -61,8 +71,7 @@ def features_at(endpoint: str) -> tuple[str, ...]:
 
 @wire
 class Advise(Message):
-    """I want the block ``name`` in pages of ``page_size``; ``features`` is what I can take (unknown ones are
-    ignored)."""
+    """Ask for the block ``name`` in pages of ``page_size``; ``features`` are those that the supervisor supports."""
 
     TAG = 110
     name: str
@@ -72,7 +81,7 @@ class Advise(Message):
 
 @wire
 class Listen(Message):
-    """Ready for pages of this stream; at most ``window`` bytes that I have not asked for, until I say Listen again."""
+    """Open the stream. At most ``window`` bytes may be pushed before the next Listen."""
 
     TAG = 111
     stream: int
@@ -81,8 +90,8 @@ class Listen(Message):
 
 @wire
 class RequestRanges(Message):
-    """Send these pages (packed u64 pairs of offset and length). ``urgent``: somebody sleeps until they come.
-    ``request`` is the supervisor's own number for it, not 0."""
+    """Request pages (packed u64 pairs of offset and length). ``urgent``: a client waits for them. ``request`` is the
+    supervisor's own number, not 0."""
 
     TAG = 112
     request: int
@@ -93,7 +102,7 @@ class RequestRanges(Message):
 
 @wire
 class Complete(Message):
-    """Everything is received, nothing more will be asked of this stream."""
+    """Everything is received: forget the stream."""
 
     TAG = 113
     stream: int
@@ -101,7 +110,7 @@ class Complete(Message):
 
 @wire
 class Ping(Message):
-    """Are you there?"""
+    """Ask for a Pong."""
 
     TAG = 114
     nonce: int
@@ -109,7 +118,7 @@ class Ping(Message):
 
 @wire
 class UseStaging(Message):
-    """The staging memory ``number`` is open here: background pages may come in it from now on."""
+    """The supervisor has opened the staging memory ``number``: background pages may come in it."""
 
     TAG = 115
     number: int
@@ -120,8 +129,8 @@ class UseStaging(Message):
 
 @wire
 class Advised(Message):
-    """Answer to Advise. ``size`` is exact; ``identity`` is equal if and only if the content is; ``features`` are those
-    of the Advise that this source has too."""
+    """Answer to Advise. ``size`` is exact; ``identity`` is equal if and only if the contents are; ``features`` are
+    those of the Advise that the source has too."""
 
     TAG = 120
     name: str
@@ -133,8 +142,8 @@ class Advised(Message):
 
 @wire
 class Pages(Message):
-    """Pages of ``ranges`` (packed u64 pairs), in answer to ``request`` (0: pushed unasked). ``kinds`` is one byte a
-    range: 0 data (a raw frame of exactly its length, in order), 1 zero (no frame), 2 lost (no frame; ``reason``)."""
+    """Pages of ``ranges`` (packed u64 pairs), in answer to ``request`` (0: pushed). ``kinds`` has one byte for each
+    range, a RangeKind. Each range of data has a raw frame of exactly its length, in order."""
 
     TAG = 121
     stream: int
@@ -146,7 +155,7 @@ class Pages(Message):
 
 @wire
 class SourceRefused(Message):
-    """What was said is refused. ``code`` is one of ``SOURCE_REFUSALS``; ``name`` is the block, where it is known."""
+    """A message is refused. ``code`` is one of ``SOURCE_REFUSALS``; ``name`` is the block, if it is known."""
 
     TAG = 122
     code: str
@@ -164,8 +173,8 @@ class Pong(Message):
 
 @wire
 class Staging(Message):
-    """A memfd for you alone, descriptor ``descriptor`` of process ``pid``: a header that begins with ``nonce``, then
-    ``slots`` slots of ``slot_bytes``. It takes the place of the one before."""
+    """Offer a memfd to this supervisor alone: ``descriptor`` of process ``pid``. It has a header that begins with
+    ``nonce``, then ``slots`` slots of ``slot_bytes``. It replaces the one before."""
 
     TAG = 124
     number: int
@@ -179,7 +188,7 @@ class Staging(Message):
 @wire
 class Staged(Message):
     """Pages from ``offset`` in answer to ``request``: their ``length`` bytes lie in ``slot`` of the staging memory
-    ``number``, which is yours until you have set it free."""
+    ``number``, until the supervisor frees the slot."""
 
     TAG = 125
     stream: int
@@ -215,9 +224,8 @@ _PAIR = struct.Struct("<QQ")
 pack_range: Callable[[int, int], bytes] = _PAIR.pack
 """One range; raises struct.error for what is no u64."""
 
-
 unpack_range: Callable[[bytes, int], Range] = _PAIR.unpack_from
-"""One range at a place; raises struct.error where there are not bytes enough."""
+"""One range at a position; raises struct.error if there are too few bytes."""
 
 
 def pack_ranges(ranges: Iterable[Range]) -> bytes:
@@ -229,7 +237,7 @@ def pack_ranges(ranges: Iterable[Range]) -> bytes:
 
 
 def unpack_ranges(data: bytes | memoryview) -> list[Range]:
-    """Ranges of a packed batch. Raises BadMessage when it is no whole number of them, none, or too many."""
+    """The ranges of a packed batch. Raises BadMessage for a partial range, none, or too many."""
     count, rest = divmod(len(data), _PAIR.size)
     if rest or not 0 < count <= MAX_RANGES:
         raise BadMessage(f"{len(data)} bytes are no list of 1 to {MAX_RANGES} ranges")
@@ -239,8 +247,8 @@ def unpack_ranges(data: bytes | memoryview) -> list[Range]:
 
 
 def check_ranges(ranges: Sequence[Range], page_size: int, size: int) -> int:
-    """Bytes of all ranges. Raises BadMessage unless they are whole pages of a block of ``size`` bytes, in it, none
-    twice, and not too many."""
+    """The bytes of all ranges together. Raises BadMessage unless they are whole pages of a block of ``size`` bytes,
+    none twice, at most MAX_RANGE_BYTES."""
     end = page_count(size, page_size) * page_size
     total = 0
     for offset, length in ranges:
@@ -267,10 +275,10 @@ def _refuse_overlap(ascending: Sequence[Range]) -> None:
 def check_pages(
     message: Pages, frame_lengths: Sequence[int], page_size: int, size: int
 ) -> list[tuple[int, int, int, int]]:
-    """``(offset, length, kind, frame)`` of every range of Pages, ``frame`` counting the raw frames (-1: has none).
+    """``(offset, length, kind, frame)`` of every range of Pages; ``frame`` is the index of its raw frame (-1: none).
 
-    ``frame_lengths`` are the lengths of the raw frames in order. Raises BadMessage on ranges that are not whole pages
-    of the block, overlap or are too many, on unknown kinds, and on frames too many, too few or of a wrong length.
+    ``frame_lengths`` are the lengths of the raw frames in order. Raises BadMessage for ranges that are not whole pages
+    of the block, overlap or are too many, for unknown kinds, and for too many, too few or wrong frames.
     """
     ranges = unpack_ranges(message.ranges)
     check_ranges(ranges, page_size, size)
@@ -279,15 +287,15 @@ def check_pages(
         raise BadMessage(f"{len(kinds)} kinds for {len(ranges)} ranges")
     checked, frame = [], 0
     for (offset, length), kind in zip(ranges, kinds, strict=True):
-        if kind > LOST:
+        if kind > RangeKind.LOST:
             raise BadMessage(f"{kind} is no kind of a range")
-        if kind != DATA:
+        if kind != RangeKind.DATA:
             checked.append((offset, length, kind, -1))
             continue
         if frame >= len(frame_lengths) or frame_lengths[frame] != length:
             came = f"{frame_lengths[frame]} bytes" if frame < len(frame_lengths) else "nothing"
             raise BadMessage(f"{came} came for the range of {length} bytes at {offset}")
-        checked.append((offset, length, DATA, frame))
+        checked.append((offset, length, RangeKind.DATA, frame))
         frame += 1
     if frame != len(frame_lengths):
         raise BadMessage(f"{len(frame_lengths)} frames for {frame} ranges with data")
@@ -295,7 +303,7 @@ def check_pages(
 
 
 def check_staging(message: Staging) -> int:
-    """Bytes of the whole memfd. Raises BadMessage for what is no staging memory, or too large a one."""
+    """Bytes of the whole memfd. Raises BadMessage for impossible or too large figures."""
     slots, slot_bytes = message.slots, message.slot_bytes
     if len(message.nonce) != NONCE:
         raise BadMessage(f"the nonce of a staging memory has {len(message.nonce)} bytes, not {NONCE}")

@@ -1,7 +1,7 @@
-"""Where the house stands in the file system: the runtime directory and the names in it.
+"""The runtime directory and the names in it.
 
-The directory is 0711 with ``door`` (0666, every caller judged by SO_PEERCRED) and ``private/`` (0700), which protects
-the ZeroMQ socket and the lock: an ipc socket has only the rights that the umask leaves it.
+The directory is 0711. ``door`` is 0666: SO_PEERCRED and the allow list decide who may attach. ``private/`` is 0700 and
+protects the ZeroMQ socket and the lock, because the mode of an ipc socket depends on the umask.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from .errors import BadInput
 
 DOOR = "door"
-"""Unix SEQPACKET socket of the clients."""
+"""The attach socket: Unix SEQPACKET, for clients."""
 PRIVATE = "private"
-"""Sub-directory of the supervisor's own user."""
+"""Sub-directory for the supervisor's user only."""
 ROUTER = "private/router"
 """ZeroMQ ipc socket of workers and of the command line."""
 CUSTODIAN = "private/custodian"
-"""Unix SEQPACKET socket of the custodian: where the next supervisor takes over."""
+"""Unix SEQPACKET socket of the custodian, where the next supervisor takes over."""
 LOCK = "private/lock"
 """Locked (flock) by the one supervisor of this directory."""
 
@@ -26,9 +26,9 @@ SOCKET_PATH_BYTES = 107
 
 
 def runtime_directory(explicit: str | None, environ: Mapping[str, str]) -> str:
-    """The runtime directory: the argument, else the environment's, else ``/run/postcopy``. An empty text is no text.
+    """The runtime directory: ``explicit``, else from the environment, else ``/run/postcopy``. Empty texts do not count.
 
-    ``RUNTIME_DIRECTORY`` is what systemd sets; several directories are a list with colons, the first is ours.
+    systemd sets ``RUNTIME_DIRECTORY``; of a list with colons the first is used.
     """
     if explicit:
         return explicit
@@ -42,26 +42,26 @@ def runtime_directory(explicit: str | None, environ: Mapping[str, str]) -> str:
 
 
 def door_path(directory: str) -> str:
-    """Path of the door's socket. Raises BadInput when it is too long for a socket address."""
+    """Path of the attach socket. Raises BadInput if it is too long for a socket address."""
     return _socket_path(directory, DOOR)
 
 
 def router_endpoint(directory: str) -> str:
-    """ZeroMQ endpoint of the router, ``ipc://...``. Raises BadInput when its path is too long for a socket address."""
+    """ZeroMQ endpoint of the router, ``ipc://...``. Raises BadInput if its path is too long for a socket address."""
     return "ipc://" + _socket_path(directory, ROUTER)
 
 
 def custodian_path(directory: str) -> str:
-    """Path of the custodian's socket. Raises BadInput when it is too long for a socket address."""
+    """Path of the custodian's socket. Raises BadInput if it is too long for a socket address."""
     return _socket_path(directory, CUSTODIAN)
 
 
 def _socket_path(directory: str, name: str) -> str:
     path = f"{directory}/{name}"
-    length = len(path.encode("utf-8", "surrogateescape"))  # as the file system takes it
+    length = len(path.encode("utf-8", "surrogateescape"))  # as in the file system
     if length > SOCKET_PATH_BYTES:
         raise BadInput(
-            f"runtime directory {directory} is too long: its socket {name} would have a path of {length} bytes, "
-            f"a socket may have {SOCKET_PATH_BYTES}; choose a shorter --runtime-dir"
+            f"runtime directory {directory} is too long: the path of its socket {name} would have {length} bytes, "
+            f"{SOCKET_PATH_BYTES} are possible; choose a shorter --runtime-dir"
         )
     return path

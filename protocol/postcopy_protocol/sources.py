@@ -1,14 +1,14 @@
-"""SOURCE as a person types it, and the rule for the names of RAM blocks.
+"""SOURCE as a user types it, and the rule for the names of RAM blocks.
 
 ======================================  ================================================================================
-``PATH`` or ``file:///PATH``            a file of this machine (``./`` before what looks like one of the others)
+``PATH`` or ``file:///PATH``            a file of this machine (``./`` before a name that looks like another form)
 ``handler:MODULE:FUNCTION?size=SIZE``   pages made by a Python function, in the worker
 ``zero:SIZE``                           zeros
 ``ipc://PATH/BLOCK``                    a block of a page source program on this machine
 ``tcp://HOST:PORT/BLOCK``               a block of a page source program on another one
 ======================================  ================================================================================
 
-Nothing is looked at here: whether the file or the function exists is for whoever opens it.
+Only the syntax is checked, not whether the file or the function exists.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PORT = re.compile(r"[0-9]{1,5}", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class FileSource:
-    """A local file; ``path`` as it was typed, relative to the supervisor's directory if it is relative."""
+    """A local file. A relative ``path`` is relative to the supervisor's working directory."""
 
     path: str
 
@@ -68,16 +68,24 @@ class RemoteSource:
         return f"{self.endpoint}/{self.block}"
 
 
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """What a page source says of a remote block before it is served: its size in bytes and its identity."""
+
+    size: int
+    identity: str
+
+
 Source = FileSource | HandlerSource | ZeroSource | RemoteSource
 
 
 def is_block_name(name: str) -> bool:
-    """May a RAM block have this name?"""
+    """Whether a RAM block may have this name."""
     return _NAME.fullmatch(name) is not None
 
 
 def parse_block_name(name: str) -> str:
-    """The name itself. Raises BadInput when no RAM block may have it."""
+    """The name itself. Raises BadInput if no RAM block may have it."""
     if not is_block_name(name):
         raise BadInput(
             f"{name!r} is no name for a block: use up to 64 letters, digits, '.', '_' and '-', a letter or digit first"
@@ -94,7 +102,7 @@ def parse_named(text: str) -> tuple[str, Source]:
 
 
 def parse_source(text: str) -> Source:
-    """A SOURCE. ``str()`` of what it gives is a SOURCE that means the same. Raises BadInput."""
+    """Parse a SOURCE. ``str()`` of the result is an equivalent SOURCE. Raises BadInput."""
     if not text or "\0" in text:
         raise BadInput(f"{text!r} is no source: name a file, handler:MODULE:FUNCTION?size=SIZE or zero:SIZE")
     if text.startswith("zero:"):
@@ -106,7 +114,7 @@ def parse_source(text: str) -> Source:
     if text.startswith(("ipc://", "tcp://")):
         return _remote(text)
     if _SCHEME.match(text):
-        raise BadInput(f"{text!r}: no such kind of source; use a path, file:///, handler:, zero:, ipc:// or tcp://")
+        raise BadInput(f"{text!r}: unknown kind of source; use a path, file:///, handler:, zero:, ipc:// or tcp://")
     return FileSource(text)
 
 

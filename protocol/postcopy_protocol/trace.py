@@ -8,12 +8,12 @@ records of 24 bytes to the end; a part of a record at the end (the writer was ki
     u32  client    u32  nanoseconds from the fault's message to its release, at most 2**32 - 1
 
 The object has ``started`` (seconds since the epoch), ``monotonic`` (nanoseconds of CLOCK_MONOTONIC then) and
-``blocks``: ``[number, name, bytes, page size]`` each. Records of one client are in order; those of several are not
-quite: whoever needs the order sorts.
+``blocks``: ``[number, name, bytes, page size]`` each. Records of one client are in order. Those of several
+clients are not quite: sort them if you need the order.
 
-**Ring.** In a client's figures, behind ``statistics`` and ``stages``: one page whose first words are RING_WRITTEN,
-RING_TAKEN and RING_LOST, then the records. The client's worker writes, the supervisor takes; where there is no room
-a record is counted as lost, and nobody waits.
+**Ring.** In a client's file, behind the statistics page and the stages: one page whose first u64 are RING_WRITTEN,
+RING_TAKEN and RING_LOST, then the records. The client's worker writes, the supervisor reads. If the ring is full, a
+record is counted as lost, and the worker does not wait.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .errors import BadInput
 MAGIC = b"PCTRACE1"
 RECORD = struct.Struct("<QQII")
 PLACED, PRESENT, LOST, ARRIVED = range(4)
-"""Kinds: the worker placed it; it was there; it cannot be had; it came over a return path."""
+"""Kinds of records: the worker placed the page; it was present; it cannot be had; it came over a return path."""
 KINDS = ("placed", "present", "lost", "arrived")
 ANNOUNCED, WRITE = 0x40, 0x80
 MOST_HEAD = 1 << 20
@@ -42,7 +42,7 @@ RING_RECORDS = 16384
 RING_HEAD = stages.END
 RING_AT = RING_HEAD + PAGE_BYTES
 FIGURES_BYTES = RING_AT + RING_RECORDS * RECORD.size
-"""Size of a client's figures where faults are recorded (a multiple of the page)."""
+"""Size of a client's file if faults are recorded (a multiple of the page)."""
 assert FIGURES_BYTES % PAGE_BYTES == 0
 
 _AT_BITS, _PAGE_BITS = 56, 48
@@ -59,18 +59,18 @@ class Traced:
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
-    """What stands at the front. ``started`` in seconds since the epoch, ``monotonic`` in ns."""
+class Header:
+    """The beginning of a file. ``started`` in seconds since the epoch, ``monotonic`` in ns."""
 
     started: float
     monotonic: int
     blocks: tuple[Traced, ...]
 
     def encode(self) -> bytes:
-        """The bytes of it, magic and all."""
+        """Its bytes, with the magic."""
         blocks = [[block.number, block.name, block.size, block.page_size] for block in self.blocks]
-        told = {"started": self.started, "monotonic": self.monotonic, "blocks": blocks}
-        text = json.dumps(told).encode()
+        document = {"started": self.started, "monotonic": self.monotonic, "blocks": blocks}
+        text = json.dumps(document).encode()
         return MAGIC + struct.pack("<I", len(text)) + text
 
 
@@ -89,32 +89,32 @@ class Fault:
 
 
 def pack(at: int, client: int, block: int, page: int, kind: int, latency: int) -> bytes:
-    """A record; ``kind`` with its flags."""
+    """The bytes of a record; ``kind`` includes the flags."""
     first = at & (1 << _AT_BITS) - 1 | kind << _AT_BITS
     return RECORD.pack(first, page | block << _PAGE_BITS, client, min(latency, LONGEST))
 
 
-def template_of(data: bytes | memoryview) -> tuple[Head, int]:
-    """The head of a file that begins with ``data``, and where its records begin. Raises BadInput."""
+def read_header(data: bytes | memoryview) -> tuple[Header, int]:
+    """The header of a file that begins with ``data``, and where its records begin. Raises BadInput."""
     front = bytes(data[: len(MAGIC) + 4])
     if len(front) < len(MAGIC) + 4 or not front.startswith(MAGIC):
         raise BadInput("this is no trace (it does not begin with PCTRACE1)")
     (length,) = struct.unpack_from("<I", front, len(MAGIC))
     start = len(front) + length
     if length > MOST_HEAD or start > len(data):
-        raise BadInput("this trace is cut off inside its head")
+        raise BadInput("this trace is cut off inside its header")
     try:
-        told: dict[str, Any] = json.loads(bytes(data[len(front) : start]))
+        document: dict[str, Any] = json.loads(bytes(data[len(front) : start]))
         blocks = tuple(
-            Traced(int(number), str(name), int(size), int(page)) for number, name, size, page in told["blocks"]
+            Traced(int(number), str(name), int(size), int(page)) for number, name, size, page in document["blocks"]
         )
-        return Head(float(told["started"]), int(told["monotonic"]), blocks), start
+        return Header(float(document["started"]), int(document["monotonic"]), blocks), start
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise BadInput(f"the head of this trace is damaged ({type(error).__name__})") from error
+        raise BadInput(f"the header of this trace is damaged ({type(error).__name__})") from error
 
 
 def faults(data: bytes | memoryview, start: int) -> Iterator[Fault]:
-    """The records from ``start`` on, in the order in which they were written."""
+    """The records from ``start`` on, in the order of the file."""
     whole = memoryview(data)[start:]
     whole = whole[: len(whole) // RECORD.size * RECORD.size]
     low, pages = (1 << _AT_BITS) - 1, (1 << _PAGE_BITS) - 1

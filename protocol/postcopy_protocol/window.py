@@ -1,15 +1,15 @@
 """Fault-around: how many pages to place for one fault.
 
-One fault costs far more than one page, so a reader in order should pay for few of them, and a reader at random should
-not be given pages that it never asked for. Nobody tells us which it is; the faults do. A stream is a sequence of
-faults of which each comes exactly where the window of the one before has ended. Its window doubles from one page to
-the largest. A fault that continues no stream is placed alone.
+A fault costs far more than a page. A sequential reader should cause few faults; a random reader should not get pages
+that it never touches. The faults show which it is. A stream is a sequence of faults in which each begins exactly where
+the window of the previous one ended. Its window doubles from one page to the largest. A fault that continues no stream
+is placed alone.
 
-A client has several threads and a loop over two arrays is two streams: eight are remembered, the least recently
-continued is forgotten. All of that is one small dict ``{expected next page: width of the window before it}``: a dict
-remembers the order of insertion, and a stream that continues is inserted anew.
+A client has several threads, and a loop over two arrays is two streams. So eight streams are remembered, and the least
+recently continued one is forgotten. The state is one small dict ``{expected next page: width of the window before
+it}``. A dict keeps the order of insertion, and a stream that continues is inserted again.
 
-This is on the fault path: no allocation but the dict's own, and no call of a function in Python.
+This is on the fault path: no allocation except in the dict, and no call of a Python function.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class FaultAround:
         self.largest_pages = largest_pages
         self.adaptive = adaptive
         self.used = 0
-        """Pages beyond the faulting ones in windows that were gone through; whoever counts them takes them away."""
+        """Pages beyond the faulting ones in windows that a stream read to the end. The reader resets it."""
         self._expected: dict[int, int] = {}
 
     def window(self, page: int) -> int:

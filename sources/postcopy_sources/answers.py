@@ -8,13 +8,17 @@ from functools import lru_cache
 from itertools import groupby
 
 from postcopy_protocol.errors import PageLost
-from postcopy_protocol.return_path import DATA, LOST, ZERO, pack_range, pack_ranges, unpack_ranges
+from postcopy_protocol.return_path import RangeKind, pack_range, pack_ranges, unpack_ranges
 
 Buffer = bytes | bytearray | memoryview
 Read = Callable[[int, int], Buffer | None]
 ReadInto = Callable[[int, memoryview], bool]
 
-KIND = {DATA: bytes([DATA]), ZERO: bytes([ZERO]), LOST: bytes([LOST])}
+KIND = {
+    RangeKind.DATA: bytes([RangeKind.DATA]),
+    RangeKind.ZERO: bytes([RangeKind.ZERO]),
+    RangeKind.LOST: bytes([RangeKind.LOST]),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +37,13 @@ def zeros(length: int) -> bytes:
 
 
 def lost_answer(offset: int, length: int, reason: str) -> Answer:
-    return Answer(pack_range(offset, length), KIND[LOST], reason, ())
+    return Answer(pack_range(offset, length), KIND[RangeKind.LOST], reason, ())
 
 
 def answer_of(data: Buffer | None, offset: int, wanted: int, length: int) -> Answer:
     """Data of ``wanted`` bytes as pages of ``length`` bytes, the rest zeros. Raises PageLost for unusable data."""
     if data is None:
-        return Answer(pack_range(offset, length), KIND[ZERO], "", ())
+        return Answer(pack_range(offset, length), KIND[RangeKind.ZERO], "", ())
     if isinstance(data, memoryview):
         data = bytes(data)
     if not isinstance(data, (bytes, bytearray)):
@@ -50,8 +54,8 @@ def answer_of(data: Buffer | None, offset: int, wanted: int, length: int) -> Ans
         data = data + bytes(length - wanted)
     # Comparing stops at the first byte that differs: next to nothing for data, and zeros need not travel.
     if data == zeros(length):
-        return Answer(pack_range(offset, length), KIND[ZERO], "", ())
-    return Answer(pack_range(offset, length), KIND[DATA], "", (data,))
+        return Answer(pack_range(offset, length), KIND[RangeKind.ZERO], "", ())
+    return Answer(pack_range(offset, length), KIND[RangeKind.DATA], "", (data,))
 
 
 def judged(data: Buffer | None, offset: int, length: int) -> Answer:
@@ -98,7 +102,7 @@ def _runs(told: list[tuple[int, bytes]]) -> list[tuple[bytes, list[int]]]:
     runs: list[tuple[bytes, list[int]]] = []
     for kind, group in groupby(told, key=lambda one: one[1]):
         places = [place for place, _ in group]
-        if kind == KIND[DATA]:
+        if kind == KIND[RangeKind.DATA]:
             runs += [(kind, [place]) for place in places]
         else:
             runs.append((kind, places))
@@ -127,11 +131,13 @@ def merged(answers: list[Answer]) -> Answer:
 
 def expanded(answer: Answer) -> Answer:
     """The answer with zeros as bytes, for a supervisor that wants them so."""
-    if ZERO not in answer.kinds:
+    if RangeKind.ZERO not in answer.kinds:
         return answer
     given = iter(answer.frames)
     frames: list[Buffer] = []
     for (_, length), kind in zip(unpack_ranges(answer.ranges), answer.kinds, strict=True):
-        if kind != LOST:
-            frames.append(zeros(length) if kind == ZERO else next(given))
-    return Answer(answer.ranges, answer.kinds.replace(KIND[ZERO], KIND[DATA]), answer.reason, tuple(frames))
+        if kind != RangeKind.LOST:
+            frames.append(zeros(length) if kind == RangeKind.ZERO else next(given))
+    return Answer(
+        answer.ranges, answer.kinds.replace(KIND[RangeKind.ZERO], KIND[RangeKind.DATA]), answer.reason, tuple(frames)
+    )

@@ -24,7 +24,6 @@ from postcopy_protocol.codec import decode, encode
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.messages import Message
 from postcopy_protocol.return_path import (
-    DATA,
     FROM_SUPERVISOR,
     MAX_OPEN_BYTES,
     MAX_OPEN_REQUESTS,
@@ -35,13 +34,14 @@ from postcopy_protocol.return_path import (
     Ping,
     Pong,
     Range,
+    RangeKind,
     RequestRanges,
     Staged,
     UseStaging,
     unpack_range,
 )
 from postcopy_protocol.source_conversation import Offer, Phase, SourceConversation, SourceRefusal, Stream
-from postcopy_protocol.templates import RANGE, answer_parts, number_of, stream_part
+from postcopy_protocol.templates import RANGE_BYTES, answer_parts, number_of, stream_part
 from postcopy_protocol.zmtp import Message as Words
 from postcopy_wire.router import Router
 
@@ -264,7 +264,7 @@ class Loop:
         number = number_of(data)
         if lane is None or number in (b"", NO_NUMBER) or peer.outbox:
             return False
-        offset, length = unpack_range(data, len(data) - RANGE)
+        offset, length = unpack_range(data, len(data) - RANGE_BYTES)
         stream, talk = lane.stream, peer.conversation
         if (
             length != stream.page_size
@@ -284,7 +284,7 @@ class Loop:
             parts = self._parts(stream, int.from_bytes(number, "big"), lost_answer(offset, length, reason_of(error)))
         else:
             if type(page) in BYTES and len(page) == length and page != zeros(length):  # type: ignore[arg-type]
-                parts = [lane.before + number + lane.between + data[-RANGE:] + lane.behind, page]  # type: ignore[list-item]
+                parts = [lane.before + number + lane.between + data[-RANGE_BYTES:] + lane.behind, page]  # type: ignore[list-item]
             else:
                 parts = self._parts(stream, int.from_bytes(number, "big"), judged(page, offset, length))
         # It counts as open for no moment, as it would if it were taken at once. If not, then it is the only one such:
@@ -316,7 +316,7 @@ class Loop:
     def _learn(self, peer: Peer, message: RequestRanges, data: bytes) -> None:
         """``data`` was taken: requests of the same stream can be ``_urgent``."""
         stream = peer.conversation.streams.get(message.stream)
-        if stream is None or len(message.ranges) != RANGE or not number_of(data):
+        if stream is None or len(message.ranges) != RANGE_BYTES or not number_of(data):
             return
         if crashpoints.armed("source.asked", "source.answered"):  # they stand on the long way
             return
@@ -451,7 +451,12 @@ class Loop:
     def _put_staged(self, task: Task, answer: Answer) -> bool:
         """Copy what was read in another way into a free slot. False: nothing is done."""
         staging = task.peer.staging
-        if staging is None or task.urgent or answer.kinds != KIND[DATA] or "staging" not in task.stream.features:
+        if (
+            staging is None
+            or task.urgent
+            or answer.kinds != KIND[RangeKind.DATA]
+            or "staging" not in task.stream.features
+        ):
             return False
         offset, length = unpack_range(answer.ranges, 0)
         slot = staging.free_slot(length)

@@ -29,6 +29,7 @@ from postcopy_kernel.userfaultfd import Userfaultfd, UserfaultfdUnavailable, ope
 from postcopy_protocol import counters, stages, trace
 from postcopy_protocol.codec import encode
 from postcopy_protocol.messages import WhenOrphaned
+from postcopy_protocol.sources import Advice
 from postcopy_wire.router import Router
 
 from .adopt import PendingWorkers, adopt
@@ -60,7 +61,7 @@ from .pool.worker_pool import WorkerPool
 from .recovery import inventory
 from .recovery.inventory import Custodian
 from .recovery.plan import CGROUPS, HOUSE, Plan
-from .remote.advise import Advice, SourceAccess
+from .remote.advise import SourceAccess
 from .remote.sources import Sources
 from .runtime import Heartbeat, RuntimeDirectory, binding, cgroup_procs
 from .settings import Settings

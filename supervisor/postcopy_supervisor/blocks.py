@@ -32,10 +32,9 @@ from postcopy_protocol.received_map import (
     runs_of,
 )
 from postcopy_protocol.sizes import format_size
-from postcopy_protocol.sources import FileSource, HandlerSource, RemoteSource, Source, ZeroSource
+from postcopy_protocol.sources import Advice, FileSource, HandlerSource, RemoteSource, Source, ZeroSource
 
 from .recovery.plan import KeptBlock
-from .remote.advise import Advice
 
 LARGEST_BLOCK = 16 << 40
 """Bytes: what a process can map several times over (47 bits of addresses)."""

@@ -28,7 +28,7 @@ from postcopy_protocol.messages import (
     Wake,
     WorkerHello,
 )
-from postcopy_protocol.templates import OFFSET
+from postcopy_protocol.templates import OFFSET_BYTES
 from postcopy_protocol.zmtp import Message as WireMessage
 
 from .blocks import RamBlock
@@ -228,7 +228,7 @@ class MainLoop:
         """A message of a worker or of the command line. Most are requests for one page, which take a fast path."""
         try:
             data = message if isinstance(message, bytes) else message[-1]
-            fast_path = self._fast_paths.get(data[:-OFFSET])
+            fast_path = self._fast_paths.get(data[:-OFFSET_BYTES])
             if fast_path is not None:
                 fast_path(data)
             else:

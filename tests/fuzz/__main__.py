@@ -121,8 +121,8 @@ class Fuzzer:
         """New conversations, so that early states are met again and again."""
         self.conversation = AttachConversation()
         if self.random.random() < 0.8:
-            self.conversation.hear(Hello("fuzz", "native"), 0)
-            self.conversation.hear(OfferUserfaultfd(), 1)
+            self.conversation.on_message(Hello("fuzz", "native"), 0)
+            self.conversation.on_message(OfferUserfaultfd(), 1)
             self.conversation.opened(1, "private", 64, PAGE)
         if self.random.random() < 0.3:
             self.source.fresh()
@@ -207,7 +207,7 @@ class Fuzzer:
     # --- listeners ----------------------------------------------------------------------------------------------------
 
     def _door(self, data: bytes) -> None:
-        self.conversation.hear(decode(data, expect=FROM_CLIENT), self.random.choice((0, 0, 0, 1, 2)))
+        self.conversation.on_message(decode(data, expect=FROM_CLIENT), self.random.choice((0, 0, 0, 1, 2)))
         if self.random.random() < 0.3:
             self.conversation.opened(self.random.randrange(3), self.random.choice(("private", "shared")), 64, PAGE)
 

@@ -23,7 +23,6 @@ from postcopy_protocol.errors import BadMessage, PageLost
 from postcopy_protocol.messages import ControlRefused, Lost, Message, RequestPages, Wake
 from postcopy_protocol.received_map import FLAGS, LOST, RECEIVED
 from postcopy_protocol.return_path import (
-    DATA,
     FEATURES,
     FROM_SOURCE,
     FROM_SUPERVISOR,
@@ -38,6 +37,7 @@ from postcopy_protocol.return_path import (
     Pages,
     Ping,
     Pong,
+    RangeKind,
     RequestRanges,
     SourceRefused,
     Staged,
@@ -51,7 +51,7 @@ from postcopy_protocol.return_path import (
 )
 from postcopy_protocol.source_conversation import Offer, Phase
 from postcopy_protocol.source_conversation import Stream as Open
-from postcopy_protocol.templates import REQUESTS
+from postcopy_protocol.templates import FIRST_REQUEST
 from postcopy_sources.loop import Loop
 from postcopy_supervisor import main_loop
 from postcopy_supervisor.paging import fast_path
@@ -147,7 +147,7 @@ class SourceEnd:
     def nearly(self) -> Message:
         """A word that would be taken, or would have been a moment ago."""
         pick, stream = self.dice.choice, self._stream()
-        request = pick((1, 7, REQUESTS, REQUESTS + self.dice.randrange(99), (1 << 32) - 1, 1 << 40))
+        request = pick((1, 7, FIRST_REQUEST, FIRST_REQUEST + self.dice.randrange(99), (1 << 32) - 1, 1 << 40))
         ranges = some_ranges(self.dice)
         chance = self.dice.random()
         if chance < 0.3 and (missing := self._missing()) is not None:
@@ -161,7 +161,7 @@ class SourceEnd:
             return pick((Listen(stream, pick((0, PAGE, 1 << 24))), Ping(pick((0, 1, 1 << 63)))))
         if chance < 0.5:  # the common one
             page = (ranges[0][0] + pick((0,) * 9 + (8, 1 << 40)), PAGE)
-            return RequestRanges(REQUESTS + self.dice.randrange(99), stream, True, pack_ranges([page]))
+            return RequestRanges(FIRST_REQUEST + self.dice.randrange(99), stream, True, pack_ranges([page]))
         return RequestRanges(request, stream, pick((True, True, False)), pack_ranges(ranges))
 
     def _streams(self) -> list[Open]:
@@ -380,7 +380,7 @@ class SupervisorEnd:
         ranges = [(wish.offset, wish.length)] if wish is not None and dice.random() < 0.6 else some_ranges(dice)
         if dice.random() < 0.3:
             ranges = [(at, PAGE) for offset, length in ranges for at in range(offset, offset + length, PAGE)]
-        request = wish.number if wish is not None and dice.random() < 0.8 else pick((0, 0, 1, REQUESTS + 5))
+        request = wish.number if wish is not None and dice.random() < 0.8 else pick((0, 0, 1, FIRST_REQUEST + 5))
         stream = pick([*link._blocks, *link._blocks, *link._blocks, 7])
         if chance < 0.6:
             self.sources.staging[SOURCE] = Slots()  # opened again, if it was given up
@@ -436,7 +436,9 @@ class SupervisorEnd:
         try:
             message = decode(data, expect=(Pages,))
             ranges = unpack_ranges(message.ranges)
-            lengths = [length for (_, length), kind in zip(ranges, message.kinds, strict=False) if kind == DATA]
+            lengths = [
+                length for (_, length), kind in zip(ranges, message.kinds, strict=False) if kind == RangeKind.DATA
+            ]
         except BadMessage:
             lengths = [PAGE] * self.dice.choice((0, 0, 1))
         lengths = [min(length, COUNT * PAGE) for length in lengths]

@@ -30,7 +30,7 @@ from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.messages import BlockGrant, Lost, Message, RegionGrant, Wake, WorkerHello
 from postcopy_protocol.received_map import FLAGS, LOST, MISSING, RECEIVED, SHARED
 from postcopy_protocol.return_path import FROM_SOURCE, FROM_SUPERVISOR, Pages, unpack_range
-from postcopy_protocol.templates import OFFSET, template_of
+from postcopy_protocol.templates import OFFSET_BYTES, template_of
 from postcopy_protocol.window import FaultAround
 from postcopy_supervisor.blocks import RamBlock
 from postcopy_supervisor.events import ListenerEvent, ProcessEnded, Tick, WorkerEvent
@@ -475,12 +475,12 @@ class SimulatedService:
         handler = self._handler(life, client, -birth, requests)
         life.call("hello", lambda: self.send_to_supervisor(_hello(client)))
         mailbox = client.mailbox
-        head = template_of(Wake(BLOCK, pack_offsets([0])), OFFSET)
+        head = template_of(Wake(BLOCK, pack_offsets([0])), OFFSET_BYTES)
         placed = requests.lane(BLOCK, handler.waking(BLOCK))
         while True:
             data = life.call("listen", lambda: mailbox.popleft() if mailbox else None)
-            if data is not None and data[:-OFFSET] == head:
-                placed(int.from_bytes(data[-OFFSET:], "little"))
+            if data is not None and data[:-OFFSET_BYTES] == head:
+                placed(int.from_bytes(data[-OFFSET_BYTES:], "little"))
             elif data is not None:
                 message = decode(data, expect=(Wake, Lost))
                 assert isinstance(message, Wake | Lost)

@@ -11,16 +11,14 @@ from postcopy_protocol.codec import decode, encode
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.messages import Message
 from postcopy_protocol.return_path import (
-    DATA,
     FROM_SUPERVISOR,
-    LOST,
-    ZERO,
     Advise,
     Complete,
     Listen,
     Pages,
     Ping,
     Pong,
+    RangeKind,
     RequestRanges,
     Staged,
     Staging,
@@ -133,19 +131,21 @@ class Source:
             return []
         if style == "staged":
             staged = [(self._stage(message, stream.offer.name, *one), one) for one in ranges]
-            return [word for said, one in staged for word in said or [self.pages(number, request, [one], DATA)]]
+            return [
+                word for said, one in staged for word in said or [self.pages(number, request, [one], RangeKind.DATA)]
+            ]
         if style == "whole":
-            return [self.pages(number, request, ranges, DATA)]
-        kind = {"zero": ZERO, "lost": LOST}.get(style, DATA)
+            return [self.pages(number, request, ranges, RangeKind.DATA)]
+        kind = {"zero": RangeKind.ZERO, "lost": RangeKind.LOST}.get(style, RangeKind.DATA)
         words = [self.pages(number, request, [(at, PAGE)], kind) for at in pages]
         if style == "first":  # and nothing more
             return words[:1]
         return words * 2 if style == "twice" else words
 
     def pages(self, stream: int, request: int, ranges: Sequence[tuple[int, int]], kind: int) -> Word:
-        frames = tuple(length for _, length in ranges) if kind == DATA else ()
+        frames = tuple(length for _, length in ranges) if kind == RangeKind.DATA else ()
         kinds = bytes([kind]) * len(ranges)
-        reason = "gone" if kind == LOST else ""
+        reason = "gone" if kind == RangeKind.LOST else ""
         return Word(Pages(stream, request, pack_ranges(ranges), kinds, reason), frames, self.content or RIGHT)
 
     def listening(self) -> list[tuple[int, str]]:
@@ -178,8 +178,8 @@ class Supervisor:
     def _send(self, data: bytes) -> None:
         self.out.append(Word(decode(data, expect=FROM_SUPERVISOR)))
 
-    def gave_up(self, block: int, offset: int, length: int) -> None:
-        self._lose(block, offset, length)
+    def gave_up(self, request: RangeRequest) -> None:
+        self._lose(request.block, request.offset, request.length)
 
     def source_lost(self, link: SourceLink) -> None:
         self.staging = None
@@ -220,7 +220,7 @@ class Supervisor:
             wish = self._expected(encode(word.message), word.frames[0])
             if wish is not None:
                 assert word.content == RIGHT, "pages of another content were taken"
-                self._arrived(Arrived(wish.block, [(wish.offset, wish.length, DATA, 0)], ""))
+                self._arrived(Arrived(wish.block, [(wish.offset, wish.length, RangeKind.DATA, 0)], ""))
                 self.link.completed(wish, self.now)
                 self.expected += 1
                 return
@@ -260,7 +260,7 @@ class Supervisor:
 
     def _arrived(self, arrived: Arrived) -> None:
         for offset, length, kind, _ in arrived.ranges:
-            if kind == LOST:
+            if kind == RangeKind.LOST:
                 self._lose(arrived.block, offset, length)
                 continue
             pages = range(offset // PAGE, (offset + length) // PAGE)

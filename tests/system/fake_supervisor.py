@@ -162,7 +162,7 @@ class FakeHouse:
             close_all(received.fds)
             return
         try:
-            client.law.hear(message, len(received.fds))
+            client.law.on_message(message, len(received.fds))
             self.answer(client, message, received.fds)
         except Refusal as refusal:
             send_message(client.sock, encode(refusal.message()))

@@ -59,7 +59,7 @@ def resume(service: Service, client: int) -> int | str:
     """Pages that are healed, or why not."""
     answer = service.ask(AskResume(client))
     assert isinstance(answer, ResumeAnswer | ControlRefused)
-    return answer.healing if isinstance(answer, ResumeAnswer) else answer.reason
+    return answer.unpoisoning if isinstance(answer, ResumeAnswer) else answer.reason
 
 
 def quarantine(service: Service, client: Puppet) -> int:

@@ -98,7 +98,7 @@ def test_a_page_whose_function_fails_is_recorded_as_lost(runtime_dir: Path, tmp_
 def test_a_replay_begins_when_its_trace_has_been_read(tmp_path: Path) -> None:
     """A long one takes seconds; no touch is late for it."""
     target, faults = tmp_path / "long", 200_000
-    head = trace.Head(0.0, 0, (trace.Traced(1, "load", 4096, 4096),))
+    head = trace.Header(0.0, 0, (trace.Traced(1, "load", 4096, 4096),))
     records = b"".join(trace.pack(number, 1, 1, 0, 0, 100) for number in range(faults))
     target.write_bytes(head.encode() + records)
     played = loaded("--serve", "zero:4K", "--replay", str(target), "--touches", "3", "--clients", "1")

@@ -72,7 +72,7 @@ def without_rights(command: list[str], before: str = "pass") -> tuple[int, str]:
     ("blocks", "status", "complaint"),
     [
         (["a=zero:1M", "a=zero:1M"], USAGE, "a is used twice"),
-        (["a=zero:0"], USAGE, "zero:0|nothing is no size|'0'"),
+        (["a=zero:0"], USAGE, "zero:0|the size must not be 0|'0'"),
         (["a=zero:-1"], USAGE, "no size"),
         (["a=zero:99999T"], USAGE, "too large"),
         (["a=zero:99999999999999999999999"], USAGE, "no size|too large"),

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from postcopy_protocol.codec import encode
-from postcopy_protocol.return_path import LOST, Pages, pack_range
+from postcopy_protocol.return_path import Pages, RangeKind, pack_range
 from tests.conftest import SourceFile
 from tests.system.remote import Source, await_state, kinds, source_of
 from tests.system.service import PAGE, Authenticator, Puppet, PuppetError, Service, until, word
@@ -229,7 +229,7 @@ def test_lost_pages_that_are_pushed_are_healed(runtime_dir: Path, source_file: S
         Service(runtime_dir, f"ram0={evil.endpoint}/ram0", **SLOW) as service,
     ):
         clients = [service.client("ram0", mode) for mode in ("private", "shared")]
-        evil.right, evil.before = False, lambda _, message: odd(message, kinds=bytes((LOST,)))
+        evil.right, evil.before = False, lambda _, message: odd(message, kinds=bytes((RangeKind.LOST,)))
         for client in clients:
             with pytest.raises(PuppetError):
                 client.do(f"b.ensure({5 * PAGE}, 1, 20)")

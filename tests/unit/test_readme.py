@@ -47,9 +47,18 @@ def test_the_table_of_messages_is_complete_and_true() -> None:
     assert table == {kind.__name__: described(kind) for kind in MESSAGES.values()}
 
 
-def test_who_speaks_at_the_door() -> None:
-    heard = [row[1] for row in rows("## 8. All messages") if row[2] == "C > S"]
-    assert heard == [kind.__name__ for kind in attach_conversation.FROM_CLIENT]
+def test_what_a_client_may_send() -> None:
+    sent = [row[1] for row in rows("## 8. All messages") if row[2] == "C > S"]
+    assert sent == [kind.__name__ for kind in attach_conversation.FROM_CLIENT]
+
+
+def test_the_order_is_that_of_the_rules() -> None:
+    steps = [row for row in rows("### The order") if len(row) == 4]
+    shown = {row[1].split("(")[0]: row[2].split("(")[0] for row in steps}
+    rules = attach_conversation.RULES.items()
+    assert shown == {
+        kind.__name__: rule.answer.__name__ if rule.answer else "closes the connection" for kind, rule in rules
+    }
 
 
 def examples(fence: str) -> list[list[str]]:
@@ -63,9 +72,9 @@ EVERY_EXAMPLE = EXAMPLES + RETURN_PATH
 PACKED = re.compile(r"pack_ranges\((.*?\])\)")
 
 
-@pytest.mark.parametrize(("said", "bytes_"), EVERY_EXAMPLE, ids=[said.split("(")[0] for said, _ in EVERY_EXAMPLE])
-def test_examples(said: str, bytes_: str) -> None:
-    name, _, arguments = said[:-1].partition("(")
+@pytest.mark.parametrize(("shown", "bytes_"), EVERY_EXAMPLE, ids=[said.split("(")[0] for said, _ in EVERY_EXAMPLE])
+def test_examples(shown: str, bytes_: str) -> None:
+    name, _, arguments = shown[:-1].partition("(")
     kind: type[Message] = getattr(messages, name, None) or getattr(return_path, name)
     plain = PACKED.sub(lambda found: repr(pack_ranges(ast.literal_eval(found[1]))), arguments)
     message = kind(*ast.literal_eval(f"({plain},)" if plain else "()"))
@@ -73,9 +82,9 @@ def test_examples(said: str, bytes_: str) -> None:
     assert decode(bytes.fromhex(bytes_), expect=(kind,)) == message
 
 
-def test_every_message_of_the_door_has_an_example() -> None:
-    at_the_door = {row[1] for row in rows("## 8. All messages") if "C" in row[2].split(" > ")}
-    assert {said.split("(")[0] for said, _ in EXAMPLES} == at_the_door
+def test_every_message_of_the_attach_socket_has_an_example() -> None:
+    of_clients = {row[1] for row in rows("## 8. All messages") if "C" in row[2].split(" > ")}
+    assert {said.split("(")[0] for said, _ in EXAMPLES} == of_clients
 
 
 def test_every_message_of_the_return_path_has_an_example() -> None:
@@ -89,7 +98,7 @@ def test_every_message_of_the_return_path_has_an_example() -> None:
 def test_refusals_and_reports() -> None:
     assert sorted(row[0] for row in rows("### Refusals")) == sorted(REFUSALS)
     assert tuple(row[0] for row in rows("### Refusals of a source")) == SOURCE_REFUSALS
-    kinds = README.split("`kind` is one of ")[1].split(".\n")[0]
+    kinds = README.split("`kind` is one of")[1].split(".\n")[0]
     assert tuple(re.findall(r"`([a-z-]+)`", kinds)) == REPORTS
 
 
@@ -115,8 +124,17 @@ def test_refusals_and_reports() -> None:
         f"{return_path.STAGING_HEADER} bytes of header",
         f"begins with the {return_path.NONCE} bytes of `nonce`",
         f"one byte for each slot, {return_path.SLOT_FREE} free, {return_path.SLOT_FULL} full",
-        f"{return_path.DATA} data, {return_path.ZERO} zero, {return_path.LOST} lost",
+        f"{return_path.RangeKind.DATA} data, {return_path.RangeKind.ZERO} zero, {return_path.RangeKind.LOST} lost",
     ],
 )
 def test_limits(sentence: str) -> None:
-    assert sentence in README
+    assert sentence in " ".join(README.split())
+
+
+def test_lines_are_short_and_paragraphs_too() -> None:
+    """Tables and the examples' bytes are as wide as they are."""
+    prose = re.sub(r"```[a-z-]+\n.*?```", "", README, flags=re.DOTALL)
+    prose = re.sub(r"^ *\|.*$", "", prose, flags=re.MULTILINE)
+    assert [line for line in prose.splitlines() if len(line) > 100] == []
+    paragraphs = re.split(r"\n\s*\n|\n\s*(?=\* |\d+\. )", prose)
+    assert [text for text in paragraphs if len(text.split()) > 85] == []

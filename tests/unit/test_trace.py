@@ -19,7 +19,7 @@ from postcopy_protocol.errors import BadInput
 from postcopy_supervisor.observe.recorder import Recorder, Ring
 from postcopy_workers.recording import Recording
 
-HEAD = trace.Head(1.5, 10, (trace.Traced(1, "ram0", 100 * 4096 - 7, 4096), trace.Traced(2, "röm", 4096, 4096)))
+HEAD = trace.Header(1.5, 10, (trace.Traced(1, "ram0", 100 * 4096 - 7, 4096), trace.Traced(2, "röm", 4096, 4096)))
 
 fault = st.builds(
     trace.Fault,
@@ -43,7 +43,7 @@ def packed(one: trace.Fault) -> bytes:
 def test_what_is_written_is_read(found: list[trace.Fault], more: int) -> None:
     """Also when the writer died in the middle of a record."""
     data = HEAD.encode() + b"".join(packed(one) for one in found) + bytes(more)
-    head, start = trace.template_of(data)
+    head, start = trace.read_header(data)
     assert head == HEAD
     assert list(trace.faults(data, start)) == found
 
@@ -51,13 +51,13 @@ def test_what_is_written_is_read(found: list[trace.Fault], more: int) -> None:
 @given(st.binary(max_size=200) | st.binary(max_size=200).map(lambda data: trace.MAGIC + data))
 def test_what_is_no_trace_is_said_in_one_line(data: bytes) -> None:
     with pytest.raises(BadInput):
-        trace.template_of(data)
+        trace.read_header(data)
 
 
 @given(st.integers(0, len(HEAD.encode()) - 1))
 def test_a_head_that_is_cut_off(length: int) -> None:
     with pytest.raises(BadInput):
-        trace.template_of(HEAD.encode()[:length])
+        trace.read_header(HEAD.encode()[:length])
 
 
 def test_the_longest_latency_is_the_longest_that_fits() -> None:

@@ -13,7 +13,6 @@ import zmq
 from postcopy_protocol.codec import decode, encode
 from postcopy_protocol.messages import Message
 from postcopy_protocol.return_path import (
-    DATA,
     FROM_SUPERVISOR,
     Advise,
     Advised,
@@ -22,6 +21,7 @@ from postcopy_protocol.return_path import (
     Pages,
     Ping,
     Pong,
+    RangeKind,
     RequestRanges,
     pack_ranges,
     unpack_ranges,
@@ -97,7 +97,7 @@ class EvilSource:
     def pages(self, message: RequestRanges) -> Frames:
         """The right answer."""
         ranges = unpack_ranges(message.ranges)
-        head = Pages(message.stream, message.request, message.ranges, bytes([DATA]) * len(ranges), "")
+        head = Pages(message.stream, message.request, message.ranges, bytes([RangeKind.DATA]) * len(ranges), "")
         return [encode(head), *(self.data[offset : offset + length] for offset, length in ranges)]
 
     def listened(self) -> bool:

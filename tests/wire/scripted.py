@@ -29,7 +29,7 @@ from postcopy_protocol.return_path import (
     check_pages,
     pack_ranges,
 )
-from postcopy_protocol.templates import REQUESTS
+from postcopy_protocol.templates import FIRST_REQUEST
 
 ROOT = Path(__file__).resolve().parents[2]
 WITHIN = 10.0
@@ -151,7 +151,7 @@ class ScriptedSupervisor:
             self.socket.curve_serverkey = source_key
         self.monitor = self.socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self.socket.connect(endpoint)
-        self.requests = REQUESTS - 3  # a few as any supervisor might count, the others as ours does (express.py)
+        self.requests = FIRST_REQUEST - 3  # a few as any supervisor might count, the others as ours does (express.py)
 
     def handshake(self) -> bool:
         """Whether it succeeds."""

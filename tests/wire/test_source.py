@@ -32,7 +32,7 @@ from postcopy_protocol.return_path import (
     SourceRefused,
     pack_range,
 )
-from postcopy_protocol.templates import REQUESTS
+from postcopy_protocol.templates import FIRST_REQUEST
 from postcopy_sources import PushStream, StreamEnded
 from postcopy_sources.loop import SILENT_SECONDS
 from tests.conftest import SourceFile
@@ -114,7 +114,7 @@ def test_a_known_request_is_judged_like_any_other(supervisor: ScriptedSupervisor
     """Once one has been taken, others differ in number and range only; what is wrong with those is still seen."""
     data = path.read_bytes()
     advised = supervisor.listen("ram0")
-    supervisor.requests = REQUESTS
+    supervisor.requests = FIRST_REQUEST
     last = (PAGES - 1) * PAGE
     for offset in (0, PAGE, last, 2 * PAGE):
         assert supervisor.fetch(advised, (offset, PAGE)) == {offset: page(data, offset)}
@@ -128,7 +128,7 @@ def test_a_known_request_is_judged_like_any_other(supervisor: ScriptedSupervisor
     ):
         supervisor.ask(advised, wrong)
         assert supervisor.expect(SourceRefused).code == "bad-range"
-    nameless = bytearray(encode(RequestRanges(REQUESTS, advised.stream, True, pack_range(0, PAGE))))
+    nameless = bytearray(encode(RequestRanges(FIRST_REQUEST, advised.stream, True, pack_range(0, PAGE))))
     nameless[4:8] = bytes(4)
     supervisor.send(bytes(nameless))
     assert supervisor.expect(SourceRefused).code == "bad-message"

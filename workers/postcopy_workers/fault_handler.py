@@ -50,7 +50,7 @@ from postcopy_protocol.errors import PageLost
 from postcopy_protocol.messages import RegionGrant
 from postcopy_protocol.received_map import CHANGED, LOST, PLACING, RECEIVED
 from postcopy_protocol.stages import PLACED as PLACED_STAGE
-from postcopy_protocol.stages import WOKEN, unkept
+from postcopy_protocol.stages import WOKEN, scratch
 from postcopy_protocol.window import FaultAround
 
 from .page_sources import Elsewhere, HandlerFailed, NoPages, RemotePages, SourceChanged
@@ -85,7 +85,7 @@ class Region:
 
     def __init__(self, grant: RegionGrant, block: Block, around: FaultAround, stages: memoryview | None = None) -> None:
         self.grant = grant
-        self.stages = stages if stages is not None else unkept()
+        self.stages = stages if stages is not None else scratch()
         self.around = around
         self.block = block
         self.start = grant.address

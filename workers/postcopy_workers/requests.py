@@ -9,7 +9,7 @@ from time import perf_counter_ns
 from postcopy_protocol.codec import encode, pack_offsets
 from postcopy_protocol.counters import DEDUPLICATED, REQUESTS, bucket
 from postcopy_protocol.messages import RequestPages
-from postcopy_protocol.stages import ASKED, WOKEN, unkept
+from postcopy_protocol.stages import ASKED, WOKEN, scratch
 
 OFFSET_BYTES = 8
 SAMPLE_MASK = 3
@@ -31,7 +31,7 @@ class Requests:
         self._worker = worker
         self._words = words
         self._send = send
-        self._stages = stages if stages is not None else defaultdict(unkept)
+        self._stages = stages if stages is not None else defaultdict(scratch)
         self._asked: dict[tuple[int, int], int] = {}
         self._held: dict[int, list[int]] | None = None
         self._heads: dict[int, bytes] = {}

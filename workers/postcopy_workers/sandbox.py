@@ -33,7 +33,7 @@ def enter(cgroups: Sequence[int]) -> None:
 
 
 def enter_sandbox_walls(which: str, held: int, *, runs_handler: bool) -> tuple[int, list[str]]:
-    """Give up what this worker, which was given ``held`` descriptors, does not need; the bits of ``counters.WALLS``,
+    """Give up what this worker, which was given ``held`` descriptors, does not need; the bits of ``counters.SANDBOX``,
     and what went wrong, in words."""
     wrong: list[str] = []
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would be a copy of the client's memory

@@ -36,7 +36,7 @@ from postcopy_protocol.codec import decode, encode, pack_offsets, unpack_offsets
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.messages import Assignment, BlockGrant, Lost, Message, Report, Wake, WorkerHello
 from postcopy_protocol.received_map import CHANGED, LEASED, WATCHED
-from postcopy_protocol.templates import OFFSET, template_of
+from postcopy_protocol.templates import OFFSET_BYTES, template_of
 from postcopy_protocol.window import FaultAround
 from postcopy_wire.channel import Channel
 
@@ -95,8 +95,8 @@ class Worker:
         self.assignment = assignment
         self.reports = Reports(assignment.worker)
         self._fds = fds
-        self.words = _words(fds[assignment.statistics])
-        self.house = _words(fds[assignment.house])
+        self.words = _words(fds[assignment.statistics_page])
+        self.house = _words(fds[assignment.control_page])
         self.words[counters.WORKER_PID] = os.getpid()
         self.words[counters.INCARNATION] = assignment.incarnation
         self.words[counters.BUSY_SINCE_NS] = 0
@@ -104,7 +104,7 @@ class Worker:
         if PRIVILEGED:
             process.drop_privileges()
         self.blocks = {grant.block: self._block(grant) for grant in assignment.blocks}
-        self.stages = _stages(fds[assignment.statistics], self.blocks)
+        self.stages = _stages(fds[assignment.statistics_page], self.blocks)
         self._raise_walls()
 
     def _raise_walls(self) -> None:
@@ -116,8 +116,8 @@ class Worker:
         except OSError as error:
             raise CannotGoOn(f"cannot enter its cgroup: {error}") from None
         handlers = any(grant.kind == "handler" for grant in told.blocks)
-        standing, wrong = sandbox.enter_sandbox_walls(told.walls, len(self._fds), runs_handler=handlers)
-        self.words[counters.WALLS] = standing | (counters.CGROUP if cgroups else 0)
+        standing, wrong = sandbox.enter_sandbox_walls(told.sandbox, len(self._fds), runs_handler=handlers)
+        self.words[counters.SANDBOX] = standing | (counters.CGROUP if cgroups else 0)
         for what in wrong:
             self.reports("no-wall", -1, -1, what)
 
@@ -242,7 +242,9 @@ class MonitorThread(threading.Thread):
 
     def _attend(self) -> NoReturn:
         worker, channel, reads = self._worker, self._channel, not self._worker.remote
-        quit_fd, client = (worker.descriptor(place) for place in (worker.assignment.quit, worker.assignment.client))
+        quit_fd, client = (
+            worker.descriptor(place) for place in (worker.assignment.quit_eventfd, worker.assignment.client_pidfd)
+        )
         bell = worker.reports.bell
         while True:
             pause = worker.tend(channel)
@@ -290,14 +292,15 @@ class Waker(threading.Thread):
             self._worker.assignment.worker, self._worker.words, self._channel.send, self._worker.stages
         )
         lanes = {
-            template_of(Wake(number, pack_offsets([0])), OFFSET): self._lane(number) for number in self._worker.blocks
+            template_of(Wake(number, pack_offsets([0])), OFFSET_BYTES): self._lane(number)
+            for number in self._worker.blocks
         }
         while True:
             for data in receive():
-                lane = lanes.get(data[:-OFFSET])
+                lane = lanes.get(data[:-OFFSET_BYTES])
                 try:
                     if lane is not None:  # one page is placed: as these bytes, but for the offset: nothing to decode
-                        lane(int.from_bytes(data[-OFFSET:], "little"))
+                        lane(int.from_bytes(data[-OFFSET_BYTES:], "little"))
                     else:
                         self._heard(decode(data, expect=(Wake, Lost)))
                 except BadMessage as error:
@@ -334,7 +337,7 @@ def serve_client(assignment: Assignment, fds: list[int]) -> NoReturn:
     handler = worker.fault_handler(requests)
     userfaultfd = fds[assignment.userfaultfd]
     os.set_blocking(userfaultfd, True)
-    recording = Recording.of(fds[assignment.statistics], assignment.worker)
+    recording = Recording.of(fds[assignment.statistics_page], assignment.worker)
     attendant = MonitorThread(worker, channel)
     handler.wake_everything()
     attendant.start()
@@ -402,10 +405,10 @@ def _stages(fd: int, blocks: Iterable[int]) -> dict[int, memoryview]:
     """Room for the stages of each block; where a supervisor of before has left none, words that nobody reads."""
     size = os.fstat(fd).st_size
     if size < stages.END:
-        return {block: stages.unkept() for block in blocks}
+        return {block: stages.scratch() for block in blocks}
     figures = memoryview(mmap.mmap(fd, stages.END))
-    places = {block: stages.place(block) for block in blocks}
+    places = {block: stages.position(block) for block in blocks}
     return {
-        block: figures[at : at + stages.BYTES].cast("Q") if at is not None else stages.unkept()
+        block: figures[at : at + stages.BYTES].cast("Q") if at is not None else stages.scratch()
         for block, at in places.items()
     }

@@ -112,7 +112,7 @@ def serve_worker_zero(assignment: Assignment, fds: list[int]) -> NoReturn:
     worker = Worker(assignment, fds)
     errands = RangePlacer(worker.blocks, worker.words)
     channel = worker.channel()
-    quit_fd, bell = fds[assignment.quit], worker.reports.bell
+    quit_fd, bell = fds[assignment.quit_eventfd], worker.reports.bell
     while True:
         pause = worker.tend(channel)
         waiting = select.poll()

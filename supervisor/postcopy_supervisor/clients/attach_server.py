@@ -144,7 +144,7 @@ class AttachServer:
                 return self._release.on_hang_up(client)
             if isinstance(message, BadMessage):
                 raise Refusal.of(message)
-            client.conversation.hear(message, len(fds))
+            client.conversation.on_message(message, len(fds))
             client.since = time.monotonic()
             crashpoints.at("door." + type(message).__name__)
             kept = self._dispatch(client, message, fds)

@@ -60,7 +60,7 @@ class Client:
 
     def stages(self, block: int) -> memoryview | None:
         """Latencies of the stages of its faults in a block; None where they are not kept."""
-        at = stages.place(block)
+        at = stages.position(block)
         if self.figures is None or at is None or len(self.figures) < stages.END:
             return None
         return self.figures[at : at + stages.BYTES].cast("Q")
@@ -103,7 +103,7 @@ class Clients:
         self.by_number: dict[int, Client] = {}
         self.by_connection: dict[socket.socket, Client] = {}
         self.past = counters.merge(())
-        self.past_stages = {number: stages.unkept() for number in blocks}
+        self.past_stages = {number: stages.scratch() for number in blocks}
         self._custodian = custodian
         self._next_number = first_number
 

@@ -61,7 +61,7 @@ class Recorder(threading.Thread):
         try:
             # It shows which client read what, so only the supervisor's user may read it.
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            os.write(self._file, trace.Head(time.time(), self._monotonic, traced).encode())
+            os.write(self._file, trace.Header(time.time(), self._monotonic, traced).encode())
         except OSError as error:
             raise BadInput(f"--record {path}: {error.strerror}") from error
 

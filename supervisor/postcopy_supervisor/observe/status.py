@@ -93,7 +93,7 @@ class Census:
         for client in self._present:
             yield
             page = client.counters[: counters.DENIED_AT].tolist() if client.counters is not None else NOTHING
-            staged = {block: stages.taken(client.stages(block)) for block in client.touches}
+            staged = {block: stages.snapshot(client.stages(block)) for block in client.touches}
             counters.join(self.total, page)
             for block, found in staged.items():
                 stages.join(self.stages[block], found)
@@ -141,7 +141,7 @@ def blocked_s(page: Sequence[int]) -> float:
 def _block(block: RamBlock, staged: list[int], paging: RemotePaging) -> Generator[None, None, dict[str, Any]]:
     link = paging.links.get(block.number)
     if link is not None:
-        stages.join(staged, stages.taken(link.stages[block.number]))
+        stages.join(staged, stages.snapshot(link.stages[block.number]))
     received_map, lost_map = yield from block.tally(MAP_CELLS)
     received, lost = sum(received_map), sum(lost_map)
     return {
@@ -155,7 +155,7 @@ def _block(block: RamBlock, staged: list[int], paging: RemotePaging) -> Generato
         "lost": lost,
         "map": {"pages": -(-block.pages // MAP_CELLS), "received": received_map, "lost": lost_map if lost else []},
         "complete": block.complete,
-        "stages_us": stages.told(stages.taken(staged)),
+        "stages_us": stages.summaries(stages.snapshot(staged)),
         "polluted": [[first * block.page_size, (last - first) * block.page_size] for first, last in block.polluted],
     }
 
@@ -182,7 +182,7 @@ def shown_state(client: Client, pool: WorkerPool) -> str:
 def _client(
     client: Client,
     page: Sequence[int],
-    staged: dict[int, list[counters.Stretch]],
+    staged: dict[int, list[counters.BucketRun]],
     pool: WorkerPool,
     names: dict[int, str],
     paused: set[int],
@@ -202,7 +202,7 @@ def _client(
         "worker_pid": pool.pid(client.number),
         "state": shown,
         "blocks": [
-            {"name": names[block], "mode": mode, "stages_us": stages.told(staged[block])} for block, mode in seen
+            {"name": names[block], "mode": mode, "stages_us": stages.summaries(staged[block])} for block, mode in seen
         ],
         "released": sorted({names[region.block] for region in client.released}),
         "faults": counters.faults(page),
@@ -217,6 +217,6 @@ def _client(
         "failures": page[counters.FAILURES],
         "restarts": slot.restarts if slot is not None else 0,
         "denied": page[counters.DENIED] + page[counters.UNNOTED],
-        "walls": counters.walls(page[counters.WALLS]),
+        "walls": counters.sandbox_names(page[counters.SANDBOX]),
         "latency_us": counters.summary(page),
     }

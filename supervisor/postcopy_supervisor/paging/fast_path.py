@@ -17,6 +17,7 @@ import fcntl
 import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 from postcopy_kernel import crashpoints
@@ -26,9 +27,9 @@ from postcopy_protocol.codec import pack_offsets
 from postcopy_protocol.counters import bucket
 from postcopy_protocol.messages import Wake
 from postcopy_protocol.received_map import LOST, PLACING, RECEIVED
-from postcopy_protocol.return_path import DATA
+from postcopy_protocol.return_path import RangeKind
 from postcopy_protocol.stages import ARRIVED, PLACED
-from postcopy_protocol.templates import NUMBER, OFFSET, REQUESTS_END, template_of
+from postcopy_protocol.templates import NUMBER_BYTES, OFFSET_BYTES, REQUEST_LIMIT, template_of
 
 from ..blocks import RamBlock
 from .engine import Engine
@@ -88,14 +89,14 @@ class Paging(Protocol):
 def worker_fast_path(paging: Paging, waiter: int, block: RamBlock, link: SourceLink, window: Window) -> WorkerFastPath:
     """For the requests of one worker for pages of one remote block."""
     received, number, length, size = block.received, block.number, block.length, block.page_size
-    shift, width, clock = size.bit_length() - 1, size.to_bytes(OFFSET, "little"), time.monotonic
+    shift, width, clock = size.bit_length() - 1, size.to_bytes(OFFSET_BYTES, "little"), time.monotonic
     engine, cursor, full_path, up = paging.engine, paging.cursor, paging.fault, LinkState.UP
     flow, templates, answers, send = link.flow, link.templates, link.answers, link.send
     waiting, ranges, outstanding, queues = engine.waiting, engine.ranges(number), flow.outstanding, flow.queues
     starts, ends, most, most_bytes = ranges.starts, ranges.ends, flow.limits.requests, flow.limits.bytes
 
     def on_request(data: bytes) -> None:
-        offset = int.from_bytes(data[-OFFSET:], "little")
+        offset = int.from_bytes(data[-OFFSET_BYTES:], "little")
         if offset >= length:
             return
         page = offset >> shift
@@ -109,7 +110,7 @@ def worker_fast_path(paging: Paging, waiter: int, block: RamBlock, link: SourceL
             or queues  # others come first
             or len(outstanding) >= most
             or flow.bytes_in_flight >= most_bytes
-            or request >= REQUESTS_END
+            or request >= REQUEST_LIMIT
         ):
             return full_path(waiter, block, (page,), pages)
         waiting[key] = {waiter}
@@ -121,7 +122,7 @@ def worker_fast_path(paging: Paging, waiter: int, block: RamBlock, link: SourceL
         flow.next_number = request + 1
         flow.bytes_in_flight += size
         flow.urgent_at = now
-        name, span = request.to_bytes(NUMBER, "big"), data[-OFFSET:] + width
+        name, span = request.to_bytes(NUMBER_BYTES, "big"), data[-OFFSET_BYTES:] + width
         before, behind, answer, between, end = templates[number].urgent
         outstanding[request] = answers[answer + name + between + span + end] = RangeRequest(
             waiter, number, offset, size, now, 1, request
@@ -139,6 +140,7 @@ def source_fast_path(
     address: AddressOf = address_of,
 ) -> SourceFastPath:
     """For the answers of one source. ``ioctl`` and ``address`` are others on a simulated kernel."""
+    ioctl = crashpoints.around("page.arrived", ioctl, "page.placed")
     place = {block.number: _placing(paging, link, block, ioctl, address) for block in blocks}
     answers, outstanding = link.answers, link.flow.outstanding
 
@@ -152,6 +154,13 @@ def source_fast_path(
     return on_answer
 
 
+def _full_path(paging: Paging, link: SourceLink, request: RangeRequest, now: float, source: int) -> bool:
+    link.completed(request, now)  # first: pages that find no memory are requested again
+    ranges = ((request.offset, request.length, RangeKind.DATA, 0),)
+    paging.arrived(Arrived(request.block, ranges, ""), (source,))
+    return request.client == BACKGROUND or not link.flow.background_in_flight
+
+
 class _Place(Protocol):
     def __call__(self, request: RangeRequest, buffer: memoryview) -> bool: ...
 
@@ -161,20 +170,14 @@ def _placing(paging: Paging, link: SourceLink, block: RamBlock, ioctl: Ioctl, ad
     received, number, size, base = block.received, block.number, block.page_size, block.mapping.address
     engine, placer, wakers, flow = paging.engine, paging.placer, paging.wakers, link.flow
     shift, core, clock = size.bit_length() - 1, placer.core.fileno(), time.monotonic
-    ioctl = crashpoints.around("page.arrived", ioctl, "page.placed")
-    count, unpoison, awaited, arrived = placer.count, wakers.unpoison, wakers.awaited, paging.arrived
+    count, unpoison, awaited = placer.count, wakers.unpoison, wakers.awaited
     send, release_own, waiting, ranges = wakers.send, wakers.release_own, engine.waiting, engine.ranges(number)
     outstanding, queues, finished = flow.outstanding, flow.queues, flow.finished
     starts, ends, counters, stages = ranges.starts, ranges.ends, link.counters, link.stages[number]
-    wake = template_of(Wake(number, pack_offsets([0])), OFFSET)
+    full_path, wake = partial(_full_path, paging, link), template_of(Wake(number, pack_offsets([0])), OFFSET_BYTES)
     argument = bytearray(40)  # of UFFDIO_COPY: destination, source, length, mode, result
     copy = memoryview(argument).cast("Q")
     copy[2] = size
-
-    def full_path(request: RangeRequest, now: float, source: int) -> bool:
-        link.completed(request, now)  # first: pages that find no memory are requested again
-        arrived(Arrived(number, ((request.offset, request.length, DATA, 0),), ""), (source,))
-        return request.client == BACKGROUND or not flow.background_in_flight
 
     def place(request: RangeRequest, buffer: memoryview) -> bool:
         now, offset, source = clock(), request.offset, address(buffer)
@@ -198,7 +201,7 @@ def _placing(paging: Paging, link: SourceLink, block: RamBlock, ioctl: Ioctl, ad
             ranges.remove(page, page + 1)
         waiters = waiting.pop((number, page), None)
         if waiters:
-            message = wake + offset.to_bytes(OFFSET, "little")
+            message = wake + offset.to_bytes(OFFSET_BYTES, "little")
             for waiter in waiters:
                 if waiter:
                     send(waiter, message)

@@ -30,7 +30,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
-from postcopy_protocol.templates import REQUESTS
+from postcopy_protocol.templates import FIRST_REQUEST
 
 PAST = 1024
 SHORTEST_PAUSE = 0.01
@@ -57,33 +57,12 @@ class Limits:
     hurry: float = 0.01
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Effect: send this request to the source."""
-
-    request: RangeRequest
-
-    @property
-    def urgent(self) -> bool:
-        return self.request.client != BACKGROUND
-
-
-@dataclass(frozen=True, slots=True)
-class GiveUp:
-    """Effect: no answer after all attempts; these bytes are lost."""
-
-    block: int
-    offset: int
-    length: int
-
-
-Effect = Send | GiveUp
-
-
 @dataclass(slots=True)
 class RangeRequest:
-    """A range that a client (or BACKGROUND) wants from the source. Last sent at ``sent`` (monotonic seconds) as number
-    ``number``. ``missing``: what has not come since then, as (offset, end); None: all of it."""
+    """A range that a client (or BACKGROUND) wants from the source. As an effect: send it.
+
+    Last sent at ``sent`` (monotonic seconds) as number ``number``. ``missing``: what has not come since then, as
+    (offset, end); None: all of it."""
 
     client: int
     block: int
@@ -94,8 +73,26 @@ class RangeRequest:
     number: int = 0
     missing: list[tuple[int, int]] | None = None
 
+    @property
+    def urgent(self) -> bool:
+        return self.client != BACKGROUND
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
+
     def covers(self, block: int, offset: int) -> bool:
-        return self.block == block and self.offset <= offset < self.offset + self.length
+        return self.block == block and self.offset <= offset < self.end
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """Effect: no answer after all attempts; these bytes are lost."""
+
+    request: RangeRequest
+
+
+Effect = RangeRequest | GiveUp
 
 
 @dataclass(slots=True)
@@ -115,7 +112,7 @@ class FlowControl:
     _background_bytes: int = 0
     background_in_flight: int = 0
     """Background requests."""
-    next_number: int = REQUESTS
+    next_number: int = FIRST_REQUEST
     urgent_at: float = -1e9
     """When the last urgent request was sent."""
     _background_pace: float = 0.0
@@ -131,7 +128,7 @@ class FlowControl:
         """A client, or BACKGROUND, wants a range."""
         request = self.send(client, block, offset, length, now)
         if request is not None:
-            return [Send(request)]
+            return [request]
         self._queue(client).append(RangeRequest(client, block, offset, length))
         return self._fill(now)
 
@@ -149,7 +146,7 @@ class FlowControl:
         request brings it, and not soon."""
         covering = [request for request in self.outstanding.values() if request.covers(block, offset)]
         unsent = self._unsent(block, offset)
-        if not self.up or any(request.client != BACKGROUND for request in (*covering, *unsent)):
+        if not self.up or any(request.urgent for request in (*covering, *unsent)):
             return []
         oldest = next((request.sent for request in self.outstanding.values() if request.client == BACKGROUND), now)
         pace = max(self._background_pace, now - oldest)
@@ -160,10 +157,10 @@ class FlowControl:
     def completed(self, request: RangeRequest, now: float) -> Sequence[Effect]:
         """All of a request in flight has come at once; returns what to send now."""
         del self.outstanding[request.number]
-        if request.client == BACKGROUND:
-            self._background_pace = now - request.sent
-        else:
+        if request.urgent:
             self.urgent_pace = now - request.sent
+        else:
+            self._background_pace = now - request.sent
         self._stop(request, now)
         return self._fill(now) if self.queues else ()
 
@@ -176,7 +173,7 @@ class FlowControl:
         if request is None or request.block != block:
             return (), 0.0
         if len(ranges) != 1 or ranges[0] != (request.offset, request.length):  # not all of it at once
-            missing = request.missing or [(request.offset, request.offset + request.length)]
+            missing = request.missing or [(request.offset, request.end)]
             for offset, length in ranges:
                 missing = _less(missing, offset, offset + length)
             if missing:
@@ -221,7 +218,7 @@ class FlowControl:
             del self.outstanding[request.number]
             self._stop(request)
             if request.attempts >= self.limits.attempts:
-                effects.append(GiveUp(request.block, request.offset, request.length))
+                effects.append(GiveUp(request))
             else:
                 self._queue(request.client).appendleft(request)
         return effects + self._fill(now)
@@ -239,18 +236,17 @@ class FlowControl:
 
     def find_open(self, block: int, offset: int) -> tuple[RangeRequest, bool] | None:
         """The request that brings the bytes at ``offset``, and whether it is in flight."""
-        in_flight = (request for request in self.outstanding.values() if request.covers(block, offset))
-        for sent, requests in ((True, in_flight), (False, self._unsent(block, offset))):
-            for request in requests:
-                return request, sent
-        return None
+        for request in self.outstanding.values():
+            if request.covers(block, offset):
+                return request, True
+        return next(((request, False) for request in self._unsent(block, offset)), None)
 
     def not_requested(self, block: int, offset: int, end: int) -> list[tuple[int, int]]:
         """Parts (offset, end) of a range that no open request brings."""
         left = [(offset, end)]
         for request in (*self.outstanding.values(), *self.deferred, *chain.from_iterable(self.queues.values())):
             if request.block == block:
-                for low, high in request.missing or [(request.offset, request.offset + request.length)]:
+                for low, high in request.missing or [(request.offset, request.end)]:
                     left = _less(left, low, high)
         return left
 
@@ -275,7 +271,7 @@ class FlowControl:
     def check(self) -> None:
         """Assert the invariants (tests call it after every event)."""
         in_flight = list(self.outstanding.values())
-        background = [request for request in in_flight if request.client == BACKGROUND]
+        background = [request for request in in_flight if not request.urgent]
         assert self.bytes_in_flight == sum(request.length for request in in_flight)
         assert self._background_bytes == sum(request.length for request in background)
         assert self.up or not in_flight
@@ -302,7 +298,7 @@ class FlowControl:
         request.sent, request.attempts = now, request.attempts + 1
         request.missing = None
         self.bytes_in_flight += request.length
-        if request.client != BACKGROUND:
+        if request.urgent:
             self.urgent_at = now
         else:
             self._background_bytes += request.length
@@ -314,7 +310,7 @@ class FlowControl:
         """Not in flight any more."""
         self.finished.append((request, came))
         self.bytes_in_flight -= request.length
-        if request.client == BACKGROUND:
+        if not request.urgent:
             self._background_bytes -= request.length
             self.background_in_flight -= 1
 
@@ -323,7 +319,7 @@ class FlowControl:
         effects: list[Effect] = []
         while self.up and self.queues and (request := self._next()) is not None:
             self._start(request, now)
-            effects.append(Send(request))
+            effects.append(request)
         return effects
 
     @property

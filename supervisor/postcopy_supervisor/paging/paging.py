@@ -12,12 +12,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from postcopy_protocol import return_path
 from postcopy_protocol.counters import bucket
 from postcopy_protocol.geometry import runs
 from postcopy_protocol.received_map import LOST, MISSING, RECEIVED
+from postcopy_protocol.return_path import RangeKind
 from postcopy_protocol.stages import PLACED
-from postcopy_protocol.templates import OFFSET
+from postcopy_protocol.templates import OFFSET_BYTES
 from postcopy_protocol.window import FaultAround
 
 from ..blocks import RamBlock
@@ -126,9 +126,9 @@ class RemotePaging:
         link = self.links.get(block.number)
         heads = self._heads.setdefault(waiter, [])
         if link is not None and len(heads) < MOST_FAST_PATHS:
-            heads.append(data[:-OFFSET])
+            heads.append(data[:-OFFSET_BYTES])
             window = self._window_of(waiter, block)
-            self.fast_paths[data[:-OFFSET]] = worker_fast_path(self, waiter, block, link, window)
+            self.fast_paths[data[:-OFFSET_BYTES]] = worker_fast_path(self, waiter, block, link, window)
 
     def left(self, waiter: int) -> None:
         """A client is gone."""
@@ -186,11 +186,11 @@ class RemotePaging:
             first, end = offset // block.page_size, (offset + length) // block.page_size
             lost: Sequence[int] = ()
             stop = end
-            if kind == return_path.LOST:
+            if kind == RangeKind.LOST:
                 lost = self.placer.lose(block, first, end, arrived.reason)
             else:
                 self.wakers.await_arrived(block, first, end)
-                if kind == return_path.ZERO:
+                if kind == RangeKind.ZERO:
                     stop = self.placer.place_zeros(block, first, end)
                 else:
                     stop = self._place_timed(block, first, end, addresses[frame])
@@ -235,12 +235,12 @@ class RemotePaging:
 
     # --- sources that give up, go or come back ------------------------------------------------------------------------
 
-    def gave_up(self, block: int, offset: int, length: int) -> None:
-        """A source never answered for this range."""
-        ram = self._blocks[block]
-        first, end = offset // ram.page_size, (offset + length) // ram.page_size
-        lost = self.placer.lose(ram, first, end, "its source gives no answer")
-        self.do(self.engine.answered(block, first, end, lost))
+    def gave_up(self, request: RangeRequest) -> None:
+        """A source never answered this request."""
+        block = self._blocks[request.block]
+        first, end = request.offset // block.page_size, request.end // block.page_size
+        lost = self.placer.lose(block, first, end, "its source gives no answer")
+        self.do(self.engine.answered(block.number, first, end, lost))
 
     def source_lost(self, link: SourceLink) -> None:
         """With ``--on-source-loss poison``: tell every waiter that its page does not come."""

@@ -28,7 +28,6 @@ from postcopy_protocol.codec import encode
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.messages import Message
 from postcopy_protocol.return_path import (
-    DATA,
     Advise,
     Advised,
     Complete,
@@ -36,6 +35,7 @@ from postcopy_protocol.return_path import (
     Pages,
     Ping,
     Pong,
+    RangeKind,
     RequestRanges,
     SourceRefused,
     Staged,
@@ -45,10 +45,10 @@ from postcopy_protocol.return_path import (
     features_at,
     pack_ranges,
 )
-from postcopy_protocol.templates import REQUESTS_END, MessageTemplates
+from postcopy_protocol.templates import REQUEST_LIMIT, MessageTemplates
 
 from ..observe.event_log import Tell
-from .flow_control import Effect, FlowControl, GiveUp, Limits, RangeRequest, Send
+from .flow_control import Effect, FlowControl, GiveUp, Limits, RangeRequest
 
 ADVISE_SECONDS = 1.0
 PING_SECONDS = 1.0
@@ -96,8 +96,8 @@ class SendToSource(Protocol):
 class LinkOwner(Protocol):
     """Holds the pages of a link's blocks (``RemotePaging``)."""
 
-    def gave_up(self, block: int, offset: int, length: int) -> None:
-        """The source never answered for this range."""
+    def gave_up(self, request: RangeRequest) -> None:
+        """The source never answered it."""
 
     def source_lost(self, link: SourceLink) -> None:
         """The link was up, or a predecessor's was, and is paused now."""
@@ -126,7 +126,7 @@ class SourceLink:
         """A predecessor knew this source: silence from the start on is a loss."""
         self.flow = FlowControl(limits)
         self.counters = [0] * counters.WORDS
-        self.stages = {block.block: stages.unkept() for block in blocks}
+        self.stages = {block.block: stages.scratch() for block in blocks}
         """By block: how long its pages took to arrive and to be placed (see ``postcopy_protocol.stages``)."""
         self.requests = self.pages = self.bytes = 0
         self.send = send
@@ -168,7 +168,7 @@ class SourceLink:
         """Request a range, now or when the source is back."""
         request = self.flow.send(client, block, offset, length, now)
         if request is not None:
-            self._send_request(request, True)
+            self._send_request(request)
         else:
             self._do(self.flow.request(client, block, offset, length, now))
 
@@ -187,10 +187,6 @@ class SourceLink:
         """The staging memory of this number is open."""
         self._send_message(UseStaging(number))
 
-    def connected(self, now: float) -> None:
-        """There is a connection where there was none: ask its peer at once whether it knows us."""
-        self._ping(now)
-
     def tick(self, now: float) -> None:
         """Notice silence, ping, and send again what was not answered."""
         silent = self.silent_since
@@ -198,7 +194,7 @@ class SourceLink:
         if known and silent is not None and now - silent > self._patience:
             self._pause(f"nothing heard for {self._patience:g} s")
         if now - self._pinged_at >= (FIRST_PING_SECONDS if self.pings_often else min(PING_SECONDS, self._patience / 2)):
-            self._ping(now)
+            self.ping(now)
         self._do(self.flow.tick(now))
         if len(self.answers) > 2 * self.flow.in_flight + 16:  # of what was sent again, or answered in another form
             for answer, request in list(self.answers.items()):
@@ -240,7 +236,7 @@ class SourceLink:
         check_staged(message, slot_bytes, self._advised[block].page_size, self._advised[block].size)
         self._count(block, message.length, message.length)
         self._on_answer(message.request, block, [(message.offset, message.length)], now)
-        return Arrived(block, ((message.offset, message.length, DATA, 0),), "")
+        return Arrived(block, ((message.offset, message.length, RangeKind.DATA, 0),), "")
 
     def _on_pages(self, message: Pages, frame_lengths: Sequence[int], now: float) -> Arrived | None:
         block = self._blocks.get(message.stream)
@@ -291,11 +287,10 @@ class SourceLink:
         """Every block is advised."""
         again, self.state = self.state is LinkState.PAUSED, LinkState.UP
         self._refused.clear()
+        kind, text = ("recover", "back") if again else ("source", "there")
+        self._event(kind, f"source {self.endpoint} is {text}", source=self.endpoint)
         if again:
-            self._event("recover", f"source {self.endpoint} is back", source=self.endpoint)
             self._owner.source_back(self)
-        else:
-            self._event("source", f"source {self.endpoint} is there", source=self.endpoint)
         self._do(self.flow.found_source(now))
 
     def _on_refused(self, message: SourceRefused, now: float) -> None:
@@ -317,17 +312,19 @@ class SourceLink:
     def _send_message(self, message: Message) -> None:
         self.send(encode(message))
 
-    def _send_request(self, request: RangeRequest, urgent: bool) -> None:
+    def _send_request(self, request: RangeRequest) -> None:
         self.requests += 1
         number, block, offset, length = request.number, request.block, request.offset, request.length
-        if number < REQUESTS_END:
+        urgent = request.urgent
+        if number < REQUEST_LIMIT:
             message, answer = self.templates[block].request(number, offset, length, urgent)
             self.answers[answer] = request
             self.send(message)
         else:
             self._send_message(RequestRanges(number, self._streams[block], urgent, pack_ranges([(offset, length)])))
 
-    def _ping(self, now: float) -> None:
+    def ping(self, now: float) -> None:
+        """Ask whether the source is there and knows us; also at once when there is a new connection."""
         self._pinged_at = now
         if self.silent_since is None:
             self.silent_since = now
@@ -362,8 +359,7 @@ class SourceLink:
     def _do(self, effects: Sequence[Effect]) -> None:
         for effect in effects:
             match effect:
-                case Send(request):
-                    if self.flow.outstanding.get(request.number) is request:
-                        self._send_request(request, effect.urgent)
-                case GiveUp(block, offset, length):
-                    self._owner.gave_up(block, offset, length)
+                case RangeRequest():
+                    self._send_request(effect)
+                case GiveUp(request):
+                    self._owner.gave_up(request)

@@ -18,9 +18,7 @@ from postcopy_protocol.codec import decode
 from postcopy_protocol.errors import BadInput, BadMessage
 from postcopy_protocol.messages import BlockNote, ClientNote
 from postcopy_protocol.sizes import format_size
-from postcopy_protocol.sources import FileSource, HandlerSource, RemoteSource, Source, ZeroSource
-
-from ..remote.advise import Advice
+from postcopy_protocol.sources import Advice, FileSource, HandlerSource, RemoteSource, Source, ZeroSource
 
 HOUSE = "house"
 ZERO = "client/0"

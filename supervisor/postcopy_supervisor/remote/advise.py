@@ -20,7 +20,7 @@ from postcopy_protocol.codec import decode, encode
 from postcopy_protocol.curve_keys import KeyPair, read_keys
 from postcopy_protocol.errors import BadInput, BadMessage
 from postcopy_protocol.return_path import MAX_RANGE_BYTES, Advise, Advised, SourceRefused, features_at
-from postcopy_protocol.sources import RemoteSource, Source
+from postcopy_protocol.sources import Advice, RemoteSource, Source
 
 from ..settings import Settings
 
@@ -44,14 +44,6 @@ class Keys:
     public: bytes
     secret: bytes
     source: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Advice:
-    """What a source says of a block."""
-
-    size: int
-    identity: str
 
 
 def load_keys(secret_file: str, source_file: str) -> Keys:

@@ -18,6 +18,7 @@ from postcopy_kernel import memory
 from postcopy_protocol.codec import decode
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.return_path import FROM_SOURCE, Staged, Staging
+from postcopy_protocol.sources import Advice
 from postcopy_wire.libzmq import Libzmq
 from postcopy_wire.router import Router
 
@@ -27,7 +28,7 @@ from ..paging.fast_path import SourceFastPath, source_fast_path
 from ..paging.paging import RemotePaging
 from ..paging.source_link import FIRST_PING_SECONDS, AdvisedBlock, LinkState, SourceLink
 from ..settings import Settings
-from .advise import FRAME_LIMIT, Advice, SourceAccess, by_endpoint
+from .advise import FRAME_LIMIT, SourceAccess, by_endpoint
 from .staging import StagingMemory
 
 log = logging.getLogger(__name__)
@@ -198,4 +199,4 @@ def _advised(block: RamBlock, name: str, advice: Advice) -> AdvisedBlock:
 
 def _connected(link: SourceLink) -> None:
     """The peer may be another program than before, and requests to the earlier one are gone."""
-    link.connected(time.monotonic())
+    link.ping(time.monotonic())

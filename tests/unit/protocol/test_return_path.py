@@ -17,11 +17,9 @@ from postcopy_protocol.errors import BadInput, BadMessage, BadVersion
 from postcopy_protocol.geometry import PAGE_2M, PAGE_4K
 from postcopy_protocol.messages import Message
 from postcopy_protocol.return_path import (
-    DATA,
     FEATURES,
     FROM_SOURCE,
     FROM_SUPERVISOR,
-    LOST,
     MAX_OPEN_BYTES,
     MAX_OPEN_REQUESTS,
     MAX_RANGE_BYTES,
@@ -31,12 +29,12 @@ from postcopy_protocol.return_path import (
     NONCE,
     SOURCE_REFUSALS,
     STAGING_HEADER,
-    ZERO,
     Advise,
     Complete,
     Listen,
     Pages,
     Range,
+    RangeKind,
     RequestRanges,
     Staged,
     Staging,
@@ -126,16 +124,22 @@ def test_the_most_that_one_message_asks_for() -> None:
 )
 def test_pages_are_judged(ranges: list[Range], kinds: list[int], lengths: list[int], fitting: bool) -> None:
     if fitting:  # else hardly any example would pass
-        kinds = [kind % 3 for kind in (kinds + [DATA] * len(ranges))[: len(ranges)]]
-        lengths = [length for (_, length), kind in zip(ranges, kinds, strict=True) if kind == DATA]
+        kinds = [kind % 3 for kind in (kinds + [RangeKind.DATA] * len(ranges))[: len(ranges)]]
+        lengths = [length for (_, length), kind in zip(ranges, kinds, strict=True) if kind == RangeKind.DATA]
     message = Pages(1, 1, pack_ranges(ranges), bytes(kinds), "")
-    data = [length for (_, length), kind in zip(ranges, kinds, strict=False) if kind == DATA]
-    if ranges and sound(ranges, PAGE_4K, SIZE) and len(kinds) == len(ranges) and max(kinds) <= LOST and data == lengths:
+    data = [length for (_, length), kind in zip(ranges, kinds, strict=False) if kind == RangeKind.DATA]
+    if (
+        ranges
+        and sound(ranges, PAGE_4K, SIZE)
+        and len(kinds) == len(ranges)
+        and max(kinds) <= RangeKind.LOST
+        and data == lengths
+    ):
         checked = check_pages(message, lengths, PAGE_4K, SIZE)
         assert [(offset, length) for offset, length, _, _ in checked] == ranges
         assert [kind for _, _, kind, _ in checked] == kinds
         assert [frame for _, _, _, frame in checked if frame >= 0] == list(range(len(lengths)))
-        assert all((frame < 0) == (kind != DATA) for _, _, kind, frame in checked)
+        assert all((frame < 0) == (kind != RangeKind.DATA) for _, _, kind, frame in checked)
     else:
         with pytest.raises(BadMessage):
             check_pages(message, lengths, PAGE_4K, SIZE)
@@ -168,12 +172,14 @@ def test_a_source_that_breaks_the_rule(ranges: list[Range], kinds: bytes, length
 
 def test_data_zeros_and_losses_in_one_answer() -> None:
     ranges = [(3 * PAGE_4K, PAGE_4K), (0, 2 * PAGE_4K), (9 * PAGE_4K, PAGE_4K), (5 * PAGE_4K, PAGE_4K)]
-    message = Pages(1, 1, pack_ranges(ranges), bytes([LOST, DATA, ZERO, DATA]), "the disk")
+    message = Pages(
+        1, 1, pack_ranges(ranges), bytes([RangeKind.LOST, RangeKind.DATA, RangeKind.ZERO, RangeKind.DATA]), "the disk"
+    )
     assert check_pages(message, [2 * PAGE_4K, PAGE_4K], PAGE_4K, SIZE) == [
-        (3 * PAGE_4K, PAGE_4K, LOST, -1),
-        (0, 2 * PAGE_4K, DATA, 0),
-        (9 * PAGE_4K, PAGE_4K, ZERO, -1),
-        (5 * PAGE_4K, PAGE_4K, DATA, 1),
+        (3 * PAGE_4K, PAGE_4K, RangeKind.LOST, -1),
+        (0, 2 * PAGE_4K, RangeKind.DATA, 0),
+        (9 * PAGE_4K, PAGE_4K, RangeKind.ZERO, -1),
+        (5 * PAGE_4K, PAGE_4K, RangeKind.DATA, 1),
     ]
 
 
@@ -482,7 +488,11 @@ def fuzz_source(seed: int, rounds: int) -> int:
         with suppress(BadMessage):
             message = decode(mangled(dice, dice.choice(said)), expect=(Pages,))
             for offset, length, kind, frame in check_pages(message, lengths, PAGE_4K, SIZE):
-                assert 0 <= offset < offset + length <= SIZE + 7 and kind in (DATA, ZERO, LOST)
+                assert 0 <= offset < offset + length <= SIZE + 7 and kind in (
+                    RangeKind.DATA,
+                    RangeKind.ZERO,
+                    RangeKind.LOST,
+                )
                 assert frame < 0 or lengths[frame] == length
             passed += 1
     return passed

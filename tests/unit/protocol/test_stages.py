@@ -7,7 +7,7 @@ from postcopy_protocol.counters import bucket
 
 
 def filled(**latencies: list[int]) -> memoryview:
-    words = stages.unkept()
+    words = stages.scratch()
     starts = dict(zip(stages.NAMES, (stages.ASKED, stages.ARRIVED, stages.PLACED, stages.WOKEN), strict=True))
     for name, found in latencies.items():
         for ns in found:
@@ -24,19 +24,19 @@ def test_each_stage_has_words_of_its_own() -> None:
 
 
 def test_rooms_of_blocks_lie_behind_the_statistics_page_and_do_not_overlap() -> None:
-    places = [stages.place(block) for block in range(1, stages.MOST_BLOCKS + 1)]
+    places = [stages.position(block) for block in range(1, stages.MOST_BLOCKS + 1)]
     assert places == list(range(counters.PAGE_BYTES, stages.END, stages.BYTES))
-    assert stages.place(0) is None and stages.place(stages.MOST_BLOCKS + 1) is None
+    assert stages.position(0) is None and stages.position(stages.MOST_BLOCKS + 1) is None
 
 
 def test_what_is_told_is_what_the_histogram_says() -> None:
     words = filled(placed=[5_000] * 98 + [900_000] * 2, woken=[7_000])
-    told = stages.told(stages.taken(words))
+    told = stages.summaries(stages.snapshot(words))
     assert list(told) == ["placed", "woken"]
     assert told["placed"]["count"] == 100
     assert told["placed"]["p50"] == round(counters.percentile(stages.histogram(words, "placed"), 50), 1)
     assert 800 < told["placed"]["p99"] <= told["placed"]["max"] < 1000
-    assert stages.told(stages.taken(None)) == stages.told(stages.taken(stages.unkept())) == {}
+    assert stages.summaries(stages.snapshot(None)) == stages.summaries(stages.snapshot(stages.scratch())) == {}
 
 
 def test_many_clients_add_up_and_a_spoilt_word_harms_nobody() -> None:
@@ -45,7 +45,7 @@ def test_many_clients_add_up_and_a_spoilt_word_harms_nobody() -> None:
     assert total.tolist() == [left + right for left, right in zip(one, other, strict=True)]
     joined = [0] * stages.WORDS
     for words in (one, other):
-        stages.join(joined, stages.taken(words))
+        stages.join(joined, stages.snapshot(words))
     assert joined == total.tolist()
     one[stages.WORDS - 1] = other[stages.WORDS - 1] = (1 << 64) - 1
     assert len(stages.merged([one, other])) == stages.WORDS

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from postcopy_protocol.codec import decode, encode, pack_offsets
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.messages import Lost, Message, RequestPages, Wake
-from postcopy_protocol.return_path import DATA, Pages, RequestRanges, pack_range, unpack_range
+from postcopy_protocol.return_path import Pages, RangeKind, RequestRanges, pack_range, unpack_range
 from postcopy_protocol.templates import (
-    OFFSET,
-    RANGE,
-    REQUESTS,
-    REQUESTS_END,
+    FIRST_REQUEST,
+    OFFSET_BYTES,
+    RANGE_BYTES,
+    REQUEST_LIMIT,
     MessageTemplates,
     answer_parts,
     number_of,
@@ -24,7 +24,7 @@ from postcopy_protocol.templates import (
 
 u64 = st.integers(0, 2**64 - 1)
 streams = st.integers(1, 2**41)
-numbers = st.integers(REQUESTS, REQUESTS_END - 1)
+numbers = st.integers(FIRST_REQUEST, REQUEST_LIMIT - 1)
 changes = st.lists(st.tuples(st.integers(0, 99), st.integers(0, 255)), max_size=3)
 tails = st.integers(-9, 9)
 
@@ -49,9 +49,9 @@ def test_a_road_says_what_encode_says(stream: int, number: int, offset: int, len
     asked, answer = MessageTemplates(stream).request(number, offset, length, urgent)
     packed = pack_range(offset, length)
     assert asked == encode(RequestRanges(number, stream, urgent, packed))
-    assert answer == encode(Pages(stream, number, packed, bytes((DATA,)), ""))
+    assert answer == encode(Pages(stream, number, packed, bytes((RangeKind.DATA,)), ""))
     before, between, behind = answer_parts(stream)
-    assert answer == before + number_of(asked) + between + asked[-RANGE:] + behind
+    assert answer == before + number_of(asked) + between + asked[-RANGE_BYTES:] + behind
 
 
 @given(streams, numbers, numbers, u64, u64, st.booleans(), changes, tails)
@@ -69,7 +69,7 @@ def test_a_request_known_by_its_stream_is_the_one_that_decode_gives(
     data = mutated(encode(RequestRanges(other, stream, urgent, pack_range(offset, length))), changes, tail)
     if number_of(data) and stream_part(data) == stream_part(known):
         found = int.from_bytes(number_of(data), "big")
-        taken = RequestRanges(found, stream, urgent, pack_range(*unpack_range(data, len(data) - RANGE)))
+        taken = RequestRanges(found, stream, urgent, pack_range(*unpack_range(data, len(data) - RANGE_BYTES)))
         assert decoded(data) == taken
     elif not changes and not tail:
         raise AssertionError("the same request is not known again")
@@ -94,7 +94,7 @@ def test_the_number_is_never_taken_from_another_place(form: bytes, rest: bytes) 
 @given(st.binary(max_size=64))
 def test_noise_has_no_number(data: bytes) -> None:
     number = number_of(data)
-    assert not number or data[:4] == encode(RequestRanges(REQUESTS, 1, True, bytes(16)))[:4]
+    assert not number or data[:4] == encode(RequestRanges(FIRST_REQUEST, 1, True, bytes(16)))[:4]
 
 
 @given(
@@ -113,9 +113,9 @@ def test_a_message_of_one_offset_is_known_by_its_head(
         packed = pack_offsets([place])
         return RequestPages(worker, block, packed) if kind is RequestPages else kind(block, packed)  # type: ignore[call-arg]
 
-    head = template_of(made(first), OFFSET)
+    head = template_of(made(first), OFFSET_BYTES)
     data = mutated(encode(made(offset)), changes, tail)
-    if data[:-OFFSET] == head:
-        assert decoded(data) == made(int.from_bytes(data[-OFFSET:], "little"))
+    if data[:-OFFSET_BYTES] == head:
+        assert decoded(data) == made(int.from_bytes(data[-OFFSET_BYTES:], "little"))
     elif not changes and not tail:
         raise AssertionError("the same message is not known again")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from postcopy_protocol.templates import REQUESTS
+from postcopy_protocol.templates import FIRST_REQUEST
 from postcopy_supervisor.paging.flow_control import (
     BACKGROUND,
     LONGEST_PAUSE,
@@ -20,7 +20,6 @@ from postcopy_supervisor.paging.flow_control import (
     GiveUp,
     Limits,
     RangeRequest,
-    Send,
 )
 from tests.simulated.effort import effort
 
@@ -66,15 +65,15 @@ class Requests(RuleBasedStateMachine):
 
     def _heard(self, effects: Sequence[Effect]) -> None:
         for effect in effects:
-            about = effect.request if isinstance(effect, Send) else effect
+            about = effect.request if isinstance(effect, GiveUp) else effect
             request = self.open[about.offset]
             assert (about.block, about.length) == (1, request.length)
             if isinstance(effect, GiveUp):
                 assert request.sent == LIMITS.attempts, "given up before its time"
                 del self.open[about.offset]
                 continue
-            assert isinstance(effect, Send) and self.flow.up
-            number = effect.request.number
+            assert isinstance(effect, RangeRequest) and self.flow.up
+            number = effect.number
             assert number not in self.seen and number > 0, "a number of a request is used once"
             assert not request.number, f"{request} is sent while it is in flight"
             assert not request.deferred, f"{request} is sent before its time"
@@ -165,7 +164,7 @@ class Requests(RuleBasedStateMachine):
         assert self.flow.not_requested(1, at, end) == ([(at, rest.offset)] if page else [])
         self._heard(effects)
 
-    @rule(request=st.integers(0, 30).map(REQUESTS.__add__), block=st.integers(1, 2), offset=st.integers(0, 400))
+    @rule(request=st.integers(0, 30).map(FIRST_REQUEST.__add__), block=st.integers(1, 2), offset=st.integers(0, 400))
     def nonsense(self, request: int, block: int, offset: int) -> None:
         """Answers to no request, or with other ranges, are ignored."""
         start = (offset * 16 + 8) * PAGE  # between two requests
@@ -231,11 +230,11 @@ TestRequests.settings = effort(300)
 
 
 def sends(effects: Sequence[Effect]) -> list[int]:
-    return [effect.request.offset for effect in effects if isinstance(effect, Send)]
+    return [effect.offset for effect in effects if isinstance(effect, RangeRequest)]
 
 
 def numbers(effects: Sequence[Effect]) -> list[int]:
-    return [effect.request.number for effect in effects if isinstance(effect, Send)]
+    return [effect.number for effect in effects if isinstance(effect, RangeRequest)]
 
 
 def test_a_first_request_waits_for_one_turn_of_a_storm() -> None:
@@ -246,7 +245,7 @@ def test_a_first_request_waits_for_one_turn_of_a_storm() -> None:
     assert flow.request(3, 1, 2000 * PAGE, PAGE, 0.0) == []
     order = []
     for request in range(1, 5):
-        order += sends(flow.answered(REQUESTS + request - 1, 1, [((request - 1) * PAGE, PAGE)], 0.0)[0])
+        order += sends(flow.answered(FIRST_REQUEST + request - 1, 1, [((request - 1) * PAGE, PAGE)], 0.0)[0])
         if request == 3:
             break
     assert order == [3 * PAGE, 1000 * PAGE, 2000 * PAGE]
@@ -276,10 +275,10 @@ def test_the_background_window_is_small_while_a_client_waits() -> None:
 def test_one_part_twice_does_not_complete_a_request() -> None:
     flow = FlowControl(LIMITS, up=True)
     flow.request(1, 1, 0, 2 * PAGE, 0.0)
-    assert flow.answered(REQUESTS, 1, [(0, PAGE)], 1.0) == ((), 0.0)
-    assert flow.answered(REQUESTS, 1, [(0, PAGE)], 1.0) == ((), 0.0)
+    assert flow.answered(FIRST_REQUEST, 1, [(0, PAGE)], 1.0) == ((), 0.0)
+    assert flow.answered(FIRST_REQUEST, 1, [(0, PAGE)], 1.0) == ((), 0.0)
     assert flow.in_flight == 1
-    assert flow.answered(REQUESTS, 1, [(PAGE, PAGE)], 3.0) == ((), 3.0)
+    assert flow.answered(FIRST_REQUEST, 1, [(PAGE, PAGE)], 3.0) == ((), 3.0)
     assert flow.in_flight == 0
 
 
@@ -287,12 +286,13 @@ def test_a_request_is_retried_then_given_up() -> None:
     flow = FlowControl(LIMITS, up=True)
     flow.request(1, 1, 0, PAGE, 0.0)
     assert flow.tick(9.9) == []
-    assert numbers(flow.tick(10.0)) == [REQUESTS + 1]
-    assert flow.answered(REQUESTS, 1, [(0, PAGE)], 11.0) == ((), 0.0), (
+    assert numbers(flow.tick(10.0)) == [FIRST_REQUEST + 1]
+    assert flow.answered(FIRST_REQUEST, 1, [(0, PAGE)], 11.0) == ((), 0.0), (
         "a late answer to a number that is not in use any more"
     )
-    assert numbers(flow.tick(20.0)) == [REQUESTS + 2]
-    assert flow.tick(30.0) == [GiveUp(1, 0, PAGE)]
+    assert numbers(flow.tick(20.0)) == [FIRST_REQUEST + 2]
+    (given_up,) = flow.tick(30.0)
+    assert isinstance(given_up, GiveUp) and given_up.request.covers(1, 0)
     assert flow.in_flight == flow.waiting == 0
 
 
@@ -304,7 +304,7 @@ def test_after_a_loss_attempts_start_again_in_the_old_order() -> None:
     flow.lost_source()
     assert flow.tick(1000.0) == [] and flow.waiting == 3
     assert sends(flow.found_source(1000.0)) == [0, PAGE, 2 * PAGE]
-    assert all(isinstance(effect, Send) for effect in flow.tick(1010.0) + flow.tick(1020.0))
+    assert all(isinstance(effect, RangeRequest) for effect in flow.tick(1010.0) + flow.tick(1020.0))
     assert all(isinstance(effect, GiveUp) for effect in flow.tick(1030.0))
 
 
@@ -344,20 +344,20 @@ def streaming(pace: float) -> tuple[FlowControl, float]:
     flow.found_source(100.0)
     for block in (1, 2):
         (sent,) = flow.request(BACKGROUND, block, 0, 8 * PAGE, 100.0)
-        assert isinstance(sent, Send)
+        assert isinstance(sent, RangeRequest)
         if block == 1:
-            flow.answered(sent.request.number, 1, [(0, 8 * PAGE)], 100.0 + pace)
+            flow.answered(sent.number, 1, [(0, 8 * PAGE)], 100.0 + pace)
     return flow, 100.0
 
 
 def test_a_page_in_a_slow_background_request_is_requested_again_once() -> None:
     flow, now = streaming(pace=0.5)
     (sent,) = flow.promote(7, 2, 3 * PAGE, PAGE, now)
-    assert isinstance(sent, Send) and (sent.request.offset, sent.request.length, sent.urgent) == (3 * PAGE, PAGE, True)
+    assert isinstance(sent, RangeRequest) and (sent.offset, sent.length, sent.urgent) == (3 * PAGE, PAGE, True)
     assert not flow.promote(8, 2, 3 * PAGE, PAGE, now), "it is urgent by now"
     assert flow.promote(8, 2, 4 * PAGE, PAGE, now), "another one is not"
     flow.check()
-    flow.answered(sent.request.number, 2, [(3 * PAGE, PAGE)], now)
+    flow.answered(sent.number, 2, [(3 * PAGE, PAGE)], now)
     assert flow.background_in_flight, "the piece itself is still to come"
 
 
@@ -375,8 +375,8 @@ def test_a_fault_waits_on_a_long_line() -> None:
     """An urgent request takes its time there too, and would not come before the piece."""
     flow, now = streaming(pace=0.5)
     (sent,) = flow.promote(7, 2, 3 * PAGE, PAGE, now)
-    assert isinstance(sent, Send)
-    flow.answered(sent.request.number, 2, [(3 * PAGE, PAGE)], now + 0.4)
+    assert isinstance(sent, RangeRequest)
+    flow.answered(sent.number, 2, [(3 * PAGE, PAGE)], now + 0.4)
     assert not flow.promote(7, 2, 4 * PAGE, PAGE, now + 0.4)
     assert flow.request(7, 2, 4 * PAGE, PAGE, now + 0.4), "a page that is not requested is not held up"
 

@@ -15,7 +15,7 @@ from postcopy_kernel.memory import create_memfd
 from postcopy_protocol.codec import decode, unpack_offsets
 from postcopy_protocol.messages import Wake
 from postcopy_protocol.received_map import LOST, MISSING, PLACING, RECEIVED
-from postcopy_protocol.return_path import DATA, ZERO
+from postcopy_protocol.return_path import RangeKind
 from postcopy_supervisor.paging.engine import Engine
 from postcopy_supervisor.paging.flow_control import BACKGROUND, LONGEST_PAUSE
 from postcopy_supervisor.paging.paging import RemotePaging
@@ -90,7 +90,7 @@ class Bench:
         assert isinstance(message, Wake)
         self.woken += [offset // PAGE for offset in unpack_offsets(message.offsets)]
 
-    def come(self, first: int, end: int, kind: int = DATA) -> None:
+    def come(self, first: int, end: int, kind: int = RangeKind.DATA) -> None:
         self.paging.arrived(Arrived(BLOCK, [(first * PAGE, (end - first) * PAGE, kind, 0)], ""), [1 << 30])
         self.paging.engine.check()
 
@@ -106,7 +106,7 @@ def bench() -> Iterator[Bench]:
     os.close(bench.memory)
 
 
-@pytest.mark.parametrize("kind", [DATA, ZERO])
+@pytest.mark.parametrize("kind", [RangeKind.DATA, RangeKind.ZERO])
 def test_what_fits_is_given_and_the_rest_is_asked_for_again(bench: Bench, kind: int) -> None:
     bench.paging.fault(7, bench.block, (2,), window=6)
     bench.paging.fault(0, bench.block, (6,))

@@ -50,7 +50,7 @@ def test_a_report_made_as_the_worker_ends(monkeypatch: pytest.MonkeyPatch, place
             os.eventfd_write(signs[place], 1)
         return pause
 
-    assignment = SimpleNamespace(quit=0, client=1)
+    assignment = SimpleNamespace(quit_eventfd=0, client_pidfd=1)
     worker = cast(
         Any,
         SimpleNamespace(reports=reports, remote=True, descriptor=signs.__getitem__, assignment=assignment, tend=tend),
