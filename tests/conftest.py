@@ -1,10 +1,9 @@
-"""Shared by every test: a runtime directory, files with known bytes, and the check that nothing is left behind.
+"""Fixtures of every test: a runtime directory, files with known bytes, and the check that nothing is left behind.
 
-A program whose parts outlive one another (workers outlive the supervisor, on purpose) leaves things behind easily, and
-a stray worker of one test is a riddle in the next. So every test must end with no process, no descriptor and no socket
-file more than it began with. Strays are found in two ways: as children of the test process, and by the environment
-variable POSTCOPY_TEST_ID, which everything that a test starts inherits, orphans too. What a fixture of wider scope
-started before the test is not the test's and is left alone.
+Workers outlive the supervisor on purpose, so a broken test can easily leave processes, and those disturb the next test.
+Every test must therefore end with no process, descriptor or socket file more than it began with. Strays are found in
+two ways: as children of the test process, and by the environment variable POSTCOPY_TEST_ID, which every process that
+a test starts inherits, orphans too. What a fixture of wider scope started before the test is left alone.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import multiprocessing.resource_tracker
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import uuid
@@ -25,27 +25,79 @@ from typing import TypeVar
 import hypothesis
 import pytest
 
-PATIENCE = 2.0  # seconds that what a test started may take to vanish after it
+from tests.selection import (  # noqa: F401  (hooks of pytest)
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_terminal_summary,
+    pytest_xdist_make_scheduler,
+)
+from tests.system.zygote import close_zygotes, zygotes
 
-# A page fault on a busy virtual machine takes what it takes: time limits per example find no bugs here.
+PATIENCE = 2.0
+"""Seconds that processes and descriptors of a test may take to vanish after it."""
+
+# A page fault on a busy virtual machine has no upper bound: a time limit per example would find no bugs.
 hypothesis.settings.register_profile("postcopy", deadline=None, print_blob=True)
-hypothesis.settings.load_profile("postcopy")
+hypothesis.settings.register_profile("fast", hypothesis.settings.get_profile("postcopy"), max_examples=25)
+
+# Compiling supervisor and custodian anew costs 0.3 s of each of about a thousand starts, so they may keep bytecode.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+STARTS = frozenset({"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system"})
+"""Audit events of a process that is started."""
 
 SourceFile = Callable[..., Path]
 Found = TypeVar("Found", set[str], set[int], dict[int, str])
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Before the test files are imported: a settings object takes what it does not say from the profile.
+    fast = config.getoption("fast")
+    hypothesis.settings.load_profile("fast" if fast else "postcopy")
+    if fast:
+        os.environ.setdefault("POSTCOPY_EFFORT", "fast")
+
+
 def pytest_sessionstart() -> None:
-    # Started by the first use of shared memory or of a spawned process and kept until the end: not a test's leak.
+    # The first use of shared memory or of a spawned process starts it, and it stays until the end: not a test's leak.
     multiprocessing.resource_tracker.ensure_running()
+    sys.addaudithook(_started.see)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if any(item.nodeid.startswith(("tests/system/", "tests/wire/")) for item in session.items):
+        from tests.system.service import PUPPET, environment
+        from tests.system.zygote import open_zygotes
+
+        if not session.config.getoption("collectonly") and not os.environ.get("POSTCOPY_TEST_COLD"):
+            open_zygotes(environment(), str(PUPPET))
+
+
+def pytest_sessionfinish() -> None:
+    close_zygotes()
+
+
+class _Started:
+    """Did this process start another one? Most tests start none, and need no search through /proc (6 ms each)."""
+
+    def __init__(self) -> None:
+        self.any = True
+
+    def see(self, event: str, _arguments: tuple[object, ...]) -> None:
+        if event in STARTS:
+            self.any = True
+
+
+_started = _Started()
+_children_before: set[int] = set()
 
 
 @pytest.fixture
 def runtime_dir(request: pytest.FixtureRequest) -> Iterator[Path]:
     """A private directory with a short path, because a ZeroMQ ipc path may have about 107 bytes.
 
-    At the end it must hold no file but the lock (taking a lock file away would be a race); a test that kills what would
-    have tidied up says so by ``@pytest.mark.leaves_files("why")``.
+    At the end it may hold the lock only: removing a lock file would be a race. A test that kills the process that would
+    remove the rest has the marker ``@pytest.mark.leaves_files("why")``.
     """
     path = Path(tempfile.mkdtemp(prefix="pc-", dir="/tmp"))
     try:
@@ -59,7 +111,7 @@ def runtime_dir(request: pytest.FixtureRequest) -> Iterator[Path]:
 
 @pytest.fixture
 def source_file(tmp_path: Path) -> SourceFile:
-    """``source_file(size, seed=0, name="source.bin") -> Path``: a file whose every word tells its place.
+    """``source_file(size, seed=0, name="source.bin") -> Path``: a file in which every word depends on its offset.
 
     Word ``n`` is the little-endian 64-bit number ``n ^ (seed * 0x9E3779B97F4A7C15 % 2**64)``: a page in the wrong
     place, a page of zeros and a page of another seed's file all differ. ``size`` (bytes) need not be a multiple of 8.
@@ -77,7 +129,7 @@ def source_file(tmp_path: Path) -> SourceFile:
 
 @pytest.fixture
 def require_userfaultfd() -> None:
-    """Fails, not skips, where userfaultfd does not work: a run that proves nothing must not be green."""
+    """Fail, not skip, where userfaultfd does not work: a run that proves nothing must not be green."""
     from postcopy_kernel.userfaultfd import probe_features
 
     try:
@@ -89,9 +141,15 @@ def require_userfaultfd() -> None:
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
-    """Fails a test that leaves a process or a descriptor; ends the strays, so that only this test is red."""
+    """Fail a test that leaves a process or a descriptor; end the strays, so that only this test is red."""
     identity = uuid.uuid4().hex
-    before, descriptors = _children(), _descriptors()
+    global _children_before
+    if _started.any:
+        _children_before = _children()
+    before, descriptors = _children_before | _warm_children(), _descriptors()
+    _started.any = False
+    for zygote in zygotes.values():
+        zygote.sessions.clear()
     previous = os.environ.get("POSTCOPY_TEST_ID")
     os.environ["POSTCOPY_TEST_ID"] = identity
     try:
@@ -101,7 +159,7 @@ def nothing_left_behind() -> Iterator[None]:
             del os.environ["POSTCOPY_TEST_ID"]
         else:
             os.environ["POSTCOPY_TEST_ID"] = previous
-    strays = _vanished(lambda: _strays(identity, before))
+    strays = _vanished(lambda: _strays(identity, before)) if _started.any or _warm_sessions() else set()
     told = [f"process {pid} ({_describe(pid)})" for pid in strays]
     for pid in strays:
         _end(pid)
@@ -120,7 +178,7 @@ def _words(start: int, end: int, seed: int) -> bytes:
 
 
 def _vanished(look: Callable[[], Found]) -> Found:
-    """What ``look`` still finds when it found nothing, or when PATIENCE is over."""
+    """Repeat ``look`` until it finds nothing or PATIENCE is over; return what it found last."""
     limit = time.monotonic() + PATIENCE
     while (found := look()) and time.monotonic() < limit:
         gc.collect()  # a Popen or a socket in a reference cycle is not a leak
@@ -147,18 +205,36 @@ def _processes() -> list[int]:
 
 
 def _children() -> set[int]:
-    """Children of the test process, zombies too: somebody must wait for them."""
+    """Children of the test process, zombies too: the test must wait for them."""
     return {pid for pid in _processes() if _stat(pid)[1] == os.getpid()}
 
 
 def _strays(identity: str, before: set[int]) -> set[int]:
     mark = f"POSTCOPY_TEST_ID={identity}".encode()
-    marked = set()
+    marked, sessions = set(), _warm_sessions()
     for pid in _processes():
+        if _session(pid) in sessions:
+            marked.add(pid)
         with suppress(OSError):
             if mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                 marked.add(pid)
-    return (marked - {os.getpid()}) | (_children() - before)
+    return ((marked | _children() | _warm_children()) - before) - {os.getpid()}
+
+
+def _warm_children() -> set[int]:
+    """Forks of the zygotes that were not waited for."""
+    return {pid for zygote in zygotes.values() for pid in zygote.living}
+
+
+def _warm_sessions() -> set[int]:
+    return {pid for zygote in zygotes.values() for pid in zygote.sessions}
+
+
+def _session(pid: int) -> int:
+    try:
+        return os.getsid(pid)
+    except OSError:
+        return 0
 
 
 def _describe(pid: int) -> str:
@@ -173,8 +249,11 @@ def _describe(pid: int) -> str:
 def _end(pid: int) -> None:
     with suppress(OSError):
         os.kill(pid, signal.SIGKILL)
-    with suppress(OSError):  # not our child, or somebody was quicker
+    with suppress(OSError):  # not our child, or waited for already
         os.waitpid(pid, 0)
+    for zygote in zygotes.values():
+        if pid in zygote.living:
+            zygote.living[pid].wait(10)
 
 
 def _descriptors() -> dict[int, str]:

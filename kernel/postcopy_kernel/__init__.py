@@ -1,1 +1,1 @@
-"""What we say to Linux: userfaultfd, memory, descriptors, processes. Every ctypes call of the project stands here."""
+"""Linux for postcopy: userfaultfd, memory, descriptors, processes, sandbox. All ctypes calls are here."""

@@ -1,7 +1,7 @@
-"""The words of linux/userfaultfd.h: numbers, layouts, flags, messages, and what each errno of a placing ioctl means.
+"""linux/userfaultfd.h in Python: numbers, layouts, flags, messages, and the meaning of each errno of a placing ioctl.
 
-Taken from the header up to Linux 6.12 and not from an installed one: a distribution's is often older than its kernel.
-Everything is native-endian. :mod:`postcopy_kernel.userfaultfd` gives all of it out again; import it from there.
+Taken from the header of Linux 6.12, not from an installed one, which is often older than the running kernel.
+Everything is native-endian. :mod:`postcopy_kernel.userfaultfd` exports all of it; import it from there.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ WRITEPROTECT_WP: Final = 1
 WRITEPROTECT_DONTWAKE: Final = 2
 USER_MODE_ONLY: Final = 1
 
-# How the argument of each ioctl is laid out, for lean callers that preset a buffer of their own. The last field of the
-# first three is the result: bytes done, or a negative errno, or untouched when the argument itself was refused.
+# Layouts of the arguments, for callers that reuse a buffer of their own. The last field of the first three is the
+# result: bytes done, or a negative errno, or unchanged if the kernel refused the argument itself.
 COPY_LAYOUT: Final = struct.Struct("=QQQQq")  # dst, src, len, mode, copy
 RANGE_MODE_LAYOUT: Final = struct.Struct("=QQQq")  # start, len, mode, zeropage / mapped / updated
 REGISTER_LAYOUT: Final = struct.Struct("=QQQQ")  # start, len, mode, ioctls
@@ -51,14 +51,14 @@ class Feature(IntFlag):
     """Features of UFFDIO_API; the comment is the first kernel that has it."""
 
     PAGEFAULT_FLAG_WP = 1 << 0  # 5.7
-    EVENT_FORK = 1 << 1  # 4.11; wants CAP_SYS_PTRACE
+    EVENT_FORK = 1 << 1  # 4.11; needs CAP_SYS_PTRACE
     EVENT_REMAP = 1 << 2  # 4.11
     EVENT_REMOVE = 1 << 3  # 4.11
     MISSING_HUGETLBFS = 1 << 4  # 4.11; nothing to enable
     MISSING_SHMEM = 1 << 5  # 4.11; nothing to enable
     EVENT_UNMAP = 1 << 6  # 4.11
-    SIGBUS = 1 << 7  # 4.14; no messages, the toucher gets SIGBUS
-    THREAD_ID = 1 << 8  # 4.14; as seen in the toucher's pid namespace
+    SIGBUS = 1 << 7  # 4.14; no messages, the touching thread gets SIGBUS
+    THREAD_ID = 1 << 8  # 4.14; as in the thread's own pid namespace
     MINOR_HUGETLBFS = 1 << 9  # 5.13
     MINOR_SHMEM = 1 << 10  # 5.14
     EXACT_ADDRESS = 1 << 11  # 5.18; without it addresses are rounded down to a page
@@ -70,7 +70,7 @@ class Feature(IntFlag):
 
 
 class Ioctl(IntFlag):
-    """What UFFDIO_REGISTER says the *memory* could do (bit = 1 << number). MOVE is claimed for shmem, and fails."""
+    """Ioctls that UFFDIO_REGISTER reports (bit = 1 << number). For shmem it reports MOVE, which fails."""
 
     REGISTER = 1 << 0
     UNREGISTER = 1 << 1
@@ -85,7 +85,7 @@ class Ioctl(IntFlag):
 
 
 class RegisterMode(IntFlag):
-    """Which faults of a range are announced. MINOR: the page exists and this address space has not mapped it yet."""
+    """Which faults of a range are reported. MINOR: the page exists, but this address space has not mapped it."""
 
     MISSING = 1
     WP = 2
@@ -112,9 +112,9 @@ class FaultFlag(IntFlag):
 
 @dataclass(frozen=True, slots=True)
 class PageFault:
-    """A thread waits at ``address``. ``thread`` is 0 unless Feature.THREAD_ID was asked for.
+    """A thread waits at ``address``. ``thread`` is 0 without Feature.THREAD_ID.
 
-    One message per waiting thread, and another each time a signal interrupts the wait: dedupe by page.
+    There is one message for each waiting thread, and another each time a signal interrupts the wait.
     """
 
     address: int
@@ -140,7 +140,7 @@ class Remap:
 
 @dataclass(frozen=True, slots=True)
 class Remove:
-    """The owner gave the contents of ``[start, end)`` back (MADV_DONTNEED, MADV_REMOVE)."""
+    """The owner discarded the contents of ``[start, end)`` (MADV_DONTNEED, MADV_REMOVE)."""
 
     start: int
     end: int
@@ -156,7 +156,7 @@ class Unmap:
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """An event number that this module does not know."""
+    """An event with an unknown number."""
 
     event: int
 
@@ -165,14 +165,14 @@ Event = PageFault | Fork | Remap | Remove | Unmap | Unknown
 
 
 class Status(Enum):
-    """What became of a placing ioctl."""
+    """Result of a placing ioctl."""
 
     DONE = "done"
-    PARTIAL = "partial"  # EAGAIN, some bytes are placed and woken: advance by them, the next call gives the real reason
-    RETRY = "retry"  # EAGAIN, nothing done: a fork/mremap/madvise event waits to be read; read it first, then retry
-    PRESENT = "present"  # EEXIST: the page is there and NOBODY WAS WOKEN: wake the range. (Also an empty hugetlb pool!)
-    STALE = "stale"  # ENOENT: not inside one mapping that is registered (with whichever userfaultfd of that process)
-    GONE = "gone"  # ESRCH: the owner's address space is no more
+    PARTIAL = "partial"  # EAGAIN, some bytes are placed and woken: advance by them; the next call returns the reason
+    RETRY = "retry"  # EAGAIN, nothing done: read the waiting fork, mremap or madvise event, then retry
+    PRESENT = "present"  # EEXIST: the page is there and NO WAITER WAS WOKEN: wake it. (Also: empty hugetlb pool!)
+    STALE = "stale"  # ENOENT: not inside one registered mapping (of any userfaultfd of that process)
+    GONE = "gone"  # ESRCH: the owner's address space is gone
     UNREADABLE = "unreadable"  # EFAULT: the source cannot be read, or (CONTINUE) the page is absent
     EXHAUSTED = "exhausted"  # ENOMEM, ENOSPC
     POISONED = "poisoned"  # EHWPOISON, EIO
@@ -192,17 +192,17 @@ _MEANINGS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Result of a placing ioctl; ``done`` is in bytes and 0 unless status is DONE or PARTIAL."""
+    """Status and bytes ``done``, which are 0 unless the status is DONE or PARTIAL."""
 
     status: Status
     done: int
 
 
 def outcome_of(error: OSError, done: int) -> Outcome:
-    """The meaning of a failed placing ioctl, for callers of fcntl.ioctl with buffers of their own.
+    """The outcome of a failed placing ioctl, for callers of fcntl.ioctl with buffers of their own.
 
-    ``done`` is the result field as the kernel left it (a negative errno counts as nothing done). It is believed for
-    EAGAIN only: ESRCH and EINVAL do not write the field. Raises ``error`` where it means a bug (EINVAL, EBADF...).
+    ``done`` is the result field as the kernel left it (a negative errno counts as nothing done). It is used for EAGAIN
+    only: ESRCH and EINVAL do not write the field. Raises ``error`` if it means a bug (EINVAL, EBADF...).
     """
     if error.errno == errno.EAGAIN:
         return Outcome(Status.PARTIAL, done) if done > 0 else Outcome(Status.RETRY, 0)

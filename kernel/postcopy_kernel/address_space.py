@@ -1,7 +1,12 @@
-"""Another process's address space, as /proc tells it: where a file is mapped, what is registered, what is locked.
+"""Another process's address space, from /proc: where a file is mapped, what is registered, what is locked.
 
-Reading it wants the right to ptrace the process (same user, or root) and the same pid namespace. What is read is true
-at that moment only: read it while the process waits for us.
+Reading it needs the right to ptrace the process (same user, or root) and the same pid namespace. The result is valid
+only at that moment, so read it while the process waits for us.
+
+Example::
+
+    registered = [(at.start, at.end) for at in flagged_ranges(pid) if "um" in at.flags]
+    assert covered(registered, start, start + length)
 """
 
 from __future__ import annotations
@@ -13,8 +18,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class MappedRange:
-    """One line of /proc/PID/maps. ``device`` is what st_dev says of the file. ``flags`` are there only if they were
-    asked for: VmFlags, among them ``um``, registered with a userfaultfd, and ``lo``, locked."""
+    """One line of /proc/PID/maps. ``device`` is the file's st_dev. ``flags`` are VmFlags, filled by ``flagged_ranges``:
+    ``um`` is registered with a userfaultfd for missing pages, ``lo`` is locked."""
 
     start: int
     end: int
@@ -27,21 +32,23 @@ class MappedRange:
 
     @property
     def file(self) -> tuple[int, int]:
+        """Device and inode."""
         return self.device, self.inode
 
     @property
     def accessible(self) -> bool:
+        """Whether it is mapped with any right."""
         return not self.permissions.startswith("---")
 
 
 def mapped_ranges(pid: int) -> list[MappedRange]:
-    """All mappings of a process, in order of address. Raises OSError: EACCES, ENOENT or ESRCH when it is gone."""
+    """All mappings of a process, in order of address. Raises OSError: EACCES; ENOENT or ESRCH if it is gone."""
     with open(f"/proc/{pid}/maps", "rb") as lines:
         return [_range(line) for line in lines]
 
 
 def flagged_ranges(pid: int) -> list[MappedRange]:
-    """As ``mapped_ranges``, with the flags of each (slower: the kernel counts pages)."""
+    """As ``mapped_ranges``, with flags (slower: the kernel counts pages)."""
     return list(_flagged(pid))
 
 
@@ -82,18 +89,18 @@ def _range(line: bytes) -> MappedRange:
 
 
 def any_registered(pid: int, ranges: Iterable[tuple[int, int]]) -> bool:
-    """Is any byte of the ranges (start, length) registered with a userfaultfd? Raises OSError."""
+    """Whether any byte of the ranges (start, length) is registered with a userfaultfd. Raises OSError."""
     registered = [(at.start, at.end) for at in flagged_ranges(pid) if "um" in at.flags]
     return any(first < start + length and start < last for start, length in ranges for first, last in registered)
 
 
 def maps_memory_at(pid: int, address: int) -> bool:
-    """Is a memfd (or another file without a name) mapped at this address? Raises OSError."""
+    """Whether a memfd (or another deleted file) is mapped at this address. Raises OSError."""
     return any(at.start <= address < at.end and at.name.endswith("(deleted)") for at in mapped_ranges(pid))
 
 
 def covered(runs: Iterable[tuple[int, int]], start: int, end: int) -> bool:
-    """Do the runs, in order, cover the range without a gap?"""
+    """Whether the runs, in order, cover the range without a gap."""
     for first, last in runs:
         if first <= start < last:
             start = last
@@ -101,30 +108,30 @@ def covered(runs: Iterable[tuple[int, int]], start: int, end: int) -> bool:
 
 
 def locks_its_memory(pid: int) -> bool:
-    """Does the process lock what it maps (mlockall)? Then the kernel fills a mapping the moment it is made, with zeros
-    where pages are missing. Raises OSError.
+    """Whether the process locks all its memory (mlockall). Then the kernel fills every new mapping at once, with zeros
+    for missing pages. Raises OSError.
 
-    Seen from the main thread's stack and the heap: who locks those has locked all, single locked buffers are elsewhere.
+    It looks at the main thread's stack and the heap: mlockall locks them, mlock of single buffers does not.
     """
     return any("lo" in at.flags for at in flagged_ranges(pid) if at.name in ("[stack]", "[heap]"))
 
 
 def pid_of(pidfd: int) -> int:
-    """The pid that a pidfd names in this pid namespace. Raises ValueError when the descriptor is no pidfd, or the
-    process is gone or of another namespace."""
+    """The pid of a pidfd's process in this pid namespace. Raises ValueError if the descriptor is no pidfd, or the
+    process is gone or in another namespace."""
     with open(f"/proc/self/fdinfo/{pidfd}", "rb") as lines:
         for line in lines:
             name, _, value = line.partition(b":")
             if name == b"Pid":
                 if int(value) > 0:
                     return int(value)
-                raise ValueError("the process is gone, or of another pid namespace")
+                raise ValueError("the process is gone, or in another pid namespace")
     raise ValueError("the descriptor is no pidfd")
 
 
 def owner_of(pid: int) -> int:
-    """The user who may look into a process: its effective user, or root where the kernel protects it from him (a
-    set-uid or set-gid program, one that has changed its user). Raises OSError when it is gone.
+    """The user that may inspect a process: its effective user, or root if the kernel protects it (a set-uid or set-gid
+    program, one that has changed its user). Raises OSError if it is gone.
 
-    That is what the owner of a file says that is not everybody's to read; /proc/PID itself always is its user's."""
+    The owner of a private file in /proc/PID shows it; the directory itself always belongs to the process's user."""
     return os.stat(f"/proc/{pid}/environ").st_uid

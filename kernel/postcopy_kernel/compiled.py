@@ -1,7 +1,6 @@
-"""A touch in C, for load tests that ask for it: nothing of Python is in its time, and the GIL is not held.
+"""A memory touch in C, for load tests: its time includes no Python, and the GIL is not held.
 
-The few lines are compiled when they are wanted, by the C compiler of this machine, into a file that is gone as soon as
-it is loaded.
+The C compiler of this machine compiles it on demand into a temporary file.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def compiler() -> str | None:
 
 
 def compile_touch(target: str) -> None:
-    """Compile the touch into ``target``. Raises OSError when there is no compiler, or it fails."""
+    """Compile the touch into ``target``. Raises OSError if there is no compiler or it fails."""
     found = compiler()
     if found is None:
         raise FileNotFoundError(2, "no C compiler (cc)")
@@ -55,8 +54,8 @@ def compile_touch(target: str) -> None:
 
 
 def load_touch(library: str) -> Callable[[int, int], int]:
-    """``touch(address, value)``: read the byte there, or write ``value`` (0 to 255) where it is not -1; nanoseconds
-    that it took. Raises OSError for what cannot be loaded."""
+    """Load ``touch(address, value)``: it reads the byte (``value`` -1) or writes ``value`` (0 to 255), and returns the
+    nanoseconds that it took. Raises OSError."""
     touch = ctypes.CDLL(library).touch
     touch.argtypes, touch.restype = (ctypes.c_uint64, ctypes.c_int), ctypes.c_uint64
     called: Callable[[int, int], int] = touch
@@ -64,7 +63,7 @@ def load_touch(library: str) -> Callable[[int, int], int]:
 
 
 class CompiledTouch:
-    """A compiled touch in a file ``library``, for as many processes as want it, until ``close``. Raises OSError."""
+    """A compiled touch in the file ``library``, for any number of processes, until ``close``. Raises OSError."""
 
     def __init__(self) -> None:
         self._place = tempfile.TemporaryDirectory(prefix="postcopy-touch-")

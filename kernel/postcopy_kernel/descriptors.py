@@ -1,7 +1,13 @@
-"""Descriptors on the move: SCM_RIGHTS over Unix sockets, who is at the other end, eventfds, limits.
+"""File descriptors: SCM_RIGHTS over Unix sockets, peer credentials, eventfds, limits.
 
-Whoever receives a descriptor owns it from that moment. A message that is refused here has its descriptors closed here:
-none ever leaks by an error path.
+The receiver of a descriptor owns it. If a message is refused here, its descriptors are closed here, so no error path
+leaks one.
+
+Example::
+
+    send_message(ours, b"one", [fd])
+    received = receive_message(theirs, wait=True)
+    close_all(received.fds)
 """
 
 from __future__ import annotations
@@ -34,7 +40,7 @@ _libc.syscall.restype = ctypes.c_long
 
 
 class TruncatedMessage(OSError):
-    """A message was longer than asked for, or its descriptors did not all fit. What came of them has been closed."""
+    """A message was too long, or its descriptors did not all fit. Those that came have been closed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +53,7 @@ class Received:
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """Who connected, as the kernel recorded it then."""
+    """Credentials of a peer, as the kernel recorded them when it connected."""
 
     pid: int
     uid: int
@@ -55,11 +61,11 @@ class Credentials:
 
 
 def send_message(sock: socket.socket, data: bytes, fds: Sequence[int] = (), *, wait: bool = False) -> None:
-    """Send ``data`` with duplicates of ``fds``, as one message of a SEQPACKET socket; never SIGPIPE.
+    """Send ``data`` with duplicates of ``fds``, as one message of a SEQPACKET socket, without SIGPIPE.
 
-    ``wait`` leaves it to the socket's own mode. Without it the call returns at once, on a socket that has no timeout
-    (Python waits for a timeout before it calls). Raises BlockingIOError (full), ConnectionError (peer gone: EPIPE, or
-    ECONNRESET if it left words unread), OSError EMSGSIZE (too long), EINVAL (more than MOST_DESCRIPTORS).
+    ``wait``: the socket's own mode decides whether to wait. Without it the call returns at once, if the socket has no
+    timeout (Python waits for a timeout itself). Raises BlockingIOError (full), ConnectionError (peer gone: EPIPE, or
+    ECONNRESET if it left messages unread), OSError EMSGSIZE (too long), EINVAL (more than MOST_DESCRIPTORS).
     """
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     flags = socket.MSG_NOSIGNAL | (0 if wait else socket.MSG_DONTWAIT)
@@ -67,21 +73,20 @@ def send_message(sock: socket.socket, data: bytes, fds: Sequence[int] = (), *, w
 
 
 def receive_message(sock: socket.socket, max_bytes: int = 65536, max_fds: int = 64, *, wait: bool = False) -> Received:
-    """One message with its descriptors, each close-on-exec from its first instant.
+    """Receive one message with its descriptors, which are close-on-exec from the beginning.
 
-    The end of the connection (a reset too) is ``Received(b"", ())``; an empty message is taken for it and loses its
-    descriptors. A reset is told by the kernel once, and before the last words that the peer has sent: they come first.
-    Raises BlockingIOError (nothing there), TruncatedMessage (too long, too many descriptors, or this process has no
-    room for them: RLIMIT_NOFILE).
+    The end of the connection, a reset too, is ``Received(b"", ())``. An empty message looks the same; its descriptors
+    are closed. The kernel reports a reset once, before the last messages of the peer; here those come first. Raises
+    BlockingIOError (no message), TruncatedMessage (too long, too many descriptors, or RLIMIT_NOFILE reached).
     """
     flags = _MSG_CMSG_CLOEXEC | (0 if wait else socket.MSG_DONTWAIT)
     room = max_bytes, socket.CMSG_SPACE(4 * max_fds), flags
     try:
         data, ancillary, seen, _ = sock.recvmsg(*room)
-    except ConnectionResetError:  # the peer went away with words of ours unread
+    except ConnectionResetError:  # the peer closed the connection with messages of ours unread
         data, ancillary, seen, _ = sock.recvmsg(*room)
     fds = _descriptors(ancillary)
-    # CMSG_SPACE is padded: one descriptor more than asked for may fit.
+    # CMSG_SPACE is padded: one descriptor more than max_fds may fit.
     if seen & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(fds) > max_fds:
         close_all(fds)
         raise TruncatedMessage(errno.EMSGSIZE, f"a message of more than {max_bytes} bytes or {max_fds} descriptors")
@@ -100,7 +105,7 @@ def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> tuple[int, ...]:
 
 
 def peer_credentials(sock: socket.socket) -> Credentials:
-    """Pid, uid and gid of the process that connected (SO_PEERCRED). The pid alone identifies nobody: see peer_pidfd."""
+    """Pid, uid and gid of the process that connected (SO_PEERCRED). The pid may be reused: see peer_pidfd."""
     return Credentials(*_CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)))
 
 
@@ -122,8 +127,8 @@ def peer_groups(sock: socket.socket) -> frozenset[int]:
 def peer_pidfd(sock: socket.socket) -> int:
     """A pidfd of the process that connected (close on exec).
 
-    SO_PEERPIDFD (Linux 6.5) cannot be fooled by a reused pid. Before it: pidfd_open of SO_PEERCRED's pid, to be called
-    while the connection stands. Raises OSError (ESRCH, EINVAL, ENODATA) when the process is gone.
+    Uses SO_PEERPIDFD (Linux 6.5), which a reused pid cannot deceive. On older kernels: pidfd_open of the pid of
+    SO_PEERCRED; call it while the connection exists. Raises OSError (ESRCH, EINVAL, ENODATA) if the process is gone.
     """
     try:
         raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4)
@@ -135,25 +140,25 @@ def peer_pidfd(sock: socket.socket) -> int:
 
 
 def create_eventfd() -> int:
-    """An eventfd at 0: close on exec, not blocking."""
+    """Make an eventfd with the value 0: close on exec, not blocking."""
     return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
 
 def signal_eventfd(fd: int) -> None:
-    """Make it readable for everybody who holds it."""
-    with suppress(BlockingIOError):  # its counter is full: it is readable
+    """Make an eventfd readable for all its holders."""
+    with suppress(BlockingIOError):  # its counter is full, so it is readable
         os.eventfd_write(fd, 1)
 
 
 def close_all(fds: Iterable[int]) -> None:
-    """Close every one of ``fds``; one that is not open does not keep the others from being closed."""
+    """Close all ``fds``. Errors are ignored."""
     for fd in fds:
         with suppress(OSError):
             os.close(fd)
 
 
 def close_others(keep: set[int]) -> None:
-    """Close every descriptor above 2 that is not in ``keep``: the first act of a forked child."""
+    """Close every descriptor above 2 that is not in ``keep`` (in a forked child)."""
     low = 3
     for fd in sorted(fd for fd in keep if fd >= low):
         _close_range(low, fd - 1)
@@ -171,12 +176,12 @@ def _close_range(first: int, last: int) -> None:
 
 
 def raise_descriptor_limit() -> int:
-    """Raise the soft limit of open descriptors to the hard one, and return it."""
+    """Raise the soft limit of open descriptors to the hard one. Returns it."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard
 
 
 def count_descriptors() -> int:
-    """How many descriptors this process has open."""
+    """Number of open descriptors of this process."""
     return len(os.listdir("/proc/self/fd")) - 1  # the listing itself is one

@@ -1,12 +1,12 @@
-"""Knowing that a file which we hold by descriptor changes: asked beforehand (leases), told afterwards (inotify).
+"""Changes of an open file: leases report them before they happen, inotify afterwards.
 
-A read lease (fcntl(2), F_SETLEASE) makes whoever opens the file for writing or truncates it wait until we give the
-lease up, at most /proc/sys/fs/lease-break-time (45 s); the holder gets SIGIO. It belongs to the open file description,
-so duplicates in other processes keep it and can give it up. It is not to be had while somebody has the file open for
-writing, on file systems without leases, or for a file of another user without CAP_LEASE.
+A read lease (fcntl(2), F_SETLEASE) makes a process that opens the file for writing, or truncates it, wait until the
+lease is released, at most /proc/sys/fs/lease-break-time (45 s). The holder gets SIGIO. The lease belongs to the open
+file description, so duplicates in other processes keep it and can release it. It cannot be taken while the file is open
+for writing, on file systems without leases, or for a file of another user without CAP_LEASE.
 
-inotify(7) is a hint, not a proof: changes made on another host of a network file system, or through a shared mapping,
-are not told.
+inotify(7) is a hint, not a proof: it does not report changes on another host of a network file system, or through a
+shared mapping.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _EVENT: Final = struct.Struct("iIII")  # watch, mask, cookie, length of the name
 
 
 def lease(fd: int) -> bool:
-    """Take a read lease on a file that is open read-only; False: it is not to be had."""
+    """Take a read lease on a file that is open read-only. Returns False if that is not possible."""
     try:
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
     except OSError:
@@ -35,38 +35,38 @@ def lease(fd: int) -> bool:
 
 
 def hear_of_lease(fd: int) -> None:
-    """SIGIO for the lease on this open file comes to us from now on, whichever process took it."""
+    """Direct SIGIO for the lease on this open file to this process, whichever process took it."""
     fcntl.fcntl(fd, fcntl.F_SETOWN, os.getpid())
 
 
 def lease_wanted(fd: int) -> bool:
-    """Is somebody waiting for us to give up the lease (or is it gone already)?"""
+    """Whether another process waits for the lease (or the lease is gone already)."""
     return fcntl.fcntl(fd, fcntl.F_GETLEASE) != fcntl.F_RDLCK
 
 
 def give_up_lease(fd: int) -> None:
-    """Whoever waited goes on. A lease that is gone already is no error."""
+    """Release the lease, so that waiting processes continue. It is no error if the lease is gone already."""
     with suppress(OSError):
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
 
 
 class FileWatch:
-    """One inotify instance (a user has 128 of them by default: one for all files, not one a file)."""
+    """One inotify instance for all files (a user has 128 instances by default)."""
 
     def __init__(self) -> None:
-        """Raises OSError, EMFILE when the user has no instance left."""
+        """Raises OSError: EMFILE if the user has no instance left."""
         self.fd = _checked(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
 
     def fileno(self) -> int:
         return self.fd
 
     def add(self, fd: int) -> int:
-        """Watch the file behind a descriptor; returns the number that ``read`` will name it by. Raises OSError."""
+        """Watch the file of a descriptor. Returns its number in the result of ``read``. Raises OSError."""
         path = b"/proc/self/fd/%d" % fd
         return _checked(_libc.inotify_add_watch(self.fd, path, ctypes.c_uint32(_IN_MODIFY | _IN_ATTRIB)))
 
     def read(self) -> set[int]:
-        """Numbers of the files that have changed since; empty when none has."""
+        """Numbers of the files that have changed since the last call."""
         try:
             events = os.read(self.fd, 65536)
         except BlockingIOError:

@@ -1,11 +1,16 @@
-"""Landlock: a thread, and all that it starts from then on, gives up what it does not need. Nobody gives it back.
+"""Landlock: a thread gives up rights for itself and its children, irrevocably.
 
-The rule set here allows nothing: no path is opened, made, renamed or removed, no TCP port bound or connected to
-(Linux 6.7), no signal sent and no abstract Unix socket spoken to outside the own domain (6.12). What is open already
-stays usable, and connect(2) to a Unix socket that has a path is not Landlock's business up to ABI 7.
+The rule set allows nothing: no path is opened, made, renamed or removed; no TCP port is bound or connected to (Linux
+6.7); no signal and no message to an abstract Unix socket leaves the own domain (6.12). Open files stay usable.
+connect(2) to a Unix socket with a path is not restricted up to ABI 7.
 
-Every kernel has its ABI version; what it does not know is left out of the rule set, or it would refuse the whole.
-Landlock is per thread: call ``restrict`` before there are others.
+A kernel refuses rights that its ABI version does not know, so those are left out. Landlock is per thread: call
+``restrict`` before there are other threads.
+
+Example::
+
+    if not restrict():
+        print("this kernel has no Landlock")
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ _RESTRICT_SELF: Final = 446
 _ASK_VERSION: Final = 1
 
 _FILES: Final = ((1, 0x1FFF), (2, 1 << 13), (3, 1 << 14), (5, 1 << 15))
-"""(ABI, rights that came with it): thirteen to begin with, then REFER, TRUNCATE, IOCTL_DEV."""
+"""(ABI, rights that it introduced): thirteen, then REFER, TRUNCATE, IOCTL_DEV."""
 _NETWORK: Final = ((4, 0b11),)  # BIND_TCP, CONNECT_TCP
 _SCOPES: Final = ((6, 0b11),)  # ABSTRACT_UNIX_SOCKET, SIGNAL
 
@@ -32,13 +37,13 @@ _libc.syscall.restype = ctypes.c_long
 
 
 def abi() -> int:
-    """The kernel's version of Landlock; 0 where it has none, or was started without it."""
+    """The kernel's Landlock ABI version; 0 if it has none or was started without it."""
     found = _libc.syscall(ctypes.c_long(_CREATE_RULESET), None, ctypes.c_size_t(0), ctypes.c_uint32(_ASK_VERSION))
     return max(0, int(found))
 
 
 def attributes(version: int) -> tuple[int, ...]:
-    """The rule set for a kernel of this ABI as the u64 fields of its structure: it grew from one to three."""
+    """The rule set for this ABI version: one to three u64 fields of the kernel's structure."""
     fields = [sum(bits for since, bits in kinds if since <= version) for kinds in (_FILES, _NETWORK, _SCOPES)]
     while fields and not fields[-1]:
         fields.pop()
@@ -46,13 +51,14 @@ def attributes(version: int) -> tuple[int, ...]:
 
 
 def restrict() -> int:
-    """Give up everything that this kernel's Landlock can take; returns its ABI version (0: there is none, nothing has
-    changed). Sets no_new_privs, without which only root may. Raises OSError, E2BIG after sixteen layers."""
+    """Give up all rights that this kernel's Landlock knows. Returns its ABI version (0: no Landlock, nothing changed).
+
+    Sets no_new_privs, which Landlock requires without CAP_SYS_ADMIN. Raises OSError, E2BIG after sixteen layers."""
     version = abi()
     if not version:
         return 0
-    words = attributes(version)
-    structure = (ctypes.c_uint64 * len(words))(*words)
+    fields = attributes(version)
+    structure = (ctypes.c_uint64 * len(fields))(*fields)
     ruleset = _call(_CREATE_RULESET, structure, ctypes.c_size_t(ctypes.sizeof(structure)), ctypes.c_uint32(0))
     try:
         set_no_new_privs()

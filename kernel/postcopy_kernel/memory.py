@@ -1,11 +1,18 @@
-"""RAM blocks as the kernel sees them: memfds, mappings, advice, and the question which pages are there.
+"""RAM blocks for the kernel: memfds, mappings, advice, and which pages are present.
 
-Two traps stand behind everything here:
+Two traps explain this module:
 
-* A missing page that is touched through a mapping which is **not** registered with a userfaultfd is made on the spot,
-  as zeros, for every client. So nothing here touches memory: views are handed out unread, presence is asked of
-  the file (SEEK_DATA), prefetching goes through MADV_POPULATE_READ.
-* A fault taken in the middle of a Python bytecode keeps the GIL. :func:`advise` calls through ctypes, which lets it go.
+* If a mapping that is **not** registered with a userfaultfd touches a missing page, the kernel makes a page of zeros,
+  for every client. So nothing here touches memory: views are returned unread, presence is asked of the file
+  (SEEK_DATA), prefetching uses MADV_POPULATE_READ.
+* A fault inside a Python bytecode holds the GIL. :func:`advise` calls through ctypes, which releases it.
+
+Example::
+
+    block = create_memfd("ram0", 4096)
+    with Mapping.of(block, 4096) as mapping:
+        assert not is_present(block, 0)
+        mapping.advise(POPULATE_READ)
 """
 
 from __future__ import annotations
@@ -58,11 +65,11 @@ _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 def create_memfd(name: str, size: int, page_size: int = PAGE_4K) -> int:
-    """A memfd of ``size`` bytes (a multiple of ``page_size``: 4096, or 2 MiB for huge pages), all holes.
+    """Make a memfd of ``size`` bytes (a multiple of ``page_size``: 4096, or 2 MiB for huge pages), all holes.
 
-    Its size is sealed. Writing is not: F_SEAL_WRITE is refused once it is mapped, and F_SEAL_FUTURE_WRITE would
-    forbid every later shared mapping. Mode 0600: a memfd is born 0777, and another uid could reopen a
-    read-only descriptor for writing through /proc. Raises ValueError for sizes, OSError of memfd_create.
+    Its size is sealed. Writing is not: F_SEAL_WRITE is refused for mapped files, and F_SEAL_FUTURE_WRITE would forbid
+    later shared mappings. Its mode is 0600: a new memfd has 0777, and another uid could reopen a read-only descriptor
+    for writing through /proc. Raises ValueError for sizes, OSError of memfd_create.
     """
     if page_size not in (PAGE_4K, PAGE_2M):
         raise ValueError(f"page size {page_size} is neither {PAGE_4K} nor {PAGE_2M}")
@@ -83,16 +90,16 @@ def create_memfd(name: str, size: int, page_size: int = PAGE_4K) -> int:
 
 
 def reopen(fd: int, *, writable: bool) -> int:
-    """A new open file description of the same file (close on exec): the way to a read-only descriptor of a memfd."""
+    """A new open file description of the same file (close on exec), for example a read-only one of a memfd."""
     return os.open(f"/proc/self/fd/{fd}", (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
 
 
 def open_memfd_of(pid: int, descriptor: int, name: str, size: int) -> int:
-    """A descriptor of our own of another process's memfd, for reading and writing (close on exec).
+    """Open another process's memfd for reading and writing (close on exec).
 
-    What it is is judged before anything is opened (O_PATH): a device or a fifo would notice. Raises OSError when it
-    cannot be had, ValueError when it is no memfd of that name and size, of our own user (any, for root), or can shrink
-    or grow: to touch what has been cut off would be SIGBUS.
+    It is checked before it is really opened (O_PATH first), because opening a device or a fifo has effects. Raises
+    OSError if it cannot be opened. Raises ValueError unless it is a memfd of that name and size, of our own user (any
+    for root), and sealed against shrinking and growing: touching truncated memory would be SIGBUS.
     """
     place = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_PATH | os.O_CLOEXEC)
     try:
@@ -107,7 +114,7 @@ def open_memfd_of(pid: int, descriptor: int, name: str, size: int) -> int:
     try:
         seals = fcntl.fcntl(opened, fcntl.F_GET_SEALS)
         if seals & _FIXED_SIZE != _FIXED_SIZE or os.fstat(opened).st_size != size:
-            raise ValueError(f"the memfd {name} of process {pid} has not {size} bytes for good")
+            raise ValueError(f"the memfd {name} of process {pid} is not sealed at {size} bytes")
     except BaseException:
         os.close(opened)
         raise
@@ -115,9 +122,9 @@ def open_memfd_of(pid: int, descriptor: int, name: str, size: int) -> int:
 
 
 def advise(address: int, length: int, advice: int) -> int:
-    """madvise(2) without the GIL: 0, or the errno. EHWPOISON (133): POPULATE_READ met a poisoned page.
+    """madvise(2) without the GIL. Returns 0 or the errno; EHWPOISON (133): POPULATE_READ met a poisoned page.
 
-    A populate is not interrupted by signals: it returns when every page has come.
+    Signals do not interrupt a populate: it returns when every page is present.
     """
     if _libc.madvise(address, length, advice) == 0:
         return 0
@@ -125,9 +132,9 @@ def advise(address: int, length: int, advice: int) -> int:
 
 
 def address_of(buffer: memoryview) -> int:
-    """Address of a contiguous buffer's first byte, read-only ones too, as a source of UFFDIO_COPY. The caller keeps
-    the buffer alive until the call has returned."""
-    if not buffer.readonly:  # four times as fast, and on the way of every page that comes from elsewhere
+    """Address of the first byte of a contiguous buffer (may be read-only), as a source of UFFDIO_COPY. The caller keeps
+    the buffer alive while the address is used."""
+    if not buffer.readonly:  # four times as fast, and used for every remote page
         return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
     view = _PyBuffer()
     _get_buffer(buffer, ctypes.byref(view), 0)
@@ -171,9 +178,9 @@ def _map(address: int | None, length: int, protection: int, flags: int, fd: int,
 
 
 class Mapping:
-    """``length`` bytes of memory at ``address``, mapped and never touched by this class.
+    """``length`` bytes of mapped memory at ``address``, never touched by this class.
 
-    Not an ``mmap.mmap``: that one has no NORESERVE, no fixed address, and keeps the GIL while it advises.
+    ``mmap.mmap`` has no NORESERVE and no fixed address, and holds the GIL in madvise.
     """
 
     def __init__(self, address: int, length: int, *, writable: bool = True) -> None:
@@ -196,9 +203,9 @@ class Mapping:
     ) -> Mapping:
         """Map ``length`` bytes of ``fd`` from ``offset``.
 
-        Unless ``reserve``, no memory is promised (MAP_NORESERVE): 100 GiB of private mapping would be ENOMEM under the
-        usual overcommit, and a private hugetlb mapping would take its whole length out of the pool.
-        ``fixed_address`` must be free: EEXIST otherwise, nothing is replaced. Raises OSError.
+        Without ``reserve`` no memory is reserved (MAP_NORESERVE): otherwise 100 GiB of private mapping are ENOMEM under
+        the usual overcommit, and a private hugetlb mapping takes its whole length out of the pool. ``fixed_address``
+        must be free (EEXIST otherwise, Linux 4.17). Raises OSError.
         """
         flags = (mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE) | (0 if reserve else _MAP_NORESERVE)
         if fixed_address is not None:
@@ -208,14 +215,14 @@ class Mapping:
 
     @classmethod
     def anonymous(cls, length: int) -> Mapping:
-        """``length`` bytes of private anonymous memory, not reserved. Raises OSError."""
+        """Map ``length`` bytes of private anonymous memory, not reserved. Raises OSError."""
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         return cls(_map(None, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0), length)
 
     def view(self, length: int | None = None, *, writable: bool | None = None) -> memoryview:
-        """The first ``length`` bytes (default: all) as a flat memoryview of bytes; writable as the mapping, or less.
+        """The first ``length`` bytes (default: all) as a flat memoryview of bytes, writable only if the mapping is.
 
-        Making it touches nothing; indexing it does, with the GIL held.
+        Making it touches nothing. Indexing it does, with the GIL held.
         """
         size = self.length if length is None else length
         if not 0 <= size <= self.length or self.address == 0:
@@ -228,23 +235,23 @@ class Mapping:
 
     @property
     def exported(self) -> bool:
-        """Whether a view, or anything made of one (a slice, an array), is still alive."""
+        """Whether a view, or an object made from one (a slice, an array), still exists."""
         return any(known() is not None for known in self._exporters)
 
     def advise(self, advice: int, offset: int = 0, length: int | None = None) -> None:
-        """madvise(2) on the range, GIL-free (see :func:`advise`). Raises OSError."""
+        """madvise(2) on the range, without the GIL (see :func:`advise`). Raises OSError."""
         code = advise(self.address + offset, self.length - offset if length is None else length, advice)
         if code:
             raise OSError(code, f"madvise {advice}: {os.strerror(code)}")
 
     def forbid(self) -> None:
-        """Replace the memory by an inaccessible range: a touch from now on is SIGSEGV, and nobody else gets the
-        addresses. A userfaultfd registration of the range ends with it."""
+        """Replace the memory by an inaccessible range: touching it is SIGSEGV, and no other mapping gets the addresses.
+        A userfaultfd registration of the range ends."""
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
         _map(self.address, self.length, _PROT_NONE, flags, -1, 0)
 
     def close(self) -> None:
-        """Unmap. While views are alive the range is only forbidden, so that they can never see a stranger's memory."""
+        """Unmap. While views exist, the range is only forbidden, so that they never show other memory."""
         if self.address == 0:
             return
         if self.exported:
@@ -263,8 +270,8 @@ class Mapping:
 
 
 def _seek(fd: int, offset: int, whence: int, end: int) -> int:
-    """Where data (or a hole) begins at or after ``offset``, at most ``end``. Only the result is used, never the file
-    position, which other holders of the description move as well."""
+    """Where data (or a hole) begins at or after ``offset``, at most ``end``. The file position is not used, because
+    other holders of the description move it too."""
     try:
         return min(os.lseek(fd, offset, whence), end)
     except OSError as error:
@@ -274,7 +281,7 @@ def _seek(fd: int, offset: int, whence: int, end: int) -> int:
 
 
 def data_runs(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """The runs ``(start, end)`` of pages of ``fd`` that are present. Shmem only: hugetlb calls its holes data too."""
+    """The runs ``(start, end)`` of pages of ``fd`` that are present. Shmem only: hugetlb reports holes as data."""
     while start < end:
         first = _seek(fd, start, os.SEEK_DATA, end)
         if first >= end:
@@ -294,8 +301,8 @@ def hole_runs(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 def is_present(fd: int, offset: int) -> bool:
-    """Whether the page at ``offset`` exists (about 1 us). Shmem only: hugetlb answers True whatever is there; ask
-    UFFDIO_CONTINUE on an own registered mapping instead (UNREADABLE = absent)."""
+    """Whether the page at ``offset`` is present (about 1 us). Shmem only: for hugetlb it is always True. There use
+    UFFDIO_CONTINUE on an own registered mapping (UNREADABLE means absent)."""
     try:
         return os.lseek(fd, offset, os.SEEK_DATA) == offset
     except OSError as error:
@@ -306,7 +313,7 @@ def is_present(fd: int, offset: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class HugePages:
-    """A pool of huge pages, counted in pages. ``reserved`` are still free but promised to mappings."""
+    """A pool of huge pages, in pages. ``reserved`` ones are free but belong to mappings."""
 
     total: int
     free: int
@@ -314,12 +321,12 @@ class HugePages:
 
     @property
     def available(self) -> int:
-        """What a new mapping can have."""
+        """Pages that a new mapping can have."""
         return self.free - self.reserved
 
 
 def huge_pages(page_size: int = PAGE_2M) -> HugePages:
-    """The pool of huge pages of that size; nothing in it where the kernel has none of that size."""
+    """The pool of huge pages of ``page_size`` bytes; all 0 if the kernel has no such pages."""
 
     def count(kind: str) -> int:
         try:

@@ -1,7 +1,13 @@
-"""Processes: names, rights, pidfds, what they weigh.
+"""Processes: names, rights, pidfds, memory use.
 
-``python-prctl`` is imported inside the functions that need it: it comes as source and wants a compiler, and a light
-client does without it (the extra ``supervisor`` brings it).
+``python-prctl`` is imported inside the functions that need it. It needs a compiler to install, and a client install
+does not have it (the extra ``supervisor`` does).
+
+Example::
+
+    pidfd = pidfd_open(pid)
+    pidfd_signal(pidfd, signal.SIGTERM)
+    assert pidfd_exited(pidfd, within=5.0)
 """
 
 from __future__ import annotations
@@ -41,24 +47,24 @@ def _prctl(option: int, argument: int) -> int:
 
 
 def name_process(name: str) -> None:
-    """The name that ``ps`` and ``top`` show; the kernel keeps 15 bytes of it. Belongs to the calling thread."""
+    """Set the name of the calling thread, which ``ps`` and ``top`` show; the kernel keeps 15 bytes."""
     import prctl
 
     prctl.set_name(name[:NAME_LENGTH])
 
 
 def set_no_new_privs() -> None:
-    """No exec gives this thread, and what it starts, any right that it does not have. Raises OSError."""
+    """Set no_new_privs: exec gives this thread and its children no new rights. Raises OSError."""
     code = _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     if code:
         raise OSError(code, f"PR_SET_NO_NEW_PRIVS: {os.strerror(code)}")
 
 
 def drop_privileges() -> None:
-    """Give up every capability, in all five sets, and the way back (no_new_privs).
+    """Give up every capability in all five sets, and set no_new_privs.
 
-    Works for the calling thread and what it starts: call it before there are others. Without CAP_SETPCAP the bounding
-    set cannot be emptied, which is harmless: with no_new_privs an exec brings nothing back. Raises OSError.
+    Applies to the calling thread and its children: call it before there are other threads. Without CAP_SETPCAP the
+    bounding set cannot be emptied. That is harmless, because of no_new_privs. Raises OSError.
     """
     import prctl
 
@@ -74,7 +80,7 @@ def drop_privileges() -> None:
 def _empty_bounding_set() -> None:
     for capability in range(_HIGHEST_CAPABILITY + 1):
         code = _prctl(_PR_CAPBSET_DROP, capability)
-        if code in (errno.EINVAL, errno.EPERM):  # past the last that this kernel knows / not ours to drop
+        if code in (errno.EINVAL, errno.EPERM):  # past the last of this kernel / no right to drop it
             return
         if code:
             raise OSError(code, f"PR_CAPBSET_DROP {capability}: {os.strerror(code)}")
@@ -93,11 +99,11 @@ def privileges() -> dict[str, int]:
 
 
 def die_with_parent(expected_parent_pid: int, signal: int = signals.SIGKILL) -> None:
-    """Get ``signal`` when the parent dies; get it now when it is dead already.
+    """Receive ``signal`` when the parent dies, or at once if it is dead already.
 
-    Traps: it follows the *thread* that forked, not the process; a change of uid or an exec of a set-uid program clears
-    it, so call it last; and a parent that died before the call would never be noticed, hence the comparison.
-    Needs no python-prctl. Raises OSError for an unknown signal.
+    Traps: it follows the *thread* that forked, not the process. A change of uid or an exec of a set-uid program clears
+    it, so call it last. A parent that died before the call would not be noticed, hence ``expected_parent_pid``. Needs
+    no python-prctl. Raises OSError for an unknown signal.
     """
     code = _prctl(_PR_SET_PDEATHSIG, signal)
     if code:
@@ -107,27 +113,27 @@ def die_with_parent(expected_parent_pid: int, signal: int = signals.SIGKILL) -> 
 
 
 def pidfd_open(pid: int) -> int:
-    """A descriptor that names this very process, also after its pid has been given to another (close on exec).
+    """A descriptor of this process, valid even when its pid is reused (Linux 5.3; close on exec).
 
-    Raises OSError: ESRCH where there is none.
+    Raises OSError: ESRCH if there is no such process.
     """
     return os.pidfd_open(pid)
 
 
 def pidfd_signal(pidfd: int, signal: int) -> None:
-    """Signal the process. Raises ProcessLookupError when it has been reaped."""
+    """Signal the process (Linux 5.1). Raises ProcessLookupError if it has been reaped."""
     signals.pidfd_send_signal(pidfd, signal)
 
 
 def pidfd_exited(pidfd: int, within: float = 0.0) -> bool:
-    """Whether the process has ended (reaped or not). Waits for it ``within`` seconds."""
+    """Whether the process has ended, reaped or not. Waits up to ``within`` seconds."""
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(within * 1000))
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether a process stands still by SIGSTOP or under a tracer. ``pid`` must be one whose pidfd is held."""
+    """Whether a process is stopped, by SIGSTOP or a tracer. Hold its pidfd, so that ``pid`` is not reused."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
             return stat.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
@@ -136,9 +142,9 @@ def is_stopped(pid: int) -> bool:
 
 
 def memory_figures(pid: int) -> dict[str, int]:
-    """What a process weighs, in bytes: ``private`` (would be free without it), ``shared``, ``rss`` (Linux 4.14).
+    """Memory of a process in bytes: ``private`` (freed when it ends), ``shared``, ``rss`` (Linux 4.14).
 
-    Raises OSError: ESRCH or ENOENT when it is gone, EACCES when it is somebody else's.
+    Raises OSError: ESRCH or ENOENT if it is gone, EACCES if it is another user's.
     """
     figures = {b"Private": 0, b"Shared": 0, b"Rss": 0}
     with open(f"/proc/{pid}/smaps_rollup", "rb") as lines:

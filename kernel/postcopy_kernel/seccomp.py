@@ -1,16 +1,21 @@
-"""A seccomp filter for processes that only answer page faults: what they never do is refused (EPERM).
+"""A seccomp filter for processes that only answer page faults: calls that they never make are refused (EPERM).
 
-It starts no program and no process, traces nobody, opens and changes nothing by its path, has no socket but AF_UNIX and
-never listens, mounts nothing, makes no executable memory, signals nobody but itself. System calls of another
-architecture end the process at once: their numbers mean something else, which is how filters are walked around.
+Such a process starts no program or process, traces no other, opens and changes nothing by path, has only AF_UNIX
+sockets and never listens, mounts nothing, makes no executable memory and signals only itself. A system call of another
+architecture kills the process: its numbers mean other calls, which would bypass the filter.
 
-A list of what is denied, not of what is allowed: Python, libc and libzmq choose their calls by kernel and version, and
-the list's work is to take the tools of whoever takes the process over. Calls that are allowed by their number alone
-(read, ioctl and every other of the fault path) cost nothing from Linux 5.11 on: the kernel knows them from a bitmap and
-does not run the filter.
+The filter lists denied calls, not allowed ones. Python, libc and libzmq choose their calls by kernel and version, and
+the purpose is to deny tools to an attacker who controls the process. Calls that are allowed by number alone (read,
+ioctl and all others of the fault path) cost nothing since Linux 5.11: the kernel finds them in a bitmap and does not
+run the filter.
 
-Why no binding: of those on PyPI, pyseccomp was last released in 2021 and needs the library libseccomp beside Python;
-the library's own binding is not there at all. This needs neither.
+No binding is used: pyseccomp (last release 2021) needs libseccomp, and the library's own binding is not on PyPI.
+
+Example::
+
+    found = prepare()
+    if found is not None:
+        found.restrict()
 """
 
 from __future__ import annotations
@@ -31,17 +36,17 @@ _AT_LEAST: Final = 0x35  # BPF_JMP | BPF_JGE | BPF_K
 _ANY_BIT: Final = 0x45  # BPF_JMP | BPF_JSET | BPF_K
 _RETURN: Final = 0x06  # BPF_RET | BPF_K
 
-_NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16  # where they lie in struct seccomp_data
+_NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
 ALLOW: Final = 0x7FFF0000
 KILL: Final = 0x80000000
 DENY: Final = 0x00050000 | errno.EPERM
 NO_SUCH_CALL: Final = 0x00050000 | errno.ENOSYS
 
-_X32: Final = 0x40000000  # the bit of the third way to call an x86 kernel, with numbers of its own
+_X32: Final = 0x40000000  # marks calls of the x32 ABI, which have numbers of their own
 _CLONE_THREAD: Final = 0x10000
 _PROT_EXEC: Final = 4
 _SET_MODE_FILTER: Final = 1
-_SPECULATION: Final = 4  # no mitigations that a filter brings on old kernels: they would cost every fault
+_SPECULATION: Final = 4  # without the mitigations of old kernels, which would slow every fault
 
 _X86_64, _AARCH64 = 0xC000003E, 0xC00000B7
 
@@ -66,12 +71,12 @@ DENIED: Final[dict[str, tuple[int | None, int | None]]] = {
     "unshare": (272, 97),
     "setns": (308, 268),
     "personality": (135, 92),
-    # sockets beyond those that it connects
+    # sockets, except those that it connects
     "bind": (49, 200),
     "listen": (50, 201),
     "accept": (43, 202),
     "accept4": (288, 242),
-    # whatever has a path
+    # paths
     "open": (2, None),
     "openat": (257, 56),
     "openat2": (437, 437),
@@ -169,7 +174,7 @@ _libc.syscall.restype = ctypes.c_long
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """What differs: the audit number, the column in ``DENIED``, and the numbers of the calls with a condition."""
+    """Its audit number, its column in ``DENIED``, and the numbers of the calls with a condition."""
 
     audit: int
     column: int
@@ -201,12 +206,12 @@ class _Program(ctypes.Structure):
 
 
 def architecture() -> Architecture | None:
-    """This process's, if there is a filter for it."""
+    """The architecture of this process, if there is a filter for it."""
     return ARCHITECTURES.get(os.uname().machine) if struct.calcsize("P") == 8 else None
 
 
 def available() -> bool:
-    """Does this kernel filter system calls, and is there a filter for its architecture?"""
+    """Whether this kernel has seccomp filters, and there is a filter for its architecture."""
     return architecture() is not None and os.path.exists("/proc/sys/kernel/seccomp/actions_avail")
 
 
@@ -217,20 +222,20 @@ def program(of: Architecture, pid: int) -> list[Instruction]:
     if of.audit == _X86_64:
         code += [(_AT_LEAST, 0, 1, _X32), (_RETURN, 0, 0, KILL)]
     for number in (of.socket, of.socketpair):
-        code += _judged(number, 0, (_EQUAL, socket.AF_UNIX), ALLOW, DENY)
-    code += _judged(of.clone, 0, (_ANY_BIT, _CLONE_THREAD), ALLOW, DENY)
-    code += [(_EQUAL, 0, 1, _CLONE3), (_RETURN, 0, 0, NO_SUCH_CALL)]  # its flags lie in memory: libc then takes clone
+        code += _conditional(number, 0, (_EQUAL, socket.AF_UNIX), ALLOW, DENY)
+    code += _conditional(of.clone, 0, (_ANY_BIT, _CLONE_THREAD), ALLOW, DENY)
+    code += [(_EQUAL, 0, 1, _CLONE3), (_RETURN, 0, 0, NO_SUCH_CALL)]  # its flags are in memory: libc uses clone then
     for number in (of.kill, of.tgkill):  # abort() is the second
-        code += _judged(number, 0, (_EQUAL, pid), ALLOW, DENY)
+        code += _conditional(number, 0, (_EQUAL, pid), ALLOW, DENY)
     for number in (of.mmap, of.mprotect, of.pkey_mprotect):
-        code += _judged(number, 2, (_ANY_BIT, _PROT_EXEC), DENY, ALLOW)
+        code += _conditional(number, 2, (_ANY_BIT, _PROT_EXEC), DENY, ALLOW)
     refused = sorted(found for numbers in DENIED.values() if (found := numbers[of.column]) is not None)
     return [*code, *_search(refused)]
 
 
 def _search(refused: list[int]) -> list[Instruction]:
-    """Is the number among these? By halves: when a filter is put up, the kernel tries it with every number there is, at
-    every worker's birth."""
+    """Binary search for the number: when a filter is installed, for every worker, the kernel runs it for every
+    number."""
     if len(refused) <= 3:
         code = [(_EQUAL, len(refused) - at, 0, number) for at, number in enumerate(refused)]
         return [*code, (_RETURN, 0, 0, ALLOW), (_RETURN, 0, 0, DENY)]
@@ -240,8 +245,8 @@ def _search(refused: list[int]) -> list[Instruction]:
     return [(_AT_LEAST, len(low), 0, refused[half]), *low, *high]
 
 
-def _judged(number: int, argument: int, test: tuple[int, int], true: int, false: int) -> list[Instruction]:
-    """A call that one of its arguments decides (the lower 32 bits of it; both architectures are little-endian)."""
+def _conditional(number: int, argument: int, test: tuple[int, int], true: int, false: int) -> list[Instruction]:
+    """A call that depends on an argument (on its lower 32 bits; both architectures are little-endian)."""
     jump, operand = test
     return [
         (_EQUAL, 0, 4, number),
@@ -253,7 +258,7 @@ def _judged(number: int, argument: int, test: tuple[int, int], true: int, false:
 
 
 class Filter:
-    """The filter, assembled once: every process that a custodian forks puts in its own pid and takes it on."""
+    """The filter, assembled once. Every process that a custodian forks inserts its own pid and installs it."""
 
     def __init__(self, of: Architecture) -> None:
         self._call = of.seccomp
@@ -265,8 +270,9 @@ class Filter:
         self._program = _Program(len(code), ctypes.addressof(self._buffer))
 
     def restrict(self) -> bool:
-        """Put the filter over the calling thread and what it starts from then on: call it before there are others.
-        False: this kernel has no filters, nothing has changed. Sets no_new_privs. Raises OSError."""
+        """Install the filter for the calling thread and its children: call it before there are other threads.
+
+        Returns False if this kernel has no filters. Sets no_new_privs. Raises OSError."""
         for at in self._pid_at:
             struct.pack_into("=I", self._buffer, at, os.getpid())
         set_no_new_privs()
@@ -280,6 +286,6 @@ class Filter:
 
 
 def prepare() -> Filter | None:
-    """The filter for this machine; None where there is none."""
+    """The filter for this machine, or None."""
     here = architecture()
     return Filter(here) if here is not None else None

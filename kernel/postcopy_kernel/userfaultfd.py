@@ -1,18 +1,27 @@
 """userfaultfd(2): memory whose missing pages are supplied by a program.
 
-The words are the kernel's. What a newcomer has to know before the first line:
+The names are the kernel's. Read this first:
 
 * A userfaultfd is bound to the **address space of the process that created it**, for ever. Passing the descriptor
   (SCM_RIGHTS, fork) moves the handle, not the memory: every address below is an address *there*. The one exception is
-  the source of :meth:`Userfaultfd.copy`, which is an address of the caller. So a process can fill another's memory.
-* **Closing the last descriptor releases every waiter into zero pages**, without an error anywhere. Somebody who will
-  outlive the handler must hold a duplicate.
-* A message that was read is not delivered again. A handler that takes over from a dead one issues one
-  :meth:`Userfaultfd.wake` over each registered range: whoever still misses a page faults again and is announced again.
-* "Already there" and "try again" are everyday results, not errors: :class:`Outcome`. What raises is a bug or a limit.
+  the source of :meth:`Userfaultfd.copy`, an address of the caller. So one process can fill another's memory.
+* **Closing the last descriptor releases every waiter into zero pages**, without an error. A process that outlives the
+  handler must hold a duplicate.
+* A message that was read is not delivered again. A handler that takes over from a dead one calls
+  :meth:`Userfaultfd.wake` once for each registered range: threads that still miss a page fault and are reported again.
+* "Already present" and "try again" are normal results, not errors: :class:`Outcome`. An exception is a bug or a limit.
 
-Nothing in here reads or writes the memory in question; only the kernel touches missing pages.
-Sources of fact: include/uapi/linux/userfaultfd.h and fs/userfaultfd.c up to Linux 6.12, and runs on 6.18.
+Nothing here reads or writes the memory in question; only the kernel touches missing pages.
+Sources: include/uapi/linux/userfaultfd.h and fs/userfaultfd.c up to Linux 6.12, and tests on 6.18.
+
+Example: fill the first page of a mapping when it is touched::
+
+    with open_userfaultfd() as ufd:
+        ufd.handshake()
+        ufd.register(mapping.address, mapping.length)
+        poll([ufd])
+        for fault in ufd.read():
+            ufd.copy(fault.address & -4096, address_of(page), 4096)
 """
 
 from __future__ import annotations
@@ -125,7 +134,7 @@ __all__ = [
 
 DEVICE: Final = "/dev/userfaultfd"  # misc device, Linux 6.1
 _SYSCALLS: Final = {"x86_64": 323, "aarch64": 282, "riscv64": 282}
-_SHORTAGES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # pass by: no reason to send anybody for more rights
+_SHORTAGES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # temporary: more rights would not help
 _LINK: Final = "anon_inode:[userfaultfd]"
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -135,18 +144,19 @@ _NO_FEATURES: Final = Feature(0)
 
 
 class UserfaultfdUnavailable(OSError):
-    """No userfaultfd can be made here. The message is one line that names the remedy."""
+    """No userfaultfd can be made here. The text is one line that names the remedy."""
 
 
 def open_device() -> int:
-    """An open /dev/userfaultfd (close on exec). Whoever holds it can make a userfaultfd for kernel-mode faults too,
-    without any right of its own: give it to an unprivileged process. Raises UserfaultfdUnavailable, or another OSError
-    where nothing is wrong with the device (EMFILE)."""
+    """Open /dev/userfaultfd (Linux 6.1; close on exec).
+
+    A process that holds it can make a userfaultfd that handles kernel-mode faults too, without any right of its own: so
+    it may be given to an unprivileged process. Raises UserfaultfdUnavailable, or OSError for a shortage (EMFILE)."""
     try:
         return os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError as error:
         raise UserfaultfdUnavailable(
-            errno.ENOENT, f"{DEVICE} does not exist: it wants Linux 6.1 and CONFIG_USERFAULTFD"
+            errno.ENOENT, f"{DEVICE} does not exist: it needs Linux 6.1 and CONFIG_USERFAULTFD"
         ) from error
     except OSError as error:
         if error.errno in _SHORTAGES:
@@ -158,11 +168,16 @@ def open_device() -> int:
 def open_userfaultfd(
     *, device: int | None = None, nonblocking: bool = True, user_mode_only: bool = False
 ) -> Userfaultfd:
-    """A userfaultfd for the memory of this process, not yet shaken hands with.
+    """Make a userfaultfd for the memory of this process; the handshake comes next.
 
-    Made through ``device`` (see :func:`open_device`), else through an own open of the device, else by the system call.
-    ``user_mode_only`` needs no right at all, but a system call that touches a missing page then fails with EFAULT.
-    ``nonblocking``: poll() answers POLLERR for a blocking one, always. Raises UserfaultfdUnavailable.
+    Tries ``device`` (see :func:`open_device`) if given, else opens the device, else uses the system call.
+    ``user_mode_only`` needs no rights, but a system call that touches a missing page then fails with EFAULT.
+    ``nonblocking``: keep it, because poll() always reports POLLERR for a blocking one. Raises UserfaultfdUnavailable.
+
+    Example::
+
+        ufd = open_userfaultfd()
+        features = ufd.handshake(Feature.MINOR_SHMEM)
     """
     flags = os.O_CLOEXEC | (os.O_NONBLOCK if nonblocking else 0) | (USER_MODE_ONLY if user_mode_only else 0)
     if device is not None:
@@ -183,7 +198,7 @@ def _from_device(device: int, flags: int) -> int:
     except OSError as error:
         if error.errno in _SHORTAGES:
             raise
-        reason = f"the descriptor given is no usable {DEVICE} ({error.strerror}): hand over an open {DEVICE}"
+        reason = f"the descriptor is no usable {DEVICE} ({error.strerror}): pass an open {DEVICE}"
         raise UserfaultfdUnavailable(error.errno, reason) from error
 
 
@@ -198,7 +213,7 @@ def _from_syscall(flags: int, before: UserfaultfdUnavailable) -> int:
     if code in _SHORTAGES:
         raise OSError(code, f"userfaultfd: {os.strerror(code)}")
     if code == errno.ENOSYS:
-        reason = "this kernel has no userfaultfd: it wants CONFIG_USERFAULTFD"
+        reason = "this kernel has no userfaultfd: it needs CONFIG_USERFAULTFD"
     else:
         reason = (
             f"userfaultfd is refused ({os.strerror(code)}): run as root, give access to {DEVICE}, "
@@ -208,15 +223,15 @@ def _from_syscall(flags: int, before: UserfaultfdUnavailable) -> int:
 
 
 def probe_features() -> Feature:
-    """Every feature this kernel has, asked of a throw-away descriptor (a handshake is possible once per descriptor)."""
+    """All features of this kernel, asked on a temporary descriptor (each can have only one handshake)."""
     with open_userfaultfd() as probe:
         return probe.handshake()
 
 
 def is_userfaultfd(fd: int) -> bool:
-    """Whether ``fd`` is a userfaultfd, without any ioctl on it: a stranger's descriptor may be anything.
+    """Whether ``fd`` is a userfaultfd. Uses no ioctl, because a received descriptor may be anything.
 
-    The link's text cannot be forged: a file's has a leading slash.
+    The text of the link cannot be forged: that of a file begins with a slash.
     """
     try:
         return os.readlink(f"/proc/self/fd/{fd}") == _LINK
@@ -225,8 +240,8 @@ def is_userfaultfd(fd: int) -> bool:
 
 
 def stuck_faults(fd: int) -> tuple[int, int]:
-    """(pending, total): waiters not yet read, and all waiters, of any userfaultfd that this process holds."""
-    # Bytes, here as everywhere in this wing: a process that gave up its rights may be unable to load a codec any more.
+    """(pending, total): unread waiters and all waiters of a userfaultfd that this process holds."""
+    # Bytes, as everywhere in this wing: a process in the sandbox may be unable to load a text codec.
     with open(f"/proc/self/fdinfo/{fd}", "rb") as lines:
         fields = dict(line.split(b":", 1) for line in lines if b":" in line)
     return int(fields[b"pending"]), int(fields[b"total"])
@@ -235,8 +250,8 @@ def stuck_faults(fd: int) -> tuple[int, int]:
 class Userfaultfd:
     """An open userfaultfd, made here or received from the process whose memory it governs.
 
-    It never closes itself: where a forgotten object became garbage, every waiter would continue with zeros.
-    All starts, destinations and lengths are bytes, multiples of the page size of the memory (huge pages: of those).
+    It is never closed by garbage collection, because every waiter would continue with zeros. All starts, destinations
+    and lengths are in bytes and multiples of the page size of the memory (of the huge page size for huge pages).
     """
 
     def __init__(self, fd: int) -> None:
@@ -246,7 +261,7 @@ class Userfaultfd:
         return self.fd
 
     def close(self) -> None:
-        """Close this descriptor. If it is the last one, every waiter continues with zeros: see the module's head."""
+        """Close this descriptor. If it is the last one, every waiter continues with zeros."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
@@ -260,7 +275,7 @@ class Userfaultfd:
         self.close()
 
     def handshake(self, features: Feature = _NO_FEATURES) -> Feature:
-        """UFFDIO_API: must come first and once. Enables ``features``; returns all that the kernel *has*.
+        """UFFDIO_API, required first and once. Enables ``features``; returns all that the kernel *has*.
 
         Raises OSError: EINVAL (unknown feature, second handshake), EPERM (EVENT_FORK without CAP_SYS_PTRACE).
         """
@@ -269,7 +284,7 @@ class Userfaultfd:
         return Feature(API_LAYOUT.unpack(argument)[1])
 
     def register(self, start: int, length: int, mode: RegisterMode = RegisterMode.MISSING) -> Ioctl:
-        """Announce faults of the range from now on; returns what can be done about them.
+        """UFFDIO_REGISTER: report faults of the range. Returns the ioctls that the range allows.
 
         Raises OSError: EINVAL (unaligned, a hole or unsuitable memory in the range), EBUSY (another userfaultfd has
         it), EPERM (shared mapping of a read-only descriptor), ENOMEM (the owner is gone).
@@ -279,20 +294,20 @@ class Userfaultfd:
         return Ioctl(REGISTER_LAYOUT.unpack(argument)[3])
 
     def unregister(self, start: int, length: int) -> None:
-        """Forget the range and wake every waiter in it: *they continue with zeros* where a page is still missing.
+        """UFFDIO_UNREGISTER, which wakes every waiter: *they continue with zeros* where a page is still missing.
 
         Raises OSError: ENOMEM when the owner is gone.
         """
         fcntl.ioctl(self.fd, UFFDIO_UNREGISTER, RANGE_LAYOUT.pack(start, length))
 
     def set_blocking(self, blocking: bool) -> None:
-        """Whether read() waits. The flag belongs to all duplicates of the descriptor, in every process."""
+        """Set whether read() waits. The flag is shared by all duplicates of the descriptor, in every process."""
         os.set_blocking(self.fd, blocking)
 
     def read(self, limit: int = 64) -> list[Event]:
-        """Up to ``limit`` events; none there: an empty list (even after poll: somebody else may have resolved it).
+        """Up to ``limit`` events. The list may be empty even after poll(): another process may have resolved the fault.
 
-        A blocking descriptor waits for the first. One reading process per userfaultfd: each message is given once.
+        A blocking descriptor waits for the first. Only one process may read, because each message is delivered once.
         """
         try:
             data = memoryview(os.read(self.fd, MESSAGE_BYTES * limit))
@@ -301,7 +316,7 @@ class Userfaultfd:
         return [parse_event(data[at : at + MESSAGE_BYTES]) for at in range(0, len(data), MESSAGE_BYTES)]
 
     def copy(self, dst: int, src: int, length: int, *, wake: bool = True, protect: bool = False) -> Outcome:
-        """Fill missing pages at ``dst`` (owner's address) from ``src`` (caller's address), and wake their waiters."""
+        """UFFDIO_COPY: fill missing pages at ``dst`` (owner's address) from ``src`` (caller's), wake waiters."""
         mode = (0 if wake else COPY_DONTWAKE) | (COPY_WP if protect else 0)
         argument = bytearray(COPY_LAYOUT.pack(dst, src, length, mode, 0))
         try:
@@ -311,40 +326,42 @@ class Userfaultfd:
         return Outcome(Status.DONE, length)
 
     def zeropage(self, start: int, length: int, *, wake: bool = True) -> Outcome:
-        """Fill missing pages with zeros. Not for hugetlb (EINVAL raises): copy from zeros there."""
+        """UFFDIO_ZEROPAGE: fill missing pages with zeros. Not for hugetlb (OSError EINVAL): copy zeros there."""
         return self._range(UFFDIO_ZEROPAGE, start, length, wake)
 
     def continue_(self, start: int, length: int, *, wake: bool = True) -> Outcome:
-        """Map pages that the block has into the owner, and wake. UNREADABLE: the block has none there.
+        """UFFDIO_CONTINUE (Linux 5.13): map pages of the block into the owner, and wake. UNREADABLE: they are absent.
 
-        Also clears poison (the owner's page then is the block's). PRESENT: the owner has it mapped already.
+        Also removes poison. PRESENT: the owner has mapped the page already.
         """
         return self._range(UFFDIO_CONTINUE, start, length, wake)
 
     def poison(self, start: int, length: int, *, wake: bool = True) -> Outcome:
-        """Touching these pages raises SIGBUS in the owner from now on. Ask for presence first: a page that the block
-        has but the owner has not mapped is poisoned all the same. PRESENT or PARTIAL: stopped at a mapped page."""
+        """UFFDIO_POISON (Linux 6.6): touching these pages raises SIGBUS in the owner.
+
+        Check presence first: a page that the block has and the owner has not mapped is poisoned too. PRESENT or
+        PARTIAL: stopped at a mapped page."""
         return self._range(UFFDIO_POISON, start, length, wake)
 
     def wake(self, start: int, length: int) -> None:
-        """Let every waiter in the range run; who still misses a page faults and is announced again.
+        """UFFDIO_WAKE: let every waiter in the range run. One that still misses a page faults and is reported again.
 
-        Succeeds for unmapped ranges and dead owners too: it proves nothing.
+        Also succeeds for unmapped ranges and dead owners, so it proves nothing.
         """
         fcntl.ioctl(self.fd, UFFDIO_WAKE, RANGE_LAYOUT.pack(start, length))
 
     def owner_lives(self) -> bool:
-        """Is the memory that this belongs to still there? False after an exit or an exec (from Linux 5.13 on).
+        """Whether the owner's address space still exists. False after an exit or an exec (Linux 5.13).
 
-        Changes nothing: it asks for a page where no program has its memory, and only of memory that is gone the kernel
-        says ESRCH."""
+        Changes nothing: it continues a page where no program has memory. The kernel returns ESRCH only if the address
+        space is gone."""
         try:
             return self.continue_(1 << 16, mmap.PAGESIZE).status is not Status.GONE
         except OSError:
             return True
 
     def writeprotect(self, start: int, length: int, protect: bool, *, wake: bool = True) -> Outcome:
-        """Protect a range that is registered WP, or lift the protection (and wake, unless told not to)."""
+        """UFFDIO_WRITEPROTECT: protect a range registered WP, or remove the protection and ``wake``."""
         mode = WRITEPROTECT_WP if protect else (0 if wake else WRITEPROTECT_DONTWAKE)
         try:
             fcntl.ioctl(self.fd, UFFDIO_WRITEPROTECT, bytearray(WRITEPROTECT_LAYOUT.pack(start, length, mode)))

@@ -1,12 +1,12 @@
-"""Two shared pages of 512 little-endian u64 words, each with one writer: figures of a worker, wishes of the house.
+"""The statistics page of a worker and the control page of the supervisor: 512 little-endian u64 counters each.
 
-**Statistics page**, one a client, written by its worker only and handed on to its successor, so the figures survive a
-restart. The supervisor reads it at any time without asking: an aligned word does not tear, and words read a moment
-apart may disagree by one fault, which is no harm. The words from 64 on are a log-linear histogram of latencies:
-eight buckets for every power of two from 256 ns to 2**38 ns (4.6 minutes), so a bucket is at most an eighth of its
-value wide. ``bucket`` is on the fault path; everything below it is for readers.
+**Statistics page**, one for each client. Only its worker writes it, and passes it on to its successor, so counters
+survive a restart. The supervisor reads it at any time: an aligned u64 does not tear, and counters read one after
+another may differ by one fault, which does no harm. The counters from 64 on are a log-linear histogram of latencies:
+eight buckets for every power of two from 256 ns to 2**38 ns (4.6 minutes), so the width of a bucket is at most an
+eighth of its value. ``bucket`` is on the fault path; the functions after it are for readers.
 
-**MainLoop page**, one for all, written by the supervisor only: what every worker should heed at its next fault.
+**Control page**, one for all workers. Only the supervisor writes it; every worker reads it at its next fault.
 """
 
 from __future__ import annotations
@@ -19,51 +19,51 @@ from operator import add, mul
 PAGE_BYTES = 4096
 WORDS = PAGE_BYTES // 8
 
-# --- words of a statistics page; those up to LAST_COUNTER only grow -------------------------------------------------
+# --- statistics page; counters up to LAST_COUNTER only grow -----------------------------------------------------------
 
-FAULTS = 0  # page-fault messages answered, but for PLAIN
-PLACED = 1  # pages placed, fault-around included, but for PLAIN
+FAULTS = 0  # page-fault messages answered, without PLAIN
+PLACED = 1  # pages placed, fault-around included, without PLAIN
 WAKES = 2  # wake or continue calls
-REQUESTS = 3  # pages asked of the supervisor
-DEDUPLICATED = 4  # messages for a page that was already asked for or present
+REQUESTS = 3  # pages requested from the supervisor
+DEDUPLICATED = 4  # messages for a page that was already requested or present
 AROUND = 5  # pages placed by fault-around, beyond the faulting one
 LOST = 6  # pages that their source could not supply
 FAILURES = 7  # calls that failed and were reported
 # 8 is free: it was used by older workers.
-PLAIN = 9  # faults answered by placing their page and nothing else: one word for both, it is stored in every fault
-AROUND_USED = 10  # of those placed by fault-around: in windows that a stream of faults went through to the end
+PLAIN = 9  # faults answered by placing one page: counts as fault and as page, with one store
+AROUND_USED = 10  # of those placed by fault-around: in windows that a stream of faults read to the end
 LAST_COUNTER = AROUND_USED
 
 LONGEST_NS = 16  # longest latency seen (0: the histogram's last bucket stands for it)
-BUSY_SINCE_NS = 17  # CLOCK_MONOTONIC of the fault in hand; 0 idle
+BUSY_SINCE_NS = 17  # CLOCK_MONOTONIC of the current fault; 0: idle
 WORKER_PID = 18
 INCARNATION = 19
-OUTSIDE = 20  # faults outside every region, left waiting on purpose
-SANDBOX = 21  # what the worker has given up, as bits (see sandbox_names)
+OUTSIDE = 20  # faults outside all regions, left waiting on purpose
+SANDBOX = 21  # rights that the worker has given up, as bits (see sandbox_names)
 
 HISTOGRAM = 64
-"""First word of the histogram."""
-_LOW_BITS = 8  # 2**8 ns: below it everything falls into the first bucket
-_HIGH_BITS = 38  # 2**38 ns: from it on everything falls into the last
+"""Index of the first bucket."""
+_LOW_BITS = 8  # 2**8 ns: shorter latencies are in the first bucket
+_HIGH_BITS = 38  # 2**38 ns: latencies from here on are in the last bucket
 BUCKETS = (_HIGH_BITS - _LOW_BITS) * 8
 LAST_BUCKET = HISTOGRAM + BUCKETS - 1
 
 LOWEST = 1 << _LOW_BITS
 BEYOND = 1 << _HIGH_BITS
-# A value of b bits has its upper four in 8..15: word = HISTOGRAM + (b - 1 - _LOW_BITS) * 8 + (upper four - 8).
+# A value of b bits has its upper four in 8..15: index = HISTOGRAM + (b - 1 - _LOW_BITS) * 8 + (upper four - 8).
 BIAS = HISTOGRAM - (1 + _LOW_BITS) * 8 - 8
 
-DENIED = LAST_BUCKET + 1  # pages noted behind it, see ``deny``
-UNNOTED = DENIED + 1  # pages that found no room there
+DENIED = LAST_BUCKET + 1  # number of the pages listed behind it, see ``deny``
+UNNOTED = DENIED + 1  # pages that did not fit into the list
 DENIED_AT = UNNOTED + 1
 MOST_DENIED = WORDS - DENIED_AT
 _PAGE_BITS = 40
 
-# --- words of the house page ------------------------------------------------------------------------------------------
+# --- control page -----------------------------------------------------------------------------------------------------
 
-WINDOW_LIMIT = 0  # bytes: the largest fault-around that memory pressure allows now
-ENDING = 1  # not 0: the house ends, place nothing more
-RECOVERED = 2  # how many supervisors have taken over from one that was gone
+WINDOW_LIMIT = 0  # bytes: the largest fault-around window that memory pressure allows now
+ENDING = 1  # not 0: the supervisor ends, place nothing more
+RECOVERED = 2  # number of take-overs from a dead supervisor
 
 # --- bits of SANDBOX ------------------------------------------------------------------------------------------------
 
@@ -83,55 +83,54 @@ def sandbox_names(bits: int) -> list[str]:
 
 
 def bucket(ns: int) -> int:
-    """Word that counts a latency of ``ns`` nanoseconds."""
+    """Index of the bucket for a latency of ``ns`` nanoseconds."""
     if ns < LOWEST:
         return HISTOGRAM
     bits = ns.bit_length()
     return (bits << 3) + (ns >> (bits - 4)) + BIAS if ns < BEYOND else LAST_BUCKET
 
 
-def bounds(word: int) -> tuple[int, int]:
-    """Half-open range of nanoseconds that ``word`` counts (the first also what is shorter, the last what is longer)."""
-    power, eighth = divmod(word - HISTOGRAM, 8)
+def bounds(index: int) -> tuple[int, int]:
+    """Half-open range of nanoseconds of a bucket (the first also counts shorter ones, the last longer ones)."""
+    power, eighth = divmod(index - HISTOGRAM, 8)
     width = 1 << (power + _LOW_BITS - 3)
     low = (8 + eighth) * width
     return low, low + width
 
 
-def faults(words: Sequence[int]) -> int:
+def faults(values: Sequence[int]) -> int:
     """Page-fault messages answered."""
-    return words[FAULTS] + words[PLAIN]
+    return values[FAULTS] + values[PLAIN]
 
 
-def placed(words: Sequence[int]) -> int:
+def placed(values: Sequence[int]) -> int:
     """Pages placed, fault-around included."""
-    return words[PLACED] + words[PLAIN]
+    return values[PLACED] + values[PLAIN]
 
 
-def count(words: Sequence[int]) -> int:
+def count(values: Sequence[int]) -> int:
     """Latencies in the histogram."""
-    return sum(words[HISTOGRAM : LAST_BUCKET + 1])
+    return sum(values[HISTOGRAM : LAST_BUCKET + 1])
 
 
-def percentile(words: Sequence[int], percent: float) -> float:
-    """Latency in microseconds that ``percent`` of all did not exceed (middle of its bucket: within 1/16); 0.0: none."""
-    return _percentile(*_sums(words), percent, words[LONGEST_NS])
+def percentile(values: Sequence[int], percent: float) -> float:
+    """Percentile of the latencies in microseconds (middle of its bucket: within 1/16); 0.0 if there are none."""
+    return _percentile(*_sums(values), percent, values[LONGEST_NS])
 
 
-def longest(words: Sequence[int]) -> float:
-    """Longest latency in microseconds: exact where the worker noted it, else the end of the last bucket in use."""
-    return _longest(*_sums(words), words[LONGEST_NS])
+def longest(values: Sequence[int]) -> float:
+    """Longest latency in microseconds: exact if the worker recorded it, else the end of the last bucket in use."""
+    return _longest(*_sums(values), values[LONGEST_NS])
 
 
 BucketRun = tuple[int, Sequence[int]]
-"""Of a histogram the first bucket that counts, and from there to the last that does: a few of hundreds."""
+"""Index of the first bucket in use, and the buckets from it to the last in use: a few of hundreds."""
 
 
 def in_use(buckets: Sequence[int]) -> BucketRun:
-    """What is in use of these. A status asks for that of hundreds of clients, so the loops here and below are C's, and
-    short."""
+    """The buckets in use. A status does this for hundreds of clients, so the loops here and below run in C."""
     if isinstance(buckets, memoryview):
-        buckets = buckets.tolist()  # once: a worker goes on writing there
+        buckets = buckets.tolist()  # once: a worker writes concurrently
     first = next(compress(_PLACES, buckets), None)
     if first is None:
         return 0, ()
@@ -141,9 +140,9 @@ def in_use(buckets: Sequence[int]) -> BucketRun:
 _PLACES = range(WORDS)
 
 
-def _sums(words: Sequence[int]) -> tuple[int, list[int]]:
-    """The first bucket that counts, and from there on by bucket how many latencies are in it or before."""
-    first, buckets = in_use(words[HISTOGRAM : LAST_BUCKET + 1])
+def _sums(values: Sequence[int]) -> tuple[int, list[int]]:
+    """Index of the first bucket in use, and from there on the cumulative counts."""
+    first, buckets = in_use(values[HISTOGRAM : LAST_BUCKET + 1])
     return first, list(accumulate(buckets))
 
 
@@ -160,32 +159,32 @@ def _longest(first: int, sums: list[int], longest_ns: int) -> float:
     return bounds(HISTOGRAM + first + bisect_left(sums, sums[-1]))[1] / 1000
 
 
-def sum_ns(words: Sequence[int]) -> int:
-    """Nanoseconds of all latencies together, each taken as the middle of its bucket (within 1/16): how long a client's
-    threads stood at missing pages. Costs the fault path nothing."""
-    first, buckets = in_use(words[HISTOGRAM : LAST_BUCKET + 1])
+def sum_ns(values: Sequence[int]) -> int:
+    """Sum of all latencies in nanoseconds, each as the middle of its bucket (within 1/16): how long a client's threads
+    waited for missing pages. It costs the fault path nothing."""
+    first, buckets = in_use(values[HISTOGRAM : LAST_BUCKET + 1])
     return sum(map(mul, buckets, _MIDDLES[first:]))
 
 
-_MIDDLES = [sum(bounds(word)) // 2 for word in range(HISTOGRAM, LAST_BUCKET + 1)]
+_MIDDLES = [sum(bounds(index)) // 2 for index in range(HISTOGRAM, LAST_BUCKET + 1)]
 
 
-def cumulative(words: Sequence[int]) -> list[tuple[int, int]]:
-    """(upper bound in ns, latencies up to it) for every power of two; the last has them all."""
+def cumulative(values: Sequence[int]) -> list[tuple[int, int]]:
+    """(upper bound in ns, latencies up to it) for every power of two; the last counts them all."""
     found, total = [], 0
-    for word in range(HISTOGRAM, LAST_BUCKET + 1, 8):
-        total += sum(words[word : word + 8])
-        found.append((bounds(word + 7)[1], total))
+    for index in range(HISTOGRAM, LAST_BUCKET + 1, 8):
+        total += sum(values[index : index + 8])
+        found.append((bounds(index + 7)[1], total))
     return found
 
 
-def summary(words: Sequence[int]) -> dict[str, float]:
+def summary(values: Sequence[int]) -> dict[str, float]:
     """``p50``, ``p99`` and ``max`` in microseconds, to a tenth."""
-    return _summary(*_sums(words), words[LONGEST_NS])
+    return _summary(*_sums(values), values[LONGEST_NS])
 
 
 def summary_of(stretch: BucketRun) -> dict[str, float]:
-    """The same of a histogram alone, and their ``count``; {}: there are none."""
+    """The same for a histogram alone, with the ``count``; {} if there are none."""
     first, buckets = stretch
     if not buckets:
         return {}
@@ -202,55 +201,56 @@ def _summary(first: int, sums: list[int], longest_ns: int) -> dict[str, float]:
 
 
 def merge(pages: Iterable[Sequence[int]]) -> tuple[int, ...]:
-    """One page for many: counters and histogram added, the longest kept, what belongs to one worker is 0."""
+    """One page for many: counters and histograms added, the longest latency kept, all that is about one worker 0."""
     total = [0] * WORDS
-    for words in pages:
-        join(total, words)
+    for values in pages:
+        join(total, values)
     return tuple(total)
 
 
-def join(total: list[int], words: Sequence[int]) -> None:
-    """Merge one more page into ``total``, of zeros at first."""
-    add_up(total, 0, (0, words[: LAST_COUNTER + 1]))
-    add_up(total, HISTOGRAM, in_use(words[HISTOGRAM : LAST_BUCKET + 1]))
-    total[LONGEST_NS] = max(total[LONGEST_NS], words[LONGEST_NS])
+def join(total: list[int], values: Sequence[int]) -> None:
+    """Merge one more page into ``total``, which begins as zeros."""
+    add_up(total, 0, (0, values[: LAST_COUNTER + 1]))
+    add_up(total, HISTOGRAM, in_use(values[HISTOGRAM : LAST_BUCKET + 1]))
+    total[LONGEST_NS] = max(total[LONGEST_NS], values[LONGEST_NS])
 
 
 def add_up(total: list[int], at: int, stretch: BucketRun) -> None:
-    """Add a histogram to that in ``total`` from word ``at`` on."""
-    begin, words = at + stretch[0], stretch[1]
-    end = begin + len(words)
-    total[begin:end] = map(add, total[begin:end], words)
+    """Add a histogram to that in ``total`` from index ``at`` on."""
+    begin, values = at + stretch[0], stretch[1]
+    end = begin + len(values)
+    total[begin:end] = map(add, total[begin:end], values)
 
 
 # --- pages denied to one client ---------------------------------------------------------------------------------------
 
 
-def deny(words: memoryview, block: int, page: int) -> None:
-    """Note a page that this client was given SIGBUS for though others may have it, because its worker had no source or
-    its handler failed: it is healed when there is one, or when the block is whole. Killed between the stores a note may
-    be there twice, which is no harm."""
-    entry, count = block << _PAGE_BITS | page, words[DENIED]
-    if entry in words[DENIED_AT : DENIED_AT + count].tolist():
+def deny(values: memoryview, block: int, page: int) -> None:
+    """List a page for which this client got SIGBUS although others may have it: its worker had no source, or its
+    handler failed. It is unpoisoned when there is a source, or when the block is complete.
+
+    If the worker is killed between the stores, a page may be listed twice, which does no harm."""
+    entry, count = block << _PAGE_BITS | page, values[DENIED]
+    if entry in values[DENIED_AT : DENIED_AT + count].tolist():
         return
     if count >= MOST_DENIED:
-        words[UNNOTED] += 1
+        values[UNNOTED] += 1
         return
-    words[DENIED_AT + count] = entry
-    words[DENIED] = count + 1
+    values[DENIED_AT + count] = entry
+    values[DENIED] = count + 1
 
 
-def allow(words: memoryview, block: int, page: int) -> None:
-    """Forget the note: the page is healed."""
-    entry, count = block << _PAGE_BITS | page, words[DENIED]
+def allow(values: memoryview, block: int, page: int) -> None:
+    """Remove a page from the list: it is unpoisoned."""
+    entry, count = block << _PAGE_BITS | page, values[DENIED]
     for at in range(DENIED_AT + count - 1, DENIED_AT - 1, -1):
-        if words[at] == entry:
+        if values[at] == entry:
             count -= 1
-            words[at] = words[DENIED_AT + count]
-            words[DENIED] = count
+            values[at] = values[DENIED_AT + count]
+            values[DENIED] = count
 
 
-def denied(words: Sequence[int]) -> list[tuple[int, int]]:
-    """(block, page) of every page that is noted."""
-    count = min(words[DENIED], MOST_DENIED)
-    return [(word >> _PAGE_BITS, word & (1 << _PAGE_BITS) - 1) for word in words[DENIED_AT : DENIED_AT + count]]
+def denied(values: Sequence[int]) -> list[tuple[int, int]]:
+    """(block, page) of every page in the list."""
+    count = min(values[DENIED], MOST_DENIED)
+    return [(index >> _PAGE_BITS, index & (1 << _PAGE_BITS) - 1) for index in values[DENIED_AT : DENIED_AT + count]]

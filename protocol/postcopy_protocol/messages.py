@@ -612,7 +612,8 @@ class Assignment(Message):
     Positions in its list of descriptors (-1: none): the client's userfaultfd and pidfd (none for worker zero), the quit
     eventfd, the statistics page, the control page, an open /dev/userfaultfd (``device``). The descriptors from
     ``cgroup`` on are ``cgroup.procs`` files into which the worker writes itself. ``fault_around`` is the largest window
-    in bytes; ``adaptive``: it grows from one page, otherwise it is fixed. ``sandbox`` is auto, all or off."""
+    in bytes; ``adaptive``: it grows from one page, otherwise it is fixed. ``sandbox`` is auto, all or off.
+    ``transport`` is native or libzmq: what its channel to the supervisor is made of."""
 
     TAG = 102
     worker: int
@@ -632,6 +633,7 @@ class Assignment(Message):
     cgroup: int
     blocks: tuple[BlockGrant, ...]
     regions: tuple[RegionGrant, ...]
+    transport: str = "native"
 
 
 # --- notes of a supervisor to its successor: the ``meta`` of Keep, which a custodian does not read --------------------

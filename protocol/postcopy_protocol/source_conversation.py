@@ -1,21 +1,18 @@
-"""The source's side of the return path: what a supervisor may say, when, and what each refusal is called. Sans-I/O.
-
-One ``SourceConversation`` a supervisor. A refusal changes nothing: after it the conversation is where it was.
+"""The source's half of the return path: what a supervisor may send, when, and the refusals. Sans-I/O.
 
 ::
 
-    a stream is   hears            and then
-    -----------   --------------   --------------------------------------------------------
-    (none)        Advise           advised: answered by Advised, which numbers the stream
-    advised       Listen           listening; ``window`` bytes may be pushed unasked
-    listening     Listen           listening; ``window`` bytes more may be pushed (not added up)
-    listening     RequestRanges    listening; answered by Pages, one verdict for every page asked
-    advised,      Complete         forgotten: nothing is answered for it any more
-    listening
-    advised,      Advise (name)    forgotten, and a new stream of the same block is advised
-    listening
+    message          a stream must be     then it is
+    --------------   ------------------   ----------
+    Advise           -                    advised
+    Listen           advised, listening   listening
+    RequestRanges    listening            listening
+    Complete         advised, listening   ended
 
-A supervisor is not believed, and what it may make a source remember is bounded.
+``Advise`` is answered by Advised with the number of a new stream, and ends the streams of the same block. ``Listen``
+sets the number of bytes that may be pushed. ``RequestRanges`` is answered by Pages, one answer for every page.
+
+A refusal changes nothing. A supervisor is not trusted, and what it can make a source remember is bounded.
 """
 
 from __future__ import annotations
@@ -46,7 +43,7 @@ from .return_path import (
 
 
 class SourceRefusal(PostcopyError):
-    """Why a source refuses: ``code`` is one of SOURCE_REFUSALS, the text is one line for people."""
+    """Why a source refuses: ``code`` is one of SOURCE_REFUSALS, ``reason`` is one line for people."""
 
     def __init__(self, code: str, reason: str, name: str = "") -> None:
         if code not in SOURCE_REFUSALS:
@@ -57,11 +54,12 @@ class SourceRefusal(PostcopyError):
         self.name = name
 
     def message(self) -> SourceRefused:
+        """The message that reports it."""
         return SourceRefused(self.code, self.name, self.reason)
 
     @classmethod
     def of(cls, error: BadMessage) -> SourceRefusal:
-        """The refusal that answers what ``decode`` could not take."""
+        """The refusal for bytes that ``decode`` did not accept."""
         return cls("bad-version" if isinstance(error, BadVersion) else "bad-message", str(error))
 
 
@@ -73,9 +71,18 @@ class Phase(Enum):
     ENDED = "ended"
 
 
+RULES: dict[type[Message], tuple[tuple[Phase, ...], Phase]] = {
+    Advise: ((), Phase.ADVISED),
+    Listen: ((Phase.ADVISED, Phase.LISTENING), Phase.LISTENING),
+    RequestRanges: ((Phase.LISTENING,), Phase.LISTENING),
+    Complete: ((Phase.ADVISED, Phase.LISTENING), Phase.ENDED),
+}
+"""The table above: phases in which a stream accepts a message, and the phase after it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A block that a source has: exact ``size``, smallest ``page_size`` that it reads, ``identity`` of its content."""
+    """A block of a source: exact ``size``, smallest ``page_size`` that it can read, ``identity`` of its contents."""
 
     name: str
     size: int
@@ -85,7 +92,7 @@ class Offer:
 
 @dataclass(slots=True)
 class Stream:
-    """One supervisor's use of one block. ``window``: bytes that may still be pushed unasked."""
+    """One supervisor's use of one block. ``window``: bytes that may still be pushed."""
 
     number: int
     offer: Offer
@@ -96,10 +103,10 @@ class Stream:
 
 
 class SourceConversation:
-    """What one supervisor has said so far to one source. ``number`` gives each stream a number never given before;
-    ``features`` are what this source can do.
+    """What one supervisor has sent so far to one source. ``number`` returns a number never returned before;
+    ``features`` are those of this source.
 
-    ``open_requests`` and ``open_bytes`` are what waits in the source; ``answered`` lowers them.
+    ``open_requests`` and ``open_bytes`` count the requests that wait in the source; ``answered`` lowers them.
     """
 
     def __init__(
@@ -113,14 +120,14 @@ class SourceConversation:
         self.open_bytes = 0
 
     def advise(self, message: Advise) -> tuple[Advised, list[Stream]]:
-        """The answer, and the streams of that block that end with it. Raises SourceRefusal."""
+        """Returns the answer, and the streams of that block that it ends. Raises SourceRefusal."""
         offer = self._offers.get(message.name)
         if offer is None:
             raise SourceRefusal("no-such-block", f"this source has {self._names()}, not this block", message.name)
         if message.page_size not in PAGE_SIZES or message.page_size % offer.page_size:
             raise SourceRefusal(
                 "bad-page-size",
-                f"{message.name} is wanted in pages of {message.page_size}; the source reads whole pages of "
+                f"{message.name} is requested in pages of {message.page_size}; the source reads whole pages of "
                 f"{offer.page_size}, and a page is {' or '.join(map(str, PAGE_SIZES))}",
                 message.name,
             )
@@ -130,24 +137,22 @@ class SourceConversation:
         for old in ended:
             self.end(old)
         features = tuple(feature for feature in self._features if feature in message.features)
-        stream = Stream(self._number(), offer, message.page_size, features)
+        stream = Stream(self._number(), offer, message.page_size, features, RULES[Advise][1])
         self.streams[stream.number] = stream
         return Advised(offer.name, stream.number, offer.size, offer.identity, features), ended
 
     def listen(self, message: Listen) -> Stream:
-        """The stream that listens now, its window renewed. Raises SourceRefusal."""
+        """Returns the stream, with its window renewed. Raises SourceRefusal."""
         stream = self._stream(message)
-        stream.phase = Phase.LISTENING
+        stream.phase = RULES[Listen][1]
         stream.window = message.window if "push" in stream.features else 0
         return stream
 
     def request(self, message: RequestRanges) -> tuple[Stream, list[Range]]:
-        """The stream and the ranges that are asked of it. Raises SourceRefusal."""
-        stream = self.streams.get(message.stream) or self._stream(message)
-        if stream.phase is not Phase.LISTENING:
-            raise self._out_of_phase(message, stream)
+        """Returns the stream and the requested ranges. Raises SourceRefusal."""
+        stream = self._stream(message)
         if not message.request:
-            raise SourceRefusal("bad-message", "a request has a number, and not 0", stream.offer.name)
+            raise SourceRefusal("bad-message", "the number of a request must not be 0", stream.offer.name)
         try:
             ranges = unpack_ranges(message.ranges)
             length = check_ranges(ranges, stream.page_size, stream.offer.size)
@@ -157,7 +162,7 @@ class SourceConversation:
             raise SourceRefusal(
                 "limit",
                 f"request {message.request}: {self.open_requests} requests of {self.open_bytes} bytes wait here; "
-                f"{MAX_OPEN_REQUESTS} and {MAX_OPEN_BYTES} may",
+                f"at most {MAX_OPEN_REQUESTS} and {MAX_OPEN_BYTES} may",
                 stream.offer.name,
             )
         self.open_requests += 1
@@ -165,36 +170,36 @@ class SourceConversation:
         return stream, ranges
 
     def answered(self, length: int) -> None:
-        """A request of so many bytes waits no more."""
+        """A request of ``length`` bytes no longer waits."""
         self.open_requests -= 1
         self.open_bytes -= length
 
     def complete(self, message: Complete) -> Stream:
-        """The stream that has ended. Raises SourceRefusal."""
+        """Returns the stream, which has ended. Raises SourceRefusal."""
         stream = self._stream(message)
         self.end(stream)
         return stream
 
     def end(self, stream: Stream) -> None:
         """Forget a stream."""
-        stream.phase = Phase.ENDED
+        stream.phase = RULES[Complete][1]
         stream.window = 0
         del self.streams[stream.number]
 
     def _stream(self, message: Listen | RequestRanges | Complete) -> Stream:
         stream = self.streams.get(message.stream)
-        if stream is None:
-            raise self._out_of_phase(message, None)
+        if stream is None or stream.phase not in RULES[type(message)][0]:
+            raise self._out_of_phase(message, stream)
         return stream
 
     def _out_of_phase(self, message: Message, stream: Stream | None) -> SourceRefusal:
-        word = type(message).__name__
+        name = type(message).__name__
         if stream is None:
             number = getattr(message, "stream", 0)
-            return SourceRefusal("out-of-phase", f"{word}: there is no stream {number} here; advise first")
+            return SourceRefusal("out-of-phase", f"{name}: there is no stream {number} here; advise first")
         return SourceRefusal(
             "out-of-phase",
-            f"{word}: stream {stream.number} is {stream.phase.value}; say Listen first",
+            f"{name}: stream {stream.number} is {stream.phase.value}; send Listen first",
             stream.offer.name,
         )
 

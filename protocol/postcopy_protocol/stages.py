@@ -48,7 +48,7 @@ def scratch() -> memoryview:
 def merged(stages: Iterable[memoryview]) -> memoryview:
     """The sum of the stages of many clients."""
     # Added as the digits of one large number: a status adds hundreds, and no counter comes near to a carry.
-    total = sum(int.from_bytes(words, "little") for words in stages)
+    total = sum(int.from_bytes(values, "little") for values in stages)
     return memoryview(total.to_bytes(BYTES + 8, "little")[:BYTES]).cast("Q")
 
 

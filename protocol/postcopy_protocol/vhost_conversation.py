@@ -1,32 +1,36 @@
-"""The front-end's part of a vhost-user conversation with post-copy, sans-I/O.
+"""The front-end's half of a vhost-user conversation with post-copy, sans-I/O.
 
-Every method gives a ``Question``: bytes and descriptors to send, and what will come back. The driver sends it, reads
-one frame if ``answer`` says so, and hands it to ``heard``, which judges it and gives its value. Order and answers are
-laws here: a method called out of order raises ValueError (our fault), a wrong answer raises VhostUserError (theirs).
+Every method gives a ``Question``: bytes and descriptors to send, and what will come back. The caller sends it, reads
+one frame if it is ``answered``, and passes it to ``heard``, which checks it and returns its value. A method called out
+of order raises ValueError (our fault), a wrong answer VhostUserError (the back-end's).
 
 ::
 
-    new -> agreed       features, owner           SET_PROTOCOL_FEATURES never with CONFIGURE_MEM_SLOTS: libvhost-user
-                                                  dies of the last message of that variant
-    agreed -> advised   POSTCOPY_ADVISE           the answer brings the userfaultfd
-    advised -> listening POSTCOPY_LISTEN          before any region: libvhost-user and DPDK refuse it afterwards
-    listening -> told   SET_MEM_TABLE             never with NEED_REPLY: its answer is the table itself
-    told -> mapped      the extra acknowledgement only now does the back-end register its memory and open it
-    mapped -> ended     POSTCOPY_END              a new table before it begins again at ``listening``
+    method              standard                           rust-vmm
+    -----------------   --------------------------------   ---------------------------
+    advise              agreed -> advised                  agreed -> advised
+    listen              advised -> listening               table sent -> mapped
+    set_mem_table       listening, mapped -> table sent    advised -> table sent
+    acknowledge_table   table sent -> mapped               -
+    end                 listening, mapped -> ended         listening, mapped -> ended
 
-rust-vmm's order is another (``table_first``): the table comes before LISTEN, is acknowledged as any message, and LISTEN
-registers it. Nothing says where the memory is; there is no extra acknowledgement.
+* ``advise``: the answer brings the userfaultfd.
+* Standard ``listen`` comes before any region: libvhost-user and DPDK refuse it afterwards.
+* Standard ``set_mem_table`` never has NEED_REPLY, because its answer is the table. Only the extra acknowledgement makes
+  the back-end register its memory.
+* In rust-vmm's order (``table_first``) the table is acknowledged like any message, and LISTEN registers the memory. The
+  back-end does not report where its memory is.
+* CONFIGURE_MEM_SLOTS is never agreed on: libvhost-user aborts at the last message of that variant.
 
-Whatever has no answer of its own is sent with NEED_REPLY, so an answer means done; a back-end without REPLY_ACK is
-refused, because nobody could tell which of its answers belongs to LISTEN. One that fails mostly just closes the socket.
+A message without an answer of its own is sent with NEED_REPLY, so an answer means done. A back-end without REPLY_ACK is
+refused, because its answers could not be assigned to LISTEN. A back-end that fails usually just closes the socket.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import pairwise
 from typing import Any, Final
 
 from .vhost_user import (
@@ -34,8 +38,8 @@ from .vhost_user import (
     FEATURE_PROTOCOL,
     FEATURE_VERSION_1,
     MOST_CONFIG,
-    MOST_REGIONS,
     U64,
+    USER_SPACE,
     VRING_ADDRESSES,
     VRING_NO_DESCRIPTOR,
     VRING_STATE,
@@ -44,7 +48,9 @@ from .vhost_user import (
     ProtocolFeature,
     Request,
     VhostUserError,
+    check_layout,
     feature_names,
+    lay_out,
     pack_config,
     pack_frame,
     pack_table,
@@ -52,12 +58,10 @@ from .vhost_user import (
     unpack_table,
 )
 
-WISHED: Final = ProtocolFeature.MQ | ProtocolFeature.REPLY_ACK | ProtocolFeature.PAGEFAULT | ProtocolFeature.CONFIG
-"""What we take of what a back-end offers. Not BACKEND_REQ, which we do not serve; never CONFIGURE_MEM_SLOTS."""
+__all__ = ["FrontEnd", "Question", "Rules", "Stage", "check_layout", "lay_out"]
 
-USER_SPACE: Final = 0x00F0_0000_0000_0000
-"""Where the user addresses that we declare begin: no process can have memory there, so an address that only comes back
-as it was sent can be told from a true one."""
+REQUESTED: Final = ProtocolFeature.MQ | ProtocolFeature.REPLY_ACK | ProtocolFeature.PAGEFAULT | ProtocolFeature.CONFIG
+"""Protocol features that we use if they are offered. Not BACKEND_REQ, which we do not serve."""
 
 NO_PAGEFAULT: Final = (
     "the back-end does not offer post-copy (protocol feature PAGEFAULT, bit 8; it offers {offered}). Usually its "
@@ -74,14 +78,32 @@ class Stage(Enum):
     AGREED = "agreed"
     ADVISED = "advised"
     LISTENING = "listening"
-    TOLD = "told"
+    TABLE_SENT = "table sent"
     MAPPED = "mapped"
     ENDED = "ended"
 
 
+Rules = Mapping[str, tuple[tuple[Stage, ...], Stage]]
+_END: Final = ((Stage.LISTENING, Stage.MAPPED), Stage.ENDED)
+STANDARD: Final[Rules] = {
+    "advise": ((Stage.AGREED,), Stage.ADVISED),
+    "listen": ((Stage.ADVISED,), Stage.LISTENING),
+    "set_mem_table": ((Stage.LISTENING, Stage.MAPPED), Stage.TABLE_SENT),
+    "acknowledge_table": ((Stage.TABLE_SENT,), Stage.MAPPED),
+    "end": _END,
+}
+RUST_VMM: Final[Rules] = {
+    "advise": ((Stage.AGREED,), Stage.ADVISED),
+    "listen": ((Stage.TABLE_SENT,), Stage.MAPPED),
+    "set_mem_table": ((Stage.ADVISED,), Stage.TABLE_SENT),
+    "end": _END,
+}
+"""The table above, by method: stages in which it may be called, and the stage after it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What to send. ``take`` judges the answer's frame; None: nothing comes back."""
+    """A message to send. ``take`` checks the answer's frame and returns its value; None: nothing comes back."""
 
     request: Request
     data: bytes
@@ -90,18 +112,20 @@ class Question:
     size: int | None = None
     """Bytes of the answer's payload; None: any."""
     descriptors: int = 0
-    """How many come with the answer."""
+    """Number of descriptors that come with the answer."""
 
     @property
     def answered(self) -> bool:
+        """Whether a frame comes back."""
         return self.take is not None
 
 
 class FrontEnd:
-    """What has been agreed with one back-end so far. ``table_first``: it follows rust-vmm's order."""
+    """The conversation with one back-end. ``table_first``: it follows rust-vmm's order."""
 
     def __init__(self, *, table_first: bool = False) -> None:
         self.table_first = table_first
+        self._rules = RUST_VMM if table_first else STANDARD
         self.stage = Stage.NEW
         self.offered = 0
         self.features = 0
@@ -133,20 +157,20 @@ class FrontEnd:
             if not self.protocol_offered & ProtocolFeature.PAGEFAULT:
                 raise VhostUserError("pagefault", NO_PAGEFAULT.format(offered=feature_names(self.protocol_offered)))
             if not self.protocol_offered & ProtocolFeature.REPLY_ACK:
-                raise VhostUserError("reply-ack", "the back-end has no REPLY_ACK: who has heard what cannot be known")
+                raise VhostUserError("reply-ack", "the back-end has no REPLY_ACK: it cannot confirm messages")
             self._asked.add(Request.GET_PROTOCOL_FEATURES)
             return self.protocol_offered
 
         return self._ask(Request.GET_PROTOCOL_FEATURES, take, size=8)
 
-    def set_protocol_features(self, wished: ProtocolFeature = WISHED) -> Question:
+    def set_protocol_features(self, requested: ProtocolFeature = REQUESTED) -> Question:
         self._after(Request.GET_PROTOCOL_FEATURES)
-        if wished & ProtocolFeature.CONFIGURE_MEM_SLOTS:
+        if requested & ProtocolFeature.CONFIGURE_MEM_SLOTS:
             raise ValueError("CONFIGURE_MEM_SLOTS and post-copy do not go together")
-        wished |= ProtocolFeature.PAGEFAULT | ProtocolFeature.REPLY_ACK
-        self.protocol = self.protocol_offered & wished
+        requested |= ProtocolFeature.PAGEFAULT | ProtocolFeature.REPLY_ACK
+        self.protocol = self.protocol_offered & requested
         self._asked.add(Request.SET_PROTOCOL_FEATURES)
-        # REPLY_ACK is agreed on by this very message: nothing can be asked of it yet.
+        # This message agrees on REPLY_ACK, so it cannot ask for a reply itself.
         return Question(Request.SET_PROTOCOL_FEATURES, pack_frame(16, U64.pack(self.protocol)))
 
     def set_owner(self) -> Question:
@@ -177,49 +201,49 @@ class FrontEnd:
             Request.GET_CONFIG, lambda frame: unpack_config(frame.payload, size), pack_config(offset, size)
         )
 
-    def set_features(self, wished: int = FEATURE_VERSION_1 | FEATURE_INDIRECT) -> Question:
-        """``wished``: virtio feature bits; what is not offered is left out, what post-copy needs is put in."""
+    def set_features(self, requested: int = FEATURE_VERSION_1 | FEATURE_INDIRECT) -> Question:
+        """``requested``: virtio feature bits. Those not offered are left out, those that post-copy needs are added."""
         self._at(Stage.AGREED, Stage.ADVISED, Stage.LISTENING)
-        self.features = self.offered & (wished | FEATURE_PROTOCOL | FEATURE_VERSION_1)
+        self.features = self.offered & (requested | FEATURE_PROTOCOL | FEATURE_VERSION_1)
         return self._tell(Request.SET_FEATURES, U64.pack(self.features))
 
     # --- post-copy ----------------------------------------------------------------------------------------------------
 
     def advise(self) -> Question:
-        self._at(Stage.AGREED)
+        """The answer's value is the back-end's userfaultfd."""
+        after = self._after_step("advise")
 
         def take(frame: Frame) -> int:
-            self.stage = Stage.ADVISED
+            self.stage = after
             return frame.fds[0]
 
         return self._ask(Request.POSTCOPY_ADVISE, take, size=0, descriptors=1)
 
     def listen(self) -> Question:
-        self._at(Stage.TOLD if self.table_first else Stage.ADVISED)
-        self.stage = Stage.MAPPED if self.table_first else Stage.LISTENING
+        self.stage = self._after_step("listen")
         return self._tell(Request.POSTCOPY_LISTEN)
 
     def set_mem_table(self, regions: Sequence[MemoryRegion], fds: Sequence[int]) -> Question:
-        """The answer's value: where the back-end says that it has each region, None if it only echoes ours."""
-        self._at(*((Stage.ADVISED,) if self.table_first else (Stage.LISTENING, Stage.MAPPED)))
+        """The answer's value: the address of each region in the back-end; None if it only returns ours."""
+        after = self._after_step("set_mem_table")
         check_layout(regions)
         if len(fds) != len(regions):
             raise ValueError("every region has one descriptor")
         self.table = tuple(regions)
         data = pack_table(regions)
         if self.table_first:
-            self.stage = Stage.TOLD
+            self.stage = after
             return self._tell(Request.SET_MEM_TABLE, data, tuple(fds))
         self.stage = Stage.LISTENING
 
         def take(frame: Frame) -> tuple[int, ...] | None:
-            addresses = self._judge_table(unpack_table(frame.payload))
-            self.stage = Stage.TOLD
+            addresses = self._check_table(unpack_table(frame.payload))
+            self.stage = after
             return addresses
 
         return Question(Request.SET_MEM_TABLE, pack_frame(5, data), tuple(fds), take, len(data))
 
-    def _judge_table(self, answered: tuple[MemoryRegion, ...]) -> tuple[int, ...] | None:
+    def _check_table(self, answered: tuple[MemoryRegion, ...]) -> tuple[int, ...] | None:
         asked = {region.guest: region for region in self.table}
         if len(answered) != len(asked) or {region.guest for region in answered} != set(asked):
             raise VhostUserError("table-reply", "the memory table came back with other regions than were sent")
@@ -229,51 +253,47 @@ class FrontEnd:
                 raise VhostUserError("table-reply", f"the region at {region.guest:#x} came back with another size")
         echoes = [region.user == asked[region.guest].user for region in answered]
         if any(echoes) and not all(echoes):
-            raise VhostUserError("addresses", "some addresses of the memory table are true, some only our own")
+            raise VhostUserError("addresses", "some addresses in the returned memory table are real, some are ours")
         self.echoed = all(echoes)
         if self.echoed:
             return None
         found = {region.guest: region.user for region in answered}
         for address in found.values():
             if not 0 < address < USER_SPACE or address % 4096:
-                raise VhostUserError("addresses", f"the back-end claims memory at {address:#x}, where none can be")
+                raise VhostUserError("addresses", f"the back-end reports memory at {address:#x}, which is no process's")
         return tuple(found[region.guest] for region in self.table)
 
     def acknowledge_table(self) -> Question:
-        """Our answer to the answer; nothing comes back, and that it was taken only the next answer shows."""
-        if self.table_first:
-            raise ValueError("in rust-vmm's order nothing is acknowledged")
-        self._at(Stage.TOLD)
-        self.stage = Stage.MAPPED
+        """Confirm the returned table. Nothing comes back; the next answer shows that it was accepted."""
+        self.stage = self._after_step("acknowledge_table")
         return Question(Request.SET_MEM_TABLE, pack_frame(5, U64.pack(0)))
 
     def barrier(self) -> Question:
-        """An answer proves that everything before it was done."""
+        """A question whose answer proves that everything before it was done."""
 
         def take(frame: Frame) -> None:
             if _u64(frame) != self.offered:
-                raise VhostUserError("features-change", "GET_FEATURES answers differently in the same connection")
+                raise VhostUserError("features-change", "the answer to GET_FEATURES has changed on the same connection")
 
         return self._ask(Request.GET_FEATURES, take, size=8)
 
     def end(self) -> Question:
-        """One answer in every back-end: its own in libvhost-user and DPDK, to NEED_REPLY in others."""
-        self._at(Stage.LISTENING, Stage.MAPPED)
-        self.stage = Stage.ENDED
+        """End post-copy. libvhost-user and DPDK always answer it, others because of NEED_REPLY."""
+        self.stage = self._after_step("end")
         return self._tell(Request.POSTCOPY_END)
 
     # --- rings --------------------------------------------------------------------------------------------------------
 
     def set_vring_num(self, index: int, size: int) -> Question:
         if size < 1 or size > 32768 or size & (size - 1):
-            raise ValueError(f"a ring of {size} descriptors: a power of two is wanted, at most 32768")
+            raise ValueError(f"a ring of {size} descriptors: it must be a power of two, at most 32768")
         return self._ring(Request.SET_VRING_NUM, VRING_STATE.pack(self._index(index), size))
 
     def set_vring_base(self, index: int, base: int) -> Question:
         return self._ring(Request.SET_VRING_BASE, VRING_STATE.pack(self._index(index), base))
 
     def set_vring_addr(self, index: int, descriptors: int, used: int, available: int) -> Question:
-        """User addresses. The back-end reads used.idx here, on its message thread: it may fault before it answers."""
+        """User addresses. The back-end reads used.idx on its message thread, so it may fault before it answers."""
         payload = VRING_ADDRESSES.pack(self._index(index), 0, descriptors, used, available, 0)
         return self._ring(Request.SET_VRING_ADDR, payload)
 
@@ -290,28 +310,28 @@ class FrontEnd:
         return self._ring(Request.SET_VRING_ENABLE, VRING_STATE.pack(self._index(index), int(enabled)))
 
     def get_vring_base(self, index: int) -> Question:
-        """Stops the ring; the value is where it stood."""
+        """Stop the ring; the answer's value is its position."""
         self._at(Stage.MAPPED, Stage.ENDED)
 
         def take(frame: Frame) -> int:
             number, base = VRING_STATE.unpack(frame.payload)
             if number != index:
-                raise VhostUserError("vring-base", f"asked for the base of ring {index}, told that of ring {number}")
+                raise VhostUserError("vring-base", f"the base of ring {number} came, not that of {index}")
             return int(base)
 
         return self._ask(Request.GET_VRING_BASE, take, VRING_STATE.pack(self._index(index), 0), size=8)
 
-    # --- what came back -----------------------------------------------------------------------------------------------
+    # --- answers ------------------------------------------------------------------------------------------------------
 
     def heard(self, question: Question, frame: Frame) -> Any:
-        """Judge the answer to ``question`` and give its value. Raises VhostUserError; descriptors of the frame are then
-        the caller's to close, all of them."""
+        """Check the answer to ``question`` and return its value. Raises VhostUserError; then the caller closes all
+        descriptors of the frame."""
         name = question.request.name
         if question.take is None:
             raise ValueError(f"{name} has no answer")
         if frame.request != question.request or not frame.is_reply:
             what = "answer" if frame.is_reply else "message"
-            raise VhostUserError("order", f"{name} was asked; what came is {what} {frame.request}")
+            raise VhostUserError("order", f"{name} was sent; what came is {what} {frame.request}")
         if len(frame.fds) != question.descriptors:
             raise VhostUserError(
                 "descriptors",
@@ -320,8 +340,6 @@ class FrontEnd:
         if question.size is not None and len(frame.payload) != question.size:
             raise VhostUserError("size", f"the answer to {name} has {len(frame.payload)} bytes, not {question.size}")
         return question.take(frame)
-
-    # --- inside -------------------------------------------------------------------------------------------------------
 
     def _tell(self, request: Request, payload: bytes = b"", fds: tuple[int, ...] = ()) -> Question:
         """A message without an answer of its own."""
@@ -355,37 +373,15 @@ class FrontEnd:
         if self.stage not in stages:
             raise ValueError(f"out of order: the conversation is {self.stage.value}")
 
+    def _after_step(self, method: str) -> Stage:
+        """The stage after a method of the table. Raises ValueError if it may not be called now."""
+        allowed, after = self._rules.get(method, ((), Stage.ENDED))
+        self._at(*allowed)
+        return after
+
     def _after(self, request: Request) -> None:
         if request not in self._asked:
             raise ValueError(f"{request.name} comes first")
-
-
-def check_layout(regions: Sequence[MemoryRegion]) -> None:
-    """Raises ValueError for guest memory that a back-end must not be told: overlaps make some of them abort."""
-    if not 1 <= len(regions) <= MOST_REGIONS:
-        raise ValueError(f"guest memory has 1 to {MOST_REGIONS} regions, not {len(regions)}")
-    for region in regions:
-        if region.size <= 0 or any(part % 4096 for part in (region.guest, region.size, region.user, region.offset)):
-            raise ValueError(f"the region at {region.guest:#x} is not made of whole pages")
-    for name in ("guest", "user"):
-        ends = sorted((getattr(region, name), getattr(region, name) + region.size) for region in regions)
-        if any(before[1] > after[0] for before, after in pairwise(ends)):
-            raise ValueError(f"two regions overlap in {name} addresses")
-        if ends[-1][1] >= 1 << 64:
-            raise ValueError(f"a region ends beyond the last {name} address")
-
-
-def lay_out(wanted: Sequence[tuple[int, int, int | None]]) -> tuple[MemoryRegion, ...]:
-    """Regions of (offset, size, guest address or None: behind what stands before it). User addresses are chosen far
-    apart, where no process can have memory."""
-    regions: list[MemoryRegion] = []
-    free = 0
-    for number, (offset, size, guest) in enumerate(wanted):
-        start = free if guest is None else guest
-        regions.append(MemoryRegion(start, size, USER_SPACE + (number << 48), offset))
-        free = max(free, start + size)
-    check_layout(regions)
-    return tuple(regions)
 
 
 def _u64(frame: Frame) -> int:
@@ -398,8 +394,5 @@ def _u64(frame: Frame) -> int:
 def _acknowledged(frame: Frame) -> None:
     status = _u64(frame)
     if status:
-        try:
-            name = Request(frame.request).name
-        except ValueError:
-            name = f"request {frame.request}"
+        name = next((known.name for known in Request if known == frame.request), f"request {frame.request}")
         raise VhostUserError("acknowledge", f"the back-end refuses {name} (status {status})")

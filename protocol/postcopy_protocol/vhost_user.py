@@ -1,10 +1,10 @@
-"""The bytes of vhost-user, as far as post-copy and its rings need them: numbers, structures, frames.
+"""The bytes of vhost-user that post-copy and its rings need: numbers, structures, frames.
 
-vhost-user is not ours: QEMU's ``docs/interop/vhost-user.rst`` is the specification. Native byte order, one Unix stream
-socket; a frame is a header of three 32-bit words (request, flags, size of the payload) and the payload. Descriptors
-travel with the first byte of the header.
+QEMU's ``docs/interop/vhost-user.rst`` is the specification. Native byte order, one Unix stream socket. A frame is a
+header of three 32-bit integers (request, flags, size of the payload) and the payload. Descriptors travel with the first
+byte of the header.
 
-What a back-end says is not believed: ``FrameReader`` bounds it, ``vhost_conversation`` judges it.
+A back-end is not trusted: ``FrameReader`` limits what it sends, ``vhost_conversation`` checks it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
+from itertools import pairwise
 from typing import Final
 
 from .errors import PostcopyError
@@ -33,18 +34,22 @@ NEED_REPLY: Final = 8
 MOST_REGIONS: Final = 8
 MOST_CONFIG: Final = 256
 MOST_PAYLOAD: Final = 4096
-"""Bytes of a reply that are taken; the longest that we ask for has 268."""
+"""Bytes of a reply that are accepted; the longest that we ask for has 268."""
 MOST_DESCRIPTORS: Final = 8
 
 FEATURE_INDIRECT: Final = 1 << 28
 FEATURE_PROTOCOL: Final = 1 << 30
-"""The back-end speaks protocol features. Sent back in SET_FEATURES, or it enables its rings by itself."""
+"""The back-end has protocol features. It must come back in SET_FEATURES, or the back-end enables its rings itself."""
 FEATURE_VERSION_1: Final = 1 << 32
 VRING_NO_DESCRIPTOR: Final = 1 << 8
 
+USER_SPACE: Final = 0x00F0_0000_0000_0000
+"""Where the user addresses that we declare begin. No process can have memory there, so an address that only comes back
+as it was sent differs from a real one."""
+
 
 class Request(IntEnum):
-    """What a front-end asks."""
+    """Messages of a front-end."""
 
     GET_FEATURES = 1
     SET_FEATURES = 2
@@ -91,7 +96,7 @@ class ProtocolFeature(IntFlag):
 
 
 class VhostUserError(PostcopyError):
-    """A back-end broke a rule of the conversation, or cannot do what is asked. ``rule`` is the rule's short name."""
+    """A back-end broke a rule of the conversation, or cannot do what is needed. ``rule`` is the short name."""
 
     def __init__(self, rule: str, reason: str) -> None:
         super().__init__(reason)
@@ -109,9 +114,37 @@ class MemoryRegion:
     offset: int
 
 
+def check_layout(regions: Sequence[MemoryRegion]) -> None:
+    """Raises ValueError for guest memory that must not be sent: overlaps make some back-ends abort."""
+    if not 1 <= len(regions) <= MOST_REGIONS:
+        raise ValueError(f"guest memory has 1 to {MOST_REGIONS} regions, not {len(regions)}")
+    for region in regions:
+        if region.size <= 0 or any(part % 4096 for part in (region.guest, region.size, region.user, region.offset)):
+            raise ValueError(f"the region at {region.guest:#x} is not made of whole pages")
+    for name in ("guest", "user"):
+        ends = sorted((getattr(region, name), getattr(region, name) + region.size) for region in regions)
+        if any(before[1] > after[0] for before, after in pairwise(ends)):
+            raise ValueError(f"two regions overlap in {name} addresses")
+        if ends[-1][1] >= 1 << 64:
+            raise ValueError(f"a region ends beyond the last {name} address")
+
+
+def lay_out(wanted: Sequence[tuple[int, int, int | None]]) -> tuple[MemoryRegion, ...]:
+    """Regions for (offset, size, guest address); without an address a region follows the one before. User addresses are
+    far apart, where no process can have memory."""
+    regions: list[MemoryRegion] = []
+    free = 0
+    for number, (offset, size, guest) in enumerate(wanted):
+        start = free if guest is None else guest
+        regions.append(MemoryRegion(start, size, USER_SPACE + (number << 48), offset))
+        free = max(free, start + size)
+    check_layout(regions)
+    return tuple(regions)
+
+
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One message as it came. The receiver owns ``fds``."""
+    """One received message. The receiver owns ``fds``."""
 
     request: int
     flags: int
@@ -129,14 +162,14 @@ def pack_frame(request: int, payload: bytes = b"", *, need_reply: bool = False) 
 
 
 def pack_table(regions: Sequence[MemoryRegion]) -> bytes:
-    """The payload of SET_MEM_TABLE: trimmed to the regions that there are."""
+    """The payload of SET_MEM_TABLE, without unused regions."""
     return _COUNT.pack(len(regions), 0) + b"".join(
         _REGION.pack(region.guest, region.size, region.user, region.offset) for region in regions
     )
 
 
 def unpack_table(payload: bytes) -> tuple[MemoryRegion, ...]:
-    """The regions of a table. Raises VhostUserError where count and length do not fit."""
+    """The regions of a table. Raises VhostUserError if count and length contradict each other."""
     if len(payload) < _COUNT.size:
         raise VhostUserError("table-reply", f"a memory table of {len(payload)} bytes is too short")
     count, _ = _COUNT.unpack_from(payload)
@@ -153,7 +186,7 @@ def pack_config(offset: int, size: int, data: bytes = b"") -> bytes:
 
 
 def unpack_config(payload: bytes, size: int) -> bytes:
-    """The bytes of a GET_CONFIG's answer, at least the ``size`` that were asked for. Raises VhostUserError."""
+    """The bytes in an answer to GET_CONFIG, at least ``size``. Raises VhostUserError."""
     if len(payload) < _CONFIG.size:
         raise VhostUserError("config", f"an answer to GET_CONFIG of {len(payload)} bytes: this device has none")
     if len(payload) < _CONFIG.size + size:
@@ -162,15 +195,16 @@ def unpack_config(payload: bytes, size: int) -> bytes:
 
 
 def feature_names(bits: int) -> str:
-    """For people: names of protocol features, numbers of those that have none here."""
+    """Names of protocol features for people, and numbers of unknown ones."""
     known = {int(feature): feature.name or "" for feature in ProtocolFeature}
     names = [known.get(1 << bit, f"bit {bit}") for bit in range(64) if bits >> bit & 1]
     return ", ".join(names) or "none"
 
 
 class FrameReader:
-    """Frames out of a stream, sans-I/O: feed it what was received; descriptors belong to the frame whose header they
-    came with. Whoever feeds owns the descriptors until a frame hands them out; ``dropped`` gives back the rest."""
+    """Parses frames from a stream, sans-I/O. Descriptors belong to the frame whose header they came with.
+
+    The caller of ``feed`` owns the descriptors until a frame returns them; ``dropped`` returns the rest."""
 
     def __init__(self) -> None:
         self._data = b""
@@ -178,19 +212,19 @@ class FrameReader:
 
     @property
     def wanted(self) -> int:
-        """How many bytes to receive next: never more than the frame in hand has, so that no descriptor of the next
-        frame is taken for one of this."""
+        """Number of bytes to receive next. Never more than the current frame has, so that a descriptor of the next
+        frame is not assigned to this one."""
         if len(self._data) < HEADER.size:
             return HEADER.size - len(self._data)
         return HEADER.size + self._size() - len(self._data)
 
     @property
     def inside(self) -> bool:
-        """Is a frame half received?"""
+        """Whether a frame is partly received."""
         return bool(self._data)
 
     def feed(self, data: bytes, fds: Iterable[int] = ()) -> Frame | None:
-        """The frame that is complete now, or None. Raises VhostUserError for what is no frame."""
+        """The frame that is complete now, or None. Raises VhostUserError for invalid bytes."""
         if len(data) > self.wanted:
             raise ValueError("more than was wanted")
         self._fds.extend(fds)
@@ -211,7 +245,7 @@ class FrameReader:
         return frame
 
     def dropped(self) -> tuple[int, ...]:
-        """Descriptors of a frame that will never be complete: to be closed."""
+        """Descriptors of a frame that will never be complete; the caller closes them."""
         fds, self._fds, self._data = tuple(self._fds), [], b""
         return fds
 

@@ -1,14 +1,15 @@
-"""ZMTP 3, the wire of ZeroMQ, as far as it is spoken on one machine: no authentication (the mechanism NULL). Sans-I/O.
+"""ZMTP 3, the wire protocol of ZeroMQ, as far as one machine needs it: no authentication (mechanism NULL). Sans-I/O.
 
-Where a fault passes, ZeroMQ is spoken without libzmq: between workers, supervisor and the sources on this machine.
-There libzmq costs each end a thread that hands all over, twice a fault; what it does is little, since a DEALER that has
-one connection has nothing to decide, and a ROUTER nothing but a name to look up. The other end may be libzmq, and
-cannot tell the difference. The text of the standard: ZeroMQ RFC 23 (ZMTP 3.0), 37 (3.1), and 28 (how a ROUTER names its
-peers).
+The native transport speaks it without libzmq. libzmq costs each end a thread that passes everything on, twice a fault.
+What it decides is little: a DEALER with one connection has nothing to choose, and a ROUTER looks up a name. The other
+end may be libzmq and cannot tell the difference. Standards: ZeroMQ RFC 23 (ZMTP 3.0), RFC 37 (3.1), and RFC 28 (how a
+ROUTER names its peers).
+
+::
 
     greeting   64 bytes: signature, version, mechanism, as-server; each side sends its own at once
     READY      a command with the type of the socket and its routing id; then messages
-    frame      flags, length (1 byte, or 8 where LONG is set), body; a message is its frames up to one without MORE
+    frame      flags, length (1 byte, or 8 with LONG), body; a message is its frames up to one without MORE
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .errors import BadMessage
 
 Buffer = bytes | bytearray | memoryview
 Message = bytes | list[bytes]
-"""A message of one frame, which is the rule, or the frames of one that has more."""
+"""A message of one frame, the common case, or the frames of one that has more."""
 
 MORE, LONG, COMMAND = 1, 2, 4
 """Flags of a frame; others are not defined."""
@@ -27,20 +28,20 @@ MORE, LONG, COMMAND = 1, 2, 4
 GREETING_BYTES = 64
 GREETING = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(1) + bytes(31)
 LARGEST = 1 << 20
-"""Bytes of the largest frame that is taken, and of the frames of one message together, unless somebody says less."""
+"""Default of the largest frame that is accepted, and of the frames of one message together, in bytes."""
 MOST_PARTS = 1024
 """Frames of one message."""
 _FLAGS = frozenset(range(8)) - {MORE | COMMAND, MORE | COMMAND | LONG}
 _LONG = bytes((LONG,))
 SHORT = [bytes((0, length)) for length in range(256)]
-"""What stands before a message of one frame of so many bytes."""
+"""The header of a message of one frame, by the number of its bytes."""
 _ROOM = 1 << 16
-"""Bytes: where less is left at the end of a buffer, what is in it is moved to its beginning."""
+"""Bytes: when less is free at the end of a buffer, its contents are moved to its beginning."""
 _SIGNATURE_END, _MAJOR, _MECHANISM = 9, 10, slice(12, 32)
 
 
 def frame(body: bytes, flags: int = 0) -> bytes:
-    """A frame with this body; with no flags it is a whole message."""
+    """A frame with this body; without flags it is a whole message."""
     length = len(body)
     if length < 256:
         return (SHORT[length] if not flags else bytes((flags, length))) + body
@@ -53,8 +54,8 @@ def command(name: bytes, rest: bytes = b"") -> bytes:
 
 
 def framed(parts: Sequence[Buffer]) -> list[Buffer]:
-    """A message with these frames, as buffers to be sent one behind the other. The parts are not copied."""
-    if len(parts) == 2 and len(parts[0]) < 256 <= len(parts[1]):  # the rule: the head and the pages of an answer
+    """A message with these frames, as buffers to be sent one after the other. The parts are not copied."""
+    if len(parts) == 2 and len(parts[0]) < 256 <= len(parts[1]):  # the common case: the head and the pages of an answer
         head, body = parts
         return [bytes((MORE, len(head))) + head + _LONG + len(body).to_bytes(8, "big"), body]
     buffers: list[Buffer] = []
@@ -67,7 +68,7 @@ def framed(parts: Sequence[Buffer]) -> list[Buffer]:
 
 
 def opening(identity: bytes = b"", kind: bytes = b"DEALER") -> bytes:
-    """What a socket of this kind with this routing id says first."""
+    """The greeting and READY of a socket of this kind with this routing id."""
     properties = ((b"Socket-Type", kind), (b"Identity", identity))
     return GREETING + command(
         b"READY",
@@ -76,29 +77,27 @@ def opening(identity: bytes = b"", kind: bytes = b"DEALER") -> bytes:
 
 
 class Reader:
-    """Takes the other end's bytes apart, in pieces of any size, from its greeting on. ``answer``: what is to be sent
-    back because of what it said (pongs)."""
+    """Parses the peer's bytes, in pieces of any size, from its greeting on. ``answer``: bytes to send back (pongs)."""
 
     def __init__(self, largest: int = LARGEST, *, until_ready: bool = False) -> None:
-        """``until_ready``: what comes behind READY is left to ``take_rest``."""
+        """``until_ready``: what follows READY is left to ``take_rest``."""
         self.answer = b""
         self.ready = False
-        """It has said READY."""
+        """The peer has said READY."""
         self.identity = b""
-        """The routing id that it asks for, if any."""
+        """The routing id that the peer asks for, if any."""
         self.largest = largest
         self.idle = False
-        """Messages may come, and the next bytes are the beginning of one."""
+        """The next bytes begin a message."""
         self._until_ready = until_ready
         self._greeted = False
         self._rest = b""
         self._parts: list[bytes] = []
 
     def feed(self, data: bytes) -> Sequence[Message]:
-        """The messages that are whole now. Raises BadMessage on what is no ZMTP: the connection is of no use any
-        more."""
+        """The messages that are complete now. Raises BadMessage on what is no ZMTP; the connection is then useless."""
         if self.idle and len(data) > 1 and not data[0] and len(data) == 2 + data[1]:
-            return [data[2:]]  # one short message, which is the rule
+            return [data[2:]]  # the common case: one short message
         self._rest += data
         self.idle = False
         if not self._greeted and not self._take_greeting():
@@ -109,7 +108,7 @@ class Reader:
             flags, body, at = found
             if flags & COMMAND:
                 if self._parts:
-                    raise BadMessage("a command inside of a message")
+                    raise BadMessage("a command inside a message")
                 self._command(body)
                 if self._until_ready and self.ready:
                     break
@@ -121,8 +120,13 @@ class Reader:
         self.idle = self.ready and not self._rest and not self._parts
         return messages
 
+    def take_answer(self) -> bytes:
+        """Bytes to send back; they are returned once."""
+        answer, self.answer = self.answer, b""
+        return answer
+
     def take_rest(self) -> bytes:
-        """What has come behind the last whole message; it is not known here any more."""
+        """The bytes after the last complete message; this reader forgets them."""
         rest, self._rest = self._rest, b""
         return rest
 
@@ -141,44 +145,53 @@ class Reader:
     def _take_greeting(self) -> bool:
         greeting = self._rest[:GREETING_BYTES]
         if greeting[:1] not in (b"", b"\xff"):
-            raise BadMessage("the other end does not speak ZMTP")
+            raise BadMessage("the peer does not speak ZMTP")
         if len(greeting) < GREETING_BYTES:
             return False
         mechanism = greeting[_MECHANISM].rstrip(b"\0")
         if greeting[_SIGNATURE_END] != 0x7F or greeting[_MAJOR] < 3 or mechanism != b"NULL":
-            raise BadMessage(f"the other end speaks ZMTP {greeting[_MAJOR]} with {mechanism!r}, not 3 with NULL")
+            raise BadMessage(f"the peer speaks ZMTP {greeting[_MAJOR]} with {mechanism!r}, not 3 with NULL")
         self._greeted = True
         self._rest = self._rest[GREETING_BYTES:]
         return True
 
     def _frame(self, at: int) -> tuple[int, bytes, int] | None:
-        """(flags, body, where the next one begins) of the frame at a place; None when not all of it is there."""
+        """(flags, body, where the next one begins) of the frame at a place; None when it is not complete."""
         rest = self._rest
-        if len(rest) < at + 2:
+        bounds = _bounds(rest, at, len(rest))
+        if bounds is None:
             return None
-        flags = rest[at]
-        head = at + (9 if flags & LONG else 2)
-        if flags not in _FLAGS:
-            raise BadMessage(f"a frame with the flags {flags:#x}")
-        if len(rest) < head:
-            return None
-        length = int.from_bytes(rest[at + 1 : head], "big")
-        if length > self.largest:
-            raise BadMessage(f"a frame of {length} bytes, {self.largest} are taken")
-        end = head + length
-        return (flags, rest[head:end], end) if len(rest) >= end else None
+        start, end = bounds
+        if end - start > self.largest:
+            raise BadMessage(f"a frame of {end - start} bytes, {self.largest} are accepted")
+        return (rest[at], rest[start:end], end) if len(rest) >= end else None
 
     def _command(self, body: bytes) -> None:
-        """READY once; PING is answered, whatever else ZMTP may come to know is not for us."""
+        """READY comes once; PING is answered; commands of later versions are ignored."""
         name = body[1 : 1 + body[0]] if body else b""
         if name == b"READY" and not self.ready:
             self.identity = _identity(body[6:])
             self.ready = True
         elif name == b"PING" and self.ready and len(body) >= 7:
             if len(self.answer) < self.largest:
-                self.answer += command(b"PONG", body[7:23])  # behind the time to live: up to 16 bytes of context
+                self.answer += command(b"PONG", body[7:23])  # up to 16 bytes of context follow the time to live
         elif name == b"ERROR" or not self.ready:
-            raise BadMessage(f"the other end refuses: {body[:64]!r}")
+            raise BadMessage(f"the peer refuses: {body[:64]!r}")
+
+
+def _bounds(data: bytes | memoryview, at: int, end: int) -> tuple[int, int] | None:
+    """Where the body of the frame at a place begins and ends, from its header; None when that is not complete."""
+    if end - at < 2:
+        return None
+    flags = data[at]
+    if flags not in _FLAGS:
+        raise BadMessage(f"a frame with the flags {flags:#x}")
+    if not flags & LONG:
+        return at + 2, at + 2 + data[at + 1]
+    start = at + 9
+    if end < start:
+        return None
+    return start, start + int.from_bytes(data[at + 1 : start], "big")
 
 
 def _identity(properties: bytes) -> bytes:
@@ -188,7 +201,7 @@ def _identity(properties: bytes) -> bytes:
         value = at + 1 + properties[at] + 4
         end = value + int.from_bytes(properties[value - 4 : value], "big")
         if value > len(properties) or end > len(properties):
-            raise BadMessage("a READY whose properties end too soon")
+            raise BadMessage("a READY whose properties are cut short")
         if properties[at + 1 : value - 4].lower() == b"identity":
             found = properties[value:end]
         at = end
@@ -198,26 +211,25 @@ def _identity(properties: bytes) -> bytes:
 
 
 class PlacedReader:
-    """As Reader, for an end that sends much: the bytes lie where they were received, and the frames of a message are
-    views of them, which hold until more is received."""
+    """As Reader, for a peer that sends much: bytes stay where they were received. The frames of a message are views of
+    them, valid until more is received."""
 
     def __init__(self, buffer: memoryview) -> None:
-        """``buffer``: of bytes, as large as the largest message with what stands before its frames."""
+        """``buffer``: of bytes, as large as the largest message with the headers of its frames."""
         self._opening = Reader(len(buffer), until_ready=True)
         self._buffer = buffer
         self.ready = False
-        """It has said READY."""
+        """The peer has said READY."""
         self._begin = self._end = 0
         self.room: memoryview | None = buffer
-        """Where the next bytes of it are to be received; None: ``space`` has to say."""
+        """Where the next bytes are to be received; None: ask ``space``."""
 
     def take_answer(self) -> bytes:
-        """What is to be sent back because of what it said."""
-        answer, self._opening.answer = self._opening.answer, b""
-        return answer
+        """As ``Reader.take_answer``."""
+        return self._opening.take_answer()
 
     def space(self) -> memoryview:
-        """Where the next bytes of it are to be received; what is left over may be moved for it."""
+        """Where the next bytes are to be received. An incomplete message may be moved to make room."""
         buffer, begin, end = self._buffer, self._begin, self._end
         if begin == end:
             self._begin = self._end = 0
@@ -229,10 +241,10 @@ class PlacedReader:
         return buffer[self._end :]
 
     def filled(self, count: int) -> list[list[memoryview]]:
-        """``count`` bytes have been received into ``space()``: the messages that are whole now. Raises BadMessage."""
+        """``count`` bytes have been received into ``space()``: the messages that are complete. Raises BadMessage."""
         buffer = self._buffer
         if not self._end and count > 2 and buffer[0] == MORE and self.ready:
-            # The rule: a short frame and a long one, the head and the pages of an answer, and all of it is here.
+            # The common case: a short frame and a long one, the head and the pages of an answer, all of it here.
             head = 2 + buffer[1]
             start = head + 9
             if (
@@ -258,7 +270,7 @@ class PlacedReader:
             view = self._buffer[body[0] : at]
             if flags & COMMAND:
                 if parts:
-                    raise BadMessage("a command inside of a message")
+                    raise BadMessage("a command inside a message")
                 self._opening._command(bytes(view))
             else:
                 parts.append(view)
@@ -272,21 +284,10 @@ class PlacedReader:
         return messages
 
     def _body(self, at: int, end: int) -> tuple[int, int] | None:
-        """From where to where the body of the frame at a place goes; None: not all of it is there."""
+        """Where the body of the frame at a place begins and ends; None when it is not complete."""
         buffer = self._buffer
-        if end - at < 2:
-            return None
-        flags = buffer[at]
-        if flags not in _FLAGS:
-            raise BadMessage(f"a frame with the flags {flags:#x}")
-        if flags & LONG:
-            if end - at < 9:
-                return None
-            start = at + 9
-            length = int.from_bytes(buffer[at + 1 : start], "big")
-        else:
-            start = at + 2
-            length = buffer[at + 1]
-        if start - self._begin + length > len(buffer):
-            raise BadMessage(f"a message with a frame of {length} bytes, {len(buffer)} are taken in all")
-        return (start, start + length) if start + length <= end else None
+        bounds = _bounds(buffer, at, end)
+        if bounds is not None and bounds[1] - self._begin > len(buffer):
+            length = bounds[1] - bounds[0]
+            raise BadMessage(f"a message with a frame of {length} bytes, {len(buffer)} are accepted in all")
+        return bounds if bounds is not None and bounds[1] <= end else None

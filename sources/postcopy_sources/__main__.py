@@ -37,29 +37,30 @@ def main() -> int:
             identity=settings.identity,
             readers=settings.readers,
             read_timeout=settings.read_timeout,
+            transport=settings.transport,
         )
     except BadInput as error:
-        return _complain(str(error), 2)
+        return _fail(str(error), 2)
     except PostcopyError as error:
-        return _complain(str(error), 1)
+        return _fail(str(error), 1)
     except OSError as error:
-        return _complain(f"{error.filename or 'file'}: {error.strerror}", 1)
+        return _fail(f"{error.filename or 'file'}: {error.strerror}", 1)
     except KeyboardInterrupt:
         return 130
     return 0
 
 
 def _sources(settings: Settings) -> list[PageSource]:
-    if settings.house:
+    if settings.runtime_dir:
         from .supervisor_source import SupervisorSource
 
-        return [SupervisorSource(settings.house, name) for name in settings.files]
+        return [SupervisorSource(settings.runtime_dir, name) for name in settings.files]
     from .file_source import FileSource
 
     return [FileSource(name, path) for name, path in settings.files.items()]
 
 
-def _complain(text: str, status: int) -> int:
+def _fail(text: str, status: int) -> int:
     print(f"postcopy source: {text}", file=sys.stderr)
     return status
 

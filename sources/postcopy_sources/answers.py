@@ -1,18 +1,29 @@
-"""From what a source gives, or does instead, to what is sent: the one place where a source's data is judged."""
+"""From what a source returns or raises to what is sent. Only here a source's data is checked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
+from typing import Protocol
 
 from postcopy_protocol.errors import PageLost
 from postcopy_protocol.return_path import RangeKind, pack_range, pack_ranges, unpack_ranges
 
 Buffer = bytes | bytearray | memoryview
-Read = Callable[[int, int], Buffer | None]
-ReadInto = Callable[[int, memoryview], bool]
+
+
+class Read(Protocol):
+    """``read`` or ``read_now`` of a source."""
+
+    def __call__(self, offset: int, length: int, /) -> Buffer | None: ...
+
+
+class ReadInto(Protocol):
+    """``read_into`` of a source."""
+
+    def __call__(self, offset: int, view: memoryview, /) -> bool: ...
+
 
 KIND = {
     RangeKind.DATA: bytes([RangeKind.DATA]),
@@ -23,7 +34,7 @@ KIND = {
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The fields of Pages that do not depend on who asks, and its raw frames."""
+    """The fields of Pages that are the same for every supervisor, and its raw frames."""
 
     ranges: bytes
     kinds: bytes
@@ -52,13 +63,13 @@ def answer_of(data: Buffer | None, offset: int, wanted: int, length: int) -> Ans
         raise PageLost(f"the source gave {len(data)} bytes instead of {wanted}")
     if wanted < length:
         data = data + bytes(length - wanted)
-    # Comparing stops at the first byte that differs: next to nothing for data, and zeros need not travel.
+    # Comparing stops at the first byte that differs: next to nothing for data, and zeros need not be sent.
     if data == zeros(length):
         return Answer(pack_range(offset, length), KIND[RangeKind.ZERO], "", ())
     return Answer(pack_range(offset, length), KIND[RangeKind.DATA], "", (data,))
 
 
-def judged(data: Buffer | None, offset: int, length: int) -> Answer:
+def answer_of_page(data: Buffer | None, offset: int, length: int) -> Answer:
     """As ``answer_of`` of one whole page; unusable data is a lost page."""
     try:
         return answer_of(data, offset, length, length)
@@ -67,13 +78,14 @@ def judged(data: Buffer | None, offset: int, length: int) -> Answer:
 
 
 def read_answer(read: Read, offset: int, length: int, size: int, page_size: int) -> Answer:
-    """Read whole pages. What cannot be read is lost, page by page, and why is told. BlockingIOError passes, and what is
-    no Exception: a signal that ends the loop may arrive in here."""
+    """Read whole pages. Pages that cannot be read are lost, each for its own reason.
+
+    Raises BlockingIOError, and what is no Exception: a signal that ends the loop may arrive in here."""
     try:
         return _read_whole(read, offset, length, size)
     except BlockingIOError:
         raise
-    except Exception as error:  # not ours: whatever a source's code throws concerns its pages only
+    except Exception as error:  # the source's own: it concerns only these pages
         if length == page_size:
             return lost_answer(offset, length, reason_of(error))
     pages = [
@@ -88,19 +100,19 @@ def _read_whole(read: Read, offset: int, length: int, size: int) -> Answer:
 
 
 def joined(pages: list[Answer], places: range, page_size: int) -> Answer:
-    """Answers of single pages as one: neighbours of one kind become one range, data stays a frame a page."""
+    """Answers of single pages as one: neighbours of one kind become one range; data keeps one frame a page."""
     ranges, kinds = [], b""
-    told = [(place, page.kinds) for place, page in zip(places, pages, strict=True)]
-    for kind, run in _runs(told):
+    kinds_by_place = [(place, page.kinds) for place, page in zip(places, pages, strict=True)]
+    for kind, run in _runs(kinds_by_place):
         ranges.append((run[0], len(run) * page_size))
         kinds += kind
     reasons = dict.fromkeys(page.reason for page in pages if page.reason)
     return Answer(pack_ranges(ranges), kinds, "; ".join(list(reasons)[:4]), tuple(f for p in pages for f in p.frames))
 
 
-def _runs(told: list[tuple[int, bytes]]) -> list[tuple[bytes, list[int]]]:
+def _runs(kinds_by_place: list[tuple[int, bytes]]) -> list[tuple[bytes, list[int]]]:
     runs: list[tuple[bytes, list[int]]] = []
-    for kind, group in groupby(told, key=lambda one: one[1]):
+    for kind, group in groupby(kinds_by_place, key=lambda one: one[1]):
         places = [place for place, _ in group]
         if kind == KIND[RangeKind.DATA]:
             runs += [(kind, [place]) for place in places]
@@ -130,7 +142,7 @@ def merged(answers: list[Answer]) -> Answer:
 
 
 def expanded(answer: Answer) -> Answer:
-    """The answer with zeros as bytes, for a supervisor that wants them so."""
+    """The answer with zeros as bytes, for a supervisor without the feature ``zero``."""
     if RangeKind.ZERO not in answer.kinds:
         return answer
     given = iter(answer.frames)

@@ -1,5 +1,5 @@
-"""CURVE: who may ask this source over tcp. The keys are files of ``postcopy keygen``; the list of those who may come in
-is asked by ZeroMQ over ZAP (rfc.zeromq.org/spec/27), in a thread that sleeps otherwise."""
+"""CURVE: which supervisors may connect to this source. The keys are files of ``postcopy keygen``. libzmq asks for each
+connection over ZAP (rfc.zeromq.org/spec/27), in a thread that sleeps otherwise."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def protect(socket: zmq.Socket[bytes], keys: KeyPair) -> None:
 
 
 class Authenticator:
-    """Lets in who has one of the ``allowed`` public keys (Z85, 40 bytes each)."""
+    """Accepts connections with one of the ``allowed`` public keys (Z85, 40 bytes each)."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], allowed: Collection[bytes]) -> None:
         self._allowed = frozenset(allowed)
@@ -36,24 +36,24 @@ class Authenticator:
         self._socket.bind(_ENDPOINT)
 
     def open(self) -> None:
-        """From now on somebody answers; nobody is let in before."""
-        threading.Thread(target=self._run, name="gate", daemon=True).start()
+        """Start to answer. No connection is accepted before."""
+        threading.Thread(target=self._run, name="authenticator", daemon=True).start()
 
     def _run(self) -> None:
         """Until the context ends."""
         with self._socket:
             try:
                 while True:
-                    self._socket.send_multipart(self._judge(self._socket.recv_multipart()))
+                    self._socket.send_multipart(self._answer(self._socket.recv_multipart()))
             except zmq.ZMQError as error:
                 if error.errno not in (zmq.ETERM, zmq.ENOTSOCK):
                     raise
 
-    def _judge(self, request: list[bytes]) -> list[bytes]:
+    def _answer(self, request: list[bytes]) -> list[bytes]:
         """version, request, domain, address, identity, mechanism, credentials -> version, request, status, text..."""
         known = len(request) == 7 and request[5] == b"CURVE" and len(request[6]) == 32
         if known and z85.encode(request[6]) in self._allowed:
             return [b"1.0", request[1], b"200", b"OK", b"", b""]
         address = request[3].decode("ascii", "replace") if len(request) > 3 else "?"
-        log.warning("a supervisor at %s is not let in: its key is not allowed", address)
+        log.warning("a supervisor at %s is refused: its key is not allowed", address)
         return [b"1.0", request[1] if len(request) > 1 else b"", b"400", b"this key is not allowed", b"", b""]

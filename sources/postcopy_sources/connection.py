@@ -3,37 +3,44 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from postcopy_protocol.return_path import MAX_OPEN_BYTES, Range
 from postcopy_protocol.source_conversation import SourceConversation, Stream
-from postcopy_wire.router import FULL, NOBODY, SENT
+from postcopy_wire.transport import FULL, SENT, UNREACHABLE
 
 from .answers import Buffer, Read
-from .source import PushStream
+from .pushing import PushStream
 from .staging import Staging
 
 SEND_QUEUE = 128
-"""Messages to one supervisor that are kept for it when it does not read; more than one has open (flow.py there)."""
+"""Messages that are kept for one supervisor when it does not read; more than one has open (its flow_control.py)."""
 
 
 @dataclass(slots=True, eq=False)
-class Task:
-    """A request and how many of its answers are still to be sent. ``length``: bytes asked for."""
+class OpenRequest:
+    """A request, and how many of its answers are still to be sent. ``length``: bytes asked for."""
 
-    peer: Peer
+    connection: Connection
     stream: Stream
-    request: int
+    number: int
     length: int
     left: int = 0
     urgent: bool = False
 
+    def sent_one(self) -> None:
+        """One answer is sent, or no longer wanted."""
+        self.left -= 1
+        if not self.left:
+            self.connection.conversation.answered(self.length)
+
 
 @dataclass(frozen=True, slots=True)
-class Lane:
-    """Common requests of one stream (express.py in the protocol wing): how its pages are read at once, and what stands
-    before the number, between it and the range, and behind that, in an answer."""
+class FastAnswer:
+    """How a common request of one stream is answered (templates.py in the protocol wing): how its page is read at once,
+    and the parts of the answer before the request's number, between that and the range, and behind the range."""
 
     stream: Stream
     read: Read
@@ -43,104 +50,119 @@ class Lane:
 
 
 @dataclass(slots=True, eq=False)
-class Peer:
-    """One supervisor. ``pieces``: background reads to come; ``outbox``: messages that it did not take yet, each with
-    the task that one of them brings nearer to its end."""
+class Connection:
+    """One supervisor. ``pieces``: background reads to come; ``outbox``: messages that it has not accepted yet, each
+    with the request that it answers, if any."""
 
     name: bytes
     conversation: SourceConversation
-    heard: float = 0.0
-    pieces: deque[tuple[Task, int, int]] = field(default_factory=deque)
-    outbox: deque[tuple[Sequence[Buffer], Task | None]] = field(default_factory=deque)
+    last_message_at: float = 0.0
+    pieces: deque[tuple[OpenRequest, int, int]] = field(default_factory=deque)
+    outbox: deque[tuple[Sequence[Buffer], OpenRequest | None]] = field(default_factory=deque)
     outbox_bytes: int = 0
     queued: bool = False
-    """Is in the loop's round of those that have pieces to come."""
+    """Is it in the loop's round of those that have pieces to come?"""
     pushers: dict[int, PushStream] = field(default_factory=dict)
-    lanes: dict[bytes, Lane] = field(default_factory=dict)
+    fast_answers: dict[bytes, FastAnswer] = field(default_factory=dict)
     staging: Staging | None = None
 
     def unstage(self) -> None:
-        """Its staging memory, if any, is filled no more."""
+        """Give up its staging memory, if it has any."""
         if self.staging is not None:
             self.staging.close()
             self.staging = None
 
+    def end_stream(self, stream: Stream) -> None:
+        """Forget what was made for a stream that has ended."""
+        for part in [part for part, fast in self.fast_answers.items() if fast.stream is stream]:
+            del self.fast_answers[part]
+        pusher = self.pushers.pop(stream.number, None)
+        if pusher is not None:
+            pusher.end()
+
+    def abandon(self) -> None:
+        """Forget everything that was to be done for a supervisor that is gone."""
+        self.unstage()
+        for stream in list(self.conversation.streams.values()):
+            self.conversation.end(stream)
+        for pusher in self.pushers.values():
+            pusher.end()
+        for to_empty in (self.pushers, self.fast_answers, self.pieces, self.outbox):
+            to_empty.clear()
+        self.outbox_bytes = 0
+
+
+class PartsSender(Protocol):
+    """A router."""
+
+    def send_parts(self, name: bytes, parts: Sequence[Buffer]) -> int:
+        """Returns SENT, FULL or UNREACHABLE."""
+
+
+class Forget(Protocol):
+    """Receives a connection whose supervisor is gone."""
+
+    def __call__(self, connection: Connection, /) -> object: ...
+
 
 class Sender:
-    """Sends to supervisors: ``send`` is the router's, given a name and the frames of a message. ``gone`` is called with
-    the peer that is there no more."""
+    """Sends to supervisors through a router, and keeps what they do not accept yet."""
 
-    def __init__(self, send: Callable[[bytes, Sequence[Buffer]], int], gone: Callable[[Peer], None]) -> None:
-        self._send_parts = send
-        self._gone = gone
-        self.held: set[Peer] = set()
+    def __init__(self, router: PartsSender, forget: Forget) -> None:
+        self._send_parts = router.send_parts
+        self._forget = forget
+        self.held: set[Connection] = set()
+        """Connections with an outbox that is not empty."""
 
-    def answer(self, peer: Peer, parts: Sequence[Buffer], task: Task | None) -> None:
-        """Send pages. What the peer does not take waits in its outbox; unasked pages (no task) wait there only as long
-        as they are few, because nothing else bounds them."""
-        if not peer.outbox and (self._send_parts(peer.name, parts) == SENT or self._send(peer, parts)):
-            settle(task)
-        elif task is not None or peer.outbox_bytes < MAX_OPEN_BYTES:
-            peer.outbox.append((parts, task))
-            peer.outbox_bytes += _weight(parts)
-            self.held.add(peer)
+    def send_pages(self, connection: Connection, parts: Sequence[Buffer], request: OpenRequest | None) -> None:
+        """Send pages. What the supervisor does not accept waits in its outbox. Unasked pages (no request) wait there
+        only as long as they are few, because nothing else bounds them."""
+        sent = not connection.outbox
+        if sent:
+            sent = self._send_parts(connection.name, parts) == SENT or self._send(connection, parts)
+        if sent:
+            if request is not None:
+                request.sent_one()
+        elif request is not None or connection.outbox_bytes < MAX_OPEN_BYTES:
+            connection.outbox.append((parts, request))
+            connection.outbox_bytes += _weight(parts)
+            self.held.add(connection)
 
-    def say(self, peer: Peer, data: bytes) -> None:
-        """Send a word that may be lost: a refusal or a pong that has to wait is worth nothing."""
-        if not peer.outbox:
-            self._send(peer, (data,))
+    def send_note(self, connection: Connection, data: bytes) -> None:
+        """Send a message that may be lost: a refusal or a pong that has to wait is useless."""
+        if not connection.outbox:
+            self._send(connection, (data,))
 
-    def flush(self) -> list[Peer]:
-        """Try again what was not taken. Peers whose outbox is empty now."""
-        for peer in list(self.held):
-            self._empty(peer)
-        free = [peer for peer in self.held if not peer.outbox]
+    def flush(self) -> list[Connection]:
+        """Send what was kept. Returns the connections whose outbox is empty now."""
+        for connection in list(self.held):
+            self._flush(connection)
+        free = [connection for connection in self.held if not connection.outbox]
         self.held.difference_update(free)
         return free
 
-    def _empty(self, peer: Peer) -> None:
-        while peer.outbox and self._send(peer, peer.outbox[0][0]):
-            if peer.outbox:  # not emptied because the peer is gone
-                parts, task = peer.outbox.popleft()
-                peer.outbox_bytes -= _weight(parts)
-                settle(task)
+    def _flush(self, connection: Connection) -> None:
+        while connection.outbox and self._send(connection, connection.outbox[0][0]):
+            if connection.outbox:  # not emptied because the supervisor is gone
+                parts, request = connection.outbox.popleft()
+                connection.outbox_bytes -= _weight(parts)
+                if request is not None:
+                    request.sent_one()
 
-    def _send(self, peer: Peer, parts: Sequence[Buffer]) -> bool:
-        """False: not now. A peer that is gone takes everything."""
-        became = self._send_parts(peer.name, parts)
-        if became == NOBODY:
-            self._gone(peer)
-        return became != FULL
-
-
-def settle(task: Task | None) -> None:
-    """One answer of a task is sent, or wanted no more."""
-    if task is not None:
-        task.left -= 1
-        if not task.left:
-            task.peer.conversation.answered(task.length)
+    def _send(self, connection: Connection, parts: Sequence[Buffer]) -> bool:
+        """False: not accepted now. A supervisor that is gone accepts everything."""
+        result = self._send_parts(connection.name, parts)
+        if result == UNREACHABLE:
+            self._forget(connection)
+        return result != FULL
 
 
 def _weight(parts: Sequence[Buffer]) -> int:
     return sum(map(len, parts))
 
 
-def abandon(peer: Peer) -> None:
-    """Forget what was to be done for a peer that is gone."""
-    peer.unstage()
-    for stream in list(peer.conversation.streams.values()):
-        peer.conversation.end(stream)
-    for pusher in peer.pushers.values():
-        pusher.end()
-    peer.pushers.clear()
-    peer.lanes.clear()
-    peer.pieces.clear()
-    peer.outbox.clear()
-    peer.outbox_bytes = 0
-
-
 def pieces_of(ranges: Sequence[Range], largest: int) -> Sequence[Range]:
-    """The ranges, none longer than ``largest`` bytes."""
+    """The ranges, cut so that none is longer than ``largest`` bytes."""
     if len(ranges) == 1 and ranges[0][1] <= largest:
         return ranges
     return [

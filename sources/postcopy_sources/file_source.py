@@ -1,4 +1,4 @@
-"""A file as a page source. It is believed as long as it is what it was when it was opened, and not a moment longer."""
+"""A file as a page source. Its pages are served only while the file is unchanged since it was opened."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import stat
 from postcopy_protocol.errors import BadInput, PageLost
 from postcopy_protocol.geometry import PAGE_4K
 
-_PIECES = 512  # bytes that st_blocks counts by
+_PIECES = 512  # unit of st_blocks, in bytes
 
 
 class FileSource:
     """A regular file or a block device. Raises BadInput for what is neither, or empty; OSError when it does not open.
 
-    Who cuts or writes the file while it is served loses its pages: nobody can tell which of them are still those of the
-    others. Looked at after every read, by size and time of change; ``read`` then raises PageLost for good.
+    When the file is cut or written while it is served, its pages are lost: new and old pages cannot be told apart. Size
+    and time of change are checked after every read; after a change ``read`` always raises PageLost.
     """
 
     page_size = PAGE_4K
@@ -27,7 +27,7 @@ class FileSource:
         try:
             status = os.fstat(self._fd)
             if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
-                raise BadInput(f"{path} is no file")
+                raise BadInput(f"{path} is no file or block device")
             self.size = os.lseek(self._fd, 0, os.SEEK_END)
             if not self.size:
                 raise BadInput(f"{path} is empty: a block has at least one byte")
@@ -43,33 +43,33 @@ class FileSource:
             data = None
         else:
             data = os.pread(self._fd, length, offset)
-        self._judge(data, length)
+        self._check_unchanged(data, length)
         return data
 
     def read_now(self, offset: int, length: int) -> bytearray | None:
-        """As ``read``, without waiting: BlockingIOError when not all of it is in the page cache (Linux 4.14)."""
+        """As ``read``, without waiting. Raises BlockingIOError unless all of it is in the page cache (Linux 4.14)."""
         if self._sparse and self._is_hole(offset, length):
-            self._judge(None, length)
+            self._check_unchanged(None, length)
             return None
         data = bytearray(length)
         self._read_at_once(data, offset)
-        self._judge(data, length)
+        self._check_unchanged(data, length)
         return data
 
     def read_into(self, offset: int, view: memoryview) -> bool:
-        """As ``read_now``, into ``view``; False: all of it is zeros, and ``view`` is as it was."""
+        """As ``read_now``, into ``view``. False: all of it is zeros, and ``view`` is unchanged."""
         length = len(view)
         hole = self._sparse and self._is_hole(offset, length)
         if not hole:
             self._read_at_once(view, offset)
-        self._judge(None, length)
+        self._check_unchanged(None, length)
         return not hole
 
     def _read_at_once(self, data: bytearray | memoryview, offset: int) -> None:
         """Fill it. Raises BlockingIOError."""
         try:
             done = os.preadv(self._fd, (data,), offset, os.RWF_NOWAIT)
-        except OSError:  # not there yet; or EOPNOTSUPP: where there are no such reads, none is certain to be quick
+        except OSError:  # not cached; or EOPNOTSUPP: without such reads, no read is certain to be quick
             raise BlockingIOError from None
         if done < len(data):
             raise BlockingIOError
@@ -83,7 +83,7 @@ class FileSource:
         except OSError:  # ENXIO: no data behind offset
             return True
 
-    def _judge(self, data: bytes | bytearray | None, length: int) -> None:
+    def _check_unchanged(self, data: bytes | bytearray | None, length: int) -> None:
         status = os.fstat(self._fd)
         if (status.st_size, status.st_mtime_ns) != self._was or (data is not None and len(data) != length):
-            raise PageLost(f"{self.path} was cut or written since it is served: start the source anew")
+            raise PageLost(f"{self.path} was cut or written while it is served: start the source again")

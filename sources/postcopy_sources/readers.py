@@ -1,8 +1,8 @@
 """The threads behind the loop: reads that may wait, each with a deadline, urgent ones first.
 
-A read that does not come back in time is given up: its pages are lost, its thread is left to its fate (nothing can end
-a Python thread) and another one takes its place, up to MAX_STUCK of them. When no thread is left that could read, what
-waits is given up too. Nothing here is called by a thread but ``Job.read``; results go to the loop through a mailbox.
+A read that does not return in time is given up: its pages are lost. Its thread goes on, because nothing can end a
+Python thread, and another one takes its place, up to MAX_STUCK of them. When every thread hangs, reads that wait are
+given up too.
 """
 
 from __future__ import annotations
@@ -11,26 +11,30 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Protocol
 
 from .answers import Answer
 
 MAX_STUCK = 16
-"""Threads that hang before no more are started in their place."""
+"""Threads that may hang before no more are started in their place."""
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True, eq=False)
-class Job:
-    """One read. ``done`` is called once, in the reading thread or, when it is given up, in the one that checks."""
+class Job(Protocol):
+    """One read. ``begun`` and ``over`` belong to Readers."""
 
-    read: Callable[[], Answer]
-    done: Callable[[Answer], None]
-    give_up: Callable[[str], Answer]
-    begun: float = 0.0
-    over: bool = False
+    begun: float
+    over: bool
+
+    def read(self) -> Answer:
+        """Read; raises nothing."""
+
+    def done(self, answer: Answer) -> None:
+        """Take the answer. Called once, in the reading thread, or in the one that checks when the read is given up."""
+
+    def give_up(self, reason: str) -> Answer:
+        """The answer for a read that is given up."""
 
 
 class Readers:
@@ -48,6 +52,7 @@ class Readers:
         self._stuck = 0
 
     def put(self, job: Job, *, urgent: bool) -> None:
+        """Read in a thread, urgent jobs first."""
         with self._changed:
             (self._urgent if urgent else self._background).append(job)
             if self._idle < len(self._urgent) + len(self._background) and self._threads < self._count:
@@ -56,10 +61,11 @@ class Readers:
 
     @property
     def busy(self) -> bool:
+        """Is anything being read, or waiting to be?"""
         return bool(self._running or self._urgent or self._background)
 
     def check(self) -> None:
-        """Give up what takes too long. Called now and then by the loop."""
+        """Give up reads that take too long. The loop calls it in every tick."""
         if not self.busy:
             return
         with self._changed:
@@ -79,7 +85,7 @@ class Readers:
         self._running.discard(job)
         self._threads -= 1
         self._stuck += 1
-        log.error("a read of the source's does not come back: %d threads hang in it", self._stuck)
+        log.error("a read of the source does not return: %d threads hang", self._stuck)
         if self._urgent or self._background:
             self._start()
 

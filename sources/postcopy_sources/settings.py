@@ -1,4 +1,4 @@
-"""What ``postcopy source`` is told, checked."""
+"""The command line of ``postcopy source``, parsed and checked."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from postcopy_protocol.curve_keys import PUBLIC_ENDING, KeyPair, read_keys
 from postcopy_protocol.errors import BadInput
 from postcopy_protocol.runtime_paths import runtime_directory
 from postcopy_protocol.sources import FileSource, parse_block_name, parse_named
+from postcopy_wire.transport import TRANSPORTS, chosen_transport
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +19,9 @@ class Settings:
     """Times in seconds."""
 
     files: dict[str, str]
-    """Files by block name; with ``house`` the blocks' names, to nothing."""
-    house: str
+    """Files by block name. With ``runtime_dir`` only the names count."""
+    runtime_dir: str
+    """Of the supervisor whose blocks are served; empty: files are served."""
     listen: str
     curve: KeyPair | None
     allow: tuple[bytes, ...]
@@ -29,24 +31,28 @@ class Settings:
     read_timeout: float
     die_with_parent: int
     log_level: str
+    transport: str
 
 
 def parse(arguments: list[str]) -> Settings:
-    """Settings of a command line; exits 2 with one line on wrong usage. Raises BadInput for values that are no values,
+    """Settings of a command line; exits 2 with one line on wrong usage. Raises BadInput for values that are not valid,
     OSError for a key file that cannot be read."""
-    told = _parser().parse_args(arguments)
+    given = _parser().parse_args(arguments)
     return Settings(
-        files=_files(told.blocks) if told.house is None else {parse_block_name(name): "" for name in told.blocks},
-        house="" if told.house is None else runtime_directory(told.house, os.environ),
-        listen=told.listen,
-        curve=_keys(told.curve_secret, secret=True) if told.curve_secret else None,
-        allow=tuple(_keys(path, secret=False).public for place in told.allow_key for path in _public_files(place)),
-        plain_tcp=told.plain_tcp,
-        identity=told.identity,
-        readers=told.readers,
-        read_timeout=told.read_timeout,
-        die_with_parent=told.die_with_parent,
-        log_level=told.log_level,
+        files=_files(given.blocks)
+        if given.runtime_dir is None
+        else {parse_block_name(name): "" for name in given.blocks},
+        runtime_dir="" if given.runtime_dir is None else runtime_directory(given.runtime_dir, os.environ),
+        listen=given.listen,
+        curve=_keys(given.curve_secret, secret=True) if given.curve_secret else None,
+        allow=tuple(_keys(path, secret=False).public for place in given.allow_key for path in _public_files(place)),
+        plain_tcp=given.plain_tcp,
+        identity=given.identity,
+        readers=given.readers,
+        read_timeout=given.read_timeout,
+        die_with_parent=given.die_with_parent,
+        log_level=given.log_level,
+        transport=chosen_transport(given.transport, os.environ),
     )
 
 
@@ -65,7 +71,7 @@ def _files(blocks: list[str]) -> dict[str, str]:
 def _keys(path: str, *, secret: bool) -> KeyPair:
     with open(path, encoding="utf-8", errors="replace") as file:
         if secret and os.fstat(file.fileno()).st_mode & 0o077:
-            raise BadInput(f"{path} can be read by others: chmod 600 {path}, or make new keys if somebody has")
+            raise BadInput(f"{path} can be read by others: chmod 600 {path}, or make new keys if it was read")
         return read_keys(file.read(1 << 16), path, secret=secret)
 
 
@@ -80,7 +86,7 @@ def _public_files(place: str) -> list[str]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """An error is one line, here as everywhere."""
+    """Reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -106,11 +112,16 @@ def _parser() -> _Parser:
     parser = _Parser(
         prog="postcopy source",
         description="Serve files as remote blocks: a supervisor started with NAME=ENDPOINT/NAME asks for their pages.",
-        epilog="Over tcp CURVE keys are wanted (postcopy keygen). SIGTERM ends in order.",
+        epilog="tcp needs CURVE keys (postcopy keygen). SIGTERM ends in order.",
     )
     add = parser.add_argument
-    add("blocks", nargs="+", metavar="NAME=FILE", help="a block and the file that it is (with --from: NAME)")
-    add("--from", dest="house", metavar="RUNTIME_DIR", help="serve blocks of the supervisor there, as they come")
+    add("blocks", nargs="+", metavar="NAME=FILE", help="a block and its file (with --from: NAME)")
+    add(
+        "--from",
+        dest="runtime_dir",
+        metavar="RUNTIME_DIR",
+        help="serve blocks of the supervisor there, as its pages arrive",
+    )
     add("--listen", required=True, metavar="ENDPOINT", help="ipc:///PATH or tcp://HOST:PORT")
     add("--curve-secret", metavar="FILE", help="our own keys, the file that ends in .key_secret")
     add(
@@ -118,12 +129,17 @@ def _parser() -> _Parser:
         action="append",
         default=[],
         metavar="FILE",
-        help="the public key of a supervisor that may come in, or a directory of them (repeat)",
+        help="the public key of a supervisor that may connect, or a directory of them (repeat)",
     )
-    add("--plain-tcp", action="store_true", help="tcp without keys: whoever reaches the port may read everything")
+    add(
+        "--plain-tcp",
+        action="store_true",
+        help="tcp without keys: any program that reaches the port can read everything",
+    )
     add("--identity", default="", metavar="TEXT", help="what tells this content from others (default: 64 samples)")
     add("--readers", default=4, type=_threads, metavar="N", help="threads for reads that wait (default: 4)")
     add("--read-timeout", default=30.0, type=_seconds, metavar="SECONDS", help="a read that takes longer is lost")
     add("--die-with-parent", type=int, default=0, metavar="PID", help="end when the process PID, our parent, ends")
+    add("--transport", choices=TRANSPORTS, help="ZeroMQ by native sockets or libzmq (default: native, which is faster)")
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     return parser

@@ -1,11 +1,11 @@
-"""Staging memory: on one machine pages of the background need not go through a socket.
+"""Staging memory: on one machine, pages of the background need not go through a socket.
 
-A memfd for one supervisor, with a few slots. The source reads a piece straight into a free slot and says where it is
-(``Staged``); the supervisor places it from there and sets the slot free. Of five copies of every byte two are left.
+A memfd for one supervisor, with a few slots. The source reads a piece straight into a free slot and reports it
+(``Staged``); the supervisor places it from there and sets the slot free. Two of five copies of every byte are left.
 
 Only the source fills slots, in the thread of the loop, and only free ones; only the supervisor frees them. After a new
-Advise nobody can tell which messages about the old slots are still on their way, so a new staging memory, of another
-number, takes the place of the old one: nothing that comes late can free a slot of it.
+Advise, messages about the old slots may still be in flight. So a new staging memory, with another number, replaces the
+old one, and no late message can free a slot of it.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
     from .answers import Buffer, ReadInto
 
 SLOTS = 8
-"""Pieces that the supervisor has not placed yet: more than it asks for at a time (flow.py there)."""
+"""More than the supervisor asks for at a time (its flow_control.py)."""
 STUCK_SECONDS = 2.0
-"""For so long no slot was set free: what said where their pages are was lost with a connection."""
+"""When no slot was set free for so long, the messages about them were lost with a connection."""
 LEAST = 64 << 10
 """Bytes; a smaller piece goes over the socket."""
 ZEROS = -1
-"""In the place of a slot: there is nothing but zeros."""
+"""Instead of a slot: all bytes are zeros."""
 _FREE = bytes([SLOT_FREE])
 
 
 class Staging:
-    """``used``: the supervisor has said that it is open there. Raises OSError where there is no memory for it."""
+    """``used``: the supervisor has said that it has opened it. Raises OSError when there is no memory for it."""
 
     def __init__(self, number: int, slot_bytes: int) -> None:
         self.number = number
@@ -55,20 +55,20 @@ class Staging:
         self._memory[:NONCE] = secrets.token_bytes(NONCE)
 
     def offer(self) -> Offered:
-        """What the supervisor is told."""
+        """The message that offers it."""
         nonce = self._memory[:NONCE]
         return Offered(self.number, os.getpid(), self._descriptor, nonce, SLOTS, self._slot_bytes)
 
     def free_slot(self, length: int) -> int:
-        """A slot for so many bytes; -1: none is free, they are too many, too few, or nobody has opened it."""
+        """A slot for so many bytes; -1: none is free, the length does not fit, or the supervisor has not opened it."""
         if not self.used or not LEAST <= length <= self._slot_bytes:
             return -1
-        # The first one: what was used last is in the processor's cache.
+        # The first one, because the slot used last is in the processor's cache.
         return max(-1, self._memory.find(_FREE, NONCE, NONCE + SLOTS) - NONCE)
 
     def read(self, read_into: ReadInto, offset: int, length: int, size: int) -> int | None:
-        """Read ``length`` bytes from ``offset``, of a block of ``size``, into a free slot: which one; ZEROS; None when
-        there is no slot or it did not succeed: the common way finds out why. Raises BlockingIOError."""
+        """Read ``length`` bytes from ``offset``, of a block of ``size``, into a free slot. Returns the slot, ZEROS, or
+        None when no slot is free or the read failed: the caller then reads in another way. Raises BlockingIOError."""
         slot = self.free_slot(length)
         if slot < 0:
             return None
@@ -78,7 +78,7 @@ class Staging:
                 found = read_into(offset, whole[start : start + wanted])
             except BlockingIOError:
                 raise
-            except Exception:  # not ours
+            except Exception:  # the source's own
                 return None
         self._memory[start + wanted : start + length] = bytes(length - wanted)
         return slot if found and not self._is_zero(start, length) else ZEROS
@@ -89,19 +89,19 @@ class Staging:
         self._memory[start : start + len(data)] = data
 
     def _is_zero(self, start: int, length: int) -> bool:
-        # Most pieces differ in the first page; only of the others is a copy made to compare.
+        # Most pieces differ in the first page. Comparing the rest makes a copy.
         first = min(length, PAGE_4K)
         if self._memory[start : start + first] != zeros(first):
             return False
         return self._memory[start : start + length] == zeros(length)
 
     def fill(self, slot: int) -> None:
-        """What was stored there is the supervisor's now."""
+        """Hand the slot to the supervisor."""
         self._memory[NONCE + slot] = SLOT_FULL
         self._full_since = None
 
     def stuck(self, now: float) -> bool:
-        """Has no slot been free, and none been filled, for STUCK_SECONDS?"""
+        """Has no slot been free or filled for STUCK_SECONDS?"""
         if self._memory.find(_FREE, NONCE, NONCE + SLOTS) >= 0:
             self._full_since = None
             return False
@@ -110,7 +110,7 @@ class Staging:
         return now - self._full_since > STUCK_SECONDS
 
     def close(self) -> None:
-        """The supervisor's mapping lives on."""
+        """The supervisor's mapping stays valid."""
         with suppress(BufferError):  # a source has kept a view
             self._memory.close()
         os.close(self._descriptor)

@@ -1,8 +1,8 @@
-"""A block of a running supervisor as a page source: what it has received is served onward, to another machine perhaps.
+"""A block of a running supervisor as a page source, to be served onward, perhaps to another machine.
 
-An ordinary private client of that supervisor. A page that is marked received is read from the block at once; for any
-other the kernel is told to populate our mapping, which faults, without the GIL, until the page is there. Python
-never reads a missing page.
+It is an ordinary private client of that supervisor. A page that is marked received is read from the block at once.
+For any other page the kernel is asked to populate our mapping: that faults, without the GIL, until the page is there.
+Python never reads a missing page.
 """
 
 from __future__ import annotations
@@ -12,25 +12,14 @@ import mmap
 import os
 import socket
 import threading
+from typing import TypeVar
 
 from postcopy_kernel import descriptors
 from postcopy_kernel.memory import DONTFORK, DONTNEED, POPULATE_READ, Mapping, advise
 from postcopy_kernel.userfaultfd import Userfaultfd, open_userfaultfd
-from postcopy_protocol.attach_conversation import mapping_length
-from postcopy_protocol.codec import decode, encode
-from postcopy_protocol.errors import NoSupervisor, PageLost, PostcopyError
-from postcopy_protocol.messages import (
-    Attached,
-    BlockOpened,
-    Hello,
-    Mapped,
-    Message,
-    OfferUserfaultfd,
-    OpenBlock,
-    Refused,
-    UserfaultfdAccepted,
-    Welcome,
-)
+from postcopy_protocol.attach_conversation import AttachClient, Question, mapping_length
+from postcopy_protocol.errors import NoSupervisor, PageLost
+from postcopy_protocol.messages import Message
 from postcopy_protocol.received_map import RECEIVED
 from postcopy_protocol.runtime_paths import door_path
 
@@ -38,48 +27,52 @@ ANSWER_SECONDS = 30.0
 EHWPOISON = 133
 RECEIVED_BYTE = bytes((RECEIVED,))
 
+Answer = TypeVar("Answer", bound=Message)
+
 
 class SupervisorSource:
-    """See PageSource. Raises NoSupervisor when nobody serves in that runtime directory, PostcopyError when refused."""
+    """See PageSource. Raises NoSupervisor when no supervisor serves in that runtime directory, and what stands for a
+    refusal (NoSuchBlock, AttachDenied, PostcopyError)."""
 
     def __init__(self, directory: str, name: str) -> None:
         self.name = name
         self._directory = directory
-        self._door = self._knock()
-        self._userfaultfd = self._introduce()
-        opened, (self._memory, received) = self._ask(OpenBlock(name, "private"), BlockOpened)
-        assert isinstance(opened, BlockOpened)
+        self._conversation = AttachClient(directory)
+        self._socket = self._connect()
+        self._userfaultfd = self._offer_userfaultfd()
+        opened, (self._memory, received) = self._ask(self._conversation.open_block(name, "private"))
         self.size, self.page_size, self._pages = opened.size, opened.page_size, opened.pages
         self._received = mmap.mmap(received, 0, prot=mmap.PROT_READ)
         os.close(received)
         length = mapping_length(opened)
         self._mapping = Mapping.of(self._memory, length, shared=False)
         self._mapping.advise(DONTFORK)
-        self._ask(Mapped(opened.block, self._mapping.address, length, 0), Attached)
+        self._ask(self._conversation.mapped(opened.block, self._mapping.address, length, 0))
         self._reading = threading.Lock()
 
     def read_now(self, offset: int, length: int) -> bytes | None:
-        """What is received already; BlockingIOError for anything else."""
-        first, end = offset // self.page_size, -(-(offset + length) // self.page_size)
-        if self._received[first:end] != RECEIVED_BYTE * (end - first):
-            raise BlockingIOError
+        """Read what is received already. Raises BlockingIOError for anything else."""
+        self._check_received(offset, length)
         return os.pread(self._memory, length, offset)
 
     def read_into(self, offset: int, view: memoryview) -> bool:
         """As ``read_now``, into ``view``."""
-        first, end = offset // self.page_size, -(-(offset + len(view)) // self.page_size)
-        if self._received[first:end] != RECEIVED_BYTE * (end - first):
-            raise BlockingIOError
+        self._check_received(offset, len(view))
         if os.preadv(self._memory, (view,), offset) != len(view):
             raise OSError(errno.EIO, f"not {len(view)} bytes")
         return True
 
+    def _check_received(self, offset: int, length: int) -> None:
+        first, end = offset // self.page_size, -(-(offset + length) // self.page_size)
+        if self._received[first:end] != RECEIVED_BYTE * (end - first):
+            raise BlockingIOError
+
     def read(self, offset: int, length: int) -> bytes | None:
-        """Let the pages come, then read them. Raises PageLost."""
+        """Wait for the pages, then read them. Raises PageLost."""
         whole = -(-length // self.page_size) * self.page_size
-        with self._reading:  # what one reader drops another may just have populated
+        with self._reading:  # one thread must not drop what another has just populated
             failed = advise(self._mapping.address + offset, whole, POPULATE_READ)
-            self._mapping.advise(DONTNEED, offset, whole)  # our page tables, and marks of poison; the data stays
+            self._mapping.advise(DONTNEED, offset, whole)  # our page tables and poison marks; the data stays
         if failed == EHWPOISON:
             raise PageLost(f"the supervisor in {self._directory} has lost it", block=self.name, offset=offset)
         if failed:
@@ -90,45 +83,49 @@ class SupervisorSource:
         return data
 
     def close(self) -> None:
-        """Leave: the supervisor forgets us when the connection ends."""
+        """Leave: the supervisor forgets the client when the connection ends."""
         self._mapping.close()
         self._received.close()
         os.close(self._memory)
         self._userfaultfd.close()
-        self._door.close()
+        self._socket.close()
 
-    # --- the door -----------------------------------------------------------------------------------------------------
+    # --- attaching ----------------------------------------------------------------------------------------------------
 
-    def _knock(self) -> socket.socket:
-        door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        door.settimeout(ANSWER_SECONDS)
+    def _connect(self) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        connection.settimeout(ANSWER_SECONDS)
         try:
-            door.connect(door_path(self._directory))
+            connection.connect(door_path(self._directory))
         except OSError as error:
-            door.close()
-            raise NoSupervisor(f"no supervisor in {self._directory}: {error.strerror}") from None
-        return door
+            connection.close()
+            raise NoSupervisor(f"no supervisor is running in {self._directory}: {error.strerror}") from None
+        return connection
 
-    def _introduce(self) -> Userfaultfd:
-        _, fds = self._ask(Hello(f"source {self.name}", "native"), Welcome)
+    def _offer_userfaultfd(self) -> Userfaultfd:
+        _, fds = self._ask(self._conversation.hello(f"source {self.name}", "native"))
         try:
             userfaultfd = open_userfaultfd(device=fds[0] if fds else None)
         finally:
             descriptors.close_all(fds)
-        self._ask(OfferUserfaultfd(), UserfaultfdAccepted, (userfaultfd.fileno(),))
+        self._ask(self._conversation.offer_userfaultfd(), (userfaultfd.fileno(),))
         return userfaultfd
 
-    def _ask(
-        self, question: Message, answer: type[Message], fds: tuple[int, ...] = ()
-    ) -> tuple[Message, tuple[int, ...]]:
+    def _ask(self, question: Question[Answer], fds: tuple[int, ...] = ()) -> tuple[Answer, tuple[int, ...]]:
+        """The answer and its descriptors."""
         try:
-            descriptors.send_message(self._door, encode(question), fds)
-            heard = descriptors.receive_message(self._door, wait=True)
+            descriptors.send_message(self._socket, question.data, fds)
+            while True:
+                received = descriptors.receive_message(self._socket, wait=True)
+                if not received.data:
+                    raise NoSupervisor(f"the supervisor in {self._directory} closed the connection")
+                try:
+                    answer = self._conversation.on_message(received.data, len(received.fds))
+                except BaseException:
+                    descriptors.close_all(received.fds)
+                    raise
+                if isinstance(answer, question.answer):
+                    return answer, received.fds
+                descriptors.close_all(received.fds)
         except TimeoutError:
             raise NoSupervisor(f"the supervisor in {self._directory} does not answer") from None
-        if not heard.data:
-            raise NoSupervisor(f"the supervisor in {self._directory} closed the connection")
-        message = decode(heard.data, expect=(answer, Refused))
-        if isinstance(message, Refused):
-            raise PostcopyError(f"the supervisor in {self._directory} refuses: {message.reason}")
-        return message, heard.fds

@@ -30,7 +30,8 @@ from postcopy_protocol import counters, stages, trace
 from postcopy_protocol.codec import encode
 from postcopy_protocol.messages import WhenOrphaned
 from postcopy_protocol.sources import Advice
-from postcopy_wire.router import Router
+from postcopy_wire.factory import open_router
+from postcopy_wire.transport import MessageHandler, Router
 
 from .adopt import PendingWorkers, adopt
 from .assignment import WorkerAssignments
@@ -132,8 +133,9 @@ def serve(settings: Settings) -> None:
 
 def assemble(settings: Settings, runtime: RuntimeDirectory, plan: Plan, inherited: Custodian | None) -> Supervisor:
     """Build everything. ``inherited``: the custodian of the previous supervisor, from which ``plan`` was made."""
-    base = _base(settings, runtime, plan, inherited)
-    service = _service(settings, runtime, plan, base)
+    main_loop = trace_points.TracedMainLoop(settings.trace) if settings.trace else MainLoop()
+    base = _base(settings, runtime, plan, inherited, main_loop)
+    service = _service(settings, runtime, plan, base, main_loop)
     own, router, listener, custodian = base.own, base.router, base.listener, base.custodian
     blocks, clients, pool, event = base.blocks, service.clients, service.pool, base.event_log.tell
     exports, auditor, pending = Exports(), Auditor(list(blocks.values()), event), PendingWorkers(pool)
@@ -153,10 +155,8 @@ def assemble(settings: Settings, runtime: RuntimeDirectory, plan: Plan, inherite
     queries = Queries(parts, exports, auditor, stop)
     answers = LongAnswers(queries, replies)
     ports = _ports(runtime, base, service, periodic, queries, answers, replies)
-    main_loop = trace_points.TracedMainLoop(ports, settings.trace) if settings.trace else MainLoop(ports)
-    router.deliver(main_loop.on_message)
+    main_loop.start(ports)
     router.watch(listener.wakeup, main_loop.on_wakeup)
-    service.sources.connect(main_loop.on_source_message)
     adopt(plan, custodian, pool, clients, service.attach)
     pending.expect({number for block in service.paging.links for number in clients.with_block(block)})
     if plan.recovers:
@@ -203,13 +203,15 @@ class Base:
     listener: Listener
 
 
-def _base(settings: Settings, runtime: RuntimeDirectory, plan: Plan, inherited: Custodian | None) -> Base:
+def _base(
+    settings: Settings, runtime: RuntimeDirectory, plan: Plan, inherited: Custodian | None, main_loop: MainLoop
+) -> Base:
     state = RunState(time.monotonic())
     own = _descriptors(plan)
     access, advice, blocks = _blocks(settings, plan, own, state)
     by_number = {block.number: block for block in blocks.values()}
     control_page = _control_page(settings, own)
-    router, attach_socket = _router(runtime), _attach_socket(runtime)
+    router, attach_socket = _router(settings, runtime, main_loop.on_message), _attach_socket(runtime)
     custodian = _custodian(settings, runtime, own, inherited)
     listener = Listener(own.core, own.stop, attach_socket, FileWatches(blocks.values()))
     return Base(
@@ -242,7 +244,7 @@ class Service:
     recorder: Recorder | None
 
 
-def _service(settings: Settings, runtime: RuntimeDirectory, plan: Plan, base: Base) -> Service:
+def _service(settings: Settings, runtime: RuntimeDirectory, plan: Plan, base: Base, main_loop: MainLoop) -> Service:
     own, blocks, custodian, listener, event = (
         base.own,
         base.by_number,
@@ -262,7 +264,8 @@ def _service(settings: Settings, runtime: RuntimeDirectory, plan: Plan, base: Ba
     allow = AllowList(frozenset({os.geteuid()}) | settings.allow_uids, settings.allow_gids)
     figures = trace.FIGURES_BYTES if recorder is not None else stages.END
     attach = AttachServer(base.blocks, clients, pool, listener, release, allow, own.device, figures, recorder)
-    sources = Sources(settings, base.access, base.router, base.advice, base.blocks, paging, event)
+    receive = main_loop.on_source_message
+    sources = Sources(settings, base.access, base.router, base.advice, base.blocks, paging, receive, event)
     return Service(clients, pool, paging, zero, release, attach, sources, recorder)
 
 
@@ -422,10 +425,10 @@ def _control_page(settings: Settings, own: Descriptors) -> memoryview:
     return page
 
 
-def _router(runtime: RuntimeDirectory) -> Router:
-    router, path = Router(), runtime.endpoint.removeprefix("ipc://")
-    with binding(path):
-        router.listen(path)
+def _router(settings: Settings, runtime: RuntimeDirectory, on_message: MessageHandler) -> Router:
+    router = open_router(settings.transport, on_message)
+    with binding(runtime.endpoint.removeprefix("ipc://")):
+        router.listen(runtime.endpoint)
     return router
 
 

@@ -70,6 +70,7 @@ class WorkerAssignments:
             cgroup=place if settings.worker_cgroups else -1,
             blocks=tuple(grants),
             regions=tuple(regions),
+            transport=settings.transport,
         )
 
 

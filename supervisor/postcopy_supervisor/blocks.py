@@ -106,7 +106,7 @@ class RamBlock:
         advice: Advice | None = None,
         kept: KeptBlock | None = None,
     ) -> None:
-        """``advice``: the advice of a remote block's source; ``kept``: what the previous supervisor left of the block."""
+        """``advice``: the advice of a remote block's source; ``kept``: what the previous supervisor left."""
         self.number = number
         self.name = name
         self.source = source

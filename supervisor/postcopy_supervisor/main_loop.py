@@ -181,9 +181,15 @@ class Ports:
 
 
 class MainLoop:
-    """Dispatches until the supervisor is asked to end."""
+    """Dispatches until the supervisor is asked to end.
 
-    def __init__(self, ports: Ports) -> None:
+    The router takes its handler when it is made, and every part that sends needs the router. So the loop is made first,
+    as that handler, and ``start`` gives it the ports before the first turn."""
+
+    _ports: Ports
+
+    def start(self, ports: Ports) -> None:
+        """Dispatch to these ports from now on."""
         self._ports = ports
         self._state = ports.state
         self._fast_paths = ports.paging.fast_paths

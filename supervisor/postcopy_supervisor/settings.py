@@ -12,6 +12,7 @@ from postcopy_protocol.geometry import PAGE_2M, PAGE_4K
 from postcopy_protocol.runtime_paths import runtime_directory
 from postcopy_protocol.sizes import parse_size
 from postcopy_protocol.sources import RemoteSource, Source, parse_named
+from postcopy_wire.transport import NATIVE, TRANSPORTS, chosen_transport
 
 from .pool.lifecycle import LONGEST_BACKOFF, RestartPolicy
 
@@ -57,6 +58,7 @@ class Settings:
     abandon: bool = False
     orphan_timeout: float = 60.0
     poison_orphans: bool = False
+    transport: str = NATIVE
 
 
 def parse(arguments: list[str]) -> Settings:
@@ -109,6 +111,7 @@ def parse(arguments: list[str]) -> Settings:
         abandon=told.abandon,
         orphan_timeout=told.orphan_timeout,
         poison_orphans=told.on_orphan == "poison",
+        transport=chosen_transport(told.transport, os.environ),
     )
 
 
@@ -256,6 +259,7 @@ def _parser() -> _Parser:
     add("--record", default="", metavar="FILE", help="write every fault there (read it with: postcopy trace)")
     add("--trace", default="", metavar="POINT,...", help=f"log these, one line each: {', '.join(POINTS)}, all")
     _add_recovery(parser)
+    add("--transport", choices=TRANSPORTS, help="ZeroMQ by native sockets or libzmq (default: native, which is faster)")
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     add("--die-with-parent", type=int, default=0, metavar="PID", help="end when the process PID, our parent, ends")
     return parser

@@ -21,7 +21,7 @@ from postcopy_kernel.userfaultfd import Status, Userfaultfd
 from postcopy_protocol import counters
 from postcopy_protocol.errors import BadInput
 from postcopy_protocol.messages import Ending, RegionGrant
-from postcopy_wire.router import Router
+from postcopy_wire.transport import Router
 
 from .blocks import RamBlock
 from .clients.client import Clients

@@ -25,7 +25,6 @@ WITHIN = 400.0
 
 
 @pytest.mark.timeout(WITHIN + 30)
-@pytest.mark.xdist_group("chaos")
 def test_chaos_for_a_short_while(tmp_path: Path) -> None:
     """``scripts/chaos --minutes 30`` is the same for long."""
     command = [sys.executable, "-m", "tests.chaos", "--json", "--seed", "20261122", "--directory", str(tmp_path)]
@@ -42,7 +41,6 @@ def test_chaos_for_a_short_while(tmp_path: Path) -> None:
 PLAN = Plan(clients=3, pages=2048, seconds=5.0, pause=0.01)
 
 
-@pytest.mark.xdist_group("chaos")
 def test_one_wrong_byte_is_found(tmp_path: Path) -> None:
     tally = Tally()
     round_ = Round(PLAN, 1, [], tally, tmp_path)
@@ -57,7 +55,6 @@ def test_one_wrong_byte_is_found(tmp_path: Path) -> None:
     assert tally.counts["wrong bytes"] >= 1
 
 
-@pytest.mark.xdist_group("chaos")
 def test_a_client_that_waits_too_long_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The watchdog takes five seconds to end this wait."""
     monkeypatch.setattr(rounds, "STUCK_AFTER", 2.0)
@@ -81,7 +78,6 @@ class Leaking(Leaks):
         return super().after_the_last_client()
 
 
-@pytest.mark.xdist_group("chaos")
 def test_what_is_left_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leaks, "LEAVE_WITHIN", 5.0)
     tally = Tally()

@@ -2,8 +2,8 @@
 supervisor does with messages of sources and workers (router, fast path, link, flow control, engine, paging) without
 its kernel.
 
-Random bytes seldom get as far as a stream that listens, or a request that is open. So each end begins where most words
-mean something, is given words that fit what is open (``nearly``), and is spoiled from there.
+Random bytes seldom reach a listening stream or an open request. So each end begins in a state where most messages have
+a meaning, and is given messages that fit what is open (``nearly``), with random changes.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ from postcopy_supervisor.paging.source_link import AdvisedBlock
 from postcopy_supervisor.paging.wakers import Wakers
 from postcopy_supervisor.parts import RunState
 from postcopy_supervisor.remote import sources
-from postcopy_wire.router import FULL, NOBODY, SENT
+from postcopy_wire.transport import FULL, SENT, UNREACHABLE
 
 PAGE = 4096
 COUNT = 65
@@ -112,33 +112,35 @@ class SourceEnd:
         self.fresh()
 
     def _unstage(self) -> None:
-        for peer in self.loop._peers.values():
+        for peer in self.loop.connections.values():
             peer.unstage()
 
     def fresh(self) -> None:
         if hasattr(self, "loop"):
             self._unstage()
-        self.refused, self._errands = False, deque[Callable[[], None]]()
+        self.refused, self._calls = False, deque[Callable[[], None]]()
         source = Fickle()
-        mailbox = SimpleNamespace(post=self._errands.append, empty=self._posted)
+        calls = SimpleNamespace(call_soon=self._calls.append, take=self._posted)
         router = SimpleNamespace(send_parts=self._send)
         readers = SimpleNamespace(put=self._read, check=lambda: None)
         known = {NAME: (source, Offer(NAME, SIZE, PAGE, IDENTITY))}
-        self.loop = Loop(cast(Any, known), cast(Any, router), cast(Any, mailbox), cast(Any, readers), FEATURES)
+        self.loop = Loop(cast(Any, known), lambda *_: cast(Any, router), cast(Any, calls), cast(Any, readers), FEATURES)
         if self.dice.random() < 0.9:
-            self.loop._hear(SUPERVISOR, encode(Advise(NAME, PAGE, self.dice.choice((FEATURES, ("zero", "push"), ())))))
+            self.loop.on_data(
+                SUPERVISOR, encode(Advise(NAME, PAGE, self.dice.choice((FEATURES, ("zero", "push"), ()))))
+            )
             if self.dice.random() < 0.9:
-                self.loop._hear(SUPERVISOR, encode(Listen(self._stream(), self.dice.choice((0, PAGE, 1 << 24)))))
+                self.loop.on_data(SUPERVISOR, encode(Listen(self._stream(), self.dice.choice((0, PAGE, 1 << 24)))))
 
     def hear(self, data: bytes) -> None:
         """One frame of the supervisor's; what it asks for is read and sent, unless the supervisor does not read."""
         loop, self.refused = self.loop, False
-        peer = loop._peers.get(SUPERVISOR)
-        if peer is not None and loop._urgent(peer, data):
+        peer = loop.connections.get(SUPERVISOR)
+        if peer is not None and loop.answerer.answer_fast(peer, data):
             decode(data, expect=FROM_SUPERVISOR)  # what is taken unread must be what decode takes
             self.express += 1
         else:
-            loop._hear(SUPERVISOR, data)
+            loop.on_data(SUPERVISOR, data)
         if self.dice.random() < 0.8:
             self._settle()
         if self.refused:
@@ -155,7 +157,7 @@ class SourceEnd:
         if chance < 0.02:
             return pick((Advise(NAME, PAGE, ("zero", "push")), Advise(NAME, 1 << 21, ()), Complete(stream)))
         if chance < 0.04:
-            peer = self.loop._peers.get(SUPERVISOR)
+            peer = self.loop.connections.get(SUPERVISOR)
             return UseStaging(peer.staging.number if peer is not None and peer.staging is not None else 1)
         if chance < 0.08:
             return pick((Listen(stream, pick((0, PAGE, 1 << 24))), Ping(pick((0, 1, 1 << 63)))))
@@ -165,7 +167,7 @@ class SourceEnd:
         return RequestRanges(request, stream, pick((True, True, False)), pack_ranges(ranges))
 
     def _streams(self) -> list[Open]:
-        peer = self.loop._peers.get(SUPERVISOR)
+        peer = self.loop.connections.get(SUPERVISOR)
         return list(peer.conversation.streams.values()) if peer is not None else []
 
     def _stream(self) -> int:
@@ -181,7 +183,7 @@ class SourceEnd:
     def _send(self, to: bytes, parts: Sequence[Any]) -> int:
         """The router, at times full, and the supervisor at times gone."""
         if self.dice.random() < 0.05:
-            return FULL if self.dice.random() < 0.98 else NOBODY
+            return FULL if self.dice.random() < 0.98 else UNREACHABLE
         assert to == SUPERVISOR
         self._sent(decode(parts[0], expect=FROM_SOURCE), [len(one) for one in parts[1:]])
         return SENT
@@ -197,7 +199,7 @@ class SourceEnd:
 
     def _placed(self, message: Staged) -> None:
         """The supervisor sets the slot free, mostly."""
-        staging = self.loop._peers[SUPERVISOR].staging
+        staging = self.loop.connections[SUPERVISOR].staging
         check_staged(message, 1 << 20, PAGE, SIZE)
         if staging is not None and staging.number == message.number and self.dice.random() < 0.9:
             assert staging._memory[NONCE + message.slot] == SLOT_FULL, "said to be full, and is not"
@@ -208,20 +210,20 @@ class SourceEnd:
         job.done(job.read())
 
     def _posted(self) -> list[Callable[[], None]]:
-        errands = list(self._errands)
-        self._errands.clear()
-        return errands
+        calls = list(self._calls)
+        self._calls.clear()
+        return calls
 
     def _settle(self) -> None:
         """All that is open is read and sent, and then nothing counts as open."""
         loop = self.loop
-        while loop._streaming or self._errands or loop._sender.held:
-            loop._tick(time.monotonic())
-            if loop._streaming:
-                loop._stream(loop._streaming.popleft())
-            for errand in self._posted():  # the loop would log what goes wrong in one, and go on
-                errand()
-        peer = loop._peers.get(SUPERVISOR)
+        while loop.answerer.streaming or self._calls or loop.sender.held:
+            loop.tick(time.monotonic())
+            if loop.answerer.streaming:
+                loop.answerer.stream_next()
+            for call in self._posted():  # the loop would log what goes wrong in one, and go on
+                call()
+        peer = loop.connections.get(SUPERVISOR)
         if peer is not None:
             talk = peer.conversation
             assert (talk.open_requests, talk.open_bytes, peer.outbox_bytes) == (0, 0, 0)
@@ -275,8 +277,8 @@ class Slots:
 
 
 class SupervisorEnd:
-    """A supervisor with one remote block, one client that faults and one source. Who is woken finds his page marked
-    and placed; engine and flow are in order after every word."""
+    """A supervisor with one remote block, one client that faults and one source. A wake is sent only for
+    pages that are marked and placed; engine and flow control are consistent after every message."""
 
     def __init__(self, dice: random.Random) -> None:
         self.dice, self.now, self.express, self.placed = dice, 1000.0, 0, 0
@@ -345,7 +347,9 @@ class SupervisorEnd:
             ),
             event=_void,
         )
-        return main_loop.MainLoop(ports)
+        loop = main_loop.MainLoop()
+        loop.start(ports)
+        return loop
 
     def from_source(self, data: bytes) -> None:
         """One head, with raw frames as it promises them, mostly."""
@@ -368,7 +372,7 @@ class SupervisorEnd:
             raise BadMessage(message.reason)
 
     def nearly_of_source(self) -> Message | bytes:
-        """What the source might say now."""
+        """A message that the source might send now."""
         dice, link = self.dice, self.link
         chance, pick = dice.random(), dice.choice
         if chance < 0.35 and link.answers:
@@ -461,4 +465,4 @@ def _raised(what: object, error: Exception) -> None:
 
 
 def _void(*_: Any, **__: Any) -> None:
-    """Takes anything, says nothing."""
+    """Accepts any arguments and does nothing."""

@@ -26,7 +26,6 @@ from tests.kernel.touching import Page, Toucher, next_fault
 
 pytestmark = [
     pytest.mark.hugetlb,
-    pytest.mark.xdist_group("hugetlb"),
     pytest.mark.usefixtures("require_userfaultfd", "pool"),
 ]
 

@@ -323,7 +323,8 @@ class Supervisor:
         address = lambda buffer: cast(Bytes, buffer).address  # noqa: E731
         fast = source_fast_path(self.paging, link, [block], core.ioctl, address)
         clients = SimulatedClients(set(service.living()), self.paging)
-        return MainLoop(
+        loop = MainLoop()
+        loop.start(
             Ports(
                 state=RunState(0.0, "running"),
                 router=ABSENT,
@@ -344,11 +345,12 @@ class Supervisor:
                 event=self._event,
             )
         )
+        return loop
 
     def _event(self, kind: str, detail: str, **where: int | str) -> None:
         self.service.events.append(kind)
         if kind == "source" and self.service.births > 1:
-            self.paging.source_back(self.link)
+            self.paging.source_back([BLOCK])
 
     @property
     def busy(self) -> bool:

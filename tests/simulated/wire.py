@@ -181,10 +181,10 @@ class Supervisor:
     def gave_up(self, request: RangeRequest) -> None:
         self._lose(request.block, request.offset, request.length)
 
-    def source_lost(self, link: SourceLink) -> None:
+    def source_lost(self, blocks: object) -> None:
         self.staging = None
 
-    def source_back(self, link: SourceLink) -> None:
+    def source_back(self, blocks: object) -> None:
         """Nothing is requested again here."""
 
     def _lose(self, block: int, offset: int, length: int) -> None:

@@ -67,7 +67,6 @@ FIGURES = {
 }
 
 
-@pytest.mark.xdist_group("benchmarks")
 @pytest.mark.timeout(400)  # they start dozens of programs, beside everybody else's
 @pytest.mark.parametrize("name", sorted(BENCHMARKS))
 def test_a_quick_run_tells_every_figure(name: str, tmp_path: Path, require_userfaultfd: None) -> None:

@@ -180,7 +180,7 @@ def test_the_nth_passing_of_the_point_that_is_armed() -> None:
 @pytest.mark.parametrize("word", ["nonsense", "page", "page.placed:", "page.placed:x", "page.placed:-1", ":3"])
 def test_a_word_that_is_no_point(word: str) -> None:
     done = python("print('lives')", word)
-    assert done.returncode == 1 and "there is no such point" in done.stderr
+    assert done.returncode == 1 and "unknown point" in done.stderr
 
 
 def test_nothing_is_wrapped_where_nothing_is_armed() -> None:

@@ -183,7 +183,7 @@ def test_one_that_refuses_the_end(service: Service, tmp_path: Path) -> None:
     nobody_left(service)
 
 
-@pytest.mark.parametrize("house", [True], indirect=True)
+@pytest.mark.parametrize("service", [True], indirect=True)
 def test_one_that_populates_its_memory(service: Service, tmp_path: Path) -> None:
     """Zeros are in the block before anybody could help it: told at once, and by the audit."""
     service.client("guest", "shared")

@@ -16,7 +16,7 @@ from tests.kernel.huge_pool import reserved
 from tests.system.remote import Source
 from tests.system.service import PAGE, Service, end_by_pidfd, refused, until, word
 
-pytestmark = [pytest.mark.hugetlb, pytest.mark.xdist_group("hugetlb")]
+pytestmark = pytest.mark.hugetlb
 HUGE = 2 << 20
 POOL = 6
 

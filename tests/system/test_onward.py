@@ -66,5 +66,5 @@ def test_a_house_that_is_not_there(runtime_dir: Path) -> None:
     command = [sys.executable, "-m", "postcopy_sources", "--from", str(runtime_dir), "ram0", "--listen", "ipc:///tmp/x"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert ended.returncode == 1
-    assert ended.stderr.startswith(f"postcopy source: no supervisor in {runtime_dir}")
+    assert ended.stderr.startswith(f"postcopy source: no supervisor is running in {runtime_dir}")
     assert len(ended.stderr.splitlines()) == 1

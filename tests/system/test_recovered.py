@@ -171,7 +171,6 @@ def pool() -> Iterator[None]:
 
 
 @pytest.mark.hugetlb
-@pytest.mark.xdist_group("hugetlb")
 @pytest.mark.usefixtures("pool")
 def test_huge_pages(runtime_dir: Path, source_file: SourceFile) -> None:
     path = source_file(2 * HUGE + 4099)

@@ -92,7 +92,6 @@ def test_several_blocks_and_several_sources(runtime_dir: Path, source_file: Sour
 
 
 @pytest.mark.hugetlb
-@pytest.mark.xdist_group("hugetlb")
 @pytest.mark.parametrize("rate", ["0", "auto"])
 def test_huge_pages(runtime_dir: Path, source_file: SourceFile, rate: str) -> None:
     path = source_file(2 * HUGE + 4099)

@@ -604,7 +604,6 @@ def test_a_remote_block(runtime_dir: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.hugetlb
-@pytest.mark.xdist_group("hugetlb")
 def test_huge_pages(runtime_dir: Path, tmp_path: Path) -> None:
     """Ring, request and data lie in three huge pages."""
     huge = 2 << 20

@@ -72,6 +72,14 @@ def test_every_page_is_in_the_navigation() -> None:
     assert listed == {page.name for page in (ROOT / "docs").glob("*.md")} | elsewhere
 
 
+def test_pre_commit_checks_what_scripts_check_checks() -> None:
+    config = (ROOT / ".pre-commit-config.yaml").read_text("utf-8")
+    script = (ROOT / "scripts" / "check").read_text("utf-8")
+    checks = re.findall(r"^(\.venv/bin/.+)$", script, re.MULTILINE)
+    assert len(checks) >= 3
+    assert re.findall(r"^ +entry: (.+)$", config, re.MULTILINE) == checks
+
+
 # --- commands and options ---------------------------------------------------------------------------------------------
 
 
@@ -140,8 +148,7 @@ def every_command() -> dict[tuple[str, ...], set[str]]:
     for page in GUIDES:
         for words in commands(page.read_text("utf-8")):
             name, options = split(words)
-            if name:
-                named.setdefault(name, set()).update(options)
+            named.setdefault(name, set()).update(options)
     return named
 
 

@@ -237,7 +237,7 @@ def test_a_refusal_that_waits_for_no_question_is_heard(
             send_message(*words, **more)
 
         if not asked:
-            monkeypatch.setattr("postcopy.door.send_message", send_late)
+            monkeypatch.setattr("postcopy.attach_socket.send_message", send_late)
         with pytest.raises(postcopy.AttachDenied, match="not you"):
             postcopy.attach("ram0", runtime_dir, timeout=5.0)
         thread.join(10)

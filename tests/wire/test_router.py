@@ -1,4 +1,5 @@
-"""Our router against libzmq and against bare sockets: who comes in, who is sought, who does not read, who lies."""
+"""Both routers against libzmq and against bare sockets: peers that connect, that are connected to, that do not read,
+that do not speak ZMTP."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -17,48 +19,72 @@ import zmq
 
 from postcopy_protocol.zmtp import GREETING, LARGEST, MORE, Message, Reader, command, frame, opening
 from postcopy_wire import router as module
-from postcopy_wire.libzmq import Libzmq
-from postcopy_wire.router import FULL, KEPT_BYTES, NOBODY, SENT, Router
+from postcopy_wire.connections import KEPT_BYTES
+from postcopy_wire.factory import open_router
+from postcopy_wire.router import NativeRouter
+from postcopy_wire.transport import FULL, NATIVE, SENT, TRANSPORTS, UNREACHABLE, Router
 
 PATIENCE = 20.0
 READY = command(b"READY", b"\x0bSocket-Type\0\0\0\6ROUTER")
 
 
 class Service:
-    """A router, and what it hears."""
+    """A router, and the messages that it received."""
 
-    def __init__(self, path: Path, **limits: int) -> None:
-        self.heard: list[tuple[bytes, Message]] = []
+    def __init__(self, path: Path, transport: str, **limits: int) -> None:
+        self.received: list[tuple[bytes, Message]] = []
         self.gone: list[bytes] = []
         self.path = path
-        self._strangers: list[socket.socket] = []
-        self.router = Router(lambda name, message: self.heard.append((name, message)), self.gone.append, **limits)
-        self.router.listen(str(path))
+        self.endpoint = f"ipc://{path}"
+        self._peers: list[socket.socket] = []
+        self.router: Router = open_router(
+            transport, lambda name, message: self.received.append((name, message)), self.gone.append, **limits
+        )
+        assert self.router.listen(self.endpoint) == self.endpoint
+
+    @property
+    def native(self) -> NativeRouter:
+        assert isinstance(self.router, NativeRouter)
+        return self.router
 
     def until(self, done: Callable[[], object]) -> None:
         deadline = time.monotonic() + PATIENCE
         while not done():
-            assert time.monotonic() < deadline, self.heard[-3:]
+            assert time.monotonic() < deadline, self.received[-3:]
             self.router.turn(0.01)
 
     def next(self) -> tuple[bytes, Message]:
-        self.until(lambda: self.heard)
-        return self.heard.pop(0)
+        self.until(lambda: self.received)
+        return self.received.pop(0)
 
-    def stranger(self) -> socket.socket:
+    def bare(self) -> socket.socket:
+        """A bare socket that has connected and said nothing."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._strangers.append(connection)
+        self._peers.append(connection)
         connection.settimeout(PATIENCE)
         connection.connect(str(self.path))
         return connection
 
-    def close(self) -> None:
-        self.router.close()
-        for connection in self._strangers:
-            connection.close()
+    def known(self, name: bytes) -> socket.socket:
+        """A bare socket that the router knows by name."""
+        connection = self.connect_as(name, b"hello")
+        assert self.next() == (name, b"hello")
+        return connection
 
-    def shown_out(self, connection: socket.socket) -> None:
-        """Its connection is ended."""
+    def connect_as(self, name: bytes, message: bytes) -> socket.socket:
+        """A bare socket that says its name, and then a message when the router may hear it."""
+        connection = self.bare()
+        connection.sendall(opening(name))
+        reader = Reader()
+        while not reader.ready:
+            self.router.turn(0.01)
+            with suppress(BlockingIOError):
+                reader.feed(connection.recv(1 << 16, socket.MSG_DONTWAIT))
+        connection.sendall(frame(message))
+        return connection
+
+    def await_end(self, connection: socket.socket) -> None:
+        """The router ends this connection."""
         connection.settimeout(0)
 
         def ended() -> bool:
@@ -71,15 +97,10 @@ class Service:
 
         self.until(ended)
 
-    def known(self, name: bytes) -> socket.socket:
-        """A bare socket that has said who it is, and has heard who we are."""
-        connection = self.stranger()
-        connection.sendall(opening(name))
-        self.until(lambda: name in self.router.peers)
-        reader = Reader()
-        while not reader.ready:
-            assert reader.feed(connection.recv(1 << 16)) == []
-        return connection
+    def close(self) -> None:
+        self.router.close()
+        for connection in self._peers:
+            connection.close()
 
 
 @pytest.fixture
@@ -89,9 +110,18 @@ def path(runtime_dir: Path) -> Iterator[Path]:
     made.unlink(missing_ok=True)
 
 
+@pytest.fixture(params=TRANSPORTS)
+def service(path: Path, request: pytest.FixtureRequest) -> Iterator[Service]:
+    made = Service(path, request.param, queue=20)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
 @pytest.fixture
-def service(path: Path) -> Iterator[Service]:
-    made = Service(path, queue=20)
+def native_service(path: Path) -> Iterator[Service]:
+    made = Service(path, NATIVE, queue=20)
     try:
         yield made
     finally:
@@ -108,14 +138,13 @@ def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
 
 
 @pytest.mark.parametrize("kind", [zmq.DEALER, zmq.ROUTER, zmq.REQ])
-def test_libzmq_comes_in(service: Service, context: zmq.Context[zmq.Socket[bytes]], kind: int) -> None:
+def test_libzmq_connects(service: Service, context: zmq.Context[zmq.Socket[bytes]], kind: int) -> None:
     peer = context.socket(kind)
     peer.setsockopt(zmq.ROUTING_ID, b"w1.1")
     if kind == zmq.ROUTER:
         peer.setsockopt(zmq.CONNECT_ROUTING_ID, b"us")
         peer.setsockopt(zmq.ROUTER_MANDATORY, 1)
-    peer.connect(f"ipc://{service.path}")
-    service.until(lambda: b"w1.1" in service.router.peers)
+    peer.connect(service.endpoint)
     before = {zmq.DEALER: [], zmq.ROUTER: [b"us"], zmq.REQ: []}[kind]  # type: ignore[index]
     envelope = [b""] if kind == zmq.REQ else []
     for body in (b"x", b"", bytes(255), bytes(256), bytes(100_000)):
@@ -126,14 +155,15 @@ def test_libzmq_comes_in(service: Service, context: zmq.Context[zmq.Socket[bytes
         service.until(lambda: peer.poll(0))
         assert peer.recv_multipart() == [*before, body]
     peer.close()
-    service.until(lambda: service.gone)
-    assert service.gone == [b"w1.1"] and service.router.send(b"w1.1", b"x") == NOBODY
+    service.until(lambda: service.router.send(b"w1.1", b"x") == UNREACHABLE)
+    if isinstance(service.router, NativeRouter):
+        assert service.gone == [b"w1.1"]
 
 
-def test_who_says_no_name_gets_one_of_ours(service: Service, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+def test_a_peer_without_a_name_gets_one(service: Service, context: zmq.Context[zmq.Socket[bytes]]) -> None:
     peers = [context.socket(zmq.DEALER) for _ in range(3)]
     for number, peer in enumerate(peers):
-        peer.connect(f"ipc://{service.path}")
+        peer.connect(service.endpoint)
         peer.send(b"%d" % number)
     names = {message: name for name, message in (service.next() for _ in peers)}
     assert len(set(names.values())) == 3 and all(name[:1] == b"\0" for name in names.values())
@@ -144,21 +174,35 @@ def test_who_says_no_name_gets_one_of_ours(service: Service, context: zmq.Contex
         peer.close()
 
 
-def test_the_latest_has_the_name_and_ours_nobody_gets(service: Service, path: Path) -> None:
+def test_the_latest_peer_has_the_name(service: Service) -> None:
     first = service.known(b"w1.1")
-    second = service.stranger()
-    second.sendall(opening(b"w1.1") + frame(b"second"))
+    second = service.connect_as(b"w1.1", b"second")
     assert service.next() == (b"w1.1", b"second")
-    service.shown_out(first)
-    assert service.gone == []  # nobody is gone: it is there
-    service.router.connect(str(path.with_name("nobody")), b"s1", lambda frames: None, lambda: None, 1 << 16)
-    thief = service.stranger()
-    thief.sendall(opening(b"s1") + frame(b"mine") + opening(b"\0\0\0\0\0\0\0\0\1"))
-    service.shown_out(thief)
-    assert service.heard == [] and service.router.send(b"s1", b"x") == NOBODY
-    zero = service.stranger()
+    if isinstance(service.router, NativeRouter):  # libzmq leaves the connection open and does not use it
+        service.await_end(first)
+    assert service.gone == []  # the name is still there
+    assert service.router.send(b"w1.1", b"x") == SENT
+    assert second.recv(100) == frame(b"x")
+
+
+def test_no_peer_takes_the_name_of_one_that_we_connect_to(service: Service, path: Path) -> None:
+    """Neither to hear what is for that one nor to speak for it."""
+    frames_received = list[object]()
+    absent = f"ipc://{path.with_name('absent')}"
+    service.router.connect(absent, b"s1", frames_received.append, lambda: None, 1 << 16)
+    thief = service.bare()
+    thief.sendall(opening(b"s1"))
+    if isinstance(service.router, NativeRouter):
+        service.await_end(thief)
+    else:  # it has that name only among those that connect to us
+        service.router.turn(0.1)
+    assert service.received == frames_received == [] and service.router.send(b"s1", b"x") == UNREACHABLE
+
+
+def test_names_that_begin_with_zero_are_the_routers(native_service: Service) -> None:
+    zero = native_service.bare()
     zero.sendall(opening(b"\0taken") + frame(b"hello"))
-    assert service.next()[0] != b"\0taken"
+    assert native_service.next()[0] != b"\0taken"
 
 
 def test_many_frames_and_pings(service: Service) -> None:
@@ -170,51 +214,80 @@ def test_many_frames_and_pings(service: Service) -> None:
     assert peer.recv(1 << 16) == command(b"PONG", b"me")
 
 
-@pytest.mark.parametrize(
-    "said",
-    [
-        b"GET / HTTP/1.1\r\n\r\n",
-        GREETING.replace(b"NULL\0", b"CURVE"),
-        GREETING + frame(b"a word before READY"),
-        GREETING + command(b"READY", b"\x08Identity\0\0\1\0" + bytes(256)),
-        GREETING + command(b"READY", b"\x08Identity\0\0\0\7no"),
-        opening(b"a") + b"\xff\0",
-        opening(b"a") + b"\x02" + (LARGEST + 1).to_bytes(8, "big"),
-        opening(b"a") + frame(b"", MORE) * 2000,
-    ],
-)
-def test_who_speaks_nonsense_is_shown_out(service: Service, said: bytes) -> None:
+FATAL = [
+    GREETING.replace(b"NULL\0", b"CURVE"),
+    GREETING + frame(b"a message before READY"),
+    GREETING + command(b"READY", b"\x08Identity\0\0\0\7no"),
+    opening(b"a") + b"\x02" + (LARGEST + 1).to_bytes(8, "big"),
+]
+FATAL_FOR_NATIVE = [
+    b"GET / HTTP/1.1\r\n\r\n",
+    GREETING + command(b"READY", b"\x08Identity\0\0\1\0" + bytes(256)),
+    opening(b"a") + b"\xff\0",
+    opening(b"a") + frame(b"", MORE) * 2000,
+]
+
+
+def check_ended(service: Service, said: bytes) -> None:
     other = service.known(b"other")
-    peer = service.stranger()
+    peer = service.bare()
     peer.sendall(said)
-    service.shown_out(peer)
-    assert not service.router.strangers and b"a" not in service.router.peers
+    service.await_end(peer)
+    assert service.router.send(b"a", b"x") == UNREACHABLE
     other.sendall(frame(b"still here"))
     assert service.next() == (b"other", b"still here")
 
 
-def test_who_does_not_read_is_not_waited_for(service: Service) -> None:
-    """What is kept comes whole and in order; then it is full, and nobody else is concerned."""
+@pytest.mark.parametrize("said", FATAL)
+def test_a_peer_that_does_not_speak_zmtp_is_ended(service: Service, said: bytes) -> None:
+    check_ended(service, said)
+
+
+@pytest.mark.parametrize("said", FATAL_FOR_NATIVE)
+def test_what_libzmq_takes_for_an_older_protocol_is_ended_too(native_service: Service, said: bytes) -> None:
+    check_ended(native_service, said)
+    assert not native_service.native.pending and b"a" not in native_service.native.inbound
+
+
+def test_no_send_waits_for_a_peer_that_does_not_read(service: Service) -> None:
+    """What is kept arrives whole and in order; then it is full, and no other peer is concerned."""
     slow, other = service.known(b"slow"), service.known(b"other")
-    words = list[bytes]()
-    while (became := service.router.send(b"slow", word := b"%d," % len(words) * 3000)) == SENT:
-        words.append(word)
-    assert became == FULL and len(service.router.peers[b"slow"].outbox) == 20
+    messages = list[bytes]()
+    while (result := service.router.send(b"slow", message := b"%d," % len(messages) * 3000)) == SENT:
+        messages.append(message)
+    assert result == FULL and len(messages) >= 20
     assert service.router.send_parts(b"slow", [b"head", bytes(4096)]) == FULL
     assert service.router.send(b"other", b"x") == SENT
     assert other.recv(100) == frame(b"x")
-    expected, came = b"".join(map(frame, words)), bytearray()
-    while len(came) < len(expected):
+    expected, arrived = b"".join(map(frame, messages)), bytearray()
+    while len(arrived) < len(expected):
         service.router.turn(0)
-        came += slow.recv(1 << 20)
-    assert came == expected
-    service.until(lambda: not service.router.peers[b"slow"].outbox)
-    assert service.router.peers[b"slow"].kept == 0
-    assert service.router.send_parts(b"slow", [b"head", bytes(4096)]) == SENT
-    assert slow.recv(1 << 16) == frame(b"head", MORE) + frame(bytes(4096))
+        arrived += slow.recv(1 << 20)
+    assert arrived == expected
+    service.until(lambda: service.router.send_parts(b"slow", [b"head", bytes(4096)]) == SENT)
+    expected = frame(b"head", MORE) + frame(bytes(4096))
+    arrived = bytearray()
+    while len(arrived) < len(expected):
+        arrived += slow.recv(1 << 16)
+    assert arrived == expected
 
 
-def test_what_is_kept_may_leave_at_the_end(service: Service) -> None:
+def test_an_outbox_is_empty_after_it_was_sent(native_service: Service) -> None:
+    slow = native_service.known(b"slow")
+    while native_service.router.send(b"slow", bytes(9000)) == SENT:
+        pass
+    peer = native_service.native.inbound[b"slow"]
+    assert len(peer.outbox) == 20
+
+    def empty() -> bool:
+        slow.recv(1 << 20)
+        return not peer.outbox
+
+    native_service.until(empty)
+    assert peer.kept == 0
+
+
+def test_what_is_kept_is_sent_at_the_end(service: Service) -> None:
     slow, dead = service.known(b"slow"), service.known(b"dead")
     sent = list[bytes]()
     while service.router.send(b"slow", word := b"%d," % len(sent) * 3000) == SENT:
@@ -222,23 +295,24 @@ def test_what_is_kept_may_leave_at_the_end(service: Service) -> None:
     while service.router.send(b"dead", bytes(9000)) == SENT:
         pass
     dead.close()
-    came = bytearray()
+    arrived = bytearray()
 
     def read() -> None:
         while more := slow.recv(1 << 16):
-            came.extend(more)
+            arrived.extend(more)
 
     reader = threading.Thread(target=read)
     reader.start()
-    service.router.close(PATIENCE)
+    service.router.close(4.0)
     reader.join(PATIENCE)
-    assert came == b"".join(map(frame, sent))
+    assert arrived == b"".join(map(frame, sent))
 
 
-def test_a_signal_ends_all_in_the_middle_of_a_goodbye(service: Service) -> None:
+def test_a_signal_in_the_middle_of_a_close_ends_the_router_in_order(native_service: Service) -> None:
     """A source's signal handler raises, wherever its loop is."""
+    service = native_service
     service.known(b"a")
-    peer = service.router.peers[b"a"]
+    peer = service.native.inbound[b"a"]
     connection = peer.connection
     assert connection is not None
 
@@ -250,10 +324,11 @@ def test_a_signal_ends_all_in_the_middle_of_a_goodbye(service: Service) -> None:
     with pytest.raises(KeyboardInterrupt):
         peer.drop()
     service.router.close()
-    assert service.router.peers == {} and service.gone == [b"a"]
+    assert service.native.inbound == {} and service.gone == [b"a"]
 
 
-def test_few_large_messages_are_full_too(service: Service) -> None:
+def test_few_large_messages_are_full_too(native_service: Service) -> None:
+    service = native_service
     service.known(b"slow")
     buffer = bytearray(b"a" * (1 << 20))
     sent = 0
@@ -262,42 +337,43 @@ def test_few_large_messages_are_full_too(service: Service) -> None:
     assert KEPT_BYTES >> 20 <= sent <= (KEPT_BYTES >> 20) + 2
 
 
-def test_what_is_kept_does_not_change_under_us(service: Service) -> None:
+def test_what_is_kept_is_a_copy(service: Service) -> None:
     slow = service.known(b"slow")
     buffer = bytearray(b"a" * (1 << 20))
     assert service.router.send_parts(b"slow", [b"head", buffer]) == SENT
     buffer[:] = b"b" * len(buffer)
-    came, expected = bytearray(), frame(b"head", MORE) + frame(b"a" * (1 << 20))
-    while len(came) < len(expected):
+    arrived, expected = bytearray(), frame(b"head", MORE) + frame(b"a" * (1 << 20))
+    while len(arrived) < len(expected):
         service.router.turn(0)
-        came += slow.recv(1 << 20)
-    assert came == expected
+        arrived += slow.recv(1 << 20)
+    assert arrived == expected
 
 
-def test_who_goes_with_words_kept_for_it(service: Service) -> None:
+def test_a_peer_that_goes_while_messages_are_kept_for_it(service: Service) -> None:
     slow = service.known(b"slow")
     while service.router.send(b"slow", bytes(9000)) == SENT:
         pass
     slow.close()
-    service.until(lambda: service.gone)
-    assert service.router.send(b"slow", b"x") == NOBODY
+    service.until(lambda: service.router.send(b"slow", b"x") == UNREACHABLE)
 
 
-def test_strangers_are_many_and_stay_long(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "STRANGERS", 3)
-    crowd = [service.stranger() for _ in range(8)]
+def test_pending_peers_are_few_and_do_not_stay_long(native_service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = native_service
+    monkeypatch.setattr(module, "PENDING", 3)
+    crowd = [service.bare() for _ in range(8)]
     service.until(lambda: not service.router.waiting())
-    assert len(service.router.strangers) == 3
-    monkeypatch.setattr(module, "STRANGE_SECONDS", 0.0)
-    crowd.append(service.stranger())
-    service.until(lambda: len(service.router.strangers) == 1)
+    assert len(service.native.pending) == 3
+    monkeypatch.setattr(module, "PENDING_SECONDS", 0.0)
+    crowd.append(service.bare())
+    service.until(lambda: len(service.native.pending) == 1)
     crowd[-1].sendall(opening(b"last"))
-    service.until(lambda: b"last" in service.router.peers)
+    service.until(lambda: b"last" in service.native.inbound)
 
 
-def test_no_descriptor_left(service: Service) -> None:
-    """They wait in the backlog; who is there is heard, and nobody spins."""
-    peer, late = service.known(b"there"), service.stranger()
+def test_no_descriptor_is_free(native_service: Service) -> None:
+    """New peers wait in the backlog; the others are served, and the loop does not spin."""
+    service = native_service
+    peer, late = service.known(b"there"), service.bare()
     late.sendall(opening(b"late"))
     limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     free = os.dup(0)
@@ -311,51 +387,51 @@ def test_no_descriptor_left(service: Service) -> None:
         assert service.next() == (b"there", b"here")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-    service.until(lambda: b"late" in service.router.peers)
+    service.until(lambda: b"late" in service.native.inbound)
 
 
-# --- sought -----------------------------------------------------------------------------------------------------------
+# --- peers that the router connects to ----------------------------------------------------------------------------
 
 
 class Found:
-    """What is heard of a peer that is sought."""
+    """What a peer says that the router connects to."""
 
     def __init__(self, service: Service, path: Path, capacity: int = 1 << 20) -> None:
-        self.met = 0
-        self.heard: list[list[bytes]] = []
-        service.router.connect(str(path), b"s1", self._hear, self._meet, capacity)
+        self.connected = 0
+        self.received: list[list[bytes]] = []
+        service.router.connect(f"ipc://{path}", b"s1", self._on_frames, self._on_connected, capacity)
 
-    def _meet(self) -> None:
-        self.met += 1
+    def _on_connected(self) -> None:
+        self.connected += 1
 
-    def _hear(self, frames: list[memoryview]) -> None:
-        self.heard.append([bytes(one) for one in frames])
+    def _on_frames(self, frames: list[memoryview]) -> None:
+        self.received.append([bytes(one) for one in frames])
 
 
-def test_a_router_of_libzmq_is_sought_until_it_is_there_and_again(
+def test_a_router_of_libzmq_is_connected_to_and_again(
     service: Service, path: Path, context: zmq.Context[zmq.Socket[bytes]]
 ) -> None:
     there = path.with_name("source")
     found = Found(service, there)
     service.router.turn(0.05)
-    assert service.router.send(b"s1", b"nobody hears this") == NOBODY
+    assert service.router.send(b"s1", b"dropped") == UNREACHABLE
     for life in (1, 2):
         source = context.socket(zmq.ROUTER)
         source.setsockopt(zmq.LINGER, 0)
         source.bind(f"ipc://{there}")
-        service.until(lambda: found.met == life)  # noqa: B023
+        service.until(lambda: found.connected == life)  # noqa: B023
         for frames in ([b"head", bytes(4096)], [b"word"], [b"h", b"", bytes(300_000), b"x" * 300], [b"", b"y" * 256]):
             assert service.router.send(b"s1", b"request") == SENT
             service.until(lambda: source.poll(0))  # noqa: B023
-            name, word = source.recv_multipart()
-            assert word == b"request"
+            name, message = source.recv_multipart()
+            assert message == b"request"
             source.send_multipart([name, *frames])
             source.send_multipart([name, *frames])
-            service.until(lambda: len(found.heard) == 2)
-            assert found.heard == [frames, frames]
-            found.heard.clear()
+            service.until(lambda: len(found.received) == 2)
+            assert found.received == [frames, frames]
+            found.received.clear()
         source.close()
-        service.until(lambda: service.router.send(b"s1", b"x") == NOBODY)
+        service.until(lambda: service.router.send(b"s1", b"x") == UNREACHABLE)
     there.unlink(missing_ok=True)
 
 
@@ -369,8 +445,9 @@ def test_a_router_of_libzmq_is_sought_until_it_is_there_and_again(
         GREETING + READY + frame(b"x", MORE) + command(b"PING", b"\0\0"),
     ],
 )
-def test_somebody_else_is_found(service: Service, path: Path, said: bytes) -> None:
-    """Given up, and sought again, but not at once; others are heard meanwhile."""
+def test_a_peer_that_is_no_source(native_service: Service, path: Path, said: bytes) -> None:
+    """The connection is given up and made again, but not at once; others are served meanwhile."""
+    service = native_service
     there, other = path.with_name("source"), service.known(b"other")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(there))
@@ -389,11 +466,11 @@ def test_somebody_else_is_found(service: Service, path: Path, said: bytes) -> No
 
             service.until(taken)
             theirs[0].sendall(said)
-            service.until(lambda: service.router.sought[b"s1"].connection is None)
+            service.until(lambda: service.native.outbound[b"s1"].connection is None)
             theirs[0].close()
         other.sendall(frame(b"here"))
         assert service.next() == (b"other", b"here")
-        assert found.heard == []
+        assert found.received == []
     there.unlink()
 
 
@@ -406,7 +483,7 @@ def test_messages_in_pieces(service: Service, path: Path) -> None:
         found = Found(service, there, (1 << 16) + 100)
         theirs, _ = listener.accept()
         theirs.sendall(GREETING + READY)
-        service.until(lambda: found.met)
+        service.until(lambda: found.connected)
         sent = [[b"%d" % number, os.urandom(1 + number * 499 % 65_000)] for number in range(400)]
         stream = b"".join(frame(head, MORE) + frame(body) for head, body in sent)
         at = 0
@@ -415,34 +492,104 @@ def test_messages_in_pieces(service: Service, path: Path) -> None:
             theirs.sendall(piece)
             at += len(piece)
             service.until(lambda: not service.router.waiting())
-        assert found.heard == sent
+        assert found.received == sent
         theirs.close()
     there.unlink()
 
 
-# --- libzmq beside it -------------------------------------------------------------------------------------------------
+# --- libzmq in the turns of the native router -------------------------------------------------------------------------
 
 
-def test_libzmq_in_the_same_turns(service: Service, context: zmq.Context[zmq.Socket[bytes]]) -> None:
-    bound, heard = context.socket(zmq.ROUTER), list[tuple[bytes, list[bytes]]]()
-    bound.setsockopt(zmq.ROUTER_MANDATORY, 1)
-    port = bound.bind_to_random_port("tcp://127.0.0.1")
-    service.router.bridge(Libzmq(bound, lambda name, frames: heard.append((name, [bytes(one) for one in frames]))))
+def test_tcp_peers_in_the_same_turns(native_service: Service, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    """Peers that connect by tcp, beside those of Unix sockets."""
+    service = native_service
+    endpoint = service.router.listen("tcp://127.0.0.1:*")
     peer, other = context.socket(zmq.DEALER), service.known(b"other")
     peer.setsockopt(zmq.ROUTING_ID, b"far")
-    peer.connect(f"tcp://127.0.0.1:{port}")
+    peer.connect(endpoint)
     for number in range(200):
         peer.send_multipart([b"%d" % number, bytes(5000)])
         other.sendall(frame(b"%d" % number))
         service.router.turn(0)
-    service.until(lambda: len(heard) == 200 and len(service.heard) == 200)
-    assert heard == [(b"far", [b"%d" % number, bytes(5000)]) for number in range(200)]
-    for number in range(50):  # each answer may eat the word that there is another message
+    service.until(lambda: len(service.received) == 400)
+    assert [message for name, message in service.received if name == b"far"] == [
+        [b"%d" % number, bytes(5000)] for number in range(200)
+    ]
+    for number in range(50):  # each answer may consume the edge that reports another message
         assert service.router.send_parts(b"far", [b"%d" % number, b"x"]) == SENT
         service.until(lambda: peer.poll(0))
         assert peer.recv_multipart() == [b"%d" % number, b"x"]
         peer.send(b"again")
-        service.until(lambda: heard[-1] == (b"far", [b"again"]))
-        heard.pop()
-    assert service.router.send(b"nobody", b"x") == NOBODY
+        service.until(lambda: service.received[-1] == (b"far", b"again"))
+        service.received.pop()
+    assert service.router.send(b"absent", b"x") == UNREACHABLE
     peer.close()
+
+
+def test_a_tcp_router_is_connected_to_and_again(service: Service, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    """Without a connection it is unreachable; what was sent before is not delivered later."""
+    connected, received = list[int](), list[list[bytes]]()
+    source = context.socket(zmq.ROUTER)
+    port = source.bind_to_random_port("tcp://127.0.0.1")
+    service.router.connect(
+        f"tcp://127.0.0.1:{port}",
+        b"s1",
+        lambda frames: received.append([bytes(one) for one in frames]),
+        lambda: connected.append(1),
+        1 << 20,
+    )
+    for life in (1, 2):
+        service.until(lambda: len(connected) == life)  # noqa: B023
+        assert service.router.send(b"s1", b"request") == SENT
+        service.until(lambda: source.poll(0))  # noqa: B023
+        name, message = source.recv_multipart()
+        assert message == b"request"
+        source.send_multipart([name, b"head", bytes(100_000)])
+        service.until(lambda: received)
+        assert received.pop() == [b"head", bytes(100_000)]
+        source.close(0)
+        service.until(lambda: service.router.send(b"s1", b"x") == UNREACHABLE)
+        if life == 1:
+            source = context.socket(zmq.ROUTER)
+            for _ in range(100):
+                try:
+                    source.bind(f"tcp://127.0.0.1:{port}")
+                    break
+                except zmq.ZMQError:
+                    time.sleep(0.05)
+
+
+@pytest.mark.parametrize("ours", TRANSPORTS)
+@pytest.mark.parametrize("theirs", TRANSPORTS)
+def test_the_transports_speak_with_one_another(runtime_dir: Path, ours: str, theirs: str) -> None:
+    """A router of each kind connects to one of each kind."""
+    endpoint = f"ipc://{runtime_dir}/source"
+    requests, answers, ready = list[Message](), list[list[bytes]](), list[int]()
+
+    def answer(name: bytes, message: Message) -> None:
+        requests.append(message)
+        source.send_parts(name, [b"head", b"x" * 5000])
+
+    source = open_router(theirs, answer)
+    source.listen(endpoint)
+    supervisor = open_router(ours, lambda name, message: None)
+    supervisor.connect(
+        endpoint,
+        b"s1",
+        lambda frames: answers.append([bytes(one) for one in frames]),
+        lambda: ready.append(1),
+        1 << 20,
+    )
+    deadline = time.monotonic() + PATIENCE
+    sent = 0
+    while len(answers) < 300:
+        assert time.monotonic() < deadline
+        if ready and sent == len(answers):
+            assert supervisor.send(b"s1", b"%d" % sent) == SENT
+            sent += 1
+        source.turn(0.001)
+        supervisor.turn(0.001)
+    assert requests == [b"%d" % number for number in range(300)] and answers == [[b"head", b"x" * 5000]] * 300
+    supervisor.close()
+    source.close()
+    (runtime_dir / "source").unlink()

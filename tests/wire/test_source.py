@@ -359,13 +359,13 @@ def test_who_is_silent_for_long_is_forgotten_and_not_pushed_to() -> None:
     """A connection that breaks while nothing is sent is not told: what pushes would wait for ever, a thread each."""
     end = SourceEnd(random.Random(2))
     try:
-        end.loop._hear(SUPERVISOR, encode(Advise("ram0", PAGE, ("push",))))
-        (peer,) = end.loop._peers.values()
+        end.loop.on_data(SUPERVISOR, encode(Advise("ram0", PAGE, ("push",))))
+        (peer,) = end.loop.connections.values()
         peer.pushers[1] = stream = PushStream(SIZE, PAGE, lambda answer: None)
-        end.loop._tick(peer.heard + SILENT_SECONDS - 1)
-        assert end.loop._peers
-        end.loop._tick(peer.heard + SILENT_SECONDS + 1)
-        assert not end.loop._peers
+        end.loop.tick(peer.last_message_at + SILENT_SECONDS - 1)
+        assert end.loop.connections
+        end.loop.tick(peer.last_message_at + SILENT_SECONDS + 1)
+        assert not end.loop.connections
         with pytest.raises(StreamEnded):
             stream.push(0, bytes(PAGE))
     finally:
@@ -605,7 +605,7 @@ def test_tcp_with_keys(path: Path, tmp_path: Path, keys: Callable[[str], KeyPair
         assert supervisor.fetch(advised, (0, PAGES * PAGE)) == as_pages(path.read_bytes())
         with ScriptedSupervisor(program.endpoint, keys=strange, source_key=source.public) as other:
             assert not other.handshake()
-            program.wait_for_log("is not let in")
+            program.wait_for_log("is refused: its key")
         with ScriptedSupervisor(program.endpoint, keys=ours, source_key=strange.public) as other:
             other.say(Advise("ram0", PAGE, ()))
             assert other.hear(0.5) is None, "whoever it takes for the source, it is not this one"

@@ -10,7 +10,7 @@ from tests.conftest import SourceFile
 from tests.system.remote import kinds
 from tests.system.service import PAGE, Service, until, word
 
-STRANGER = str(Path(__file__).with_name("stranger.py"))
+STRANGER = str(Path(__file__).with_name("unknown_source_peer.py"))
 
 
 def start(path: Path, endpoint: str) -> subprocess.Popen[str]:

@@ -1,4 +1,5 @@
-"""ZeroMQ's wire on sockets of our own, where a fault passes: a worker's channel, and the router at the other end.
+"""ZeroMQ transports: native sockets and libzmq behind one interface (``transport.py``).
 
-What the bytes mean is law and stands in the protocol wing (``zmtp.py``); here they are sent and received.
+The bytes on the wire are ZMTP (``postcopy_protocol.zmtp``), so the two ends of a connection may use different
+transports.
 """

@@ -1,70 +1,429 @@
-"""Where libzmq is wanted: sockets of other machines, and CURVE. A ROUTER of libzmq, heard and spoken to in the turns of
-ours."""
+"""The libzmq transport: pyzmq sockets in the turns of one reactor, and a worker's channel.
+
+Peers that connect to us share one ROUTER. Each peer that we connect to has a DEALER of its own, so no other peer can
+take its name, and its socket monitor tells whether the connection stands. Two rules hold everywhere: nothing is sent
+blocking, and EVENTS is read after sends and receives, because the descriptor of a libzmq socket is edge-triggered.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import select
+import threading
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
-from postcopy_protocol.zmtp import Buffer
+from postcopy_protocol.zmtp import LARGEST, Buffer
 
-from .router import FULL, NOBODY, SENT
+from .reactor import Reactor
+from .transport import (
+    FULL,
+    IPC,
+    SENT,
+    UNREACHABLE,
+    Action,
+    FramesHandler,
+    MessageHandler,
+    PrepareSocket,
+)
 
 AT_ONCE = 16
-"""Messages that are heard before anybody else can be."""
-# As plain numbers: an operation on pyzmq's enumeration costs more than handing over a frame.
+"""Messages that are received from one socket before others are looked at."""
+RECEIVE_QUEUE = 10_000
+RETRY_MS, RETRY_MOST_MS = 10, 80
+"""Times between two tries to connect: short, because a supervisor that takes over wants its workers soon."""
+HEARTBEAT_MS, SILENT_MS = 5000, 20000
+"""Over a network: a peer that has not answered for so long is gone."""
+
+Socket = zmq.Socket[bytes]
+Context = zmq.Context[Socket]
+# Plain integers: an operation on pyzmq's enumeration costs more than sending a frame.
 _LAST = int(zmq.DONTWAIT)
 _MORE = _LAST | int(zmq.SNDMORE)
-_EVENTS, _SPOKEN = int(zmq.EVENTS), int(zmq.POLLIN)
+_EVENTS, _READABLE, _RCVMORE = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.RCVMORE)
+_HANDSHAKE, _DISCONNECTED = int(zmq.EVENT_HANDSHAKE_SUCCEEDED), int(zmq.EVENT_DISCONNECTED)
 
 
-class Libzmq:
-    """``socket``: a ROUTER with ROUTER_MANDATORY; it is closed with us. ``heard`` is told a peer's routing id, and the
-    frames of its message; it must not raise."""
+def can_receive(socket: Socket) -> bool:
+    """Is there a message? Asking also re-arms the socket's descriptor."""
+    return bool(int(socket.get(_EVENTS)) & _READABLE)
 
-    def __init__(self, socket: zmq.Socket[bytes], heard: Callable[[bytes, list[memoryview]], object]) -> None:
-        self.socket = socket
-        self._heard = heard
-        # The method below pyzmq's own layer, which does nothing here but take a microsecond a frame.
-        self._push: Callable[[Buffer, int], object] = super(zmq.Socket, socket).send
+
+def set_limits(socket: Socket, queue: int, largest: int) -> None:
+    """``queue``: messages that are kept for one peer; ``largest``: bytes of the largest frame that is accepted."""
+    for option, value in (
+        (zmq.LINGER, 0),
+        (zmq.SNDHWM, queue),
+        (zmq.RCVHWM, RECEIVE_QUEUE),
+        (zmq.MAXMSGSIZE, largest),
+    ):
+        socket.setsockopt(option, value)
+
+
+class FrameSender(Protocol):
+    """``send`` of the layer below pyzmq's Python layer, which does nothing here and takes a microsecond a frame."""
+
+    def __call__(self, data: Buffer, flags: int, /) -> object: ...
+
+
+def frame_sender(socket: Socket) -> FrameSender:
+    sender: FrameSender = super(zmq.Socket, socket).send
+    return sender
+
+
+class InboundSocket:
+    """The ROUTER that peers connect to. See ``reactor.PolledSocket``."""
+
+    def __init__(self, context: Context, on_message: MessageHandler, queue: int, largest: int) -> None:
+        self.socket: Socket = context.socket(zmq.ROUTER)
+        set_limits(self.socket, queue, largest)
+        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a peer that is gone is noticed when it is answered
+        self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a peer that comes back on a new connection is the same
+        self._on_message = on_message
+        self._send = frame_sender(self.socket)
 
     def fileno(self) -> int:
-        """Readable once when something has happened; what it is, ``waiting`` says."""
         return int(self.socket.getsockopt(zmq.FD))
 
     def waiting(self) -> bool:
-        """Is there a message? To ask also makes the descriptor say the next one."""
-        return bool(int(self.socket.get(_EVENTS)) & _SPOKEN)
+        return can_receive(self.socket)
 
-    def hear(self) -> None:
-        """What has come, as far as it is not too much."""
-        receive = self.socket.recv
+    def receive(self) -> None:
+        """Handle messages, up to AT_ONCE of them."""
+        socket, receive = self.socket, self.socket.recv
         for _ in range(AT_ONCE):
-            if not self.waiting():
+            if not can_receive(socket):
                 return
-            name = receive()
-            frames = [receive(0, False)]
-            while frames[-1].more:
-                frames.append(receive(0, False))
-            self._heard(name, [one.buffer for one in frames])
+            name, message = receive(), receive()
+            if not socket.get(_RCVMORE):
+                self._on_message(name, message)
+                continue
+            parts = [message]
+            while socket.get(_RCVMORE):
+                parts.append(receive())
+            self._on_message(name, parts)
 
     def send(self, name: bytes, parts: Sequence[Buffer]) -> int:
-        """SENT, FULL or NOBODY."""
+        send = self._send
         try:
-            # Who cannot be reached is known at the first frame; once that is taken, so are the others.
-            self._push(name, _MORE)
+            # A peer that cannot be reached is known at the first frame; the others follow when that is accepted.
+            send(name, _MORE)
             for part in parts[:-1]:
-                self._push(part, _MORE)
-            self._push(parts[-1], _LAST)
+                send(part, _MORE)
+            send(parts[-1], _LAST)
         except zmq.Again:
             return FULL
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
-            return NOBODY
+            return UNREACHABLE
         return SENT
 
+    def close(self, linger: float) -> None:
+        self.socket.close(int(linger * 1000))
+
+
+class Dealer:
+    """A DEALER with one connection, which libzmq makes again whenever it ends, and a monitor that reports it."""
+
+    def __init__(
+        self,
+        context: Context,
+        endpoint: str,
+        queue: int,
+        largest: int,
+        *,
+        identity: bytes = b"",
+        prepare: PrepareSocket | None = None,
+    ) -> None:
+        self.connected = False
+        self.socket: Socket = context.socket(zmq.DEALER)
+        set_limits(self.socket, queue, largest)
+        for option, value in (
+            (zmq.IMMEDIATE, 1),  # what a connection had not sent when it ended is dropped
+            (zmq.RECONNECT_IVL, RETRY_MS),
+            (zmq.RECONNECT_IVL_MAX, RETRY_MOST_MS),
+        ):
+            self.socket.setsockopt(option, value)
+        if not endpoint.startswith(IPC):
+            set_heartbeat(self.socket)
+        if identity:
+            self.socket.setsockopt(zmq.ROUTING_ID, identity)
+        if prepare is not None:
+            prepare(self.socket)
+        self.monitor = self.socket.get_monitor_socket(_HANDSHAKE | _DISCONNECTED)
+        self.send = frame_sender(self.socket)
+        self.socket.connect(endpoint)
+
+    def new_connection(self) -> bool:
+        """Read the monitor: has a connection been made since the last call? The newest event says what is now."""
+        made = False
+        while can_receive(self.monitor):
+            self.connected = recv_monitor_message(self.monitor)["event"] == _HANDSHAKE
+            made = self.connected
+        if made:
+            self.socket.get(_EVENTS)  # takes over the connection, so that a message can be sent at once
+        return made
+
+    def close(self, linger: float = 0.0) -> None:
+        self.socket.disable_monitor()
+        self.monitor.close(0)
+        self.socket.close(int(linger * 1000))
+
+
+class OutboundSocket:
+    """A peer that the router connects to. See ``reactor.PolledSocket``."""
+
+    def __init__(self, dealer: Dealer, on_frames: FramesHandler, on_connected: Action) -> None:
+        self.dealer = dealer
+        self._on_frames = on_frames
+        self._on_connected = on_connected
+
+    def fileno(self) -> int:
+        return int(self.dealer.socket.getsockopt(zmq.FD))
+
+    def waiting(self) -> bool:
+        return can_receive(self.dealer.socket)
+
+    def check_connection(self) -> None:
+        """Handle what the monitor reports."""
+        if self.dealer.new_connection():
+            self._on_connected()
+
+    def receive(self) -> None:
+        """Handle messages, up to AT_ONCE of them."""
+        socket = self.dealer.socket
+        for _ in range(AT_ONCE):
+            if not can_receive(socket):
+                return
+            frames = [socket.recv(0, False)]
+            while frames[-1].more:
+                frames.append(socket.recv(0, False))
+            self._on_frames([frame.buffer for frame in frames])
+
+    def send(self, parts: Sequence[Buffer]) -> int:
+        if not self.dealer.connected:
+            return UNREACHABLE
+        send = self.dealer.send
+        try:
+            for part in parts[:-1]:
+                send(part, _MORE)
+            send(parts[-1], _LAST)
+        except zmq.Again:
+            return FULL
+        return SENT
+
+
+def set_heartbeat(socket: Socket) -> None:
+    """Notice a peer that vanished from the network without a word."""
+    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENT_MS)
+
+
+class Sockets:
+    """All libzmq sockets of one router, and their context."""
+
+    def __init__(self, reactor: Reactor, on_message: MessageHandler, queue: int, largest: int) -> None:
+        self._reactor = reactor
+        self._on_message = on_message
+        self._queue = queue
+        self._largest = largest
+        self._context: Context = zmq.Context()
+        self._inbound: InboundSocket | None = None
+        self._outbound: dict[bytes, OutboundSocket] = {}
+
+    def listen(self, endpoint: str, prepare: PrepareSocket | None) -> str:
+        """See ``transport.Router``."""
+        made = self._inbound = InboundSocket(self._context, self._on_message, self._queue, self._largest)
+        try:
+            if not endpoint.startswith(IPC):
+                set_heartbeat(made.socket)
+            if prepare is not None:
+                prepare(made.socket)
+            made.socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            raise OSError(error.errno, error.strerror) from None
+        self._reactor.poll_socket(made)
+        return made.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def connect(
+        self,
+        endpoint: str,
+        name: bytes,
+        on_frames: FramesHandler,
+        on_connected: Action,
+        capacity: int,
+        prepare: PrepareSocket | None,
+    ) -> None:
+        """See ``transport.Router``."""
+        dealer = Dealer(self._context, endpoint, self._queue, capacity, prepare=prepare)
+        peer = self._outbound[name] = OutboundSocket(dealer, on_frames, on_connected)
+        self._reactor.poll_socket(peer)
+        self._reactor.watch(int(dealer.monitor.getsockopt(zmq.FD)), peer.check_connection)
+        peer.check_connection()
+
+    def send(self, name: bytes, parts: Sequence[Buffer]) -> int:
+        """See ``transport.Router.send_parts``."""
+        peer = self._outbound.get(name)
+        if peer is not None:
+            return peer.send(parts)
+        return self._inbound.send(name, parts) if self._inbound is not None else UNREACHABLE
+
+    def close(self, linger: float) -> None:
+        """Also waits for sockets that others made in the context, such as that of an authenticator, to be closed."""
+        for peer in self._outbound.values():
+            peer.dealer.close(linger)
+        if self._inbound is not None:
+            self._inbound.close(linger)
+        self._context.term()
+
+
+class LibzmqRouter(Reactor):
+    """See ``transport.Router``."""
+
+    def __init__(self, on_message: MessageHandler, *, queue: int = 1000, largest: int = LARGEST) -> None:
+        """``queue``: messages that are kept for one peer; ``largest``: bytes of the largest frame of a peer that
+        connects."""
+        super().__init__()
+        self._sockets = Sockets(self, on_message, queue, largest)
+        self.send_parts = self._sockets.send
+
+    def listen(self, endpoint: str, prepare: PrepareSocket | None = None) -> str:
+        """See ``transport.Router``."""
+        return self._sockets.listen(endpoint, prepare)
+
+    def connect(
+        self,
+        endpoint: str,
+        name: bytes,
+        on_frames: FramesHandler,
+        on_connected: Action,
+        capacity: int,
+        prepare: PrepareSocket | None = None,
+    ) -> None:
+        """See ``transport.Router``."""
+        self._sockets.connect(endpoint, name, on_frames, on_connected, capacity, prepare)
+
+    def send(self, name: bytes, data: bytes) -> int:
+        """See ``transport.Router``."""
+        return self._sockets.send(name, (data,))
+
+    def close(self, linger: float = 0.0) -> None:
+        """See ``transport.Router``."""
+        self._sockets.close(linger)
+        self.epoll.close()
+
+
+class LibzmqChannel:
+    """See ``transport.Channel``. One lock guards the socket, because libzmq sockets belong to one thread at a time."""
+
+    def __init__(self, endpoint: str, identity: bytes, hello: bytes, on_held: Action) -> None:
+        self._endpoint = endpoint
+        self._identity = identity
+        self._hello = hello
+        self._on_held = on_held
+        self._lock = threading.Lock()
+        self._outbox: deque[bytes] = deque()
+        self._context: Context = zmq.Context()
+        self._dealer: Dealer | None = None
+        self._epoll = select.epoll()
+        self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        """A sender has found that a message arrived: its send consumed the edge that the receiver waits for."""
+        self._epoll.register(self._wakeup, select.EPOLLIN)
+        self.connected = False
+
+    @property
+    def retry_in(self) -> float:
+        """libzmq connects again in its own thread."""
+        return RETRY_MOST_MS / 1000
+
+    def holds(self) -> bool:
+        return bool(self._outbox)
+
+    def fileno(self) -> int:
+        return self._epoll.fileno() if self._dealer is not None else -1
+
+    def connect(self) -> bool:
+        """Make the socket; from then on libzmq connects, and connects again."""
+        with self._lock:
+            if self._dealer is None:
+                dealer = Dealer(self._context, self._endpoint, 1000, LARGEST, identity=self._identity)
+                for socket in (dealer.socket, dealer.monitor):
+                    self._epoll.register(int(socket.getsockopt(zmq.FD)), select.EPOLLIN)
+                self._dealer = dealer
+        return True
+
+    def send(self, data: bytes) -> None:
+        with self._lock:
+            dealer = self._dealer
+            if dealer is None or not self.connected:
+                return
+            if not self._outbox and self._accepted(dealer, data):
+                self._wake_receiver(dealer)
+                return
+            self._outbox.append(data)
+        self._on_held()
+
+    def flush(self) -> None:
+        with self._lock:
+            if self._dealer is not None and self._outbox:
+                self._flush(self._dealer)
+                self._wake_receiver(self._dealer)
+
+    def receive(self) -> list[bytes]:
+        self.connect()
+        while not (messages := self.receive_now()):
+            self._epoll.poll()
+        return messages
+
+    def receive_now(self) -> list[bytes]:
+        """Never waits."""
+        with self._lock:
+            dealer = self._dealer
+            if dealer is None:
+                return []
+            self._clear_wakeup()
+            if dealer.new_connection():
+                self._outbox.clear()
+                dealer.connected = self._accepted(dealer, self._hello)
+            self.connected = dealer.connected
+            self._flush(dealer)
+            messages: list[bytes] = []
+            while can_receive(dealer.socket):
+                message = dealer.socket.recv()
+                while dealer.socket.get(_RCVMORE):  # the last frame is the message
+                    message = dealer.socket.recv()
+                messages.append(message)
+            return messages
+
     def close(self) -> None:
-        """Close the socket."""
-        self.socket.close()
+        if self._dealer is not None:
+            self._dealer.close()
+        self._context.term()
+        self._epoll.close()
+        os.close(self._wakeup)
+
+    def _accepted(self, dealer: Dealer, data: bytes) -> bool:
+        try:
+            dealer.send(data, _LAST)
+        except zmq.Again:
+            return False
+        return True
+
+    def _flush(self, dealer: Dealer) -> None:
+        while self._outbox and self._accepted(dealer, self._outbox[0]):
+            self._outbox.popleft()
+
+    def _wake_receiver(self, dealer: Dealer) -> None:
+        if can_receive(dealer.socket):
+            os.eventfd_write(self._wakeup, 1)
+
+    def _clear_wakeup(self) -> None:
+        try:
+            os.eventfd_read(self._wakeup)
+        except BlockingIOError:
+            return

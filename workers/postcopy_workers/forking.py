@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from postcopy_kernel import descriptors, process
 from postcopy_protocol.messages import Assignment
+from postcopy_wire.factory import preload
 
 from . import worker, worker_zero
 
@@ -32,6 +33,7 @@ class ForkedWorker:
 
 def fork_worker(assignment: Assignment, fds: list[int]) -> ForkedWorker:
     """Fork; raises OSError. The child keeps ``fds`` and nothing else."""
+    preload(assignment.transport)  # else every worker would import it for itself
     hear, tell = os.pipe()
     try:
         pid = os.fork()

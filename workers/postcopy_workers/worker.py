@@ -38,7 +38,8 @@ from postcopy_protocol.messages import Assignment, BlockGrant, Lost, Message, Re
 from postcopy_protocol.received_map import CHANGED, LEASED, WATCHED
 from postcopy_protocol.templates import OFFSET_BYTES, template_of
 from postcopy_protocol.window import FaultAround
-from postcopy_wire.channel import Channel
+from postcopy_wire.factory import open_channel
+from postcopy_wire.transport import Channel
 
 from . import crashing, sandbox
 from .fault_handler import EVENT_PAGEFAULT, MESSAGE_WORDS, CannotGoOn, ClientGone, FaultHandler, Region
@@ -178,7 +179,7 @@ class Worker:
         told = self.assignment
         hello = encode(WorkerHello(told.worker, told.incarnation, os.getpid()))
         held = partial(descriptors.signal_eventfd, self.reports.bell)
-        return Channel(told.endpoint, b"w%d.%d" % (told.worker, told.incarnation), hello, held)
+        return open_channel(told.transport, told.endpoint, b"w%d.%d" % (told.worker, told.incarnation), hello, held)
 
     def tend(self, channel: Channel) -> float:
         """Send the reports that wait, and what the channel holds; seconds until that is to be done again."""

@@ -81,10 +81,12 @@ class TracedPaging(SlowPaging):
 class TracedMainLoop(MainLoop):
     """Logs its begin and end, and events."""
 
-    def __init__(self, ports: Ports, points: frozenset[str]) -> None:
-        super().__init__(ports)
+    def __init__(self, points: frozenset[str]) -> None:
         self._points = points
-        if points & ON_FAULTS:
+
+    def start(self, ports: Ports) -> None:
+        super().start(ports)
+        if self._points & ON_FAULTS:
             self._source_fast_paths = dict.fromkeys(ports.sources.fast_paths, _never_expected)
 
     def run(self) -> None:

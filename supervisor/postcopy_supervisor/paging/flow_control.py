@@ -18,14 +18,13 @@ A fault on a page inside an outstanding background request waits for that reques
 arrive ``hurry`` seconds earlier (on a slow link four MiB may be ahead of it). Then the page is requested again as
 urgent and the later copy is dropped.
 
-Requests of a client that leaves stay: the engine counts their pages as requested, and others may wait for them. No time
-passes while the source is away. After a shortage of memory the pause doubles from SHORTEST_PAUSE to LONGEST_PAUSE, and
-until then there is no background.
+Requests of a client that leaves stay: other clients may wait for their pages. No time passes while the source is away.
+After a shortage of memory the pause doubles from SHORTEST_PAUSE to LONGEST_PAUSE; until then there is no background.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -103,24 +102,22 @@ class FlowControl:
     up: bool = False
     outstanding: dict[int, RangeRequest] = field(default_factory=dict)
     """In flight, by number; the oldest first."""
-    queues: dict[int, deque[RangeRequest]] = field(default_factory=dict)
+    queues: defaultdict[int, deque[RangeRequest]] = field(default_factory=lambda: defaultdict(deque))
     """By client, in the order of their turns."""
-    deferred: list[RangeRequest] = field(default_factory=list)
+    deferred: deque[RangeRequest] = field(default_factory=deque)
     retry_at: float = -1e9
     _pause: float = 0.0
     bytes_in_flight: int = 0
     _background_bytes: int = 0
     background_in_flight: int = 0
-    """Background requests."""
     next_number: int = FIRST_REQUEST
     urgent_at: float = -1e9
     """When the last urgent request was sent."""
     _background_pace: float = 0.0
-    """Seconds that the last background request took."""
     urgent_pace: float = 0.0
-    """... and the last urgent request."""
+    """Seconds that the last urgent request took; above, the last background request."""
     finished: deque[tuple[RangeRequest, float]] = field(default_factory=lambda: deque(maxlen=PAST))
-    """The last requests that left ``outstanding`` and when their answer came (0.0: never), for ``status --story``."""
+    """The last that left ``outstanding``, and when their answer came (0.0: never), for ``status --story``."""
 
     # --- events -------------------------------------------------------------------------------------------------------
 
@@ -129,7 +126,7 @@ class FlowControl:
         request = self.send(client, block, offset, length, now)
         if request is not None:
             return [request]
-        self._queue(client).append(RangeRequest(client, block, offset, length))
+        self.queues[client].append(RangeRequest(client, block, offset, length))
         return self._fill(now)
 
     def send(self, client: int, block: int, offset: int, length: int, now: float) -> RangeRequest | None:
@@ -145,7 +142,7 @@ class FlowControl:
         """A client waits for a page that is requested already: request it again, as urgent, if only a background
         request brings it, and not soon."""
         covering = [request for request in self.outstanding.values() if request.covers(block, offset)]
-        unsent = self._unsent(block, offset)
+        unsent = (request for request in self._unsent() if request.covers(block, offset))
         if not self.up or any(request.urgent for request in (*covering, *unsent)):
             return []
         oldest = next((request.sent for request in self.outstanding.values() if request.client == BACKGROUND), now)
@@ -167,8 +164,8 @@ class FlowControl:
     def answered(
         self, number: int, block: int, ranges: Sequence[tuple[int, int]], now: float
     ) -> tuple[Sequence[Effect], float]:
-        """``ranges`` (offset, length) have come for a request. When that completes it: what to send now, and the
-        seconds it took; else nothing and 0.0, also for an unknown number."""
+        """``ranges`` (offset, length) have come for a request. Returns what to send now and the seconds it took, if it
+        is complete; else nothing and 0.0, also for an unknown number."""
         request = self.outstanding.get(number)
         if request is None or request.block != block:
             return (), 0.0
@@ -190,11 +187,11 @@ class FlowControl:
         self.deferred += wanted
 
     def lost_source(self) -> None:
-        """Nothing can be sent; every open request will be sent again."""
+        """Nothing can be sent; all open requests will be sent again."""
         self.up = False
         for request in reversed(self.outstanding.values()):  # the oldest becomes the first of its queue
             self._stop(request)
-            self._queue(request.client).appendleft(request)
+            self.queues[request.client].appendleft(request)
         self.outstanding.clear()
         for request in chain.from_iterable(self.queues.values()):
             request.attempts = 0
@@ -206,13 +203,12 @@ class FlowControl:
 
     def tick(self, now: float) -> list[Effect]:
         """Send again what was not answered in time; give up what never is."""
-        effects: list[Effect] = []
         if not self.up:
-            return effects
-        if now >= self.retry_at:
-            for request in self.deferred:
-                self._queue(request.client).append(request)
-            self.deferred.clear()
+            return []
+        while self.deferred and now >= self.retry_at:
+            request = self.deferred.popleft()
+            self.queues[request.client].append(request)
+        effects: list[Effect] = []
         late = [request for request in self.outstanding.values() if now - request.sent >= self.limits.patience]
         for request in reversed(late):
             del self.outstanding[request.number]
@@ -220,7 +216,7 @@ class FlowControl:
             if request.attempts >= self.limits.attempts:
                 effects.append(GiveUp(request))
             else:
-                self._queue(request.client).appendleft(request)
+                self.queues[request.client].appendleft(request)
         return effects + self._fill(now)
 
     # --- figures ------------------------------------------------------------------------------------------------------
@@ -236,15 +232,13 @@ class FlowControl:
 
     def find_open(self, block: int, offset: int) -> tuple[RangeRequest, bool] | None:
         """The request that brings the bytes at ``offset``, and whether it is in flight."""
-        for request in self.outstanding.values():
-            if request.covers(block, offset):
-                return request, True
-        return next(((request, False) for request in self._unsent(block, offset)), None)
+        found = (one for one in (*self.outstanding.values(), *self._unsent()) if one.covers(block, offset))
+        return next(((request, request.number in self.outstanding) for request in found), None)
 
     def not_requested(self, block: int, offset: int, end: int) -> list[tuple[int, int]]:
         """Parts (offset, end) of a range that no open request brings."""
         left = [(offset, end)]
-        for request in (*self.outstanding.values(), *self.deferred, *chain.from_iterable(self.queues.values())):
+        for request in (*self.outstanding.values(), *self._unsent()):
             if request.block == block:
                 for low, high in request.missing or [(request.offset, request.end)]:
                     left = _less(left, low, high)
@@ -260,12 +254,11 @@ class FlowControl:
 
     def room_for_background(self, now: float) -> int:
         """Bytes of background that may be requested now; 0 while urgent requests are queued or memory is short."""
-        if not self.up or self.deferred or now < self.retry_at:
+        urgent = any(queue for client, queue in self.queues.items() if client != BACKGROUND)
+        if urgent or not self.up or self.deferred or now < self.retry_at:
             return 0
-        if any(queue for client, queue in self.queues.items() if client != BACKGROUND):
-            return 0
-        window = self.limits.background_busy if self.busy(now) else self.limits.background_calm
         queued = sum(request.length for request in self.queues.get(BACKGROUND, ()))
+        window = self.limits.background_busy if self.busy(now) else self.limits.background_calm
         return max(0, window - self._background_bytes - queued)
 
     def check(self) -> None:
@@ -285,13 +278,9 @@ class FlowControl:
 
     # --- changes of state ---------------------------------------------------------------------------------------------
 
-    def _queue(self, client: int) -> deque[RangeRequest]:
-        return self.queues.setdefault(client, deque())
-
-    def _unsent(self, block: int, offset: int) -> Iterator[RangeRequest]:
-        """Queued and deferred requests for these bytes."""
-        unsent = chain(chain.from_iterable(self.queues.values()), self.deferred)
-        return (request for request in unsent if request.covers(block, offset))
+    def _unsent(self) -> Iterator[RangeRequest]:
+        """Queued and deferred requests."""
+        return chain(chain.from_iterable(self.queues.values()), self.deferred)
 
     def _start(self, request: RangeRequest, now: float) -> None:
         """In flight from now on."""

@@ -10,7 +10,7 @@ Pages for which there is no memory are given up for now. Those with a waiter are
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from postcopy_protocol.counters import bucket
 from postcopy_protocol.geometry import runs
@@ -27,8 +27,8 @@ from .engine import Ask, Effect, Engine, Release
 from .fast_path import Window, WorkerFastPath, worker_fast_path
 from .flow_control import BACKGROUND, Limits, RangeRequest
 from .placer import Placer, event_fields
-from .ports import Alarm, Clock, LocalPages
-from .source_link import AdvisedBlock, Arrived, LinkState, SendToSource, SourceLink
+from .ports import Alarm, Clock, LocalPages, SendToSource
+from .source_link import AdvisedBlock, Arrived, LinkState, SourceLink
 from .wakers import Wakers
 
 REMOTE_WINDOW = 256 << 10
@@ -242,19 +242,16 @@ class RemotePaging:
         lost = self.placer.lose(block, first, end, "its source gives no answer")
         self.do(self.engine.answered(block.number, first, end, lost))
 
-    def source_lost(self, link: SourceLink) -> None:
+    def source_lost(self, blocks: Collection[int]) -> None:
         """With ``--on-source-loss poison``: tell every waiter that its page does not come."""
         if not self._poison_on_loss:
             return
-        for block in self._blocks_of(link):
-            for page in self.engine.pages_waited_for(block.number):
-                self.do(self.engine.answered(block.number, page, page + 1, [page]))
+        for block in blocks:
+            for page in self.engine.pages_waited_for(block):
+                self.do(self.engine.answered(block, page, page + 1, [page]))
 
-    def source_back(self, link: SourceLink) -> None:
+    def source_back(self, blocks: Collection[int]) -> None:
         """Request the lost pages once more: the source may have them again."""
-        for block in self._blocks_of(link):
-            for first, end in runs(self.wakers.await_lost(block)):
-                self.do(self.engine.ask(block.number, first, end))
-
-    def _blocks_of(self, link: SourceLink) -> list[RamBlock]:
-        return [self._blocks[number] for number, other in self.links.items() if other is link]
+        for block in blocks:
+            for first, end in runs(self.wakers.await_lost(self._blocks[block])):
+                self.do(self.engine.ask(block, first, end))

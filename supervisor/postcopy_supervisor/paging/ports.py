@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 from ..blocks import RamBlock
 from .engine import Ask
+from .flow_control import RangeRequest
 
 
 class WorkerSender(Protocol):
@@ -35,6 +36,25 @@ class BlockClients(Protocol):
 
     def with_block(self, block: int) -> list[int]:
         """Numbers of the clients that have regions of it."""
+
+
+class LinkOwner(Protocol):
+    """Holds the pages of a link's blocks (``RemotePaging``)."""
+
+    def gave_up(self, request: RangeRequest) -> None:
+        """The source never answered it."""
+
+    def source_lost(self, blocks: Collection[int]) -> None:
+        """The source was there, now or for a predecessor, and is lost."""
+
+    def source_back(self, blocks: Collection[int]) -> None:
+        """The lost source is back."""
+
+
+class SendToSource(Protocol):
+    """Sends an encoded message to a source, without blocking."""
+
+    def __call__(self, data: bytes, /) -> object: ...
 
 
 class Alarm(Protocol):

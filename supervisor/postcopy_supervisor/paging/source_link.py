@@ -21,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
 
 from postcopy_protocol import counters, stages
 from postcopy_protocol.codec import encode
@@ -49,6 +48,7 @@ from postcopy_protocol.templates import REQUEST_LIMIT, MessageTemplates
 
 from ..observe.event_log import Tell
 from .flow_control import Effect, FlowControl, GiveUp, Limits, RangeRequest
+from .ports import LinkOwner, SendToSource
 
 ADVISE_SECONDS = 1.0
 PING_SECONDS = 1.0
@@ -85,25 +85,6 @@ class Arrived:
     block: int
     ranges: Sequence[tuple[int, int, int, int]]
     reason: str
-
-
-class SendToSource(Protocol):
-    """Sends an encoded message to the source, without blocking."""
-
-    def __call__(self, data: bytes) -> object: ...
-
-
-class LinkOwner(Protocol):
-    """Holds the pages of a link's blocks (``RemotePaging``)."""
-
-    def gave_up(self, request: RangeRequest) -> None:
-        """The source never answered it."""
-
-    def source_lost(self, link: SourceLink) -> None:
-        """The link was up, or a predecessor's was, and is paused now."""
-
-    def source_back(self, link: SourceLink) -> None:
-        """The link is up again."""
 
 
 class SourceLink:
@@ -222,7 +203,7 @@ class SourceLink:
                 self.silent_since = None
             case Pong():
                 self.silent_since = None
-                if self.state is not LinkState.UP and message.nonce > self._nonce_old and self._may_advise(now):
+                if self.state is not LinkState.UP and message.nonce > self._nonce_old:
                     self._advise(now)
             case SourceRefused():
                 self._on_refused(message, now)
@@ -290,7 +271,7 @@ class SourceLink:
         kind, text = ("recover", "back") if again else ("source", "there")
         self._event(kind, f"source {self.endpoint} is {text}", source=self.endpoint)
         if again:
-            self._owner.source_back(self)
+            self._owner.source_back(self._advised)
         self._do(self.flow.found_source(now))
 
     def _on_refused(self, message: SourceRefused, now: float) -> None:
@@ -299,8 +280,7 @@ class SourceLink:
             self._report_refusal(why)
         elif self.state is LinkState.UP:  # else it answers what was sent before the loss was noticed
             self._pause(f"it does not know us: {message.reason}")
-            if self._may_advise(now):
-                self._advise(now)
+            self._advise(now)
 
     def _report_refusal(self, why: str) -> None:
         if why not in self._refused and len(self._refused) < REFUSALS:  # it is asked every second, reported once
@@ -335,10 +315,9 @@ class SourceLink:
                 if block not in self._complete:
                     self._send_message(Listen(stream, PUSH_WINDOW))
 
-    def _may_advise(self, now: float) -> bool:
-        return now - self._advised_at >= ADVISE_SECONDS
-
     def _advise(self, now: float) -> None:
+        if now - self._advised_at < ADVISE_SECONDS:
+            return
         # A slow source answers in order: only the Pong of a Ping that follows means that this Advise was not received.
         # One more would end the stream of this one, and requests in between would be refused.
         self._advised_at, self._nonce_old = now, self._nonce
@@ -354,7 +333,7 @@ class SourceLink:
         self.flow.lost_source()
         text = f"source {self.endpoint} is lost: {why}; what is missing waits"
         self._event("pause", text, source=self.endpoint, cause=why)
-        self._owner.source_lost(self)
+        self._owner.source_lost(self._advised)
 
     def _do(self, effects: Sequence[Effect]) -> None:
         for effect in effects:

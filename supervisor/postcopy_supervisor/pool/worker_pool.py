@@ -25,7 +25,7 @@ from postcopy_protocol.messages import (
     WorkerForked,
     WorkerHello,
 )
-from postcopy_wire.router import FULL, SENT
+from postcopy_wire.transport import FULL, SENT
 
 from ..events import WorkerCrashed, WorkerEvent, WorkerGone, WorkerReady
 from ..observe.event_log import Tell
@@ -65,7 +65,7 @@ class Watcher(Protocol):
 
 
 class Sender(Protocol):
-    """The router's sending half: returns SENT, FULL or NOBODY and never waits."""
+    """The router's sending half: returns SENT, FULL or UNREACHABLE and never waits."""
 
     def send(self, name: bytes, data: bytes, /) -> int: ...
 

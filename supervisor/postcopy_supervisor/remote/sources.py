@@ -1,6 +1,6 @@
 """All page sources: their links over the one router, their messages, and the staging memories of local ones.
 
-Sources on this machine are connections of the router itself; sources behind tcp come over libzmq, which has CURVE.
+The router connects to all of them. Sources behind tcp come over libzmq, which has CURVE.
 """
 
 from __future__ import annotations
@@ -12,15 +12,12 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
-import zmq
-
 from postcopy_kernel import memory
 from postcopy_protocol.codec import decode
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.return_path import FROM_SOURCE, Staged, Staging
 from postcopy_protocol.sources import Advice
-from postcopy_wire.libzmq import Libzmq
-from postcopy_wire.router import Router
+from postcopy_wire.transport import Router
 
 from ..blocks import RamBlock
 from ..observe.event_log import Tell
@@ -33,7 +30,6 @@ from .staging import StagingMemory
 
 log = logging.getLogger(__name__)
 
-SCHEME = "ipc://"
 MESSAGE_LIMIT = FRAME_LIMIT + (64 << 10)
 """Bytes of a source's message on the wire: pages, the head before them, and what precedes each frame."""
 
@@ -55,9 +51,10 @@ class Sources:
         advice: Mapping[str, Advice],
         blocks: Mapping[str, RamBlock],
         paging: RemotePaging,
+        on_message: OnSourceMessage,
         event: Tell,
     ) -> None:
-        """One link for every endpoint of ``settings``; ``advice`` and ``blocks`` by our names."""
+        """Connects to every endpoint of ``settings``; ``advice`` and ``blocks`` by our names."""
         self.links: dict[bytes, SourceLink] = {}
         self.fast_paths: dict[bytes, SourceFastPath] = {}
         """By link name; answers go there first."""
@@ -65,45 +62,18 @@ class Sources:
         """By link name."""
         self.parked: deque[tuple[bytes, Staged]] = deque()
         """Pages that lie in slots and are not placed yet: they can wait there while there is other work."""
-        self._access = access
-        self._router = router
         self._paging = paging
         self._event = event
         self._bad_messages: dict[str, int] = {}  # by endpoint: how many
         self._unshared: set[str] = set()
-        self._libzmq: Libzmq | None = None
         for number, (endpoint, names) in enumerate(by_endpoint(settings.sources).items(), 1):
             name, ours = b"s%d" % number, [blocks[block] for block in names]
             advised = [_advised(block, names[block.name], advice[block.name]) for block in ours]
             link = paging.add_source(endpoint, advised, settings.source_timeout, partial(router.send, name))
             self.links[name] = link
             self.fast_paths[name] = source_fast_path(paging, link, ours)
-
-    def connect(self, on_message: OnSourceMessage) -> None:
-        """Connect to every source, now and whenever the connection is lost."""
-        for name, link in self.links.items():
-            if link.endpoint.startswith(SCHEME):
-                connected, path = partial(_connected, link), link.endpoint.removeprefix(SCHEME)
-                self._router.connect(path, name, partial(on_message, name), connected, MESSAGE_LIMIT)
-            else:
-                self._connect_libzmq(link.endpoint, name, on_message)
-
-    def _connect_libzmq(self, endpoint: str, name: bytes, on_message: OnSourceMessage) -> None:
-        if self._libzmq is None:
-            channel: zmq.Socket[bytes] = self._access.context.socket(zmq.ROUTER)
-            for option, value in (
-                (zmq.LINGER, 0),
-                (zmq.ROUTER_MANDATORY, 1),
-                (zmq.SNDHWM, 1000),
-                (zmq.RCVHWM, 10000),
-                (zmq.MAXMSGSIZE, FRAME_LIMIT),
-            ):
-                channel.setsockopt(option, value)
-            self._libzmq = Libzmq(channel, on_message)
-            self._router.bridge(self._libzmq)
-        self._access.secure(self._libzmq.socket, endpoint)
-        self._libzmq.socket.setsockopt(zmq.CONNECT_ROUTING_ID, name)
-        self._libzmq.socket.connect(endpoint)
+            connected, prepare = partial(_connected, link), partial(access.secure, endpoint=endpoint)
+            router.connect(endpoint, name, partial(on_message, name), connected, MESSAGE_LIMIT, prepare)
 
     def on_message(self, name: bytes, frames: Sequence[memoryview]) -> bool:
         """Handle a message of a source with the bytes of pages behind it; True when pages have come."""

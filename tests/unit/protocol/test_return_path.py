@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -12,6 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from postcopy_protocol import source_conversation
 from postcopy_protocol.codec import decode, encode
 from postcopy_protocol.errors import BadInput, BadMessage, BadVersion
 from postcopy_protocol.geometry import PAGE_2M, PAGE_4K
@@ -504,3 +506,12 @@ def test_mangled_words_of_a_supervisor() -> None:
 
 def test_mangled_pages_of_a_source() -> None:
     assert 1000 < fuzz_source(2, 20_000) < 19_000
+
+
+def test_the_table_in_the_text_is_the_table_that_the_conversation_walks() -> None:
+    table = (source_conversation.__doc__ or "").split("   ----------\n")[1].split("\n\n")[0]
+    shown = [re.split(r"\s{2,}", line.strip()) for line in table.splitlines()]
+    assert shown == [
+        [kind.__name__, ", ".join(phase.value for phase in allowed) or "-", after.value]
+        for kind, (allowed, after) in source_conversation.RULES.items()
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import struct
 from collections.abc import Callable
 
@@ -10,20 +11,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postcopy_protocol.vhost_conversation import USER_SPACE, FrontEnd, Question, Stage, check_layout, lay_out
+from postcopy_protocol import vhost_conversation
+from postcopy_protocol.vhost_conversation import FrontEnd, Question, Stage
 from postcopy_protocol.vhost_user import (
     FEATURE_PROTOCOL,
     FEATURE_VERSION_1,
     HEADER,
     MOST_DESCRIPTORS,
     MOST_PAYLOAD,
+    USER_SPACE,
     Frame,
     FrameReader,
     MemoryRegion,
     ProtocolFeature,
     Request,
     VhostUserError,
+    check_layout,
     feature_names,
+    lay_out,
     pack_config,
     pack_frame,
     pack_table,
@@ -144,7 +149,7 @@ def test_out_of_order_is_our_fault(steps: int) -> None:
     allowed: dict[str, set[Stage]] = {
         "advise": {Stage.AGREED},
         "listen": {Stage.ADVISED},
-        "acknowledge_table": {Stage.TOLD},
+        "acknowledge_table": {Stage.TABLE_SENT},
         "end": {Stage.LISTENING, Stage.MAPPED},
     }
     for name, stages in allowed.items():
@@ -168,7 +173,7 @@ def test_the_order_of_rust_vmm() -> None:
         if question.request is Request.SET_MEM_TABLE:
             assert HEADER.unpack_from(question.data)[1] & 8, "it is acknowledged as any message"
             talk.heard(question, reply(5, u64(0)))
-            with pytest.raises(ValueError, match="nothing is acknowledged"):
+            with pytest.raises(ValueError, match="out of order"):
                 talk.acknowledge_table()
         elif question.answered:
             talk.heard(question, answer(question))
@@ -227,7 +232,7 @@ def test_some_addresses_true_some_not() -> None:
     regions = lay_out([(0, PAGE, None), (PAGE, PAGE, None)])
     question = talk.set_mem_table(regions, [3, 3])
     mixed = [regions[0], MemoryRegion(regions[1].guest, PAGE, 1 << 46, PAGE)]
-    with pytest.raises(VhostUserError, match="some only our own"):
+    with pytest.raises(VhostUserError, match="some are ours"):
         talk.heard(question, reply(5, pack_table(mixed)))
 
 
@@ -330,3 +335,17 @@ def test_chosen_layouts_are_legal(wanted: list[tuple[int, int]]) -> None:
 def test_feature_names() -> None:
     assert feature_names(0) == "none"
     assert feature_names(0x8 | 1 << 40) == "REPLY_ACK, bit 40"
+
+
+def test_the_table_in_the_text_is_the_table_that_the_conversation_walks() -> None:
+    def shown(rules: vhost_conversation.Rules, method: str) -> str:
+        if method not in rules:
+            return "-"
+        allowed, after = rules[method]
+        return f"{', '.join(stage.value for stage in allowed)} -> {after.value}"
+
+    table = (vhost_conversation.__doc__ or "").split("   ---------------------------\n")[1].split("\n\n")[0]
+    rows = [re.split(r"\s{2,}", line.strip()) for line in table.splitlines()]
+    assert [row[0] for row in rows] == list(vhost_conversation.STANDARD)
+    for method, *orders in rows:
+        assert orders == [shown(rules, method) for rules in (vhost_conversation.STANDARD, vhost_conversation.RUST_VMM)]

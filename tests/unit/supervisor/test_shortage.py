@@ -1,4 +1,5 @@
-"""Pages of a source that find no memory in the supervisor: what becomes of them, of their marks, and who is told."""
+"""Pages of a source that find no memory in the supervisor: their marks, their waiters, and when they are requested
+again."""
 
 from __future__ import annotations
 
@@ -107,7 +108,7 @@ def bench() -> Iterator[Bench]:
 
 
 @pytest.mark.parametrize("kind", [RangeKind.DATA, RangeKind.ZERO])
-def test_what_fits_is_given_and_the_rest_is_asked_for_again(bench: Bench, kind: int) -> None:
+def test_what_fits_is_placed_and_the_rest_is_requested_again(bench: Bench, kind: int) -> None:
     bench.paging.fault(7, bench.block, (2,), window=6)
     bench.paging.fault(0, bench.block, (6,))
     for waiter, page in ((8, 3), (8, 5), (0, 6)):
@@ -117,7 +118,7 @@ def test_what_fits_is_given_and_the_rest_is_asked_for_again(bench: Bench, kind: 
     bench.come(2, 8, kind)
     assert bench.woken == [2, 3] and bench.events == ["no-memory"]
     assert bytes(bench.received[2:8]) == bytes((RECEIVED, RECEIVED, MISSING, MISSING, MISSING, MISSING))
-    assert bench.deferred() == [(8, 5, 7)], "in one request, for who came first; client zero like any other"
+    assert bench.deferred() == [(8, 5, 7)], "one request, for the first waiter; client zero counts as any other"
     assert bench.rung == [bench.flow.retry_at]
     assert bench.paging.engine.first_gap(BLOCK, 4, 16) == (4, 5), "it has no waiter: it is requested when it has one"
     bench.core.room = 100
@@ -126,15 +127,15 @@ def test_what_fits_is_given_and_the_rest_is_asked_for_again(bench: Bench, kind: 
     assert sorted(bench.woken) == [2, 3, 5, 6] and bench.paging.engine.idle
 
 
-def test_a_shortage_is_told_once_however_long_it_takes(bench: Bench) -> None:
-    """What else happened meanwhile stays in the history."""
+def test_a_shortage_is_one_event_however_long_it_takes(bench: Bench) -> None:
+    """Many events of one shortage would push other events out of the history."""
     for seconds in (0.0, 0.01, 0.5, 1.0, 3.0, 30.0):
         bench.now += seconds
         bench.come(3, 4)
     bench.core.room = 1
     bench.come(3, 4)
     bench.come(4, 5)
-    assert bench.events == ["no-memory"], "as good as none"
+    assert bench.events == ["no-memory"], "one page is not the end of the shortage"
     bench.core.room = 1
     bench.come(4, 5)
     bench.now += 2 * LONGEST_PAUSE
@@ -143,17 +144,17 @@ def test_a_shortage_is_told_once_however_long_it_takes(bench: Bench) -> None:
 
 
 def test_marks_of_pages_that_were_not_placed(bench: Bench) -> None:
-    """As they were before; PLACING only where a predecessor's page is there, or it would pass for a stranger's."""
+    """As they were before. PLACING stays only where a predecessor's page is present; MISSING would make it polluted."""
     os.pwrite(bench.memory, b"ours", 5 * PAGE)
     bench.received[4:8] = bytes((PLACING, PLACING, LOST, RECEIVED))
     bench.come(3, 9)
     assert bytes(bench.received[3:9]) == bytes((MISSING, MISSING, PLACING, LOST, RECEIVED, MISSING))
 
 
-def test_what_was_lost_and_denied_is_asked_for_again(bench: Bench) -> None:
-    """Nobody waits for it, and nobody will fault there: who was given SIGBUS is to be told when it comes."""
+def test_lost_pages_that_find_no_memory_are_requested_again(bench: Bench) -> None:
+    """They have no waiter, and no client will fault there: clients that got SIGBUS need the wake."""
     bench.received[4:6] = bytes((LOST, LOST))
-    bench.paging.source_back(bench.link)
+    bench.paging.source_back([BLOCK])
     bench.flow.queues.clear()
     bench.come(4, 6)
     assert bench.deferred() == [(BACKGROUND, 4, 6)]
@@ -163,8 +164,8 @@ def test_what_was_lost_and_denied_is_asked_for_again(bench: Bench) -> None:
     assert bench.events == ["no-memory", "healed"]
 
 
-def test_what_another_request_brings_is_left_to_it(bench: Bench) -> None:
-    """A page that is pushed while it is asked for: asked for once more only when the answer finds no memory, either."""
+def test_pages_that_another_request_brings_are_not_deferred(bench: Bench) -> None:
+    """A page is pushed while it is requested. It is requested again only if the answer finds no memory either."""
     bench.paging.fault(7, bench.block, (2,), window=2)
     for _ in range(3):
         bench.come(2, 4)
@@ -175,7 +176,7 @@ def test_what_another_request_brings_is_left_to_it(bench: Bench) -> None:
     assert bench.deferred() == [(7, 2, 3)]
 
 
-def test_the_background_waits_too(bench: Bench) -> None:
+def test_the_background_waits_during_a_shortage(bench: Bench) -> None:
     bench.flow.up = True
     bench.come(2, 4)
     assert bench.deferred() == [] and bench.paging.engine.idle

@@ -1,5 +1,5 @@
-"""The link to a source over a wire that reorders, stalls, duplicates and drops, with a source that dies and comes back:
-at rest nobody waits for a page that has arrived, and every page was asked for once."""
+"""The link to a source over a wire that reorders, stalls, duplicates and drops, with a source that dies and comes back.
+At rest no client waits for a page that has arrived, and every page was requested once."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Path(RuleBasedStateMachine):
 
     @rule()
     def deliver_all(self) -> None:
-        """As ZeroMQ does it: everything, in order."""
+        """As ZeroMQ does: everything, in order."""
         for _ in range(20):
             self._exchange()
 
@@ -129,7 +129,7 @@ class Path(RuleBasedStateMachine):
 
     @rule(stream=st.integers(0, 2000), request=st.integers(0, 9), page=st.integers(0, 20), frames=st.integers(0, 2))
     def nonsense(self, stream: int, request: int, page: int, frames: int) -> None:
-        """Pages of no stream, or of the wrong form: nothing comes of it."""
+        """Pages of no stream, or of the wrong form: they change nothing."""
         known = self.supervisor.link._blocks
         number = sorted(known)[stream % len(known)] if known and stream % 2 else stream
         message = Pages(number, request, pack_ranges([(page * PAGE + 1, PAGE)]), b"\0", "")
@@ -148,7 +148,7 @@ class Path(RuleBasedStateMachine):
         self.supervisor.check()
 
     def teardown(self) -> None:
-        """A good source, a good wire, and some time: nobody waits, nothing is open."""
+        """With a good source, a good wire and some time, no client waits and no request is open."""
         self.source.start(RIGHT)
         for _ in range(400):
             if self.supervisor.engine.idle and self.supervisor.link.state == "up":
@@ -164,11 +164,11 @@ TestPath = Path.TestCase
 TestPath.settings = effort(300, 60)
 
 
-# --- told one by one --------------------------------------------------------------------------------------------------
+# --- one case each ----------------------------------------------------------------------------------------------------
 
 
 class Talk:
-    """A supervisor and a source with a wire that does as ZeroMQ does."""
+    """A supervisor and a source over a wire that behaves as ZeroMQ."""
 
     def __init__(self, patience: float = 5.0) -> None:
         self.supervisor = Supervisor(patience)
@@ -178,7 +178,7 @@ class Talk:
         self.said: list[Message] = []
 
     def go(self, seconds: float = 0.0, style: str = "whole") -> None:
-        """Time passes in ticks; what is said is heard at once while the source lives, and later if it does not."""
+        """Time passes in ticks. Messages arrive at once while the source lives, and later if it does not."""
         for _ in range(max(1, int(seconds / 0.25))):
             if seconds:
                 self.supervisor.tick(0.25)
@@ -204,7 +204,7 @@ def talk() -> Talk:
     return talk
 
 
-def test_it_begins_in_the_phases_of_the_field(talk: Talk) -> None:
+def test_the_conversation_begins_with_ping_advise_and_listen(talk: Talk) -> None:
     order = [type(message) for message in talk.said]
     assert order[:1] == [Ping]
     assert order.index(Advise) < order.index(Listen)
@@ -212,7 +212,7 @@ def test_it_begins_in_the_phases_of_the_field(talk: Talk) -> None:
     assert talk.kinds() == ["source"] and talk.supervisor.link.shown == "up"
 
 
-def test_each_page_is_asked_for_once_however_many_wait(talk: Talk) -> None:
+def test_each_page_is_requested_once_however_many_clients_wait(talk: Talk) -> None:
     for page in range(8):
         for client in range(1, 9):
             talk.supervisor.fault(client, 1, page, 2)
@@ -220,10 +220,10 @@ def test_each_page_is_asked_for_once_however_many_wait(talk: Talk) -> None:
     talk.go()
     assert Counter(talk.source.asked) == Counter(("one", page) for page in range(8))
     assert not talk.supervisor.waiting
-    assert talk.supervisor.engine.deduplicated == 8 * 8 - 1, "all but the first found their page on its way"
+    assert talk.supervisor.engine.deduplicated == 8 * 8 - 1, "all but the first found their page requested"
 
 
-def test_what_a_leaver_asked_for_comes_to_those_who_stay(talk: Talk) -> None:
+def test_a_request_of_a_client_that_left_serves_the_others(talk: Talk) -> None:
     talk.source.stop()
     talk.supervisor.fault(1, 1, 3, 1)
     talk.supervisor.fault(2, 1, 3, 1)
@@ -246,10 +246,10 @@ def test_a_long_absence_is_one_pause_and_one_recover(talk: Talk) -> None:
 
 
 @pytest.mark.parametrize("waiting", [False, True])
-def test_a_restart_that_nobody_saw_is_found_out_within_a_ping(talk: Talk, waiting: bool) -> None:
+def test_a_ping_reveals_an_unnoticed_restart(talk: Talk, waiting: bool) -> None:
     if waiting:
         talk.supervisor.fault(1, 1, 3, 1)
-        talk.supervisor.out.clear()  # asked of the one that died
+        talk.supervisor.out.clear()  # sent to the one that died
     talk.source.start(RIGHT)
     talk.go(2.5)
     assert talk.kinds() == ["source", "pause", "recover"]
@@ -275,7 +275,7 @@ def test_another_content_is_refused_with_both_values(talk: Talk, content: str, s
     talk.source.start(content)
     talk.go(60)
     refusals = [detail for kind, detail in talk.supervisor.events if kind == "source-refused"]
-    assert len(refusals) == len(NAMES), "each is told once"
+    assert len(refusals) == len(NAMES), "each is reported once"
     assert f"{size} bytes of {identity}" in refusals[0] and f"it was {SIZES[1]} bytes of {RIGHT}" in refusals[0]
     assert talk.supervisor.waiting == {(1, 1, 3)} and talk.supervisor.link.shown == "paused"
     talk.source.start(RIGHT)
@@ -283,7 +283,7 @@ def test_another_content_is_refused_with_both_values(talk: Talk, content: str, s
     assert not talk.supervisor.waiting and talk.supervisor.link.shown == "up"
 
 
-def test_late_answers_of_an_old_stream_are_nothing(talk: Talk) -> None:
+def test_late_answers_of_an_old_stream_are_ignored(talk: Talk) -> None:
     link = talk.supervisor.link
     old = link._streams[1]
     talk.source.start(RIGHT)
@@ -294,7 +294,7 @@ def test_late_answers_of_an_old_stream_are_nothing(talk: Talk) -> None:
     assert not talk.supervisor.received and link._streams[1] != old
 
 
-def test_the_background_comes_in_slots_that_are_used_again(talk: Talk) -> None:
+def test_background_pages_come_in_slots_that_are_used_again(talk: Talk) -> None:
     assert talk.count(UseStaging) == 1
     for page in range(8):
         talk.supervisor.background(1, page, 1)
@@ -305,8 +305,8 @@ def test_the_background_comes_in_slots_that_are_used_again(talk: Talk) -> None:
     assert not talk.supervisor.link.flow.in_flight
 
 
-def test_pages_in_slots_of_a_source_that_died_are_nothing(talk: Talk) -> None:
-    """Late words about an old staging memory place nothing, and free nothing in the new one."""
+def test_pages_in_slots_of_a_dead_source_are_ignored(talk: Talk) -> None:
+    """Late messages about an old staging memory place nothing, and free no slot of the new one."""
     talk.supervisor.background(1, 3, 1)
     late = [word for out in talk.supervisor.out for word in talk.source.hear(out.message, "staged")]
     assert [type(word.message) for word in late] == [Staged]
@@ -324,7 +324,7 @@ def test_pages_in_slots_of_a_source_that_died_are_nothing(talk: Talk) -> None:
     assert {(1, 3), (1, 5)} <= talk.supervisor.received
 
 
-def test_advising_anew_brings_a_new_staging_memory(talk: Talk) -> None:
+def test_advising_again_brings_a_new_staging_memory(talk: Talk) -> None:
     talk.source.hear(Advise("one", PAGE, ("staging",)))
     assert talk.source.staging is None
     words = talk.source.hear(Listen(max(talk.source.conversation.streams), 0))  # type: ignore[union-attr]
@@ -342,7 +342,7 @@ def test_pages_in_a_slot_obey_the_rules_of_pages(talk: Talk, offset: int, length
     assert talk.supervisor.link.on_staged(Staged(stream + 99, 1, offset, length, 1, 0), PAGE, 0.0) is None
 
 
-def test_it_has_finished_when_every_block_is_complete(talk: Talk) -> None:
+def test_a_link_is_finished_when_every_block_is_complete(talk: Talk) -> None:
     link = talk.supervisor.link
     for block in NAMES:
         assert not link.finished
@@ -351,7 +351,7 @@ def test_it_has_finished_when_every_block_is_complete(talk: Talk) -> None:
 
 
 def test_a_pong_from_before_the_loss_brings_no_advise(talk: Talk) -> None:
-    """It says that the source lived once: an Advise to nobody would only lie there."""
+    """It proves only that the source lived once. An Advise to an absent source would be queued."""
     old = talk.supervisor.link._nonce
     talk.source.stop()
     talk.go(20)
@@ -363,7 +363,7 @@ def test_a_pong_from_before_the_loss_brings_no_advise(talk: Talk) -> None:
 
 
 def test_a_slow_source_is_advised_once() -> None:
-    """Its Pongs come one by one, over more than a second: Pings that were sent before the Advise bring no other."""
+    """Its Pongs come one by one, over more than a second. Pings from before the Advise cause no other Advise."""
     supervisor = Supervisor()
     for _ in range(3):
         supervisor.tick(0.25)
@@ -378,7 +378,7 @@ def test_a_slow_source_is_advised_once() -> None:
 
 
 def test_a_source_that_refuses_everything_is_asked_once_a_second(talk: Talk) -> None:
-    """Advised, but no request is ever in phase: no faster than the advises go."""
+    """It advises, but refuses every request as out of phase: requests are no more frequent than Advises."""
     talk.supervisor.fault(1, 1, 3, 1)
     before = talk.count(RequestRanges)
     for _ in range(40):
@@ -394,15 +394,15 @@ def test_a_source_that_refuses_everything_is_asked_once_a_second(talk: Talk) -> 
     assert talk.supervisor.waiting
 
 
-def test_a_source_that_answers_everything_but_this_loses_the_page(talk: Talk) -> None:
+def test_pages_that_a_live_source_never_answers_are_lost(talk: Talk) -> None:
     talk.supervisor.fault(1, 1, 3, 2)
     talk.go(31, "never")
-    assert talk.supervisor.waiting, "a source that gives up a read after 30 s tells why, and is waited for"
+    assert talk.supervisor.waiting, "a source that gives up a read after 30 s sends the reason, so there is time for it"
     talk.go(20, "never")
     assert not talk.supervisor.waiting and talk.supervisor.lost == {(1, 3), (1, 4)}
-    assert talk.kinds() == ["source"], "it is not away"
+    assert talk.kinds() == ["source"], "the source is not away"
     talk.supervisor.hear(talk.source.pages(talk.supervisor.link._streams[1], 0, [(3 * PAGE, PAGE)], 0))
-    assert talk.supervisor.lost == {(1, 4)}, "a late answer heals"
+    assert talk.supervisor.lost == {(1, 4)}, "a late answer is used"
 
 
 def test_a_stray_advised_changes_nothing(talk: Talk) -> None:
@@ -421,7 +421,7 @@ def test_one_stream_number_for_two_blocks_is_nonsense() -> None:
     assert supervisor.link.state == "advising" and supervisor.events[-1][0] == "source-nonsense"
 
 
-def test_refusals_are_told_once_and_not_for_ever(talk: Talk) -> None:
+def test_refusals_are_reported_once_and_not_without_end(talk: Talk) -> None:
     for number in range(1000):
         talk.supervisor.hear(Word(SourceRefused("limit", "one", f"reason {number}")))
         talk.supervisor.hear(Word(SourceRefused("limit", "one", "the same")))
@@ -429,7 +429,7 @@ def test_refusals_are_told_once_and_not_for_ever(talk: Talk) -> None:
     assert talk.supervisor.link.state == "up"
 
 
-def test_complete_is_told_once_and_the_ping_goes_on(talk: Talk) -> None:
+def test_complete_is_sent_once_and_pings_go_on(talk: Talk) -> None:
     link = talk.supervisor.link
     for block in NAMES:
         link.complete(block)
@@ -439,8 +439,8 @@ def test_complete_is_told_once_and_the_ping_goes_on(talk: Talk) -> None:
     assert not talk.source.listening()
 
 
-def test_a_source_that_is_started_anew_is_told_what_is_complete(talk: Talk) -> None:
-    """It would push all of it once more."""
+def test_a_restarted_source_is_sent_what_is_complete(talk: Talk) -> None:
+    """Otherwise it would push all of it again."""
     talk.supervisor.link.complete(1)
     talk.go(2)
     talk.source.stop()

@@ -23,7 +23,7 @@ from postcopy_supervisor.paging.source_link import FIRST_PING_SECONDS
 from postcopy_supervisor.pool.lifecycle import Slot
 from postcopy_supervisor.pool.worker_pool import WorkerPool
 from postcopy_supervisor.remote.sources import Sources
-from postcopy_wire.router import FULL, NOBODY, SENT
+from postcopy_wire.transport import FULL, SENT, UNREACHABLE
 
 ABSENT = cast(Any, None)
 
@@ -102,7 +102,7 @@ def test_an_export_is_over_when_nothing_of_it_is_left(
     assert [entry.name for entry in tmp_path.iterdir()] == (["out"] if state == "done" else [])
 
 
-@pytest.mark.parametrize(("became", "killed"), [(FULL, [3]), (NOBODY, []), (SENT, [])])
+@pytest.mark.parametrize(("became", "killed"), [(FULL, [3]), (UNREACHABLE, []), (SENT, [])])
 def test_a_worker_that_does_not_read_its_messages_is_killed(became: int, killed: list[int]) -> None:
     """A wake to it is lost, and its client must not sleep: its successor wakes every waiter."""
     pool, found = WorkerPool.__new__(WorkerPool), list[int]()

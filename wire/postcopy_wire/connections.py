@@ -1,0 +1,269 @@
+"""Connections of the native router: one Unix socket each, with the messages that it has not accepted yet."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import select
+import socket
+from collections import deque
+from typing import Protocol
+
+from postcopy_protocol.errors import BadMessage
+from postcopy_protocol.zmtp import Buffer, PlacedReader, Reader, opening
+
+from .reactor import Reactor
+from .transport import FULL, SENT, UNREACHABLE, Action, FramesHandler, MessageHandler
+
+READ = 1 << 14
+"""Bytes that are read from a peer at once."""
+KEPT_BYTES = 16 << 20
+"""Of messages for one peer; a message is kept as long as there are fewer."""
+RETRY_SECONDS, RETRY_MOST = 0.01, 0.1
+NOW = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+_READABLE, _WRITABLE = select.EPOLLIN, select.EPOLLOUT
+_TOO_MANY_BUFFERS = 1000  # IOV_MAX is 1024
+
+
+class Connection:
+    """One connection and its outbox of at most ``queue`` messages."""
+
+    def __init__(self, reactor: Reactor, queue: int) -> None:
+        self.outbox: deque[bytes] = deque()
+        self.kept = 0
+        """Bytes in the outbox."""
+        self.connection: socket.socket | None = None
+        self.ready: socket.socket | None = None
+        """The same socket, once messages may be sent."""
+        self._reactor = reactor
+        self._queue = queue
+
+    def open(self, connection: socket.socket) -> None:
+        """Raises OSError."""
+        self._reactor.register(connection.fileno(), self.act)
+        self.connection = connection
+
+    def act(self, mask: int) -> None:
+        """Handle epoll's events of the socket."""
+        raise NotImplementedError
+
+    def drop(self) -> None:
+        """Close the socket and forget what was kept for it."""
+        connection, self.connection, self.ready = self.connection, None, None  # a signal may raise in what follows
+        if connection is not None:
+            try:
+                self._reactor.forget(connection.fileno())
+            finally:
+                connection.close()
+        self.outbox.clear()
+        self.kept = 0
+
+    def lost(self) -> None:
+        """The peer is gone, or does not speak ZMTP."""
+        self.drop()
+
+    def send(self, data: bytes) -> int:
+        """Send the bytes of a whole message."""
+        connection = self.ready
+        if connection is None:
+            return UNREACHABLE
+        if self.outbox:
+            return self.keep(data)
+        try:
+            sent = connection.send(data, NOW)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.lost()
+            return UNREACHABLE
+        return SENT if sent == len(data) else self.keep(data[sent:])
+
+    def send_all(self, buffers: list[Buffer]) -> int:
+        """Send the buffers of a whole message."""
+        connection = self.ready
+        if connection is None:
+            return UNREACHABLE
+        if self.outbox or len(buffers) > _TOO_MANY_BUFFERS:
+            return FULL if self.full else self.send(b"".join(buffers))
+        try:
+            sent = connection.sendmsg(buffers, (), NOW)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.lost()
+            return UNREACHABLE
+        return SENT if sent == sum(map(len, buffers)) else self.keep(b"".join(buffers)[sent:])
+
+    @property
+    def full(self) -> bool:
+        """Is the outbox full?"""
+        return len(self.outbox) >= self._queue or self.kept >= KEPT_BYTES
+
+    def keep(self, data: bytes) -> int:
+        """Put bytes into the outbox. They are a copy, because the caller may use its buffers again."""
+        if self.full:
+            return FULL
+        if not self.outbox:
+            self._want(_READABLE | _WRITABLE)
+        self.outbox.append(data)
+        self.kept += len(data)
+        return SENT
+
+    def flush(self) -> None:
+        """Send the outbox, as far as the socket accepts it."""
+        connection, outbox = self.connection, self.outbox
+        while connection is not None and outbox:
+            data = outbox[0]
+            try:
+                sent = connection.send(data, NOW)
+            except BlockingIOError:
+                return
+            except OSError:
+                return self.lost()
+            if sent < len(data):
+                outbox[0] = data[sent:]
+                self.kept -= sent
+                return
+            outbox.popleft()
+            self.kept -= sent
+        self._want(_READABLE)
+
+    def _want(self, events: int) -> None:
+        if self.connection is not None:
+            self._reactor.epoll.modify(self.connection.fileno(), events)
+
+
+class InboundPeers(Protocol):
+    """The router, as an inbound connection sees it."""
+
+    def named(self, peer: Inbound, wanted: bytes) -> None:
+        """The peer has asked for this routing id."""
+
+    def left(self, peer: Inbound) -> None:
+        """The peer's connection is closed."""
+
+
+class Inbound(Connection):
+    """A peer that connected to the router."""
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        queue: int,
+        largest: int,
+        connection: socket.socket,
+        peers: InboundPeers,
+        on_message: MessageHandler,
+    ) -> None:
+        super().__init__(reactor, queue)
+        self.name = b""
+        self._peers = peers
+        self._on_message = on_message
+        self._reader = Reader(largest)
+        self.open(connection)
+        self.ready = connection  # the router knows it by name only when messages may be sent
+        self.send(opening(kind=b"ROUTER"))
+
+    def act(self, mask: int) -> None:
+        if mask & _WRITABLE:
+            self.flush()
+        connection, reader = self.connection, self._reader
+        if mask == _WRITABLE or connection is None:
+            return
+        try:
+            data = connection.recv(READ)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        try:
+            if not data:
+                return self.lost()
+            messages = reader.feed(data)
+        except BadMessage:
+            return self.lost()
+        if not self.name:
+            if reader.ready:
+                self._peers.named(self, reader.identity)
+            if not self.name:
+                return
+        on_message, name = self._on_message, self.name
+        for message in messages:
+            on_message(name, message)
+        if reader.answer:
+            self.send(reader.take_answer())
+
+    def drop(self) -> None:
+        super().drop()
+        self._peers.left(self)
+
+
+class Outbound(Connection):
+    """A peer that the router connects to, and again whenever the connection ends."""
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        queue: int,
+        path: str,
+        on_frames: FramesHandler,
+        on_connected: Action,
+        capacity: int,
+    ) -> None:
+        super().__init__(reactor, queue)
+        self._path = path
+        self._on_frames = on_frames
+        self._on_connected = on_connected
+        self._buffer = memoryview(mmap.mmap(-1, capacity))  # only what is used takes memory
+        self._reader: PlacedReader
+        self._retry = RETRY_SECONDS
+
+    def connect(self) -> None:
+        """Try to connect, and again later if that fails; never waits."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._connect_later)
+            with contextlib.suppress(OSError):
+                connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+                stack.callback(connection.close)
+                connection.setblocking(False)
+                connection.connect(self._path)
+                connection.send(opening(), NOW)  # a fresh socket has room for it
+                self._reader = PlacedReader(self._buffer)
+                self.open(connection)
+                stack.pop_all()
+
+    def act(self, mask: int) -> None:
+        if mask & _WRITABLE:
+            self.flush()
+        connection, reader = self.connection, self._reader
+        if mask == _WRITABLE or connection is None:
+            return
+        try:
+            count = connection.recv_into(reader.room or reader.space())
+        except BlockingIOError:
+            return
+        except OSError:
+            count = 0
+        try:
+            if not count:
+                return self.lost()
+            messages = reader.filled(count)
+        except BadMessage:
+            return self.lost()
+        if self.ready is None:
+            if not reader.ready:
+                return
+            self.ready, self._retry = connection, RETRY_SECONDS
+            self._on_connected()
+        for message in messages:
+            self._on_frames(message)
+        if answer := reader.take_answer():
+            self.send(answer)
+
+    def lost(self) -> None:
+        super().lost()
+        self._connect_later()
+
+    def _connect_later(self) -> None:
+        self._reactor.call_later(self._retry, self.connect)
+        self._retry = min(2 * self._retry, RETRY_MOST)
