@@ -1,16 +1,16 @@
-"""The whole service around one remote block, on the simulated kernel and the simulated wire.
+"""The whole service of one remote block, on the simulated kernel and the simulated wire.
 
-The real fault handlers, requests, engine, paging, link and flow; what is written here is what stands between them:
-mailboxes, who is connected, and how each program dies. Every program is a life that stands still before every call
-(of the kernel, or to send a word), so that it can be killed before or after any of them:
+The fault handlers, requests, main loop, paging, link and flow control are the real ones. Written here are the ports
+between them: mailboxes, connections, and how each program dies. Every program is a ``Life`` that stops before every
+call (of the kernel, or to send a message), so that it can be killed before or after any of them:
 
-* a worker dies with all that it was told; its successor wakes everybody. None is born while there is no custodian.
-* the supervisor dies with its engine, its links and everything in its box; some of what workers had said may reach its
-  successor. Received map, page cache and workers outlive it. Workers say hello to the next one, which answers with a
-  wake of nothing: everything is asked anew.
-* the source dies with what it was asked; it comes back as itself. A client dies with its threads.
+* A worker dies with its unread messages; its successor wakes every waiter. Without a custodian none is started.
+* The supervisor dies with its engine, its links and its unread messages; some requests may reach its successor.
+  Received map, page cache and workers outlive it. Workers say hello to the successor, which answers with an empty Wake,
+  and they request everything again.
+* The source dies with the requests that it had; it comes back with the same content. A client dies with its threads.
 
-Any number of workers, and any one of supervisor, custodian and source at a time, as the service promises.
+Any number of workers may die, and any one of supervisor, custodian and source at a time, as the service promises.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ BATCH = 8
 PATIENCE = 0.5
 MEANINGS = {errno.EEXIST: Status.PRESENT, errno.EAGAIN: Status.PARTIAL, errno.ENOSPC: Status.EXHAUSTED}
 FOR_EVER = Limits(patience=2.0, attempts=1000)
-"""Pages are given up only where a source says that it has lost them: time is half real here."""
+"""Requests are not given up here, because time is half real; only a source that reports a loss loses pages."""
 
 
 def content(page: int) -> bytes:
@@ -405,7 +405,7 @@ class SimulatedService:
         return [client.number for client in self.clients if client.space.alive]
 
     def start_supervisor(self) -> None:
-        """The first, or a successor: workers that live connect to it and say hello."""
+        """The first, or a successor: running workers connect to it and say hello."""
         unread = self.supervisor.inbox if self.supervisor is not None else ()
         self.births += 1
         self.supervisor = Supervisor(self)
@@ -416,7 +416,7 @@ class SimulatedService:
                 self.supervisor.inbox.append(_hello(client))
 
     def start_worker(self, client: Client) -> None:
-        """Ordered by the supervisor, or by the custodian where there is none."""
+        """Started by the supervisor, or by the custodian where there is none."""
         client.mailbox = deque()
         if self.supervisor is not None:
             self.supervisor.pool.connected.discard(client.number)
@@ -503,14 +503,14 @@ class SimulatedService:
             life.kill(when if place == which else "before")
 
     def kill_supervisor(self, when: str, kept: int) -> None:
-        """``kept`` of the words that it has not read are still with those who said them; the others are lost."""
+        """``kept`` of its unread requests are still at their senders; the others are lost."""
         assert self.supervisor is not None
         self.supervisor.life.kill(when)
         unread = [one for one in self.supervisor.inbox if isinstance(one, FromWorker)]
         requests = [one for one in unread if isinstance(one.message, bytes)]
         self.supervisor.inbox = deque(requests[len(requests) - min(kept, len(requests)) :])
         self.out.clear()
-        self.back.clear()  # said to the routing id of the one that is dead
+        self.back.clear()  # sent to the routing id of the dead one
 
     def kill_client(self, client: Client) -> None:
         self.kernel.die(client.space)
@@ -530,7 +530,7 @@ class SimulatedService:
         return self.supervisor is not None and not self.supervisor.life.over
 
     def busy(self, client: Client) -> Life | None:
-        """A thread of its worker that has something to do."""
+        """A thread of its worker that has work."""
         if not client.served:
             return None
         assert client.main is not None and client.waker is not None
@@ -544,7 +544,7 @@ class SimulatedService:
             assert isinstance(life.end, ClientGone), f"a program ended by {life.end!r}"
 
     def exchange(self, style: str = "whole") -> bool:
-        """One word each way."""
+        """One message each way."""
         moved = False
         if self.out and self.source.content:
             word, moved = self.out.pop(0), True
@@ -555,20 +555,19 @@ class SimulatedService:
         return moved
 
     def settle(self, rounds: int = 3000) -> None:
-        """Until nobody has anything to do; programs that died have successors, as far as somebody lives to start
-        them."""
+        """Run until no program has work; programs that died get successors, if a program that can start them lives."""
         idle = 0
         for _ in range(rounds):
             moved = self._round()
             idle = 0 if moved else idle + 1
-            if idle > 12:  # some ticks in which nothing came of anything
+            if idle > 12:  # some ticks without any progress
                 return
             if idle and self.supervised:
                 self._tick()
-        raise AssertionError("they spin")
+        raise AssertionError("the programs never rest")
 
     def _tick(self) -> None:
-        """A moment passes, and the wire is emptied: pings must not pile up before what matters."""
+        """Time passes, and the wire is emptied, so that pings do not pile up before other messages."""
         assert self.supervisor is not None
         self.skipped += 0.3
         self.supervisor.inbox.append(Tick(time.monotonic()))
@@ -617,18 +616,18 @@ class SimulatedService:
         assert thread.outcome is not None and thread.outcome[1:] == content(page)[1:], f"page {page} is not its source"
 
     def check(self) -> None:
-        """True at every moment."""
+        """Holds at every moment."""
         for page in range(COUNT):
             state, present = self.map[page], page in self.memory.pages
             assert state != RECEIVED or present, f"page {page} is marked and was never placed"
-            assert state != MISSING or not present, f"page {page} is present, and nobody said that it is ours"
+            assert state != MISSING or not present, f"page {page} is present, and is marked missing"
             assert state != LOST or (page in self.lossy and not present), f"page {page} is given up"
         for page, found in self.memory.pages.items():
             assert found[1:] == content(page)[1:], f"page {page} of the block is not what it should be"
 
     def check_rest(self) -> None:
-        """True when everybody has run as far as they could: who sleeps, sleeps for a page that is not there, and stands
-        in the book of a supervisor that asks for it; with a supervisor, a source and memory, nobody sleeps."""
+        """Holds when every program has run as far as it could. A sleeping thread waits for an absent page, and the
+        supervisor, if there is one, has its request. With supervisor, source and memory no thread sleeps."""
         for client in self.clients:
             if client.space.alive and not client.served:
                 assert not self.custodian, f"{client.space.name} has no worker, and there is a custodian"
@@ -636,10 +635,12 @@ class SimulatedService:
             for page in client.sleepers:
                 assert self.map[page] != RECEIVED, f"{client.space.name} sleeps on page {page}, which is received"
                 away = self.source.content is None or not self.supervised
-                assert away or self.memory.room == 0, f"nobody brings page {page}"
+                assert away or self.memory.room == 0, f"no program brings page {page}"
                 if self.supervised and self.supervisor is not None:
                     standing = self.supervisor.paging.engine.waiters_of(BLOCK, page)
-                    assert client.number in standing, f"{client.space.name} waits for page {page}, and nobody knows"
+                    assert client.number in standing, (
+                        f"{client.space.name} waits for page {page}, and no request has it"
+                    )
         if self.supervised and self.supervisor is not None:
             self.supervisor.paging.engine.check()
             self.supervisor.link.flow.check()

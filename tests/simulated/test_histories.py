@@ -1,5 +1,5 @@
-"""The whole service of a remote block, simulated: everybody may die between any two calls, and nobody waits for
-ever."""
+"""The whole service of a remote block, simulated: every program may die between any two calls, and no thread waits
+for ever."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class History(RuleBasedStateMachine):
         if self.service.supervisor is not None:
             self.service.supervisor.inbox.append(Tick(time.monotonic()))
 
-    # --- the law ------------------------------------------------------------------------------------------------------
+    # --- invariants ---------------------------------------------------------------------------------------------------
 
     @invariant()
     def holds(self) -> None:
@@ -149,7 +149,7 @@ class History(RuleBasedStateMachine):
 
     @rule()
     def rest(self) -> None:
-        """As things are: without a source people wait, but never for a page that is there."""
+        """Without a source threads wait, but never for a present page."""
         self.service.settle()
         self.service.check()
         self.service.check_rest()
@@ -187,7 +187,7 @@ def test_a_page_comes_from_the_source(mode: str) -> None:
 
 
 def test_a_supervisor_that_dies_between_copy_and_mark() -> None:
-    """The page is ours, and whoever waits for it gets it from the next one."""
+    """The page was placed by this service, and the next supervisor gives it to its waiters."""
     service = SimulatedService([("private", False), ("shared", True)])
     try:
         thread = service.touch(service.clients[0], 3)
@@ -199,7 +199,7 @@ def test_a_supervisor_that_dies_between_copy_and_mark() -> None:
         service.kill_supervisor("after", 0)
         assert bytes(service.map[3:4]) == bytes((PLACING,)) and 3 in service.memory.pages
         service.settle()
-        assert not service.supervised and service.clients[0].sleepers == [3], "nobody is there who could tell"
+        assert not service.supervised and service.clients[0].sleepers == [3], "no supervisor is there to wake it"
         service.start_supervisor()
         service.settle()
         service.check_rest()
@@ -214,7 +214,8 @@ def test_a_supervisor_that_dies_between_copy_and_mark() -> None:
 @pytest.mark.parametrize("style", ["whole", "pages"])
 @pytest.mark.parametrize("room", [0, 1])
 def test_no_memory_is_waited_for_by_its_waiter_alone(room: int, style: str) -> None:
-    """The answer comes by either road, alone or with its window; the supervisor hears everything else meanwhile."""
+    """The answer takes the fast or the slow path, alone or with its window; the supervisor handles other messages
+    meanwhile."""
     service = SimulatedService([("private", False), ("shared", False)])
     first, second = service.clients
     try:
@@ -243,7 +244,7 @@ def test_no_memory_is_waited_for_by_its_waiter_alone(room: int, style: str) -> N
         service.end()
 
 
-def test_who_waits_for_a_source_stands_in_the_successors_book() -> None:
+def test_the_successor_has_the_requests_of_waiters_for_a_lost_source() -> None:
     service = SimulatedService([("private", False), ("shared", False)])
     try:
         service.settle()
