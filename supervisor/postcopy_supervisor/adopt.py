@@ -16,7 +16,7 @@ from .clients.attach_server import AttachServer
 from .clients.client import Clients
 from .clients.worker_zero import NUMBER as ZERO
 from .pool.custodian_client import CustodianClient
-from .pool.worker_pool import WorkerPool
+from .pool.worker_pool import Process, WorkerPool
 from .recovery.plan import Plan
 
 RETRY_SECONDS = 0.01
@@ -48,16 +48,17 @@ def adopt(plan: Plan, custodian: CustodianClient, pool: WorkerPool, clients: Cli
     """Take over clients first, then the workers that serve them, then start those that are missing."""
     if not plan.recovers:
         return
-    for kept in plan.clients:
-        server.adopt(kept)
+    for client_kept in plan.clients:
+        server.adopt(client_kept)
     for fd in plan.zero:
         page = memoryview(mmap.mmap(fd, counters.PAGE_BYTES)).cast("Q")
         pool.skip_incarnations(ZERO, page[counters.INCARNATION])
     descriptors.close_all(plan.zero)
-    for life in plan.workers:
-        client = clients.by_number.get(life.worker)
+    for kept in plan.workers:
+        client = clients.by_number.get(kept.worker)
         wanted = client is not None and bool(client.regions)
-        pool.adopt(life, wanted, client is not None and client.quarantined)
+        running = Process(kept.worker, kept.incarnation, kept.pid, kept.pidfd)
+        pool.adopt(running, wanted, client is not None and client.quarantined)
     server.start_missing_workers()
     for key in plan.forgotten:
         custodian.forget(key)

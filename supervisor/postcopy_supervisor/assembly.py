@@ -2,14 +2,14 @@
 
 A module imports only modules that stand before it here:
 
-    memory_budget, runtime, pool.lifecycle, settings, events, observe.event_log
-    remote.advise, recovery.plan, blocks        what is served
+    memory_budget, runtime, event_log, events, pool.lifecycle, settings
+    remote.advise, recovery.*, blocks           what is served, and what is taken over
     paging.*, remote.staging, remote.sources    faults of remote blocks
-    listener, pool.*                            events, the custodian, the workers
+    pool.*, listener                            the custodian, the workers, events
     clients.*                                   client, identity, release, attach_server, worker_zero, client_zero
-    recovery.inventory, exports, watchdog, adopt, assignment
-    observe.recorder, parts, observe.audit, observe.status, observe.page_history, observe.queries, observe.metrics
-    shutdown, periodic, main_loop, observe.trace_points, assembly, __main__
+    exports, watchdog, adopt, assignment, parts
+    observe.*                                   recorder, audit, status, page_history, queries, metrics
+    shutdown, periodic, main_loop, trace_points, assembly, __main__
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from postcopy_protocol.sources import Advice
 from postcopy_wire.factory import open_router
 from postcopy_wire.transport import MessageHandler, Router
 
+from . import trace_points
 from .adopt import PendingWorkers, adopt
 from .assignment import WorkerAssignments
 from .blocks import RamBlock
@@ -42,13 +43,13 @@ from .clients.client_zero import ClientZero, OwnMapping
 from .clients.identity import AllowList
 from .clients.release import ClientRelease
 from .clients.worker_zero import WorkerZero
+from .event_log import EventLog
 from .exports import Exports
 from .listener import FileWatches, Listener
 from .main_loop import MainLoop, Ports, Replies
 from .memory_budget import MemoryBudget
-from .observe import metrics, trace_points
+from .observe import metrics
 from .observe.audit import Auditor
-from .observe.event_log import EventLog
 from .observe.queries import LongAnswers, Queries
 from .observe.recorder import Recorder
 from .paging.engine import Engine
@@ -93,6 +94,7 @@ class Supervisor:
     custodian: CustodianClient
     shutdown: Shutdown
     parts: Parts
+    recorder: Recorder | None
 
     def run(self) -> None:
         """Serve until asked to end, then end in order."""
@@ -119,7 +121,7 @@ def serve(settings: Settings) -> None:
         supervisor = assemble(settings, runtime, plan, custodian)
         if settings.metrics is not None:
             metrics.start(supervisor.parts, settings.metrics)
-        recorder = supervisor.parts.recorder
+        recorder = supervisor.recorder
         if recorder is not None:
             recorder.start()
         try:
@@ -179,7 +181,7 @@ def assemble(settings: Settings, runtime: RuntimeDirectory, plan: Plan, inherite
         base.control_page,
         own.quit,
     )
-    return Supervisor(main_loop, listener, custodian, shutdown, parts)
+    return Supervisor(main_loop, listener, custodian, shutdown, parts, service.recorder)
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------

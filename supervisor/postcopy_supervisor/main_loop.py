@@ -33,6 +33,7 @@ from postcopy_protocol.zmtp import Message as WireMessage
 
 from .blocks import RamBlock
 from .clients.worker_zero import NUMBER as ZERO
+from .event_log import Tell
 from .events import (
     ClientConnected,
     ClientMessage,
@@ -47,7 +48,6 @@ from .events import (
     WorkerGone,
     WorkerReady,
 )
-from .observe.event_log import Tell
 from .observe.queries import LONG, QUESTIONS, LongAnswers
 from .paging.fast_path import SourceFastPath
 from .paging.paging import RemotePaging

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from postcopy_protocol import counters
 
 from .blocks import RamBlock
 from .clients.client import Clients
 from .clients.client_zero import ClientZero
-from .observe.event_log import EventLog
-from .observe.recorder import Recorder
+from .event_log import EventLog
 from .paging.paging import RemotePaging
 from .pool.worker_pool import WorkerPool
+
+
+class Recording(Protocol):
+    """The recorder of ``--record``, as far as the status shows it."""
+
+    def document(self) -> dict[str, Any]: ...
 
 
 @dataclass(slots=True)
@@ -36,7 +42,7 @@ class Parts:
     paging: RemotePaging
     event_log: EventLog
     control_page: memoryview
-    recorder: Recorder | None
+    recorder: Recording | None
 
     @property
     def shown_state(self) -> str:

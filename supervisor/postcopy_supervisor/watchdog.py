@@ -11,7 +11,7 @@ from postcopy_protocol import counters
 from .clients.client import Clients
 from .clients.client_zero import ClientZero
 from .clients.worker_zero import NUMBER as ZERO
-from .observe.event_log import Tell
+from .event_log import Tell
 from .paging.engine import Engine
 from .pool.custodian_client import CustodianClient
 from .pool.worker_pool import WorkerPool

@@ -52,8 +52,8 @@ from postcopy_protocol.sources import parse_named
 from postcopy_protocol.vhost_conversation import FrontEnd, Stage, lay_out
 from postcopy_protocol.vhost_user import HEADER, FrameReader, ProtocolFeature, Request, VhostUserError
 from postcopy_supervisor.clients.client import Clients
+from postcopy_supervisor.event_log import EventLog
 from postcopy_supervisor.observe import queries
-from postcopy_supervisor.observe.event_log import EventLog
 from postcopy_supervisor.observe.queries import LongAnswers, Queries
 from postcopy_supervisor.paging.engine import Engine
 from postcopy_supervisor.parts import RunState

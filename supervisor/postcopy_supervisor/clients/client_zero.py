@@ -14,7 +14,7 @@ from postcopy_protocol.geometry import AddressSpace, Region
 from postcopy_protocol.messages import Fetched
 
 from ..blocks import RamBlock
-from ..observe.event_log import Tell
+from ..event_log import Tell
 from ..paging.engine import Ask
 from ..paging.paging import RemotePaging
 from .worker_zero import NUMBER, WorkerZero

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ..blocks import RamBlock
-from .event_log import Tell
+from ..event_log import Tell
 
 SECONDS = 5.0
 """Between two rounds through all blocks."""

@@ -18,11 +18,11 @@ from postcopy_protocol.received_map import MISSING
 
 from ..blocks import RamBlock
 from ..clients.client import Client, Clients
+from ..event_log import EventLog
 from ..paging.flow_control import BACKGROUND, PAST, RangeRequest
 from ..paging.paging import RemotePaging
 from ..parts import Parts
 from ..pool.worker_pool import WorkerPool
-from .event_log import EventLog
 from .status import shown_state
 
 LOCAL = "a worker resolves pages of a local block alone: which client touched this page, and when, is not recorded"

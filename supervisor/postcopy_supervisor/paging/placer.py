@@ -15,7 +15,7 @@ from postcopy_protocol.geometry import PAGE_2M
 from postcopy_protocol.received_map import LOST, MISSING, PLACING, RECEIVED, SHARED, runs_of
 
 from ..blocks import RamBlock
-from ..observe.event_log import Tell
+from ..event_log import Tell
 from .ports import Alarm
 
 ZERO_PIECE = 1 << 20

@@ -27,9 +27,8 @@ from postcopy_protocol.messages import (
 )
 from postcopy_wire.transport import FULL, SENT
 
+from ..event_log import Tell
 from ..events import WorkerCrashed, WorkerEvent, WorkerGone, WorkerReady
-from ..observe.event_log import Tell
-from ..recovery.plan import KeptWorker
 from . import lifecycle
 from .custodian_client import CustodianClient
 from .lifecycle import Lifecycle, RestartPolicy
@@ -119,13 +118,12 @@ class WorkerPool:
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
-    def adopt(self, kept: KeptWorker, wanted: bool, quarantined: bool) -> None:
+    def adopt(self, running: Process, wanted: bool, quarantined: bool) -> None:
         """Continue a worker of the previous supervisor; kill it when it is not ``wanted``."""
-        running = Process(kept.worker, kept.incarnation, kept.pid, kept.pidfd)
         self._add(running)
-        self.skip_incarnations(kept.worker, kept.incarnation)
+        self.skip_incarnations(*running.key)
         if wanted:
-            self._do(self._lifecycle.adopt(kept.worker, kept.incarnation, quarantined, time.monotonic()))
+            self._do(self._lifecycle.adopt(*running.key, quarantined, time.monotonic()))
         else:
             _kill(running)
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postcopy_supervisor.observe.event_log import FIELDS, LENGTH, MOST_TEXT, Event, EventLog
+from postcopy_supervisor.event_log import FIELDS, LENGTH, MOST_TEXT, Event, EventLog
 
 LINE = re.compile(r'(?P<text>.*) event=(?P<kind>\S+)(?P<fields>( [a-z]+=([A-Za-z0-9_.:/+-]+|"([^"\\]|\\.)*"))*)')
 

@@ -18,13 +18,13 @@ from collections.abc import Mapping, Sequence
 from postcopy_protocol.codec import decode, unpack_offsets
 from postcopy_protocol.messages import Lost, Wake
 
-from ..blocks import RamBlock
-from ..events import ClientMessage, CoreFaults, CustodianMessage, ListenerEvent, StopRequested
-from ..main_loop import MainLoop, Ports
-from ..paging.paging import RemotePaging
-from ..paging.placer import Placer
-from ..paging.ports import WorkerSender
+from .blocks import RamBlock
 from .event_log import field
+from .events import ClientMessage, CoreFaults, CustodianMessage, ListenerEvent, StopRequested
+from .main_loop import MainLoop, Ports
+from .paging.paging import RemotePaging
+from .paging.placer import Placer
+from .paging.ports import WorkerSender
 
 log = logging.getLogger("postcopy.trace")
 
