@@ -48,8 +48,8 @@ def adopt(plan: Plan, custodian: CustodianClient, pool: WorkerPool, clients: Cli
     """Take over clients first, then the workers that serve them, then start those that are missing."""
     if not plan.recovers:
         return
-    for client_kept in plan.clients:
-        server.adopt(client_kept)
+    for inherited in plan.clients:
+        server.adopt(inherited)
     for fd in plan.zero:
         page = memoryview(mmap.mmap(fd, counters.PAGE_BYTES)).cast("Q")
         pool.skip_incarnations(ZERO, page[counters.INCARNATION])

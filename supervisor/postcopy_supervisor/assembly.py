@@ -62,7 +62,7 @@ from .pool.custodian_client import CustodianClient
 from .pool.worker_pool import WorkerPool
 from .recovery import inventory
 from .recovery.inventory import Custodian
-from .recovery.plan import CGROUPS, HOUSE, Plan
+from .recovery.plan import CGROUPS, SHARED, Plan
 from .remote.advise import SourceAccess
 from .remote.sources import Sources
 from .runtime import Heartbeat, RuntimeDirectory, binding, cgroup_procs
@@ -369,7 +369,7 @@ def _ports(
 
 def _descriptors(plan: Plan) -> Descriptors:
     """Quit eventfd, control page and device are those of the previous supervisor, which its workers hold, or new."""
-    kept = plan.house
+    kept = plan.shared
     if kept:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(kept[0])  # it may have been killed while it ended
@@ -379,7 +379,10 @@ def _descriptors(plan: Plan) -> Descriptors:
             device = open_device()
         except UserfaultfdUnavailable:
             device = -1  # the system call may work; clients then use it too
-        quit_eventfd, control = descriptors.create_eventfd(), memory.create_memfd("postcopy-house", counters.PAGE_BYTES)
+        quit_eventfd, control = (
+            descriptors.create_eventfd(),
+            memory.create_memfd("postcopy-control", counters.PAGE_BYTES),
+        )
     core = open_userfaultfd(device=device if device >= 0 else None)
     core.handshake()
     stop = descriptors.create_eventfd()
@@ -458,7 +461,7 @@ def _keep_for_workers(
     settings: Settings, custodian: CustodianClient, own: Descriptors, blocks: Mapping[int, RamBlock]
 ) -> None:
     """Give the custodian what every worker gets."""
-    custodian.keep(HOUSE, b"", (own.quit, own.control) + ((own.device,) if own.device >= 0 else ()))
+    custodian.keep(SHARED, b"", (own.quit, own.control) + ((own.device,) if own.device >= 0 else ()))
     if settings.worker_cgroups:
         custodian.keep(CGROUPS, b"", [cgroup_procs(path) for path in settings.worker_cgroups])
     for number, block in blocks.items():

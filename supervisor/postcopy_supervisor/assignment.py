@@ -12,12 +12,12 @@ from .blocks import RamBlock
 from .clients.client import Clients
 from .clients.worker_zero import KEY as ZERO_KEY
 from .clients.worker_zero import NUMBER as ZERO
-from .recovery.plan import CGROUPS, HOUSE
+from .recovery.plan import CGROUPS, SHARED
 from .settings import Settings
 
 QUARANTINED = "quarantined"
 QUIT, CONTROL_PAGE, DEVICE = 0, 1, 2
-"""Places of what every worker gets under the key HOUSE. The device is missing where there is none."""
+"""Places of what every worker gets under the key SHARED. The device is missing where there is none."""
 
 
 class WorkerAssignments:
@@ -34,7 +34,7 @@ class WorkerAssignments:
 
     def assign(self, worker: int, incarnation: int, quarantined: bool) -> tuple[list[str], Assignment]:
         """Keys and assignment of one incarnation of a worker (0: worker zero)."""
-        settings, keys, place = self._settings, [HOUSE], DEVICE + self._has_device
+        settings, keys, place = self._settings, [SHARED], DEVICE + self._has_device
         if worker == ZERO:
             keys.append(ZERO_KEY)
             name, ufd, client, figures, place = "zero", -1, -1, place, place + 1

@@ -147,7 +147,7 @@ def _enter(custodian: Custodian, settings: Settings) -> tuple[Custodian | None, 
     found = plan.read(custodian.kept, custodian.workers)
     descriptors.close_all(custodian.kept.pop(plan.CGROUPS, (b"", ()))[1])  # the settings name those of this supervisor
     alive = {client.note.client for client in found.clients if not process.pidfd_exited(client.fds[1])}
-    if settings.recover and found.house:
+    if settings.recover and found.shared:
         chosen = judge(found, settings, alive)
         crashpoints.at("takeover.judged")
         for key in chosen.forgotten:

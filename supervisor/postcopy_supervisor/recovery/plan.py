@@ -21,11 +21,11 @@ from postcopy_protocol.messages import BlockNote, ClientNote
 from postcopy_protocol.sizes import format_size
 from postcopy_protocol.sources import Advice, FileSource, HandlerSource, RemoteSource, Source, ZeroSource
 
-HOUSE = "house"
+SHARED = "house"
 ZERO = "client/0"
 CGROUPS = "cgroups"
 WITHOUT_DEVICE, WITH_DEVICE = 2, 3
-"""Number of descriptors under the key HOUSE: quit eventfd, control page, and the device where there is one."""
+"""Number of descriptors under the key SHARED: quit eventfd, control page, and the device where there is one."""
 
 Note = TypeVar("Note", BlockNote, ClientNote)
 OTHER_VERSION = "what the custodian keeps is another version's"
@@ -80,7 +80,7 @@ class KeptWorker:
 class Inventory:
     """Everything that was kept, decoded."""
 
-    house: tuple[int, ...] = ()
+    shared: tuple[int, ...] = ()
     zero: tuple[int, ...] = ()
     blocks: tuple[KeptBlock, ...] = ()
     clients: tuple[KeptClient, ...] = ()
@@ -93,7 +93,7 @@ class Plan:
     by name; ``forgotten``: keys that the custodian is to drop."""
 
     numbers: Mapping[str, int]
-    house: tuple[int, ...] = ()
+    shared: tuple[int, ...] = ()
     zero: tuple[int, ...] = ()
     blocks: Mapping[str, KeptBlock] = field(default_factory=dict)
     clients: tuple[KeptClient, ...] = ()
@@ -103,7 +103,7 @@ class Plan:
 
     @property
     def recovers(self) -> bool:
-        return bool(self.house)
+        return bool(self.shared)
 
     @property
     def advice(self) -> dict[str, Advice]:
@@ -120,7 +120,7 @@ def read(kept: Mapping[str, tuple[bytes, tuple[int, ...]]], workers: Sequence[Ke
     blocks, clients = list[KeptBlock](), list[KeptClient]()
     for key, (meta, fds) in kept.items():
         kind, _, _ = key.partition("/")
-        if key in (HOUSE, ZERO, CGROUPS):
+        if key in (SHARED, ZERO, CGROUPS):
             continue
         if kind == "block":
             blocks.append(_block(meta, fds))
@@ -128,11 +128,11 @@ def read(kept: Mapping[str, tuple[bytes, tuple[int, ...]]], workers: Sequence[Ke
             clients.append(_client(meta, fds))
         else:
             raise BadInput(f"{OTHER_VERSION}: {key}")
-    _, house = kept.get(HOUSE, (b"", ()))
+    _, shared = kept.get(SHARED, (b"", ()))
     _, zero = kept.get(ZERO, (b"", ()))
-    if len(house) not in (0, WITHOUT_DEVICE, WITH_DEVICE) or (clients and not house):
-        raise BadInput(f"{OTHER_VERSION}: {HOUSE}")
-    return Inventory(house, zero, tuple(blocks), tuple(clients), tuple(workers))
+    if len(shared) not in (0, WITHOUT_DEVICE, WITH_DEVICE) or (clients and not shared):
+        raise BadInput(f"{OTHER_VERSION}: {SHARED}")
+    return Inventory(shared, zero, tuple(blocks), tuple(clients), tuple(workers))
 
 
 def _block(meta: bytes, fds: tuple[int, ...]) -> KeptBlock:
@@ -210,7 +210,7 @@ def judge(
     gone += [f"client/{client.note.client}" for client in found.clients]
     return Plan(
         numbers,
-        found.house,
+        found.shared,
         found.zero,
         adopted,
         clients,
