@@ -162,21 +162,21 @@ class Custodian:
             self._poll.unregister(fds[CLIENT_PIDFD])
         descriptors.close_all(fds)
 
-    def _adopt(self, told: Adopt, pidfd: int) -> None:
+    def _adopt(self, message: Adopt, pidfd: int) -> None:
         """Watch, and replace, a worker that an earlier custodian has forked."""
-        self._orders[told.worker] = Order(told.keys, told.assignment, told.incarnation)
-        self._watch(pidfd, Life(told.pid, told.worker, told.incarnation, time.monotonic(), child=False))
+        self._orders[message.worker] = Order(message.keys, message.assignment, message.incarnation)
+        self._watch(pidfd, Life(message.pid, message.worker, message.incarnation, time.monotonic(), child=False))
 
-    def _order(self, told: ForkWorker) -> None:
+    def _order(self, message: ForkWorker) -> None:
         try:
-            if told.worker and any(
-                life.worker == told.worker and not process.pidfd_exited(fd) for fd, life in self._lives.items()
+            if message.worker and any(
+                life.worker == message.worker and not process.pidfd_exited(fd) for fd, life in self._lives.items()
             ):
                 raise OSError("another process of this worker has not ended")
-            self._orders[told.worker] = Order(told.keys, told.assignment, told.incarnation)
-            self._fork(self._assignment(told.worker))
+            self._orders[message.worker] = Order(message.keys, message.assignment, message.incarnation)
+            self._fork(self._assignment(message.worker))
         except (OSError, BadMessage) as error:
-            self._send(ForkFailed(told.worker, told.incarnation, str(error)))
+            self._send(ForkFailed(message.worker, message.incarnation, str(error)))
 
     # --- workers ------------------------------------------------------------------------------------------------------
 
@@ -248,12 +248,12 @@ class Custodian:
                 continue
             self._clients[fds[CLIENT_PIDFD]] = number
             self._poll.register(fds[CLIENT_PIDFD], select.POLLIN)
-            told = self._assignment(number) if number in self._orders else None
+            assignment = self._assignment(number) if number in self._orders else None
             policy.add_client(
                 number,
-                self._orders[number].incarnation if told else 0,
-                wanted=told is not None and orders.wants_worker(meta, told),
-                remote=told is not None and orders.asks_remote(told),
+                self._orders[number].incarnation if assignment else 0,
+                wanted=assignment is not None and orders.wants_worker(meta, assignment),
+                remote=assignment is not None and orders.asks_remote(assignment),
             )
         for life in self._lives.values():
             policy.add_life(life.worker, life.incarnation, life.began, poisoned=life.poisoned)
