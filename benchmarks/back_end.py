@@ -19,10 +19,10 @@ from typing import Any
 
 import postcopy
 from postcopy.vhost_user import BackEnd
-from postcopy.vhost_user.attach_side import DoorSide, SharedBlock
-from postcopy.vhost_user.channel import somebody_listens
-from postcopy.vhost_user.probe.plan import PAGE, Plan, Planned, Wishes, offer
-from postcopy.vhost_user.rings import Bells, start_ring
+from postcopy.vhost_user.attach_side import BackEndSession, SharedBlock
+from postcopy.vhost_user.channel import is_listening
+from postcopy.vhost_user.probe.plan import PAGE, Plan, Planned, PlanSettings, offer
+from postcopy.vhost_user.virtqueue import RingEvents, start_ring
 from postcopy_kernel import memory
 
 from .bench import Bench, BenchmarkFailed
@@ -53,7 +53,7 @@ def run(bench: Bench) -> list[Row]:
     return rows
 
 
-class FloorSide(DoorSide):
+class FloorSide(BackEndSession):
     """In the supervisor's place: a block of our own, and the C floor on the back-end's userfaultfd."""
 
     def __init__(self, bench: Bench, file: str, userfaultfd: int) -> None:
@@ -103,7 +103,7 @@ class FloorBackEnd(BackEnd):
         self._bench, self._file = bench, file
         super().__init__(*given, **more)
 
-    def _hand_over(self, name: str, userfaultfd: int, timeout: float) -> DoorSide:
+    def _hand_over(self, name: str, userfaultfd: int, timeout: float) -> BackEndSession:
         return FloorSide(self._bench, self._file, userfaultfd)
 
 
@@ -127,7 +127,7 @@ def _storage_daemon(bench: Bench, disk: str, pinned: bool) -> Iterator[str]:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     try:
         limit = time.monotonic() + READY_WITHIN
-        while not somebody_listens(path):
+        while not is_listening(path):
             if process.poll() is not None or time.monotonic() > limit:
                 raise BenchmarkFailed("qemu-storage-daemon does not come up")
             time.sleep(0.01)
@@ -141,7 +141,7 @@ def _storage_daemon(bench: Bench, disk: str, pinned: bool) -> Iterator[str]:
 
 def _reads(bench: Bench, disk: str, side: str, pinned: bool, seed: int) -> list[float]:
     """Microseconds of each read, in a fresh guest memory."""
-    plan = Plan(Wishes(bench.scale.of(1500, 50), 1, 1, SECTORS, False, False, seed, after=0))
+    plan = Plan(PlanSettings(bench.scale.of(1500, 50), 1, 1, SECTORS, False, False, seed, after=0))
     file = os.path.join(bench.directory, f"guest-{side}")
     plan.write(file)
     with _storage_daemon(bench, disk, pinned) as socket, bench.placed(pinned):
@@ -161,26 +161,26 @@ def _drive(plan: Plan, back_end: BackEnd, disk: str) -> list[float]:
     shared, samples = back_end.blocks[BLOCK], list[float]()
     with (
         memory.Mapping.of(shared.memory, shared.length) as mapping,
-        Bells() as bells,
+        RingEvents() as bells,
         mapping.view() as view,
         open(disk, "rb") as file,
     ):
         ring = plan.ring(0, view)
         start_ring(back_end, 0, ring, bells)
         ring.next_available = 1
-        bells.ring()
+        bells.notify()
         _answered(ring.completed, bells)
         for request in plan.requests[1:]:
             offer(ring, request, 0)
             begun = time.perf_counter_ns()
-            bells.ring()
+            bells.notify()
             _answered(ring.completed, bells)
             samples.append((time.perf_counter_ns() - begun) / 1000)
             _check(request, view, file.fileno())
     return samples
 
 
-def _answered(completed: Any, bells: Bells) -> None:
+def _answered(completed: Any, bells: RingEvents) -> None:
     limit = time.monotonic() + READY_WITHIN
     while not completed():
         bells.wait(1.0)

@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from postcopy.commands.top import Eyes
+from postcopy.commands.top import StatusReader
 from postcopy.supervisor import Supervisor
 from postcopy.top.app import Top
 
@@ -53,8 +53,8 @@ def _load(directory: str, block: str, clients: int, rate: int, seconds: int, *mo
 
 
 async def _draw(directory: str) -> str:
-    eyes = Eyes(directory)
-    app = Top(eyes.look, interval=1.0)
+    reader = StatusReader(directory)
+    app = Top(reader.read, interval=1.0)
     limit = time.monotonic() + 120
     try:
         async with app.run_test(size=SIZE) as pilot:
@@ -67,7 +67,7 @@ async def _draw(directory: str) -> str:
                 await pilot.pause(0.1)
             return app.export_screenshot(title="postcopy top")
     finally:
-        eyes.close()
+        reader.close()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,15 @@
 """Post-copy memory: usable before its contents have arrived.
 
-``attach()`` gives a block of memory whose pages come when they are touched; ``Supervisor`` serves blocks from Python.
-Importing this package loads none of that yet: every name is fetched at its first use.
+``attach()`` maps a block of memory whose pages arrive when they are touched. ``Supervisor`` serves blocks from Python.
+The public names are those in ``__all__``; each is imported at its first use, so ``import postcopy`` is fast.
+
+Example::
+
+    import postcopy
+
+    with postcopy.Supervisor({"ram0": "weights.bin"}) as supervisor:
+        with postcopy.attach("ram0", supervisor.runtime_dir) as block:
+            print(bytes(block.buf[:16]))
 """
 
 from __future__ import annotations
@@ -44,13 +52,13 @@ __all__ = [
     "attach",
 ]
 
-_HOMES = {"attach": ".client", "Block": ".block", "Supervisor": ".supervisor"}
+_MODULES = {"attach": ".client", "Block": ".block", "Supervisor": ".supervisor"}
 
 
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES.get(name, ".errors"), __name__), name)
+    value = getattr(import_module(_MODULES.get(name, ".errors"), __name__), name)
     globals()[name] = value
     return value
 

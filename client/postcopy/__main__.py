@@ -1,4 +1,4 @@
-"""``postcopy`` and ``python -m postcopy``: the way in. Everything that can go wrong leaves as one line and a status.
+"""``postcopy`` and ``python -m postcopy``: the entry point. An error ends the program with one line and a status.
 
 0 done; 1 failed, or a check did not hold; 2 usage; 3 no supervisor in that runtime directory; 130 Ctrl-C.
 """
@@ -15,7 +15,7 @@ DONE, FAILED, USAGE, NO_SUPERVISOR, INTERRUPTED = 0, 1, 2, 3, 130
 def main() -> None:
     """Run the command line of ``sys.argv`` and exit with its status."""
     arguments = sys.argv[1:]
-    if arguments[:1] == ["serve"]:  # before anything is imported: the supervisor starts as fast as it can
+    if arguments[:1] == ["serve"]:  # before anything is imported, so that the supervisor starts fast
         sys.exit(_serve(arguments[1:]))
     if arguments[:1] == ["source"]:
         sys.exit(_become("postcopy_sources", arguments[1:]))
@@ -76,9 +76,9 @@ def _run(arguments: list[str]) -> int:
 
 
 def _message(error: Exception) -> str:
-    """What typer has to say, without the box that it would draw around it."""
-    tell = getattr(error, "format_message", None)
-    return str(tell() if tell is not None else error)
+    """The text of a typer error, without the box that typer draws around it."""
+    format_message = getattr(error, "format_message", None)
+    return str(format_message() if format_message is not None else error)
 
 
 def _complain(text: str, status: int) -> int:
@@ -87,7 +87,7 @@ def _complain(text: str, status: int) -> int:
 
 
 def _drop_output() -> None:
-    """Whoever read our output may have gone: what is still buffered must not become a second error at exit."""
+    """The reader of our output may be gone: text in the buffer must not cause a second error at exit."""
     try:
         sys.stdout.flush()
     except (BrokenPipeError, ValueError):

@@ -1,81 +1,186 @@
-"""The client's end of the door: one question, one answer, in order, with descriptors beside them.
+"""The client's end of the attach socket: one request, one answer, in order, with descriptors beside them.
 
-The supervisor also speaks unasked (Ending, Released); such words are noted whenever somebody listens. There is no
-thread that listens all the time: nothing that they say is needed before the client asks for something.
+The supervisor also sends notices without a request (Ending, Released). They are recorded when a message is read; no
+thread waits for them, because they matter only before the next request.
 
-After a timeout, a Ctrl-C or a message that makes no sense, an answer may still be under way, so nothing more can be
-asked here: ``usable`` is False from then on. The end of the connection is no error by itself: what is attached stays
-attached, because workers outlive the supervisor.
+After a timeout, a Ctrl-C or a malformed message an answer may still arrive, so no further request is possible:
+``usable`` is False from then on. The end of the connection is not an error: attached blocks stay attached, because
+workers outlive the supervisor.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import select
 import socket
+import stat
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 from postcopy_kernel.descriptors import Received, TruncatedMessage, close_all, receive_message, send_message
-from postcopy_protocol.codec import decode, encode
-from postcopy_protocol.messages import BlockOpened, Ending, Message, Refused, Released
+from postcopy_protocol.attach_conversation import AttachClient, Question
+from postcopy_protocol.messages import Message
 from postcopy_protocol.runtime_paths import door_path
 
 from .deadline import Deadline
-from .errors import AttachDenied, AttachTimeout, BadMessage, NoSupervisor, PostcopyError, refusal
+from .errors import AttachDenied, AttachTimeout, BadMessage, NoSupervisor, PostcopyError
 
 Answer = TypeVar("Answer", bound=Message)
 
-_EXACTLY: dict[type[Message], int] = {BlockOpened: 2}
-"""Messages that must come with all their descriptors; the others may come with fewer."""
+
+@dataclass(frozen=True, slots=True)
+class OpenedBlock:
+    """A block that the supervisor has opened for this client. The holder of this object owns both descriptors."""
+
+    number: int
+    name: str
+    mode: str
+    size: int
+    page_size: int
+    pages: int
+    memory: int
+    received: int
+
+    @property
+    def length(self) -> int:
+        """Bytes to map: whole pages."""
+        return self.pages * self.page_size
+
+    def identity(self) -> tuple[int, int, int]:
+        """Distinguishes this block from a block of the same name in a later supervisor."""
+        facts = os.fstat(self.memory)
+        return facts.st_dev, facts.st_ino, self.pages
+
+    def close(self) -> None:
+        close_all((self.memory, self.received))
+
+    def check(self) -> None:
+        """Raises BadMessage when the size does not fit the descriptors, which would be a SIGBUS later."""
+        if not (_holds(self.memory, self.length) and _holds(self.received, self.pages)):
+            raise BadMessage(f"the supervisor sent block {self.name} with descriptors that are too small")
 
 
-class Door:
-    """A connection to the supervisor in ``directory``. Not thread-safe: its session's owner takes turns."""
+class AttachConnection:
+    """A connection to the supervisor in ``directory``. Not thread-safe; ``client.Client`` serializes its users."""
 
     def __init__(self, directory: str, deadline: Deadline) -> None:
         self.directory = directory
         self.usable = True
-        self.ending: str | None = None
-        self.released: set[int] = set()
+        self._conversation = AttachClient(directory)
         self._socket = _connect(directory, deadline)
 
-    def ask(
-        self, question: Message, answer: type[Answer], deadline: Deadline, fds: Sequence[int] = ()
-    ) -> tuple[Answer, tuple[int, ...]]:
-        """Ask and wait for the answer; the caller owns the descriptors that come with it.
+    @property
+    def client(self) -> int:
+        """The number that the supervisor has given this client."""
+        return self._conversation.client
 
-        Raises what a refusal stands for (the door stays usable), or AttachTimeout, NoSupervisor (it went away),
-        BadMessage.
-        """
+    @property
+    def ending(self) -> str | None:
+        """Why the supervisor has ended, if it gave a reason."""
+        return self._conversation.ending
+
+    @property
+    def released(self) -> set[int]:
+        """Numbers of the blocks that are complete."""
+        return self._conversation.released
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+    #
+    # Each raises the exception of a refusal (the connection stays usable), AttachTimeout, NoSupervisor (the connection
+    # ended), BadMessage.
+
+    def greet(self, name: str, kind: str, deadline: Deadline) -> tuple[int, ...]:
+        """Say Hello. Returns a /dev/userfaultfd descriptor if the supervisor sent one."""
+        return self._ask(self._conversation.hello(name, kind), deadline)[1]
+
+    def offer_userfaultfd(self, userfaultfd: int, deadline: Deadline) -> None:
+        """Send the client's own userfaultfd."""
+        self._ask(self._conversation.offer_userfaultfd(), deadline, (userfaultfd,))
+
+    def offer_back_end(self, userfaultfd: int, pidfd: int, deadline: Deadline) -> None:
+        """Send the userfaultfd and a pidfd of a vhost-user back-end."""
+        self._ask(self._conversation.offer_back_end(), deadline, (userfaultfd, pidfd))
+
+    def resume(self, name: str, kind: str, deadline: Deadline) -> AttachConnection:
+        """A new connection to the supervisor that has taken over this client and its regions.
+
+        Raises NoSupervisor (not yet started), AttachDenied (it does not know the client)."""
+        successor = AttachConnection(self.directory, deadline)
         try:
-            self._send(encode(question), fds, deadline)
-            while True:
-                message, received = self._next(answer, deadline)
-                if isinstance(message, answer):
-                    return message, received
-                if isinstance(message, Refused):
-                    break
-                if isinstance(message, Ending):  # answers come in order: this one will not
-                    raise NoSupervisor(f"the supervisor in {self.directory} has ended: {message.reason}")
+            close_all(successor.greet(name, kind, deadline))
+            successor._ask(successor._conversation.resume(self.client), deadline)
+        except BaseException:
+            successor.close()
+            raise
+        successor.released.update(self.released)
+        return successor
+
+    def open(self, name: str, mode: str, deadline: Deadline) -> OpenedBlock:
+        """Open a block. The caller owns its descriptors."""
+        answer, (memory, received) = self._ask(self._conversation.open_block(name, mode), deadline)
+        block = OpenedBlock(
+            answer.block, name, mode, answer.size, answer.page_size, answer.pages, memory=memory, received=received
+        )
+        try:
+            block.check()
         except BaseException:
             self.usable = False
+            block.close()
             raise
-        raise refusal(message, self.directory)
+        return block
 
-    def say(self, word: Message) -> None:
-        """Say something that has no answer, if anybody listens."""
+    def announce(self, number: int, address: int, length: int, offset: int, deadline: Deadline) -> None:
+        """Announce where a part of a block is mapped. After that it may be touched."""
+        self._ask(self._conversation.mapped(number, address, length, offset), deadline)
+
+    def unmap(self, number: int, address: int, deadline: Deadline) -> None:
+        """Announce that a region is no longer touched. After that it may be unmapped."""
+        self._ask(self._conversation.unmap(number, address), deadline)
+
+    def say_goodbye(self) -> None:
+        """End the conversation, if the connection still exists."""
+        if self.usable:
+            try:
+                send_message(self._socket, self._conversation.goodbye())
+            except OSError:
+                self.usable = False
+
+    # --- messages -----------------------------------------------------------------------------------------------------
+
+    def _ask(
+        self, question: Question[Answer], deadline: Deadline, fds: Sequence[int] = ()
+    ) -> tuple[Answer, tuple[int, ...]]:
+        """Send a question and wait for the answer. The caller owns the answer's descriptors."""
         try:
-            send_message(self._socket, encode(word))
-        except OSError:
-            self.usable = False
+            self._send(question.data, fds, deadline)
+            while True:
+                received = self._receive(deadline)
+                message = self._take(received)
+                if isinstance(message, question.answer):
+                    return message, received.fds
+        except BaseException:
+            # An answer that may still arrive would be taken for that of the next question. A refusal is an answer.
+            self.usable = self.usable and not self._conversation.waiting
+            raise
 
-    def listen(self) -> None:
-        """Note what has been said unasked; never waits."""
+    def _take(self, received: Received) -> Message | None:
+        """The answer in a message; a notice is recorded, and gives None."""
+        message = None
+        try:
+            message = self._conversation.on_message(received.data, len(received.fds))
+        finally:
+            if message is None:
+                close_all(received.fds)
+        return message
+
+    def take_notices(self) -> None:
+        """Record the notices that have arrived; never waits."""
         while self.usable:
             try:
-                self._next(Ending, Deadline(0))
+                self._take(self._receive(Deadline(0)))
             except AttachTimeout:
                 return
             except PostcopyError:
@@ -83,12 +188,12 @@ class Door:
 
     @property
     def hung_up(self) -> bool:
-        """Has the supervisor closed the connection, or died?"""
+        """Whether the supervisor has closed the connection, or died."""
         if self._socket.fileno() < 0:
             return False
         poll = select.poll()
         poll.register(self._socket, 0)
-        return bool(poll.poll(0))  # only POLLHUP is told unasked
+        return bool(poll.poll(0))  # poll() reports POLLHUP even for an empty mask
 
     def close(self) -> None:
         self.usable = False
@@ -102,34 +207,21 @@ class Door:
             except BlockingIOError:
                 self._wait(select.POLLOUT, deadline)
             except (BrokenPipeError, ConnectionResetError):
-                return  # it has hung up, perhaps with a last word: a refusal that did not wait for the question
-
-    def _next(self, answer: type[Answer], deadline: Deadline) -> tuple[Message, tuple[int, ...]]:
-        """The next message: the answer, a refusal, or a word unasked, which is noted here."""
-        received = self._receive(deadline)
-        try:
-            message: Message = decode(received.data, expect=(answer, Refused, Ending, Released))
-            self._check_descriptors(message, len(received.fds))
-        except BaseException:
-            close_all(received.fds)
-            raise
-        if isinstance(message, Ending):
-            self.ending = message.reason
-        elif isinstance(message, Released):
-            self.released.add(message.block)
-        return message, received.fds
+                return  # it hung up; a refusal, sent before our request arrived, may be waiting
 
     def _receive(self, deadline: Deadline) -> Received:
         while True:
             self._wait(select.POLLIN, deadline)
             try:
                 received = receive_message(self._socket)
-                if not received.data:  # a reset is told before the last words that came with it
+                if not received.data:  # a reset is reported before the messages that arrived with it
                     received = receive_message(self._socket)
             except BlockingIOError:
                 continue
             except TruncatedMessage as error:
-                raise BadMessage(f"the supervisor in {self.directory} sent too much: {error.strerror}") from error
+                raise BadMessage(
+                    f"the supervisor in {self.directory} sent a message that is too long: {error.strerror}"
+                ) from error
             if not received.data:
                 raise self._gone()
             return received
@@ -141,12 +233,6 @@ class Door:
             raise AttachTimeout(
                 f"the supervisor in {self.directory} did not answer within {deadline.seconds} s; is it stopped or busy?"
             )
-
-    def _check_descriptors(self, message: Message, count: int) -> None:
-        wanted = _EXACTLY.get(type(message))
-        if count > message.DESCRIPTORS or (wanted is not None and count != wanted):
-            kind = type(message).__name__
-            raise BadMessage(f"the supervisor in {self.directory} sent {kind} with {count} descriptors")
 
     def _gone(self) -> NoSupervisor:
         return NoSupervisor(f"the supervisor in {self.directory} closed the connection; ask: postcopy status")
@@ -167,7 +253,7 @@ def _connect(directory: str, deadline: Deadline) -> socket.socket:
 
 
 def _limit_connect(sock: socket.socket, deadline: Deadline) -> None:
-    """A connect waits while the door's backlog is full, for SO_SNDTIMEO at most. (A non-blocking one fails at once.)"""
+    """A connect waits for SO_SNDTIMEO while the socket's backlog is full. (A non-blocking connect fails at once.)"""
     left = deadline.remaining()
     if left is not None:
         microseconds = max(1, int(left * 1e6))
@@ -176,9 +262,17 @@ def _limit_connect(sock: socket.socket, deadline: Deadline) -> None:
 
 def _unreachable(error: OSError, directory: str, deadline: Deadline) -> PostcopyError:
     if error.errno == errno.EAGAIN:
-        return AttachTimeout(f"the supervisor in {directory} let nobody in within {deadline.seconds} s")
+        return AttachTimeout(f"the supervisor in {directory} did not accept the connection within {deadline.seconds} s")
     if error.errno in (errno.EACCES, errno.EPERM):
-        return AttachDenied(f"no permission to enter {directory}: {error.strerror}")
-    reason = {errno.ENOENT: "there is no door", errno.ECONNREFUSED: "its door is shut"}
-    why = reason.get(error.errno or 0, error.strerror)
-    return NoSupervisor(f"no supervisor in {directory}: {why}; start one: postcopy serve NAME=FILE")
+        return AttachDenied(f"no permission for the attach socket in {directory}: {error.strerror}")
+    reasons = {
+        errno.ENOENT: "no attach socket",
+        errno.ECONNREFUSED: "the process that made its attach socket has ended",
+    }
+    reason = reasons.get(error.errno or 0, error.strerror)
+    return NoSupervisor(f"no supervisor is running in {directory} ({reason}); start one: postcopy serve NAME=FILE")
+
+
+def _holds(fd: int, length: int) -> bool:
+    facts = os.fstat(fd)
+    return stat.S_ISREG(facts.st_mode) and facts.st_size >= length

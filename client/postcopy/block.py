@@ -1,7 +1,7 @@
 """A RAM block in this process's address space.
 
-A block stays attached until ``close()`` or the end of the process, also when nobody refers to it any more: an array
-made of it may live on. ``close()`` with such an array (or slice) alive raises BufferError, as ``mmap.mmap`` does.
+A block stays attached until ``close()`` or the end of the process, also without a reference to it: an array made of it
+may still exist. ``close()`` with such an array (or slice) alive raises BufferError, as ``mmap.mmap`` does.
 """
 
 from __future__ import annotations
@@ -10,38 +10,58 @@ import logging
 import os
 import threading
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 from postcopy_kernel.memory import POPULATE_READ, Mapping, advise
 from postcopy_protocol.geometry import PAGE_2M
 from postcopy_protocol.received_map import RECEIVED
 from postcopy_protocol.sizes import format_size
 
-from . import filling
+from . import populate
+from .attach_socket import OpenedBlock
 from .deadline import Deadline
 from .errors import PageLost
-from .filling import Job, fill
-
-if TYPE_CHECKING:
-    from .client import Client
-    from .session import Opened, Session
+from .populate import PopulateJob
+from .session import Session
 
 log = logging.getLogger("postcopy")
 
 Mode = Literal["private", "shared"]
 
 _COUNT_AT_ONCE = 1 << 20
-_GRACE = 0.2  # seconds that a helper thread gets to finish its step before the memory is taken from under it
+_GRACE = 0.2  # seconds for a helper thread to finish its step, before close() makes the memory inaccessible
+
+
+class BlockOwner(Protocol):
+    """What a block needs of the client that attached it."""
+
+    directory: str
+
+    def detach(self, block: Block) -> None:
+        """Unmap ``block`` and inform the supervisor."""
+
+    def ending_of(self, block: Block) -> str | None:
+        """Why the supervisor of ``block`` ended, if it gave a reason."""
+
+    def reduce(self, block: Block) -> tuple[object, ...]:
+        """A pickle of ``block``: the function that attaches it again, and its arguments."""
 
 
 class Block:
-    """Memory of ``size`` bytes whose pages come when they are touched. Made by ``postcopy.attach``.
+    """Memory of ``size`` bytes whose pages arrive when they are touched. Made by ``postcopy.attach``.
 
-    ``mode`` ``"private"``: writes are this process's own (copy-on-write); ``"shared"``: every client sees them.
-    ``page_size`` is 4096 or 2 MiB. A touch of a page that can never come is SIGBUS; ``ensure`` raises instead.
+    ``mode`` ``"private"``: writes stay in this process (copy-on-write); ``"shared"``: every client sees them.
+    ``page_size`` is 4096 or 2 MiB. A touch of a lost page is SIGBUS; ``ensure`` raises PageLost instead.
+
+    Example::
+
+        with postcopy.attach("ram0") as block:
+            block.prefetch(0, 1 << 20)           # request the first MiB in the background
+            header = bytes(block.buf[:4096])     # waits for one page
+            block.ensure(timeout=60.0)           # wait for all pages
     """
 
-    def __init__(self, client: Client, session: Session, opened: Opened, mapping: Mapping) -> None:
+    def __init__(self, client: BlockOwner, session: Session, opened: OpenedBlock, mapping: Mapping) -> None:
         self.name = opened.name
         self.size = opened.size
         self.page_size = opened.page_size
@@ -65,7 +85,7 @@ class Block:
     @property
     def buf(self) -> memoryview:
         """The memory: writable, exactly ``size`` bytes. Raises ValueError once the block is closed."""
-        self._open()
+        self._require_open()
         return self._buf
 
     def __buffer__(self, flags: int) -> memoryview:
@@ -82,31 +102,35 @@ class Block:
 
     @property
     def received(self) -> memoryview:
-        """The received map, one byte a page (see ``postcopy_protocol.received``), read-only: never early, maybe
-        late. Raises ValueError once the block is closed."""
-        self._open()
+        """The received map, one byte a page (see ``postcopy_protocol.received_map``), read-only. A mark is
+        never early and may be late. Raises ValueError once the block is closed."""
+        self._require_open()
         return self._map
 
     def ensure(self, offset: int = 0, length: int | None = None, timeout: float | None = None) -> None:
         """Wait until the pages of the range are present, without the GIL.
 
-        Raises PageLost for a page that cannot come, PageTimeout (a TimeoutError) after ``timeout`` seconds, ValueError
-        for a range outside the block. Ctrl-C works; at most some MiB more come in after it.
+        Raises PageLost for a lost page, PageTimeout (a TimeoutError) after ``timeout`` seconds, ValueError for a range
+        outside the block. Ctrl-C works; a few MiB may still arrive after it.
+
+        Example::
+
+            block.ensure(0, 1 << 20, timeout=5.0)
         """
         start, stop = self._whole_pages(offset, length)
         if self._forbidden:
             raise self.lost(start)
         if start < stop:
-            fill(Job(self, start, stop), Deadline(timeout))
+            populate.wait_for(PopulateJob(self, start, stop), Deadline(timeout))
 
     def prefetch(self, offset: int = 0, length: int | None = None) -> None:
-        """Ask for the pages of the range and return at once. Raises ValueError for a range outside the block."""
+        """Request the pages of the range and return at once. Raises ValueError for a range outside the block."""
         start, stop = self._whole_pages(offset, length)
         if start < stop:
-            filling.prefetcher.ask(Job(self, start, stop))
+            populate.prefetcher.submit(PopulateJob(self, start, stop))
 
     def resident(self, offset: int = 0, length: int | None = None) -> float:
-        """The fraction of the range's pages that has been received, by the received map: never early, maybe late."""
+        """The fraction of the range's pages that is marked in the received map: never too high, maybe too low."""
         start, stop = self._whole_pages(offset, length)
         first, last = start // self.page_size, stop // self.page_size
         if first == last:
@@ -118,16 +142,16 @@ class Block:
         )
         return present / (last - first)
 
-    # --- its end ------------------------------------------------------------------------------------------------------
+    # --- close --------------------------------------------------------------------------------------------------------
 
     @property
     def closed(self) -> bool:
         return self._closed
 
     def close(self) -> None:
-        """Give the memory back; a second time it does nothing. ``buf`` is released.
+        """Unmap the memory and release ``buf``. A second call does nothing.
 
-        Raises BufferError while a slice of ``buf`` or an array made of the block is alive: nothing has happened then.
+        Raises BufferError while a slice of ``buf`` or an array made of the block is alive; the block stays open then.
         """
         with self._closing:
             if self._closed:
@@ -143,7 +167,7 @@ class Block:
             self._buf.release()
         except BufferError as error:
             raise self._in_use() from error
-        if self.mapping.exported:  # a slice: it does not hold up release(), but it shows the same memory
+        if self.mapping.exported:  # a slice does not prevent release(), but it shows the same memory
             self._buf = self.mapping.view(self.size)
             raise self._in_use()
 
@@ -151,7 +175,7 @@ class Block:
         return BufferError(f"block {self.name} cannot be closed: views of its memory (slices, arrays) still exist")
 
     def __enter__(self) -> Block:
-        self._open()
+        self._require_open()
         return self
 
     def __exit__(
@@ -160,15 +184,13 @@ class Block:
         try:
             self.close()
         except BufferError:
-            if error is None:  # else the views belong to the frames of the error that passes, which matters more
+            if error is None:  # otherwise frames of that error hold the views, and the error is more important
                 raise
 
     def __reduce__(self) -> tuple[object, ...]:
-        """A pickle is name, directory and mode: whoever loads it attaches."""
-        from .client import attach
-
-        self._open()
-        return attach, (self.name, self.runtime_dir, self.mode)
+        """A pickle holds name, directory and mode; unpickling attaches."""
+        self._require_open()
+        return self._client.reduce(self)
 
     def __repr__(self) -> str:
         page = "2M" if self.page_size == PAGE_2M else "4K"
@@ -178,7 +200,7 @@ class Block:
     # --- for the helper threads ---------------------------------------------------------------------------------------
 
     def populate(self, offset: int, length: int) -> int | None:
-        """Bring in a range of whole pages: 0, an errno, or None when the block is closed. Waits without the GIL."""
+        """Populate a range of whole pages. Returns 0, an errno, or None when the block is closed. Releases the GIL."""
         with self._steps:
             if self._closed:
                 return None
@@ -191,12 +213,12 @@ class Block:
                 self._steps.notify_all()
 
     def idle(self, timeout: float) -> bool:
-        """Wait until no helper thread is inside the memory; False when one still is."""
+        """Wait until no helper thread accesses the memory. False after ``timeout`` seconds."""
         with self._steps:
             return self._steps.wait_for(lambda: self._busy == 0, timeout)
 
     def lost(self, offset: int) -> PageLost:
-        """The exception for a page at ``offset`` that cannot come."""
+        """The exception for the lost page at ``offset``."""
         ending = self._client.ending_of(self)
         reason = f"the supervisor ended ({ending})" if ending is not None else "its source cannot supply it"
         if self._forbidden:
@@ -207,14 +229,14 @@ class Block:
     # --- for the client -----------------------------------------------------------------------------------------------
 
     def withdraw(self) -> None:
-        """Get helper threads out of the memory, by force when they sleep: the range is forbidden, and they wake."""
+        """Stop helper threads from accessing the memory. Those that sleep in a fault are woken to find it forbidden."""
         if not self.idle(_GRACE):
             self.mapping.forbid()
             self.session.wake(self.mapping.address, self.mapping.length)
             self.idle(_GRACE * 25)
 
     def discard(self, *, keep_addresses: bool) -> None:
-        """Undo what the constructor did, for a block that nobody has got."""
+        """Undo the constructor, for a block that was not handed out."""
         self._closed = True
         if keep_addresses:
             self.mapping.forbid()
@@ -225,13 +247,13 @@ class Block:
         self._received.close()
 
     def reset_locks(self) -> None:
-        """Fresh locks: at birth, and in a fork's child, where nobody is left to release the old ones."""
+        """New locks: in the constructor, and in a forked child, where the holders of the old locks do not exist."""
         self._closing = threading.RLock()
         self._steps = threading.Condition(threading.Lock())
         self._busy = 0
 
-    def adopt(self, session: Session, opened: Opened) -> None:
-        """In a fork's child: this block belongs to ``session`` now, at the same address."""
+    def adopt(self, session: Session, opened: OpenedBlock) -> None:
+        """In a forked child: move this block to ``session``, at the same address."""
         received = Mapping.of(opened.received, opened.pages, writable=False)
         self._map.release()
         self._received.close()
@@ -239,20 +261,20 @@ class Block:
         self._received, self._map = received, received.view()
 
     def forbid(self, reason: str) -> None:
-        """In a fork's child that could not attach: a touch is SIGSEGV, never zeros."""
+        """In a forked child that could not attach: a touch is SIGSEGV, never zeros."""
         self.mapping.forbid()
         self._forbidden = reason
         log.error("block %s is not attached in process %d after a fork: %s", self.name, os.getpid(), reason)
 
-    # --- small matters ------------------------------------------------------------------------------------------------
+    # --- ranges and state ---------------------------------------------------------------------------------------------
 
-    def _open(self) -> None:
+    def _require_open(self) -> None:
         if self._closed:
             raise ValueError(f"block {self.name} is closed")
 
     def _whole_pages(self, offset: int, length: int | None) -> tuple[int, int]:
         """The range, widened to whole pages. Raises ValueError outside the block."""
-        self._open()
+        self._require_open()
         stop = self.size if length is None else offset + length
         if not 0 <= offset <= stop <= self.size:
             raise ValueError(f"bytes {offset} to {stop} are not inside block {self.name} of {self.size} bytes")

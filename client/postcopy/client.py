@@ -1,9 +1,8 @@
 """One client per process and runtime directory: several blocks share one connection, one userfaultfd, one worker.
 
-Two locks, never the other way round: ``Client._talking`` is held through a whole conversation, for seconds if the
-supervisor is slow; ``_ledger`` guards the list of attached blocks and is held for a moment only. A fork takes the
-ledger alone, so it never waits for a conversation, and finds a list that is true: a block stands in it exactly while
-it may be touched.
+Two locks, always taken in this order. ``Client._conversation`` is held through a whole exchange with the supervisor,
+for seconds if that is slow. ``_registry`` guards the list of attached blocks and is held briefly. A fork takes only
+the registry, so it never waits for an exchange. A block is in the list exactly while it may be touched.
 """
 
 from __future__ import annotations
@@ -18,19 +17,20 @@ from postcopy_kernel.memory import DOFORK, DONTFORK, NOHUGEPAGE, Mapping
 from postcopy_protocol.geometry import PAGE_4K
 from postcopy_protocol.runtime_paths import runtime_directory
 
-from . import filling
+from . import populate
+from .attach_socket import OpenedBlock
 from .block import Block
 from .deadline import Deadline
 from .errors import AttachTimeout, BadInput, PostcopyError
-from .session import Opened, Session
+from .session import Session
 
 log = logging.getLogger("postcopy")
 
 TIMEOUT = 30.0
-"""Seconds that a conversation may take unless somebody says otherwise."""
+"""Seconds for one exchange with the supervisor, by default."""
 
 _clients: dict[str, Client] = {}
-_ledger = threading.RLock()
+_registry = threading.RLock()
 
 
 def attach(
@@ -39,24 +39,29 @@ def attach(
     """Attach the RAM block ``name`` of the supervisor in ``runtime_dir``.
 
     Raises NoSupervisor, NoSuchBlock, AttachDenied, AttachTimeout (after ``timeout`` seconds; None: no limit),
-    UserfaultfdUnavailable, and other PostcopyErrors; OSError when the kernel has no room.
+    UserfaultfdUnavailable, and other PostcopyErrors; OSError when the kernel has no memory or descriptor left.
+
+    Example::
+
+        with postcopy.attach("ram0", "/run/postcopy", mode="shared") as block:
+            array = numpy.frombuffer(block.buf, numpy.float32)
     """
     if mode not in ("private", "shared"):
         raise BadInput(f"mode {mode!r} is neither 'private' nor 'shared'")
     explicit = None if runtime_dir is None else os.fspath(runtime_dir)
     directory = os.path.abspath(runtime_directory(explicit, os.environ))
-    with _ledger:
+    with _registry:
         client = _clients.setdefault(directory, Client(directory))
     return client.attach(name, mode, Deadline(timeout))
 
 
 class Client:
-    """What this process is to the supervisor in ``directory``. Thread-safe."""
+    """This process as a client of the supervisor in ``directory``. Thread-safe."""
 
     def __init__(self, directory: str) -> None:
         self.directory = directory
         self.blocks: list[Block] = []
-        self._talking = threading.Lock()
+        self._conversation = threading.Lock()
         self._session: Session | None = None
 
     def attach(self, name: str, mode: str, deadline: Deadline) -> Block:
@@ -66,49 +71,53 @@ class Client:
             try:
                 return self._open(session, name, mode, deadline)
             finally:
-                self._leave(session)
+                self._end_if_unused(session)
 
     def detach(self, block: Block) -> None:
-        """Unmap ``block``. The supervisor is told when it can be; when it cannot, the memory goes all the same."""
-        with _ledger:  # from now on no fork inherits it
+        """Unmap ``block``, also when the supervisor cannot be informed of it."""
+        with _registry:  # from now on a forked child does not inherit it
             self.blocks.remove(block)
         block.withdraw()
         try:
             with self._turn(Deadline(TIMEOUT)):
-                self._take_leave(block, Deadline(TIMEOUT))
+                self._unmap(block, Deadline(TIMEOUT))
         except AttachTimeout as error:
-            log.warning("block %s closed without a word: %s", block.name, error)
+            log.warning("block %s is closed, but the supervisor was not informed: %s", block.name, error)
             block.mapping.close()
 
     def ending_of(self, block: Block) -> str | None:
-        """Why the supervisor of ``block`` ended, if it said so."""
-        if self._talking.acquire(blocking=False):
+        """Why the supervisor of ``block`` ended, if it gave a reason."""
+        if self._conversation.acquire(blocking=False):
             try:
-                block.session.door.listen()
+                block.session.connection.take_notices()
             finally:
-                self._talking.release()
-        return block.session.door.ending
+                self._conversation.release()
+        return block.session.connection.ending
+
+    def reduce(self, block: Block) -> tuple[object, ...]:
+        """A pickle of ``block``: unpickling attaches."""
+        return attach, (block.name, self.directory, block.mode)
 
     # --- conversations ------------------------------------------------------------------------------------------------
 
     @contextmanager
     def _turn(self, deadline: Deadline) -> Iterator[None]:
-        lock = self._talking
+        lock = self._conversation
         if not lock.acquire(timeout=deadline.lock_timeout()):
-            raise AttachTimeout(f"another thread is still talking to the supervisor in {self.directory}")
+            raise AttachTimeout(f"another thread is still waiting for the supervisor in {self.directory}")
         try:
             yield
         finally:
             lock.release()
 
     def _current(self, deadline: Deadline) -> Session:
-        """The session for a new region. One that is of no use any more stays behind with its regions."""
-        if self._session is None or not self._at_hand(self._session, deadline):
+        """The session for a new region. A session that is no longer usable keeps the regions that it has."""
+        if self._session is None or not self._reachable(self._session, deadline):
             self._session = Session(self.directory, deadline)
         return self._session
 
-    def _at_hand(self, session: Session, deadline: Deadline) -> bool:
-        """Can more be asked through this session, if need be of a supervisor that has taken over?"""
+    def _reachable(self, session: Session, deadline: Deadline) -> bool:
+        """Whether the session's supervisor, or one that has taken over, answers requests."""
         if session.usable:
             return True
         try:
@@ -126,27 +135,27 @@ class Client:
         try:
             session.announce(block.number, block.mapping.address, block.mapping.length, deadline)
         except BaseException:
-            # Unless it was refused, the supervisor may register the range yet: nobody else must ever get the addresses.
-            block.discard(keep_addresses=not session.door.usable)
+            # Unless it refused, the supervisor may still register the range: the addresses must never be used again.
+            block.discard(keep_addresses=not session.connection.usable)
             raise
-        with _ledger:
+        with _registry:
             self.blocks.append(block)
         return block
 
-    def _take_leave(self, block: Block, deadline: Deadline) -> None:
+    def _unmap(self, block: Block, deadline: Deadline) -> None:
         session = block.session
-        session.owe(block.number, block.mapping.address)
-        if self._at_hand(session, deadline):
+        session.queue_unmap(block.number, block.mapping.address)
+        if self._reachable(session, deadline):
             try:
-                session.settle(deadline)
+                session.send_unmaps(deadline)
             except PostcopyError as error:
                 log.debug("block %s: %s", block.name, error)
         block.mapping.close()
         session.regions -= 1
-        self._leave(session)
+        self._end_if_unused(session)
 
-    def _leave(self, session: Session) -> None:
-        """End a session that has no regions (left)."""
+    def _end_if_unused(self, session: Session) -> None:
+        """End a session that has no regions."""
         if session.regions == 0:
             session.end()
             if self._session is session:
@@ -155,22 +164,23 @@ class Client:
     # --- forks --------------------------------------------------------------------------------------------------------
 
     def before_fork(self) -> None:
-        """Let the child inherit what is attached; learn what the supervisor has said, if nobody is talking."""
+        """Let the child inherit the attached blocks. Take the supervisor's notices, unless a request is under way."""
         for block in self.blocks:
             self.ending_of(block)
             _advise_fork(block, DOFORK)
 
     def after_fork(self) -> None:
-        """In the parent: a fork that is not Python's must not inherit anything (it would fault into zeros)."""
+        """In the parent: a fork in C code must inherit nothing, because its faults would be answered with zeros."""
         for block in self.blocks:
             _advise_fork(block, DONTFORK)
 
     def revive(self) -> None:
-        """In the child: become a client of its own and attach the inherited mappings where they are.
+        """In the child: become a separate client and attach the inherited mappings where they are.
 
-        Never anew: private writes would be lost. What cannot be attached is made inaccessible, whatever happens here.
+        A new mapping would lose private writes. A block that cannot be attached is made inaccessible, also when this
+        method is interrupted.
         """
-        self._talking = threading.Lock()
+        self._conversation = threading.Lock()
         parents = {id(session): session for session in (self._session, *(block.session for block in self.blocks))}
         self._session, inherited = None, list(self.blocks)
         deadline, reason = Deadline(TIMEOUT), "interrupted"
@@ -184,35 +194,35 @@ class Client:
                     inherited.remove(block)
         finally:
             for block in inherited:
-                if block.number not in block.session.door.released:
+                if block.number not in block.session.connection.released:
                     block.forbid(reason)
 
     def _adopt(self, block: Block, deadline: Deadline) -> str:
-        """Attach an inherited block; the reason why not, else nothing."""
+        """Attach an inherited block. Returns the reason of a failure, or an empty text."""
         try:
             session = self._current(deadline)
             opened = session.open(block.name, block.mode, deadline)
             try:
                 if opened.identity() != block.identity:
-                    return f"block {block.name} is another one by now"
+                    return f"block {block.name} has been replaced by another block of that name"
                 session.announce(opened.number, block.mapping.address, block.mapping.length, deadline)
                 block.adopt(session, opened)
             finally:
                 opened.close()
-                self._leave(session)
+                self._end_if_unused(session)
             block.mapping.advise(DONTFORK)
         except (PostcopyError, OSError) as error:
             return str(error)
         return ""
 
 
-def _map(opened: Opened) -> Mapping:
-    """Map a block without touching it. Out of reach of forks from the first, before anybody can fault on it."""
+def _map(opened: OpenedBlock) -> Mapping:
+    """Map a block without touching it. Forks do not inherit it, from before the first possible fault."""
     mapping = Mapping.of(opened.memory, opened.length, shared=opened.mode == "shared")
     try:
         mapping.advise(DONTFORK)
         if opened.page_size == PAGE_4K:
-            with suppress(OSError):  # a kernel without huge pages of this kind
+            with suppress(OSError):  # a kernel without transparent huge pages
                 mapping.advise(NOHUGEPAGE)
     except BaseException:
         mapping.close()
@@ -223,12 +233,12 @@ def _map(opened: Opened) -> Mapping:
 def _advise_fork(block: Block, advice: int) -> None:
     try:
         block.mapping.advise(advice)
-    except OSError as error:  # the child gets no memory there: SIGSEGV, which is loud enough
+    except OSError as error:  # the child has no memory there: a touch is SIGSEGV, not silent zeros
         log.error("block %s: %s", block.name, error)
 
 
 def _before_fork() -> None:
-    _ledger.acquire()
+    _registry.acquire()
     for client in _clients.values():
         client.before_fork()
 
@@ -238,13 +248,13 @@ def _after_fork_in_parent() -> None:
         for client in _clients.values():
             client.after_fork()
     finally:
-        _ledger.release()
+        _registry.release()
 
 
 def _after_fork_in_child() -> None:
-    global _ledger
-    _ledger = threading.RLock()
-    filling.forget_threads()
+    global _registry
+    _registry = threading.RLock()
+    populate.forget_threads()
     for client in _clients.values():
         client.revive()
 

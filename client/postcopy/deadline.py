@@ -1,15 +1,15 @@
-"""A moment after which nobody waits any more, shared by all the waits of one operation."""
+"""A point in time at which all waits of one operation end."""
 
 from __future__ import annotations
 
 import time
 
 FOREVER = 1e9
-"""Seconds from which on nobody lives to see the end, infinity among them: more than the kernel's words take."""
+"""As many seconds, or more, are no limit: such numbers (infinity too) do not fit into the kernel's arguments."""
 
 
 class Deadline:
-    """``seconds`` from now; None, or FOREVER and more: never. Raises ValueError for less than none."""
+    """``seconds`` from now; None, or FOREVER and more: no limit. Raises ValueError for a negative number."""
 
     __slots__ = ("_at", "seconds")
 
@@ -24,11 +24,11 @@ class Deadline:
         return None if self._at is None else max(0.0, self._at - time.monotonic())
 
     def lock_timeout(self) -> float:
-        """For ``Lock.acquire(timeout=)``, where -1 means no limit (and where there is a largest number)."""
+        """For ``Lock.acquire(timeout=)``, where -1 means no limit and large numbers are refused."""
         left = self.remaining()
         return -1 if left is None else min(left, 1e6)
 
     def milliseconds(self) -> int | None:
-        """For ``poll()``: rounded up, so that a wait never ends just before its time."""
+        """For ``poll()``: rounded up, so that a wait never ends early."""
         left = self.remaining()
         return None if left is None else min(int(left * 1000) + 1, 1 << 30) if left else 0

@@ -5,10 +5,10 @@
     PostcopyError
      |-- ...                      see postcopy_protocol.errors
      |-- UserfaultfdUnavailable   also an OSError, with the kernel's errno
-     |-- PageTimeout              also a TimeoutError: ensure() gave up waiting; the pages still come
-     |-- BackEndGone              no vhost-user back-end there (any more)
+     |-- PageTimeout              also a TimeoutError: ensure() reached its timeout; the pages may still arrive
+     |-- BackEndGone              no vhost-user back-end, or it closed the connection
      |-- BackEndTimeout           also a TimeoutError: a vhost-user back-end does not answer
-     `-- VhostUserError           a vhost-user back-end broke a rule, or cannot do what is asked
+     `-- VhostUserError           a vhost-user back-end broke the protocol, or lacks a feature
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from postcopy_protocol.errors import (
     PageLost,
     PostcopyError,
 )
-from postcopy_protocol.messages import Refused
 from postcopy_protocol.vhost_user import VhostUserError
 
 __all__ = [
@@ -42,7 +41,6 @@ __all__ = [
     "PostcopyError",
     "UserfaultfdUnavailable",
     "VhostUserError",
-    "refusal",
     "unavailable",
 ]
 
@@ -55,7 +53,7 @@ class UserfaultfdUnavailable(errors.UserfaultfdUnavailable, KernelUnavailable):
 
 
 class PageTimeout(PostcopyError, TimeoutError):
-    """``Block.ensure`` waited as long as it was told to; the pages are still on their way."""
+    """``Block.ensure`` reached its timeout; the pages may still arrive."""
 
 
 class BackEndGone(PostcopyError):
@@ -63,25 +61,9 @@ class BackEndGone(PostcopyError):
 
 
 class BackEndTimeout(PostcopyError, TimeoutError):
-    """A vhost-user back-end has not answered in time; it may wait for a page."""
-
-
-_REFUSALS: dict[str, type[PostcopyError]] = {
-    "no-such-block": NoSuchBlock,
-    "denied": AttachDenied,
-    "limit": AttachDenied,
-    "bad-version": BadMessage,
-}
-
-
-def refusal(answer: Refused, directory: str) -> PostcopyError:
-    """The exception for a refusal of the supervisor in ``directory``."""
-    kind = _REFUSALS.get(answer.code)
-    if kind is not None:
-        return kind(f"{answer.reason} (supervisor in {directory})")
-    return PostcopyError(f"the supervisor in {directory} refused ({answer.code}): {answer.reason}")
+    """A vhost-user back-end has not answered in time; it may be waiting for a page."""
 
 
 def unavailable(error: OSError) -> UserfaultfdUnavailable:
-    """The kernel wing's failure as one of ours."""
+    """The client's exception for an error of the kernel wing."""
     return UserfaultfdUnavailable(error.errno, error.strerror or str(error))

@@ -1,7 +1,7 @@
-"""What a person asks the supervisor: status, stop, export. A DEALER to its one ROUTER, one question at a time.
+"""An operator's requests to the supervisor: status, stop, export. A DEALER to its ROUTER, one request at a time.
 
-Only the supervisor's own user can: the socket is in ``private/``. Nothing listening there is noticed at once by a plain
-connect, because ZeroMQ itself would wait for somebody to come.
+Only the supervisor's own user may send them: the socket is in ``private/``. A plain connect finds out first whether a
+process listens, because ZeroMQ would wait for one.
 """
 
 from __future__ import annotations
@@ -50,25 +50,28 @@ Found = TypeVar("Found", dict[str, Any], list[Any])
 class Control:
     """A connection to the router of the supervisor in ``runtime_dir``; a context manager.
 
-    Raises NoSupervisor when nobody listens there, AttachDenied when it is another user's, PostcopyError for questions
-    that it refuses or does not answer within ``timeout`` seconds.
+    Raises NoSupervisor when no process listens there, AttachDenied when it is another user's, PostcopyError for
+    requests that it refuses or does not answer within ``timeout`` seconds.
     """
 
     def __init__(self, runtime_dir: str | os.PathLike[str] | None = None, timeout: float = TIMEOUT) -> None:
         explicit = None if runtime_dir is None else os.fspath(runtime_dir)
         self.directory = os.path.abspath(runtime_directory(explicit, os.environ))
         self._timeout = timeout
-        endpoint = router_endpoint(self.directory)
-        self._path = endpoint.removeprefix("ipc://")
-        self.knock()
+        self._path = router_endpoint(self.directory).removeprefix("ipc://")
+        self.check_listening()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.connect(endpoint)
+        self._socket = self._connect()
 
-    def knock(self) -> None:
-        """Raise NoSupervisor when nobody listens (any more): sooner than by waiting for an answer."""
-        _knock(self._path, self.directory, self._timeout)
+    def _connect(self) -> zmq.Socket[bytes]:
+        sock = self._context.socket(zmq.DEALER)
+        sock.setsockopt(zmq.LINGER, 0)
+        sock.connect(router_endpoint(self.directory))
+        return sock
+
+    def check_listening(self) -> None:
+        """Raise NoSupervisor when no process listens; faster than waiting for an answer."""
+        _check_listening(self._path, self.directory, self._timeout)
 
     def status(self, *, audit: bool = False) -> dict[str, Any]:
         """The status document (see the README for its fields). ``audit``: look for polluted pages first."""
@@ -78,16 +81,16 @@ class Control:
         try:
             found = json.loads(document)
         except ValueError as error:
-            raise BadMessage(f"the supervisor in {self.directory} sent a document that is no JSON") from error
+            raise BadMessage(f"the supervisor in {self.directory} sent a document that is not JSON") from error
         if not isinstance(found, kind):
-            raise BadMessage(f"the supervisor in {self.directory} sent a document that is no {kind.__name__}")
+            raise BadMessage(f"the supervisor in {self.directory} sent a document that is not a {kind.__name__}")
         return found
 
     def stop(self, *, keep_workers: bool = False, timeout: float = 60.0) -> int:
         """End the supervisor and wait until its process has ended; returns its pid."""
         pid = int(self.status()["pid"])
         try:
-            pidfd = pidfd_open(pid)  # before the question: afterwards the number may be somebody else's
+            pidfd = pidfd_open(pid)  # before the request: afterwards the pid may belong to another process
         except ProcessLookupError as error:
             raise NoSupervisor(f"the supervisor in {self.directory} has just ended") from error
         try:
@@ -106,33 +109,43 @@ class Control:
         return [event for event in events if isinstance(event, dict)]
 
     def story(self, name: str, offset: int) -> dict[str, Any]:
-        """What is known of one page's life."""
+        """The history of one page."""
         return self._json(self._ask(AskStory(name, offset), StoryAnswer).document, dict)
 
     def resume(self, client: int) -> int:
-        """End a client's quarantine; the number of pages that are healed by and by."""
+        """End a client's quarantine; the number of pages that are fetched again."""
         return self._ask(AskResume(client), ResumeAnswer).unpoisoning
 
     def export(self, name: str, path: str) -> ExportProgress:
-        """Begin to write block ``name`` to ``path``. Ask ``progress`` at least every 10 s, or it is cancelled."""
+        """Begin to write a block to ``path``. Call ``progress`` at least every 10 s, or it is cancelled."""
         return self._ask(AskExport(name, os.path.abspath(path)), ExportProgress)
 
     def progress(self, job: int, *, cancel: bool = False) -> ExportProgress:
         """How far an export is; ``cancel`` ends it."""
         return self._ask(AskProgress(job, cancel), ExportProgress)
 
-    def _ask(self, question: Message, answer: type[Answer]) -> Answer:
-        self._socket.send(encode(question), zmq.DONTWAIT)
-        if not self._socket.poll(int(self._timeout * 1000)):
-            raise PostcopyError(
-                f"the supervisor in {self.directory} does not answer within {self._timeout} s; is it stopped or busy?"
-            )
+    def _ask(self, request: Message, answer: type[Answer]) -> Answer:
+        try:
+            data = self._exchange(encode(request))
+        except BaseException:
+            # After a timeout or a Ctrl-C the answer may still arrive: the next request would take it for its own.
+            self._socket.close(0)
+            self._socket = self._connect()
+            raise
         expected: Collection[type[Message]] = (answer, ControlRefused)
-        message: Message = decode(self._socket.recv(), expect=expected)
+        message: Message = decode(data, expect=expected)
         if isinstance(message, answer):
             return message
         assert isinstance(message, ControlRefused)
         raise PostcopyError(message.reason)
+
+    def _exchange(self, request: bytes) -> bytes:
+        self._socket.send(request, zmq.DONTWAIT)
+        if not self._socket.poll(int(self._timeout * 1000)):
+            raise PostcopyError(
+                f"the supervisor in {self.directory} does not answer within {self._timeout} s; is it stopped or busy?"
+            )
+        return self._socket.recv()
 
     def close(self) -> None:
         self._socket.close(0)
@@ -147,17 +160,18 @@ class Control:
         self.close()
 
 
-def _knock(path: str, directory: str, timeout: float) -> None:
-    """Raise NoSupervisor unless somebody listens. ZeroMQ takes the connection for a peer that changed its mind."""
+def _check_listening(path: str, directory: str, timeout: float) -> None:
+    """Raise NoSupervisor unless a process listens. To ZeroMQ the connection looks like a peer that left again."""
     with closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as sock:
         sock.settimeout(timeout)
         try:
             sock.connect(path)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EPERM):
-                raise AttachDenied(f"{path}: only the user who runs the supervisor may ask it") from error
+                raise AttachDenied(f"{path}: only the user who runs the supervisor may send requests") from error
             if error.errno in (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR):
                 raise NoSupervisor(
-                    f"no supervisor in {directory}; start one: postcopy serve NAME=FILE --runtime-dir {directory}"
+                    f"no supervisor is running in {directory}; start one: "
+                    f"postcopy serve NAME=FILE --runtime-dir {directory}"
                 ) from error
             raise PostcopyError(f"{path}: {error.strerror or error}") from error

@@ -1,4 +1,4 @@
-"""What traces tell: a summary of one, and how two differ. Figures only; ``commands/trace.py`` prints them."""
+"""A summary of a trace, and the difference of two. Figures only; ``commands/trace.py`` prints them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .errors import BadInput
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A file of ``serve --record``, its faults in the order of time."""
+    """A file of ``serve --record``, with its faults in order of time."""
 
     path: str
     head: Header
@@ -25,7 +25,7 @@ class Trace:
 
 
 def read(path: str) -> Trace:
-    """Raises BadInput for what is no trace, OSError for what cannot be read."""
+    """Read a trace. Raises BadInput for a file that is not a trace, OSError."""
     with open(path, "rb") as file:
         data = file.read()
     try:
@@ -41,12 +41,12 @@ class Tally:
 
     faults: int = 0
     in_order: int = 0
-    """Faults right behind the client's last one."""
+    """Faults on the page after the client's previous fault."""
     kinds: Counter[str] = field(default_factory=Counter)
     pages: Counter[int] = field(default_factory=Counter)
     clients: set[int] = field(default_factory=set)
     writes: int = 0
-    words: list[int] = field(default_factory=lambda: [0] * counters.WORDS)
+    latency: list[int] = field(default_factory=lambda: [0] * counters.WORDS)
 
 
 def tally(found: Trace) -> dict[int, Tally]:
@@ -62,13 +62,13 @@ def tally(found: Trace) -> dict[int, Tally]:
         block.pages[fault.page] += 1
         block.clients.add(fault.client)
         block.writes += fault.write
-        block.words[counters.bucket(fault.latency)] += 1
-        block.words[counters.LONGEST_NS] = max(block.words[counters.LONGEST_NS], fault.latency)
+        block.latency[counters.bucket(fault.latency)] += 1
+        block.latency[counters.LONGEST_NS] = max(block.latency[counters.LONGEST_NS], fault.latency)
     return dict(blocks)
 
 
 def summary(found: Trace) -> dict[str, Any]:
-    """For people and for JSON."""
+    """The figures of a trace, for text and JSON."""
     span = (found.faults[-1].at - found.faults[0].at) / 1e9 if found.faults else 0.0
     sizes = {known.number: known for known in found.head.blocks}
     blocks = []
@@ -85,7 +85,7 @@ def summary(found: Trace) -> dict[str, Any]:
                 "in_order": round(block.in_order / block.faults, 4),
                 "writes": block.writes,
                 "kinds": dict(sorted(block.kinds.items())),
-                "latency_us": counters.summary(block.words),
+                "latency_us": counters.summary(block.latency),
                 "most_wanted": [[page, count] for page, count in block.pages.most_common(5)],
             }
         )
@@ -94,7 +94,7 @@ def summary(found: Trace) -> dict[str, Any]:
 
 
 def difference(first: Trace, second: Trace) -> dict[str, Any]:
-    """Working sets compared block by block, by name; ``overlap``: pages in both of those in either."""
+    """Working sets compared block by block, by name; ``overlap``: common pages as a share of all pages."""
     one = {first.name(number): block for number, block in tally(first).items()}
     two = {second.name(number): block for number, block in tally(second).items()}
     blocks = []
@@ -109,7 +109,7 @@ def difference(first: Trace, second: Trace) -> dict[str, Any]:
                 "in_both": len(both),
                 "only": [len(left.pages) - len(both), len(right.pages) - len(both)],
                 "overlap": round(len(both) / len(either), 4) if either else 1.0,
-                "latency_us": [counters.summary(left.words), counters.summary(right.words)],
+                "latency_us": [counters.summary(left.latency), counters.summary(right.latency)],
             }
         )
     return {"files": [first.path, second.path], "blocks": blocks}

@@ -1,12 +1,12 @@
-"""The command line of ``postcopy source``, parsed and checked."""
+"""The options of ``postcopy source``, validated."""
 
 from __future__ import annotations
 
-import argparse
 import os
+from argparse import SUPPRESS
 from dataclasses import dataclass
-from typing import NoReturn
 
+from postcopy_protocol import arguments as args
 from postcopy_protocol.curve_keys import PUBLIC_ENDING, KeyPair, read_keys
 from postcopy_protocol.errors import BadInput
 from postcopy_protocol.runtime_paths import runtime_directory
@@ -37,22 +37,22 @@ class Settings:
 def parse(arguments: list[str]) -> Settings:
     """Settings of a command line; exits 2 with one line on wrong usage. Raises BadInput for values that are not valid,
     OSError for a key file that cannot be read."""
-    given = _parser().parse_args(arguments)
+    typed = _parser().parse_args(arguments)
     return Settings(
-        files=_files(given.blocks)
-        if given.runtime_dir is None
-        else {parse_block_name(name): "" for name in given.blocks},
-        runtime_dir="" if given.runtime_dir is None else runtime_directory(given.runtime_dir, os.environ),
-        listen=given.listen,
-        curve=_keys(given.curve_secret, secret=True) if given.curve_secret else None,
-        allow=tuple(_keys(path, secret=False).public for place in given.allow_key for path in _public_files(place)),
-        plain_tcp=given.plain_tcp,
-        identity=given.identity,
-        readers=given.readers,
-        read_timeout=given.read_timeout,
-        die_with_parent=given.die_with_parent,
-        log_level=given.log_level,
-        transport=chosen_transport(given.transport, os.environ),
+        files=_files(typed.blocks)
+        if typed.runtime_dir is None
+        else {parse_block_name(name): "" for name in typed.blocks},
+        runtime_dir="" if typed.runtime_dir is None else runtime_directory(typed.runtime_dir, os.environ),
+        listen=typed.listen,
+        curve=_keys(typed.curve_secret, secret=True) if typed.curve_secret else None,
+        allow=tuple(_keys(path, secret=False).public for place in typed.allow_key for path in _public_files(place)),
+        plain_tcp=typed.plain_tcp,
+        identity=typed.identity,
+        readers=typed.readers,
+        read_timeout=typed.read_timeout,
+        die_with_parent=typed.die_with_parent,
+        log_level=typed.log_level,
+        transport=chosen_transport(typed.transport, os.environ),
     )
 
 
@@ -85,34 +85,11 @@ def _public_files(place: str) -> list[str]:
     return found
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports an error in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.1 <= value <= 86400:
-        raise argparse.ArgumentTypeError(f"{text!r}: write 0.1 to 86400 seconds")
-    return value
-
-
-def _threads(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 64:
-        raise argparse.ArgumentTypeError(f"{text!r}: write 1 to 64")
-    return int(text)
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> args.Parser:
+    parser = args.Parser(
         prog="postcopy source",
         description="Serve files as remote blocks: a supervisor started with NAME=ENDPOINT/NAME asks for their pages.",
-        epilog="tcp needs CURVE keys (postcopy keygen). SIGTERM ends in order.",
+        epilog="tcp endpoints need CURVE keys (see postcopy keygen). SIGTERM and SIGINT end the source in order.",
     )
     add = parser.add_argument
     add("blocks", nargs="+", metavar="NAME=FILE", help="a block and its file (with --from: NAME)")
@@ -120,26 +97,19 @@ def _parser() -> _Parser:
         "--from",
         dest="runtime_dir",
         metavar="RUNTIME_DIR",
-        help="serve blocks of the supervisor there, as its pages arrive",
+        help="serve blocks of the supervisor there",
     )
     add("--listen", required=True, metavar="ENDPOINT", help="ipc:///PATH or tcp://HOST:PORT")
-    add("--curve-secret", metavar="FILE", help="our own keys, the file that ends in .key_secret")
-    add(
-        "--allow-key",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="the public key of a supervisor that may connect, or a directory of them (repeat)",
-    )
-    add(
-        "--plain-tcp",
-        action="store_true",
-        help="tcp without keys: any program that reaches the port can read everything",
-    )
-    add("--identity", default="", metavar="TEXT", help="what tells this content from others (default: 64 samples)")
-    add("--readers", default=4, type=_threads, metavar="N", help="threads for reads that wait (default: 4)")
-    add("--read-timeout", default=30.0, type=_seconds, metavar="SECONDS", help="a read that takes longer is lost")
-    add("--die-with-parent", type=int, default=0, metavar="PID", help="end when the process PID, our parent, ends")
-    add("--transport", choices=TRANSPORTS, help="ZeroMQ by native sockets or libzmq (default: native, which is faster)")
-    add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    add("--curve-secret", metavar="FILE", help="own CURVE keys, the file that ends in .key_secret")
+    help = "public CURVE key of a supervisor that may connect, or a directory of such keys (repeat)"
+    add("--allow-key", action="append", default=[], metavar="FILE", help=help)
+    parser.flag("--plain-tcp", "allow tcp without keys: anyone who reaches the port may read everything")
+    add("--identity", default="", metavar="TEXT", help="identifies this content (default: a hash of 64 samples)")
+    parser.option("--readers", args.count(1, 64), 4, "N", "threads for reads that wait")
+    parser.option("--read-timeout", args.seconds(), 30.0, "SECONDS", "the pages of a read that takes longer are lost")
+    help = "ZeroMQ by native sockets or libzmq (default: $POSTCOPY_TRANSPORT, else native, which is faster)"
+    add("--transport", choices=TRANSPORTS, help=help)
+    parser.choice("--log-level", args.LOG_LEVELS, "info", "the least important messages that are logged")
+    # For tests and for embedding: the source ends when its parent, this process id, ends.
+    parser.option("--die-with-parent", args.count(0, 1 << 31), 0, "PID", SUPPRESS)
     return parser

@@ -1,30 +1,28 @@
-"""What ``postcopy serve`` is told, checked."""
+"""The options of ``postcopy serve``, validated."""
 
 from __future__ import annotations
 
-import argparse
 import os
+from argparse import SUPPRESS
 from dataclasses import dataclass, field
-from typing import NoReturn
 
+from postcopy_protocol import arguments as args
 from postcopy_protocol.errors import BadInput
 from postcopy_protocol.geometry import PAGE_2M, PAGE_4K
 from postcopy_protocol.runtime_paths import runtime_directory
-from postcopy_protocol.sizes import parse_size
 from postcopy_protocol.sources import RemoteSource, Source, parse_named
 from postcopy_wire.transport import NATIVE, TRANSPORTS, chosen_transport
 
 from .pool.lifecycle import LONGEST_BACKOFF, RestartPolicy
 
 LARGEST_WINDOW = 1 << 20
-"""Bytes of the largest window of ``--fault-around auto``: beyond it a COPY blocks its loop for long and gains
-nothing."""
-
+"""Bytes of the largest window of ``--fault-around auto``. A larger COPY blocks its loop for long and gains nothing."""
+MOST_FAULT_AROUND = 64 << 20
 
 POINTS = ("loop", "quit", "core", "foreign", "request", "place", "wake")
-"""Trace points of ``--trace`` (see ``tracing``)."""
+"""Trace points of ``--trace`` (see ``observe.trace_points``)."""
 AUTO_RATE = -1
-"""Remote blocks as fast as their source gives them, local ones not at all."""
+"""Remote blocks at the full rate of their source, local blocks not at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,258 +60,176 @@ class Settings:
 
 
 def parse(arguments: list[str]) -> Settings:
-    """Settings of a command line; exits 2 with one line on wrong usage. Raises BadInput for values that are no
-    values."""
-    told = _parser().parse_args(arguments)
+    """Settings of a command line. Exits with status 2 and one line on wrong usage. Raises BadInput for blocks that
+    contradict one another."""
+    typed = _parser().parse_args(arguments)
+    return Settings(
+        directory=os.path.abspath(runtime_directory(typed.runtime_dir, os.environ)),
+        sources=_sources(typed.blocks),
+        page_size={"4K": PAGE_4K, "2M": PAGE_2M}[typed.page_size],
+        fault_around=LARGEST_WINDOW if typed.fault_around is None else typed.fault_around,
+        adaptive=typed.fault_around is None,
+        background_rate=typed.background_rate,
+        max_memory=typed.max_memory,
+        allow_uids=frozenset(typed.allow_uid),
+        allow_gids=frozenset(typed.allow_gid),
+        handler_timeout=typed.handler_timeout,
+        die_with_parent=typed.die_with_parent,
+        log_level=typed.log_level,
+        curve_secret=typed.curve_secret,
+        source_key=typed.source_key,
+        plain_tcp=typed.plain_tcp,
+        poison_on_loss=typed.on_source_loss == "poison",
+        source_timeout=typed.source_timeout,
+        metrics=typed.metrics,
+        trace=typed.trace,
+        record=typed.record,
+        restart=RestartPolicy(
+            limit=typed.restart_limit,
+            interval=typed.restart_interval,
+            backoff=typed.restart_backoff,
+            stable=typed.restart_stable,
+            start_deadline=typed.start_timeout,
+            poison=typed.quarantine == "poison",
+        ),
+        walls=typed.walls,
+        worker_cgroups=tuple(typed.worker_cgroup),
+        recover=typed.recover,
+        abandon=typed.abandon,
+        orphan_timeout=typed.orphan_timeout,
+        poison_orphans=typed.on_orphan == "poison",
+        transport=chosen_transport(typed.transport, os.environ),
+    )
+
+
+def _sources(blocks: list[str]) -> dict[str, Source]:
     sources: dict[str, Source] = {}
-    for text in told.blocks:
+    for text in blocks:
         name, source = parse_named(text)
         if name in sources:
             raise BadInput(f"the name {name} is used twice: every block needs a name of its own")
         if isinstance(source, RemoteSource) and source in sources.values():
             raise BadInput(f"{source} is named twice: one block of it is enough, any number of clients may attach it")
         sources[name] = source
-    auto = told.fault_around == "auto"
-    return Settings(
-        directory=os.path.abspath(runtime_directory(told.runtime_dir, os.environ)),
-        sources=sources,
-        page_size={"4K": PAGE_4K, "2M": PAGE_2M}[told.page_size.upper()],
-        fault_around=LARGEST_WINDOW if auto else _window(told.fault_around),
-        adaptive=auto,
-        background_rate=AUTO_RATE
-        if told.background_rate == "auto"
-        else _size("--background-rate", told.background_rate, zero=True),
-        max_memory=_size("--max-memory", told.max_memory, zero=True),
-        allow_uids=frozenset(told.allow_uid),
-        allow_gids=frozenset(told.allow_gid),
-        handler_timeout=told.handler_timeout,
-        die_with_parent=told.die_with_parent,
-        log_level=told.log_level,
-        curve_secret=told.curve_secret,
-        source_key=told.source_key,
-        plain_tcp=told.plain_tcp,
-        poison_on_loss=told.on_source_loss == "poison",
-        source_timeout=told.source_timeout,
-        metrics=_address(told.metrics) if told.metrics else None,
-        trace=_points(told.trace),
-        record=told.record,
-        restart=RestartPolicy(
-            limit=told.restart_limit,
-            interval=told.restart_interval,
-            backoff=told.restart_backoff,
-            stable=told.restart_stable,
-            start_deadline=told.start_timeout,
-            poison=told.quarantine == "poison",
-        ),
-        walls=told.walls,
-        worker_cgroups=tuple(told.worker_cgroup),
-        recover=told.recover,
-        abandon=told.abandon,
-        orphan_timeout=told.orphan_timeout,
-        poison_orphans=told.on_orphan == "poison",
-        transport=chosen_transport(told.transport, os.environ),
-    )
-
-
-class _Parser(argparse.ArgumentParser):
-    """An error is one line, here as everywhere."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
-def _size(option: str, text: str, *, zero: bool = False) -> int:
-    try:
-        return parse_size(text, zero=zero)
-    except BadInput as error:
-        raise BadInput(f"{option}: {error}") from None
-
-
-def _address(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise BadInput(f"--metrics {text!r}: write HOST:PORT, as in 127.0.0.1:9464")
-    return host.strip("[]"), int(port)
+    return sources
 
 
 def _points(text: str) -> frozenset[str]:
     asked = frozenset(text.split(",")) if text else frozenset()
     if unknown := asked - frozenset(POINTS) - {"all"}:
-        raise BadInput(f"--trace {min(unknown)!r} is none of {', '.join(POINTS)}, all")
+        raise BadInput(f"{min(unknown)!r} is none of {', '.join(POINTS)}, all")
     return frozenset(POINTS) if "all" in asked else asked
 
 
-def _window(text: str) -> int:
-    window = _size("--fault-around", text)
+def _window(text: str) -> int | None:
+    """Bytes of the fault-around window; None: adaptive."""
+    if text == "auto":
+        return None
+    window = args.size(text)
     if window % PAGE_4K:
-        raise BadInput(f"--fault-around {text} is no whole number of pages: write auto, 0, or a multiple of 4K")
-    if window > 64 << 20:
-        raise BadInput(f"--fault-around {text} is too large: at most 64M, a larger COPY would block all other faults")
+        raise BadInput(f"{text} is no whole number of pages: write auto or a multiple of 4K (4K: the faulting page)")
+    if window > MOST_FAULT_AROUND:
+        raise BadInput(f"{text} is too large: at most 64M, a larger COPY would block all other faults")
     return window
 
 
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.1 <= value <= 86400:
-        raise argparse.ArgumentTypeError(f"{text!r}: write 0.1 to 86400 seconds")
-    return value
+def _rate(text: str) -> int:
+    return AUTO_RATE if text == "auto" else args.size_or_zero(text)
 
 
-def _backoff(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.001 <= value <= LONGEST_BACKOFF:
-        raise argparse.ArgumentTypeError(f"{text!r}: write 0.001 to {LONGEST_BACKOFF:g} seconds")
-    return value
-
-
-def _limit(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or len(text) > 6:
-        raise argparse.ArgumentTypeError(f"{text!r}: a number of crashes is 0 to 999999")
-    return int(text)
-
-
-def _uid(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) >= 1 << 32:
-        raise argparse.ArgumentTypeError(f"{text!r}: a user or group id is a number from 0 to 4294967295")
-    return int(text)
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> args.Parser:
+    parser = args.Parser(
         prog="postcopy serve",
-        description="Serve RAM blocks populated lazily: clients attach at once, pages come when they are touched.",
+        description="Serve RAM blocks that are populated lazily. Clients may attach at once; pages come when touched.",
         epilog="SOURCE is a file, handler:MODULE:FUNCTION?size=SIZE, zero:SIZE, ipc://PATH/BLOCK or "
-        "tcp://HOST:PORT/BLOCK. Sizes take K, M, G. SIGTERM ends in order.",
+        "tcp://HOST:PORT/BLOCK. Sizes take K, M, G. SIGTERM and SIGINT end the supervisor in order.",
     )
-    add = parser.add_argument
-    add("blocks", nargs="+", metavar="NAME=SOURCE", help="a RAM block and where its bytes come from")
-    add("--runtime-dir", help="directory of the sockets (default: see the README)")
-    add("--page-size", default="4K", type=str.upper, choices=("4K", "2M"), help="2M needs reserved huge pages")
-    add(
-        "--fault-around",
-        default="auto",
-        metavar="auto|SIZE",
-        help="pages placed around a fault (auto: grows on sequences)",
-    )
-    add(
-        "--background-rate",
-        default="auto",
-        metavar="auto|RATE",
-        help="bytes a second placed before anybody asks (0: none; auto: remote blocks at full rate, local ones not)",
-    )
-    add("--max-memory", default="0", metavar="SIZE", help="stop fault-around and background beyond it (0: no limit)")
-    add(
-        "--allow-uid",
-        action="append",
-        default=[],
-        type=_uid,
-        metavar="UID",
-        help="another user who may attach (repeat)",
-    )
-    add(
-        "--allow-gid",
-        action="append",
-        default=[],
-        type=_uid,
-        metavar="GID",
-        help="a group whose members may attach (repeat)",
-    )
-    add(
-        "--handler-timeout",
-        default=30.0,
-        type=_seconds,
-        metavar="SECONDS",
-        help="a handler that takes longer is killed",
-    )
-    add("--curve-secret", default="", metavar="FILE", help="our CURVE key pair, for tcp sources (postcopy keygen)")
-    add("--source-key", default="", metavar="FILE", help="public CURVE key of the tcp sources")
-    add("--plain-tcp", action="store_true", help="let tcp sources be plain: everybody on the way can read and change")
-    add(
-        "--on-source-loss",
-        default="wait",
-        choices=("wait", "poison"),
-        help="what missing pages do while a source is away",
-    )
-    add("--source-timeout", default=5.0, type=_seconds, metavar="SECONDS", help="silence after which a source is lost")
-    _add_restart(parser)
-    add(
-        "--walls",
-        default="auto",
-        choices=("auto", "all", "off"),
-        help="Landlock and seccomp for workers that run no handler of yours (all: for those too; off: for none)",
-    )
-    add(
-        "--worker-cgroup",
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="a cgroup that workers enter (repeat for several hierarchies)",
-    )
-    add("--metrics", default="", metavar="HOST:PORT", help="answer Prometheus there, as in 127.0.0.1:9464")
-    add("--record", default="", metavar="FILE", help="write every fault there (read it with: postcopy trace)")
-    add("--trace", default="", metavar="POINT,...", help=f"log these, one line each: {', '.join(POINTS)}, all")
+    parser.add_argument("blocks", nargs="+", metavar="NAME=SOURCE", help="a RAM block and where its bytes come from")
+    parser.add_argument("--runtime-dir", metavar="DIR", help=args.RUNTIME_DIR_HELP)
+    _add_paging(parser)
+    _add_access(parser)
+    _add_sources(parser)
+    _add_workers(parser)
+    _add_observation(parser)
     _add_recovery(parser)
-    add("--transport", choices=TRANSPORTS, help="ZeroMQ by native sockets or libzmq (default: native, which is faster)")
-    add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
-    add("--die-with-parent", type=int, default=0, metavar="PID", help="end when the process PID, our parent, ends")
+    _add_hidden(parser)
     return parser
 
 
-def _add_restart(parser: _Parser) -> None:
-    """How workers that end unasked are replaced, and when no more."""
-    law, add = RestartPolicy(), parser.add_argument
-    add("--restart-limit", default=law.limit, type=_limit, metavar="N", help="crashes of a worker that are forgiven")
-    add(
-        "--restart-interval",
-        default=law.interval,
-        type=_seconds,
-        metavar="SECONDS",
-        help="in which more than N crashes put a client into quarantine",
-    )
-    add(
-        "--restart-backoff",
-        default=law.backoff,
-        type=_backoff,
-        metavar="SECONDS",
-        help="wait before the second restart, doubled from crash to crash (the first waits for nothing)",
-    )
-    add(
-        "--restart-stable",
-        default=law.stable,
-        type=_seconds,
-        metavar="SECONDS",
-        help="a worker that lived so long has its earlier crashes forgiven",
-    )
-    add("--start-timeout", default=law.start_deadline, type=_seconds, metavar="SECONDS", help="for a worker to start")
-    add(
-        "--quarantine",
-        default="poison",
-        choices=("poison", "wait"),
-        help="missing pages of a quarantined client: SIGBUS, or wait until postcopy resume CLIENT",
-    )
+def _add_paging(parser: args.Parser) -> None:
+    help = "page size of all blocks; 2M needs reserved huge pages"
+    parser.add_argument("--page-size", default="4K", type=str.upper, choices=("4K", "2M"), help=help)
+    help = "bytes placed around a fault; auto: the window grows while a client reads in sequence"
+    parser.option("--fault-around", _window, "auto", "auto|SIZE", help)
+    help = "bytes a second streamed ahead of faults; 0: none; auto: remote blocks at full rate, local blocks not at all"
+    parser.option("--background-rate", _rate, "auto", "auto|RATE", help)
+    help = "no fault-around and no background stream beyond this much memory; 0: no limit"
+    parser.option("--max-memory", args.size_or_zero, "0", "SIZE", help)
 
 
-def _add_recovery(parser: _Parser) -> None:
-    """A supervisor that is gone, and the next one."""
-    last = parser.add_mutually_exclusive_group()
-    last.add_argument("--recover", action="store_true", help="take over what a supervisor that is gone left, if any")
-    last.add_argument("--abandon", action="store_true", help="leave the clients of one that is gone to their workers")
+def _add_access(parser: args.Parser) -> None:
+    parser.option("--allow-uid", args.user_id, [], "UID", "another user who may attach (repeat)", repeat=True)
+    help = "a group whose members may attach (repeat)"
+    parser.option("--allow-gid", args.user_id, [], "GID", help, repeat=True)
+
+
+def _add_sources(parser: args.Parser) -> None:
+    add = parser.add_argument
+    help = "kill the worker of a handler that takes longer"
+    parser.option("--handler-timeout", args.seconds(), 30.0, "SECONDS", help)
+    add("--curve-secret", default="", metavar="FILE", help="own CURVE key pair, for tcp sources (see postcopy keygen)")
+    add("--source-key", default="", metavar="FILE", help="public CURVE key of the tcp sources")
+    parser.flag("--plain-tcp", "allow tcp sources without keys: anyone on the network path can read and change pages")
+    help = "what missing pages do while their source is away: wait, or SIGBUS in the client"
+    parser.choice("--on-source-loss", ("wait", "poison"), "wait", help)
+    help = "ZeroMQ by native sockets or libzmq (default: $POSTCOPY_TRANSPORT, else native, which is faster)"
+    parser.add_argument("--transport", choices=TRANSPORTS, help=help)
+    parser.option("--source-timeout", args.seconds(), 5.0, "SECONDS", "a source that is silent longer is lost")
+
+
+def _add_workers(parser: args.Parser) -> None:
+    """How workers are confined, and how those that crash are replaced."""
+    policy = RestartPolicy()
+    help = "crashes of a worker within --restart-interval before its client is quarantined"
+    parser.option("--restart-limit", args.count(0, 999999), policy.limit, "N", help)
+    help = "the time in which crashes are counted"
+    parser.option("--restart-interval", args.seconds(), policy.interval, "SECONDS", help)
+    help = "missing pages of a quarantined client: SIGBUS, or wait until postcopy resume CLIENT"
+    parser.choice("--quarantine", ("poison", "wait"), "poison", help)
+    help = "Landlock and seccomp for workers without a handler of yours; all: for all workers; off: for none"
+    parser.choice("--walls", ("auto", "all", "off"), "auto", help)
+    help = "a cgroup that workers enter (repeat for several hierarchies)"
+    parser.add_argument("--worker-cgroup", action="append", default=[], metavar="DIR", help=help)
+
+
+def _add_observation(parser: args.Parser) -> None:
+    parser.option("--metrics", args.host_and_port, None, "HOST:PORT", "answer Prometheus there, as in 127.0.0.1:9464")
     parser.add_argument(
-        "--orphan-timeout",
-        default=60.0,
-        type=_seconds,
-        metavar="SECONDS",
-        help="how long clients go on without a supervisor before --on-orphan",
+        "--record", default="", metavar="FILE", help="write every fault to FILE (read it with postcopy trace)"
     )
-    parser.add_argument(
-        "--on-orphan",
-        default="wait",
-        choices=("wait", "poison"),
-        help="what missing pages of remote blocks do then",
-    )
+    parser.option("--trace", _points, "", "POINT,...", f"log these, one line each: {', '.join(POINTS)}, all")
+    parser.choice("--log-level", args.LOG_LEVELS, "info", "the least important messages that are logged")
+
+
+def _add_recovery(parser: args.Parser) -> None:
+    """What happens to the clients of a supervisor that died."""
+    takeover = parser.add_mutually_exclusive_group()
+    help = "take over clients and workers of a dead supervisor, if there are any"
+    takeover.add_argument("--recover", action="store_true", help=help)
+    help = "do not take over clients of a dead supervisor; their workers keep serving local blocks"
+    takeover.add_argument("--abandon", action="store_true", help=help)
+    help = "how long clients go on without a supervisor before --on-orphan applies"
+    parser.option("--orphan-timeout", args.seconds(), 60.0, "SECONDS", help)
+    parser.choice("--on-orphan", ("wait", "poison"), "wait", "what missing pages of remote blocks do then")
+
+
+def _add_hidden(parser: args.Parser) -> None:
+    """Options for tests and for embedding: no operator needs to set them."""
+    policy = RestartPolicy()
+    # The wait before the second restart. It doubles with every crash; the first restart is immediate.
+    parser.option("--restart-backoff", args.seconds(0.001, LONGEST_BACKOFF), policy.backoff, "SECONDS", SUPPRESS)
+    # A worker that lived this long has its earlier crashes forgiven.
+    parser.option("--restart-stable", args.seconds(), policy.stable, "SECONDS", SUPPRESS)
+    parser.option("--start-timeout", args.seconds(), policy.start_deadline, "SECONDS", SUPPRESS)
+    # The process id of our parent: the supervisor ends when it ends.
+    parser.option("--die-with-parent", args.count(0, 1 << 31), 0, "PID", SUPPRESS)

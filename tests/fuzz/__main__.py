@@ -236,8 +236,8 @@ class Fuzzer:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             theirs.send(data)
-            self.rendezvous._visitors[ours.fileno()] = PendingConnection(ours, 0.0)
-            taken = self.rendezvous.hear(ours.fileno())
+            self.rendezvous._pending[ours.fileno()] = PendingConnection(ours, 0.0)
+            taken = self.rendezvous.read(ours.fileno())
         if taken is None:
             raise BadMessage("not taken")
         taken.close()

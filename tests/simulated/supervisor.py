@@ -25,12 +25,12 @@ from typing import Any, cast
 from postcopy_kernel import abi
 from postcopy_kernel.userfaultfd import Outcome, Status, Userfaultfd
 from postcopy_protocol import counters
-from postcopy_protocol.codec import decode, encode, pack_offsets, unpack_offsets
+from postcopy_protocol.codec import decode, encode
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.messages import BlockGrant, Lost, Message, RegionGrant, Wake, WorkerHello
 from postcopy_protocol.received_map import FLAGS, LOST, MISSING, RECEIVED, SHARED
 from postcopy_protocol.return_path import FROM_SOURCE, FROM_SUPERVISOR, Pages, unpack_range
-from postcopy_protocol.templates import OFFSET_BYTES, template_of
+from postcopy_protocol.templates import OFFSET_BYTES
 from postcopy_protocol.window import FaultAround
 from postcopy_supervisor.blocks import RamBlock
 from postcopy_supervisor.events import ListenerEvent, ProcessEnded, Tick, WorkerEvent
@@ -43,8 +43,10 @@ from postcopy_supervisor.paging.placer import Placer
 from postcopy_supervisor.paging.source_link import AdvisedBlock, SourceLink
 from postcopy_supervisor.paging.wakers import Wakers
 from postcopy_supervisor.parts import RunState
-from postcopy_workers.fault_handler import MESSAGE_WORDS, ClientGone, FaultHandler, Region
+from postcopy_workers.client_ufd import ClientGone, ClientUserfaultfd, Region
+from postcopy_workers.fault_handler import MESSAGE_FIELDS, FaultHandler
 from postcopy_workers.page_sources import RemotePages
+from postcopy_workers.page_waker import PageWaker
 from postcopy_workers.placing import Block, Calls, OwnMapping, Structure
 from postcopy_workers.requests import Requests
 from tests.simulated import kernel as simulated
@@ -125,7 +127,7 @@ class Core:
 
     def copy(self, target: int, source: int, length: int) -> Outcome:
         for place, value in enumerate((target, source, length, 0, 0)):
-            self._copy.words[place] = value
+            self._copy.fields[place] = value
         try:
             self._calls.ioctl(self._descriptor, abi.UFFDIO_COPY, self._copy.buffer)
         except OSError as error:
@@ -459,13 +461,13 @@ class SimulatedService:
         shared.append(requests)
         handler = self._handler(life, client, birth, requests)
         handler.wake_everything()
-        handler.heal()
+        handler.unpoison_local()
         words = memoryview(bytearray(32 * BATCH)).cast("Q")
         while True:
             taken = life.call("read", lambda: self.kernel.messages(client.descriptor, BATCH))
             for at, message in enumerate(taken):
                 for place, value in enumerate(message):
-                    words[at * MESSAGE_WORDS + place] = value
+                    words[at * MESSAGE_FIELDS + place] = value
             if taken:
                 handler.messages(words, len(taken))
 
@@ -477,22 +479,17 @@ class SimulatedService:
         handler = self._handler(life, client, -birth, requests)
         life.call("hello", lambda: self.send_to_supervisor(_hello(client)))
         mailbox = client.mailbox
-        head = template_of(Wake(BLOCK, pack_offsets([0])), OFFSET_BYTES)
-        placed = requests.lane(BLOCK, handler.waking(BLOCK))
+        calls: Calls = life.calls_of(self.kernel)
+        ufd, again = ClientUserfaultfd(client.descriptor, client.words, calls), self._requests(life, client)
+        waker = PageWaker(handler.regions, ufd, client.words, calls, requests, again)
         while True:
             data = life.call("listen", lambda: mailbox.popleft() if mailbox else None)
-            if data is not None and data[:-OFFSET_BYTES] == head:
+            if data is not None and (placed := waker.fast_paths.get(data[:-OFFSET_BYTES])):
                 placed(int.from_bytes(data[-OFFSET_BYTES:], "little"))
             elif data is not None:
                 message = decode(data, expect=(Wake, Lost))
                 assert isinstance(message, Wake | Lost)
-                if not message.block:
-                    requests.forget()
-                    handler.wake_everything()
-                    continue
-                offsets = unpack_offsets(message.offsets)
-                requests.answered(message.block, offsets)
-                handler.woken(message.block, offsets, lost=isinstance(message, Lost))
+                waker.receive(message)
 
     # --- deaths -------------------------------------------------------------------------------------------------------
 

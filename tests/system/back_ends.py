@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from postcopy.vhost_user.channel import somebody_listens
+from postcopy.vhost_user.channel import is_listening
 from tests.system.service import until
 
 SECTOR = 512
@@ -49,7 +49,7 @@ def running(command: list[str], path: Path, disk: Path, user: int | None = None)
 
             def ready() -> bool:
                 assert process.poll() is None, _tell(log)
-                return somebody_listens(str(path))
+                return is_listening(str(path))
 
             until(ready, f"{command[0]} listens", 30)
             yield Program(process, path, disk)

@@ -114,7 +114,7 @@ def become(uid: int, gid: int = -1, groups: tuple[int, ...] = ()) -> None:
     import postcopy.block
     import postcopy.client
     import postcopy.errors
-    import postcopy.filling
+    import postcopy.populate
     import postcopy.session  # noqa: F401
 
     own = uid if gid < 0 else gid

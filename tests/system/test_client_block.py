@@ -437,7 +437,7 @@ def test_a_timeout_does_not_spoil_what_is_attached(
         with postcopy.attach("ram0", runtime_dir) as other:  # a new session beside the spoilt one
             assert other.session is not block.session
             assert bytes(other.buf) == bytes(block.buf) == data
-            other.session.door.usable = False  # or closing would wait for the deaf one
+            other.session.connection.usable = False  # or closing would wait for the deaf one
 
 
 def test_attached_memory_outlives_the_supervisors_sudden_end(
@@ -461,7 +461,7 @@ def test_no_such_block(begin: Callable[..., FakeSupervisor], runtime_dir: Path) 
 
 
 def test_nobody_there(runtime_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(postcopy.NoSupervisor, match="no door"):
+    with pytest.raises(postcopy.NoSupervisor, match="no attach socket"):
         postcopy.attach("ram0", runtime_dir)
     with pytest.raises(postcopy.NoSupervisor):
         postcopy.attach("ram0", tmp_path / "nowhere")

@@ -140,6 +140,31 @@ def test_help_and_version(run: Run) -> None:
 # --- status, stop -----------------------------------------------------------------------------------------------------
 
 
+def test_bash_completes_commands(tmp_path: Path) -> None:
+    """The printed script is loaded into a real bash, which completes ``postcopy st``."""
+    (tmp_path / "postcopy").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m postcopy "$@"\n')
+    (tmp_path / "postcopy").chmod(0o755)
+    script = (
+        'script=$(postcopy --show-completion) && bash -n <<<"$script" && eval "$script" || exit 9\n'
+        "COMP_WORDS=(postcopy st) COMP_CWORD=1; $(complete -p postcopy | sed 's/.*-F \\([^ ]*\\) .*/\\1/') postcopy\n"
+        'echo "${COMPREPLY[@]}"\n'
+    )
+    environ = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    (tmp_path / "try.sh").write_text(script)
+    shell = ["bash", str(tmp_path / "try.sh")]
+    done = subprocess.run(shell, env=environ, capture_output=True, timeout=PATIENCE, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, ["status", "stop"]), done.stderr
+
+
+@pytest.mark.parametrize("program", ["serve", "source"])
+def test_help_of_programs_shows_defaults_and_hides_what_tests_set(run: Run, program: str) -> None:
+    text = " ".join(run(program, "--help").stdout.decode().split())
+    assert "(default: info)" in text and "(default: None)" not in text and "(default: [])" not in text
+    assert not [option for option in ("backoff", "stable", "start-timeout", "die-with") if f"-{option}" in text]
+    if program == "serve":
+        assert "else $XDG_RUNTIME_DIR/postcopy, else /run/postcopy" in text and "(default: 60)" in text
+
+
 def test_status(run: Run, service: postcopy.Supervisor, runtime_dir: Path) -> None:
     with postcopy.attach("ram0", runtime_dir) as block:
         block.ensure(0, 4096)

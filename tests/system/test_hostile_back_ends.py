@@ -164,9 +164,9 @@ def test_one_that_lets_go_late(service: Service, tmp_path: Path) -> None:
     with fake(tmp_path, "lets-go-late") as program:
         back_end = BackEnd(program.socket, ["guest"], service.directory)
         back_end.channel.close()
-        assert not back_end.wait_until_let_go(within=0.2)
+        assert not back_end.wait_until_unmapped(within=0.2)
         assert len(service.status()["clients"]) == 2, "nobody has taken leave for it"
-        assert back_end.wait_until_let_go()
+        assert back_end.wait_until_unmapped()
         back_end.close()
     nobody_left(service)
 

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from postcopy import attach
-from postcopy.commands.back_end import parse_region
+from postcopy.commands.attach import parse_region
 from postcopy.errors import BackEndGone, BackEndTimeout, BadInput, NoSuchBlock, VhostUserError
 from postcopy.vhost_user import BackEnd, GuestMemory, blk
-from postcopy.vhost_user.rings import Bells, Ring, start_ring
+from postcopy.vhost_user.virtqueue import Ring, RingEvents, start_ring
 from tests.kernel.huge_pool import reserved
 from tests.system.back_ends import disk_bytes, dpdk, running, storage_daemon, storage_daemons
 from tests.system.remote import Source
@@ -71,12 +71,12 @@ class Driver:
         self.memory = mmap.mmap(shared.memory, shared.length)
         self.view = memoryview(self.memory)
         self.ring = Ring(self.view, 32, RING, AVAILABLE, USED)
-        self.bells = Bells()
+        self.bells = RingEvents()
 
     def start(self, offered: int) -> None:
         start_ring(self.back_end, self.index, self.ring, self.bells, self.shared.name)
         self.ring.next_available = offered
-        self.bells.ring()
+        self.bells.notify()
 
     def received(self) -> list[int]:
         return [page for page, mark in enumerate(self.shared.marks()) if mark == 2]
@@ -212,7 +212,7 @@ def test_post_copy_ends(runtime_dir: Path, tmp_path: Path) -> None:
         at = 40 * PAGE
         driver.view[at : at + 16] = blk.header(blk.READ, 100)
         driver.ring.submit(blk.request(blk.READ, at, [(at + PAGE, 2 * PAGE)], at + 100), 0)
-        driver.bells.ring()
+        driver.bells.notify()
         driver.finish()
         assert bytes(driver.view[at + PAGE : at + 3 * PAGE]) == sectors(100)
         assert record(service, "blk.sock")["faults"] == faults
@@ -240,7 +240,7 @@ def test_two_back_ends_and_four_native_clients(runtime_dir: Path, tmp_path: Path
         second.view[at : at + 16] = blk.header(blk.READ, 200)
         second.ring.next_available = 3
         second.ring.submit(blk.request(blk.READ, at, [(at + PAGE, 2 * PAGE)], at + 100), 12)
-        second.bells.ring()
+        second.bells.notify()
         second.finish()
         assert bytes(second.view[at + PAGE : at + 3 * PAGE]) == sectors(200)
         kinds = sorted(client["kind"] for client in service.status()["clients"])
@@ -495,7 +495,7 @@ def test_testpmd_faults_on_its_rings(runtime_dir: Path, tmp_path: Path) -> None:
         dpdk(tmp_path, "--no-mlockall", "--auto-start") as program,
         BackEnd(program.socket, [GuestMemory("guest", 8 * PAGE, 32 * PAGE)], runtime_dir) as back_end,
         Driver(back_end) as driver,
-        Bells() as bells,
+        RingEvents() as bells,
     ):
         assert "addresses-echoed" not in back_end.quirks
         for index, bell in enumerate((driver.bells, bells)):

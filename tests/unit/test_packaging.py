@@ -1,4 +1,4 @@
-"""What a user gets: the wheel, built here without network, holds the wings and nothing else."""
+"""The wheel, built here without network: it contains the wings, and needs few packages."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
@@ -41,7 +44,7 @@ def metadata(wheel: Path) -> email.message.Message:
 
 
 def test_what_the_tests_need_is_installed_by_name() -> None:
-    """This .venv has it, so nothing is done; a wrong word is not taken for it."""
+    """This .venv is complete, so nothing is done; a wrong option is refused."""
     install = ROOT / "scripts" / "install"
     done = subprocess.run([install, "--test"], timeout=300, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
@@ -61,7 +64,7 @@ def test_top_level_names_are_ours(names: set[str]) -> None:
 
 
 def test_every_wing_in_the_checkout_is_packed(names: set[str]) -> None:
-    # A wing is a top-level folder that holds a package named after us; one that pyproject forgot would show here.
+    # A wing is a top-level folder with a package of our name; one that is missing in pyproject.toml fails here.
     wings = {path.parent.relative_to(ROOT) for path in ROOT.glob("*/postcopy*/__init__.py")}
     assert wings == set(WINGS)
     for wing in WINGS:
@@ -94,6 +97,33 @@ def test_a_client_needs_no_compiler(metadata: email.message.Message) -> None:
     prctl = [line for line in metadata.get_all("Requires-Dist", []) if line.startswith("python-prctl")]
     assert prctl
     assert all("extra == 'supervisor'" in line for line in prctl)
+
+
+def needed_by(requirements: list[str]) -> set[str]:
+    """Names of the distributions that ``requirements`` install here, with all that these require."""
+    found: set[str] = set()
+    waiting = [Requirement(line) for line in requirements]
+    while waiting:
+        one = waiting.pop()
+        name = canonicalize_name(one.name)
+        if (one.marker is None or one.marker.evaluate({"extra": ""})) and name not in found:
+            found.add(name)
+            waiting += [Requirement(line) for line in requires(name) or ()]
+    return found
+
+
+def test_a_client_installs_few_packages(metadata: email.message.Message) -> None:
+    """typer 0.29 would bring pydantic; its bound in pyproject.toml and the pinned version keep it out."""
+    base = needed_by(metadata.get_all("Requires-Dist", []))
+    assert not base & {"pydantic", "pydantic-core", "numpy", "click", "cffi"}
+    assert base == {"annotated-doc", "markdown-it-py", "mdurl", "msgpack", "pygments", "pyzmq", "rich", "shellingham",
+                    "typer"}  # fmt: skip
+    newest = Requirement(next(line for line in PROJECT["project"]["dependencies"] if line.startswith("typer")))
+    assert "0.28.0" in newest.specifier and "0.29.0" not in newest.specifier
+
+
+def test_every_package_is_typed(names: set[str]) -> None:
+    assert {f"{wing.name}/py.typed" for wing in WINGS} <= names
 
 
 def test_licence_and_command(metadata: email.message.Message, wheel: Path) -> None:

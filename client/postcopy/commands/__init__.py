@@ -1,15 +1,25 @@
-"""The command line: one module per group of commands, put together here. ``import postcopy`` imports none."""
+"""The command line: one module for each command, assembled here. ``import postcopy`` imports none of them.
+
+``serve`` and ``source`` are programs of other wings, with their own parser: ``postcopy.__main__`` starts them before
+anything is imported. Here they only appear in the list of commands, and in shell completion.
+"""
 
 from __future__ import annotations
 
 import typer
 
-from . import back_end, control, demo, doctor, load, memory, probe, source, top, trace
+from . import attach, cat, demo, doctor, export, keygen, load, probe, status, stop, top, trace, verify
 
-# typer has click inside from some version on; this is the same class in all of them.
+# typer contains click from some version on; these are the same classes in all of them.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 ClickException: type[Exception] = UsageError.__bases__[0]
 Abort: type[BaseException] = typer.Abort
+
+_COMMANDS = (
+    *(demo.demo, status.status, stop.stop, stop.resume, export.export, cat.cat, verify.verify),
+    *(load.load, top.top, doctor.doctor, keygen.keygen),
+)
+_GROUPS = (attach, probe, trace)
 
 
 def application() -> typer.Typer:
@@ -17,17 +27,19 @@ def application() -> typer.Typer:
     app = typer.Typer(
         name="postcopy",
         help="Memory that is usable before its contents have arrived.",
-        add_completion=False,
+        add_completion=True,
         no_args_is_help=False,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )
     app.callback(invoke_without_command=True)(_start)
-    for program in (serve, source.source):
+    for program in (serve, source):
         app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True}, add_help_option=False)(
             program
         )
-    for group in (back_end, probe, demo, control, memory, load, top, trace, doctor, source):
+    for command in _COMMANDS:
+        app.command()(command)
+    for group in _GROUPS:
         group.add_to(app)
     return app
 
@@ -43,4 +55,9 @@ def _start(context: typer.Context, version: bool = typer.Option(False, "--versio
 
 def serve() -> None:
     """Serve RAM blocks, in the foreground: NAME=SOURCE ... (see: postcopy serve --help)."""
-    raise typer.BadParameter("serve stands first: postcopy serve NAME=SOURCE ...")
+    raise typer.BadParameter("serve must be the first argument: postcopy serve NAME=SOURCE ...")
+
+
+def source() -> None:
+    """Serve files as remote blocks: NAME=FILE ... --listen ENDPOINT (see: postcopy source --help)."""
+    raise typer.BadParameter("source must be the first argument: postcopy source NAME=FILE ... --listen ENDPOINT")

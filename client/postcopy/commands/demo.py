@@ -1,4 +1,4 @@
-"""``postcopy demo``: the main job from end to end on a real file, with a worker killed in the middle of it."""
+"""``postcopy demo``: serve a real file to many clients, kill a worker midway, check every byte."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import typer
 from postcopy_protocol import counters
 from postcopy_protocol.sizes import format_size
 
-from ..crowd import Crowd
 from ..errors import PostcopyError
+from ..load.client_group import ClientGroup
 from ..load.watch import kill_a_worker
 from ..queries import Control
 from ..supervisor import Supervisor
@@ -27,10 +27,6 @@ _TOUCHES = 4000
 _PAGE = 4096
 
 
-def add_to(app: typer.Typer) -> None:
-    app.command()(demo)
-
-
 def demo(
     file: Annotated[str | None, typer.Argument(metavar="[FILE]", help="[default: a large file of this Python]")] = None,
     clients: Annotated[int, typer.Option("--clients", min=1, max=MOST_CLIENTS, help="Client processes.")] = 4,
@@ -39,25 +35,25 @@ def demo(
     path = os.path.abspath(file) if file is not None else default_file()
     size = os.stat(path).st_size
     if not size:
-        raise PostcopyError(f"{path} is empty: there is nothing to serve")
+        raise PostcopyError(f"{path} is empty: an empty file cannot be served")
     print(f"serving {path} ({format_size(size)}) to {clients} clients", file=sys.stderr)
     modes = ["private" if n < clients - clients // 2 else "shared" for n in range(clients)]
     begun = time.perf_counter()
     with (
         Supervisor({_BLOCK: path}) as supervisor,
-        Crowd(_BLOCK, supervisor.runtime_dir, modes, _steps(size), path) as crowd,
+        ClientGroup(_BLOCK, supervisor.runtime_dir, modes, _steps(size), path) as group,
         touching(2 * clients * _touches(size)) as progress,
     ):
-        crowd.until("waiting", progress)
-        # Before they go on: half of the block is missing, so the client cannot be done without a successor.
+        group.until("waiting", progress)
+        # Half of the block is missing now, so the client needs a successor of its worker.
         killed = _kill_a_worker(supervisor.runtime_dir)
-        crowd.go()
-        crowd.until("done", progress)
+        group.go()
+        group.until("done", progress)
         seconds = time.perf_counter() - begun
         with Control(supervisor.runtime_dir) as control:
             status = control.status()
-    _show(crowd, status)
-    _conclude(crowd, status, size, seconds, killed)
+    _show(group, status)
+    _conclude(group, status, size, seconds, killed)
 
 
 def default_file() -> str:
@@ -81,8 +77,9 @@ def _touches(size: int) -> int:
 
 
 def _steps(size: int) -> list[dict[str, Any]]:
-    """Half of the block at random, a pause in which a worker is shot, then all of it at random, and all of it in order.
-    Touching only half of it first leaves pages that are missing when the worker dies."""
+    """Half of the block at random, a pause in which a worker is killed, all of it at random, all of it in order.
+
+    The first step leaves half of the pages missing for the time after the kill."""
     half = max(1, -(-size // _PAGE) // 2)
     touch = {"do": "touch", "touches": _touches(size)}
     return [
@@ -94,7 +91,7 @@ def _steps(size: int) -> list[dict[str, Any]]:
 
 
 def _kill_a_worker(runtime_dir: str) -> int | None:
-    """SIGKILL the worker of a client; its pid, or None when there is none (any more)."""
+    """SIGKILL the worker of a client. Returns its pid; None without a worker."""
     with Control(runtime_dir) as control:
         for client in control.status()["clients"]:
             if killed := kill_a_worker(control, client):
@@ -102,39 +99,39 @@ def _kill_a_worker(runtime_dir: str) -> int | None:
     return None
 
 
-def _show(crowd: Crowd, status: dict[str, Any]) -> None:
+def _show(group: ClientGroup, status: dict[str, Any]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    by_pid = {client["pid"]: client for client in status["clients"]}
+    by_pid = {record["pid"]: record for record in status["clients"]}
     table = Table("client", "mode", "pid", "touches", "compared", "wrong", "p50 us", "p99 us", "max us", "restarts")
     table.box = box.SIMPLE_HEAD
-    for member in crowd.members:
-        seen = by_pid.get(member.process.pid, {})
-        result = member.result or {
-            "touches": member.touches,
+    for client in group.clients:
+        seen = by_pid.get(client.pid, {})
+        result = client.result or {
+            "touches": client.touches,
             "compared": 0,
             "wrong": 0,
-            "words": [0] * counters.WORDS,
+            "latency": [0] * counters.WORDS,
         }
-        latency = counters.summary(result["words"])
-        cells = [member.index, member.mode, member.process.pid, result["touches"], format_size(result["compared"])]
+        latency = counters.summary(result["latency"])
+        cells = [client.index, client.mode, client.pid, result["touches"], format_size(result["compared"])]
         cells += [result["wrong"], latency["p50"], latency["p99"], latency["max"], seen.get("restarts", "-")]
         table.add_row(*(str(cell) for cell in cells))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
-def _conclude(crowd: Crowd, status: dict[str, Any], size: int, seconds: float, killed: int | None) -> None:
-    """The totals, and the verdict. Raises PostcopyError when a byte was wrong or a client died."""
-    totals, wrong = status["totals"], sum(member.result.get("wrong", 0) for member in crowd.members)
-    shot = f"worker {killed} killed midway, {totals['restarts']} restarted" if killed else "no worker left to kill"
+def _conclude(group: ClientGroup, status: dict[str, Any], size: int, seconds: float, killed: int | None) -> None:
+    """Print totals and verdict. Raises PostcopyError when a byte was wrong or a client died."""
+    totals, wrong = status["totals"], sum(client.result.get("wrong", 0) for client in group.clients)
+    outcome = f"worker {killed} killed midway, {totals['restarts']} restarted" if killed else "no worker left to kill"
     print(
-        f"{format_size(size)}, {len(crowd.members)} clients, {seconds:.2f} s: {totals['faults']} faults, "
-        f"{totals['placed']} pages placed, {totals['deduplicated']} deduplicated; {shot}"
+        f"{format_size(size)}, {len(group.clients)} clients, {seconds:.2f} s: {totals['faults']} faults, "
+        f"{totals['placed']} pages placed, {totals['deduplicated']} deduplicated; {outcome}"
     )
-    if died := crowd.failures():
+    if died := group.failures():
         raise PostcopyError("; ".join(died[:3]))
     if wrong:
         raise PostcopyError(f"{wrong} bytes were wrong")
-    print("every byte that every client saw is the file's")
+    print("every byte that every client saw equals the file's")

@@ -1,4 +1,4 @@
-"""``postcopy doctor``: what works here, what does not, and how to mend it. Asks the kernel, changes nothing."""
+"""``postcopy doctor``: what works on this machine, what does not, and the remedy. Changes nothing."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from importlib.util import find_spec
-
-import typer
 
 from ..errors import PostcopyError
 from .options import Json
@@ -27,7 +25,7 @@ _DEVICE = "/dev/userfaultfd"
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One check: ``state`` is good, limited (works, with less) or bad; ``remedy`` is empty where none is needed."""
+    """One check: ``state`` is good, limited (fewer features) or bad; ``remedy`` may be empty."""
 
     name: str
     state: str
@@ -35,12 +33,8 @@ class Finding:
     remedy: str = ""
 
 
-def add_to(app: typer.Typer) -> None:
-    app.command()(doctor)
-
-
 def doctor(as_json: Json = False) -> None:
-    """Look at kernel, permissions, limits and packages; say what to mend. Exit 1 when clients cannot work here."""
+    """Check kernel, permissions, limits and packages, with remedies. Exit 1 when clients cannot work here."""
     findings = examine()
     if as_json:
         healthy = not any(finding.state == BAD for finding in findings)
@@ -52,7 +46,7 @@ def doctor(as_json: Json = False) -> None:
 
 
 def examine() -> list[Finding]:
-    """Every finding. A check that itself fails is a finding."""
+    """All findings. A check that raises an error is a finding too."""
     findings: list[Finding] = []
     for check in (_kernel, _userfaultfd, _device, _sysctl, _memory, _limits, _processes, _walls, _packages):
         try:
@@ -90,7 +84,7 @@ def _userfaultfd() -> Iterator[Finding]:
 def _device() -> Iterator[Finding]:
     remedy = f"for a supervisor that is not root: chgrp and chmod {_DEVICE}, or setcap cap_sys_ptrace+ep"
     if not os.path.exists(_DEVICE):
-        yield Finding(_DEVICE, LIMITED, "not there", "modprobe is no help: Linux 6.1 or newer has it built in")
+        yield Finding(_DEVICE, LIMITED, "not there", "no module to load: Linux 6.1 or newer has it built in")
         return
     facts = os.stat(_DEVICE)
     rights = f"mode {facts.st_mode & 0o777:04o}, owner {facts.st_uid}:{facts.st_gid}"
@@ -100,7 +94,7 @@ def _device() -> Iterator[Finding]:
 
 def _sysctl() -> Iterator[Finding]:
     allowed = _read("/proc/sys/vm/unprivileged_userfaultfd")
-    note = "only matters without the device" if allowed == "0" else ""
+    note = "matters only without the device" if allowed == "0" else ""
     yield Finding("vm.unprivileged_userfaultfd", GOOD, allowed or "no such sysctl", note)
     overcommit = _read("/proc/sys/vm/overcommit_memory")
     strict = overcommit == "2"
@@ -112,7 +106,7 @@ def _memory() -> Iterator[Finding]:
     from postcopy_kernel.memory import create_memfd, huge_pages
 
     os.close(create_memfd("doctor", 4096))
-    yield Finding("memfd", GOOD, "sealed shared memory can be made")
+    yield Finding("memfd", GOOD, "sealed shared memory can be created")
     pool = huge_pages()
     found = f"{pool.available} of {pool.total} pages of 2 MiB are free"
     remedy = "" if pool.available else "only --page-size 2M needs them: sysctl vm.nr_hugepages=N"
@@ -144,7 +138,7 @@ def _walls() -> Iterator[Finding]:
     else:
         yield Finding("landlock", LIMITED, "not there", "boot with lsm=landlock,... (CONFIG_SECURITY_LANDLOCK)")
     if seccomp.available():
-        yield Finding("seccomp", GOOD, "workers start no program, trace nobody, have no socket but AF_UNIX")
+        yield Finding("seccomp", GOOD, "workers start no program, trace no process, have only AF_UNIX sockets")
     else:
         yield Finding("seccomp", LIMITED, "no filter for this kernel or machine", "x86_64 and aarch64 have one")
 

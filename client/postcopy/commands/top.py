@@ -1,4 +1,4 @@
-"""``postcopy top``: what happens, live."""
+"""``postcopy top``: a live view in the terminal."""
 
 from __future__ import annotations
 
@@ -12,42 +12,40 @@ from ..queries import Control
 from .options import RuntimeDir
 
 
-def add_to(app: typer.Typer) -> None:
-    app.command()(top)
-
-
 def top(
-    interval: Annotated[float, typer.Option("--interval", min=0.1, max=3600, help="Seconds between looks.")] = 1.0,
+    interval: Annotated[
+        float, typer.Option("--interval", min=0.1, max=3600, help="Seconds between two updates.")
+    ] = 1.0,
     runtime_dir: RuntimeDir = None,
 ) -> None:
-    """Live view: blocks and what of them has come, clients, sources, events. Press ? for the keys."""
+    """Live view of blocks, clients, sources and events. Press ? for the keys."""
     try:
         from ..top.app import Top
     except ImportError as error:
         raise PostcopyError(f"top needs textual: pip install 'postcopy[top]' ({error})") from None
-    Control(runtime_dir).close()  # nobody there is said before the screen is taken
+    Control(runtime_dir).close()  # a missing supervisor is reported before the screen is cleared
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise PostcopyError("top needs a terminal; for programs there is: postcopy status --json")
-    eyes = Eyes(runtime_dir)
+        raise PostcopyError("top needs a terminal; programs use: postcopy status --json")
+    reader = StatusReader(runtime_dir)
     try:
-        Top(eyes.look, interval).run()
+        Top(reader.read, interval).run()
     finally:
-        eyes.close()
+        reader.close()
 
 
-class Eyes:
-    """Asks for the status; a supervisor that was away is looked for anew."""
+class StatusReader:
+    """Reads the status; connects again to a supervisor that was away."""
 
     def __init__(self, runtime_dir: str | None) -> None:
         self._directory = runtime_dir
         self._control: Control | None = None
 
-    def look(self) -> dict[str, Any]:
+    def read(self) -> dict[str, Any]:
         """Raises PostcopyError."""
         try:
             if self._control is None:
                 self._control = Control(self._directory, timeout=5.0)
-            self._control.knock()
+            self._control.check_listening()
             return self._control.status()
         except PostcopyError:
             self.close()

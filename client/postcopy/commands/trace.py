@@ -1,4 +1,4 @@
-"""``postcopy trace``: read what ``serve --record`` has written."""
+"""``postcopy trace``: read the traces of ``serve --record``."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import typer
 
 from .. import traces
 from ..errors import PostcopyError
-from ..load.pages import human
+from ..load.report import human
 from .options import Json
 
 File = Annotated[str, typer.Argument(metavar="FILE")]
 
 
 def add_to(app: typer.Typer) -> None:
-    group = typer.Typer(help="Read what serve --record has written.", no_args_is_help=True, add_completion=False)
+    group = typer.Typer(help="Read the traces of serve --record.", no_args_is_help=True, add_completion=False)
     for command in (show, summary, diff):
         group.command()(command)
     app.add_typer(group, name="trace")
@@ -25,12 +25,12 @@ def add_to(app: typer.Typer) -> None:
 
 def show(
     file: File,
-    client: Annotated[int | None, typer.Option("--client", help="Only this client's.")] = None,
-    block: Annotated[str | None, typer.Option("--block", metavar="NAME", help="Only of this block.")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=0, help="At most so many.")] = None,
+    client: Annotated[int | None, typer.Option("--client", help="Only faults of this client.")] = None,
+    block: Annotated[str | None, typer.Option("--block", metavar="NAME", help="Only faults of this block.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=0, help="At most so many faults.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
-    """Every fault: when (seconds since the start), client, block, page, what became of it, how long it took."""
+    """Every fault: time since the start, client, block, page, kind, duration."""
     found = traces.read(file)
     if block is not None and block not in (names := {known.name for known in found.head.blocks}):
         raise PostcopyError(f"{file} has no block {block}; it has {', '.join(sorted(names))}")
@@ -52,7 +52,7 @@ def show(
 
 
 def summary(file: File, as_json: Json = False) -> None:
-    """How many faults, where, in what order, and how long they took."""
+    """Number of faults, their pages, order and durations."""
     told = traces.summary(traces.read(file))
     if as_json:
         print(json.dumps(told))
@@ -60,10 +60,10 @@ def summary(file: File, as_json: Json = False) -> None:
     rate = f", {told['faults_per_s']:.0f} a second" if told["faults_per_s"] else ""
     print(f"{told['faults']} faults in {told['seconds']:.3f} s{rate}")
     for block in told["blocks"]:
-        _tell(block)
+        _print_block(block)
 
 
-def _tell(block: dict[str, Any]) -> None:
+def _print_block(block: dict[str, Any]) -> None:
     latency = block["latency_us"]
     share = f" ({block['share_of_block']:.1%} of the block)" if block["share_of_block"] is not None else ""
     kinds = ", ".join(f"{count} {kind}" for kind, count in block["kinds"].items())
@@ -73,7 +73,7 @@ def _tell(block: dict[str, Any]) -> None:
 
 
 def diff(first: File, second: Annotated[str, typer.Argument(metavar="FILE")], as_json: Json = False) -> None:
-    """Which pages two traces have in common, and which was slower."""
+    """Compare two traces: common pages, and latencies."""
     told = traces.difference(traces.read(first), traces.read(second))
     if as_json:
         print(json.dumps(told))

@@ -1,2 +1,5 @@
-"""The load test: what clients do (patterns, recorder, truth), what is seen meanwhile (watch), what is told (findings,
-plots, pages). The processes themselves are ``postcopy.toucher``, led by ``postcopy.crowd``."""
+"""The load test.
+
+What clients do: ``toucher``, ``patterns``, ``recorder``, ``expected``, ``replay``. How they are started:
+``client_group``, ``starter``. What is observed: ``watch``. The output: ``results``, ``plots``, ``report``.
+"""

@@ -1,14 +1,15 @@
-"""In which order a client touches pages. Pure: numbers in, page numbers out; the same seed gives the same order.
+"""The order in which a client touches pages. Pure: the same seed gives the same order.
 
-Every pattern is endless: whoever touches decides how many, or how long.
+Every pattern is endless; the toucher decides how many touches it makes.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
+from typing import Protocol
 
 PATTERNS = ("random", "sequential", "zipf", "lockstep", "stride")
 
@@ -17,7 +18,7 @@ _SCATTER = 2654435761  # a large prime: spreads the popular pages of the zipf pa
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Who touches: toucher ``index`` of ``touchers`` (clients times threads), pages ``[first, end)``."""
+    """Toucher ``index`` of ``touchers`` (clients times threads), which touches pages ``[first, end)``."""
 
     index: int
     touchers: int
@@ -27,16 +28,26 @@ class Place:
     stride: int = 16
 
 
-def order(pattern: str, place: Place, meet: Callable[[int], None] = lambda step: None) -> Iterator[int]:
-    """Page numbers of the pattern. ``meet`` holds a client of ``lockstep`` up until all others have come to the step.
+class Meet(Protocol):
+    """Waits until all clients have reached ``step``."""
 
-    * random: every page as likely as any other; sequential: in order, everybody from a start of its own
-    * zipf: few pages are popular, most are not; stride: every n-th page, round and round until all were touched
-    * lockstep: everybody the same random page at the same time
+    def __call__(self, step: int, /) -> None: ...
+
+
+def no_meeting(step: int, /) -> None:
+    """Waits for no other client."""
+
+
+def order(pattern: str, place: Place, meet: Meet = no_meeting) -> Iterator[int]:
+    """Page numbers of the pattern; ``meet`` is called before each step of ``lockstep``.
+
+    * random: every page is equally likely; sequential: in order, each client from its own start
+    * zipf: few pages are popular; stride: every n-th page, with a new start after each round
+    * lockstep: all clients touch the same random page at the same time
     """
     span, first = place.end - place.first, place.first
     own = random.Random(place.seed + place.index)
-    start = span * place.index // place.touchers  # so that together they cover the block early
+    start = span * place.index // place.touchers  # so that all clients together cover the block early
     if pattern == "sequential":
         return (first + (start + n) % span for n in count())
     if pattern == "zipf":
@@ -48,7 +59,7 @@ def order(pattern: str, place: Place, meet: Callable[[int], None] = lambda step:
     return (first + own.randrange(span) for _ in count())
 
 
-def _lockstep(first: int, span: int, together: random.Random, meet: Callable[[int], None]) -> Iterator[int]:
+def _lockstep(first: int, span: int, together: random.Random, meet: Meet) -> Iterator[int]:
     for step in count(1):
         meet(step)
         yield first + together.randrange(span)
@@ -56,6 +67,6 @@ def _lockstep(first: int, span: int, together: random.Random, meet: Callable[[in
 
 def _strided(first: int, span: int, stride: int, start: int) -> Iterator[int]:
     stride = min(stride, span)
-    for lane in count(start % stride):
-        for page in range(lane % stride, span, stride):
+    for first_page in count(start % stride):
+        for page in range(first_page % stride, span, stride):
             yield first + page

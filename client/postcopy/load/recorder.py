@@ -1,12 +1,11 @@
-"""What a toucher writes down of its touches: three histograms and a timeline, small however many touches there are.
+"""The record of a client's touches: three histograms and a timeline, of a fixed size for any number of touches.
 
-*Latency* is the time of a first touch of a page by this client, from its beginning to its end: later touches are
-memory accesses. Where the page was not yet received when it was touched, it is also a *fault*. *Response* (open loop
-only) is counted from the instant at which a touch was **due**, for every touch: while one touch hangs, those that
-should have been made meanwhile wait too, and a tester that waits politely would never count them (coordinated
-omission).
+*Latency* is the time of a first touch of a page by this client; later touches are plain memory accesses. A touch of a
+page that was not yet received is a *fault* too. *Response* (open loop only) is counted for every touch from the instant
+at which it was **due**: while one touch hangs, the touches that are due meanwhile wait too, and a tester that waits for
+each would not count them (coordinated omission).
 
-The timeline has bins of ``width`` nanoseconds; when there are too many, two become one.
+The timeline has bins of ``width`` nanoseconds; when there are too many, two bins become one.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from postcopy_protocol.counters import bucket
 MOST_BINS = 1024
 FIRST_WIDTH = 20_000_000
 TOUCHES, FIRSTS, MISSING, SLOWEST = range(4)
-"""Of a bin: touches, first touches, those of them whose page was missing, ns of the slowest touch."""
+"""Fields of a bin: touches, first touches, touches of missing pages, ns of the slowest touch."""
 
 
 class Recorder:
-    """``origin`` (CLOCK_MONOTONIC, ns) is when the test began, for all clients the same."""
+    """``origin`` (CLOCK_MONOTONIC, ns) is the start of the test, the same for all clients."""
 
     def __init__(self, origin: int, *, open_loop: bool = False) -> None:
         self.origin = origin
@@ -37,7 +36,7 @@ class Recorder:
         self.begun = self.ended = 0
 
     def touch(self, begun: int, ended: int, due: int, *, first: bool, missing: bool) -> None:
-        """A touch that should have begun at ``due``, did at ``begun``, and was over at ``ended`` (all ns)."""
+        """Record a touch that was due at ``due``, began at ``begun`` and ended at ``ended`` (ns)."""
         self.touches += 1
         taken = ended - begun
         if first:
@@ -66,12 +65,12 @@ class Recorder:
                 found = self.bins[number // 2]
         return found
 
-    def told(self) -> dict[str, Any]:
+    def document(self) -> dict[str, Any]:
         """For JSON."""
         return {
             "touches": self.touches,
             "missed": self.missed,
-            "words": self.latency,
+            "latency": self.latency,
             "faults": self.faults,
             "response": self.response,
             "width": self.width,
@@ -81,20 +80,20 @@ class Recorder:
         }
 
 
-def _count(words: list[int], taken: int) -> None:
-    words[counters.FAULTS] += 1
-    words[bucket(taken)] += 1
-    if taken > words[counters.LONGEST_NS]:
-        words[counters.LONGEST_NS] = taken
+def _count(histogram: list[int], taken: int) -> None:
+    histogram[counters.FAULTS] += 1
+    histogram[bucket(taken)] += 1
+    if taken > histogram[counters.LONGEST_NS]:
+        histogram[counters.LONGEST_NS] = taken
 
 
 def halved(bins: dict[int, list[int]]) -> dict[int, list[int]]:
-    """The same bins, two in one."""
+    """The same time in half as many bins."""
     return added((number // 2, figures) for number, figures in bins.items())
 
 
 def added(bins: Iterable[tuple[int, list[int]]]) -> dict[int, list[int]]:
-    """Bins of the same number become one."""
+    """Add up bins of the same number."""
     total: dict[int, list[int]] = {}
     for number, figures in bins:
         found = total.setdefault(number, [0] * 4)
@@ -104,28 +103,28 @@ def added(bins: Iterable[tuple[int, list[int]]]) -> dict[int, list[int]]:
     return total
 
 
-def merged(told: Iterable[dict[str, Any]]) -> tuple[int, dict[int, list[int]]]:
+def merged(records: Iterable[dict[str, Any]]) -> tuple[int, dict[int, list[int]]]:
     """Width in ns and bins of several recorders together (their widths are powers of two times the first width)."""
-    everything = [(record["width"], {row[0]: row[1:] for row in record["bins"]}) for record in told]
-    widest = max((width for width, _ in everything), default=FIRST_WIDTH)
+    parts = [(record["width"], {row[0]: row[1:] for row in record["bins"]}) for record in records]
+    widest = max((width for width, _ in parts), default=FIRST_WIDTH)
     rows: list[tuple[int, list[int]]] = []
-    for width, bins in everything:
+    for width, bins in parts:
         rows += [(number * width // widest, figures) for number, figures in bins.items()]
     return widest, added(rows)
 
 
-def together(told: list[dict[str, Any]]) -> dict[str, Any]:
+def together(records: list[dict[str, Any]]) -> dict[str, Any]:
     """The records of a client's threads as one."""
-    width, bins = merged(told)
-    responses = [record["response"] for record in told if record["response"]]
+    width, bins = merged(records)
+    responses = [record["response"] for record in records if record["response"]]
     return {
-        "touches": sum(record["touches"] for record in told),
-        "missed": sum(record["missed"] for record in told),
-        "words": list(counters.merge(record["words"] for record in told)),
-        "faults": list(counters.merge(record["faults"] for record in told)),
+        "touches": sum(record["touches"] for record in records),
+        "missed": sum(record["missed"] for record in records),
+        "latency": list(counters.merge(record["latency"] for record in records)),
+        "faults": list(counters.merge(record["faults"] for record in records)),
         "response": list(counters.merge(responses)) if responses else None,
         "width": width,
         "bins": [[number, *figures] for number, figures in sorted(bins.items())],
-        "begun": min((record["begun"] for record in told), default=0),
-        "ended": max((record["ended"] for record in told), default=0),
+        "begun": min((record["begun"] for record in records), default=0),
+        "ended": max((record["ended"] for record in records), default=0),
     }

@@ -1,4 +1,4 @@
-"""A trace as a pattern of a load test: which client touches what, and when."""
+"""A trace as the pattern of a load test: which client touches which page, and when."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from ..traces import Trace, read
 
 
 def number_of(found: Trace, block: str) -> int:
-    """The trace's number of ``block``; where it knows one block only, that one. Raises PostcopyError."""
+    """The trace's number of ``block``, or of its only block. Raises PostcopyError."""
     numbers = {known.name: known.number for known in found.head.blocks}
     if block in numbers:
         return numbers[block]
@@ -17,8 +17,9 @@ def number_of(found: Trace, block: str) -> int:
 
 
 def share(path: str, block: str, index: int) -> list[tuple[int, int, bool]]:
-    """(nanoseconds since the trace's first fault, page, whether it was a write) of the trace's client that toucher
-    ``index`` plays; there may be more touchers than clients were. Raises PostcopyError, OSError."""
+    """(nanoseconds since the trace's first fault, page, whether it was a write) for toucher ``index``.
+
+    It plays one of the trace's clients; several touchers may play the same. Raises PostcopyError, OSError."""
     found = read(path)
     number = number_of(found, block)
     faults = [fault for fault in found.faults if fault.block == number]

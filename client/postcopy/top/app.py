@@ -1,11 +1,10 @@
-"""The screen of ``postcopy top``. It asks the supervisor once an interval, in a thread, and draws what has changed."""
+"""The screen of ``postcopy top``. It asks the supervisor in a thread, once an interval, and draws what has changed."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from rich.text import Text
 from textual.app import App, ComposeResult
@@ -32,17 +31,26 @@ e        events: a few lines, or half of the screen
 p        pause
 q, ^C    leave
 
-blocks   · nothing has come, ▁ to █ more and more,
-         yellow: came just now, red X: lost
+blocks   · nothing received, ▁ to █ more and more,
+         yellow: received just now, red X: lost
 fault/s  faults answered a second
 page/s   pages placed by its worker a second
 p50, p99 from a fault's message to its release
-waits    share of the time stood at missing pages
-deaths   workers of it that had to be replaced"""
+waits    share of the time in page faults
+deaths   workers of it that were replaced"""
 """Fits into a terminal of 80x24 without scrolling."""
 
-Ask = Callable[[], dict[str, Any]]
-"""Gets a status; may raise PostcopyError."""
+
+class Ask(Protocol):
+    """Returns a status. Raises PostcopyError."""
+
+    def __call__(self) -> dict[str, Any]: ...
+
+
+class Tell(Protocol):
+    """Returns the text of a box."""
+
+    def __call__(self) -> Text: ...
 
 
 class Top(App[None]):
@@ -86,7 +94,7 @@ class Top(App[None]):
         self._wanted = ""
         self._shown: dict[str, Text] = {}
         self.looks = 0
-        """How often the supervisor has been asked."""
+        """Number of status requests so far."""
 
     def compose(self) -> ComposeResult:
         yield Static(id="head", markup=False)
@@ -98,13 +106,13 @@ class Top(App[None]):
         yield Footer()
 
     def on_mount(self) -> None:
-        self.people.focus()
+        self.client_list.focus()
         self.query_one("#blocks").can_focus = False
         self.set_interval(self._interval, self.look)
         self.call_later(self.look)
 
     @property
-    def people(self) -> Clients:
+    def client_list(self) -> Clients:
         """The list of clients."""
         return self.query_one("#clients", Clients)
 
@@ -125,17 +133,17 @@ class Top(App[None]):
             self.draw()
 
     def draw(self) -> None:
-        """Everything that is to be seen."""
+        """Draw the whole screen."""
         found = view.rows(self._now, self._before)
         self._put("#head", Text(view.headline(self._now, self._before, found)))
         self._put("#map", self._blocks())
         self._put("#sources", Text("\n".join(view.sources(self._now, self._before)), no_wrap=True))
         self._put("#events", self._events())
-        self.people.show(view.arranged(found, self._key, turned=self._turned, wanted=self._wanted))
+        self.client_list.show(view.arranged(found, self._key, turned=self._turned, wanted=self._wanted))
 
     def _put(self, name: str, text: Text) -> None:
-        """Into the widget, without a new layout of the screen where it has as many lines as before, and not at all
-        where it is the same: laying out and drawing is nearly all that we cost."""
+        """Update a widget if its text has changed, with a new layout only if its number of lines has. Layout and
+        drawing are nearly all of the cost of ``top``."""
         old = self._shown.get(name)
         if old != text:
             lines = None if old is None else old.plain.count("\n")
@@ -155,7 +163,7 @@ class Top(App[None]):
         return text
 
     def _events(self) -> Text:
-        """The newest first, as many as there is room for."""
+        """The newest events that fit, newest first."""
         lines, room = Text(no_wrap=True), max(1, self.query_one("#events").size.height)
         for event in reversed(self._now.get("events", ())[-room:]):
             lines.append(time.strftime("%H:%M:%S ", time.localtime(event["at"])), style="grey62")
@@ -166,7 +174,7 @@ class Top(App[None]):
 
     @property
     def clients(self) -> list[dict[str, Any]]:
-        """Those of the newest status."""
+        """The clients of the newest status."""
         return [*self._now.get("clients", ())]
 
     # --- keys ---------------------------------------------------------------------------------------------------------
@@ -194,7 +202,7 @@ class Top(App[None]):
 
     def _close_filter(self) -> None:
         self.query_one("#filter", Input).set_class(bool(self._wanted), "shown")
-        self.people.focus()
+        self.client_list.focus()
 
     def on_input_changed(self, event: Input.Changed) -> None:
         self._wanted = event.value
@@ -230,11 +238,11 @@ class Top(App[None]):
 
 
 class Box(ModalScreen[None]):
-    """Some text above everything else, made anew every ``interval`` seconds (0: never); any of these keys closes it."""
+    """Some text above everything else, updated every ``interval`` seconds (0: never). Any of its keys closes it."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q,enter,question_mark", "dismiss", "Close")]
 
-    def __init__(self, tell: Callable[[], Text], interval: float = 0.0) -> None:
+    def __init__(self, tell: Tell, interval: float = 0.0) -> None:
         super().__init__()
         self._tell = tell
         self._again = interval

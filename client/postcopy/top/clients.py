@@ -1,4 +1,4 @@
-"""The list of clients: a widget that draws only the lines that are seen, however many clients there are."""
+"""The list of clients: a widget that draws only the visible lines, for any number of clients."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Clients(ScrollView, can_focus=True):
     ]
 
     class Chosen(Message):
-        """Somebody wants to look into this client."""
+        """The details of this client are wanted."""
 
         def __init__(self, number: int) -> None:
             super().__init__()
@@ -61,7 +61,7 @@ class Clients(ScrollView, can_focus=True):
         return self.rows[self._cursor].number if self.rows else None
 
     def show(self, rows: Sequence[view.Row]) -> None:
-        """Draw these."""
+        """Show these rows."""
         chosen = self.chosen
         grown = len(rows) != len(self.rows)
         self.rows = list(rows)
@@ -78,7 +78,7 @@ class Clients(ScrollView, can_focus=True):
         self.virtual_size = Size(len(_line(view.COLUMNS, self._widths)), len(self.rows) + 1)
 
     def render_line(self, y: int) -> Strip:
-        """The head stays where it is; below it the lines that are scrolled to."""
+        """The head is fixed; the lines below it scroll."""
         left, top = self.scroll_offset
         width = self.size.width
         at = y - 1 + top
@@ -111,7 +111,7 @@ class Clients(ScrollView, can_focus=True):
             self.refresh()
 
     def _follow(self) -> None:
-        """Scroll so that the cursor is seen, below the head."""
+        """Scroll so that the cursor is visible below the head."""
         seen = max(1, self.size.height - 1)
         top = min(self._cursor, max(round(self.scroll_offset.y), self._cursor - seen + 1))
         if top != round(self.scroll_offset.y):

@@ -1,8 +1,7 @@
-"""What ``postcopy top`` shows, made from the newest status and the one before it. Pure: documents in, rows out.
+"""The content of ``postcopy top``, from the newest status and the one before it. Pure: documents in, rows out.
 
-A residency map is a row of cells, each for an equal stretch of the block: the more of it has come, the fuller the
-block character. Cells in which pages came since the last look are *hot*; those with lost pages are marked, whatever
-else is there.
+A residency map is a row of cells, each for an equal part of the block: the more of it is received, the fuller the block
+character. Cells with pages received since the previous status are *hot*; cells with lost pages are always marked.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ LOST_CELL = "X"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One client. ``rates`` a second, since the look before."""
+    """One client. Rates are a second, since the previous status."""
 
     number: int
     name: str
@@ -36,11 +35,11 @@ class Row:
     p99: float
     longest: float
     blocked: float
-    """Share of the time since the look before that its threads stood at missing pages, all added up."""
+    """Time of all its threads in page faults, as a share of the time since the previous status."""
     restarts: int
 
     def cells(self) -> tuple[str, ...]:
-        """As the table shows them, in the order of COLUMNS."""
+        """The cells of the table, in the order of COLUMNS."""
         return (
             str(self.number),
             self.name[:15],
@@ -70,7 +69,7 @@ def rows(now: Status, before: Status | None) -> list[Row]:
 
 
 def elapsed(now: Status, before: Status | None) -> float:
-    """Seconds between two statuses; 0.0 where they are not of the same supervisor."""
+    """Seconds between two statuses; 0.0 if they are not of the same supervisor."""
     if before is None or before.get("pid") != now.get("pid"):
         return 0.0
     return max(0.0, float(now.get("uptime_s", 0.0)) - float(before.get("uptime_s", 0.0)))
@@ -102,9 +101,9 @@ def _row(client: dict[str, Any], was: dict[str, Any] | None, seconds: float) -> 
 
 
 def arranged(found: Iterable[Row], key: str, *, turned: bool = False, wanted: str = "") -> list[Row]:
-    """Those whose name, state, blocks or pid hold ``wanted``, sorted by ``key``."""
-    words = wanted.lower()
-    kept = [row for row in found if words in f"{row.name} {row.state} {row.blocks} {row.pid}".lower()]
+    """The rows whose name, state, blocks or pid contain ``wanted``, sorted by ``key``."""
+    text = wanted.lower()
+    kept = [row for row in found if text in f"{row.name} {row.state} {row.blocks} {row.pid}".lower()]
     return sorted(kept, key=lambda row: (getattr(row, key), row.number), reverse=(key in LARGEST_FIRST) != turned)
 
 
@@ -112,7 +111,7 @@ def arranged(found: Iterable[Row], key: str, *, turned: bool = False, wanted: st
 
 
 def residency(block: dict[str, Any], was: dict[str, Any] | None, width: int) -> list[tuple[str, str]]:
-    """(character, what it stands for) for each of ``width`` cells or fewer."""
+    """(character, meaning) of each cell; at most ``width`` cells."""
     kept = block.get("map") or {"received": [], "lost": [], "pages": 1}
     received, lost = list(kept["received"]), list(kept["lost"]) or [0] * len(kept["received"])
     old = list((was or {}).get("map", {}).get("received", ())) or received
@@ -136,7 +135,7 @@ def _cell(share: float, hot: bool, lost: int) -> tuple[str, str]:
 
 
 def share(block: dict[str, Any]) -> str:
-    """How much has come."""
+    """The share of the block that is received."""
     pages = block.get("pages", 0)
     return f"{block.get('received', 0) / pages:.1%}" if pages else "-"
 
@@ -178,7 +177,7 @@ def details(client: dict[str, Any], row: Row) -> list[tuple[str, str]]:
     told += [("faults", f"{client.get('faults', 0):,}  ({number(row.fault_rate)} a second)")]
     told += [("pages placed", f"{client.get('placed', 0):,}  ({number(row.placed_rate)} a second)")]
     around = client.get("placed_around", 0)
-    told += [("fault-around", f"{around:,}, of them gone through {client.get('around_used', 0):,}")]
+    told += [("fault-around", f"{around:,}, of them used {client.get('around_used', 0):,}")]
     for name in ("requests", "deduplicated", "wakes", "lost", "failures", "denied", "restarts"):
         told.append((name, f"{client.get(name, 0):,}"))
     latency = ", ".join(f"{name} {micro(value)}" for name, value in client.get("latency_us", {}).items())

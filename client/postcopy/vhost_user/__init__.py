@@ -1,5 +1,5 @@
-"""vhost-user back-ends on lazily populated memory: ``BackEnd`` attaches one, its ``talk`` has the questions of the
-conversation, ``rings`` and ``blk`` help to drive it. See ``docs/vhost-user.md``."""
+"""vhost-user back-ends on lazily populated memory. ``BackEnd`` attaches one; its ``talk`` makes the protocol's
+questions; ``virtqueue`` and ``blk`` drive a virtio-blk device. See ``docs/vhost-user.md``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a front-end says at the supervisor's door: the back-end's userfaultfd, blocks, and where they are mapped."""
+"""The front-end's side of the attach conversation: the back-end's userfaultfd, its blocks, and their addresses."""
 
 from __future__ import annotations
 
@@ -10,34 +10,21 @@ from dataclasses import dataclass
 
 from postcopy_kernel.descriptors import close_all
 from postcopy_kernel.memory import Mapping, data_runs
-from postcopy_protocol.attach_conversation import mapping_length
-from postcopy_protocol.codec import unpack_offsets
 from postcopy_protocol.geometry import PAGE_4K
-from postcopy_protocol.messages import (
-    Attached,
-    BlockOpened,
-    Goodbye,
-    Hello,
-    Mapped,
-    OfferBackEnd,
-    OpenBlock,
-    Resume,
-    Resumed,
-    UserfaultfdAccepted,
-    Welcome,
-)
 
-from ..attach_socket import Door
+from ..attach_socket import AttachConnection
 from ..deadline import Deadline
 from ..errors import PostcopyError
 
-LOOK_AGAIN_SECONDS = 1.0
-"""Between two looks for the successor of a supervisor that went without a word."""
+RESUME_EVERY = 1.0
+"""Seconds between two attempts to reach the successor of a dead supervisor."""
+_KIND = "vhost-user"
 
 
 @dataclass(frozen=True, slots=True)
 class SharedBlock:
-    """A block opened for a back-end: its memory (to be handed on) and its received map. Never touched here."""
+    """A block opened for a back-end: its memory (a descriptor for the back-end) and its received map. The memory is
+    never touched here."""
 
     number: int
     name: str
@@ -49,14 +36,14 @@ class SharedBlock:
 
     @property
     def file(self) -> tuple[int, int]:
-        """Device and inode of the memory: how it is recognised in the back-end's maps."""
+        """Device and inode of the memory: identifies it in the back-end's maps."""
         facts = os.fstat(self.memory)
         return facts.st_dev, facts.st_ino
 
-    def strange_pages(self) -> int:
-        """Pages that are there though nobody of ours has placed or begins to place them."""
+    def unexpected_pages(self) -> int:
+        """Number of pages that are present although no part of the service has placed, or is placing, them."""
         if self.page_size != PAGE_4K:
-            return 0  # hugetlb calls its holes data
+            return 0  # hugetlb reports its holes as data
         marks = self.received.view()
         try:
             return sum(
@@ -77,7 +64,7 @@ class SharedBlock:
             return view[page]
 
     def touched(self) -> list[int]:
-        """Pages that somebody of ours has placed or is placing."""
+        """Pages that the service has placed or is placing."""
         return [page for page, mark in enumerate(self.marks()) if mark]
 
     def close(self) -> None:
@@ -85,81 +72,69 @@ class SharedBlock:
         self.received.close()
 
 
-class DoorSide:
-    """A client of kind ``vhost-user``: its memory is the back-end's."""
+class BackEndSession:
+    """A client of kind ``vhost-user``: its memory is that of the back-end."""
 
     def __init__(self, directory: str, name: str, userfaultfd: int, pidfd: int, timeout: float) -> None:
         self.timeout = timeout
         self.name = name
-        self._look_again = 0.0
-        self.door = Door(directory, Deadline(timeout))
+        self._resume_at = 0.0
+        self.connection = AttachConnection(directory, Deadline(timeout))
         try:
-            welcome, device = self.door.ask(Hello(name, "vhost-user"), Welcome, Deadline(timeout))
-            close_all(device)
-            self.client = welcome.client
-            self.door.ask(OfferBackEnd(), UserfaultfdAccepted, Deadline(timeout), (userfaultfd, pidfd))
+            close_all(self.connection.greet(name, _KIND, Deadline(timeout)))
+            self.connection.offer_back_end(userfaultfd, pidfd, Deadline(timeout))
         except BaseException:
-            self.door.close()
+            self.connection.close()
             raise
+
+    @property
+    def client(self) -> int:
+        """The number of this client in the status."""
+        return self.connection.client
 
     def close(self) -> None:
-        self.door.close()
+        self.connection.close()
 
     def open(self, name: str) -> SharedBlock:
-        """Raises NoSuchBlock and what else a refusal stands for."""
-        answer, fds = self.door.ask(OpenBlock(name, "shared"), BlockOpened, Deadline(self.timeout))
-        memory, received = fds
+        """Open a block. Raises NoSuchBlock, and the exceptions of other refusals."""
+        opened = self.connection.open(name, "shared", Deadline(self.timeout))
         try:
-            length = mapping_length(answer)
-            marks = Mapping.of(received, -(-answer.pages // mmap.PAGESIZE) * mmap.PAGESIZE, writable=False)
+            marks = Mapping.of(opened.received, -(-opened.pages // mmap.PAGESIZE) * mmap.PAGESIZE, writable=False)
         except BaseException:
-            os.close(memory)
+            os.close(opened.memory)
             raise
         finally:
-            os.close(received)
-        return SharedBlock(answer.block, name, answer.size, answer.page_size, length, memory, marks)
+            os.close(opened.received)
+        return SharedBlock(opened.number, name, opened.size, opened.page_size, opened.length, opened.memory, marks)
 
     def announce(self, block: int, address: int, length: int, offset: int) -> None:
-        """Say where the back-end has a block; when this returns, a worker listens."""
-        self.door.ask(Mapped(block, address, length, offset), Attached, Deadline(self.timeout))
+        """Announce where the back-end has mapped a block. After that a worker resolves its faults."""
+        self.connection.announce(block, address, length, offset, Deadline(self.timeout))
 
     @property
     def released(self) -> set[int]:
-        """Numbers of the blocks that are whole."""
-        self._listen()
-        return self.door.released
+        """Numbers of the blocks that are complete."""
+        self._take_notices()
+        return self.connection.released
 
     @property
     def ending(self) -> str | None:
-        """Why the supervisor has ended, if it has said so."""
-        self._listen()
-        return self.door.ending
+        """Why the supervisor has ended, if it gave a reason."""
+        self._take_notices()
+        return self.connection.ending
 
-    def _listen(self) -> None:
-        """Hear what is said unasked. A supervisor that went without a word may have a successor: it is looked for now
-        and then, and knows our back-end by its number."""
-        self.door.listen()
-        if self.door.usable or self.door.ending is not None or time.monotonic() < self._look_again:
+    def _take_notices(self) -> None:
+        """Read notices. When the supervisor has died, look for a successor, which knows our back-end by its number."""
+        self.connection.take_notices()
+        if self.connection.usable or self.connection.ending is not None or time.monotonic() < self._resume_at:
             return
-        self._look_again = time.monotonic() + LOOK_AGAIN_SECONDS
+        self._resume_at = time.monotonic() + RESUME_EVERY
         with suppress(PostcopyError, OSError):
-            self._resume()
-
-    def _resume(self) -> None:
-        door = Door(self.door.directory, Deadline(self.timeout))
-        try:
-            _, device = door.ask(Hello(self.name, "vhost-user"), Welcome, Deadline(self.timeout))
-            close_all(device)
-            resumed, _ = door.ask(Resume(self.client), Resumed, Deadline(self.timeout))
-        except BaseException:
-            door.close()
-            raise
-        door.released |= {*self.door.released, *unpack_offsets(resumed.released)}
-        self.door.close()
-        self.door = door
+            successor = self.connection.resume(self.name, _KIND, Deadline(self.timeout))
+            self.connection.close()
+            self.connection = successor
 
     def leave(self) -> None:
-        """The back-end touches nothing of it any more."""
-        if self.door.usable:
-            self.door.say(Goodbye())
-        self.door.close()
+        """Say Goodbye: the back-end no longer touches the memory."""
+        self.connection.say_goodbye()
+        self.connection.close()

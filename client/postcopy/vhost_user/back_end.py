@@ -1,9 +1,9 @@
-"""A vhost-user back-end as a client of the supervisor: the handshake, its memory, its end.
+"""A vhost-user back-end as a client of the supervisor: handshake, memory, end.
 
-The order is the argument. The userfaultfd goes to the supervisor before the back-end hears of any memory; a worker
-listens before the acknowledgement that lets the back-end register and touch; its memory is proven registered before
-anybody is told that it is attached. So there is no moment at which it could fault unheard, on its message thread too.
-The end is the same backwards: the supervisor goes on until the back-end has let go of its memory.
+The order guarantees that no fault is lost. The supervisor has the userfaultfd before the back-end knows any memory. A
+worker reads it before the acknowledgement that lets the back-end register and touch memory. ``BackEnd`` is returned
+only after its memory is proven to be registered. So every fault is resolved, also one on the back-end's message thread.
+The end runs in reverse: the supervisor resolves faults until the back-end has unmapped its memory.
 """
 
 from __future__ import annotations
@@ -19,25 +19,26 @@ from typing import Any
 from postcopy_kernel import address_space, process
 from postcopy_kernel.userfaultfd import is_userfaultfd
 from postcopy_protocol.runtime_paths import runtime_directory
-from postcopy_protocol.vhost_conversation import FrontEnd, Question, lay_out
-from postcopy_protocol.vhost_user import FEATURE_INDIRECT, MemoryRegion, ProtocolFeature, Request, VhostUserError
+from postcopy_protocol.vhost_conversation import Question, lay_out
+from postcopy_protocol.vhost_user import FEATURE_INDIRECT, MemoryRegion, Request, VhostUserError
 
 from ..errors import BackEndGone, BackEndTimeout, PostcopyError
-from .attach_side import DoorSide, SharedBlock
+from .attach_side import BackEndSession, SharedBlock
 from .channel import Channel, close_frame
-from .memory_map import Placed, believe, compare, find_mappings
+from .conversation import Conversation
+from .memory_map import Placed, check_claims, find_mappings, placed_as_claimed
 
 ORDERS = ("standard", "rust-vmm")
-LET_GO_WITHIN = 10.0
-"""Seconds that a back-end gets to unmap when its connection has been closed."""
-RUST_VMM_PATIENCE = 10.0
-"""Seconds without an answer to the memory table, after which we ask whether there will be one."""
+UNMAP_WITHIN = 10.0
+"""Seconds for a back-end to unmap its memory after its connection was closed."""
+TABLE_ANSWER_WITHIN = 10.0
+"""Seconds without an answer to the memory table. After that a second question finds out whether one will come."""
 
 
 @dataclass(frozen=True, slots=True)
 class GuestMemory:
     """A piece of guest memory: ``size`` bytes (None: the rest) of ``block`` from ``offset``, at guest address ``guest``
-    (None: behind the piece before it)."""
+    (None: after the previous piece)."""
 
     block: str
     offset: int = 0
@@ -46,11 +47,13 @@ class GuestMemory:
 
 
 class BackEnd:
-    """An attached back-end. ``memory`` are names of blocks or ``GuestMemory``; ``features`` virtio feature bits that
-    the caller takes; ``pid`` the back-end's process where it is not the one that made the socket; ``order`` is that of
-    the messages, ``standard`` (libvhost-user, DPDK) or ``rust-vmm``.
+    """An attached back-end.
 
-    Raises BackEndGone, BackEndTimeout, VhostUserError (what it did, or cannot do), and what ``attach`` raises.
+    ``memory`` holds names of blocks or ``GuestMemory``; ``features`` are the virtio feature bits that the caller
+    accepts; ``pid`` is the back-end's process if another process made the socket; ``order`` is the order of messages,
+    ``standard`` (libvhost-user, DPDK) or ``rust-vmm``.
+
+    Raises BackEndGone, BackEndTimeout, VhostUserError (a broken rule or a missing feature), and what ``attach`` raises.
     """
 
     def __init__(
@@ -70,17 +73,18 @@ class BackEnd:
         self.path = os.fspath(socket)
         if order not in ORDERS:
             raise ValueError(f"order {order!r} is none of {', '.join(ORDERS)}")
-        self.talk = FrontEnd(table_first=order == "rust-vmm")
         self.quirks: list[str] = []
         self.blocks: dict[str, SharedBlock] = {}
         self.regions: tuple[tuple[int, MemoryRegion], ...] = ()
         self.placed: tuple[Placed, ...] = ()
-        self._strange: dict[str, int] = {}
+        self._unexpected: dict[str, int] = {}
         self._stack = ExitStack()
         self._closed = False
         try:
             self.channel = self._stack.enter_context(closing(Channel(self.path, timeout)))
-            self._agree(features)
+            self._conversation = Conversation(self.channel, table_first=order == "rust-vmm")
+            self.talk = self._conversation.talk
+            self._negotiate(features)
             self._find_process(pid)
             self._offer(name or os.path.basename(self.path), timeout)
             self._share([GuestMemory(one) if isinstance(one, str) else one for one in memory])
@@ -91,26 +95,14 @@ class BackEnd:
     # --- the handshake ------------------------------------------------------------------------------------------------
 
     def ask(self, question: Question) -> Any:
-        """Send a question of the conversation and give the value of its answer. Raises BackEndGone, BackEndTimeout,
+        """Send a question of ``talk`` and return the value of its answer. Raises BackEndGone, BackEndTimeout,
         VhostUserError."""
-        frame = self.channel.ask(question)
-        if frame is None:
-            return None
-        try:
-            return self.talk.heard(question, frame)
-        except BaseException:
-            close_frame(frame)
-            raise
+        return self._conversation.ask(question)
 
-    def _agree(self, features: int) -> None:
-        talk = self.talk
-        self.ask(talk.get_features())
-        self.ask(talk.get_protocol_features())
-        self.ask(talk.set_protocol_features())
-        self.ask(talk.set_owner())
-        if talk.protocol & ProtocolFeature.MQ:
-            self.ask(talk.get_queue_num())
-        self.ask(talk.set_features(features))
+    def _negotiate(self, features: int) -> None:
+        self.ask(self.talk.get_features())
+        self._conversation.negotiate_protocol()
+        self.ask(self.talk.set_features(features))
 
     def _find_process(self, pid: int | None) -> None:
         if pid is None:
@@ -124,25 +116,29 @@ class BackEnd:
         try:
             self.pid = address_space.pid_of(self.pidfd)
         except ValueError as error:
-            raise VhostUserError("process", f"whose back-end is {self.path}? {error} (--pid names it)") from None
+            raise VhostUserError(
+                "process", f"the process of the back-end at {self.path} is unknown: {error}; name it with --pid"
+            ) from None
 
     def _offer(self, name: str, timeout: float) -> None:
-        """ADVISE, and its userfaultfd straight to the supervisor: from here on somebody outlives us with it."""
+        """Ask for the userfaultfd (ADVISE) and hand it to the supervisor, which keeps it if this process dies."""
         try:
             fd = self.ask(self.talk.advise())
         except BackEndGone as error:
             raise BackEndGone(f"{error} (a back-end that cannot make a userfaultfd does that)") from None
         try:
             if not is_userfaultfd(fd):
-                raise VhostUserError("userfaultfd", "what came with the answer to POSTCOPY_ADVISE is no userfaultfd")
+                raise VhostUserError(
+                    "userfaultfd", "the descriptor in the answer to POSTCOPY_ADVISE is not a userfaultfd"
+                )
             self.side = self._hand_over(name, fd, timeout)
         finally:
             os.close(fd)
         self._stack.callback(self.side.close)
 
-    def _hand_over(self, name: str, userfaultfd: int, timeout: float) -> DoorSide:
-        """Who resolves the faults: the supervisor."""
-        return DoorSide(self.directory, name, userfaultfd, self.pidfd, timeout)
+    def _hand_over(self, name: str, userfaultfd: int, timeout: float) -> BackEndSession:
+        """Give the userfaultfd to the supervisor, whose worker resolves the faults."""
+        return BackEndSession(self.directory, name, userfaultfd, self.pidfd, timeout)
 
     # --- memory -------------------------------------------------------------------------------------------------------
 
@@ -156,16 +152,16 @@ class BackEnd:
         if not self.talk.table_first:
             self.ask(self.talk.listen())
         before = self._look()
-        self._strange = {name: block.strange_pages() for name, block in self.blocks.items()}
-        said = self._send_table(memory)
-        self._refuse_strange_pages("when it mapped the memory")
-        self.placed = self._locate(before, said)
+        self._unexpected = {name: block.unexpected_pages() for name, block in self.blocks.items()}
+        claimed = self._send_table(memory)
+        self._refuse_unexpected_pages("when it mapped the memory")
+        self.placed = self._locate(before, claimed)
         for at in self.placed:
             self.side.announce(at.block, at.address, at.length, at.offset)
         self.ask(self.talk.listen() if self.talk.table_first else self.talk.acknowledge_table())
         self.ask(self.talk.barrier())
         self._prove()
-        self._refuse_strange_pages("before it registered the memory")
+        self._refuse_unexpected_pages("before it registered the memory")
 
     def _lay_out(self, memory: Sequence[GuestMemory]) -> None:
         wanted: list[tuple[int, int, int | None]] = []
@@ -179,7 +175,7 @@ class BackEnd:
         self.regions = tuple(zip(numbers, lay_out(wanted), strict=True))
 
     def _look(self) -> list[address_space.MappedRange] | None:
-        """The back-end's mappings; None where we may not see them."""
+        """The back-end's mappings; None without the permission to read them."""
         try:
             return address_space.mapped_ranges(self.pid)
         except PermissionError:
@@ -188,23 +184,24 @@ class BackEnd:
             raise BackEndGone(f"process {self.pid} is gone ({error.strerror})") from None
 
     def _refuse_locked_memory(self) -> None:
-        """Before it hears of the memory: afterwards it is too late, the zeros are in the block."""
+        """Check before the back-end maps the memory: afterwards the zero pages are already in the block."""
         with suppress(OSError):
             if address_space.locks_its_memory(self.pid):
                 raise VhostUserError(
                     "locked-memory",
                     f"process {self.pid} locks all its memory (mlockall): the kernel would fill every missing page "
-                    "with zeros the moment it is mapped; start it without that (DPDK's testpmd: --no-mlockall)",
+                    "with zeros when it is mapped; start it without that (DPDK's testpmd: --no-mlockall)",
                 )
 
-    def _refuse_strange_pages(self, when: str) -> None:
+    def _refuse_unexpected_pages(self, when: str) -> None:
         for block in self.blocks.values():
-            count = block.strange_pages() - self._strange.get(block.name, 0)
+            count = block.unexpected_pages() - self._unexpected.get(block.name, 0)
             if count > 0:
                 raise VhostUserError(
                     "populated",
-                    f"{count} pages of block {block.name} are there that nobody placed: the back-end touched or "
-                    f"populated them {when} (mlockall?); the block is not what it was (see: postcopy status --audit)",
+                    f"{count} pages of block {block.name} are present that the service did not place: the back-end "
+                    f"touched or populated them {when} (mlockall?); the block is polluted (see: postcopy status "
+                    "--audit)",
                 )
 
     def _send_table(self, memory: Sequence[GuestMemory]) -> tuple[int, ...] | None:
@@ -215,20 +212,17 @@ class BackEnd:
             return None
         self.channel.send(question)
         try:
-            frame = self.channel.receive("SET_MEM_TABLE", min(RUST_VMM_PATIENCE, self.channel.timeout))
+            frame = self.channel.receive("SET_MEM_TABLE", min(TABLE_ANSWER_WITHIN, self.channel.timeout))
         except BackEndTimeout:
             self._refuse_other_order()
             raise
-        try:
-            said: tuple[int, ...] | None = self.talk.heard(question, frame)
-        except BaseException:
-            close_frame(frame)
-            raise
-        return said
+        claimed: tuple[int, ...] | None = self._conversation.check(question, frame)
+        return claimed
 
     def _refuse_other_order(self) -> None:
-        """Messages are answered in order: who answers this one has no answer for the table. A table that comes now has
-        come too late: libvhost-user has taken our question for the acknowledgement."""
+        """Find out why the table was not answered. Answers arrive in order, so an answer to this question means that
+        none follows for the table. A table that arrives now is too late: libvhost-user has taken our question for the
+        acknowledgement."""
         frame = self.channel.ask(self.talk.barrier())
         close_frame(frame)
         if frame is not None and frame.request == Request.SET_MEM_TABLE:
@@ -240,30 +234,30 @@ class BackEnd:
         )
 
     def _locate(
-        self, before: list[address_space.MappedRange] | None, said: tuple[int, ...] | None
+        self, before: list[address_space.MappedRange] | None, claimed: tuple[int, ...] | None
     ) -> tuple[Placed, ...]:
         after = self._look()
         if self.talk.echoed:
             self.quirks.append("addresses-echoed")
         if before is None or after is None:
-            if said is None:
+            if claimed is None:
                 raise VhostUserError(
                     "addresses",
-                    "the back-end does not say where its memory is (libvhost-user only sends our own addresses back), "
+                    "the back-end does not report where its memory is (libvhost-user sends our own addresses back), "
                     f"and its maps cannot be read: run this as root or as the user of process {self.pid}, "
                     "in its pid namespace",
                 )
-            return believe(self.regions, said)
+            return placed_as_claimed(self.regions, claimed)
         files = {block.file: (block.number, block.length) for block in self.blocks.values()}
         found = find_mappings(before, after, files, self.regions)
         if any(at.file in files and at.accessible and at not in before for at in after):
             self.quirks.append("open-before-registered")
-        if said is not None:
-            compare(found, self.regions, said)
+        if claimed is not None:
+            check_claims(found, self.regions, claimed)
         return found
 
     def _prove(self) -> None:
-        """Every region is registered, by the kernel's word; where it cannot be asked, that is a quirk to be told."""
+        """Check in smaps that every region is registered. Where smaps cannot be read, that is noted as a quirk."""
         try:
             registered = [(at.start, at.end) for at in address_space.flagged_ranges(self.pid) if "um" in at.flags]
         except OSError:
@@ -284,12 +278,12 @@ class BackEnd:
                     )
 
     def guest_address(self, block: str, offset: int = 0) -> int:
-        """Guest address of a byte of a block: what stands in descriptors. Raises ValueError where none shows it."""
+        """Guest address of a byte of a block, as used in descriptors. Raises ValueError outside all regions."""
         region = self._region(block, offset)
         return region.guest + offset - region.offset
 
     def user_address(self, block: str, offset: int = 0) -> int:
-        """The address of a byte of a block in SET_VRING_ADDR. Raises ValueError where no region shows it."""
+        """The address of a byte of a block in SET_VRING_ADDR. Raises ValueError outside all regions."""
         region = self._region(block, offset)
         return region.user + offset - region.offset
 
@@ -298,17 +292,17 @@ class BackEnd:
         for owner, region in self.regions:
             if owner == number and region.offset <= offset < region.offset + region.size:
                 return region
-        raise ValueError(f"no region of the guest's memory shows byte {offset} of block {block}")
+        raise ValueError(f"byte {offset} of block {block} is in no region of the guest's memory")
 
-    # --- post-copy's end ----------------------------------------------------------------------------------------------
+    # --- end of post-copy ---------------------------------------------------------------------------------------------
 
     @property
     def complete(self) -> bool:
-        """Is every page of all its blocks present, by the supervisor's word?"""
+        """Whether the supervisor has reported every page of all blocks as present."""
         return {block.number for block in self.blocks.values()} <= self.side.released
 
     def end(self) -> None:
-        """POSTCOPY_END: nothing is missing any more. Raises PostcopyError while something is."""
+        """Send POSTCOPY_END. Raises PostcopyError while pages are missing."""
         if not self.complete:
             raise PostcopyError("post-copy cannot end: pages are missing")
         self.ask(self.talk.end())
@@ -317,24 +311,24 @@ class BackEnd:
 
     @property
     def gone(self) -> bool:
-        """Has the back-end hung up, or ended?"""
+        """Whether the back-end has hung up, or ended."""
         return process.pidfd_exited(self.pidfd) or self.channel.hung_up
 
     def close(self) -> None:
-        """Close the connection, wait until the back-end has let go of the memory, take leave of the supervisor.
+        """Close the connection, wait until the back-end has unmapped the memory, say Goodbye to the supervisor.
 
-        A back-end that does not let go within ten seconds is left to the supervisor, which serves it to its end."""
+        A back-end that still maps the memory after ten seconds stays a client: its faults are resolved to its end."""
         if self._closed:
             return
         self._closed = True
         self.channel.close()
-        if self.wait_until_let_go():
+        if self.wait_until_unmapped():
             self.side.leave()
         self._stack.close()
 
-    def wait_until_let_go(self, within: float = LET_GO_WITHIN) -> bool:
-        """Wait until the back-end has unmapped, or unregistered, all of its memory, or has ended; False: it has not
-        within so many seconds, or its maps cannot be read."""
+    def wait_until_unmapped(self, within: float = UNMAP_WITHIN) -> bool:
+        """Wait until the back-end has unmapped, or unregistered, all of its memory, or has ended. False: it has not
+        done so in ``within`` seconds, or its maps cannot be read."""
         limit = time.monotonic() + within
         ranges = [(at.address, at.length) for at in self.placed]
         while not process.pidfd_exited(self.pidfd):

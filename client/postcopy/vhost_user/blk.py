@@ -1,4 +1,4 @@
-"""virtio-blk: a request's header and status, and the piece of configuration space that we read."""
+"""virtio-blk: header and status of a request, and the start of the configuration space."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import struct
 from collections.abc import Sequence
 from typing import Final
 
-from .rings import Piece
+from .virtqueue import Piece
 
 READ: Final = 0
 WRITE: Final = 1
@@ -18,7 +18,7 @@ HEADER_BYTES: Final = 16
 READ_ONLY: Final = 1 << 5
 """Feature bit of a device that cannot be written."""
 PENDING: Final = 0xFF
-"""What we put where the status will stand: no device writes it."""
+"""Initial value of the status byte: no device writes it."""
 STATUS: Final = {0: "ok", 1: "input/output error", 2: "unsupported"}
 CONFIG_BYTES: Final = 8
 

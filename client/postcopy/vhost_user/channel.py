@@ -1,7 +1,7 @@
-"""The stream socket to a back-end: one question, one answer, every wait with an end.
+"""The stream socket to a back-end: one question, one answer, every wait with a timeout.
 
-A back-end may sleep in a page fault on its message thread and answer only when the page has come; so a wait is long,
-and what ends it early is the end of the connection, of the back-end's process, or of the caller's patience.
+A back-end may sleep in a page fault on its message thread and answer only when the page has arrived. So a wait may be
+long; it ends early when the connection or the back-end's process ends.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Channel:
         try:
             self._socket.connect(self.path)
         except OSError as error:
-            why = {errno.ENOENT: "there is no such socket", errno.ECONNREFUSED: "nobody listens"}
-            told = why.get(error.errno or 0, error.strerror)
+            reasons = {errno.ENOENT: "no such socket", errno.ECONNREFUSED: "no process listens"}
+            reason = reasons.get(error.errno or 0, error.strerror)
             raise BackEndGone(
-                f"no vhost-user back-end at {self.path}: {told}; start it as the socket's server"
+                f"no vhost-user back-end at {self.path}: {reason}; start it as the server of that socket"
             ) from None
         self._socket.setblocking(False)
 
@@ -50,7 +50,7 @@ class Channel:
 
     @property
     def credentials(self) -> Credentials:
-        """Of the process that made the listening socket: mostly the back-end itself."""
+        """Of the process that made the listening socket, usually the back-end itself."""
         return peer_credentials(self._socket)
 
     def pidfd(self) -> int:
@@ -62,7 +62,7 @@ class Channel:
 
     @property
     def hung_up(self) -> bool:
-        """Has the back-end closed the connection? Never waits."""
+        """Whether the back-end has closed the connection. Never waits."""
         try:
             return self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
         except BlockingIOError:
@@ -71,15 +71,15 @@ class Channel:
             return True
 
     def ask(self, question: Question) -> Frame | None:
-        """Send, and give the answer's frame, if there is one; its descriptors are the caller's.
+        """Send a question and return the answer's frame, or None without an answer. The caller owns its descriptors.
 
-        Raises BackEndGone (it hung up), BackEndTimeout, VhostUserError (no frame).
+        Raises BackEndGone (it hung up), BackEndTimeout, VhostUserError (malformed frame).
         """
         self.send(question)
         return self.receive(question.request.name) if question.answered else None
 
     def send(self, question: Question) -> None:
-        """Header, payload and descriptors in one message, as the specification wants."""
+        """Send header, payload and descriptors in one message, as the specification demands."""
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", question.fds))] if question.fds else []
         data, deadline = memoryview(question.data), Deadline(self.timeout)
         while data:
@@ -93,7 +93,7 @@ class Channel:
             data, rights = data[sent:], []
 
     def receive(self, what: str, timeout: float | None = None) -> Frame:
-        """The next frame. ``what`` is being waited for, in words for people."""
+        """The next frame. ``what`` names it in error messages."""
         deadline = Deadline(self.timeout if timeout is None else timeout)
         while True:
             try:
@@ -146,12 +146,13 @@ def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> tuple[int, ...]:
 
 
 def close_frame(frame: Frame | None) -> None:
-    """Close what came with a frame that is not kept."""
+    """Close the descriptors of a frame that is not used."""
     if frame is not None:
         close_all(frame.fds)
 
 
-def somebody_listens(path: str) -> bool:
-    """Looked up, not tried: a connection would be taken for a front-end."""
+def is_listening(path: str) -> bool:
+    """Whether a process listens at ``path``. Read from /proc, because the back-end would take a connection for a
+    front-end."""
     with open("/proc/net/unix", encoding="utf-8", errors="replace") as lines:
         return any(line.rstrip("\n").endswith(" " + path) and " 00010000 " in line for line in lines)

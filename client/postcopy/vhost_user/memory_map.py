@@ -1,10 +1,9 @@
-"""Where a back-end has our blocks. Its own word is not enough.
+"""Where a back-end has mapped our blocks, read from the kernel.
 
 libvhost-user up to at least 10.2 answers SET_MEM_TABLE with *our* addresses (it fills in a copy and sends the
-original), so its mappings are found by the memory's inode in /proc/PID/maps. Which mapping belongs to which region
-need not be guessed: every new mapping of a block is announced with the offset that the kernel gives for it, all of it,
-and it is only asked that the regions are covered. DPDK and fixed libraries say the truth; it is compared
-with the same maps.
+original). So its mappings are found by the memory's inode in /proc/PID/maps. Every new mapping of a block is announced
+in full, with the offset that the kernel shows, so no mapping has to be matched with a region; the regions must only be
+covered. DPDK and fixed libraries report true addresses, which are compared with the same maps.
 """
 
 from __future__ import annotations
@@ -40,37 +39,37 @@ def find_mappings(
         if at.file not in files or (at.start, at.end, at.offset) in old:
             continue
         block, length = files[at.file]
-        inside = min(at.end - at.start, length - at.offset)  # some round the length up to huge pages
+        inside = min(at.end - at.start, length - at.offset)  # some back-ends round the length up to huge pages
         if inside > 0:
             found.append(Placed(block, at.start, inside, at.offset))
     for block, region in regions:
         if not any(holds(at, block, region) for at in found):
             raise VhostUserError(
                 "addresses",
-                f"the region at guest address {region.guest:#x} is mapped nowhere in the back-end's process: was its "
-                "socket made by another process (socket activation, a daemon that forks)? Then name its pid (--pid)",
+                f"the region at guest address {region.guest:#x} is not mapped in the back-end's process: if another "
+                "process made its socket (socket activation, a daemon that forks), name its pid with --pid",
             )
     return tuple(found)
 
 
 def holds(at: Placed, block: int, region: MemoryRegion) -> bool:
-    """Does this mapping show all of the region?"""
+    """Whether this mapping contains all of the region."""
     return at.block == block and at.offset <= region.offset and region.offset + region.size <= at.offset + at.length
 
 
-def compare(found: Sequence[Placed], regions: Sequence[tuple[int, MemoryRegion]], said: Sequence[int]) -> None:
-    """Raises VhostUserError where the back-end's word and its maps differ."""
-    for (block, region), address in zip(regions, said, strict=True):
+def check_claims(found: Sequence[Placed], regions: Sequence[tuple[int, MemoryRegion]], claimed: Sequence[int]) -> None:
+    """Compare the addresses that the back-end reported with its maps. Raises VhostUserError where they differ."""
+    for (block, region), address in zip(regions, claimed, strict=True):
         if not any(holds(at, block, region) and address - at.address == region.offset - at.offset for at in found):
             raise VhostUserError(
                 "addresses",
-                f"the back-end says that the region at guest address {region.guest:#x} is at {address:#x}: not so",
+                f"the back-end reports the region at guest address {region.guest:#x} at {address:#x}, which is wrong",
             )
 
 
-def believe(regions: Sequence[tuple[int, MemoryRegion]], said: Sequence[int]) -> tuple[Placed, ...]:
-    """The back-end's own word, where its maps cannot be read."""
+def placed_as_claimed(regions: Sequence[tuple[int, MemoryRegion]], claimed: Sequence[int]) -> tuple[Placed, ...]:
+    """The addresses that the back-end reported, where its maps cannot be read."""
     return tuple(
         Placed(block, address, region.size, region.offset)
-        for (block, region), address in zip(regions, said, strict=True)
+        for (block, region), address in zip(regions, claimed, strict=True)
     )

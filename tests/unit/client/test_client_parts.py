@@ -9,7 +9,7 @@ import threading
 import time
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pytest
 from hypothesis import given
@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 
 from postcopy.block import Block
 from postcopy.commands.demo import default_file
-from postcopy.commands.memory import compare, first_difference, pieces
-from postcopy.crowd import Member
+from postcopy.commands.verify import compare, first_difference, pieces
 from postcopy.deadline import Deadline
 from postcopy.errors import PageLost, PageTimeout, PostcopyError
-from postcopy.filling import STEP, Job, Prefetcher, fill
+from postcopy.load.client_group import ClientProcess
 from postcopy.load.patterns import PATTERNS, Place, order
+from postcopy.populate import STEP, PopulateJob, Prefetcher, wait_for
 from postcopy.supervisor import _options
 
 PAGE = 4096
@@ -54,7 +54,7 @@ def test_a_deadline_that_makes_no_sense(seconds: float) -> None:
         Deadline(seconds)
 
 
-# --- filling ----------------------------------------------------------------------------------------------------------
+# --- populate ---------------------------------------------------------------------------------------------------------
 
 
 class FakeMemory:
@@ -80,7 +80,7 @@ class FakeMemory:
 
 def test_a_fill_goes_in_steps() -> None:
     memory = FakeMemory()
-    fill(Job(memory, PAGE, 3 * STEP), Deadline(10))
+    wait_for(PopulateJob(memory, PAGE, 3 * STEP), Deadline(10))
     assert memory.asked == [(PAGE, STEP), (PAGE + STEP, STEP), (PAGE + 2 * STEP, STEP - PAGE)]
 
 
@@ -88,24 +88,24 @@ def test_a_fill_goes_in_steps() -> None:
 def test_a_poisoned_page_is_found_in_its_step(code: int) -> None:
     place = STEP + 5 * PAGE
     with pytest.raises(PageLost) as caught:
-        fill(Job(FakeMemory({place: code}), 0, 2 * STEP), Deadline(10))
+        wait_for(PopulateJob(FakeMemory({place: code}), 0, 2 * STEP), Deadline(10))
     assert caught.value.offset == place
 
 
 def test_other_errors_are_what_they_are() -> None:
     with pytest.raises(OSError, match="ram0") as caught:
-        fill(Job(FakeMemory({0: errno.ENOMEM}), 0, PAGE), Deadline(10))
+        wait_for(PopulateJob(FakeMemory({0: errno.ENOMEM}), 0, PAGE), Deadline(10))
     assert caught.value.errno == errno.ENOMEM
     with pytest.raises(ValueError, match="closed"):
-        fill(Job(FakeMemory({0: None}), 0, PAGE), Deadline(10))
+        wait_for(PopulateJob(FakeMemory({0: None}), 0, PAGE), Deadline(10))
 
 
 def test_a_fill_that_is_given_up_stops_at_the_next_step() -> None:
     gate = threading.Event()
     memory = FakeMemory(gate=gate)
-    job = Job(memory, 0, 10 * STEP)
+    job = PopulateJob(memory, 0, 10 * STEP)
     with pytest.raises(PageTimeout):
-        fill(job, Deadline(0.05))
+        wait_for(job, Deadline(0.05))
     gate.set()
     assert job.finished.wait(10)
     assert len(memory.asked) == 1
@@ -113,9 +113,9 @@ def test_a_fill_that_is_given_up_stops_at_the_next_step() -> None:
 
 def test_prefetches_run_one_after_the_other_in_one_thread_and_swallow_errors() -> None:
     prefetcher = Prefetcher()
-    bad, good = Job(FakeMemory({0: 133}), 0, PAGE), Job(FakeMemory(), 0, PAGE)
-    prefetcher.ask(bad)
-    prefetcher.ask(good)
+    bad, good = PopulateJob(FakeMemory({0: 133}), 0, PAGE), PopulateJob(FakeMemory(), 0, PAGE)
+    prefetcher.submit(bad)
+    prefetcher.submit(good)
     assert good.finished.wait(10)
     assert isinstance(bad.error, PageLost)
     assert good.error is None
@@ -218,7 +218,7 @@ def test_what_the_patterns_are_named_for() -> None:
 
 
 def test_messages_of_a_client_may_come_in_pieces() -> None:
-    member = Member(0, "private", cast(Any, None))
+    member = ClientProcess(0, "private", 1, -1, -1, -1)
     assert list(member.take(b'{"touches"')) == []
     assert list(member.take(b': 5}\nnoise\n{"a": 1}\n{')) == [{"touches": 5}, {"a": 1}]
 

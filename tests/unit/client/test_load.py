@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 import postcopy.load
 from postcopy.errors import BadInput, PostcopyError
-from postcopy.load import pages, truth, watch
-from postcopy.load.findings import fairness, findings
+from postcopy.load import expected, report, watch
 from postcopy.load.recorder import FIRST_WIDTH, MOST_BINS, Recorder, merged, together
+from postcopy.load.results import fairness, results_of
 from postcopy_protocol import counters
 
 MS = 1_000_000
@@ -34,8 +34,8 @@ def test_an_open_loop_counts_the_touches_that_had_to_wait() -> None:
     for number in range(1, 100):
         begun = 1000 * MS + number
         record.touch(begun, begun + 1000, number * 10 * MS, first=True, missing=False)
-    told = record.told()
-    assert counters.percentile(told["words"], 50) < 10
+    told = record.document()
+    assert counters.percentile(told["latency"], 50) < 10
     assert counters.percentile(told["response"], 50) > 400_000
     assert counters.count(told["faults"]) == 1
 
@@ -43,8 +43,8 @@ def test_an_open_loop_counts_the_touches_that_had_to_wait() -> None:
 def test_a_closed_loop_has_no_response() -> None:
     record = Recorder(0)
     record.touch(5, 10, 5, first=False, missing=False)
-    told = record.told()
-    assert (told["touches"], told["response"], counters.count(told["words"])) == (1, None, 0)
+    told = record.document()
+    assert (told["touches"], told["response"], counters.count(told["latency"])) == (1, None, 0)
 
 
 @given(st.lists(st.integers(0, 10 * MOST_BINS * FIRST_WIDTH), max_size=200))
@@ -55,7 +55,7 @@ def test_the_timeline_forgets_no_touch(instants: list[int]) -> None:
     for number in range(3 * MOST_BINS):  # enough to make one of them wider
         records[1].touch(number * FIRST_WIDTH, number * FIRST_WIDTH, 0, first=False, missing=False)
     assert len(records[1].bins) <= MOST_BINS
-    whole = together([record.told() for record in records])
+    whole = together([record.document() for record in records])
     width, bins = merged([whole])
     assert width == max(record.width for record in records)
     assert sum(row[0] for row in bins.values()) == whole["touches"] == len(instants) + 3 * MOST_BINS
@@ -68,32 +68,30 @@ def test_fairness_is_one_where_everybody_gets_the_same() -> None:
     assert fairness([]) == 1.0
 
 
-# --- the truth --------------------------------------------------------------------------------------------------------
+# --- expected ---------------------------------------------------------------------------------------------------------
 
 
-def test_truth_of_a_file_of_zeros_and_of_a_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expected_contents_of_a_file_of_zeros_and_of_a_handler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_bytes(b"abcdef")
     (tmp_path / "load_rule.py").write_text("def make(at, n): return None if at else bytes([7] * n)\n")
     monkeypatch.chdir(tmp_path)
-    assert truth.parse(str(tmp_path / "file"))(2, 3) == b"cde"
-    assert truth.parse("zeros")(5, 2) == b"\0\0"
+    assert expected.parse(str(tmp_path / "file"))(2, 3) == b"cde"
+    assert expected.parse("zeros")(5, 2) == b"\0\0"
     gc.collect()
-    rule = truth.parse("handler:load_rule:make?size=1G")
+    rule = expected.parse("handler:load_rule:make?size=1G")
     assert (rule(0, 2), rule(8, 2)) == (b"\7\7", b"\0\0")
-    assert truth.size_of(str(tmp_path / "file")) == 6
-    assert truth.size_of("zeros") is None
+    assert expected.size_of(str(tmp_path / "file")) == 6
+    assert expected.size_of("zeros") is None
     for wrong in ("handler:load_rule", "handler:no_such:make", "handler:load_rule:no_such"):
         with pytest.raises(BadInput):
-            truth.parse(wrong)
+            expected.parse(wrong)
 
 
 # --- the watch --------------------------------------------------------------------------------------------------------
 
 
-def crowd_of(count: int) -> Any:
-    return SimpleNamespace(
-        members=[SimpleNamespace(index=n, process=SimpleNamespace(pid=100 + n)) for n in range(count)]
-    )
+def group_of(count: int) -> Any:
+    return SimpleNamespace(clients=[SimpleNamespace(index=n, pid=100 + n) for n in range(count)])
 
 
 def control_of(count: int) -> Any:
@@ -106,54 +104,53 @@ def test_workers_are_killed_in_turns_and_never_into_quarantine(monkeypatch: pyte
     monkeypatch.setattr(watch, "kill_a_worker", lambda control, client: client["worker_pid"])
     now = 0.0
     monkeypatch.setattr(watch.Watch, "now", property(lambda self: now))
-    seen = watch.Watch(control_of(3), crowd_of(3), "b", 0, 0.1, 1)
+    seen = watch.Watch(control_of(3), group_of(3), "b", 0, 0.1, 1)
     for step in range(400):
         now = step / 10
-        assert seen.look() > 0
+        assert seen.step() > 0
     victims = [kill["client"] for kill in seen.kills]
     assert sorted(victims[:3]) == sorted(victims[3:6]) == [0, 1, 2]
     assert len(victims) == 3 * watch.FORGIVEN
     assert seen.residency[0][1] == 0.25
     now += watch.MINUTE
-    seen.look()
+    seen.step()
     assert len(seen.kills) == 3 * watch.FORGIVEN + 1
 
 
 def test_a_supervisor_that_dies_is_told_and_not_asked_again() -> None:
     def dead() -> dict[str, Any]:
-        raise PostcopyError("nobody there")
+        raise PostcopyError("no supervisor")
 
-    seen = watch.Watch(cast(Any, SimpleNamespace(status=dead)), crowd_of(1), "b", time.monotonic_ns(), 0, 1)
-    assert seen.look() > 0
-    assert seen.look() == watch.LONGEST
-    assert seen.trouble == "nobody there"
+    seen = watch.Watch(cast(Any, SimpleNamespace(status=dead)), group_of(1), "b", time.monotonic_ns(), 0, 1)
+    assert seen.step() > 0
+    assert seen.step() == watch.LONGEST
+    assert seen.trouble == "no supervisor"
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
 def found_by(clients: int, touches: int, **more: Any) -> dict[str, Any]:
-    """Findings of ``clients`` clients of ``touches`` touches each, made by the recorder itself."""
-    members = []
+    """Results of ``clients`` clients of ``touches`` touches each, made by the recorder itself."""
+    clients_done = []
     for index in range(clients):
         record = Recorder(0, open_loop=True)
         for number in range(touches):
             begun = number * 50_000
             taken = 90_000 + index * 100 if number % 50 == 0 else 500
             record.touch(begun, begun + taken, begun, first=number % 2 == 0, missing=number % 50 == 0)
-        result = {**together([record.told()]), "compared": 1, "wrong": 0, "first_wrong": None, "seconds": 1.0}
+        result = {**together([record.document()]), "compared": 1, "wrong": 0, "first_wrong": None, "seconds": 1.0}
         result["first_touches"] = touches // 2
-        process = SimpleNamespace(pid=100 + index)
-        members.append(
-            SimpleNamespace(index=index, mode="private", state="done", touches=touches, result=result, process=process)
+        clients_done.append(
+            SimpleNamespace(index=index, mode="private", state="done", touches=touches, result=result, pid=100 + index)
         )
-    crowd: Any = SimpleNamespace(members=members, failures=list)
-    seen = watch.Watch(control_of(clients), crowd, "b", time.monotonic_ns(), 0, 1)
+    group: Any = SimpleNamespace(clients=clients_done, failures=list)
+    seen = watch.Watch(control_of(clients), group, "b", time.monotonic_ns(), 0, 1)
     seen.sample()
     seen.kills.append({"at": 0.01, "client": 0, "worker_pid": 5})
     asked = {"touches": touches, "seconds": 0.0, "rate": 10.0, "think": 0.0, "ramp": 1.0, "threads": 2}
     asked |= {"writes": 0.5, "kill_workers": 1.0}
-    found = {**findings(crowd, seen, 1.0), "asked": asked, "size": 1 << 20, "pattern": "zipf", "mode": "mixed"}
+    found = {**results_of(group, seen, 1.0), "asked": asked, "size": 1 << 20, "pattern": "zipf", "mode": "mixed"}
     return {**found, "block": "<b>", "verified": True, **more}
 
 
@@ -169,7 +166,7 @@ def fonts() -> None:
 @pytest.mark.usefixtures("fonts")
 def test_a_page_of_its_own(tmp_path: Path) -> None:
     target = tmp_path / "load.html"
-    pages.writer(str(target), ["load", "--report", "<x>"])(found_by(2, 3000))
+    report.ReportWriter(str(target), ["load", "--report", "<x>"]).write(found_by(2, 3000))
     text = target.read_text("utf-8")
     assert text.count("<svg") == 6
     assert "<b>" not in text.replace("&lt;b&gt;", "")
@@ -180,25 +177,36 @@ def test_a_page_of_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("fonts")
 def test_a_text_with_its_picture(tmp_path: Path) -> None:
-    pages.writer(str(tmp_path / "load.md"), ["load"])(found_by(2, 3000, wrong=3))
+    report.ReportWriter(str(tmp_path / "load.md"), ["load"]).write(found_by(2, 3000, wrong=3))
     text = (tmp_path / "load.md").read_text("utf-8")
     assert "**Failed.** 3 bytes were not what they should be" in text
-    assert "![plots](load.png)" in text
-    assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG")
+    assert "![plots](load-plots.png)" in text
+    assert (tmp_path / "load-plots.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("path", ["/tmp/load.pdf", "/tmp/load", "/no/such/place/load.html"])
 def test_a_report_that_cannot_be_is_known_before_the_test_runs(path: str) -> None:
     with pytest.raises(BadInput):
-        pages.writer(path, [])
+        report.ReportWriter(path, [])
 
 
 def test_without_matplotlib_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "postcopy.load.plots", None)
     monkeypatch.delattr(postcopy.load, "plots", raising=False)  # another test may have imported it
     with pytest.raises(PostcopyError, match=r"postcopy\[report\]"):
-        pages.writer("/tmp/load.html", [])
+        report.ReportWriter("/tmp/load.html", [])
 
 
 def test_latencies_in_the_unit_that_people_choose() -> None:
-    assert [pages.human(us) for us in (0.5, 999.0, 1500.0, 2_500_000.0)] == ["0.5 us", "999.0 us", "1.50 ms", "2.50 s"]
+    assert [report.human(us) for us in (0.5, 999.0, 1500.0, 2_500_000.0)] == ["0.5 us", "999.0 us", "1.50 ms", "2.50 s"]
+
+
+@pytest.mark.usefixtures("fonts")
+def test_plots_overwrite_only_those_of_the_earlier_report(tmp_path: Path) -> None:
+    (tmp_path / "load.png").write_bytes(b"a photograph")
+    for _ in range(2):  # the second report of that name replaces the first
+        report.ReportWriter(str(tmp_path / "load.md"), ["load"]).write(found_by(1, 3000))
+    assert (tmp_path / "load.png").read_bytes() == b"a photograph"
+    (tmp_path / "x-plots.png").write_bytes(b"a photograph")
+    with pytest.raises(PostcopyError, match=r"x-plots\.png, which is not of an earlier report"):
+        report.ReportWriter(str(tmp_path / "x.md"), ["load"])

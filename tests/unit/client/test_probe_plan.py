@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from postcopy.vhost_user import blk
 from postcopy.vhost_user.probe.load import Load
-from postcopy.vhost_user.probe.plan import PAGE, Plan, Wishes
+from postcopy.vhost_user.probe.plan import PAGE, Plan, PlanSettings
 from postcopy.vhost_user.probe.report import BROKEN, RULES, Report
 from postcopy.vhost_user.probe.settings import Settings
-from postcopy.vhost_user.rings import Piece, Ring, chain
+from postcopy.vhost_user.virtqueue import Piece, Ring, chain
 from postcopy_protocol.vhost_user import VhostUserError
 
 sizes = st.tuples(st.integers(1, 200), st.integers(1, 4), st.integers(1, 64))
@@ -28,7 +28,7 @@ sizes = st.tuples(st.integers(1, 200), st.integers(1, 4), st.integers(1, 64))
 @given(sizes, st.integers(1024, 9000), st.booleans(), st.integers(0, 9))
 def test_no_two_requests_share_a_page(sizes: tuple[int, int, int], sectors: int, writes: bool, seed: int) -> None:
     requests, queues, depth = sizes
-    plan = Plan(Wishes(requests, queues, depth, sectors, writes, True, seed))
+    plan = Plan(PlanSettings(requests, queues, depth, sectors, writes, True, seed))
     pages = [page for request in plan.requests for page in request.touched()]
     assert sorted(pages) == list(range(3 * queues, plan.pages))
     for request in plan.requests:
@@ -40,7 +40,7 @@ def test_no_two_requests_share_a_page(sizes: tuple[int, int, int], sectors: int,
 
 
 def test_the_file_of_a_plan(tmp_path: Path) -> None:
-    plan = Plan(Wishes(20, 2, 4, 4096, True, True, 3))
+    plan = Plan(PlanSettings(20, 2, 4, 4096, True, True, 3))
     plan.write(str(tmp_path / "guest"))
     memory = (tmp_path / "guest").read_bytes()
     assert len(memory) == plan.pages * PAGE
@@ -96,9 +96,9 @@ def test_the_index_of_a_ring_is_written_by_one_store() -> None:
 def test_an_answer_that_nobody_asked_for() -> None:
     """A back-end that puts any number into the used ring is told so."""
     rings: Any = SimpleNamespace(rings=[None], free=lambda *_: (), wait=lambda _: [(0, 3), (0, 77)])
-    plan = Plan(Wishes(1, 1, 1, 1024, False, False))
+    plan = Plan(PlanSettings(1, 1, 1, 1024, False, False))
     load = Load(Settings("s"), plan, rings, lambda request: None, None)
-    with pytest.raises(VhostUserError, match="slot 77, where nothing is") as caught:
+    with pytest.raises(VhostUserError, match="slot 77, which has no request") as caught:
         load.drive([], {(0, 3): plan.requests[0]})
     assert caught.value.rule == "requests" and load.done == plan.requests[:1]
 

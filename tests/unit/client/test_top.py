@@ -121,7 +121,7 @@ def test_everything_is_there_whatever_the_size(size: tuple[int, int]) -> None:
         assert "ram0" in line(app, "#map") and "30.0%" in line(app, "#map")
         assert "tcp://there:7000" in line(app, "#sources")
         assert line(app, "#events").index("worker 29") < line(app, "#events").index("worker 28")
-        assert len(app.people.rows) == 64
+        assert len(app.client_list.rows) == 64
         assert max(len(row) for row in line(app, "#map").splitlines()) <= size[0]
 
     on_screen(act, size=size)
@@ -130,16 +130,16 @@ def test_everything_is_there_whatever_the_size(size: tuple[int, int]) -> None:
 def test_keys_sort_turn_and_filter() -> None:
     async def act(app: Top, pilot: Pilot[None]) -> None:
         def first() -> str:
-            return str(app.people.rows[0].number)
+            return str(app.client_list.rows[0].number)
 
         await pilot.press("s", "s")  # from faults a second over pages a second to p50
         assert first() == "64"
         await pilot.press("r")
         assert first() == "1"
         await pilot.press("slash", *"python-33", "enter")
-        assert len(app.people.rows) == 1 and first() == "33"
+        assert len(app.client_list.rows) == 1 and first() == "33"
         await pilot.press("escape")
-        assert len(app.people.rows) == 64
+        assert len(app.client_list.rows) == 64
         assert not app.query_one("#filter", Input).has_class("shown")
 
     on_screen(act)
@@ -148,11 +148,11 @@ def test_keys_sort_turn_and_filter() -> None:
 def test_a_client_is_looked_into_and_what_is_chosen_stays_chosen() -> None:
     async def act(app: Top, pilot: Pilot[None]) -> None:
         await pilot.press("down", "down", "down")
-        chosen = app.people.chosen
+        chosen = app.client_list.chosen
         await app.look()
-        assert app.people.chosen == chosen
+        assert app.client_list.chosen == chosen
         await pilot.press("r")
-        assert app.people.chosen == chosen
+        assert app.client_list.chosen == chosen
         await pilot.press("enter")
         told = str(app.screen.query_one("#told", Static).render())
         assert f"python-{chosen}" in told and "worker_pid" in told
@@ -174,8 +174,8 @@ def test_control_c_leaves() -> None:
 
 def test_the_smallest_usual_terminal_shows_all_columns_and_all_of_the_help() -> None:
     async def act(app: Top, pilot: Pilot[None]) -> None:
-        assert app.people.show_vertical_scrollbar and not app.people.show_horizontal_scrollbar
-        assert app.people.render_line(0).text.rstrip().endswith("deaths")
+        assert app.client_list.show_vertical_scrollbar and not app.client_list.show_horizontal_scrollbar
+        assert app.client_list.render_line(0).text.rstrip().endswith("deaths")
         await pilot.press("question_mark")
         await pilot.pause()
         box = app.screen.query_one(VerticalScroll)
@@ -185,7 +185,7 @@ def test_the_smallest_usual_terminal_shows_all_columns_and_all_of_the_help() -> 
         await pilot.press("escape")
         await pilot.resize_terminal(80, 24)
         await pilot.pause()
-        assert not app.people.show_horizontal_scrollbar
+        assert not app.client_list.show_horizontal_scrollbar
 
     on_screen(act)
 

@@ -1,9 +1,9 @@
-"""What a probe will do, decided before it begins: guest memory, requests, and which pages must fault.
+"""The plan of a probe: guest memory, requests, and the pages that must fault.
 
-Guest memory is one file: for each queue three pages of ring (descriptors, available, used), then for each request a
-page with header, status and indirect table, and its pages of data. The first requests of every queue are on the ring
-before anybody maps it, so a back-end finds rings, headers and buffers in missing pages, and every request later uses
-pages that nobody has touched. So the pages that must have come are known exactly.
+Guest memory is one file. Each queue has three pages of ring (descriptors, available, used). Each request has a page
+with header, status and indirect table, and its pages of data. The first requests of every queue are on the ring before
+the back-end maps it, so it finds rings, headers and buffers in missing pages. Every later request uses untouched pages.
+So the set of pages that must arrive is known exactly.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from .. import blk
-from ..rings import Piece, Ring, chain
+from ..virtqueue import Piece, Ring, chain
 
 PAGE = 4096
 RING_SIZE = 256
@@ -62,13 +62,13 @@ class Planned:
         return range(self.page, self.page + 1 + self.pages)
 
     def pattern(self) -> bytes:
-        """What a write writes: every page is told from every other."""
+        """What a write writes: every page is different."""
         return b"".join((self.number * 8 + n).to_bytes(8, "little") * (PAGE // 8) for n in range(self.pages))
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
-    """What the probe is to do. ``sectors`` are the device's; writes go to its upper half and only if wished."""
+class PlanSettings:
+    """``sectors`` are the device's; with ``writes`` its upper half is overwritten."""
 
     requests: int
     queues: int
@@ -78,36 +78,36 @@ class Wishes:
     indirect: bool
     seed: int = 1
     after: int = 32
-    """Requests once post-copy has ended."""
+    """Requests after the end of post-copy."""
 
 
 class Plan:
     """All requests, in order, and the file that is the guest's memory."""
 
-    def __init__(self, wishes: Wishes) -> None:
-        self.wishes = wishes
-        self._random = random.Random(wishes.seed)
-        page = wishes.queues * RING_PAGES
+    def __init__(self, settings: PlanSettings) -> None:
+        self.settings = settings
+        self._random = random.Random(settings.seed)
+        page = settings.queues * RING_PAGES
         self.requests: list[Planned] = []
-        for number in range(wishes.requests + wishes.after):
+        for number in range(settings.requests + settings.after):
             planned = self._request(number, page)
             self.requests.append(planned)
             page += 1 + planned.pages
         self.pages = page
 
     def _request(self, number: int, page: int) -> Planned:
-        wishes, chance = self.wishes, self._random.random()
-        kind = blk.GET_ID if chance < 0.05 else blk.WRITE if wishes.writes and chance < 0.25 else blk.READ
+        settings, chance = self.settings, self._random.random()
+        kind = blk.GET_ID if chance < 0.05 else blk.WRITE if settings.writes and chance < 0.25 else blk.READ
         pages = 1 if kind == blk.GET_ID else self._random.randint(1, MOST_DATA_PAGES)
-        low, high = (wishes.sectors // 2, wishes.sectors) if kind == blk.WRITE else (0, wishes.sectors // 2)
-        if not wishes.writes:
-            low, high = 0, wishes.sectors
+        low, high = (settings.sectors // 2, settings.sectors) if kind == blk.WRITE else (0, settings.sectors // 2)
+        if not settings.writes:
+            low, high = 0, settings.sectors
         sector = 0 if kind == blk.GET_ID else self._random.randrange(low, high - pages * 8 + 1)
-        if kind == blk.WRITE:  # writes must not overlap, or the last one decides
+        if kind == blk.WRITE:  # writes must not overlap, because the order of overlapping writes is undefined
             room = (high - low) // (MOST_DATA_PAGES * 8)
             sector = low + number % room * MOST_DATA_PAGES * 8
-        indirect = wishes.indirect and self._random.random() < 0.25
-        return Planned(number, number % wishes.queues, kind, sector, page, pages, indirect)
+        indirect = settings.indirect and self._random.random() < 0.25
+        return Planned(number, number % settings.queues, kind, sector, page, pages, indirect)
 
     def ring_offsets(self, queue: int) -> tuple[int, int, int]:
         """Descriptors, available, used."""
@@ -118,25 +118,25 @@ class Plan:
         return Ring(memory, RING_SIZE, *self.ring_offsets(queue))
 
     def of_queue(self, queue: int) -> Iterator[Planned]:
-        return (request for request in self.requests[: self.wishes.requests] if request.queue == queue)
+        return (request for request in self.requests[: self.settings.requests] if request.queue == queue)
 
     def first(self, queue: int) -> list[Planned]:
-        """Those that stand on the ring before it is mapped."""
-        return [request for _, request in zip(range(self.wishes.depth), self.of_queue(queue), strict=False)]
+        """The requests that are on the ring before it is mapped."""
+        return [request for _, request in zip(range(self.settings.depth), self.of_queue(queue), strict=False)]
 
     def expected(self, done: Iterable[Planned]) -> set[int]:
-        """The pages that must have come when these requests are done, and no others."""
-        found = set(range(self.wishes.queues * RING_PAGES))
+        """Exactly the pages that must be present when these requests are done."""
+        found = set(range(self.settings.queues * RING_PAGES))
         for request in done:
             found.update(request.touched())
         return found
 
     def write(self, path: str) -> None:
-        """Make the file."""
+        """Write the file of the guest memory."""
         with open(path, "wb") as file:
             file.truncate(self.pages * PAGE)
-            rings = bytearray(self.wishes.queues * RING_PAGES * PAGE)
-            for queue in range(self.wishes.queues):
+            rings = bytearray(self.settings.queues * RING_PAGES * PAGE)
+            for queue in range(self.settings.queues):
                 ring = self.ring(queue, memoryview(rings))
                 for slot, request in enumerate(self.first(queue)):
                     offer(ring, request, slot)

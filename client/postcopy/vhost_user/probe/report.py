@@ -1,4 +1,4 @@
-"""The rules that a probe looks at, what became of each, and the report for people and for programs."""
+"""The rules that a probe checks, their states, and the report as text and as JSON."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ RULES: Final[Mapping[str, str]] = {
     "userfaultfd": "ADVISE brings a userfaultfd past its handshake",
     "locked-memory": "does not lock all its memory",
     "table-reply": "LISTEN, then SET_MEM_TABLE is answered with the same regions",
-    "addresses": "tells where its memory is",
-    "populated": "touches nothing before it has registered",
+    "addresses": "reports where its memory is",
+    "populated": "touches no memory before it has registered it",
     "registered": "registers all its memory after our acknowledgement",
     "rings": "starts rings whose pages are missing",
     "requests": "every request is answered with status ok",
@@ -28,13 +28,13 @@ RULES: Final[Mapping[str, str]] = {
     "get-id": "GET_ID is answered",
     "indirect": "takes indirect descriptors in missing pages",
     "kernel-faults": "system calls of the back-end fault on missing pages too",
-    "pages": "exactly the pages of the rings and requests have come",
-    "restarts": "goes on when the program that resolves its faults is killed",
-    "delays": "goes on when its faults are resolved late",
+    "pages": "exactly the pages of the rings and requests have arrived",
+    "restarts": "continues when the worker that resolves its faults is killed",
+    "delays": "continues when its faults are resolved late",
     "end": "END is acknowledged",
     "quiet": "no fault after END",
-    "base": "a stopped ring says where it stood",
-    "lets-go": "lets go of the memory when the connection closes",
+    "base": "a stopped ring reports its position",
+    "lets-go": "unmaps the memory when the connection closes",
     "comes-back": "can be attached again",
 }
 
@@ -46,7 +46,7 @@ _OTHERS = {"process": "addresses", "rust-vmm-order": "table-reply"}
 
 @dataclass
 class Report:
-    """``figures`` are numbers of the run: for the JSON, and some of them for people."""
+    """States and details of the rules; ``figures`` are numbers of the run."""
 
     socket: str
     device: str
@@ -56,7 +56,7 @@ class Report:
     figures: dict[str, Any] = field(default_factory=dict)
 
     def hold(self, *rules: str, detail: str = "") -> None:
-        """These were looked at and are kept, unless they have been broken."""
+        """Mark rules as held, unless they have been broken."""
         for rule in rules:
             if self.states[rule] == NOT_APPLICABLE:
                 self.states[rule] = HELD
@@ -64,7 +64,7 @@ class Report:
                 self.details.setdefault(rule, detail)
 
     def break_(self, rule: str, detail: str) -> None:
-        """The first break of a rule is the one that is told."""
+        """Mark a rule as broken; the detail of the first break is kept."""
         if self.states[rule] != BROKEN:
             self.states[rule], self.details[rule] = BROKEN, detail
 
@@ -74,7 +74,7 @@ class Report:
             self.quirks.append(name)
 
     def judge(self, rule: str, kept: bool, detail: str) -> None:
-        """Held or broken, for the reason given."""
+        """Mark a rule as held, or as broken with ``detail``."""
         if kept:
             self.hold(rule)
         else:
@@ -86,7 +86,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """No rule is broken, and the one that stands for all of them was reached."""
+        """Whether no rule is broken, and the handshake reached its last rule."""
         return BROKEN not in self.states.values() and self.states["registered"] in (HELD, QUIRK)
 
     def document(self) -> dict[str, Any]:
@@ -99,17 +99,17 @@ class Report:
         return {**head, "rules": rules, **self.figures}
 
     def lines(self) -> list[str]:
-        """For people."""
+        """The report as text."""
         back_end = self.figures.get("back_end", {})
-        told = [f"{self.socket}: {back_end.get('program', 'unknown program')}, pid {back_end.get('pid', '?')}"]
-        told += [f"  {name}: {value}" for name, value in back_end.items() if name not in ("program", "pid")]
+        lines = [f"{self.socket}: {back_end.get('program', 'unknown program')}, pid {back_end.get('pid', '?')}"]
+        lines += [f"  {name}: {value}" for name, value in back_end.items() if name not in ("program", "pid")]
         width = max(map(len, RULES.values()))
         for rule, says in RULES.items():
             detail = f"  ({self.details[rule]})" if rule in self.details else ""
-            told.append(f"{self.states[rule]:>14}  {says:<{width}}{detail}".rstrip())
-        told += [f"{name}: {_flat(value)}" for name, value in self.figures.items() if name != "back_end"]
+            lines.append(f"{self.states[rule]:>14}  {says:<{width}}{detail}".rstrip())
+        lines += [f"{name}: {_flat(value)}" for name, value in self.figures.items() if name != "back_end"]
         quirks = f", with quirks: {', '.join(self.quirks)}" if self.quirks else ""
-        return [*told, f"verdict: {'passed' if self.passed else 'failed'}{quirks}"]
+        return [*lines, f"verdict: {'passed' if self.passed else 'failed'}{quirks}"]
 
 
 def _flat(value: Any) -> str:

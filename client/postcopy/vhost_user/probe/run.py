@@ -1,8 +1,8 @@
-"""The conformance and load test for back-ends: real requests on memory of which every page is missing.
+"""The conformance and load test for back-ends: real requests on memory whose pages are all missing.
 
-A supervisor of the probe's own serves the guest's memory, one page a fault. The probe is a native client of it beside
-the back-end, and touches only what the back-end has brought in; so the received map at the end is the list of the pages
-that the back-end has faulted on.
+The probe starts its own supervisor for the guest's memory, which places one page for each fault. The probe is also a
+native client, and touches only pages that the back-end has faulted on. So the received map at the end is the list of
+pages on which the back-end has faulted.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from ...errors import BackEndGone, BackEndTimeout, PostcopyError, VhostUserError
 from ...supervisor import Supervisor
 from .. import blk
 from ..back_end import BackEnd
+from .disturbances import Disturbances, client_record
+from .inspection import UNMAP_SECONDS, inspect_back_end, wait_until_listening
 from .load import Load, summary
 from .plan import Plan, Planned
 from .report import Report
 from .rings import BLOCK, Rings
-from .settings import LET_GO_SECONDS, Settings, look_ahead, settle
-from .trouble import Trouble, client_record
+from .settings import Settings
 
 __all__ = ["Settings", "probe"]
 
@@ -34,19 +35,21 @@ HANDSHAKE_RULES = (
 
 
 def probe(settings: Settings) -> Report:
-    """Probe one back-end. Raises BackEndGone when there is none, OSError for the disk; whatever the back-end does wrong
-    is in the report."""
+    """Probe one back-end. Raises BackEndGone when there is none, OSError for the disk. Broken rules are in the
+    report."""
     report = Report(settings.socket, settings.device)
     try:
-        wishes = look_ahead(settings, report)
+        plan_settings = inspect_back_end(settings, report)
         with ExitStack() as stack:
             place = stack.enter_context(tempfile.TemporaryDirectory(prefix="postcopy-probe-"))
-            plan = Plan(wishes)
+            plan = Plan(plan_settings)
             path = os.path.join(place, "guest")
             plan.write(path)
-            # Kills are ours: forgiven, and soon forgotten, so that a successor need not wait.
-            law = Supervisor({BLOCK: path}, fault_around="4K", restart_limit=settings.kills + 5, restart_interval=0.1)
-            supervisor = stack.enter_context(law)
+            # Our own kills must not lead to quarantine, nor delay the successor.
+            started = Supervisor(
+                {BLOCK: path}, fault_around="4K", restart_limit=settings.kills + 5, restart_interval=0.1
+            )
+            supervisor = stack.enter_context(started)
             Run(settings, plan, supervisor.runtime_dir, report).run(stack)
     except VhostUserError as error:
         report.blame(error)
@@ -77,11 +80,11 @@ class Run:
         self._end(back_end, rings)
         back_end.close()
         gone = not client_record(self.directory, back_end.side.client)
-        limit = time.monotonic() + LET_GO_SECONDS
+        limit = time.monotonic() + UNMAP_SECONDS
         while not gone and time.monotonic() < limit:
             time.sleep(0.05)
             gone = not client_record(self.directory, back_end.side.client)
-        self.report.judge("lets-go", gone, f"not within {LET_GO_SECONDS:.0f} s")
+        self.report.judge("lets-go", gone, f"not within {UNMAP_SECONDS:.0f} s")
         self._come_back()
 
     def _attach(self) -> BackEnd:
@@ -99,7 +102,7 @@ class Run:
         if "addresses-echoed" in back_end.quirks:
             self.report.quirk("addresses", "addresses-echoed", "sends our own addresses back, as libvhost-user does")
         if "open-before-registered" in back_end.quirks:
-            self.report.quirk("populated", "open-before-registered", "could: its memory is accessible before that")
+            self.report.quirk("populated", "open-before-registered", "possible: its memory is accessible before that")
         if "registration-unproven" in back_end.quirks:
             self.report.quirk("registered", "registration-unproven", "its smaps cannot be read from here")
         return back_end
@@ -107,27 +110,27 @@ class Run:
     # --- load ---------------------------------------------------------------------------------------------------------
 
     def _load(self, back_end: BackEnd, rings: Rings) -> None:
-        trouble = Trouble(self.settings, self.directory, back_end.side.client)
+        disturbances = Disturbances(self.settings, self.directory, back_end.side.client)
         begun = time.monotonic()
         try:
             rings.start()
             self.report.hold("rings")
-            load = Load(self.settings, self.plan, rings, self._judge, trouble)
-            load.drive(self.plan.requests[: self.plan.wishes.requests], rings.prepared)
+            load = Load(self.settings, self.plan, rings, self._judge, disturbances)
+            load.drive(self.plan.requests[: self.plan.settings.requests], rings.prepared)
         finally:
-            trouble.over()
+            disturbances.end()
         seconds = time.monotonic() - begun
         self.done = load.done
         self._judge_pages(back_end)
         self._judge_writes()
         record = client_record(self.directory, back_end.side.client)
-        self._judge_trouble(trouble, record)
+        self._judge_disturbances(disturbances, record)
         rate = round(len(self.done) / seconds, 1)
         self.report.figures["requests"] = {"done": len(self.done), "seconds": round(seconds, 3), "per_s": rate}
         self.report.figures["latency_us"] = summary(load.latencies)
 
     def _judge(self, request: Planned) -> None:
-        """An answered request: its pages must be there before we look into them."""
+        """Check an answered request. Its pages must be present before they are read."""
         report, marks = self.report, self.shared.mark
         if absent := [page for page in request.touched() if not marks(page)]:
             report.break_("pages", f"request {request.number} is answered, and its page {absent[0]} was never touched")
@@ -138,7 +141,7 @@ class Run:
             report.judge("indirect", status == 0, f"request {request.number}")
         data = bytes(self.memory[request.data_at : request.data_at + request.length])
         if request.kind == blk.GET_ID:
-            text = "".join(map(chr, filter(range(32, 127).__contains__, data)))  # it goes to a terminal
+            text = "".join(map(chr, filter(range(32, 127).__contains__, data)))  # it is shown on a terminal
             report.judge("get-id", status == 0, "refused")
             self.report.figures["back_end"].setdefault("id", text)
         elif request.kind == blk.READ and status == 0:
@@ -165,7 +168,7 @@ class Run:
         for request in self.done:
             if request.kind == blk.WRITE:
                 written.setdefault(request.sector, []).append(request)
-        for sector, requests in written.items():  # which of several was the last, nobody can know
+        for sector, requests in written.items():  # the order of several writes is unknown
             same = any(self._disk(request) == request.pattern() for request in requests)
             self.report.judge("writes", same, f"request {requests[-1].number} at sector {sector} differs")
 
@@ -181,16 +184,16 @@ class Run:
         what = f"{len(more)} that nothing asked for (first {more[:1]}), {len(less)} did not come (first {less[:1]})"
         self.report.judge("pages", found == expected, what)
 
-    def _judge_trouble(self, trouble: Trouble, record: dict[str, Any]) -> None:
-        if trouble.kills:
-            self.report.hold("restarts", detail=f"{trouble.kills} times")
-        if trouble.kills < self.settings.kills:
-            self.report.break_("restarts", f"only {trouble.kills} of {self.settings.kills} kills fitted in")
-        if trouble.delays:
-            self.report.hold("delays", detail=f"{trouble.delays} of {self.settings.delay:g} s")
+    def _judge_disturbances(self, disturbances: Disturbances, record: dict[str, Any]) -> None:
+        if disturbances.kills:
+            self.report.hold("restarts", detail=f"{disturbances.kills} times")
+        if disturbances.kills < self.settings.kills:
+            self.report.break_("restarts", f"only {disturbances.kills} of {self.settings.kills} kills happened")
+        if disturbances.delays:
+            self.report.hold("delays", detail=f"{disturbances.delays} of {self.settings.delay:g} s")
         self.report.figures["trouble"] = {
-            "kills": trouble.kills,
-            "delays": trouble.delays,
+            "kills": disturbances.kills,
+            "delays": disturbances.delays,
             "restarts": record.get("restarts", 0),
         }
 
@@ -202,24 +205,24 @@ class Run:
         limit = time.monotonic() + self.settings.timeout
         while not back_end.complete:
             if time.monotonic() > limit:
-                raise PostcopyError("the supervisor does not release a block that is whole")
+                raise PostcopyError("the supervisor does not release a complete block")
             time.sleep(0.01)
         before = client_record(self.directory, back_end.side.client).get("faults", 0)
         back_end.end()
         report.hold("end")
         if self.settings.device != "blk":
             return
-        after = self.plan.requests[self.plan.wishes.requests :]
+        after = self.plan.requests[self.plan.settings.requests :]
         Load(self.settings, self.plan, rings, self._judge, None).drive(after, {})
         faults = client_record(self.directory, back_end.side.client).get("faults", 0)
         report.judge("quiet", faults == before, f"{faults - before} faults after END")
         for queue, ring in enumerate(rings.rings):
             base = back_end.ask(back_end.talk.get_vring_base(queue))
             wanted = ring.next_available
-            report.judge("base", base == wanted, f"ring {queue} says {base}, it stood at {wanted}")
+            report.judge("base", base == wanted, f"ring {queue} reports {base} instead of {wanted}")
 
     def _come_back(self) -> None:
-        settle(self.settings.socket)
+        wait_until_listening(self.settings.socket)
         try:
             self._attach().close()
         except (VhostUserError, BackEndGone, BackEndTimeout) as error:

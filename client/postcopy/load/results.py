@@ -1,4 +1,4 @@
-"""What a load test has found, as one JSON document: the figures of ``postcopy load --json`` and of every report."""
+"""The results of a load test as one JSON document: the figures of ``postcopy load --json`` and of every report."""
 
 from __future__ import annotations
 
@@ -7,33 +7,34 @@ from typing import Any
 
 from postcopy_protocol import counters
 
-from ..crowd import Crowd, Member
 from . import recorder
+from .client_group import ClientGroup, ClientProcess
 from .watch import Watch
 
 PERCENTS = (50, 75, 90, 95, 99, 99.5, 99.9, 99.99, 99.999)
 COUNTED = ("faults", "placed", "placed_around", "deduplicated", "requests", "wakes", "restarts", "lost", "polluted")
 
 
-def findings(crowd: Crowd, watch: Watch, seconds: float) -> dict[str, Any]:
+def results_of(group: ClientGroup, watch: Watch, seconds: float) -> dict[str, Any]:
     """Latencies in microseconds, times in seconds since the start."""
-    done = [member.result for member in crowd.members if member.result]
-    words = counters.merge(result["words"] for result in done)
+    done = [client.result for client in group.clients if client.result]
+    latency = counters.merge(result["latency"] for result in done)
     faults = counters.merge(result["faults"] for result in done)
-    touches = sum(member.touches for member in crowd.members)
+    touches = sum(client.touches for client in group.clients)
     found = {
-        "clients": len(crowd.members),
+        "clients": len(group.clients),
         "touches": touches,
-        "first_touches": words[counters.FAULTS],
+        "first_touches": latency[counters.FAULTS],
         "faults": faults[counters.FAULTS],
+        "present": max(0, touches - faults[counters.FAULTS]),
         "seconds": round(seconds, 6),
         "touches_per_s": round(touches / seconds, 1),
         "compared": sum(result["compared"] for result in done),
         "wrong": sum(result["wrong"] for result in done),
         "missed": sum(result["missed"] for result in done),
-        "died": crowd.failures(),
-        "latency_us": counters.summary(words),
-        "percentiles_us": _percentiles(words),
+        "died": group.failures(),
+        "latency_us": counters.summary(latency),
+        "percentiles_us": _percentiles(latency),
         "fault_us": counters.summary(faults),
         "fault_percentiles_us": _percentiles(faults),
         "timeline": _timeline(done),
@@ -41,7 +42,7 @@ def findings(crowd: Crowd, watch: Watch, seconds: float) -> dict[str, Any]:
         "kills": watch.kills,
         "fairness": fairness([_rate(result) for result in done]),
         "supervisor": _supervisor(watch),
-        "each": [_each(member) for member in crowd.members],
+        "each": [_each(client) for client in group.clients],
     }
     if responses := [result["response"] for result in done if result.get("response")]:
         response = counters.merge(responses)
@@ -50,16 +51,16 @@ def findings(crowd: Crowd, watch: Watch, seconds: float) -> dict[str, Any]:
 
 
 def fairness(shares: Sequence[float]) -> float:
-    """Jain's index: 1.0 everybody got the same, 1/n one got everything; 1.0 for nobody at all."""
+    """Jain's index: 1.0 all shares are equal, 1/n one client has everything; 1.0 without clients."""
     squares = len(shares) * sum(share * share for share in shares)
     return round(sum(shares) ** 2 / squares, 4) if squares else 1.0
 
 
-def _percentiles(words: Sequence[int]) -> list[list[float]]:
-    """[percent, microseconds], as far as there are enough samples for the percentile to mean something."""
-    samples = counters.count(words)
+def _percentiles(histogram: Sequence[int]) -> list[list[float]]:
+    """[percent, microseconds], for percentiles with at least one sample above them."""
+    samples = counters.count(histogram)
     wanted = [percent for percent in PERCENTS if samples * (100 - percent) / 100 >= 1]
-    return [[percent, round(counters.percentile(words, percent), 1)] for percent in wanted]
+    return [[percent, round(counters.percentile(histogram, percent), 1)] for percent in wanted]
 
 
 def _timeline(done: list[dict[str, Any]]) -> dict[str, Any]:
@@ -82,19 +83,19 @@ def _rate(result: dict[str, Any]) -> float:
 
 
 def _supervisor(watch: Watch) -> dict[str, Any]:
-    """What the supervisor counted between the first look and the last, and why there was no later one."""
+    """What the supervisor counted between the first and the last status, and why there was no later status."""
     before, after = watch.first["totals"], watch.last["totals"]
     counted = {name: after[name] - before.get(name, 0) for name in COUNTED if name in after}
     return {**counted, "trouble": watch.trouble}
 
 
-def _each(member: Member) -> dict[str, Any]:
-    figures = {"pid": member.process.pid, "mode": member.mode, "state": member.state, "touches": member.touches}
-    if not member.result:
+def _each(client: ClientProcess) -> dict[str, Any]:
+    figures = {"pid": client.pid, "mode": client.mode, "state": client.state, "touches": client.touches}
+    if not client.result:
         return figures
     kept = ("touches", "first_touches", "compared", "wrong", "first_wrong", "missed", "seconds")
-    result = {key: member.result[key] for key in kept}
-    told = {"latency_us": counters.summary(member.result["words"])}
-    told["fault_us"] = counters.summary(member.result["faults"])
-    faults = member.result["faults"][counters.FAULTS]
-    return {**figures, **result, "faults": faults, "touches_per_s": round(_rate(member.result), 1), **told}
+    result = {key: client.result[key] for key in kept}
+    latencies = {"latency_us": counters.summary(client.result["latency"])}
+    latencies["fault_us"] = counters.summary(client.result["faults"])
+    faults = client.result["faults"][counters.FAULTS]
+    return {**figures, **result, "faults": faults, "touches_per_s": round(_rate(client.result), 1), **latencies}

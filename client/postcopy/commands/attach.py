@@ -1,4 +1,4 @@
-"""``postcopy attach vhost-user``: a back-end's memory is blocks of ours, until it hangs up or somebody says Ctrl-C."""
+"""``postcopy attach vhost-user``: give a back-end memory made of blocks, until it hangs up or until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -9,53 +9,63 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from postcopy_protocol.arguments import address
 from postcopy_protocol.sizes import format_size
 from postcopy_protocol.sources import parse_block_name
 
 from ..errors import BackEndGone, BadInput, NoSupervisor, PostcopyError
-from .options import RuntimeDir, Timeout, place
+from .options import RuntimeDir, Timeout
 
 if TYPE_CHECKING:
     from ..vhost_user import BackEnd, GuestMemory
 
 _REGION = re.compile(r"(?P<block>[^:@]+)(:(?P<offset>[^+@]+)\+(?P<size>[^@]+))?(@(?P<guest>.+))?")
-_LOOK_EVERY = 0.2
-_COME_BACK_EVERY = 0.1
+_CHECK_EVERY = 0.2
+_RETRY_EVERY = 0.1
 
 Blocks = Annotated[
     list[str],
     typer.Option("--block", metavar="NAME[:OFFSET+SIZE][@GUEST]", help="A region of guest memory; 1 to 8 of them."),
 ]
 Order = Annotated[
-    str, typer.Option("--order", metavar="standard|rust-vmm", help="Of the messages: rust-vmm wants the table first.")
+    str,
+    typer.Option(
+        "--order",
+        metavar="standard|rust-vmm",
+        help="Order of the messages; rust-vmm back-ends need the memory table first.",
+    ),
 ]
-Process = Annotated[int | None, typer.Option("--pid", help="The back-end's process, if it did not make the socket.")]
+Process = Annotated[
+    int | None, typer.Option("--pid", help="The back-end's process, if another process made the socket.")
+]
 
 
 def add_to(app: typer.Typer) -> None:
-    group = typer.Typer(help="Attach what is not a client by itself.", no_args_is_help=False)
+    group = typer.Typer(help="Make another program a client.", no_args_is_help=False)
     group.callback()(_attach)
     group.command("vhost-user")(attach_vhost_user)
     app.add_typer(group, name="attach")
 
 
 def _attach() -> None:
-    """Attach what is not a client by itself."""
+    """Make another program a client: its memory is blocks of the supervisor."""
 
 
 def attach_vhost_user(
     socket: Annotated[str, typer.Argument(metavar="SOCKET", help="Where the back-end listens.")],
     blocks: Blocks,
-    name: Annotated[str, typer.Option("--name", help="For the status [default: the socket's].")] = "",
+    name: Annotated[str, typer.Option("--name", help="Name in the status [default: the socket's].")] = "",
     pid: Process = None,
     order: Order = "standard",
-    reconnect: Annotated[bool, typer.Option("--reconnect", help="Wait for a back-end that went to come back.")] = False,
+    reconnect: Annotated[
+        bool, typer.Option("--reconnect", help="When the back-end ends, wait for the next one.")
+    ] = False,
     timeout: Timeout = 30.0,
     runtime_dir: RuntimeDir = None,
 ) -> None:
-    """Give a vhost-user back-end guest memory made of blocks; pages come when it touches them.
+    """Give a vhost-user back-end guest memory made of blocks; pages arrive when it touches them.
 
-    Ends post-copy when every page has come. Stays until the back-end hangs up (status 1) or Ctrl-C."""
+    Ends post-copy when every page has arrived. Runs until the back-end hangs up (status 1) or Ctrl-C."""
     from ..vhost_user import BackEnd
 
     memory = [parse_region(text) for text in blocks]
@@ -64,15 +74,15 @@ def attach_vhost_user(
     while True:
         try:
             with BackEnd(socket, memory, runtime_dir, pid=pid, name=name, timeout=timeout, order=order) as back_end:
-                _tell(back_end)
-                _stay(back_end)
+                _describe(back_end)
+                _serve(back_end)
         except ValueError as error:
             raise BadInput(str(error)) from None
         except BackEndGone as error:
             if not reconnect:
                 raise
             print(f"{error}; waiting for it", flush=True)
-            pid = None  # whoever comes is another process
+            pid = None  # the next back-end is another process
             _wait_for(socket)
 
 
@@ -86,22 +96,13 @@ def parse_region(text: str) -> GuestMemory:
     size = match["size"]
     return GuestMemory(
         parse_block_name(match["block"]),
-        _number(match["offset"] or "0"),
-        _number(size) if size else None,
-        _number(match["guest"]) if match["guest"] else None,
+        address(match["offset"] or "0"),
+        address(size) if size else None,
+        address(match["guest"]) if match["guest"] else None,
     )
 
 
-def _number(text: str) -> int:
-    if text.lower().startswith("0x"):
-        try:
-            return int(text, 16)
-        except ValueError:
-            raise BadInput(f"{text!r} is no hexadecimal number") from None
-    return place(text)
-
-
-def _tell(back_end: BackEnd) -> None:
+def _describe(back_end: BackEnd) -> None:
     print(f"attached {back_end.path} (pid {back_end.pid})")
     names = {block.number: block.name for block in back_end.blocks.values()}
     for number, region in back_end.regions:
@@ -111,41 +112,41 @@ def _tell(back_end: BackEnd) -> None:
     print(end="", flush=True)
 
 
-GONE = "the supervisor has gone without a word; its workers serve on"
+GONE = "the supervisor has died; its workers continue to serve"
 QUIRKS = {
-    "addresses-echoed": "the memory table came back with our addresses (libvhost-user); its maps told the true ones",
+    "addresses-echoed": "it returned our own addresses (libvhost-user); the true ones were read from its maps",
     "open-before-registered": "its memory is accessible before it is registered (DPDK): a touch then would be zeros",
-    "registration-unproven": "that its memory is registered could not be seen (its process may not be looked into)",
+    "registration-unproven": "no permission to read its smaps, so it is not proven that its memory is registered",
 }
 
 
-def _stay(back_end: BackEnd) -> None:
-    """Until the back-end has gone. Raises BackEndGone, NoSupervisor."""
+def _serve(back_end: BackEnd) -> None:
+    """Follow the back-end until it ends. Raises BackEndGone, NoSupervisor."""
     poll = select.poll()
     poll.register(back_end.pidfd, select.POLLIN)
     poll.register(back_end.channel, select.POLLIN)
     ended = alone = False
     while True:
-        events = poll.poll(_LOOK_EVERY * 1000)
+        events = poll.poll(_CHECK_EVERY * 1000)
         if back_end.gone:
-            raise BackEndGone(f"the back-end at {back_end.path} (pid {back_end.pid}) has gone")
+            raise BackEndGone(f"the back-end at {back_end.path} (pid {back_end.pid}) has ended")
         if events:
-            raise PostcopyError(f"the back-end at {back_end.path} says something that nobody asked for")
+            raise PostcopyError(f"the back-end at {back_end.path} sent a message without a request")
         reason = back_end.side.ending
         if reason is not None and not ended:
             raise NoSupervisor(f"the supervisor has ended ({reason}): missing pages are SIGBUS in the back-end")
         if not ended and back_end.complete:
             back_end.end()
             ended = True
-            print("all pages have come: post-copy has ended", flush=True)
-        if alone == back_end.side.door.usable and not ended:
+            print("all pages have arrived: post-copy has ended", flush=True)
+        if alone == back_end.side.connection.usable and not ended:
             alone = not alone
             print(GONE if alone else "another supervisor has taken over", flush=True)
 
 
 def _wait_for(socket: str) -> None:
-    """Until somebody listens again."""
-    from ..vhost_user.channel import somebody_listens
+    """Wait until a process listens again."""
+    from ..vhost_user.channel import is_listening
 
-    while not somebody_listens(socket):
-        time.sleep(_COME_BACK_EVERY)
+    while not is_listening(socket):
+        time.sleep(_RETRY_EVERY)

@@ -1,7 +1,7 @@
-"""What a block must hold, to check touches against: a file, zeros, or what a Python function says.
+"""The expected contents of a block, for checking touches: a file, zeros, or a Python function.
 
-``parse`` understands what people write after ``--verify``: a path, ``zeros``, or ``handler:MODULE:FUNCTION`` with the
-function of a block's source, called here once more.
+``parse`` reads the value of ``--verify``: a path, ``zeros``, or ``handler:MODULE:FUNCTION`` with the function of the
+block's source, which is called here again.
 """
 
 from __future__ import annotations
@@ -10,50 +10,54 @@ import importlib
 import os
 import sys
 import weakref
-from collections.abc import Callable
+from typing import Protocol
 
 from ..errors import BadInput
 
-Truth = Callable[[int, int], bytes]
-"""(offset, length) -> the bytes that belong there."""
+
+class ExpectedBytes(Protocol):
+    """Returns the bytes that must be at ``offset``."""
+
+    def __call__(self, offset: int, length: int, /) -> bytes: ...
+
 
 HANDLER = "handler:"
 ZEROS = "zeros"
 
 
-def parse(text: str) -> Truth:
+def parse(text: str) -> ExpectedBytes:
     """Raises BadInput, and OSError for a file that cannot be read."""
     if text == ZEROS:
         return lambda offset, length: bytes(length)
     if text.startswith(HANDLER):
-        return _rule(text)
+        return _handler(text)
     file = os.open(text, os.O_RDONLY)
 
-    def truth(offset: int, length: int) -> bytes:
+    def expected(offset: int, length: int) -> bytes:
         return os.pread(file, length, offset)
 
-    weakref.finalize(truth, os.close, file)
-    return truth
+    weakref.finalize(expected, os.close, file)
+    return expected
 
 
 def size_of(text: str) -> int | None:
-    """Bytes that a block with these contents has; None: any number."""
+    """Size of a block with these contents; None: any size."""
     return None if text == ZEROS or text.startswith(HANDLER) else os.stat(text).st_size
 
 
-def _rule(text: str) -> Truth:
+def _handler(text: str) -> ExpectedBytes:
     module, colon, name = text.removeprefix(HANDLER).partition("?")[0].partition(":")
     if not (module and colon and name):
         raise BadInput(f"--verify {text!r}: write handler:MODULE:FUNCTION")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        rule = getattr(importlib.import_module(module), name)
+        handler = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise BadInput(f"--verify {text}: {error}") from error
 
-    def truth(offset: int, length: int) -> bytes:
-        made = rule(offset, length)
+    def expected(offset: int, length: int) -> bytes:
+        made = handler(offset, length)
         return bytes(length) if made is None else bytes(made)
 
-    return truth
+    return expected

@@ -1,8 +1,8 @@
-"""Waiting for pages without holding everybody up: MADV_POPULATE_READ in a helper thread, a few MiB at a time.
+"""Waiting for pages without blocking the process: MADV_POPULATE_READ in a helper thread, a few MiB at a time.
 
-A populate is not interrupted by signals and touches memory like any reader, so it runs in a thread of its own,
-GIL-free, while the caller waits outside, where timeouts and Ctrl-C work. It says EHWPOISON where a plain read would be
-SIGBUS.
+Signals do not interrupt a populate, and it touches memory like any reader. So it runs in its own thread without the
+GIL, and the caller waits on an event, where timeouts and Ctrl-C work. It reports EHWPOISON where a plain read would
+raise SIGBUS.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .errors import PageTimeout
 log = logging.getLogger("postcopy")
 
 STEP = 4 << 20
-"""Bytes of one populate: what an abandoned wait may still bring in after its end."""
+"""Bytes of one populate: this much may still arrive after an abandoned wait."""
 
 _EHWPOISON = 133  # no constant in Python
 
 POISONED = (_EHWPOISON, errno.EFAULT)
-"""A poisoned page says EHWPOISON; EFAULT is said of a page that gives SIGBUS for another reason."""
+"""The kernel reports EHWPOISON for a poisoned page, and EFAULT for a page that raises SIGBUS for another reason."""
 
 
 class Memory(Protocol):
@@ -35,14 +35,14 @@ class Memory(Protocol):
     page_size: int
 
     def populate(self, offset: int, length: int) -> int | None:
-        """Bring in whole pages: 0, an errno, or None when the block is closed."""
+        """Populate whole pages. Returns 0, an errno, or None when the block is closed."""
 
     def lost(self, offset: int) -> Exception:
-        """The exception for a page that cannot come."""
+        """The exception for a lost page."""
 
 
-class Job:
-    """Bring in the pages of ``[start, stop)``; both are multiples of the page size."""
+class PopulateJob:
+    """Populate the pages of ``[start, stop)``; both are multiples of the page size."""
 
     def __init__(self, block: Memory, start: int, stop: int) -> None:
         self.block = block
@@ -68,7 +68,7 @@ class Job:
             if code:
                 raise self._failure(code, offset, length)
             if code is None:
-                raise ValueError(f"block {self.block.name} was closed meanwhile")
+                raise ValueError(f"block {self.block.name} was closed during the wait")
 
     def _failure(self, code: int, offset: int, length: int) -> Exception:
         if code not in POISONED:
@@ -79,8 +79,8 @@ class Job:
         return self.block.lost(offset)
 
 
-def fill(job: Job, deadline: Deadline) -> None:
-    """Run ``job`` in a helper thread and wait for it. Raises what it met, or PageTimeout."""
+def wait_for(job: PopulateJob, deadline: Deadline) -> None:
+    """Run ``job`` in a helper thread and wait for it. Raises the job's error, or PageTimeout."""
     threading.Thread(target=job.run, name="postcopy-ensure", daemon=True).start()
     try:
         done = job.finished.wait(deadline.remaining())
@@ -90,21 +90,21 @@ def fill(job: Job, deadline: Deadline) -> None:
     if not done:
         job.abandoned = True
         raise PageTimeout(
-            f"block {job.block.name}: bytes {job.start} to {job.stop} did not all come within {deadline.seconds} s"
+            f"block {job.block.name}: bytes {job.start} to {job.stop} did not all arrive within {deadline.seconds} s"
         )
     if job.error is not None:
         raise job.error
 
 
 class Prefetcher:
-    """One daemon thread a process that works off what prefetch() was asked for."""
+    """One daemon thread in a process that runs the jobs of prefetch() in order."""
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[PopulateJob] = queue.SimpleQueue()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
 
-    def ask(self, job: Job) -> None:
+    def submit(self, job: PopulateJob) -> None:
         self._jobs.put(job)
         with self._starting:
             if self._thread is None:
@@ -115,15 +115,15 @@ class Prefetcher:
         while True:
             job = self._jobs.get()
             job.run()
-            if job.error is not None:  # whoever reads the page hears of it; a prefetch promises nothing
+            if job.error is not None:  # a read of the page reports the error; prefetch() promises nothing
                 log.debug("prefetch: %s", job.error)
-            del job  # or this thread would keep the last block alive
+            del job  # otherwise this thread would keep the last block alive
 
 
 prefetcher = Prefetcher()
 
 
 def forget_threads() -> None:
-    """In the child of a fork: the helper threads are not here."""
+    """In a forked child: the helper threads do not exist there."""
     global prefetcher
     prefetcher = Prefetcher()

@@ -1,17 +1,17 @@
-"""A client process of the load test: ``python -m postcopy.toucher JOB``, with the job as JSON.
+"""A client process of the load test, forked by ``starter`` with a job.
 
-It attaches, says ``{"ready": PID}`` on its stdout, and works through the steps of its job::
+It attaches, writes ``{"ready": PID}`` to its output, and works through the steps of its job::
 
-    {"do": "wait"}                          until a line (the instant of the start, in ns) or the end comes on stdin
+    {"do": "wait"}                          until a line (the instant of the start, in ns) or the end of the input
     {"do": "touch", "pattern": P, ...}      see ``Touching``
-    {"do": "compare"}                       every byte with the truth, in order
+    {"do": "compare"}                       compare every byte with the expected contents, in order
 
-SIGINT ends the steps, and the result is of what was done until then.
-At times it says ``{"touches": N}``, at the end ``{"result": {...}}`` or ``{"error": "..."}``. A line is one message.
+SIGINT ends the steps; the result then covers what was done before. During the steps it writes ``{"touches": N}``, at
+the end ``{"result": {...}}`` or ``{"error": "..."}``. A line is one message.
 
-A touch is a plain access of one byte, timed here. One toucher indexes the memory, which is the fastest that Python
-can. A page fault in the middle of that keeps the GIL, so where several threads touch the kernel does it for them
-(a byte is written to, or read from, a memfd), without the GIL. A compiled touch, where asked for, is better than both.
+A touch is a plain access of one byte, timed here. A single thread indexes the memory, the fastest access in Python. A
+page fault in that access keeps the GIL, so several threads let the kernel touch the memory (a byte is written to, or
+read from, a memfd) without the GIL. A compiled touch is better than both.
 """
 
 from __future__ import annotations
@@ -23,36 +23,35 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
-from typing import Any
+from typing import Any, Protocol
 
 from postcopy_kernel.compiled import load_touch
-from postcopy_kernel.process import die_with_parent
 from postcopy_protocol.received_map import RECEIVED
 
-from .block import Block
-from .client import attach
-from .errors import PostcopyError
-from .load import replay
-from .load.patterns import Place, order
-from .load.recorder import Recorder, together
-from .load.truth import Truth, parse
+from ..block import Block
+from ..client import attach
+from ..errors import PostcopyError
+from . import replay
+from .expected import ExpectedBytes, parse
+from .patterns import Place, order
+from .recorder import Recorder, together
 
-TELL_EVERY_NS = 200_000_000
+REPORT_EVERY_NS = 200_000_000
 OVERTIME = 1.0
-"""An open loop that cannot keep up is ended this many durations after its time; what was due is counted as missed."""
+"""An open loop that cannot keep up ends this many durations after its time; touches that were due are missed."""
 STOP_SECONDS = 1.0
-"""For so long a stopped client waits for those of its threads that stand in a fault or sleep."""
+"""A stopped client waits this long for threads that are in a fault or sleep."""
 _PIECE = 1 << 20
 _FAR = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
 class Touching:
-    """A ``touch`` step. Times in seconds, 0: no limit, no pause. ``rate``: touches a second of this client, whatever
-    they take (open loop); 0: the next when the last is over (closed loop). ``writes``: share of touches that write."""
+    """A ``touch`` step. Times in seconds, 0: no limit, no pause. ``rate``: touches a second of this client, however
+    long they take (open loop); 0: each touch follows the previous one (closed loop). ``writes``: share of writes."""
 
     pattern: str = "random"
     touches: int = 0
@@ -65,33 +64,33 @@ class Touching:
     writes: float = 0.0
     stride: int = 16
     replay: str = ""
-    """A trace: its clients' pages instead of a pattern, at its times (``speed`` times as fast; 0: no pauses)."""
+    """A trace: the pages of its clients at its times, ``speed`` times as fast (0: no pauses), instead of a pattern."""
     speed: float = 1.0
     library: str = ""
     """A compiled touch (see ``postcopy_kernel.compiled``) instead of Python's."""
 
 
 class Stopped(BaseException):
-    """SIGINT: what is measured by now is the result."""
+    """SIGINT has arrived: the result is what was measured until now."""
 
 
 class Toucher:
-    """What one client does and finds."""
+    """Runs the steps of one client and collects its result."""
 
-    def __init__(self, block: Block, job: dict[str, Any]) -> None:
+    def __init__(self, block: Block, job: dict[str, Any], slots: int) -> None:
         self.block = block
         self.memory = block.buf
         self.index: int = job["index"]
         self.clients: int = job["clients"]
         self.seed: int = job["seed"]
-        self.truth: Truth | None = parse(job["verify"]) if job.get("verify") else None
-        self.barrier = Barrier(job["barrier"], self.index, self.clients)
+        self.expected: ExpectedBytes | None = parse(job["verify"]) if job.get("verify") else None
+        self.barrier = Barrier(slots, self.index, self.clients)
         self.seen = bytearray(block.pages)
         self.compared = self.wrong = 0
         self.first_wrong: int | None = None
         self.origin = time.monotonic_ns()
         self.recorders: list[Recorder] = []
-        self._told = time.monotonic_ns()
+        self._reported = time.monotonic_ns()
         self._lock = threading.Lock()
         self.recorded: list[tuple[int, int, bool]] = []
         self.stopped = False
@@ -104,12 +103,12 @@ class Toucher:
 
     def work(self, steps: list[dict[str, Any]]) -> None:
         for step in steps:
-            if step.get("replay"):  # before anybody begins: what a long trace takes to read is not the memory's doing
+            if step.get("replay"):  # before the start: the time to read a long trace is not part of the test
                 self.recorded = replay.share(step["replay"], self.block.name, self.index)
         for step in steps:
             match step["do"]:
                 case "wait":
-                    say({"waiting": self.touches})
+                    write_message({"waiting": self.touches})
                     self.origin = int(sys.stdin.readline() or time.monotonic_ns())
                 case "touch":
                     self.touch(Touching(**{key: value for key, value in step.items() if key != "do"}))
@@ -121,14 +120,14 @@ class Toucher:
         return sum(recorder.touches for recorder in self.recorders)
 
     def touch(self, step: Touching) -> None:
-        """All threads of a step, from its begin to its end."""
+        """Run all threads of a step."""
         sleep_until(self.origin + int(step.ramp * 1e9 * self.index / self.clients))
-        strands = [Strand(self, step, thread) for thread in range(step.threads)]
-        self.recorders += [strand.recorder for strand in strands]
+        touchers = [TouchThread(self, step, number) for number in range(step.threads)]
+        self.recorders += [toucher.recorder for toucher in touchers]
         if step.threads == 1:
-            strands[0].run()
+            touchers[0].run()
         else:
-            threads = [threading.Thread(target=strand.guarded, daemon=True) for strand in strands]
+            threads = [threading.Thread(target=toucher.guarded, daemon=True) for toucher in touchers]
             for thread in threads:
                 thread.start()
             try:
@@ -139,17 +138,17 @@ class Toucher:
                     thread.join(STOP_SECONDS / len(threads))
                 raise
         self.barrier.leave()
-        if failed := [strand.failure for strand in strands if strand.failure]:
+        if failed := [toucher.failure for toucher in touchers if toucher.failure]:
             raise failed[0]
 
     def compare(self) -> None:
         for at in range(0, self.block.size, _PIECE):
             self.check(at, min(_PIECE, self.block.size - at))
-            self.tell()
+            self.report()
 
     def check(self, offset: int, length: int) -> None:
-        assert self.truth is not None
-        found, wanted = bytes(self.memory[offset : offset + length]), self.truth(offset, length)
+        assert self.expected is not None
+        found, wanted = bytes(self.memory[offset : offset + length]), self.expected(offset, length)
         with self._lock:
             self.compared += length
             if found != wanted:
@@ -158,20 +157,20 @@ class Toucher:
                 if self.first_wrong is None:
                     self.first_wrong = offset + bad[0]
 
-    def tell(self) -> None:
+    def report(self) -> None:
         now = time.monotonic_ns()
-        if now - self._told >= TELL_EVERY_NS:
+        if now - self._reported >= REPORT_EVERY_NS:
             with self._lock:
-                self._told = now
-                say({"touches": self.touches})
+                self._reported = now
+                write_message({"touches": self.touches})
 
     def result(self) -> dict[str, Any]:
-        record = together([recorder.told() for recorder in self.recorders])
+        record = together([recorder.document() for recorder in self.recorders])
         found = {"compared": self.compared, "wrong": self.wrong, "first_wrong": self.first_wrong}
-        return {**record, "first_touches": sum(record["words"][64:]), **found}
+        return {**record, "first_touches": sum(record["latency"][64:]), **found}
 
 
-class Strand:
+class TouchThread:
     """One touching thread."""
 
     def __init__(self, toucher: Toucher, step: Touching, thread: int) -> None:
@@ -186,7 +185,7 @@ class Strand:
             self._access = direct(toucher.memory) if step.threads == 1 else by_kernel(toucher.memory)
 
     def guarded(self) -> None:
-        """``run`` in a thread: what goes wrong is kept for the main one."""
+        """``run`` in a thread; an error is kept for the main thread."""
         try:
             self.run()
         except Exception as error:
@@ -195,32 +194,32 @@ class Strand:
     def run(self) -> None:
         toucher, recorder, access, seen = self._toucher, self.recorder, self._access, self._toucher.seen
         size, last = toucher.block.page_size, toucher.block.size - 1
-        clock, writes, truth = time.monotonic_ns, self._step.writes, toucher.truth
+        clock, writes, expected = time.monotonic_ns, self._step.writes, toucher.expected
         received = toucher.block.received
         for number, (page, due, wrote) in enumerate(self._replayed() if self._step.replay else self._due(), 1):
             offset = min(page * size + number % size, last)
-            # Spread evenly: of 100 touches with a share of 0.3 the 4th, 7th, 10th, 14th ... write.
+            # Writes are spread evenly: with a share of 0.3 the 4th, 7th, 10th, 14th ... touch writes.
             value = -1
             if wrote or (writes and int(number * writes) != int((number - 1) * writes)):
-                value = truth(offset, 1)[0] if truth is not None else number & 0xFF
+                value = expected(offset, 1)[0] if expected is not None else number & 0xFF
             missing = received[page] != RECEIVED
             begun = clock()
             taken = access(offset, value)
             ended = begun + taken if taken else clock()
             recorder.touch(begun, ended, due or begun, first=not seen[page], missing=missing)
             seen[page] = 1
-            if truth is not None:
+            if expected is not None:
                 toucher.check(page * size, min(size, toucher.block.size - page * size))
             if not number & 63:
-                toucher.tell()
+                toucher.report()
             if toucher.stopped:
                 return
 
     def _replayed(self) -> Iterator[tuple[int, int, bool]]:
-        """As ``_due``, from a trace. It may have been written by another block of the same name."""
+        """As ``_due``, from a trace. It may be a trace of another block of that name."""
         step, toucher, begin = self._step, self._toucher, time.monotonic_ns()
         mine = toucher.recorded[self._thread :: step.threads]
-        writable = toucher.truth is not None or toucher.block.mode == "private"
+        writable = toucher.expected is not None or toucher.block.mode == "private"
         end = begin + int(step.seconds * 1e9) if step.seconds else _FAR
         for at, page, write in mine[: step.touches or None]:
             due = begin + int(at / step.speed) if step.speed else 0
@@ -230,8 +229,8 @@ class Strand:
                 yield page, (sleep_until(due) or due) if due else 0, write and writable
 
     def _due(self) -> Iterator[tuple[int, int, bool]]:
-        """Pages, each when its time has come, with the instant at which it was due (0: at once, whenever that is), and
-        whether it must be written (here: as the share of writes says)."""
+        """Pages, each at its time, with the instant at which it was due (0: immediately) and whether to write it
+        (here: decided by the share of writes)."""
         step, begin = self._step, time.monotonic_ns()
         end = begin + int(step.seconds * 1e9) if step.seconds else _FAR
         pages = self._pages()
@@ -255,7 +254,7 @@ class Strand:
             if time.monotonic_ns() >= limit:
                 self.recorder.missed = min(mine, ceil((end - begin) / interval)) - number
                 return
-            # Our own alarm clock may be late; that is not the memory's doing. Late for another touch is.
+            # A late wake-up of our sleep does not count as latency; a delay by the previous touch does.
             yield next(pages), sleep_until(due) or due, False
 
     def _pages(self) -> Iterator[int]:
@@ -266,13 +265,15 @@ class Strand:
         return order(step.pattern, place, toucher.barrier.meet)
 
 
-Access = Callable[[int, int], int | None]
-"""(offset, value): read the byte, or write ``value`` (0 to 255) where it is not -1. Nanoseconds that it took, where it
-knows them better than its caller."""
+class Access(Protocol):
+    """Touches one byte: reads it, or writes ``value`` (0 to 255) unless that is -1. Returns the nanoseconds that it
+    took, if it measured them itself."""
+
+    def __call__(self, offset: int, value: int, /) -> int | None: ...
 
 
 def direct(memory: memoryview) -> Access:
-    """By Python itself, with the GIL."""
+    """Touch in Python, with the GIL."""
 
     def access(offset: int, value: int) -> None:
         if value < 0:
@@ -284,30 +285,29 @@ def direct(memory: memoryview) -> Access:
 
 
 def by_kernel(memory: memoryview) -> Access:
-    """By system calls that sleep in the fault without the GIL."""
+    """Touch by system calls, which sleep in the fault without the GIL."""
     sink = os.memfd_create("postcopy-sink", os.MFD_CLOEXEC)
-    well = os.memfd_create("postcopy-well", os.MFD_CLOEXEC)
-    os.pwrite(well, bytes(range(256)), 0)
+    data = os.memfd_create("postcopy-data", os.MFD_CLOEXEC)
+    os.pwrite(data, bytes(range(256)), 0)
 
     def access(offset: int, value: int) -> None:
         byte = memory[offset : offset + 1]
         if value < 0:
             os.pwrite(sink, byte, 0)
         else:
-            os.preadv(well, [byte], value)
+            os.preadv(data, [byte], value)
 
     return access
 
 
 def compiled(address: int, library: str) -> Access:
-    """By C, without the GIL, timed there."""
+    """Touch and time in C, without the GIL."""
     touch = load_touch(library)
     return lambda offset, value: touch(address + offset, value)
 
 
 def sleep_until(instant: int) -> int:
-    """Sleep until an instant (CLOCK_MONOTONIC, ns) that is ahead; the instant of waking up, or 0 when there was
-    nothing to sleep for."""
+    """Sleep until an instant (CLOCK_MONOTONIC, ns). Returns the instant of waking up; 0 if the instant had passed."""
     ahead = instant - time.monotonic_ns()
     if ahead <= 0:
         return 0
@@ -316,9 +316,9 @@ def sleep_until(instant: int) -> int:
 
 
 class Barrier:
-    """Clients meet before each step: everybody writes how far it is into a shared page and yields until all are.
+    """Clients meet before each step: each writes its step into a shared page, and yields until all have written it.
 
-    The parent writes a huge number for a client that died, so the others do not wait for it.
+    The group's process writes a huge number for a client that died, so the others do not wait for it.
     """
 
     def __init__(self, fd: int, index: int, clients: int) -> None:
@@ -331,42 +331,35 @@ class Barrier:
             os.sched_yield()
 
     def leave(self) -> None:
-        """Nobody needs to wait for us any more."""
+        """The other clients no longer wait for this one."""
         self._steps[self._index] = _FAR
 
 
-def say(message: dict[str, Any]) -> None:
+def write_message(message: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(message) + "\n")
     sys.stdout.flush()
 
 
-def main() -> int:
-    """Do the job of ``sys.argv[1]``."""
-    job = json.loads(sys.argv[1])
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # before there is anything to tell; Ctrl-C is the parent's to explain
-    die_with_parent(job["parent"])
+def run(job: dict[str, Any], slots: int) -> int:
+    """Do a job in this process, with ``slots`` as the shared page of the barrier. Returns the exit status."""
     try:
         with attach(job["name"], job["runtime_dir"], job["mode"], job["timeout"]) as block:
-            toucher = Toucher(block, job)
-            say({"ready": os.getpid()})
+            toucher = Toucher(block, job, slots)
+            write_message({"ready": os.getpid()})
             begun = time.perf_counter()
             try:
                 signal.signal(signal.SIGINT, toucher.stop)
                 toucher.work(job["steps"])
-                signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done that can be
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # the result is complete
             except Stopped:
                 toucher.barrier.leave()
-            say({"result": {**toucher.result(), "seconds": time.perf_counter() - begun}})
+            write_message({"result": {**toucher.result(), "seconds": time.perf_counter() - begun}})
             toucher.memory.release()
-            sys.stdin.readline()  # stay attached until everybody is done: the status still shows this client
+            sys.stdin.readline()  # stay attached until all clients are done, so that the status still shows this one
     except PostcopyError as error:
-        say({"error": str(error)})
+        write_message({"error": str(error)})
         return 1
     except Exception as error:
-        say({"error": f"{type(error).__name__}: {error}"})
+        write_message({"error": f"{type(error).__name__}: {error}"})
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

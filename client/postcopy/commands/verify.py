@@ -1,10 +1,9 @@
-"""Commands that are real clients: cat, verify."""
+"""``postcopy verify``: attach a block and compare it with a file."""
 
 from __future__ import annotations
 
 import os
 import random
-import sys
 from collections.abc import Iterator
 from typing import Annotated
 
@@ -16,46 +15,12 @@ from postcopy_protocol.sources import parse_block_name
 from ..block import Block
 from ..client import attach
 from ..errors import BadInput, PostcopyError
-from .options import Mode, RuntimeDir, Timeout, names_mode, place
+from .options import Mode, RuntimeDir, Timeout, mode_of
 
 PIECE = 1 << 20
-"""Bytes that are brought in, compared or written at once."""
+"""Bytes that are populated and compared at once."""
 
 _SAMPLE_SEED = 2024
-
-
-def add_to(app: typer.Typer) -> None:
-    for command in (cat, verify):
-        app.command()(command)
-
-
-def cat(
-    name: Annotated[str, typer.Argument(metavar="NAME")],
-    offset: Annotated[str, typer.Option("--offset", metavar="N", help="First byte.")] = "0",
-    length: Annotated[str | None, typer.Option("--length", metavar="N", help="Bytes [default: to the end].")] = None,
-    mode: Mode = "private",
-    timeout: Timeout = 30.0,
-    runtime_dir: RuntimeDir = None,
-) -> None:
-    """Attach a block and write its bytes to stdout."""
-    start, wanted = place(offset), None if length is None else place(length)
-    with attach(parse_block_name(name), runtime_dir, names_mode(mode), timeout) as block:
-        stop = block.size if wanted is None else start + wanted
-        if start > block.size:
-            raise BadInput(f"--offset {start} lies behind the end of block {name}, which has {block.size} bytes")
-        if stop > block.size:
-            raise BadInput(f"bytes {start} to {stop} are not inside block {name} of {block.size} bytes")
-        sys.stdout.flush()
-        for at in range(start, stop, PIECE):
-            size = min(PIECE, stop - at)
-            block.ensure(at, size)
-            _write(block.buf, at, at + size)
-
-
-def _write(memory: memoryview, start: int, stop: int) -> None:
-    while start < stop:
-        with memory[start:stop] as piece:
-            start += os.write(sys.stdout.fileno(), piece)
 
 
 def verify(
@@ -63,7 +28,7 @@ def verify(
     file: Annotated[str, typer.Argument(metavar="FILE")],
     mode: Mode = "private",
     sample: Annotated[
-        float, typer.Option("--sample", metavar="FRACTION", help="Compare this part of the pages.")
+        float, typer.Option("--sample", metavar="FRACTION", help="Compare this share of the pages, chosen at random.")
     ] = 1.0,
     timeout: Timeout = 30.0,
     runtime_dir: RuntimeDir = None,
@@ -73,7 +38,7 @@ def verify(
         raise BadInput(f"--sample {sample}: a fraction is more than 0 and at most 1")
     fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        with attach(parse_block_name(name), runtime_dir, names_mode(mode), timeout) as block:
+        with attach(parse_block_name(name), runtime_dir, mode_of(mode), timeout) as block:
             compared = compare(block, fd, file, sample)
     finally:
         os.close(fd)
@@ -81,7 +46,7 @@ def verify(
 
 
 def compare(block: Block, fd: int, file: str, sample: float = 1.0) -> int:
-    """Compare ``block`` with an open file; returns the bytes compared. Raises PostcopyError that tells the first
+    """Compare ``block`` with an open file; returns the bytes compared. Raises PostcopyError with the first
     difference."""
     size = os.fstat(fd).st_size
     if size != block.size:
@@ -91,20 +56,20 @@ def compare(block: Block, fd: int, file: str, sample: float = 1.0) -> int:
         block.ensure(start, stop - start)
         wanted = os.pread(fd, stop - start, start)
         difference = first_difference(block.buf, start, wanted)
-        if difference is None and len(wanted) < stop - start:  # the file was cut meanwhile
+        if difference is None and len(wanted) < stop - start:  # the file was truncated during the comparison
             difference = start + len(wanted)
         if difference is not None:
-            there = wanted[difference - start : difference - start + 1]
+            expected = wanted[difference - start : difference - start + 1]
             raise PostcopyError(
                 f"block {block.name} differs from {file} first at offset {difference}: "
-                f"{block.buf[difference]:#04x} instead of {f'{there[0]:#04x}' if there else 'nothing'}"
+                f"{block.buf[difference]:#04x} instead of {f'{expected[0]:#04x}' if expected else 'nothing'}"
             )
         compared += stop - start
     return compared
 
 
 def pieces(block: Block, sample: float) -> Iterator[tuple[int, int]]:
-    """The ranges to compare, in order: all of the block, or pages chosen at random, the same ones every time."""
+    """The ranges to compare, in order: all of the block, or pages chosen at random, the same pages every time."""
     if sample >= 1:
         yield from ((at, min(at + PIECE, block.size)) for at in range(0, block.size, PIECE))
         return
@@ -114,7 +79,7 @@ def pieces(block: Block, sample: float) -> Iterator[tuple[int, int]]:
 
 
 def first_difference(memory: memoryview, start: int, wanted: bytes) -> int | None:
-    """Offset of the first byte that is not as ``wanted`` from ``start`` on; None: all are."""
+    """Offset of the first byte from ``start`` on that differs from ``wanted``; None: no difference."""
     found = bytes(memory[start : start + len(wanted)])
     if found == wanted:
         return None

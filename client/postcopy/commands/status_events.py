@@ -1,4 +1,4 @@
-"""``postcopy status --events`` and ``--story``: what happened and why, for people and as JSON."""
+"""``postcopy status --events`` and ``--story``: what happened and why, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SHOWN_APART = ("number", "at", "kind", "detail")
 
 
 def show_events(runtime_dir: str | None, *, as_json: bool, follow: bool) -> None:
-    """The history, oldest first; ``follow`` goes on until Ctrl-C, as JSON one event a line."""
+    """The events, oldest first. ``follow`` continues until Ctrl-C; as JSON it prints one event per line."""
     with Control(runtime_dir) as control:
         events = control.events()
         if as_json and not follow:
@@ -42,7 +42,7 @@ def _clock(at: float) -> str:
 
 
 def show_story(runtime_dir: str | None, name: str, offset: int, *, as_json: bool) -> None:
-    """One page's life."""
+    """The history of one page."""
     with Control(runtime_dir) as control:
         story = control.story(name, offset)
     print(json.dumps(story) if as_json else "\n".join(_story_lines(story)))
@@ -57,11 +57,11 @@ def _story_lines(story: dict[str, Any]) -> list[str]:
         f"received map: {story['state']}; page cache: {present}" + ("; POLLUTED" if story["polluted"] else ""),
     ]
     if story["told_lost"]:
-        lines.append("some client was told that it is lost; it is asked for again when its source is back")
+        lines.append("it was reported as lost to a client; it is requested again when its source is back")
     waiting = ", ".join("the supervisor itself" if one == 0 else f"client {one}" for one in story["waiting"])
-    lines.append(f"waiting now: {waiting or 'nobody'}")
+    lines.append(f"waiting now: {waiting or 'no client'}")
     if story["request"] is not None:
-        lines.append(f"on its way: {_request(story['request'])}")
+        lines.append(f"requested: {_request(story['request'])}")
     lines += [_client(client) for client in story["clients"]]
     lines += [f"{_clock(one['at'])} {one['kind']}: {one['detail']}{_outcome(one)}" for one in story["life"]]
     return [*lines, f"not recorded: {story['not_recorded']}"]
@@ -71,7 +71,7 @@ def _request(request: dict[str, Any]) -> str:
     who = "the background" if request["client"] is None else f"client {request['client']}"
     sent = f"sent {_clock(request['at'])}" if request["state"] == "sent" else "waits to be sent"
     size = f"{format_size(request['length'])} from offset {request['offset']}"
-    return f"{size}, first wanted by {who}, {sent}, attempt {request['attempts']}"
+    return f"{size}, first requested by {who}, {sent}, attempt {request['attempts']}"
 
 
 def _client(client: dict[str, Any]) -> str:

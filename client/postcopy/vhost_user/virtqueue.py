@@ -1,10 +1,10 @@
 """A split virtqueue in guest memory: the driver's side.
 
-A ``Ring`` works on any writable buffer: a file's bytes before they are served (so that the back-end finds the ring in
-missing pages), or a block's memory afterwards. Nothing in it waits. Numbers are little-endian, as virtio 1 says.
+A ``Ring`` works on any writable buffer: the bytes of a file before they are served (the back-end then finds the ring in
+missing pages), or the memory of a block. No method waits. Numbers are little-endian, as in virtio 1.
 
-The device looks at the available index whenever it likes, so that word is written by one store. ``struct.pack_into``
-would not do: it fills its place with zeros first, and a device that sees the index go back to 0 calls the ring broken.
+The device may read the available index at any time, so it is written by one store. ``struct.pack_into`` is not one
+store: it writes zeros first, and a device that sees the index go back to 0 reports a broken ring.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Piece:
 
 
 def chain(pieces: Sequence[Piece], first: int = 0) -> bytes:
-    """Descriptors of one request, chained, for the places from ``first`` on."""
+    """Chained descriptors of one request, for the table entries from ``first`` on."""
     last = len(pieces) - 1
     return b"".join(
         _DESCRIPTOR.pack(
@@ -58,7 +58,7 @@ def chain(pieces: Sequence[Piece], first: int = 0) -> bytes:
 
 @dataclass(slots=True)
 class Ring:
-    """``size`` descriptors; its three parts begin at these offsets of ``memory``."""
+    """A ring of ``size`` descriptors whose three parts begin at these offsets of ``memory``."""
 
     memory: memoryview
     size: int
@@ -69,14 +69,14 @@ class Ring:
     next_used: int = 0
 
     def submit(self, pieces: Sequence[Piece], first: int) -> None:
-        """Write a request's descriptors to the places from ``first`` on, and make it available."""
+        """Write a request's descriptors to the table entries from ``first`` on, and make it available."""
         at = self.descriptors + first * _DESCRIPTOR.size
         data = chain(pieces, first)
         self.memory[at : at + len(data)] = data
         self._offer(first)
 
     def submit_indirect(self, table: Piece, first: int) -> None:
-        """Make a request available whose descriptors stand at ``table``."""
+        """Make a request available whose descriptors are in the table at ``table``."""
         at = self.descriptors + first * _DESCRIPTOR.size
         self.memory[at : at + _DESCRIPTOR.size] = _DESCRIPTOR.pack(table.guest, table.length, INDIRECT, 0)
         self._offer(first)
@@ -86,12 +86,12 @@ class Ring:
         self.next_available = (self.next_available + 1) & 0xFFFF
         self._store(self.available + 2, self.next_available)
 
-    def _store(self, at: int, word: int) -> None:
-        """Sixteen bits at once."""
-        self.memory[at : at + 2].cast("H")[0] = word if sys.byteorder == "little" else word >> 8 | (word & 0xFF) << 8
+    def _store(self, at: int, value: int) -> None:
+        """Write sixteen bits in one store."""
+        self.memory[at : at + 2].cast("H")[0] = value if sys.byteorder == "little" else value >> 8 | (value & 0xFF) << 8
 
     def completed(self) -> list[tuple[int, int]]:
-        """Requests that the device has used since the last look: (first descriptor, bytes written)."""
+        """Requests that the device has completed since the last call: (first descriptor, bytes written)."""
         found = []
         index = _INDEX.unpack_from(self.memory, self.used + 2)[0]
         while self.next_used != index:
@@ -104,19 +104,19 @@ class Ring:
         return (self.next_available - self.next_used) & 0xFFFF
 
 
-class Bells:
-    """Kick and call of a ring: eventfds."""
+class RingEvents:
+    """The two eventfds of a ring: kick (to the device) and call (from it)."""
 
     def __init__(self) -> None:
         self.kick = create_eventfd()
         self.call = create_eventfd()
 
-    def ring(self) -> None:
-        """Tell the device that something is available."""
+    def notify(self) -> None:
+        """Notify the device that requests are available."""
         signal_eventfd(self.kick)
 
     def wait(self, seconds: float) -> bool:
-        """Wait for a call. A call is a hint: look whether anything was used, and do not rely on one."""
+        """Wait for a call. A call is a hint: check the used ring, also without a call."""
         poll = select.poll()
         poll.register(self.call, select.POLLIN)
         if not poll.poll(max(0.0, seconds) * 1000):
@@ -128,7 +128,7 @@ class Bells:
         os.close(self.kick)
         os.close(self.call)
 
-    def __enter__(self) -> Bells:
+    def __enter__(self) -> RingEvents:
         return self
 
     def __exit__(
@@ -138,11 +138,11 @@ class Bells:
 
 
 def start_ring(
-    back_end: BackEnd, index: int, ring: Ring, bells: Bells, block: str | None = None, base: int | None = None
+    back_end: BackEnd, index: int, ring: Ring, events: RingEvents, block: str | None = None, base: int | None = None
 ) -> None:
-    """Tell the back-end of a ring whose memory is ``block`` (default: the first one), and enable it.
+    """Give the back-end a ring in the memory of ``block`` (default: the first block), and enable it.
 
-    The back-end reads the ring on its message thread here: it may fault, and answers when the pages have come."""
+    The back-end reads the ring on its message thread: it may fault, and answers when the pages have arrived."""
     address = back_end.user_address
     talk, ask = back_end.talk, back_end.ask
     name = next(iter(back_end.blocks)) if block is None else block
@@ -150,6 +150,6 @@ def start_ring(
     ask(talk.set_vring_base(index, ring.next_used if base is None else base))
     parts = (ring.descriptors, ring.used, ring.available)
     ask(talk.set_vring_addr(index, *(address(name, part) for part in parts)))
-    ask(talk.set_vring_call(index, bells.call))
-    ask(talk.set_vring_kick(index, bells.kick))
+    ask(talk.set_vring_call(index, events.call))
+    ask(talk.set_vring_kick(index, events.kick))
     ask(talk.set_vring_enable(index, True))
