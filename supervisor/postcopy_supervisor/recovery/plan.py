@@ -198,7 +198,7 @@ def judge(
             why = _difference(kept, source, page_size, kept_files.get(kept.note.block), named_files.get(name))
         if why and users:
             raise BadInput(
-                f"cannot recover: block {name} {why}, which {users} clients use. Nothing is changed and they go on: "
+                f"cannot recover: block {name} {why}, which {users} clients use; nothing is changed, they go on: "
                 "serve the same blocks, or do not take them over (--abandon)"
             )
         if not why:
