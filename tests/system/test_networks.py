@@ -216,7 +216,7 @@ def test_with_a_wrong_key_nobody_gets_a_byte(
         try:
             until(lambda: "waiting for the source" in service.log(), "it says that it waits")
             if wrong == "supervisor":
-                until(lambda: "not let in" in source.log(), "the source says so too")
+                until(lambda: "is refused: its key is not allowed" in source.log(), "the source says so too")
             assert "ready" not in service.log() and "advised" not in source.log()
             service.process.send_signal(signal.SIGTERM)
             assert service.wait() == 1

@@ -176,8 +176,8 @@ def test_a_source_that_refuses_every_request(runtime_dir: Path, path: Path) -> N
 @pytest.mark.parametrize(
     ("answer", "wanted"),
     [
-        ([b"garbage"], "not one"),
-        ([encode(Pong(1))], "not one"),
+        ([b"garbage"], "no page source"),
+        ([encode(Pong(1))], "no page source"),
         ([msgpack.packb([99, 121, "ram0", 1, PAGE, "x", []])], "version"),
         ([encode(SourceRefused("denied", "ram0", "not for you"))], "not for you"),
         ([encode(Advised("ram9", 1, PAGE, "x", ()))], "ram9"),
