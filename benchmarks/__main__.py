@@ -1,4 +1,7 @@
-"""``python -m benchmarks [NAME ...] [--json FILE] [--pairs N] [--quick] [--stretch] [--write-docs]``."""
+"""``python -m benchmarks [NAME ...] [--json FILE] [--pairs N] [--quick] [--stretch] [--write-docs]``.
+
+``python -m benchmarks compare DIRECTORY`` compares the faults of this checkout with those of another one.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,30 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
-from postcopy.errors import PostcopyError
-
-from . import attach, back_end, bulk, clients8, limits, local, machine, observing, recovery, remote, scaling, sequential
-from .bench import Bench, BenchmarkFailed, Scale
+from . import (
+    attach,
+    back_end,
+    bulk,
+    clients8,
+    compare,
+    limits,
+    local,
+    machine,
+    observing,
+    recovery,
+    remote,
+    scaling,
+    sequential,
+    transport,
+)
+from .bench import Bench, BenchmarkFailed, Measure, Scale
 from .docs import write_docs
 from .figures import HEADINGS, Row, as_document
 
-BENCHMARKS: Mapping[str, Callable[[Bench], list[Row]]] = {
+BENCHMARKS: Mapping[str, Measure] = {
     "local": local.run,
     "clients8": clients8.run,
     "limits": limits.run,
@@ -28,6 +45,7 @@ BENCHMARKS: Mapping[str, Callable[[Bench], list[Row]]] = {
     "attach": attach.run,
     "recovery": recovery.run,
     "remote": remote.run,
+    "transport": transport.run,
     "back-end": back_end.run,
     "observing": observing.run,
 }
@@ -36,38 +54,43 @@ FORMAT = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 measured, whatever the goals say; 1 a benchmark failed or read a wrong byte; 2 usage."""
+    """Exit status: 0 measured, also where a goal is missed; 1 a part failed or read a wrong byte; 2 usage; 130 Ctrl-C.
+
+    The rows of the parts that did not fail are printed and written in every case."""
     parser = _parser()
     asked = parser.parse_args(arguments)
-    names = asked.names or list(BENCHMARKS)
-    if unknown := [name for name in names if name not in BENCHMARKS]:
-        parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
+    benchmarks: dict[str, Measure] = {name: BENCHMARKS[name] for name in BENCHMARKS}
+    if asked.names[:1] == ["compare"]:
+        if len(asked.names) != 2:
+            parser.error("compare needs one argument: the directory of the other checkout")
+        benchmarks = {"compare": partial(compare.run, other=asked.names[1])}
+        asked.names = ["compare"]
+    names = asked.names or list(benchmarks)
+    if unknown := [name for name in names if name not in benchmarks]:
+        parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(benchmarks)}")
     scale = Scale(quick=asked.quick, stretch=asked.stretch, pairs=asked.pairs or (1 if asked.quick else 7))
     found = machine.facts()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through every `with`: nothing of ours stays behind
     results: dict[str, list[Row]] = {}
-    failed = False
+    interrupted = False
     begun = time.monotonic()
     try:
         with Bench(scale) as bench:
             for name in names:
-                try:
-                    results[name] = BENCHMARKS[name](bench)
-                except (BenchmarkFailed, PostcopyError, OSError) as error:
-                    failed = True  # the others may be worth having all the same
-                    print(f"benchmarks: {name}: {error}", file=sys.stderr)
+                results[name] = bench.part(name, benchmarks[name])
     except BenchmarkFailed as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return 130
-    if asked.json:
-        _write_json(asked.json, found, scale, results, time.monotonic() - begun)
-    if asked.write_docs:
-        write_docs(found, results)
+        interrupted = True  # what is measured by now is worth having
     if asked.json != "-":
         _print_table(found, results)
-    return 1 if failed else 0
+    if asked.json:
+        _write_json(asked.json, found, scale, results, time.monotonic() - begun)
+    failed = {name for name, rows in results.items() if any(row.failed for row in rows)}
+    if asked.write_docs:
+        write_docs(found, {name: rows for name, rows in results.items() if name not in failed})
+    return 130 if interrupted else int(bool(failed))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -109,10 +132,9 @@ def _print_table(found: machine.Facts, results: Mapping[str, list[Row]]) -> None
     table = Table(title=machine.in_words(found), title_justify="left")
     for heading in HEADINGS:
         table.add_column(heading, justify="right" if heading == "median" else "left")
-    colours = {"missed": "red", "met": "green", "stretch": "bold green"}
     for rows in results.values():
         for row in rows:
-            table.add_row(*row.cells(), style=None if row.verdict != "missed" else colours["missed"])
+            table.add_row(*row.cells(), style="red" if row.verdict in ("missed", "failed") else None)
         table.add_section()
     console.print(table)
 

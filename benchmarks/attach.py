@@ -11,7 +11,7 @@ import time
 import postcopy
 from postcopy_kernel.process import memory_figures
 
-from .bench import Bench, BenchmarkFailed, worker_of
+from .bench import Bench, BenchmarkFailed, Measure, worker_of
 from .figures import Row, percentile, value_row
 from .machine import ROOT
 
@@ -22,7 +22,13 @@ CROWD_WITHIN = 120.0
 
 def run(bench: Bench) -> list[Row]:
     """Attach to first byte, weight of a worker, a crowd of clients, and a block that is far greater than memory."""
-    return [*_first_byte(bench), *_memory(bench), *_crowds(bench), _sparse(bench)]
+    parts: dict[str, Measure] = {
+        "first byte": _first_byte,
+        "worker's memory": _memory,
+        "many clients": _crowds,
+        "sparse file": lambda bench: [_sparse(bench)],
+    }
+    return [row for name, measure in parts.items() for row in bench.part(f"attach: {name}", measure)]
 
 
 def _first_byte(bench: Bench) -> list[Row]:

@@ -17,19 +17,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import postcopy
+from postcopy.errors import PostcopyError
 from postcopy.queries import Control
 
+from .figures import Row, failed_row
 from .machine import ROOT
 
 PAGE = 4096
 RANDOM_PIECE = 64 << 20
+LEAST_PAGES = 16384
+BLOCK_SECONDS = 0.15
 ANSWER_WITHIN = 60.0
 WORKER_WITHIN = 30.0
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -52,11 +57,23 @@ class Scale:
         return quick if self.quick else full
 
 
+class Measure(Protocol):
+    """Measures something and gives its rows."""
+
+    def __call__(self, bench: Bench, /) -> list[Row]: ...
+
+
+def available_memory() -> int:
+    """Bytes that programs can allocate now without swapping (MemAvailable)."""
+    with open("/proc/meminfo", encoding="utf-8") as lines:
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+
+
 class ClientProcess:
     """A ``benchmarks.client`` process: ask it, one answer a question; a context manager."""
 
-    def __init__(self, spec: Mapping[str, Any], keep: Sequence[int] = ()) -> None:
-        command = [sys.executable, "-m", "benchmarks.client", json.dumps(spec)]
+    def __init__(self, spec: Mapping[str, Any], keep: Sequence[int] = (), python: str = sys.executable) -> None:
+        command = [python, "-m", "benchmarks.client", json.dumps(spec)]
         # A process group of its own, because a floor client has a handler as its child and both must end.
         self._process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=keep, process_group=0
@@ -108,13 +125,20 @@ class ClientProcess:
         self.close()
 
 
+class Served(dict[str, str]):
+    """The SOURCE of each block of a page source, and the pid of that program."""
+
+    def __init__(self, sources: Iterable[tuple[str, str]], pid: int) -> None:
+        super().__init__(sources)
+        self.pid = pid
+
+
 class Bench:
     """A temporary directory with the compiled C and the files, and the ways to start what is measured."""
 
     def __init__(self, scale: Scale) -> None:
         self.scale = scale
-        self.pages = scale.of(16384, 512)
-        self.length = self.pages * PAGE
+        self.pages = scale.of(4096, 512)
         self.cpu = max(os.sched_getaffinity(0))
         self._stack = ExitStack()
         self.directory = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="postcopy-bench-"))
@@ -124,11 +148,47 @@ class Bench:
         self.library = self.compile("toucher.c", "toucher.so", "-shared", "-fPIC")
         self.floor = [self.compile("floor.c", "floor")]
         self.chain = [self.compile("chain.c", "chain")]
+        if not scale.quick:
+            self.pages = self._pages()
+        self.length = self.pages * PAGE
+        self.touches = scale.of(self.pages // 4, 200)
+        """How many pages one client touches at random for the latency of a fault."""
         self.file = self.warm_file("ram", self.length)
 
-    def say(self, words: str) -> None:
+    def say(self, progress: str) -> None:
         """Progress, for people, on stderr."""
-        print(words, file=sys.stderr, flush=True)
+        print(progress, file=sys.stderr, flush=True)
+
+    def part(self, name: str, measure: Measure) -> list[Row]:
+        """The rows of one part of a benchmark. One that fails gives a failed row, so the other parts keep theirs."""
+        try:
+            return measure(self)
+        except (BenchmarkFailed, PostcopyError, OSError, subprocess.SubprocessError) as error:
+            reason = " ".join(f"{error}".split())
+        except Exception as error:
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {error}"
+        self.say(f"benchmarks: {name}: {reason}")
+        return [failed_row(name, reason)]
+
+    def length_for(self, seconds: float, rate: float, least: int) -> int:
+        """Bytes that take ``seconds`` at ``rate`` bytes a second: at least ``least``, at most an eighth of the memory
+        that is available now, in whole steps of 64 MiB (a quick run: ``least``)."""
+        if self.scale.quick:
+            return least
+        wanted = min(max(least, int(seconds * rate)), available_memory() // 8)
+        return max(1, wanted // RANDOM_PIECE) * RANDOM_PIECE
+
+    def _pages(self) -> int:
+        """Pages of the block: what the C handler serves in BLOCK_SECONDS, so that a faster machine is not done in no
+        time; at least LEAST_PAGES, at most a 64th of the available memory."""
+        self.length = self.pages * PAGE
+        self.file = self.warm_file("ram", self.length)
+        with self.floor_client(pinned=True) as client:
+            span = client.ask(do="touch", seed=1, count=self.pages)["span"]
+        rate = self.pages / max(1e-6, (span[1] - span[0]) / 1e9)
+        wanted = min(int(rate * BLOCK_SECONDS), available_memory() // 64 // PAGE)
+        return max(LEAST_PAGES, wanted // 1024 * 1024)
 
     # --- CPUs ---------------------------------------------------------------------------------------------------------
 
@@ -153,19 +213,28 @@ class Bench:
     # --- what is measured ---------------------------------------------------------------------------------------------
 
     @contextmanager
-    def source(self, blocks: Sequence[str], *, pinned: bool = False, file: str = "") -> Iterator[dict[str, str]]:
+    def source(
+        self,
+        blocks: Sequence[str],
+        *,
+        pinned: bool = False,
+        file: str = "",
+        python: str = sys.executable,
+        name: str = "source",
+    ) -> Iterator[Served]:
         """A page source that serves the warm file (or ``file``) under each of these names: the SOURCE of each."""
-        endpoint = f"ipc://{self.sockets}/source"
-        command = [sys.executable, "-m", "postcopy_sources", *(f"{name}={file or self.file}" for name in blocks)]
+        endpoint = f"ipc://{self.sockets}/{name}"
+        command = [python, "-m", "postcopy_sources", *(f"{name}={file or self.file}" for name in blocks)]
         command += ["--listen", endpoint, "--die-with-parent", str(os.getpid()), "--log-level", "warning"]
         with self.placed(pinned):
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
         try:
-            yield {name: f"{endpoint}/{name}" for name in blocks}  # who connects waits until it listens
+            yield Served(((block, f"{endpoint}/{block}") for block in blocks), process.pid)  # a client waits for it
             if process.poll() is not None:
                 raise BenchmarkFailed(f"the page source ended with status {process.returncode}")
         finally:
             process.terminate()
+            process.send_signal(signal.SIGCONT)
             process.wait(10)
 
     def supervisor(
@@ -176,11 +245,13 @@ class Bench:
         with self.placed(pinned):
             return postcopy.Supervisor(sources, **options)
 
-    def client(self, *, pinned: bool = False, keep: Sequence[int] = (), **spec: Any) -> ClientProcess:
+    def client(
+        self, *, pinned: bool = False, keep: Sequence[int] = (), python: str = sys.executable, **spec: Any
+    ) -> ClientProcess:
         """A client process of ``spec`` (see client.py), ready."""
         known = {"parent": os.getpid(), "library": self.library, "file": self.file, "length": self.length}
         with self.placed(pinned):
-            client = ClientProcess(known | spec, keep)
+            client = ClientProcess(known | spec, keep, python)
         try:
             client.hear()
         except BaseException:

@@ -101,7 +101,7 @@ class Toucher:
 
 
 class Client:
-    """The mapping under test, whoever serves it."""
+    """The mapping under test."""
 
     def __init__(self, spec: Answer) -> None:
         self.spec = spec
@@ -109,6 +109,7 @@ class Client:
         self.length: int = spec["length"]
         self.base = 0
         self._held: list[Any] = []
+        self._supervisor: Any = None
         with open(spec["file"], "rb") as file:
             self._truth = mmap.mmap(file.fileno(), self.length, access=mmap.ACCESS_COPY)
         self.truth = ctypes.addressof(ctypes.c_char.from_buffer(self._truth))
@@ -213,6 +214,20 @@ class Client:
         self._join_product()
         return {}
 
+    def serve(self, order: Answer) -> Answer:
+        """Start a supervisor of the installed packages that serves ``source``, and attach to it in ``mode``."""
+        import postcopy
+
+        self._supervisor = postcopy.Supervisor({"ram": order["source"]}, **order["options"])
+        self.spec["runtime_dir"] = self._supervisor.runtime_dir
+        return self.join({"block": "ram", "mode": order["mode"]})
+
+    def close(self) -> None:
+        """End the supervisor that ``serve`` has started, and leave its block before."""
+        if self._supervisor is not None:
+            self._held.pop().close()
+            self._supervisor.close()
+
     def read(self, order: Answer) -> Answer:
         """Read the block in order, once."""
         answer = self.c.read_through(self.base, self.length)
@@ -273,6 +288,7 @@ def main() -> None:
         "begin_eagerly": client.begin_eagerly,
         "memcpy": client.memcpy,
         "join": client.join,
+        "serve": client.serve,
         "read": client.read,
         "peers": client.peers,
         "kill": client.kill,
@@ -283,6 +299,7 @@ def main() -> None:
     for line in sys.stdin:
         order = json.loads(line)
         print(json.dumps(orders[order["do"]](order)), flush=True)
+    client.close()
 
 
 if __name__ == "__main__":

@@ -34,10 +34,13 @@ class Row:
     samples: list[Any] = field(default_factory=list)
     least: bool = False
     held: bool = True
+    failed: bool = False
 
     @property
     def verdict(self) -> str:
-        """``met``, ``missed``, ``stretch`` (better than was asked), or nothing where no goal is set."""
+        """``met``, ``missed``, ``stretch`` (better than was asked), ``failed``, or nothing where no goal is set."""
+        if self.failed:
+            return "failed"
         if self.goal is None or not self.samples:
             return ""
         if not self.held or not self._within(self.goal):
@@ -99,6 +102,11 @@ def value_row(
     """The median (or the given ``value``) of samples in ``unit``."""
     chosen = median(samples) if value is None else value
     return Row(name, chosen, min(samples), max(samples), unit, goal, stretch, detail, list(samples))
+
+
+def failed_row(name: str, reason: str) -> Row:
+    """The row of a part that could not be measured."""
+    return Row(name, 0.0, 0.0, 0.0, "", detail=reason, failed=True)
 
 
 def percentile(samples: Sequence[float], percent: float) -> float:

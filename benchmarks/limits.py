@@ -1,7 +1,7 @@
 """``limits``: the two honest alternatives. Plain mmap of the file, which is the physical limit of what a touch can
 cost, and an eager copy, which is what people do today: read everything first, then begin.
 
-*Plain mmap*: the warm file mapped by the client itself; a touch is a minor fault, nobody is asked, nothing is copied.
+*Plain mmap*: the warm file mapped by the client itself; a touch is a minor fault; no process is asked, no byte copied.
 It cannot be beaten where it can be used: one machine, a file, no writes that others must not see. *Eager copy*: from
 nothing to a number of random pages read, the copy of the whole file included; ours from nothing too, attaching
 included. The fewer of its pages a program needs, and the larger the file, the less an eager copy pays.

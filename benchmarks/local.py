@@ -32,7 +32,7 @@ def _pairs(bench: Bench, pinned: bool) -> tuple[dict[str, list[Pair]], dict[str,
         bench.say(f"local, {'pinned' if pinned else 'unpinned'}: pair {number + 1} of {bench.scale.pairs}")
         with bench.supervisor(list(GOALS), pinned=pinned) as supervisor:
             for mode in GOALS:
-                # Whoever is second may find the machine otherwise than the first did: take turns.
+                # The second may find the machine in another state than the first did: take turns.
                 sides = {}
                 for side in ("ours", "floor") if number % 2 else ("floor", "ours"):
                     if side == "ours":
@@ -48,5 +48,5 @@ def _pairs(bench: Bench, pinned: bool) -> tuple[dict[str, list[Pair]], dict[str,
 def _touches(bench: Bench, client: ClientProcess, seed: int) -> list[float]:
     """Microseconds of each touch."""
     with client:
-        answer = client.ask(do="touch", seed=seed, count=bench.scale.of(4000, 200))
+        answer = client.ask(do="touch", seed=seed, count=bench.touches)
     return [nanoseconds / 1000 for nanoseconds in answer["ns"]]

@@ -1,7 +1,7 @@
 """``observing``: what does it cost to be seen?
 
 Four promises: statistics cost a local fault next to nothing (the same worker with them and without, in turns, pinned),
-the status of 256 clients is told soon and slows nobody's faults, ``postcopy top`` leaves the processor alone, and the
+the status of 256 clients comes soon and slows no client's faults, ``postcopy top`` leaves the processor alone, and the
 report of a million touches is written in seconds.
 """
 
@@ -26,7 +26,7 @@ import postcopy
 from postcopy.queries import Control
 
 from . import unseen
-from .bench import Bench, BenchmarkFailed, ClientProcess
+from .bench import Bench, BenchmarkFailed, ClientProcess, Measure
 from .figures import Pair, Row, percentile, ratio_row, value_row
 from .machine import ROOT
 
@@ -40,7 +40,8 @@ WITHIN = 120.0
 
 def run(bench: Bench) -> list[Row]:
     """Ratios with the figures and without, milliseconds, per cent of a processor, seconds."""
-    return [*_statistics(bench), *_status(bench), *_top(bench), *_report(bench)]
+    parts: dict[str, Measure] = {"statistics": _statistics, "status": _status, "top": _top, "report": _report}
+    return [row for name, measure in parts.items() for row in bench.part(f"observing: {name}", measure)]
 
 
 # --- statistics on and off --------------------------------------------------------------------------------------------
@@ -278,7 +279,7 @@ def _on_terminal(directory: str, size: tuple[int, int]) -> Iterator[subprocess.P
 
 
 def _read_all(terminal: int) -> None:
-    with suppress(OSError):  # EIO: nobody has it open any more
+    with suppress(OSError):  # EIO: no process has it open any more
         while os.read(terminal, 65536):
             pass
 

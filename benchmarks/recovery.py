@@ -4,7 +4,7 @@ Every sample of a client alone is a client of its own, because the second crash 
 purpose. With a crowd attached, each client's worker is killed once alone, then once more all together.
 
 Then the supervisor is killed, and started again at once with ``--recover``, as a service manager would; every client
-touches a missing page of a remote block, which nobody but a supervisor can bring.
+touches a missing page of a remote block, which only a supervisor can bring.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .figures import Row, percentile, value_row
 GOAL = 20.0
 SUPERVISOR_GOAL = 600.0
 BEFORE = 0.002
-"""Seconds between the supervisor's end and the touches: nobody is answered before it."""
+"""Seconds between the supervisor's end and the touches: no client is answered before it."""
 
 
 def run(bench: Bench) -> list[Row]:

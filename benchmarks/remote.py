@@ -16,7 +16,7 @@ from typing import Any
 from postcopy.queries import Control
 
 from . import qemu, stream
-from .bench import Bench, BenchmarkFailed, ClientProcess
+from .bench import Bench, BenchmarkFailed, ClientProcess, Measure
 from .clients8 import theirs
 from .figures import Pair, Row, percentile, ratio_row, value_row
 from .machine import ROOT
@@ -28,13 +28,16 @@ LOAD_WITHIN = 120.0
 
 def run(bench: Bench) -> list[Row]:
     """One fault, the stream, many clients."""
-    rows = [row for pinned in (True, False) for row in _faults(bench, pinned)]
-    rows += qemu.compare(bench, lambda number: _ours(bench, "shared", False, number))
-    rows += stream.run(bench)
-    rows.append(_lockstep(bench))
-    rows.append(_random(bench))
-    rows.append(_random_in_c(bench))
-    return rows
+    parts: dict[str, Measure] = {
+        "remote fault, pinned": lambda bench: _faults(bench, True),
+        "remote fault, unpinned": lambda bench: _faults(bench, False),
+        "QEMU's own post-copy": lambda bench: qemu.compare(bench, lambda number: _ours(bench, "shared", False, number)),
+        "stream": stream.run,
+        "clients in lockstep": lambda bench: [_lockstep(bench)],
+        "clients at random": lambda bench: [_random(bench)],
+        "clients of C handlers": lambda bench: [_random_in_c(bench)],
+    }
+    return [row for name, measure in parts.items() for row in bench.part(f"remote: {name}", measure)]
 
 
 # --- one fault --------------------------------------------------------------------------------------------------------
@@ -76,7 +79,7 @@ def _chain(bench: Bench, mode: str, pinned: bool, seed: int) -> list[float]:
 
 def _touches(bench: Bench, client: ClientProcess, seed: int) -> list[float]:
     """Microseconds of each touch, at random, of missing pages."""
-    answer = client.ask(do="touch", seed=seed, count=bench.scale.of(4000, 200))
+    answer = client.ask(do="touch", seed=seed, count=bench.touches)
     return [nanoseconds / 1000 for nanoseconds in answer["ns"]]
 
 
@@ -110,7 +113,7 @@ def _random(bench: Bench) -> Row:
 
 def _random_in_c(bench: Bench) -> Row:
     """The same of C handlers, one a client, which have their pages in a file of this machine: what so many processes on
-    these processors cost whoever serves them."""
+    these processors cost any service."""
     return _many(
         bench,
         "of C handlers, local",

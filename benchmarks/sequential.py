@@ -2,7 +2,7 @@
 
 Every word of the block is read once. The adaptive window against page after page, and beside it the two honest peers
 that need none of us: the warm file mapped by mmap, and the warm file copied by read(). Where the whole file lies in the
-page cache of this machine and nobody else needs the block, they win, and the table says by how much.
+page cache of this machine and no other process needs the block, they win, and the table says by how much.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The worker's package once more, without its statistics: to measure what they cost.
 
-A copy whose common fault (``_shared_answer``, ``_private_answer``) counts and times nothing: every store into the
-statistics page and the clock around them are taken out of the source, all else stays. The tidying of page tables, which
+A copy whose common fault (``_shared``, ``_private`` of ``fast_answers``) counts and times nothing: every store into the
+statistics page and the clock around them are removed from the source, all else stays. The tidying of page tables, which
 is due by their count, is due here by the number of the page: as often, where pages come at random, once each. A
 supervisor that is started with the copy's directory first in PYTHONPATH
 forks these workers; nothing in the real ones knows of it.
@@ -16,10 +16,10 @@ from importlib.util import find_spec
 
 from .bench import BenchmarkFailed
 
-ANSWERS = {"_shared_answer": 4, "_private_answer": 5}
+ANSWERS = {"_shared": 4, "_private": 5}
 """The closures of common faults, and how many statements of each are statistics: two stores, clock, histograms."""
 TIDYING = "if not page % TIMED: tidy(TIMED)"
-TAKEN_OUT = {"words", "begun", "plain"}
+TAKEN_OUT = {"counters", "begun", "plain"}
 
 
 class Blind(ast.NodeTransformer):
@@ -60,7 +60,7 @@ def package(directory: str) -> str:
     place = os.path.join(directory, "unseen")
     target = os.path.join(place, "postcopy_workers")
     shutil.copytree(found.submodule_search_locations[0], target, ignore=shutil.ignore_patterns("__pycache__"))
-    path = os.path.join(target, "fault_handler.py")
+    path = os.path.join(target, "fast_answers.py")
     with open(path, encoding="utf-8") as file:
         tree = ast.parse(file.read())
     for node in ast.walk(tree):

@@ -43,14 +43,17 @@ FAST = (
     "tests/wire/test_router.py",
     "tests/wire/test_source.py",
     "tests/wire/test_hostile_door.py",
-    "tests/system/test_attach.py",
+    "tests/system/test_attach.py::test_every_byte_in_both_modes",
+    "tests/system/test_attach.py::test_another_user_is_denied",
+    "tests/system/test_attach.py::test_copy_on_write_and_sharing",
     "tests/system/test_client_death.py",
     "tests/system/test_remote.py::test_every_byte",
     "tests/system/test_remote.py::test_each_page_is_asked_for_once_in_lockstep",
     "tests/system/test_restart.py::test_clients_run_on_when_the_supervisor_is_killed",
 )
 """What ``--fast`` runs: beginnings of test ids."""
-NOT_FAST = ("tests/unit/test_packaging.py",)
+NOT_FAST = ("tests/unit/test_packaging.py", "tests/unit/client/test_load.py", "tests/unit/client/test_top.py")
+"""Packaging builds wheels; the other two import matplotlib and textual."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -86,7 +89,8 @@ def longest_first(tests: Iterable[str]) -> dict[str, float]:
 def in_fast(test: str, marks: set[str]) -> bool:
     if "hugetlb" in marks or not test.startswith(FAST) or test.startswith(NOT_FAST):
         return False
-    return test.startswith("tests/unit/") or recorded().get(test, 0.0) < LONG_IN_FAST
+    # The long ones of these are hypothesis, which tries fewer examples here.
+    return test.startswith(("tests/unit/", "tests/simulated/")) or recorded().get(test, 0.0) < LONG_IN_FAST
 
 
 @pytest.hookimpl(trylast=True)

@@ -1,2 +1,2 @@
-"""The supervisor: owns RAM blocks, core userfaultfd and quit eventfd, keeps the door, the fleet of workers and the
-status."""
+"""The supervisor: owns RAM blocks, the core userfaultfd and the quit eventfd, answers clients on the attach socket,
+runs the worker pool, and moves pages of remote blocks from their sources."""

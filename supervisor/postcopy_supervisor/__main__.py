@@ -11,7 +11,7 @@ from postcopy_protocol.errors import BadInput, PostcopyError
 
 
 def main() -> int:
-    """Exit status: 0 ended in order, 1 could not stand, 2 usage."""
+    """Returns the exit status: 0 ended in order, 1 failed, 2 usage."""
     from .settings import parse
 
     try:
@@ -31,7 +31,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 1
-    from .main_loop import serve
+    from .assembly import serve
 
     try:
         serve(settings)

@@ -1,4 +1,4 @@
-"""RAM blocks: one memfd and one received map each, the source they come from, and what is in them by now."""
+"""RAM blocks: one memfd and one received map each, their source, and which pages are present."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ MAP_PIECE = 1 << 20
 AUDIT_RUNS = 1000
 """Runs of present pages looked at in one step of an audit: some milliseconds."""
 SHORT_RUNS = 100
-"""... and in one of an audit that somebody waits for, which has no pause between its steps."""
+"""... and in a step of an audit on demand, which has no pause between its steps."""
 TALLY_PAGES = 128 << 10
-"""Pages that are counted in one step."""
+"""Pages counted in one step."""
 COPY_SECONDS = 0.002
-"""By then a worker that had not yet seen that the lease is given up has made its COPY of the unchanged file."""
+"""After this time a worker that did not see the new mark has finished its COPY of the unchanged file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A source as it was found at serve: its exact ``size``, and for a file its descriptor and time."""
+    """A source as it was when first served: its exact ``size``, and for a file its descriptor and time."""
 
     kind: str
     detail: str
@@ -75,7 +75,9 @@ def open_source(name: str, source: Source) -> Opened:
 
 def _open_file(name: str, path: str) -> Opened:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a fifo must not hold us up
+        descriptor = os.open(
+            path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+        )  # O_NONBLOCK: opening a fifo must not wait
     except OSError as error:
         raise BadInput(f"block {name}: cannot open {path}: {error.strerror}") from None
     found = os.fstat(descriptor)
@@ -104,7 +106,7 @@ class RamBlock:
         advice: Advice | None = None,
         kept: KeptBlock | None = None,
     ) -> None:
-        """``advice``: what the source of a remote block says of it; ``kept``: what a predecessor left of it."""
+        """``advice``: the advice of a remote block's source; ``kept``: what the previous supervisor left."""
         self.number = number
         self.name = name
         self.source = source
@@ -125,12 +127,12 @@ class RamBlock:
         self.memory, self.map_fd = kept.fds[:2] if kept is not None else self._make()
         self.mapping = self._map()
         self.received = mmap.mmap(self.map_fd, 0)
-        # Clients get open file descriptions of their own: flags set on theirs (O_APPEND) are not set on ours.
+        # Clients get separate open file descriptions, so that a flag set by one (O_APPEND) has no effect here.
         self.read_only = memory.reopen(self.memory, writable=False)
         self.read_write = memory.reopen(self.memory, writable=True)
         self.map_read_only = memory.reopen(self.map_fd, writable=False)
         if kept is not None:
-            self._settle_interrupted()
+            self._finish_interrupted()
         self._lease(kept is not None)
         self.complete = False
         self.polluted: tuple[tuple[int, int], ...] = ()
@@ -148,8 +150,7 @@ class RamBlock:
             raise BadInput(f"block {self.name}: no memory of {format_size(self.length)}: {error.strerror}") from None
 
     def _map(self) -> Mapping:
-        """Our own mapping, never read. Huge pages are reserved here, all of them, so that no page can fail to be
-        placed."""
+        """Our own mapping, which is never read. All huge pages are reserved here, so that placing one cannot fail."""
         huge = self.page_size == PAGE_2M
         try:
             mapping = Mapping.of(self.memory, self.length, reserve=huge)
@@ -186,12 +187,12 @@ class RamBlock:
         return "remote" if self.opened.kind == "remote" else "local"
 
     def shared_granted(self) -> None:
-        """A client may write from now on: contents are no proof of anything any more (see Block.settle)."""
+        """A client may write from now on, so page contents no longer prove where a page came from."""
         self.received[self.pages + SHARED] = 1
 
     def look_at_source(self) -> None:
-        """Was the file cut or written to since it is served? Marks it for all workers, who look at the mark before
-        every page; called by the porter, so that no more than its wake-up lies between the change and the mark."""
+        """Mark a file that was truncated or written since it is served; workers check the mark before every page. The
+        listener's thread calls this, so only its wake-up lies between the change and the mark."""
         opened = self.opened
         if opened.descriptor >= 0:
             now = os.fstat(opened.descriptor)
@@ -199,7 +200,7 @@ class RamBlock:
                 self.received[self.pages + TRUST] = CHANGED
 
     def yield_lease(self) -> None:
-        """Somebody wants to write to the file: from now on its size is looked at before every page, and he may."""
+        """A program wants to write to the file: let it, and check the file's size before every page from now on."""
         descriptor = self.opened.descriptor
         if descriptor < 0 or self.received[self.pages + TRUST] != LEASED or not lease_wanted(descriptor):
             return
@@ -208,7 +209,7 @@ class RamBlock:
         give_up_lease(descriptor)
 
     def grant(self, first: int) -> tuple[BlockGrant, tuple[int, ...]]:
-        """What a worker is told, and its descriptors, which will stand from place ``first`` of the worker's list."""
+        """A worker's grant, and its descriptors, which begin at place ``first`` of the worker's list."""
         fds = (self.memory, self.map_fd) + ((self.opened.descriptor,) if self.opened.descriptor >= 0 else ())
         opened = self.opened
         return (
@@ -230,7 +231,7 @@ class RamBlock:
         )
 
     def note(self) -> BlockNote:
-        """For a successor."""
+        """What a later supervisor has to know of it."""
         opened = self.opened
         return BlockNote(
             block=self.number,
@@ -248,7 +249,7 @@ class RamBlock:
     # --- what is there ------------------------------------------------------------------------------------------------
 
     def _map_pieces(self) -> Iterator[tuple[int, bytes]]:
-        """The written parts of the received map; the rest is MISSING, and reading it would make it take memory."""
+        """The written parts of the received map; the rest is MISSING, and reading it would allocate memory."""
         for start, end in memory.data_runs(self.map_fd, 0, self.pages):
             for at in range(start, end, MAP_PIECE):
                 yield at, os.pread(self.map_fd, min(end - at, MAP_PIECE), at)
@@ -292,9 +293,9 @@ class RamBlock:
                     if memory.is_present(self.memory, page * self.page_size):
                         self.received[page] = RECEIVED
 
-    def _settle_interrupted(self) -> None:
-        """What a predecessor had begun to place. Nobody but the supervisor places pages of a remote block, so what is
-        absent there is missing again, and the background may ask for it."""
+    def _finish_interrupted(self) -> None:
+        """Pages that were being placed when the previous supervisor died. Only the supervisor places pages of a remote
+        block, so absent ones are missing again there, and the background stream may request them."""
         self.promote_interrupted()
         if self.kind == "remote":
             for at, piece in self._map_pieces():
@@ -316,7 +317,7 @@ class RamBlock:
             yield start // self.page_size, -(-end // self.page_size)
 
     def hole_runs(self) -> Iterator[tuple[int, int]]:
-        """(offset, length) of what is missing: asked of the kernel for 4K pages, of the map for huge ones."""
+        """(offset, length) of missing pages, from the kernel for 4K pages and from the map for huge ones."""
         if self.page_size == PAGE_2M:
             for page in range(self.pages):
                 if self.received[page] != RECEIVED:
@@ -326,19 +327,19 @@ class RamBlock:
             yield start, end - start
 
     def look_complete(self) -> bool:
-        """Is every page received, and present by the kernel's own word?"""
+        """Is every page received, and does the kernel confirm it?"""
         if not self.complete and self.counts()[0] == self.pages:
             self.complete = next(self.hole_runs(), None) is None
         return self.complete
 
     def audit(self) -> Iterator[None]:
-        """Look for pages that nobody of ours placed, from the beginning, in short steps; remembers them."""
+        """Find pages that this service did not place, from the beginning, in short steps."""
         self._audit = None
         while not self.audit_step(SHORT_RUNS):
             yield
 
     def audit_step(self, runs: int = AUDIT_RUNS) -> bool:
-        """A part of an audit, so that a block of many scattered pages holds nobody up; True: the block is through.
+        """A part of an audit, short even for a block of many scattered pages; True: the block is done.
 
         Presence is asked first and the map read after it: our own workers store PLACING before a page can appear.
         """
@@ -355,8 +356,8 @@ class RamBlock:
         self._audit, self.polluted = None, tuple(self._strange)
         return True
 
-    def story(self, page: int) -> str:
-        """State of a page in a word."""
+    def page_state(self, page: int) -> str:
+        """State of a page by the received map."""
         return ("missing", "placing", "received", "lost")[self.received[page]]
 
     def forget_own_pages(self) -> None:

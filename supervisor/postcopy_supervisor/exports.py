@@ -1,8 +1,8 @@
-"""Exports: a whole block written to a file from the supervisor's own mapping, in a thread, while its pages arrive.
+"""Exports: a thread writes a whole block to a file from the supervisor's own mapping, while its pages arrive.
 
-The thread makes write(2) calls from missing memory; the kernel stops it there without the GIL until client zero's fault
-is resolved. The file appears under its name only when it is whole. What a supervisor that was killed has left is found
-by its lock, which nobody holds any more, and removed when the next export to the same name begins.
+It calls write(2) on missing memory. The kernel stops it there, without the GIL, until client zero's fault is resolved.
+The file gets its name only when it is complete. A partial file of a killed supervisor is recognised by its lock, which
+no process holds any more, and is removed when the next export to the same name begins.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from .blocks import RamBlock
 
 PIECE = 1 << 20
 FORGET_AFTER = 16 << 20
-"""Bytes after which our own page tables of what was written are dropped: they count as the supervisor's memory."""
+"""Bytes after which page tables of written pages are dropped: they count as the supervisor's memory."""
 UNASKED_SECONDS = 10.0
 
 
 class Export(threading.Thread):
-    """One job. ``progress`` may be asked from any thread."""
+    """One job. ``progress`` may be called from any thread."""
 
     def __init__(self, job: int, block: RamBlock, path: str) -> None:
         super().__init__(name=f"export-{block.name}", daemon=True)
@@ -59,7 +59,7 @@ class Export(threading.Thread):
             os.close(self._file)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._partial)
-        # Last of all: whoever hears it finds nothing left, and the house waits at its end for what runs.
+        # Last of all: after it no partial file is left, and an ending supervisor waits for exports that run.
         self._state = state
 
     def _finish(self) -> str:
@@ -81,7 +81,7 @@ class Export(threading.Thread):
                 self.block.forget_own_pages()
 
     def cancel(self) -> None:
-        """Take effect between two pieces; what the thread waits for must be given up by client zero."""
+        """Stop between two pieces; client zero must give up the page that the thread waits for."""
         self._cancelled = True
 
     @property
@@ -93,14 +93,14 @@ class Export(threading.Thread):
 
 
 class Exports:
-    """Jobs by number. An export that nobody asks after is cancelled: its asker has died."""
+    """Jobs by number. An export is cancelled when its progress is not asked for: its asker has died."""
 
     def __init__(self) -> None:
         self._jobs: dict[int, Export] = {}
         self._next = 1
 
     def start(self, block: RamBlock, path: str) -> Export:
-        """Raises BadInput when there can be no such file, or the block is being exported already."""
+        """Start a job. Raises BadInput when the file cannot be made, or the block is being exported already."""
         if not os.path.isabs(path):
             raise BadInput(f"{path}: an export needs an absolute path")
         path = os.path.realpath(path)
@@ -114,14 +114,14 @@ class Exports:
         return export
 
     def get(self, job: int) -> Export | None:
-        """The job, which now counts as asked after."""
+        """The job; asking for it keeps it alive."""
         export = self._jobs.get(job)
         if export is not None:
             export.asked = time.monotonic()
         return export
 
     def unasked(self) -> list[Export]:
-        """Running jobs that nobody has asked after for long; finished ones are forgotten by then."""
+        """Running jobs that were not asked for in UNASKED_SECONDS; finished ones are forgotten then."""
         late = time.monotonic() - UNASKED_SECONDS
         old = [export for export in self._jobs.values() if export.asked < late]
         for export in old:
@@ -135,7 +135,7 @@ class Exports:
 
 
 def _remove_left(path: str) -> None:
-    """Remove what exports to ``path`` of supervisors that were killed have left behind."""
+    """Remove partial files that killed supervisors left for ``path``."""
     directory, beginning = os.path.dirname(path), os.path.basename(path) + ".partial-"
     with contextlib.suppress(OSError), os.scandir(directory) as entries:
         for entry in entries:
@@ -145,7 +145,7 @@ def _remove_left(path: str) -> None:
 
 
 def _remove_if_left(partial: str) -> None:
-    """Remove a file that is ours and that nobody is writing: its writer holds the lock as long as it lives."""
+    """Remove a partial file of this user that no process is writing: its writer holds the lock while it lives."""
     try:
         file = os.open(partial, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:

@@ -1,9 +1,8 @@
-"""The porter: one thread that sleeps on every descriptor but the router, and hands what happens to the main thread.
+"""The listener: one thread that sleeps on every descriptor except the router's, and queues events for the main thread.
 
-Its poll set, in the order in which a wake-up is worked off: the core userfaultfd, the quit signal, then everything
-foreign (custodian, processes that end, the door and its visitors). It reads and decodes; it decides nothing. State
-belongs to the main thread, which waits in a turn of the router and is rung by an eventfd when the porter has left
-something in its box.
+It handles a wake-up in this order: the core userfaultfd, the stop eventfd, then everything else (custodian, processes
+that end, the attach socket and its connections). It reads and decodes, and decides nothing. All state belongs to the
+main thread, which waits in a turn of the router. An eventfd wakes that when the queue has something.
 """
 
 from __future__ import annotations
@@ -16,89 +15,51 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from typing import Protocol
 
 from postcopy_kernel import descriptors, process
 from postcopy_kernel.filewatch import FileWatch
-from postcopy_kernel.userfaultfd import Event, Userfaultfd
+from postcopy_kernel.userfaultfd import Userfaultfd
 from postcopy_protocol.attach_conversation import FROM_CLIENT
 from postcopy_protocol.codec import decode
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.messages import CustodianReady, ForkFailed, Message, WorkerExited, WorkerForked
 
 from .blocks import RamBlock
+from .events import (
+    ClientConnected,
+    ClientMessage,
+    CoreFaults,
+    CustodianMessage,
+    ListenerEvent,
+    ProcessEnded,
+    StopRequested,
+    Tick,
+)
 
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.25
 ACCEPT_AT_ONCE = 64
-BOX_LIMIT = 4096
+QUEUE_LIMIT = 4096
 FAILED = 1
 """Exit status."""
-
-
-@dataclass(frozen=True, slots=True)
-class CoreFaults:
-    """What the core userfaultfd gave."""
-
-    events: list[Event]
-
-
-@dataclass(frozen=True, slots=True)
-class QuitAsked:
-    """SIGTERM, SIGINT, or the process we are to die with."""
-
-
-@dataclass(frozen=True, slots=True)
-class CustodianMessage:
-    """A message of the custodian with its descriptors; None: it is gone."""
-
-    message: Message | None
-    fds: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ProcessEnded:
-    """A watched pidfd became readable (it is not watched any more)."""
-
-    pidfd: int
-
-
-@dataclass(frozen=True, slots=True)
-class ClientConnected:
-    """A new connection at the door, taken ``at`` this monotonic time."""
-
-    connection: socket.socket
-    at: float
-
-
-@dataclass(frozen=True, slots=True)
-class ClientMessage:
-    """A visitor's message with its descriptors; BadMessage if it was none; None: the connection has ended."""
-
-    connection: socket.socket
-    message: Message | BadMessage | None
-    fds: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """Time has passed; ``at``: the monotonic time when this was put into the box."""
-
-    at: float
-
-
-ListenerEvent = CoreFaults | QuitAsked | CustodianMessage | ProcessEnded | ClientConnected | ClientMessage | Tick
 FROM_CUSTODIAN = (CustodianReady, WorkerForked, ForkFailed, WorkerExited)
 
 
-class SourceWatch:
-    """Files under local blocks: a change is marked for the workers at once. Without inotify their own look each second
-    has to do."""
+class Job(Protocol):
+    """A short piece of work for the listener's thread."""
+
+    def __call__(self) -> object: ...
+
+
+class FileWatches:
+    """Watches the files under local blocks, and marks a change for the workers at once. Without inotify a worker's own
+    check finds it within a second."""
 
     def __init__(self, blocks: Iterable[RamBlock]) -> None:
-        self._blocks: dict[int, list[RamBlock]] = {}  # one number for a file, however many blocks it has
+        self._blocks: dict[int, list[RamBlock]] = {}  # by watch; inotify has one for a file, whatever its blocks
         self._watch: FileWatch | None = None
         try:
             self._watch = FileWatch()
@@ -111,42 +72,36 @@ class SourceWatch:
     def fileno(self) -> int:
         return self._watch.fileno() if self._watch else -1
 
-    def look(self) -> None:
+    def check(self) -> None:
         for number in self._watch.read() & self._blocks.keys() if self._watch else ():
             for block in self._blocks[number]:
                 block.look_at_source()
 
 
 class Listener(threading.Thread):
-    """``watch_*`` and ``forget`` may be called from the main thread at any time; epoll takes it."""
+    """``watch_*`` and ``forget_*`` may be called from the main thread at any time; epoll allows it."""
 
-    def __init__(
-        self,
-        core: Userfaultfd,
-        quit_bell: int,
-        door: socket.socket,
-        sources: SourceWatch,
-    ) -> None:
-        super().__init__(name="porter", daemon=True)
-        self.box: collections.deque[ListenerEvent] = collections.deque()
-        self._errands: collections.deque[Callable[[], None]] = collections.deque()
-        self.bell = descriptors.create_eventfd()
-        """Readable when something has been put into the box."""
+    def __init__(self, core: Userfaultfd, stop_eventfd: int, attach_socket: socket.socket, files: FileWatches) -> None:
+        super().__init__(name="listener", daemon=True)
+        self.queue: collections.deque[ListenerEvent] = collections.deque()
+        self.wakeup = descriptors.create_eventfd()
+        """Readable when something has been queued."""
+        self._jobs: collections.deque[Job] = collections.deque()
         self._core = core
-        self._quit_bell = quit_bell
-        self._door = door
-        self._sources = sources
+        self._stop_eventfd = stop_eventfd
+        self._attach_socket = attach_socket
+        self._files = files
         self._alarm = descriptors.create_eventfd()
         self._stopping = False
         self._due: float | None = None
         self._pidfds: set[int] = set()
         self._custodian: socket.socket | None = None
-        self._visitors: dict[int, socket.socket] = {}
+        self._connections: dict[int, socket.socket] = {}
         self._epoll = select.epoll()
-        for fd in (core.fileno(), quit_bell, door.fileno(), self._alarm):
+        for fd in (core.fileno(), stop_eventfd, attach_socket.fileno(), self._alarm):
             self._epoll.register(fd, select.EPOLLIN)
-        if sources.fileno() >= 0:
-            self._epoll.register(sources.fileno(), select.EPOLLIN)
+        if files.fileno() >= 0:
+            self._epoll.register(files.fileno(), select.EPOLLIN)
 
     # --- called by the main thread ------------------------------------------------------------------------------------
 
@@ -157,35 +112,36 @@ class Listener(threading.Thread):
     def forget_process(self, pidfd: int) -> None:
         if pidfd in self._pidfds:
             self._pidfds.discard(pidfd)
-            with contextlib.suppress(OSError):  # the other thread was a moment faster
+            with contextlib.suppress(OSError):  # the listener's thread was faster
                 self._epoll.unregister(pidfd)
 
     def watch_custodian(self, channel: socket.socket) -> None:
         self._custodian = channel
         self._epoll.register(channel.fileno(), select.EPOLLIN)
 
-    def watch_visitor(self, connection: socket.socket) -> None:
-        self._visitors[connection.fileno()] = connection
+    def watch_connection(self, connection: socket.socket) -> None:
+        self._connections[connection.fileno()] = connection
         self._epoll.register(connection.fileno(), select.EPOLLIN)
 
-    def forget_visitor(self, connection: socket.socket) -> None:
-        if self._visitors.pop(connection.fileno(), None) is not None:
+    def forget_connection(self, connection: socket.socket) -> None:
+        if self._connections.pop(connection.fileno(), None) is not None:
             with contextlib.suppress(OSError):
                 self._epoll.unregister(connection.fileno())
 
-    def ring_at(self, due: float | None) -> None:
-        """A Tick no later than this monotonic time, besides the regular ones."""
+    def tick_at(self, due: float | None) -> None:
+        """Queue a Tick no later than this monotonic time, besides the regular ones."""
         if due is not None and (self._due is None or due < self._due):
             self._due = due
             descriptors.signal_eventfd(self._alarm)
 
-    def aside(self, act: Callable[[], None]) -> None:
-        """Do this in the porter's thread, soon: a system call that would hold up the main thread for milliseconds."""
-        self._errands.append(act)
+    def call_soon(self, job: Job) -> None:
+        """Run ``job`` in the listener's thread, soon: a system call that would stop the main thread for
+        milliseconds."""
+        self._jobs.append(job)
         descriptors.signal_eventfd(self._alarm)
 
     def stop(self) -> None:
-        """Leave the loop and close what is the porter's own."""
+        """End the thread and close its own descriptors."""
         self._stopping = True
         descriptors.signal_eventfd(self._alarm)
         self.join(5)
@@ -196,98 +152,98 @@ class Listener(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._carry()
+            self._loop()
         except Exception:
             if self._stopping:
                 return
-            # Without its porter a supervisor hears neither door nor custodian nor SIGTERM: a successor is better.
-            log.exception("the porter has failed, the supervisor ends: serve --recover takes its clients over")
+            # Without this thread a supervisor hears no client, no custodian and no SIGTERM: a successor is better.
+            log.exception("the listener thread has failed, the supervisor ends: serve --recover takes its clients over")
             os._exit(FAILED)
 
-    def _carry(self) -> None:
+    def _loop(self) -> None:
         ticked = 0.0
         while not self._stopping:
-            ready = [fd for fd, _ in self._epoll.poll(self._patience(ticked))]
-            for fd in sorted(ready, key=self._rank):
-                self._look(fd)
-            while self._errands and not self._stopping:
-                self._errands.popleft()()
+            ready = [fd for fd, _ in self._epoll.poll(self._timeout(ticked))]
+            for fd in sorted(ready, key=self._priority):
+                self._on_readable(fd)
+            while self._jobs and not self._stopping:
+                self._jobs.popleft()()
             now = time.monotonic()
             if now - ticked >= TICK_SECONDS or (self._due is not None and now >= self._due):
                 ticked, self._due = now, None
-                self.box.append(Tick(now))
-            if self.box:
-                descriptors.signal_eventfd(self.bell)
+                self.queue.append(Tick(now))
+            if self.queue:
+                descriptors.signal_eventfd(self.wakeup)
 
-    def _patience(self, ticked: float) -> float:
+    def _timeout(self, ticked: float) -> float:
         now = time.monotonic()
         due = ticked + TICK_SECONDS if self._due is None else min(self._due, ticked + TICK_SECONDS)
         return max(0.0, due - now)
 
-    def _rank(self, fd: int) -> int:
+    def _priority(self, fd: int) -> int:
         if fd == self._core.fileno():
             return 0
-        return 1 if fd == self._quit_bell else 2
+        return 1 if fd == self._stop_eventfd else 2
 
-    def _look(self, fd: int) -> None:
+    def _on_readable(self, fd: int) -> None:
         if fd == self._core.fileno():
-            self.box.append(CoreFaults(self._core.read()))
-        elif fd == self._quit_bell:
+            self.queue.append(CoreFaults(self._core.read()))
+        elif fd == self._stop_eventfd:
             os.eventfd_read(fd)
-            self.box.append(QuitAsked())
+            self.queue.append(StopRequested())
         elif fd == self._alarm:
             os.eventfd_read(fd)
-        elif fd == self._sources.fileno():
-            self._sources.look()
+        elif fd == self._files.fileno():
+            self._files.check()
         elif fd in self._pidfds:
             if not process.pidfd_exited(fd):
-                return  # a number that was closed and used again while this wake-up was on its way
+                return  # the number was closed and used again while this wake-up was on its way
             self.forget_process(fd)
-            self.box.append(ProcessEnded(fd))
-        elif fd == self._door.fileno():
+            self.queue.append(ProcessEnded(fd))
+        elif fd == self._attach_socket.fileno():
             self._accept()
         elif self._custodian is not None and fd == self._custodian.fileno():
-            self._hear_custodian(self._custodian)
-        elif (visitor := self._visitors.get(fd)) is not None:  # in one step: the main thread forgets visitors, too
-            self._hear_visitor(visitor)
+            self._read_custodian(self._custodian)
+        elif (connection := self._connections.get(fd)) is not None:  # one step: the main thread removes some, too
+            self._read_client(connection)
 
     def _accept(self) -> None:
         for _ in range(ACCEPT_AT_ONCE):
             try:
-                connection, _ = self._door.accept()
+                connection, _ = self._attach_socket.accept()
             except BlockingIOError:
                 return
             except OSError:
-                time.sleep(0.05)  # no descriptor left: they wait in the backlog, and we do not spin over them
+                time.sleep(0.05)  # no descriptor is left: clients wait in the backlog, and this thread does not spin
                 return
             connection.setblocking(False)
-            self.box.append(ClientConnected(connection, time.monotonic()))
+            self.queue.append(ClientConnected(connection, time.monotonic()))
 
-    def _hear_custodian(self, channel: socket.socket) -> None:
-        if not _room_for_one():
-            time.sleep(0.05)  # a worker whose pidfd is lost would be nobody's: its word waits until there is room
+    def _read_custodian(self, channel: socket.socket) -> None:
+        if not _descriptor_is_free():
+            time.sleep(0.05)  # a worker without its pidfd could not be killed: the message waits until there is room
             return
         try:
-            heard = descriptors.receive_message(channel)
-            message = decode(heard.data, expect=FROM_CUSTODIAN) if heard.data else None
+            received = descriptors.receive_message(channel)
+            message = decode(received.data, expect=FROM_CUSTODIAN) if received.data else None
         except BlockingIOError:
             return
         except (OSError, BadMessage):
-            heard, message = descriptors.Received(b"", ()), None
+            received, message = descriptors.Received(b"", ()), None
         if message is None:
             self._epoll.unregister(channel.fileno())
             self._custodian = None
-        self.box.append(CustodianMessage(message, tuple(heard.fds)))
+        self.queue.append(CustodianMessage(message, tuple(received.fds)))
 
-    def _hear_visitor(self, connection: socket.socket) -> None:
-        if len(self.box) > BOX_LIMIT:
-            time.sleep(0.005)  # a visitor who talks faster than we can listen waits, in the kernel's buffer
+    def _read_client(self, connection: socket.socket) -> None:
+        if len(self.queue) > QUEUE_LIMIT:
+            time.sleep(0.005)  # a client that sends faster than the main thread reads waits in the kernel's buffer
         fds: tuple[int, ...] = ()
         message: Message | BadMessage | None
         try:
-            heard = descriptors.receive_message(connection, max_bytes=8192, max_fds=8)
-            fds = tuple(heard.fds)
-            message = decode(heard.data, expect=FROM_CLIENT) if heard.data else None
+            received = descriptors.receive_message(connection, max_bytes=8192, max_fds=8)
+            fds = tuple(received.fds)
+            message = decode(received.data, expect=FROM_CLIENT) if received.data else None
         except BlockingIOError:
             return
         except BadMessage as error:
@@ -297,11 +253,11 @@ class Listener(threading.Thread):
         except OSError:
             message = None
         if message is None:
-            self.forget_visitor(connection)
-        self.box.append(ClientMessage(connection, message, fds))
+            self.forget_connection(connection)
+        self.queue.append(ClientMessage(connection, message, fds))
 
 
-def _room_for_one() -> bool:
+def _descriptor_is_free() -> bool:
     """Could a descriptor be received now?"""
     try:
         os.close(os.dup(2))

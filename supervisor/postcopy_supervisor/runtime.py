@@ -1,5 +1,4 @@
-"""The supervisor's place in the system: the runtime directory, claimed for one supervisor and cleaned of what a crashed
-one has left; and the word to the service manager."""
+"""The runtime directory, claimed for one supervisor and cleaned after a crashed one; notifications to systemd."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class RuntimeDirectory:
-    """Claimed from construction to ``close``. Raises BadInput, in one line, when it cannot be ours."""
+    """Claimed from construction to ``close``. Raises BadInput, in one line, when it cannot be claimed."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -46,7 +45,7 @@ class RuntimeDirectory:
                 "stop it (postcopy stop) or choose another --runtime-dir"
             ) from None
         try:
-            # Over what stands there, then cut: on a full disk a successor needs no block that its predecessor had not.
+            # Overwrite, then truncate: on a full disk a successor needs no disk block that its predecessor had not.
             os.ftruncate(lock, os.pwrite(lock, b"%d\n" % os.getpid(), 0))
         except OSError as error:
             os.unlink(path)
@@ -56,18 +55,18 @@ class RuntimeDirectory:
         return lock
 
     def _clean(self) -> None:
-        """We hold the lock: sockets that stand here are of a supervisor that is dead."""
+        """Remove the sockets of a dead supervisor; the lock is ours."""
         for name in (DOOR, ROUTER):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(self.path, name))
 
-    def nobody_stays(self) -> None:
-        """The custodian has ended in order; one that was killed at it leaves its socket behind."""
+    def remove_custodian_socket(self) -> None:
+        """After the end of the custodian; one that was killed while ending leaves its socket behind."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.custodian)
 
     def close(self) -> None:
-        """Remove the sockets, give up the claim. The directory stays if anybody else's file is in it."""
+        """Remove the sockets and give up the claim. The directory stays if other files are in it."""
         self._clean()
         with contextlib.suppress(OSError):
             os.unlink(os.path.join(self.path, LOCK))
@@ -81,8 +80,8 @@ class RuntimeDirectory:
 
 
 @contextlib.contextmanager
-def made(path: str) -> Iterator[None]:
-    """Inside, the socket ``path`` is bound. Raises BadInput, in one line, when it cannot be (a full disk, say)."""
+def binding(path: str) -> Iterator[None]:
+    """Wrap the bind of the socket ``path``: raises BadInput, in one line, when it fails (a full disk, say)."""
     try:
         yield
     except OSError as error:
@@ -98,28 +97,28 @@ def _make(path: str, mode: int) -> None:
         if not stat.S_ISDIR(found.st_mode):
             raise BadInput(f"runtime directory {path} is not a directory")
         if found.st_uid != os.geteuid():
-            raise BadInput(f"runtime directory {path} belongs to user {found.st_uid}, not to us ({os.geteuid()})")
+            raise BadInput(f"runtime directory {path} belongs to user {found.st_uid}, and this is user {os.geteuid()}")
         os.chmod(path, mode)
     except OSError as error:
         raise BadInput(f"runtime directory {path}: {error.strerror}; choose another with --runtime-dir") from None
 
 
 def cgroup_procs(directory: str) -> int:
-    """The file of a cgroup into which workers write themselves, open: they inherit it and need no path nor right."""
+    """Open the file of a cgroup into which workers write themselves: they inherit it and need no path or privilege."""
     path = os.path.join(directory, "cgroup.procs")
     try:
         opened = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     except OSError as error:
         raise BadInput(
             f"--worker-cgroup {directory}: {path} cannot be written: {error.strerror}; "
-            "make the cgroup (mkdir) and give us its cgroup.procs"
+            "make the cgroup (mkdir) and let this user write its cgroup.procs"
         ) from None
     return opened
 
 
 def notify(state: str, patience: float = 2.0) -> None:
-    """One word to the service manager, if there is one (sd_notify(3)). One that does not read is waited for no longer
-    than ``patience`` seconds: its queue is short, and our clients are waiting for us."""
+    """Send a state to the service manager, if there is one (sd_notify(3)). Waits for one that does not read at most
+    ``patience`` seconds, because clients are waiting: its queue is short."""
     path = os.environ.get("NOTIFY_SOCKET")
     if not path:
         return
@@ -132,18 +131,19 @@ def notify(state: str, patience: float = 2.0) -> None:
         log.warning("cannot notify %s: %s", path, error)
 
 
-class SignOfLife:
-    """Says that we live (WATCHDOG=1) to a service manager that wants to hear it (sd_watchdog_enabled(3)), twice as
-    often as it asks for. The main loop says it: when that hangs, the manager ends us and a successor recovers."""
+class Heartbeat:
+    """Sends WATCHDOG=1 to a service manager that asks for it (sd_watchdog_enabled(3)), twice as often as it asks.
+
+    The main loop calls it. When that hangs, the manager ends the supervisor and the next one recovers."""
 
     def __init__(self) -> None:
         wanted, whose = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", "")
         ours = whose in ("", str(os.getpid()))
         self._every = int(wanted) / 2e6 if wanted.isdigit() and ours else 0.0
-        self._said = 0.0
+        self._sent = 0.0
 
     def tick(self, now: float) -> None:
         """``now`` in seconds, monotonic."""
-        if self._every and now - self._said >= self._every:
-            self._said = now
+        if self._every and now - self._sent >= self._every:
+            self._sent = now
             notify("WATCHDOG=1", 0.0)

@@ -1,10 +1,9 @@
-"""The orderly end: nobody is left with memory that would turn into zeros.
+"""The orderly end: no client is left with memory that would turn into zeros.
 
-All stop placing (quit eventfd), workers leave, then exactly the holes of every client are poisoned through our
-duplicates of the shared userfaultfds, in bounded steps; only then are the clients told and descriptors closed. A page
-that is there stays there: the client's mapping holds the memory. Poison costs page tables (2 MiB a GiB and client), so
-there is a budget of memory and of time; what exceeds it waits, for the client holds its own userfaultfd, and a page
-that waits is not zeros.
+All placing stops (quit eventfd) and the workers leave. Then exactly the holes of every client are poisoned through our
+duplicates of the shared userfaultfds, in bounded steps. Only then are the clients informed and descriptors closed. A
+present page stays: the client's mapping holds the memory. Poison costs page tables (2 MiB for each GiB and client), so
+memory and time are bounded. Pages beyond that wait, because the client holds its own userfaultfd; they are not zeros.
 """
 
 from __future__ import annotations
@@ -12,74 +11,169 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
+import socket
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from postcopy_kernel import descriptors, process
 from postcopy_kernel.userfaultfd import Status, Userfaultfd
-from postcopy_protocol.messages import RegionGrant
+from postcopy_protocol import counters
+from postcopy_protocol.errors import BadInput
+from postcopy_protocol.messages import Ending, RegionGrant
+from postcopy_wire.transport import Router
 
 from .blocks import RamBlock
-from .clients.attach_server import AttachServer
-from .pool.worker_pool import WorkerPool
+from .clients.client import Clients
+from .clients.client_zero import ClientZero
+from .exports import Exports
+from .listener import Listener
+from .memory_budget import available_memory
+from .observe.queries import LongAnswers
+from .parts import RunState
+from .pool.custodian_client import CustodianClient
+from .pool.worker_pool import Process, WorkerPool
+from .remote.advise import SourceAccess
+from .runtime import RuntimeDirectory, notify
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("postcopy")
 
 LEAVE_SECONDS = 3.0
 STEP = 64 << 20
 TABLE_BYTES_PER_PAGE = 8
 BUDGET_SHARE = 4
-"""A quarter of the memory that is available may go into page tables of poison."""
+"""At most a quarter of the available memory may go into page tables of poison."""
 POISON_SECONDS = 20.0
-"""And as long may all of it take: some 30 ms a GiB and client (4K pages), within what service managers grant an end."""
+"""For all of it. It takes some 30 ms for each GiB and client (4K pages); service managers kill after some 90 s."""
+LINGER_SECONDS = 0.5
+"""Time in which answers to the last questions can still be sent."""
 
 
-def workers_leave(workforce: WorkerPool, quit_fd: int) -> None:
-    """Tell all, wait a bounded time, then insist."""
-    descriptors.signal_eventfd(quit_fd)
-    deadline = time.monotonic() + LEAVE_SECONDS
-    lives = workforce.alive
-    while any(not process.pidfd_exited(life.pidfd) for life in lives) and time.monotonic() < deadline:
-        time.sleep(0.002)
-    for life in lives:
-        if not process.pidfd_exited(life.pidfd):
-            log.warning("worker %d (pid %d) does not leave; it is killed", life.worker, life.pid)
+class StopRequest:
+    """How the supervisor is asked to end: the eventfd that SIGTERM signals too, and whether workers stay."""
+
+    def __init__(self, eventfd: int, state: RunState, custodian: CustodianClient) -> None:
+        self.keep_workers = False
+        self._eventfd = eventfd
+        self._state = state
+        self._custodian = custodian
+
+    def ask(self, keep_workers: bool = False) -> None:
+        """End as SIGTERM does; ``keep_workers``: end only the supervisor. Raises BadInput when no custodian could keep
+        the workers."""
+        custodian = self._custodian
+        if keep_workers and (self._state.phase != "running" or custodian.channel is None or custodian.behind):
+            raise BadInput("the custodian does not answer just now, so clients cannot be kept: nothing is ended")
+        self.keep_workers = keep_workers
+        descriptors.signal_eventfd(self._eventfd)
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """The parts that the end concerns. ``run`` is called once, by the main thread, after the last turn."""
+
+    request: StopRequest
+    blocks: Mapping[int, RamBlock]
+    clients: Clients
+    pool: WorkerPool
+    zero: ClientZero
+    custodian: CustodianClient
+    exports: Exports
+    answers: LongAnswers
+    listener: Listener
+    router: Router
+    access: SourceAccess
+    runtime: RuntimeDirectory
+    attach_socket: socket.socket
+    control_page: memoryview
+    quit_eventfd: int
+
+    def run(self) -> None:
+        """In order: questions, exports, workers, poison, Ending to the clients, descriptors."""
+        self.answers.finish()
+        log.info("ending: %d clients", len(self.clients.by_number))
+        notify("STOPPING=1")
+        self.attach_socket.close()
+        for export in self.exports.running:
+            export.cancel()
+            self.zero.give_up(export.block)
+        if self.request.keep_workers:
+            return self._step_aside()
+        self.control_page[counters.ENDING] = 1
+        end_workers(self.pool, self.quit_eventfd)
+        poison_holes(self.clients, self.blocks)
+        self.clients.tell_all(Ending("the supervisor ends; pages that are missing cannot come any more"))
+        self._join()
+        self.custodian.end()
+        self.runtime.remove_custodian_socket()
+        self._close()
+        log.info("ended")
+
+    def _step_aside(self) -> None:
+        """End only the supervisor. Clients, workers and custodian wait for the next one."""
+        self._join()
+        self.custodian.step_aside()
+        self._close()
+        log.info("ended; %d clients go on: serve --recover takes them over", len(self.clients.by_number))
+
+    def _join(self) -> None:
+        for export in self.exports.running:
+            export.join(2)
+        self.listener.stop()
+
+    def _close(self) -> None:
+        self.router.close(LINGER_SECONDS)
+        self.access.close()
+
+
+def end_workers(pool: WorkerPool, quit_eventfd: int) -> None:
+    """Signal all workers to leave, and kill those that have not left after LEAVE_SECONDS."""
+    descriptors.signal_eventfd(quit_eventfd)
+    workers = pool.running
+    _wait_for_end(workers)
+    for worker in workers:
+        if not process.pidfd_exited(worker.pidfd):
+            log.warning("worker %d (pid %d) does not leave; it is killed", worker.worker, worker.pid)
             with contextlib.suppress(ProcessLookupError):
-                process.pidfd_signal(life.pidfd, signal.SIGKILL)
+                process.pidfd_signal(worker.pidfd, signal.SIGKILL)
+    _wait_for_end(workers)
+
+
+def _wait_for_end(workers: list[Process]) -> None:
     deadline = time.monotonic() + LEAVE_SECONDS
-    while any(not process.pidfd_exited(life.pidfd) for life in lives) and time.monotonic() < deadline:
+    while any(not process.pidfd_exited(worker.pidfd) for worker in workers) and time.monotonic() < deadline:
         time.sleep(0.002)
 
 
 @dataclass(slots=True)
 class Budget:
-    """What the end may cost: bytes of page tables, and a moment (monotonic seconds)."""
+    """Bytes of page tables, and a deadline (monotonic seconds)."""
 
     bytes: int
     deadline: float
 
     def allows(self, pages: int) -> bool:
-        """Take what ``pages`` of poison cost; False: it is used up."""
+        """Take the cost of poisoning ``pages``; False: the budget is used up."""
         self.bytes -= pages * TABLE_BYTES_PER_PAGE
         return self.bytes >= 0 and time.monotonic() < self.deadline
 
 
-def poison_holes(reception: AttachServer, blocks: dict[int, RamBlock]) -> None:
-    """Every page that is still missing becomes SIGBUS in every client that has it registered."""
+def poison_holes(clients: Clients, blocks: Mapping[int, RamBlock]) -> None:
+    """Make every missing page SIGBUS in every client that has it registered."""
     budget = Budget(available_memory() // BUDGET_SHARE, time.monotonic() + POISON_SECONDS)
-    for client in list(reception.clients.values()):
+    for client in list(clients.by_number.values()):
         if client.userfaultfd is None or process.pidfd_exited(client.pidfd):
             continue
         for region in client.regions:
             block = blocks[region.block]
             if not _poison_region(client.userfaultfd, region, block, budget):
                 log.error(
-                    "client %d: no memory or time to poison all that is missing of block %s: what is not, waits",
+                    "client %d: no memory or time to poison every missing page of block %s: the others wait",
                     client.number,
                     block.name,
                 )
             try:
-                client.userfaultfd.wake(region.address, region.length)  # whoever waits for a page that is there
+                client.userfaultfd.wake(region.address, region.length)  # waiters of present pages go on
             except OSError as error:
                 log.debug("client %d: wake: %s", client.number, error)
 
@@ -99,7 +193,7 @@ def _poison_region(ufd: Userfaultfd, region: RegionGrant, block: RamBlock, budge
 
 
 def _poison(ufd: Userfaultfd, start: int, length: int, page_size: int) -> bool:
-    """False: this client's memory is not what it was, or this kernel has no poison."""
+    """False: this client's memory has changed, or this kernel has no UFFDIO_POISON."""
     end = start + length
     while start < end:
         try:
@@ -114,13 +208,3 @@ def _poison(ufd: Userfaultfd, start: int, length: int, page_size: int) -> bool:
         # Stopped at a page that the client has mapped or poisoned already.
         start += max(outcome.done, 0) or page_size
     return True
-
-
-def available_memory() -> int:
-    """Bytes that the machine can still give without swapping (MemAvailable); a guess where that cannot be asked, as
-    without a descriptor left."""
-    with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as meminfo:
-        for line in meminfo:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    return 1 << 30

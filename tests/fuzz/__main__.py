@@ -26,7 +26,7 @@ from typing import Any, cast
 
 import msgpack  # type: ignore[import-untyped, unused-ignore]
 
-from postcopy_protocol import codec, zmtp
+from postcopy_protocol import codec, counters, zmtp
 from postcopy_protocol.attach_conversation import FROM_CLIENT, AttachConversation, Refusal
 from postcopy_protocol.codec import decode, encode, unpack_offsets
 from postcopy_protocol.errors import BadInput, BadMessage
@@ -51,10 +51,13 @@ from postcopy_protocol.return_path import FROM_SOURCE, FROM_SUPERVISOR, pack_ran
 from postcopy_protocol.sources import parse_named
 from postcopy_protocol.vhost_conversation import FrontEnd, Stage, lay_out
 from postcopy_protocol.vhost_user import HEADER, FrameReader, ProtocolFeature, Request, VhostUserError
+from postcopy_supervisor.clients.client import Clients
+from postcopy_supervisor.event_log import EventLog
 from postcopy_supervisor.observe import queries
-from postcopy_supervisor.observe.desk import Desk
-from postcopy_supervisor.observe.event_log import History
-from postcopy_supervisor.observe.status import listed
+from postcopy_supervisor.observe.queries import LongAnswers, Queries
+from postcopy_supervisor.paging.engine import Engine
+from postcopy_supervisor.parts import RunState
+from postcopy_supervisor.pool.lifecycle import RestartPolicy
 from postcopy_supervisor.recovery import plan
 from postcopy_workers.takeover_socket import PendingConnection, TakeoverSocket
 from tests.fuzz.return_path import SourceEnd, SupervisorEnd
@@ -96,20 +99,22 @@ class Fuzzer:
         with tempfile.TemporaryDirectory(prefix="pcf-", dir="/tmp") as directory:
             (Path(directory) / "private").mkdir()
             self.rendezvous = TakeoverSocket(directory)
-        # What a question needs of the service before a block or a client is named that is there.
-        self.service = cast(
-            Any,
-            SimpleNamespace(
-                blocks={},
-                reception=SimpleNamespace(clients={}),
-                history=History(),
-                exports=SimpleNamespace(get=void),
-                workforce=SimpleNamespace(resume=void),
-                auditor=SimpleNamespace(now=lambda: iter(())),
-                document=lambda: listed(()),
-                ask_to_end=void,
-            ),
+        # What a question reads before it names a block or a client that exists.
+        parts = SimpleNamespace(
+            state=RunState(0.0, "running"),
+            shown_state="running",
+            recoveries=0,
+            blocks={},
+            clients=Clients((), cast(Any, None)),
+            pool=SimpleNamespace(resume=void, policy=RestartPolicy(), restarts=0),
+            zero=SimpleNamespace(faults=0, counters=counters.merge(())),
+            paging=SimpleNamespace(links={}, engine=Engine(), placed=0),
+            event_log=EventLog(),
+            recorder=None,
         )
+        exports, auditor = SimpleNamespace(get=void), SimpleNamespace(now=lambda: iter(()))
+        stopper = SimpleNamespace(ask=void)
+        self.queries = Queries(*cast(Any, (parts, exports, auditor, stopper)))
         self._fresh()
 
     def _fresh(self) -> None:
@@ -210,12 +215,13 @@ class Fuzzer:
         question = decode(data, expect=queries.QUESTIONS)
         if isinstance(question, queries.LONG):
             answers: list[Message] = []
-            desk = Desk(partial(queries.long_answer, self.service), lambda _, answer: answers.append(answer), found)
-            desk.ask(b"", question)
-            desk.finish()
+            sender = SimpleNamespace(send_answer=lambda _, answer: answers.append(answer), report_bug=found)
+            long_answers = LongAnswers(self.queries, cast(Any, sender))
+            long_answers.ask(b"", question)
+            long_answers.finish()
             (answer,) = answers
         else:
-            answer = queries.answer(self.service, question)
+            answer = self.queries.answer(question)
         if isinstance(answer, ControlRefused):
             raise BadMessage(answer.reason)
         encode(answer)
@@ -230,8 +236,8 @@ class Fuzzer:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             theirs.send(data)
-            self.rendezvous._visitors[ours.fileno()] = PendingConnection(ours, 0.0)
-            taken = self.rendezvous.hear(ours.fileno())
+            self.rendezvous._pending[ours.fileno()] = PendingConnection(ours, 0.0)
+            taken = self.rendezvous.read(ours.fileno())
         if taken is None:
             raise BadMessage("not taken")
         taken.close()

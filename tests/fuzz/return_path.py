@@ -60,6 +60,7 @@ from postcopy_supervisor.paging.paging import RemotePaging
 from postcopy_supervisor.paging.placer import Placer
 from postcopy_supervisor.paging.source_link import AdvisedBlock
 from postcopy_supervisor.paging.wakers import Wakers
+from postcopy_supervisor.parts import RunState
 from postcopy_supervisor.remote import sources
 from postcopy_wire.transport import FULL, SENT, UNREACHABLE
 
@@ -299,7 +300,7 @@ class SupervisorEnd:
         block.forget_own_pages = _void
         block.lost_pages = lambda: [page for page in range(COUNT) if received[page] == LOST]
         self.block = block
-        alarm, event = SimpleNamespace(ring_at=_void, aside=_void), cast(Any, _void)
+        alarm, event = SimpleNamespace(tick_at=_void, call_soon=_void), cast(Any, _void)
         own, clients = SimpleNamespace(release=_void), SimpleNamespace(with_block=lambda number: [CLIENT])
         self.paging = RemotePaging(
             {BLOCK: block},
@@ -315,37 +316,40 @@ class SupervisorEnd:
             clock=lambda: self.now,
         )
         self.link = self.paging.add_source("ipc:///x", [AdvisedBlock(BLOCK, NAME, PAGE, SIZE, IDENTITY)], 5.0, _void)
-        self.service = self._service()
+        self.loop = self._main_loop()
         if self.dice.random() < 0.9:
             self.link.tick(self.now)
             self.from_source(encode(Pong(1)))
             self.from_source(encode(self._advice()))
 
-    def _service(self) -> Any:
-        """The main loop, without the parts that faults do not pass."""
-        made: Any = object.__new__(main_loop.MainLoop)
-        made.paging, made._by_number = self.paging, {BLOCK: self.block}
-        made.settings = SimpleNamespace(background_rate=self.paging.background._bucket.rate, max_memory=0)
-        made.reception = SimpleNamespace(clients={CLIENT: None})
-        made.workforce = SimpleNamespace(hello=_void, explain=_void, fleet=SimpleNamespace(slots={}))
-        made.zero = SimpleNamespace(fetched=lambda message: unpack_offsets(message.lost))
-        made.history, made.blocks, made.exports = (
-            SimpleNamespace(tell=_void, after=_void),
-            {},
-            SimpleNamespace(get=_void),
-        )
-        made.desk, made.ask_to_end = SimpleNamespace(ask=_void), _void
-        made._router = SimpleNamespace(send=lambda identity, data: self.answered.append(data))
-        made._bug = _raised
-        made.sources = object.__new__(sources.Sources)
-        made.sources.links, made.sources._paging, made.sources._bad_messages = {SOURCE: self.link}, self.paging, {}
-        made.sources._event = _void
-        made.sources.staging, made.sources.parked, made.sources._unshared = {SOURCE: Slots()}, deque(), {""}
+    def _main_loop(self) -> main_loop.MainLoop:
+        """The real dispatcher, with the ports that fault traffic passes."""
+        made: Any = object.__new__(sources.Sources)
+        made.links, made._paging, made._bad_messages, made._event = {SOURCE: self.link}, self.paging, {}, _void
+        made.staging, made.parked, made._unshared = {SOURCE: Slots()}, deque(), {""}
         fast = fast_path.source_fast_path(self.paging, self.link, [self.block], self.core.ioctl)
-        made.sources.fast_paths = {SOURCE: fast}
-        made.sources._bad_message = self._nonsense
-        made.porter = SimpleNamespace(ring_at=_void)
-        return made
+        made.fast_paths = {SOURCE: fast}
+        made._bad_message = self._nonsense
+        self.sources = made
+        ports: Any = SimpleNamespace(
+            state=RunState(0.0, "running"),
+            blocks={BLOCK: self.block},
+            clients={CLIENT},
+            pool=SimpleNamespace(on_hello=_void, explain=_void, send=_void, events=deque()),
+            zero=SimpleNamespace(on_fetched=lambda message: unpack_offsets(message.lost)),
+            paging=self.paging,
+            sources=made,
+            periodic=SimpleNamespace(stream=lambda: self.paging.stream(1 << 62)),
+            answers=SimpleNamespace(answer=lambda question: ControlRefused("fuzzed")),
+            long_answers=SimpleNamespace(ask=_void),
+            replies=SimpleNamespace(
+                send_answer=lambda identity, answer: self.answered.append(encode(answer)), report_bug=_raised
+            ),
+            event=_void,
+        )
+        loop = main_loop.MainLoop()
+        loop.start(ports)
+        return loop
 
     def from_source(self, data: bytes) -> None:
         """One head, with raw frames as it promises them, mostly."""
@@ -358,11 +362,11 @@ class SupervisorEnd:
         if expected is not None and expected.length == len(raw[0]):
             decode(data, expect=FROM_SOURCE)
             self.express += 1
-        self._said(self.service._source_said, SOURCE, [memoryview(bytearray(data)), *raw])
+        self._said(self.loop.on_source_message, SOURCE, [memoryview(bytearray(data)), *raw])
 
     def from_worker(self, data: bytes) -> None:
         self.answered.clear()
-        self._said(self.service._said, WORKER, data)
+        self._said(self.loop.on_message, WORKER, data)
         for answer in self.answered:
             message = decode(answer, expect=(ControlRefused,))
             raise BadMessage(message.reason)
@@ -383,7 +387,7 @@ class SupervisorEnd:
         request = wish.number if wish is not None and dice.random() < 0.8 else pick((0, 0, 1, FIRST_REQUEST + 5))
         stream = pick([*link._blocks, *link._blocks, *link._blocks, 7])
         if chance < 0.6:
-            self.service.sources.staging[SOURCE] = Slots()  # opened again, if it was given up
+            self.sources.staging[SOURCE] = Slots()  # opened again, if it was given up
             return Staged(stream, request, *ranges[0], pick((9, 9, 9, 8)), pick((0, 1, 2, 2, 3, 1 << 40)))
         if chance < 0.61:
             return Staging(10, pick((1, 1 << 40)), dice.randrange(99), bytes(16), 4, 4 * PAGE)
@@ -401,11 +405,11 @@ class SupervisorEnd:
         self.now += self.dice.choice((0.0, 0.0001, 0.001, 0.001, 0.3))
         try:
             hear(identity, message)
-            while self.service.sources.parked:
-                self.service._place_parked(None)
+            while self.sources.parked:
+                self.loop._place_parked()
             if self.dice.random() < 0.1:
                 self.now += self.dice.choice((0.1, 0.5, 2.0, 7.0, 16.0))
-                self.service.sources.tick(self.now)
+                self.sources.tick(self.now)
         finally:
             self.link.flow.check()
             self.paging.engine.check()

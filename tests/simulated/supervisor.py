@@ -1,16 +1,16 @@
-"""The whole service around one remote block, on the simulated kernel and the simulated wire.
+"""The whole service of one remote block, on the simulated kernel and the simulated wire.
 
-The real fault handlers, requests, engine, paging, link and flow; what is written here is what stands between them:
-mailboxes, who is connected, and how each program dies. Every program is a life that stands still before every call
-(of the kernel, or to send a word), so that it can be killed before or after any of them:
+The fault handlers, requests, main loop, paging, link and flow control are the real ones. Written here are the ports
+between them: mailboxes, connections, and how each program dies. Every program is a ``Life`` that stops before every
+call (of the kernel, or to send a message), so that it can be killed before or after any of them:
 
-* a worker dies with all that it was told; its successor wakes everybody. None is born while there is no custodian.
-* the supervisor dies with its engine, its links and everything in its box; some of what workers had said may reach its
-  successor. Received map, page cache and workers outlive it. Workers say hello to the next one, which answers with a
-  wake of nothing: everything is asked anew.
-* the source dies with what it was asked; it comes back as itself. A client dies with its threads.
+* A worker dies with its unread messages; its successor wakes every waiter. Without a custodian none is started.
+* The supervisor dies with its engine, its links and its unread messages; some requests may reach its successor.
+  Received map, page cache and workers outlive it. Workers say hello to the successor, which answers with an empty Wake,
+  and they request everything again.
+* The source dies with the requests that it had; it comes back with the same content. A client dies with its threads.
 
-Any number of workers, and any one of supervisor, custodian and source at a time, as the service promises.
+Any number of workers may die, and any one of supervisor, custodian and source at a time, as the service promises.
 """
 
 from __future__ import annotations
@@ -25,23 +25,28 @@ from typing import Any, cast
 from postcopy_kernel import abi
 from postcopy_kernel.userfaultfd import Outcome, Status, Userfaultfd
 from postcopy_protocol import counters
-from postcopy_protocol.codec import decode, encode, pack_offsets, unpack_offsets
+from postcopy_protocol.codec import decode, encode
 from postcopy_protocol.errors import BadMessage
-from postcopy_protocol.messages import BlockGrant, Lost, RegionGrant, RequestPages, Wake
+from postcopy_protocol.messages import BlockGrant, Lost, Message, RegionGrant, Wake, WorkerHello
 from postcopy_protocol.received_map import FLAGS, LOST, MISSING, RECEIVED, SHARED
-from postcopy_protocol.return_path import FROM_SUPERVISOR, Pages, unpack_range
-from postcopy_protocol.templates import OFFSET_BYTES, template_of
+from postcopy_protocol.return_path import FROM_SOURCE, FROM_SUPERVISOR, Pages, unpack_range
+from postcopy_protocol.templates import OFFSET_BYTES
 from postcopy_protocol.window import FaultAround
 from postcopy_supervisor.blocks import RamBlock
+from postcopy_supervisor.events import ListenerEvent, ProcessEnded, Tick, WorkerEvent
+from postcopy_supervisor.main_loop import MainLoop, Ports, Replies
 from postcopy_supervisor.paging.engine import Engine
-from postcopy_supervisor.paging.fast_path import source_fast_path
+from postcopy_supervisor.paging.fast_path import SourceFastPath, source_fast_path
 from postcopy_supervisor.paging.flow_control import Limits
 from postcopy_supervisor.paging.paging import RemotePaging
 from postcopy_supervisor.paging.placer import Placer
 from postcopy_supervisor.paging.source_link import AdvisedBlock, SourceLink
 from postcopy_supervisor.paging.wakers import Wakers
-from postcopy_workers.fault_handler import MESSAGE_WORDS, ClientGone, FaultHandler, Region
+from postcopy_supervisor.parts import RunState
+from postcopy_workers.client_ufd import ClientGone, ClientUserfaultfd, Region
+from postcopy_workers.fault_handler import MESSAGE_FIELDS, FaultHandler
 from postcopy_workers.page_sources import RemotePages
+from postcopy_workers.page_waker import PageWaker
 from postcopy_workers.placing import Block, Calls, OwnMapping, Structure
 from postcopy_workers.requests import Requests
 from tests.simulated import kernel as simulated
@@ -51,12 +56,14 @@ from tests.simulated.wire import NAMES, PAGE, PAGES, RIGHT, SIZES, Source, Word
 
 BLOCK = 1
 COUNT = PAGES[BLOCK]
+ABSENT = cast(Any, None)
+SOURCE = b"s1"
 SOURCE_AT = 0x7000_0000_0000
 BATCH = 8
 PATIENCE = 0.5
 MEANINGS = {errno.EEXIST: Status.PRESENT, errno.EAGAIN: Status.PARTIAL, errno.ENOSPC: Status.EXHAUSTED}
 FOR_EVER = Limits(patience=2.0, attempts=1000)
-"""Pages are given up only where a source says that it has lost them: time is half real here."""
+"""Requests are not given up here, because time is half real; only a source that reports a loss loses pages."""
 
 
 def content(page: int) -> bytes:
@@ -120,7 +127,7 @@ class Core:
 
     def copy(self, target: int, source: int, length: int) -> Outcome:
         for place, value in enumerate((target, source, length, 0, 0)):
-            self._copy.words[place] = value
+            self._copy.fields[place] = value
         try:
             self._calls.ioctl(self._descriptor, abi.UFFDIO_COPY, self._copy.buffer)
         except OSError as error:
@@ -145,57 +152,167 @@ class Bytes:
         return self.length
 
 
-class Supervisor:
-    """One life of it. ``box`` is what it has been told and has not read."""
+@dataclass(frozen=True, slots=True)
+class FromWorker:
+    """A message that the router delivers."""
 
-    def __init__(self, service: SimulatedHouse) -> None:
-        self.service = service
-        self.box: deque[tuple[str, Any]] = deque()
+    message: WorkerHello | bytes
+
+
+@dataclass(frozen=True, slots=True)
+class FromSource:
+    """A message of the page source, with the lengths of its frames."""
+
+    word: Word
+
+
+Input = FromWorker | FromSource | ListenerEvent
+
+
+class SimulatedPool:
+    """Messages to workers: only a worker that has connected gets them."""
+
+    def __init__(self, service: SimulatedService, life: Life) -> None:
+        self.events: deque[WorkerEvent] = deque()
         self.connected: set[int] = set()
+        self._service = service
+        self._life = life
+
+    def on_hello(self, message: WorkerHello) -> None:
+        self.connected.add(message.worker)
+
+    def send(self, worker: int, data: bytes) -> None:
+        self._life.call("tell", lambda: self._deliver(worker, data))
+
+    def _deliver(self, worker: int, data: bytes) -> None:
+        client = self._service.client(worker)
+        if worker in self.connected and client.served:
+            client.mailbox.append(data)
+
+    def on_process_ended(self, pidfd: int) -> bool:
+        return False  # the simulation starts successors of workers itself
+
+    def on_custodian_message(self, message: Message | None, fds: tuple[int, ...]) -> None:
+        raise AssertionError(message)
+
+    def explain(self, worker: int, why: str) -> None:
+        raise AssertionError(why)
+
+
+class SimulatedClients:
+    """Which clients are attached; the number of one is its pidfd here."""
+
+    def __init__(self, numbers: set[int], paging: RemotePaging) -> None:
+        self.attached = numbers
+        self._paging = paging
+
+    def on_process_ended(self, pidfd: int) -> None:
+        self.attached.discard(pidfd)
+        self._paging.left(pidfd)
+
+
+class SimulatedSources:
+    """One source on the simulated wire; its frames are addresses in the simulated kernel."""
+
+    def __init__(self, service: SimulatedService, paging: RemotePaging, link: SourceLink, fast: SourceFastPath) -> None:
+        self.links = {SOURCE: link}
+        self.fast_paths = {SOURCE: fast}
+        self.parked: deque[Any] = deque()
+        self._service = service
+        self._paging = paging
+        self._link = link
+
+    def on_message(self, name: bytes, frames: list[memoryview], /) -> bool:
+        message, now = decode(frames[0], expect=FROM_SOURCE), time.monotonic() + self._service.skipped
+        try:
+            arrived = self._link.on_message(message, [len(frame) for frame in frames[1:]], now)
+        except BadMessage:  # an answer that comes twice, or after its time, is not used
+            return False
+        if arrived is not None:
+            places = {frame: SOURCE_AT + offset for offset, _, _, frame in arrived.ranges}
+            self._paging.arrived(arrived, [places.get(frame, 0) for frame in range(len(frames) - 1)])
+        return arrived is not None
+
+    def place_parked(self) -> bool:
+        raise AssertionError("the simulated source has no staging memory")
+
+
+class SimulatedPeriodic:
+    """Ticks reach the link; there is no background stream."""
+
+    def __init__(self, service: SimulatedService, link: SourceLink) -> None:
+        self._service = service
+        self._link = link
+
+    def tick(self, now: float, at: float) -> None:
+        self._link.tick(now + self._service.skipped)
+
+    def stream(self) -> None:
+        pass
+
+    def worker_ended(self) -> None:
+        raise AssertionError("the simulated pool reports no workers")
+
+
+class Supervisor:
+    """One life of it: the real main loop, paging and link. ``inbox`` holds messages and events that it has not read."""
+
+    def __init__(self, service: SimulatedService) -> None:
+        self.service = service
+        self.inbox: deque[Input] = deque()
         self.paging: RemotePaging
         self.link: SourceLink
+        self.pool: SimulatedPool
         self.life = Life(self._work)
 
     def _work(self, life: Life) -> None:
-        service = self.service
-        core = Core(service.kernel, life, service.memory, service.births)
+        core = Core(self.service.kernel, life, self.service.memory, self.service.births)
+        self.pool = SimulatedPool(self.service, life)
+        loop = self._main_loop(life, core, self._block(core))
+        while True:
+            unread = life.call("hear", lambda: self.inbox.popleft() if self.inbox else None)
+            match unread:
+                case None:
+                    pass
+                case FromWorker(message):
+                    loop.on_message(b"", message if isinstance(message, bytes) else encode(message))
+                case FromSource(word):
+                    loop.on_source_message(SOURCE, _frames(word))
+                case _:
+                    loop.on_event(unread)
+
+    def _block(self, core: Core) -> RamBlock:
+        received = self.service.map
         block = SimpleNamespace(
             number=BLOCK,
             name=NAMES[BLOCK],
             page_size=PAGE,
             pages=COUNT,
             length=COUNT * PAGE,
-            received=service.map,
+            received=received,
             mapping=SimpleNamespace(address=core.address),
             memory=-1,
             forget_own_pages=core.space.table.clear,
-            lost_pages=lambda: [page for page in range(COUNT) if service.map[page] == LOST],
+            lost_pages=lambda: [page for page in range(COUNT) if received[page] == LOST],
         )
-        ram = cast(RamBlock, block)
+        return cast(RamBlock, block)
 
-        def to_worker(worker: int, data: bytes) -> None:
-            life.call("tell", lambda: self._tell(worker, data))
+    def _main_loop(self, life: Life, core: Core, block: RamBlock) -> MainLoop:
+        service = self.service
 
-        def say(data: bytes) -> None:
+        def send_to_source(data: bytes) -> None:
             word = Word(decode(data, expect=FROM_SUPERVISOR))
             life.call("say", lambda: service.out.append(word))
 
-        alarm = SimpleNamespace(ring_at=lambda due: None, aside=lambda act: act())
+        alarm = SimpleNamespace(tick_at=lambda due: None, call_soon=lambda act: act())
         placer = SimulatedPlacer(cast(Userfaultfd, core), alarm, self._event)
         placer.there = service.memory.pages
-        living = lambda number: [client.number for client in service.clients if client.space.alive]  # noqa: E731
-        wakers = Wakers(
-            {BLOCK: ram},
-            SimpleNamespace(send=to_worker),
-            SimpleNamespace(release=_never),
-            SimpleNamespace(with_block=living),
-            self._event,
-        )
-        paging = self.paging = RemotePaging(
-            {BLOCK: ram},
+        own, by_block = SimpleNamespace(release=_never), SimpleNamespace(with_block=lambda number: service.living())
+        self.paging = RemotePaging(
+            {BLOCK: block},
             Engine(),
             placer,
-            wakers,
+            Wakers({BLOCK: block}, self.pool, own, by_block, self._event),
             SimpleNamespace(fetch=_never),
             alarm,
             self._event,
@@ -204,70 +321,45 @@ class Supervisor:
             poison_on_loss=False,
         )
         advised = AdvisedBlock(BLOCK, NAMES[BLOCK], PAGE, SIZES[BLOCK], RIGHT)
-        self.link = paging.add_source("ipc:///x", [advised], PATIENCE, say, FOR_EVER)
-        self.lane = source_fast_path(paging, self.link, [ram], core.ioctl, lambda buffer: cast(Bytes, buffer).address)
-        while True:
-            told = life.call("hear", lambda: self.box.popleft() if self.box else None)
-            if told is not None:
-                self._told(told[0], told[1], ram)
-
-    def _told(self, kind: str, what: Any, block: RamBlock) -> None:
-        paging = self.paging
-        if kind == "hello":
-            self.connected.add(what)
-            paging.wakers.send(what, encode(Wake(0, b"")))
-        elif kind == "request":
-            self._requested(what, block)
-        elif kind == "left":
-            paging.left(what)
-        elif kind == "tick":
-            self.link.tick(time.monotonic() + self.service.skipped)
-        elif kind == "word":
-            self._word(what)
-
-    def _requested(self, data: bytes, block: RamBlock) -> None:
-        lane = self.paging.fast_paths.get(data[:-OFFSET_BYTES])
-        if lane is not None:
-            return lane(data)
-        message = decode(data, expect=(RequestPages,))
-        pages = [offset // PAGE for offset in unpack_offsets(message.offsets)]
-        if self.service.client(message.worker).space.alive:
-            if len(pages) == 1:
-                self.paging.learn(data, message.worker, block)
-            self.paging.fault(message.worker, block, pages)
-        return None
-
-    def _word(self, what: Word) -> None:
-        paging = self.paging
-        if isinstance(what.message, Pages) and len(what.frames) == 1:
-            frame = Bytes(SOURCE_AT + unpack_range(what.message.ranges, 0)[0], what.frames[0])
-            if self.lane(encode(what.message), cast(memoryview, frame)) is not None:
-                return
-        try:
-            arrived = self.link.on_message(what.message, what.frames, time.monotonic() + self.service.skipped)
-        except BadMessage:  # what comes twice, and after its time: not used
-            return
-        if arrived is not None:
-            places = {frame: SOURCE_AT + offset for offset, _, _, frame in arrived.ranges}
-            paging.arrived(arrived, [places.get(frame, 0) for frame in range(len(what.frames))])
+        link = self.link = self.paging.add_source("ipc:///x", [advised], PATIENCE, send_to_source, FOR_EVER)
+        address = lambda buffer: cast(Bytes, buffer).address  # noqa: E731
+        fast = source_fast_path(self.paging, link, [block], core.ioctl, address)
+        clients = SimulatedClients(set(service.living()), self.paging)
+        loop = MainLoop()
+        loop.start(
+            Ports(
+                state=RunState(0.0, "running"),
+                router=ABSENT,
+                queue=deque(),
+                wakeup=-1,
+                blocks={BLOCK: block},
+                clients=clients.attached,
+                pool=self.pool,
+                attach=ABSENT,
+                release=clients,
+                zero=ABSENT,
+                paging=self.paging,
+                sources=SimulatedSources(service, self.paging, link, fast),
+                periodic=SimulatedPeriodic(service, link),
+                answers=ABSENT,
+                long_answers=ABSENT,
+                replies=cast(Replies, SimpleNamespace(report_bug=_raise)),
+                event=self._event,
+            )
+        )
+        return loop
 
     def _event(self, kind: str, detail: str, **where: int | str) -> None:
         self.service.events.append(kind)
         if kind == "source" and self.service.births > 1:
             self.paging.source_back([BLOCK])
 
-    def _tell(self, worker: int, data: bytes) -> None:
-        """The router: who is not connected does not hear."""
-        client = self.service.client(worker)
-        if worker in self.connected and client.served:
-            client.mailbox.append(data)
-
     @property
     def busy(self) -> bool:
-        return not self.life.over and (self.life.at != "hear" or bool(self.box))
+        return not self.life.over and (self.life.at != "hear" or bool(self.inbox))
 
 
-class SimulatedHouse:
+class SimulatedService:
     """``modes``: one client each. ``out`` and ``back`` are the wire between supervisor and source."""
 
     def __init__(self, modes: list[tuple[str, bool]]) -> None:
@@ -311,22 +403,25 @@ class SimulatedHouse:
     def client(self, number: int) -> Client:
         return self.clients[number - 1]
 
+    def living(self) -> list[int]:
+        return [client.number for client in self.clients if client.space.alive]
+
     def start_supervisor(self) -> None:
-        """The first, or a successor: workers that live connect to it and say hello."""
-        unread = self.supervisor.box if self.supervisor is not None else ()
+        """The first, or a successor: running workers connect to it and say hello."""
+        unread = self.supervisor.inbox if self.supervisor is not None else ()
         self.births += 1
         self.supervisor = Supervisor(self)
-        self.supervisor.box.extend(unread)
-        self.supervisor.box.append(("tick", None))
+        self.supervisor.inbox.extend(unread)
+        self.supervisor.inbox.append(Tick(time.monotonic()))
         for client in self.clients:
             if client.served:
-                self.supervisor.box.append(("hello", client.number))
+                self.supervisor.inbox.append(_hello(client))
 
     def start_worker(self, client: Client) -> None:
-        """Ordered by the supervisor, or by the custodian where there is none."""
+        """Started by the supervisor, or by the custodian where there is none."""
         client.mailbox = deque()
         if self.supervisor is not None:
-            self.supervisor.connected.discard(client.number)
+            self.supervisor.pool.connected.discard(client.number)
         client.words[counters.BUSY_SINCE_NS] = 0
         self.worker_births += 1
         birth = self.worker_births
@@ -334,14 +429,14 @@ class SimulatedHouse:
         client.main = Life(lambda life: self._serve(life, client, birth, shared))
         client.waker = Life(lambda life: self._wake(life, client, birth, shared))
 
-    def tell_supervisor(self, kind: str, what: Any) -> None:
-        """What is said while it is dead waits with who said it (and may be lost yet, see kill_supervisor)."""
+    def send_to_supervisor(self, message: FromWorker) -> None:
+        """A message that is sent while it is dead waits at its sender; ``kill_supervisor`` may lose it."""
         if self.supervisor is not None:
-            self.supervisor.box.append((kind, what))
+            self.supervisor.inbox.append(message)
 
     def _requests(self, life: Life, client: Client) -> Requests:
         def send(data: bytes) -> None:
-            life.call("ask", lambda: self.tell_supervisor("request", data))
+            life.call("ask", lambda: self.send_to_supervisor(FromWorker(data)))
 
         return Requests(client.number, client.words, send)
 
@@ -366,13 +461,13 @@ class SimulatedHouse:
         shared.append(requests)
         handler = self._handler(life, client, birth, requests)
         handler.wake_everything()
-        handler.heal()
+        handler.unpoison_local()
         words = memoryview(bytearray(32 * BATCH)).cast("Q")
         while True:
             taken = life.call("read", lambda: self.kernel.messages(client.descriptor, BATCH))
             for at, message in enumerate(taken):
                 for place, value in enumerate(message):
-                    words[at * MESSAGE_WORDS + place] = value
+                    words[at * MESSAGE_FIELDS + place] = value
             if taken:
                 handler.messages(words, len(taken))
 
@@ -382,24 +477,19 @@ class SimulatedHouse:
             life.call("start", lambda: None)
         requests = shared[0]
         handler = self._handler(life, client, -birth, requests)
-        life.call("hello", lambda: self.tell_supervisor("hello", client.number))
+        life.call("hello", lambda: self.send_to_supervisor(_hello(client)))
         mailbox = client.mailbox
-        head = template_of(Wake(BLOCK, pack_offsets([0])), OFFSET_BYTES)
-        placed = requests.lane(BLOCK, handler.waking(BLOCK))
+        calls: Calls = life.calls_of(self.kernel)
+        ufd, again = ClientUserfaultfd(client.descriptor, client.words, calls), self._requests(life, client)
+        waker = PageWaker(handler.regions, ufd, client.words, calls, requests, again)
         while True:
             data = life.call("listen", lambda: mailbox.popleft() if mailbox else None)
-            if data is not None and data[:-OFFSET_BYTES] == head:
+            if data is not None and (placed := waker.fast_paths.get(data[:-OFFSET_BYTES])):
                 placed(int.from_bytes(data[-OFFSET_BYTES:], "little"))
             elif data is not None:
                 message = decode(data, expect=(Wake, Lost))
                 assert isinstance(message, Wake | Lost)
-                if not message.block:
-                    requests.forget()
-                    handler.wake_everything()
-                    continue
-                offsets = unpack_offsets(message.offsets)
-                requests.answered(message.block, offsets)
-                handler.woken(message.block, offsets, lost=isinstance(message, Lost))
+                waker.receive(message)
 
     # --- deaths -------------------------------------------------------------------------------------------------------
 
@@ -410,19 +500,20 @@ class SimulatedHouse:
             life.kill(when if place == which else "before")
 
     def kill_supervisor(self, when: str, kept: int) -> None:
-        """``kept`` of the words that it has not read are still with those who said them; the others are lost."""
+        """``kept`` of its unread requests are still at their senders; the others are lost."""
         assert self.supervisor is not None
         self.supervisor.life.kill(when)
-        mine = [told for told in self.supervisor.box if told[0] == "request"]
-        self.supervisor.box = deque(mine[len(mine) - min(kept, len(mine)) :])
+        unread = [one for one in self.supervisor.inbox if isinstance(one, FromWorker)]
+        requests = [one for one in unread if isinstance(one.message, bytes)]
+        self.supervisor.inbox = deque(requests[len(requests) - min(kept, len(requests)) :])
         self.out.clear()
-        self.back.clear()  # said to the routing id of the one that is dead
+        self.back.clear()  # sent to the routing id of the dead one
 
     def kill_client(self, client: Client) -> None:
         self.kernel.die(client.space)
         self.kill_worker(client, "before")
         if self.supervisor is not None:
-            self.supervisor.box.append(("left", client.number))
+            self.supervisor.inbox.append(ProcessEnded(client.number))
 
     # --- the course of things -----------------------------------------------------------------------------------------
 
@@ -436,7 +527,7 @@ class SimulatedHouse:
         return self.supervisor is not None and not self.supervisor.life.over
 
     def busy(self, client: Client) -> Life | None:
-        """A thread of its worker that has something to do."""
+        """A thread of its worker that has work."""
         if not client.served:
             return None
         assert client.main is not None and client.waker is not None
@@ -450,34 +541,33 @@ class SimulatedHouse:
             assert isinstance(life.end, ClientGone), f"a program ended by {life.end!r}"
 
     def exchange(self, style: str = "whole") -> bool:
-        """One word each way."""
+        """One message each way."""
         moved = False
         if self.out and self.source.content:
             word, moved = self.out.pop(0), True
             self.back += self.source.hear(word.message, style)
         if self.back and self.supervisor is not None and self.supervised:
-            self.supervisor.box.append(("word", self.back.pop(0)))
+            self.supervisor.inbox.append(FromSource(self.back.pop(0)))
             moved = True
         return moved
 
     def settle(self, rounds: int = 3000) -> None:
-        """Until nobody has anything to do; programs that died have successors, as far as somebody lives to start
-        them."""
+        """Run until no program has work; programs that died get successors, if a program that can start them lives."""
         idle = 0
         for _ in range(rounds):
             moved = self._round()
             idle = 0 if moved else idle + 1
-            if idle > 12:  # some ticks in which nothing came of anything
+            if idle > 12:  # some ticks without any progress
                 return
             if idle and self.supervised:
                 self._tick()
-        raise AssertionError("they spin")
+        raise AssertionError("the programs never rest")
 
     def _tick(self) -> None:
-        """A moment passes, and the wire is emptied: pings must not pile up before what matters."""
+        """Time passes, and the wire is emptied, so that pings do not pile up before other messages."""
         assert self.supervisor is not None
         self.skipped += 0.3
-        self.supervisor.box.append(("tick", None))
+        self.supervisor.inbox.append(Tick(time.monotonic()))
         moved = True
         while moved:
             while self.supervisor.busy:
@@ -523,18 +613,18 @@ class SimulatedHouse:
         assert thread.outcome is not None and thread.outcome[1:] == content(page)[1:], f"page {page} is not its source"
 
     def check(self) -> None:
-        """True at every moment."""
+        """Holds at every moment."""
         for page in range(COUNT):
             state, present = self.map[page], page in self.memory.pages
             assert state != RECEIVED or present, f"page {page} is marked and was never placed"
-            assert state != MISSING or not present, f"page {page} is present, and nobody said that it is ours"
+            assert state != MISSING or not present, f"page {page} is present, and is marked missing"
             assert state != LOST or (page in self.lossy and not present), f"page {page} is given up"
         for page, found in self.memory.pages.items():
             assert found[1:] == content(page)[1:], f"page {page} of the block is not what it should be"
 
     def check_rest(self) -> None:
-        """True when everybody has run as far as they could: who sleeps, sleeps for a page that is not there, and stands
-        in the book of a supervisor that asks for it; with a supervisor, a source and memory, nobody sleeps."""
+        """Holds when every program has run as far as it could. A sleeping thread waits for an absent page, and the
+        supervisor, if there is one, has its request. With supervisor, source and memory no thread sleeps."""
         for client in self.clients:
             if client.space.alive and not client.served:
                 assert not self.custodian, f"{client.space.name} has no worker, and there is a custodian"
@@ -542,16 +632,33 @@ class SimulatedHouse:
             for page in client.sleepers:
                 assert self.map[page] != RECEIVED, f"{client.space.name} sleeps on page {page}, which is received"
                 away = self.source.content is None or not self.supervised
-                assert away or self.memory.room == 0, f"nobody brings page {page}"
+                assert away or self.memory.room == 0, f"no program brings page {page}"
                 if self.supervised and self.supervisor is not None:
                     standing = self.supervisor.paging.engine.waiters_of(BLOCK, page)
-                    assert client.number in standing, f"{client.space.name} waits for page {page}, and nobody knows"
+                    assert client.number in standing, (
+                        f"{client.space.name} waits for page {page}, and no request has it"
+                    )
         if self.supervised and self.supervisor is not None:
             self.supervisor.paging.engine.check()
             self.supervisor.link.flow.check()
             for ask in self.supervisor.paging.engine.outstanding():
                 orphans = self.supervisor.link.flow.not_requested(ask.block, ask.first * PAGE, ask.end * PAGE)
                 assert not orphans, f"counted as asked for, and is not: {orphans}"
+
+
+def _hello(client: Client) -> FromWorker:
+    return FromWorker(WorkerHello(client.number, 1, 0))
+
+
+def _frames(word: Word) -> list[memoryview]:
+    """The head, and frames that stand for their bytes in the simulated kernel."""
+    frames: list[Any] = [memoryview(encode(word.message))]
+    first = unpack_range(word.message.ranges, 0)[0] if isinstance(word.message, Pages) and word.frames else 0
+    return frames + [Bytes(SOURCE_AT + first, length) for length in word.frames]
+
+
+def _raise(what: object, error: Exception) -> None:
+    raise error
 
 
 def _never(*_: Any) -> None:

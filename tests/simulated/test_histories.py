@@ -1,15 +1,18 @@
-"""The whole service of a remote block, simulated: everybody may die between any two calls, and nobody waits for
-ever."""
+"""The whole service of a remote block, simulated: every program may die between any two calls, and no thread waits
+for ever."""
 
 from __future__ import annotations
+
+import time
 
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from postcopy_protocol.received_map import PLACING, RECEIVED
+from postcopy_supervisor.events import Tick
 from tests.simulated.effort import effort
-from tests.simulated.supervisor import COUNT, Client, SimulatedHouse, content
+from tests.simulated.supervisor import COUNT, Client, SimulatedService, content
 from tests.simulated.wire import RIGHT
 
 MOST_SLEEPERS = 5
@@ -21,13 +24,13 @@ moments = st.sampled_from(("before", "after"))
 class History(RuleBasedStateMachine):
     """Clients, their workers, a custodian, a supervisor and a source."""
 
-    service: SimulatedHouse
+    service: SimulatedService
 
     @initialize(
         modes=st.lists(st.tuples(st.sampled_from(("private", "shared")), st.booleans()), min_size=1, max_size=3)
     )
     def serve(self, modes: list[tuple[str, bool]]) -> None:
-        self.service = SimulatedHouse(modes)
+        self.service = SimulatedService(modes)
 
     def _client(self, number: int) -> Client:
         return self.service.clients[number % len(self.service.clients)]
@@ -135,24 +138,24 @@ class History(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.service.skipped += seconds
         if self.service.supervisor is not None:
-            self.service.supervisor.box.append(("tick", None))
+            self.service.supervisor.inbox.append(Tick(time.monotonic()))
 
-    # --- the law ------------------------------------------------------------------------------------------------------
+    # --- invariants ---------------------------------------------------------------------------------------------------
 
     @invariant()
     def holds(self) -> None:
-        if hasattr(self, "house"):
+        if hasattr(self, "service"):
             self.service.check()
 
     @rule()
     def rest(self) -> None:
-        """As things are: without a source people wait, but never for a page that is there."""
+        """Without a source threads wait, but never for a present page."""
         self.service.settle()
         self.service.check()
         self.service.check_rest()
 
     def teardown(self) -> None:
-        if not hasattr(self, "house"):
+        if not hasattr(self, "service"):
             return
         try:
             self.service.custodian = True
@@ -173,7 +176,7 @@ TestHistory.settings = effort(60, 40)
 
 @pytest.mark.parametrize("mode", ["private", "shared"])
 def test_a_page_comes_from_the_source(mode: str) -> None:
-    service = SimulatedHouse([(mode, False)])
+    service = SimulatedService([(mode, False)])
     try:
         thread = service.touch(service.clients[0], 3)
         service.settle()
@@ -184,8 +187,8 @@ def test_a_page_comes_from_the_source(mode: str) -> None:
 
 
 def test_a_supervisor_that_dies_between_copy_and_mark() -> None:
-    """The page is ours, and whoever waits for it gets it from the next one."""
-    service = SimulatedHouse([("private", False), ("shared", True)])
+    """The page was placed by this service, and the next supervisor gives it to its waiters."""
+    service = SimulatedService([("private", False), ("shared", True)])
     try:
         thread = service.touch(service.clients[0], 3)
         assert service.supervisor is not None
@@ -196,7 +199,7 @@ def test_a_supervisor_that_dies_between_copy_and_mark() -> None:
         service.kill_supervisor("after", 0)
         assert bytes(service.map[3:4]) == bytes((PLACING,)) and 3 in service.memory.pages
         service.settle()
-        assert not service.supervised and service.clients[0].sleepers == [3], "nobody is there who could tell"
+        assert not service.supervised and service.clients[0].sleepers == [3], "no supervisor is there to wake it"
         service.start_supervisor()
         service.settle()
         service.check_rest()
@@ -211,8 +214,9 @@ def test_a_supervisor_that_dies_between_copy_and_mark() -> None:
 @pytest.mark.parametrize("style", ["whole", "pages"])
 @pytest.mark.parametrize("room", [0, 1])
 def test_no_memory_is_waited_for_by_its_waiter_alone(room: int, style: str) -> None:
-    """The answer comes by either road, alone or with its window; the supervisor hears everything else meanwhile."""
-    service = SimulatedHouse([("private", False), ("shared", False)])
+    """The answer takes the fast or the slow path, alone or with its window; the supervisor handles other messages
+    meanwhile."""
+    service = SimulatedService([("private", False), ("shared", False)])
     first, second = service.clients
     try:
         assert service.supervisor is not None
@@ -240,8 +244,8 @@ def test_no_memory_is_waited_for_by_its_waiter_alone(room: int, style: str) -> N
         service.end()
 
 
-def test_who_waits_for_a_source_stands_in_the_successors_book() -> None:
-    service = SimulatedHouse([("private", False), ("shared", False)])
+def test_the_successor_has_the_requests_of_waiters_for_a_lost_source() -> None:
+    service = SimulatedService([("private", False), ("shared", False)])
     try:
         service.settle()
         service.source.stop()

@@ -13,7 +13,8 @@ from postcopy_protocol import counters
 from postcopy_protocol.messages import BlockGrant, RegionGrant
 from postcopy_protocol.received_map import CHANGED, FLAGS, LOST, MISSING, RECEIVED, SHARED, TRUST, WATCHED
 from postcopy_protocol.window import FaultAround
-from postcopy_workers.fault_handler import MESSAGE_WORDS, ClientGone, FaultHandler, Region
+from postcopy_workers.client_ufd import ClientGone, Region
+from postcopy_workers.fault_handler import MESSAGE_FIELDS, FaultHandler
 from postcopy_workers.page_sources import NoPages, PageSource
 from postcopy_workers.placing import Block, Calls, OwnMapping
 from tests.simulated.kernel import SIGBUS, Area, Kernel, Memory, Space, Thread, Userfaultfd
@@ -154,14 +155,14 @@ class World:
         def work(life: Life) -> None:
             handler = client.handler = self.fault_handler(client, life.calls_of(self.kernel), life)
             handler.wake_everything()
-            handler.heal()
+            handler.unpoison_local()
             client.calls_before = life.calls  # as many as there were pages to heal
             words = memoryview(bytearray(32 * BATCH)).cast("Q")
             while True:
                 taken = life.call("read", lambda: self.kernel.messages(client.descriptor, BATCH))
                 self._bounded(client, life, len(taken))
                 for at, (event, flags, address) in enumerate(taken):
-                    words[at * MESSAGE_WORDS : at * MESSAGE_WORDS + 3] = memoryview(
+                    words[at * MESSAGE_FIELDS : at * MESSAGE_FIELDS + 3] = memoryview(
                         event.to_bytes(8, "little") + flags.to_bytes(8, "little") + address.to_bytes(8, "little")
                     ).cast("Q")
                 if taken:

@@ -149,6 +149,7 @@ class Script:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._router: zmq.Socket[bytes] | None = None
+        self._requests: list[RequestPages] = []
         self.memory = self._mine(create_memfd("script", self.pages * PAGE))
         self.received = self._mine(create_memfd("script-map", page_count(self.pages + FLAGS, PAGE) * PAGE))
         self.quit, self.service = self._mine(create_eventfd()), self._mine(create_memfd("house", PAGE))
@@ -357,34 +358,34 @@ class Script:
     # --- a remote block -----------------------------------------------------------------------------------------------
 
     def bind(self) -> None:
-        """The router, bound anew in every supervisor's life."""
+        """Bind the router, once in every supervisor's life."""
         (self.directory / "private/router").unlink(missing_ok=True)
+        self._requests.clear()
         self._router = self._context.socket(zmq.ROUTER)
         self._router.setsockopt(zmq.LINGER, 0)
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._router.bind(router_endpoint(str(self.directory)))
 
-    def wake_all(self, number: int, incarnation: int) -> None:
-        """What a supervisor that takes over says to each worker until it can be reached."""
-        router, deadline = self._router, time.monotonic() + PATIENCE
-        assert router is not None
-        while True:
-            try:
-                router.send_multipart([b"w%d.%d" % (number, incarnation), encode(Wake(0, b""))], zmq.DONTWAIT)
-                return
-            except zmq.ZMQError as error:
-                assert error.errno == zmq.EHOSTUNREACH and time.monotonic() < deadline, error
-                time.sleep(0.01)
-
     def asked(self, number: int = 1, within: float = PATIENCE) -> list[int]:
-        """The pages that this worker asks for next."""
+        """The pages that this worker asks for next. Each worker's hello is answered with an empty Wake, as the
+        supervisor does: what the worker has asked for before may be lost, so its clients fault again."""
         router, deadline = self._router, time.monotonic() + within
         assert router is not None
+        for other in self._requests:
+            if other.worker == number:
+                self._requests.remove(other)
+                return [offset // PAGE for offset in unpack_offsets(other.offsets)]
         while router.poll(max(0, int(1000 * (deadline - time.monotonic())))):
-            message = decode(router.recv_multipart()[-1], expect=(WorkerHello, Report, RequestPages))
-            if isinstance(message, RequestPages) and message.worker == number:
-                return [offset // PAGE for offset in unpack_offsets(message.offsets)]
+            identity, *_, data = router.recv_multipart()
+            message = decode(data, expect=(WorkerHello, Report, RequestPages))
+            if isinstance(message, WorkerHello):
+                with contextlib.suppress(zmq.ZMQError):  # it has left again, and says hello to the next connection
+                    router.send_multipart([identity, encode(Wake(0, b""))], zmq.DONTWAIT)
+            if isinstance(message, RequestPages):
+                if message.worker == number:
+                    return [offset // PAGE for offset in unpack_offsets(message.offsets)]
+                self._requests.append(message)  # of another worker, which does not ask twice
         raise AssertionError(f"worker {number} asked for nothing within {within:g} s")
 
     def place(self, memory_fd: int, received_fd: int, page: int) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as program
-from benchmarks import qemu
+from benchmarks import qemu, remote, stream
 from benchmarks.__main__ import BENCHMARKS
 from benchmarks.bench import Bench, BenchmarkFailed, Scale
 from benchmarks.docs import write_docs
@@ -45,6 +45,7 @@ FIGURES = {
         "in lockstep",
         "clients at random",
     ],
+    "transport": ["shared, native against libzmq", "private, native against libzmq"],
     "back-end": ["missing pages p50, pinned", "missing pages p50, unpinned", "missing pages p99, pinned"],
     "observing": [
         "statistics, local fault p50, shared, pinned",
@@ -100,6 +101,7 @@ def test_a_quick_run_tells_every_figure(name: str, tmp_path: Path, require_userf
 def _check_row(row: dict[str, object]) -> None:
     assert row.keys() == {
         "name", "value", "low", "high", "unit", "goal", "stretch", "detail", "samples", "verdict", "least", "held",
+        "failed",
     }  # fmt: skip
     if row["samples"] == []:  # not measured here, and says so
         assert row["verdict"] == "" and "installed" in str(row["detail"])
@@ -109,6 +111,37 @@ def _check_row(row: dict[str, object]) -> None:
     assert isinstance(samples, list) and samples
     assert 0 < low <= value <= high and math.isfinite(high)
     assert (row["verdict"] == "") == (row["goal"] is None)
+
+
+@pytest.mark.xdist_group("benchmarks")
+@pytest.mark.timeout(120)
+def test_compare_gives_the_ratio_of_this_checkout_to_another(tmp_path: Path, require_userfaultfd: None) -> None:
+    other = tmp_path / "other"  # the same packages: what is tested is that the other's interpreter is started
+    (other / ".venv" / "bin").mkdir(parents=True)
+    used = tmp_path / "used"
+    python = other / ".venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\necho "$2" >> {used}\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    done = _run("compare", str(other), "--quick", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["benchmarks"]["compare"]
+    modes = ["shared", "private"]
+    expected = [f"{kind} fault p50, {mode}, pinned" for kind in ("local", "remote") for mode in modes]
+    assert [row["name"].partition(", against")[0] for row in rows] == expected
+    for row in rows:
+        _check_row(row)
+    assert used.read_text().split().count("benchmarks.client") == 4
+
+
+def test_compare_without_an_installed_checkout_says_what_is_missing(tmp_path: Path) -> None:
+    assert _run("compare").returncode == 2
+    done = _run("compare", str(tmp_path), "--quick")
+    assert done.returncode == 1 and "scripts/install" in done.stderr
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
 
 
 def test_an_unknown_benchmark_is_a_usage_error() -> None:
@@ -136,8 +169,31 @@ def test_a_failing_benchmark_leaves_the_others_their_figures(
     finally:
         signal.signal(signal.SIGTERM, before)
     assert status == 1
-    assert "benchmarks: first: client process 1 read wrong bytes" in capsys.readouterr().err
-    assert list(json.loads(target.read_text())["benchmarks"]) == ["second"]
+    told = capsys.readouterr()
+    assert "benchmarks: first: client process 1 read wrong bytes" in told.err
+    assert "a figure" in told.out and "client process 1 read" in told.out
+    first, second = json.loads(target.read_text())["benchmarks"].values()
+    assert [(row["verdict"], row["failed"], row["name"]) for row in first] == [("failed", True, "first")]
+    assert [(row["verdict"], row["failed"], row["name"]) for row in second] == [("", False, "a figure")]
+
+
+@pytest.mark.parametrize("error", [BenchmarkFailed("nothing was missing"), KeyError("blocks"), OSError(28, "no space")])
+def test_a_failing_part_leaves_the_other_parts_their_rows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def fails(bench: Bench) -> list[Row]:
+        raise error
+
+    figure = value_row("a figure", [1.0], "us")
+    for name in ("_faults", "_lockstep", "_random", "_random_in_c"):
+        monkeypatch.setattr(remote, name, lambda *_, name=name: [figure] if name == "_faults" else figure)
+    monkeypatch.setattr(qemu, "compare", lambda *_: [figure])
+    monkeypatch.setattr(stream, "run", fails)
+    with Bench(Scale(quick=True, pairs=1)) as bench:
+        rows = remote.run(bench)
+    assert [row.name for row in rows if row.failed] == ["remote: stream"]
+    assert [row for row in rows if not row.failed] == [figure] * 6
+    assert "benchmarks: remote: stream: " in capsys.readouterr().err
 
 
 @pytest.mark.timeout(60)

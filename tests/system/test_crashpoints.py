@@ -185,8 +185,7 @@ def test_a_word_that_is_no_point(word: str) -> None:
 
 def test_nothing_is_wrapped_where_nothing_is_armed() -> None:
     """What stands on the way of a fault is the very function that would be there without any of this."""
-    from postcopy_workers import crashing
-    from postcopy_workers.placing import Calls
+    from postcopy_workers.placing import Calls, system_calls
 
     assert VARIABLE not in os.environ
     thing, act = object(), print
@@ -194,4 +193,4 @@ def test_nothing_is_wrapped_where_nothing_is_armed() -> None:
         crashpoints.before("page.marked", act) is act and crashpoints.around("page.arrived", act, "page.placed") is act
     )
     assert crashpoints.watched(thing, "copy", "page.arrived", "page.placed") is thing
-    assert crashing.calls() == Calls()
+    assert system_calls() == Calls()

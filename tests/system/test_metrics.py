@@ -10,7 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import postcopy
-from postcopy_workers.fault_handler import TIMED
+from postcopy_workers.fast_answers import TIMED
 from tests.conftest import SourceFile
 from tests.system.remote import Source
 from tests.system.service import Puppet, Service, until
@@ -127,7 +127,7 @@ def test_trace_points_of_a_remote_fault(runtime_dir: Path, source_file: SourceFi
     assert re.search(r"trace.place block=ram0 offset=8192 length=4096", log)
     assert re.search(r"trace.wake worker=\d+ block=ram0 offset=8192 page=present", log)
     assert "trace.loop at=entry" in log and "trace.loop at=exit" in log
-    assert "trace.quit descriptor=QuitAsked" in log
+    assert "trace.quit descriptor=StopRequested" in log
     assert "trace.foreign descriptor=ClientMessage message=Hello" in log
 
 

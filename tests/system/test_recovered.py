@@ -22,13 +22,12 @@ PAGES = 512
 SIZE = PAGES * PAGE
 HUGE = 2 << 20
 RESUME = """
-from postcopy.door import Door
+from postcopy.attach_socket import AttachConnection
 from postcopy.deadline import Deadline
-from postcopy_protocol.messages import *
 def resume(number):
-    door = Door(directory, Deadline(20.0))
-    door.ask(Hello("again", "native"), Welcome, Deadline(20.0))
-    return door, door.ask(Resume(number), Resumed, Deadline(20.0))[0]
+    door = AttachConnection(directory, Deadline(20.0))
+    door.greet("again", "native", Deadline(20.0))
+    return door, door.ask(door.conversation.resume(number), Deadline(20.0))[0]
 """
 
 
@@ -75,8 +74,8 @@ def test_resuming(runtime_dir: Path, source_file: SourceFile) -> None:
         client.do("door, _ = resume(1)")  # again: the old connection goes
         assert client.do("words(b, [1])") == [word(PAGE)]
         assert service.worker(client) == worker and len(service.status()["clients"]) == 1
-        client.do("opened = door.ask(OpenBlock('ram0', 'private'), BlockOpened, Deadline(20.0))")
-        client.do(f"door.ask(Unmap(1, {where}), Unmapped, Deadline(20.0)) and None")
+        client.do("opened = door.ask(door.conversation.open_block('ram0', 'private'), Deadline(20.0))")
+        client.do(f"door.unmap(1, {where}, Deadline(20.0))")
         until(lambda: not alive(worker), "no region, no worker")
 
 

@@ -1,4 +1,4 @@
-"""Somebody at the door who says what a test wants, in any order and shape."""
+"""A program at the attach socket that sends what a test wants, in any order and shape."""
 
 from __future__ import annotations
 

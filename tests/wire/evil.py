@@ -91,7 +91,7 @@ class EvilSource:
         return [encode(Advised(message.name, self.stream, self.size, "evil", ()))]
 
     def push(self, *messages: Frames) -> None:
-        """Messages that nobody asked for, sent soon, to whoever spoke last."""
+        """Queue unasked messages for the peer that spoke last."""
         self._push = [*self._push, *messages]
 
     def pages(self, message: RequestRanges) -> Frames:

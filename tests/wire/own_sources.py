@@ -1,4 +1,4 @@
-"""A program with sources of its own that do everything wrong that a source can do; see test_source.py.
+"""A program whose sources do everything wrong that a source can do; see test_source.py.
 
 ``python own_sources.py ENDPOINT GATE [READERS]``: what is gated waits until the file GATE is there.
 """
@@ -40,7 +40,7 @@ class Own:
 
 
 class Pushing(Own):
-    """Pushes what nobody asks for: all its pages in order, then zeros and a loss."""
+    """Pushes all its pages unasked, in order, then zeros and a loss."""
 
     def listening(self, stream: PushStream) -> None:
         for offset in range(0, 60 * PAGE, PAGE):

@@ -1,11 +1,11 @@
-"""A bad line, as a process of its own: relays bytes between whoever connects and a target; delays, stalls and cuts.
+"""A bad network connection, as a process: relays bytes between its peers and a target; delays, stalls and cuts.
 
 ``python relay.py LISTEN TARGET``, both ``unix:PATH`` or ``tcp:HOST:PORT`` (port 0 to listen: one is chosen). Says
 ``ready ADDRESS``, then obeys one order a line on stdin and answers ``ok`` to each:
 
 * ``delay SECONDS``: every byte arrives that much later, in both directions; order is kept
-* ``stall``: nothing arrives any more, nobody is told; ``go`` ends it
-* ``cut``: every connection breaks; new ones are taken again
+* ``stall``: nothing arrives any more, and nothing is reported; ``go`` ends it
+* ``cut``: every connection breaks; new ones are accepted again
 * ``refuse``: ... and new ones break at once, until ``accept``
 
 ``Relay`` starts one and gives the orders. It ends with its stdin.
@@ -95,18 +95,18 @@ class _Relaying:
     def run(self) -> None:
         while True:
             now = time.monotonic()
-            readable, writable, pause = self._wanted(now)
-            heard, free, _ = select.select([sys.stdin, self.listener, *readable], writable, [], pause)
-            if sys.stdin in heard:
+            sources, writable, pause = self._wanted(now)
+            readable, free, _ = select.select([sys.stdin, self.listener, *sources], writable, [], pause)
+            if sys.stdin in readable:
                 order = sys.stdin.readline()
                 if not order:
                     return
                 self._obey(order.split())
                 print("ok", flush=True)
                 continue  # sockets may be closed now
-            if self.listener in heard:
+            if self.listener in readable:
                 self._accept()
-            self._relay(set(heard), set(free))
+            self._relay(set(readable), set(free))
 
     def _wanted(self, now: float) -> tuple[list[socket.socket], list[socket.socket], float | None]:
         ways = [way for line in self.lines for way in line.ways if not self.stalled]
@@ -115,11 +115,11 @@ class _Relaying:
         due = [way.queue[0][0] - now for way in ways if way.queue and way.queue[0][0] > now]
         return readable, writable, min(due) if due else None
 
-    def _relay(self, heard: set[object], free: set[object]) -> None:
+    def _relay(self, readable: set[object], free: set[object]) -> None:
         for line in list(self.lines):
             try:
                 for way in line.ways:
-                    if way.source in heard:
+                    if way.source in readable:
                         way.take(self.delay)
                     if way.sink in free:
                         way.pass_on(time.monotonic())

@@ -54,7 +54,7 @@ def sleeper(user: int, *, program: bool = True) -> Iterator[tuple[int, int]]:
     try:
         assert os.read(ready, 1)
         yield pid, pidfd
-        assert os.waitpid(pid, os.WNOHANG) == (0, 0), "nobody has hurt it"
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0), "it is unharmed"
     finally:
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -84,7 +84,7 @@ def as_user(user: int, body: Callable[[], object]) -> Any:
 
 
 def offered(service: Service, userfaultfd: int, pidfd: int) -> tuple[str, str]:
-    """Code and words of the refusal of such a back-end; empty when it is taken."""
+    """Code and reason of the refusal of such a back-end; empty when it is accepted."""
     with Caller(service.directory) as caller:
         caller.say(Hello("front", "vhost-user"))
         caller.get(Welcome)
@@ -93,7 +93,7 @@ def offered(service: Service, userfaultfd: int, pidfd: int) -> tuple[str, str]:
         return (getattr(answer, "code", ""), getattr(answer, "reason", ""))
 
 
-def test_whose_process_it_may_be(watched: Watched) -> None:
+def test_the_owner_of_the_process(watched: Watched) -> None:
     """For a front-end that is not root: its own user's processes, but none that the kernel protects from that user."""
     supervisor = os.pidfd_open(watched.service.pid)
     with (
@@ -114,7 +114,7 @@ def test_whose_process_it_may_be(watched: Watched) -> None:
     watched.alone()
 
 
-def test_who_looks_like_a_pidfd(watched: Watched, tmp_path: Path) -> None:
+def test_descriptors_that_look_like_a_pidfd(watched: Watched, tmp_path: Path) -> None:
     """A zombie, a directory of /proc, a file whose text looks right, a descriptor of ours that has been closed."""
     zombie = os.fork()
     if zombie == 0:
@@ -172,7 +172,7 @@ def test_the_process_ends_and_so_does_all_of_it(watched: Watched) -> None:
 
 
 def test_another_users_front_end_cannot_take_it_over(watched: Watched) -> None:
-    """Resume of somebody's back-end that has no front-end just now."""
+    """Resume of another user's back-end that has no front-end just now."""
     with open_userfaultfd() as ufd, Caller(watched.service.directory) as caller:
         ufd.handshake()
         mine = os.pidfd_open(os.getpid())
@@ -201,6 +201,6 @@ def resumed(service: Service, number: int) -> str:
         return caller.refusal()
 
 
-def test_who_may_look_into_a_process() -> None:
+def test_which_user_may_look_into_a_process() -> None:
     with sleeper(NOBODY) as (own, _), sleeper(NOBODY, program=False) as (protected, _), sleeper(0) as (roots, _):
         assert [address_space.owner_of(pid) for pid in (own, protected, roots)] == [NOBODY, 0, 0]

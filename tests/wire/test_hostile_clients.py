@@ -73,7 +73,7 @@ def test_cutting_growing_and_sealing(served: tuple[Service, Puppet, Path]) -> No
 
 
 def test_holes_punched_without_pause(served: tuple[Service, Puppet, Path]) -> None:
-    """A shared client may take pages out of the block: whoever misses one gets it again from the source."""
+    """A shared client may take pages out of the block: a client that misses one gets it again from the source."""
     service, honest, path = served
     client = hostile(service, None)
     client.do("session, o = opened('shared')")
@@ -110,7 +110,7 @@ def cpu_seconds(pid: int) -> float:
 @pytest.mark.parametrize("what", ["unregister", "minor", "protect", "unmap", "map over"])
 def test_its_registration_undone(served: tuple[Service, Puppet, Path], mode: str, what: str) -> None:
     """Through its own userfaultfd a client may unregister what we registered, register it otherwise, or map something
-    else there. What it reads then is its own affair; nobody else sees a byte of it."""
+    else there. Only this client can read wrong bytes then; no other client sees one."""
     service, honest, _ = served
     client = hostile(service, mode)
     client.do("from postcopy_kernel.userfaultfd import Userfaultfd, RegisterMode\nu = Userfaultfd(own_userfaultfd())")
@@ -131,7 +131,7 @@ def test_its_registration_undone(served: tuple[Service, Puppet, Path], mode: str
 
 
 def test_stopped_at_every_step(served: tuple[Service, Puppet, Path]) -> None:
-    """A client that stands still, connected, attached or in the middle of a fault, holds nobody up."""
+    """A client that stands still, connected, attached or in the middle of a fault, delays no other client."""
     service, honest, _ = served
     clients = [hostile(service, None), hostile(service, "private"), hostile(service, "shared")]
     clients[0].do("session, o = opened('private')")

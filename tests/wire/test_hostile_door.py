@@ -1,4 +1,4 @@
-"""People at the door who talk nonsense, lie, or say nothing: a clear word for them, and nobody else is disturbed."""
+"""Clients at the attach socket that send bad bytes, lie, or send nothing: refused, and no other client notices."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Watched:
         assert time.monotonic() - began < 4
 
     def alone(self, within: float = 10.0) -> None:
-        """Nobody but the honest client is left, and nothing of anybody else."""
+        """Only the honest client is left, and nothing of the others."""
         until(lambda: len(self.service.status()["clients"]) == 1, "everybody else is forgotten", within)
         until(lambda: not self._more(), "no descriptor is left of them", within)
         self.works()
@@ -87,7 +87,7 @@ NONSENSE = {
     "half a hello": encode(Hello("half", "native"))[:-3],
     "a hello and more": encode(Hello("more", "native")) + b"\0",
     "another kind": encode(Hello("x", "emperor")),
-    "somebody else's word": encode(StatusAnswer(b"{}")),
+    "another program's message": encode(StatusAnswer(b"{}")),
     "too long": encode(Hello("x", "native")) + bytes(9000),
     "deep": b"\x91" * 4000,
     "a bomb": b"\xdd\xff\xff\xff\xff" + b"\x01" * 60,
@@ -96,7 +96,7 @@ NONSENSE = {
 
 
 @pytest.mark.parametrize("data", NONSENSE.values(), ids=NONSENSE)
-def test_nonsense_is_refused_and_shown_out(watched: Watched, data: bytes) -> None:
+def test_bad_bytes_are_refused_and_the_connection_ends(watched: Watched, data: bytes) -> None:
     with Caller(watched.service.directory) as caller:
         caller.raw(data)
         assert caller.refusal() == "bad-message"
@@ -104,7 +104,7 @@ def test_nonsense_is_refused_and_shown_out(watched: Watched, data: bytes) -> Non
     watched.alone()
 
 
-def test_a_word_of_the_future(watched: Watched) -> None:
+def test_a_message_of_a_later_version(watched: Watched) -> None:
     with Caller(watched.service.directory) as caller:
         caller.raw(b"\x93\x63\x01\xa1x")  # version 99
         answer = caller.get(Refused)
@@ -113,8 +113,8 @@ def test_a_word_of_the_future(watched: Watched) -> None:
     watched.alone()
 
 
-def test_ten_thousand_random_words(watched: Watched) -> None:
-    """Mutations of what a client says, with and without descriptors, by strangers and by one who is in."""
+def test_ten_thousand_random_messages(watched: Watched) -> None:
+    """Mutations of client messages, with and without descriptors, by unknown peers and by an attached client."""
     chance = random.Random(11)
     talk: list[Message] = [Hello("x", "native"), OpenBlock("ram0", "shared"), OpenBlock("ram9", "private")]
     talk += [Mapped(1, 1 << 40, PAGE, 0), Unmap(1, 1 << 40), OfferUserfaultfd(), Goodbye()]
@@ -128,7 +128,7 @@ def test_ten_thousand_random_words(watched: Watched) -> None:
 
     caller, out = Caller(watched.service.directory), 0
     for said in range(10_000):
-        if said % 500 == 0:  # by turns a stranger, who is shown out again and again, and one who is in
+        if said % 500 == 0:  # in turn an unknown peer, whose connection is ended again and again, and an attached one
             caller.close()
             caller = Caller(watched.service.directory)
             watched.service.status()
@@ -143,7 +143,7 @@ def test_ten_thousand_random_words(watched: Watched) -> None:
             caller.close()
             caller = Caller(watched.service.directory)
     caller.close()
-    assert out > 10, "strangers are shown out"
+    assert out > 10, "connections of unknown peers are ended"
     watched.alone()
 
 
@@ -159,7 +159,7 @@ def drain(caller: Caller) -> None:
     caller.socket.settimeout(PATIENCE)
 
 
-def test_words_out_of_order(watched: Watched) -> None:
+def test_messages_out_of_order(watched: Watched) -> None:
     with Caller(watched.service.directory) as caller:
         caller.say(OpenBlock("ram0", "private"))
         assert caller.refusal() == "bad-message" and caller.ended()
@@ -326,7 +326,7 @@ opened, fd = caller.open("ram0", "shared")
 
 @pytest.mark.parametrize("lie", ["its own memory", "another block"])
 def test_memory_that_is_not_what_it_is_said_to_be(watched: Watched, lie: str) -> None:
-    """What a liar's touches place is marked received and is not in the block: everybody else still reads right."""
+    """What a liar's touches place is marked received and is not in the block: others still read right bytes."""
     liar = watched.service.client(None)
     liar.do(LIAR)
     size, pages = PAGES * PAGE, [2, 5, 30, 63]
@@ -342,7 +342,7 @@ def test_memory_that_is_not_what_it_is_said_to_be(watched: Watched, lie: str) ->
     assert watched.service.client("ram1").do(f"words(b, {pages})") == [word(page * PAGE, 5) for page in pages]
 
 
-def test_a_writer_who_lies_about_the_place_is_reported(runtime_dir: Path, source_file: SourceFile) -> None:
+def test_a_writer_that_lies_about_the_place_is_reported(runtime_dir: Path, source_file: SourceFile) -> None:
     """It may write the block anyhow; but the pages that it gets placed wrongly are found, the others come right."""
     with Service(runtime_dir, f"ram0={source_file(PAGES * PAGE)}", polluting=True, fault_around="4K") as service:
         honest, liar = service.client(), service.client(None)

@@ -1,4 +1,4 @@
-"""Guests who stay and are a nuisance: silent ones, crowds, floods, the dying; the honest client works on."""
+"""Clients that stay and disturb: silent ones, crowds, floods, dying ones. The honest client goes on."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def shown_out(callers: list[Caller]) -> list[Caller]:
     return [caller for caller in callers if caller.socket.fileno() in closed]
 
 
-def test_who_says_nothing_is_shown_out_after_ten_seconds(watched: Watched) -> None:
+def test_a_silent_connection_ends_after_ten_seconds(watched: Watched) -> None:
     with ExitStack() as stack:
         callers = [stack.enter_context(Caller(watched.service.directory)) for _ in range(4)]
         callers[1].hello()
         callers[2].say(Hello("never listens", "native"))
         callers[3].hello()
-        callers[3].offer()  # who has offered may take its time
+        callers[3].offer()  # after its offer it may take its time
         began = time.monotonic()
         until(lambda: len(shown_out(callers)) == 3, "the silent ones are shown out", 15)
         assert time.monotonic() - began > 7
@@ -52,7 +52,7 @@ def test_who_says_nothing_is_shown_out_after_ten_seconds(watched: Watched) -> No
     watched.alone()
 
 
-def test_three_hundred_who_connect_and_wait(watched: Watched) -> None:
+def test_three_hundred_connections_that_wait(watched: Watched) -> None:
     with ExitStack() as stack:
         for _ in range(300):
             stack.enter_context(Caller(watched.service.directory))
@@ -61,7 +61,7 @@ def test_three_hundred_who_connect_and_wait(watched: Watched) -> None:
             watched.works()
         late = watched.service.client()
         assert late.do("words(b, [60])") == [word(60 * PAGE)]
-        assert time.monotonic() - began < 8, "nobody had to wait until the crowd was shown out"
+        assert time.monotonic() - began < 8, "the client did not wait until the crowd was gone"
         late.kill()
     watched.alone()
 
@@ -87,7 +87,7 @@ def flood(seconds, data):
 
 
 @pytest.mark.parametrize("what", ["OpenBlock('ram0', 'shared')", "OpenBlock('ram9', 'shared')", "Hello('x', 'native')"])
-def test_who_talks_without_listening(watched: Watched, what: str) -> None:
+def test_a_client_that_sends_and_does_not_read(watched: Watched, what: str) -> None:
     flooder = watched.service.client(None)
     flooder.do(FLOOD)
     flooder.begin(f"flood(2, encode({what}))")
@@ -101,7 +101,7 @@ def test_who_talks_without_listening(watched: Watched, what: str) -> None:
     watched.alone()
 
 
-def test_who_dies_between_any_two_words(watched: Watched) -> None:
+def test_a_client_that_dies_between_any_two_messages(watched: Watched) -> None:
     for steps in range(6):
         pid = os.fork()
         if pid == 0:
@@ -114,8 +114,8 @@ def test_who_dies_between_any_two_words(watched: Watched) -> None:
     watched.alone()
 
 
-def test_who_closes_the_connection_and_lives_on(watched: Watched) -> None:
-    """Its memory is served as long as it lives; it is nobody's guest before it has any."""
+def test_a_client_that_closes_the_connection_and_lives(watched: Watched) -> None:
+    """Its memory is served as long as it lives; before it has any, it is no client."""
     for steps in range(2):
         with Caller(watched.service.directory) as caller:
             caller.hello()
@@ -131,8 +131,8 @@ def test_who_closes_the_connection_and_lives_on(watched: Watched) -> None:
     watched.alone()
 
 
-def test_who_opens_without_end_has_a_limit(watched: Watched) -> None:
-    """Many blocks opened and many regions: bounded, refused in words."""
+def test_a_client_that_opens_without_end_has_a_limit(watched: Watched) -> None:
+    """Many blocks opened and many regions: bounded, and refused with a reason."""
     with Caller(watched.service.directory) as caller:
         caller.hello()
         caller.offer()

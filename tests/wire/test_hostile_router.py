@@ -1,4 +1,4 @@
-"""Nonsense at the router and lies about who is speaking: whoever gets there is our own user, and still nobody falls."""
+"""Bad bytes at the router, and peers with a false name. They run as our own user; still, no program fails."""
 
 from __future__ import annotations
 
@@ -14,23 +14,26 @@ import pytest
 
 from postcopy_protocol.codec import decode, encode, pack_offsets
 from postcopy_protocol.messages import AskProgress, ControlRefused, ExportProgress, Fetched, Hello, Report, WorkerHello
+from postcopy_wire.transport import TRANSPORTS
 from tests.conftest import SourceFile
 from tests.system.service import PAGE, Puppet, Service, until, word
 
 SIZE = 4 << 20
 
 
-@pytest.fixture
-def served(runtime_dir: Path, source_file: SourceFile) -> Iterator[tuple[Service, Puppet, Path]]:
+@pytest.fixture(params=TRANSPORTS)
+def served(
+    runtime_dir: Path, source_file: SourceFile, request: pytest.FixtureRequest
+) -> Iterator[tuple[Service, Puppet, Path]]:
     path = source_file(SIZE)
-    with Service(runtime_dir, f"ram0={path}", fault_around="4K") as service:
+    with Service(runtime_dir, f"ram0={path}", fault_around="4K", transport=request.param) as service:
         client = service.client("ram0", "shared")
         yield service, client, path
         assert service.status()["state"] == "running"
         assert client.do(f"check(b, {str(path)!r}, 'random')") == -1
 
 
-def test_nonsense_is_answered_by_a_refusal(served: tuple[Service, Puppet, Path]) -> None:
+def test_bad_messages_are_refused(served: tuple[Service, Puppet, Path]) -> None:
     service, _, _ = served
     for frames in ([b"junk"], [b"\x93\x01\x3c"], [encode(Hello("x", "native"))], [b"\x93\x63\x3c\xc2"], [b"a", b"b"]):
         with service.dealer() as dealer:
@@ -72,14 +75,14 @@ def test_bytes_that_are_no_zeromq(served: tuple[Service, Puppet, Path]) -> None:
             service.status()
 
 
-def test_lies_of_workers_that_are_none(served: tuple[Service, Puppet, Path]) -> None:
+def test_false_messages_of_workers(served: tuple[Service, Puppet, Path]) -> None:
     service, client, _ = served
     number = service.record(client)["id"]
-    lies = [
+    false = [
         WorkerHello(999, 1, os.getpid()),
         WorkerHello(number, 77, os.getpid()),
         WorkerHello(number, 1, 1),
-        Report(999, "outside", 999, 5, "lie"),
+        Report(999, "outside", 999, 5, "false"),
         Report(number, "no-such-kind", 1, 1 << 63, "x" * 4000),
         Report(number, "lost", 1, 0, "\n\x1b[31mred"),
         Fetched(1, 0, SIZE, b""),
@@ -90,8 +93,8 @@ def test_lies_of_workers_that_are_none(served: tuple[Service, Puppet, Path]) -> 
         AskProgress(999, True),
     ]
     with service.dealer() as dealer:
-        for lie in lies:
-            dealer.send(encode(lie))
+        for message in false:
+            dealer.send(encode(message))
         service.status()
     service.kill_worker(client, signal.SIGKILL)
     assert client.do("words(b, [11])", 10) == [word(11 * PAGE)]
@@ -109,11 +112,11 @@ def test_false_answers_spoil_no_export(served: tuple[Service, Puppet, Path], tmp
     assert filecmp.cmp(path, tmp_path / "out", shallow=False)
 
 
-def test_a_stolen_identity(served: tuple[Service, Puppet, Path], tmp_path: Path) -> None:
-    """ROUTER_HANDOVER gives a name to the latest: a thief of worker zero's gets its orders, until it is noticed."""
+def test_a_stolen_name(served: tuple[Service, Puppet, Path], tmp_path: Path) -> None:
+    """ROUTER_HANDOVER gives a name to the latest: a thief of worker zero's gets its orders at first."""
     service, client, path = served
     name = b"w%d.1" % service.record(client)["id"]
-    with service.dealer(name) as thief, service.dealer(b"porter") as other:
+    with service.dealer(name) as thief, service.dealer(b"other") as other:
         thief.send(b"mine")
         other.send(b"mine")
         assert client.do("words(b, [700])", 5) == [word(700 * PAGE)]

@@ -1,4 +1,4 @@
-"""A source that lies, babbles, floods or keeps silent: never a wrong byte, never a crash, and nobody else notices."""
+"""A source that lies, floods, sends bad messages or none: no wrong byte, no crash, and no other source is affected."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ NONSENSE: dict[str, Script] = {
     "too few kinds": lambda _, message: odd(message, WRONG, WRONG, kinds=b"\0", ranges=[(0, PAGE), (PAGE, PAGE)]),
     "data under the name of zeros": lambda _, message: odd(message, WRONG, kinds=b"\1"),
     "advised unasked": lambda evil, _: [[encode(Advised("ram0", evil.stream + 50, LAST, "evil", ()))]],
-    "a block that nobody asked for": lambda *_: [[encode(Advised("ram9", 7, LAST, "evil", ()))]],
+    "a block that was not asked for": lambda *_: [[encode(Advised("ram9", 7, LAST, "evil", ()))]],
 }
 HARMLESS: dict[str, Script] = {
-    "a stream that nobody asked for": lambda _, message: odd(message, WRONG, stream=99999),
+    "a stream that was not asked for": lambda _, message: odd(message, WRONG, stream=99999),
     "another request's number": lambda evil, message: [evil.pages(_renumbered(message, 77777))],
     "twice": lambda evil, message: [evil.pages(message)] * 2,
-    "pongs that nobody asked for": lambda *_: [[encode(Pong(number))] for number in range(50)],
+    "pongs that were not asked for": lambda *_: [[encode(Pong(number))] for number in range(50)],
     "a refusal for no reason": lambda *_: [[encode(SourceRefused("limit", "ram0", "tired"))]],
 }
 LATE: dict[str, Script] = {
@@ -82,8 +82,8 @@ def path(source_file: SourceFile) -> Path:
     return source_file(LAST)
 
 
-def test_nonsense_around_every_answer(runtime_dir: Path, path: Path, source_file: SourceFile) -> None:
-    """Each kind before the right answer to a request of its own, told as nonsense; another block goes on beside it."""
+def test_bad_messages_around_every_answer(runtime_dir: Path, path: Path, source_file: SourceFile) -> None:
+    """Each kind before the right answer to a request of its own, reported; another block goes on beside it."""
     other = source_file(1 << 20, 4, "other")
     options: dict[str, Any] = {"background_rate": "0", "fault_around": "4K"}
     with (
@@ -113,20 +113,20 @@ def test_nonsense_around_every_answer(runtime_dir: Path, path: Path, source_file
 
 
 @pytest.mark.parametrize("name", NONSENSE)
-def test_each_nonsense_is_told(runtime_dir: Path, path: Path, name: str) -> None:
-    """Told, and the request that it came for stays open until it is answered."""
+def test_each_bad_message_is_reported(runtime_dir: Path, path: Path, name: str) -> None:
+    """The request that it came for stays open until it is answered."""
     with EvilSource(path) as evil, Service(runtime_dir, f"ram0={evil.endpoint}/ram0", background_rate="0") as service:
         client = service.client()
         evil.before, evil.right = NONSENSE[name], False
         client.begin("words(b, [3])")
-        until(lambda: service.events("source-nonsense"), f"{name} is told")
+        until(lambda: service.events("source-nonsense"), f"{name} is reported")
         assert not client.answered(0.2) and service.block()["received"] == 0
         request = next(message for message in evil.heard if isinstance(message, RequestRanges))
         evil.push(evil.pages(request))
         assert client.answer() == [word(3 * PAGE)]
 
 
-def test_a_flood_of_pages_that_nobody_asked_for(runtime_dir: Path, path: Path, source_file: SourceFile) -> None:
+def test_a_flood_of_unasked_pages(runtime_dir: Path, path: Path, source_file: SourceFile) -> None:
     """Far beyond the window: what fits the block is used, nothing else happens, and others are served meanwhile."""
     other = source_file(4 << 20, 4, "other")
     evil = EvilSource(path)
@@ -144,22 +144,22 @@ def test_a_flood_of_pages_that_nobody_asked_for(runtime_dir: Path, path: Path, s
         assert service.client().do(f"check(b, {str(path)!r})") == -1
 
 
-def test_a_source_that_only_babbles(runtime_dir: Path, path: Path) -> None:
-    """It counts as silent, its noise does not push out what matters, and it may come to its senses."""
+def test_a_source_that_sends_only_bad_messages(runtime_dir: Path, path: Path) -> None:
+    """It counts as silent, its noise does not push out what matters, and it may recover."""
     with EvilSource(path) as evil, Service(runtime_dir, f"ram0={evil.endpoint}/ram0", source_timeout="1") as service:
         until(lambda: service.block()["complete"], "it is whole")
         noise = random.Random(7)
         for _ in range(20):
             evil.push(*([noise.randbytes(64)] for _ in range(200)))
-        until(lambda: len(service.events("source-nonsense")) > 3, "it is told")
+        until(lambda: len(service.events("source-nonsense")) > 3, "it is reported")
         until(lambda: not evil._push, "all is said")
         service.status()
         assert kinds(service, "source", "complete") == ["source", "complete"]
         assert len(service.events("source-nonsense")) < 50 and len(service.log()) < 100_000
 
 
-def test_never_listening_to_reason(runtime_dir: Path, path: Path) -> None:
-    """Every request is refused as out of phase: asked again about once a second, and nobody spins."""
+def test_a_source_that_refuses_every_request(runtime_dir: Path, path: Path) -> None:
+    """Every request is refused as out of phase: asked again about once a second, and no loop spins."""
     with EvilSource(path) as evil, Service(runtime_dir, f"ram0={evil.endpoint}/ram0", background_rate="0") as service:
         client = service.client()
         evil.right = False
@@ -186,7 +186,7 @@ def test_never_listening_to_reason(runtime_dir: Path, path: Path) -> None:
     ],
     ids=["garbage", "pong", "version", "denied", "another block", "nothing", "everything"],
 )
-def test_nonsense_at_the_beginning(runtime_dir: Path, path: Path, answer: Frames, wanted: str) -> None:
+def test_bad_answers_to_the_first_advise(runtime_dir: Path, path: Path, answer: Frames, wanted: str) -> None:
     """One line and the end, not a block of an impossible size."""
     with EvilSource(path) as evil:
         evil.advised = lambda _: answer
@@ -195,8 +195,8 @@ def test_nonsense_at_the_beginning(runtime_dir: Path, path: Path, answer: Frames
         assert not (runtime_dir / "door").exists()
 
 
-def test_a_stranger_at_the_router_cannot_be_the_source(runtime_dir: Path, path: Path) -> None:
-    """Pages come from where we connected to, whatever identity somebody at our own router takes."""
+def test_another_peer_at_the_router_cannot_be_the_source(runtime_dir: Path, path: Path) -> None:
+    """Pages come only from where we connected to, whatever name a peer of our own router takes."""
     with EvilSource(path) as evil, Service(runtime_dir, f"ram0={evil.endpoint}/ram0", background_rate="0") as service:
         until(evil.listened, "it listens")
         with service.dealer(b"s1") as liar:

@@ -355,8 +355,8 @@ def test_a_supervisor_that_goes_is_forgotten(program: SourceProgram, endpoint: s
             assert len(supervisor.fetch(advised, (0, PAGE))) == 1
 
 
-def test_who_is_silent_for_long_is_forgotten_and_not_pushed_to() -> None:
-    """A connection that breaks while nothing is sent is not told: what pushes would wait for ever, a thread each."""
+def test_a_silent_supervisor_is_forgotten_and_not_pushed_to() -> None:
+    """A connection that breaks while nothing is sent is not reported: a thread that pushes would wait forever."""
     end = SourceEnd(random.Random(2))
     try:
         end.loop.on_data(SUPERVISOR, encode(Advise("ram0", PAGE, ("push",))))
@@ -391,7 +391,7 @@ def test_too_many_requests_are_refused_and_the_others_answered(endpoint: str, ru
         gate.unlink()
 
 
-def test_who_does_not_read_costs_little_and_hinders_nobody(source_file: SourceFile, endpoint: str) -> None:
+def test_a_supervisor_that_does_not_read_delays_no_other(source_file: SourceFile, endpoint: str) -> None:
     path = source_file(16 << 20)
     size = 16 << 20
     with (
@@ -462,7 +462,7 @@ def test_only_the_pages_that_fail_are_lost(own: ScriptedSupervisor) -> None:
     assert found == {0: page_of(0, PAGE), PAGE: "the tape is torn", 2 * PAGE: page_of(2 * PAGE, PAGE)}
 
 
-def test_a_read_that_hangs_is_lost_and_stops_nobody(own: ScriptedSupervisor) -> None:
+def test_a_read_that_hangs_is_lost_and_stops_no_other(own: ScriptedSupervisor) -> None:
     hangs, good = own.listen("hangs"), own.listen("good")
     for _ in range(3):
         own.ask(hangs, (0, PAGE))
@@ -563,7 +563,7 @@ def test_nothing_is_pushed_to_who_does_not_want_it(own: ScriptedSupervisor) -> N
     own.say(Ping(1))
     assert own.expect(Pong) == Pong(1), "and no more once it has ended"
     again = own.listen("pushes", window=PAGE)
-    assert own.pages(again)[1] == {0: page_of(0, PAGE)}, "a new stream begins anew"
+    assert own.pages(again)[1] == {0: page_of(0, PAGE)}, "a new stream starts again"
 
 
 def test_a_push_that_fails_costs_nothing_but_the_push(endpoint: str) -> None:
@@ -608,7 +608,7 @@ def test_tcp_with_keys(path: Path, tmp_path: Path, keys: Callable[[str], KeyPair
             program.wait_for_log("is refused: its key")
         with ScriptedSupervisor(program.endpoint, keys=ours, source_key=strange.public) as other:
             other.say(Advise("ram0", PAGE, ()))
-            assert other.hear(0.5) is None, "whoever it takes for the source, it is not this one"
+            assert other.hear(0.5) is None, "it does not speak with this source"
         with ScriptedSupervisor(program.endpoint) as other:
             other.say(Advise("ram0", PAGE, ()))
             assert other.hear(0.5) is None, "without keys nothing is said"

@@ -31,7 +31,7 @@ def test_the_example_does_what_it_says(tmp_path: Path, runtime_dir: Path) -> Non
     with SourceProgram(endpoint, program=(str(program),)), ScriptedSupervisor(endpoint) as supervisor:
         advised = supervisor.listen("numbers")
         found = supervisor.fetch(advised, (12 * PAGE, 3 * PAGE))
-        assert found.pop(13 * PAGE) == "nobody likes page 13"
+        assert found.pop(13 * PAGE) == "page 13 cannot be supplied"
         for offset, data in found.items():
             assert isinstance(data, bytes)
             assert [int.from_bytes(data[at : at + 8], "little") for at in (0, 8, 4088)] == [

@@ -162,13 +162,13 @@ def test_a_slot_that_is_not_freed_is_not_filled(supervisor: ScriptedSupervisor, 
             assert staging.memory[start : start + MIB] == found == data[staged.offset : staged.offset + MIB]
 
 
-def test_nothing_is_staged_for_who_has_not_opened_it_or_waits(supervisor: ScriptedSupervisor) -> None:
+def test_nothing_is_staged_before_it_is_opened_or_while_a_client_waits(supervisor: ScriptedSupervisor) -> None:
     advised = advise(supervisor)
     staging = Opened(supervisor, advised)
     supervisor.say(UseStaging(staging.offer.number + 1))
     supervisor.fetch(advised, (0, MIB), urgent=False)
     staging.use()
-    supervisor.fetch(advised, (0, MIB))  # somebody sleeps until it comes
+    supervisor.fetch(advised, (0, MIB))  # a client waits for it
     supervisor.fetch(advised, (0, 8 * PAGE), urgent=False)  # too small to be worth it
 
     def behind_an_urgent_one() -> int:
@@ -185,7 +185,7 @@ def test_nothing_is_staged_for_who_has_not_opened_it_or_waits(supervisor: Script
     until(lambda: behind_an_urgent_one() == 256 << 10, "a moment after an urgent request pieces are small")
 
 
-def test_nobody_is_offered_what_he_has_not_asked_for(supervisor: ScriptedSupervisor) -> None:
+def test_no_offer_without_the_feature(supervisor: ScriptedSupervisor) -> None:
     advised = supervisor.listen("ram0")
     supervisor.fetch(advised, (0, MIB), urgent=False)
     supervisor.say(Ping(1))
@@ -201,7 +201,7 @@ def test_over_tcp_there_is_none(path: Path) -> None:
         supervisor.fetch(advised, (0, MIB), urgent=False)
 
 
-def test_advised_anew_it_is_another_memory(supervisor: ScriptedSupervisor, path: Path) -> None:
+def test_after_another_advise_it_is_another_memory(supervisor: ScriptedSupervisor, path: Path) -> None:
     data = path.read_bytes()
     first = Opened(supervisor, advise(supervisor))
     first.use()
@@ -236,7 +236,7 @@ def test_a_file_that_is_written_to_is_lost_page_by_page(supervisor: ScriptedSupe
     assert not any(staging.slots())
 
 
-def test_zeros_do_not_travel(endpoint: str, source_file: SourceFile) -> None:
+def test_zeros_are_not_sent(endpoint: str, source_file: SourceFile) -> None:
     """Neither holes nor zeros that were written."""
     path = source_file(4 * MIB)
     with path.open("r+b") as file:
@@ -426,7 +426,7 @@ def test_lies_about_slots_place_nothing_and_free_no_others(runtime_dir: Path, pa
         for slot, offset, length in ((1, 8, PAGE), (2, 0, SLOT + PAGE), (3, 1 << 40, PAGE)):
             liar.fill(slot, wrong)
             liar.staged(slot, offset, length)
-        liar.staged(0, 0, stream=99)  # of a block that nobody asked for
+        liar.staged(0, 0, stream=99)  # of a block that was not asked for
         until(lambda: not any(liar.slots()), "what is dropped is set free")
         assert liar.service.block()["received"] == 0
         liar.fill(2, data[:SLOT])

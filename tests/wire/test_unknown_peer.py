@@ -10,16 +10,16 @@ from tests.conftest import SourceFile
 from tests.system.remote import kinds
 from tests.system.service import PAGE, Service, until, word
 
-STRANGER = str(Path(__file__).with_name("unknown_source_peer.py"))
+PROGRAM = str(Path(__file__).with_name("unknown_source_peer.py"))
 
 
 def start(path: Path, endpoint: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, STRANGER, str(path), endpoint], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, PROGRAM, str(path), endpoint], stdout=subprocess.PIPE, text=True)
 
 
 def test_a_source_written_from_the_specification(runtime_dir: Path, source_file: SourceFile) -> None:
-    """Every byte, killed and started again, and told what is complete."""
-    path, endpoint = source_file((1 << 20) + 77), f"ipc://{runtime_dir}/stranger"
+    """Every byte, killed and started again; it learns what is complete."""
+    path, endpoint = source_file((1 << 20) + 77), f"ipc://{runtime_dir}/peer"
     source = start(path, endpoint)
     try:
         with Service(runtime_dir, f"ram0={endpoint}/ram0", background_rate="0", source_timeout="1") as service:
@@ -36,4 +36,4 @@ def test_a_source_written_from_the_specification(runtime_dir: Path, source_file:
     finally:
         source.kill()
         source.communicate()
-        (runtime_dir / "stranger").unlink(missing_ok=True)
+        (runtime_dir / "peer").unlink(missing_ok=True)

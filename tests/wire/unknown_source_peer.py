@@ -1,5 +1,8 @@
 """A page source written from chapters 1 and 6 of protocol/README.md alone: no msgpack library, nothing of postcopy, and
-of all forms of a number or a length always the longest. ``python stranger.py FILE ENDPOINT``: FILE as block ram0."""
+of all forms of a number or a length always the longest.
+
+``python unknown_source_peer.py FILE ENDPOINT`` serves FILE as block ram0.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,7 @@ def write(value: Any) -> bytes:
     return ARRAY + struct.pack(">I", len(value)) + b"".join(map(write, value))
 
 
-class Stranger:
+class Source:
     def __init__(self, path: str) -> None:
         self.data = Path(path).read_bytes()
         self.size = len(self.data)
@@ -68,7 +71,7 @@ class Stranger:
         self.last = random.getrandbits(40)
         self.streams: set[int] = set()
 
-    def hear(self, frame: bytes) -> list[bytes]:
+    def answer(self, frame: bytes) -> list[bytes]:
         """The frames that answer a frame, if any."""
         (version, tag, *fields), _ = read(frame)
         if version != 1:
@@ -80,7 +83,7 @@ class Stranger:
         if tag == REQUEST:
             return self.pages(*fields)
         if fields[0] not in self.streams:
-            return self.refused("out-of-phase", "who are you?")
+            return self.refused("out-of-phase", "this stream is unknown")
         if tag == COMPLETE:
             self.streams.discard(fields[0])
             print("complete", flush=True)
@@ -91,11 +94,11 @@ class Stranger:
             return self.refused("no-such-block" if name != "ram0" else "bad-page-size", "ram0 in pages of 4096")
         self.last += 1
         self.streams.add(self.last)
-        return [write([1, ADVISED, name, self.last, self.size, "stranger", []])]
+        return [write([1, ADVISED, name, self.last, self.size, "peer", []])]
 
     def pages(self, request: int, stream: int, urgent: bool, ranges: bytes) -> list[bytes]:
         if stream not in self.streams:
-            return self.refused("out-of-phase", "who are you?")
+            return self.refused("out-of-phase", "this stream is unknown")
         pairs = list(struct.iter_unpack("<QQ", ranges))
         head = write([1, PAGES, stream, request, ranges, bytes(len(pairs)), ""])
         return [head, *(self.data[offset : offset + length] for offset, length in pairs)]
@@ -107,10 +110,10 @@ class Stranger:
 def main(path: str, endpoint: str) -> None:
     router: zmq.Socket[bytes] = zmq.Context().socket(zmq.ROUTER)
     router.bind(endpoint)
-    stranger = Stranger(path)
+    source = Source(path)
     while True:
         sender, frame = router.recv_multipart()
-        answer = stranger.hear(frame)
+        answer = source.answer(frame)
         if answer:
             router.send_multipart([sender, *answer])
 

@@ -1,1 +1,1 @@
-"""One process per client: the fault handler, what it places from, its loop, and the custodian that forks them."""
+"""One process per client: its fault handler, page sources and loop; and the custodian that forks them."""

@@ -1,10 +1,10 @@
-"""The custodian: forks workers, and keeps a duplicate of every descriptor that a successor of anybody would need.
+"""The custodian: forks workers, and keeps a duplicate of every descriptor that any successor would need.
 
-A small program with one thread, no ZeroMQ context and nothing of a user's in it. It has imported all that a worker
-needs, so a fork is a worker (11 ms from attach to the first byte; a fresh interpreter takes 94). It outlives the
-supervisor: while it lives, no last reference of a shared userfaultfd is closed, which would turn the pages its client
-waits for into zeros; workers that die are replaced (``standby.py`` is the law); and the next supervisor takes over at
-its own socket (``rendezvous.py``).
+A small program with one thread, without ZeroMQ and without code of a user. It has imported all that a worker needs, so
+a fork is a worker (11 ms from attach to the first byte; a fresh interpreter takes 94 ms). It outlives the supervisor.
+While it lives, the last reference of a shared userfaultfd is never closed, which would turn the pages that its client
+waits for into zeros. Without a supervisor it replaces workers that die (``standby``), and the next supervisor takes
+over at its socket (``takeover_socket``).
 
 ``python -m postcopy_workers.custodian --channel FD --directory DIR`` with a SEQPACKET socket whose other end the
 supervisor holds.
@@ -45,25 +45,27 @@ from postcopy_protocol.messages import (
     WorkerForked,
 )
 
-from . import orders, standby, worker
+from . import orders, standby
 from .forking import fork_worker
 from .orders import Order
 from .standby import StandbyPolicy
 from .takeover_socket import TakeoverSocket
+from .worker import ExitStatus
 
 MESSAGE_LIMIT = 1 << 18
 SEND_SECONDS = 5
-"""A new supervisor that does not read what it is given is none."""
+"""A supervisor that takes over and does not read the inventory in this time is given up."""
 ORDERS = (Keep, Drop, ForkWorker, Adopt, WhenOrphaned, Dismiss)
-HOUSE, QUIT = "house", 0
-PIDFD = 1
+SUPERVISOR_KEY, QUIT_EVENTFD = "house", 0
+CLIENT_PIDFD = 1
+"""Where in the descriptors of their keys these are."""
 log = logging.getLogger("postcopy.custodian")
 
 
 @dataclass(frozen=True, slots=True)
 class Life:
-    """A worker's process. ``child``: ours to reap; else a custodian before us has forked it. ``poisoned``: it has no
-    remote sources, because no supervisor came in time."""
+    """A process of a worker. ``child``: ours to reap; otherwise an earlier custodian has forked it. ``poisoned``: it
+    has no remote sources, because no supervisor came in time."""
 
     pid: int
     worker: int
@@ -74,47 +76,51 @@ class Life:
 
 
 class Custodian:
-    """Descriptors by key, workers by pidfd, their last orders by number, and the channel while there is one."""
+    """Descriptors by key, workers by pidfd, their last orders by number, and the channel to a supervisor.
 
-    def __init__(self, channel: socket.socket, rendezvous: TakeoverSocket | None) -> None:
+    ``privileged``: workers keep the custodian's capabilities until their userfaultfd is open.
+    """
+
+    def __init__(self, channel: socket.socket, takeover: TakeoverSocket | None, *, privileged: bool) -> None:
         self._channel: socket.socket | None = channel
-        self._rendezvous = rendezvous
+        self._takeover = takeover
+        self._privileged = privileged
         self._kept: dict[str, tuple[bytes, tuple[int, ...]]] = {}
         self._orders: dict[int, Order] = {}
         self._lives: dict[int, Life] = {}
         self._when_orphaned = (0.0, False)
         self._lost_at: float | None = None
-        self._orphan: StandbyPolicy | None = None
+        self._standby: StandbyPolicy | None = None
         self._clients: dict[int, int] = {}  # pidfd: client, watched only without a supervisor
         self._ending = False
         self._poll = select.poll()
         self._poll.register(channel, select.POLLIN)
 
     def run(self) -> None:
-        """Live until nobody is left to care for."""
-        self._say(CustodianReady(os.getpid()))
+        """Run until it is dismissed, or no supervisor can come and no client is left, and every worker has ended."""
+        self._send(CustodianReady(os.getpid()))
         while not self._ending or self._lives:
-            for fd, _ in self._poll.poll(self._patience() if self._orphan else None):
-                self._look(fd)
-            if self._orphan is not None:
-                self._deputize(self._orphan, time.monotonic())
+            for fd, _ in self._poll.poll(self._timeout_ms() if self._standby else None):
+                self._on_ready(fd)
+            if self._standby is not None:
+                self._tick(self._standby, time.monotonic())
 
-    def _look(self, fd: int) -> None:
+    def _on_ready(self, fd: int) -> None:
         if fd in self._lives:
             if process.pidfd_exited(fd):  # not a number that was closed and used again since the poll
                 self._reap(fd)
         elif self._channel is not None and fd == self._channel.fileno():
-            self._listen(self._channel)
-        elif self._orphan is not None:
-            self._look_orphaned(self._orphan, fd)
+            self._receive(self._channel)
+        elif self._standby is not None:
+            self._on_ready_in_standby(self._standby, fd)
 
     # --- with a supervisor --------------------------------------------------------------------------------------------
 
-    def _listen(self, channel: socket.socket) -> None:
+    def _receive(self, channel: socket.socket) -> None:
         try:
             received = descriptors.receive_message(channel, max_bytes=MESSAGE_LIMIT, wait=True)
         except descriptors.TruncatedMessage:
-            return log.exception("no room for what the supervisor gives to keep")
+            return log.exception("no free descriptors for what the supervisor gives to keep")
         except OSError:
             return self._lost()
         if not received.data:
@@ -122,12 +128,12 @@ class Custodian:
         try:
             message = decode(received.data, expect=ORDERS)
         except BadMessage:
-            log.exception("the supervisor said something that this custodian does not understand")
+            log.exception("cannot decode a message of the supervisor")
             return descriptors.close_all(received.fds)
-        self._lost_at = None  # it is here to stay
-        self._obey(message, received.fds)
+        self._lost_at = None  # the take-over, if there was one, is committed
+        self._execute(message, received.fds)
 
-    def _obey(self, message: Message, fds: tuple[int, ...]) -> None:
+    def _execute(self, message: Message, fds: tuple[int, ...]) -> None:
         match message:
             case Keep():
                 return self._keep(message, fds)
@@ -136,7 +142,7 @@ class Custodian:
             case Drop():
                 self._drop(message.key)
             case ForkWorker():
-                self._ordered(message)
+                self._order(message)
             case WhenOrphaned():
                 self._when_orphaned = (message.timeout_ms / 1000, message.poison)
             case Dismiss():
@@ -152,31 +158,31 @@ class Custodian:
     def _drop(self, key: str) -> None:
         _, fds = self._kept.pop(key, (b"", ()))
         self._orders.pop(orders.client_of(key), None)
-        if len(fds) > PIDFD and self._clients.pop(fds[PIDFD], None) is not None:
-            self._poll.unregister(fds[PIDFD])
+        if len(fds) > CLIENT_PIDFD and self._clients.pop(fds[CLIENT_PIDFD], None) is not None:
+            self._poll.unregister(fds[CLIENT_PIDFD])
         descriptors.close_all(fds)
 
     def _adopt(self, told: Adopt, pidfd: int) -> None:
-        """A custodian before us has forked it; it is watched, and replaced, like one of ours."""
+        """Watch, and replace, a worker that an earlier custodian has forked."""
         self._orders[told.worker] = Order(told.keys, told.assignment, told.incarnation)
         self._watch(pidfd, Life(told.pid, told.worker, told.incarnation, time.monotonic(), child=False))
 
-    def _ordered(self, told: ForkWorker) -> None:
+    def _order(self, told: ForkWorker) -> None:
         try:
             if told.worker and any(
                 life.worker == told.worker and not process.pidfd_exited(fd) for fd, life in self._lives.items()
             ):
-                raise OSError("another life of it has not ended")
+                raise OSError("another process of this worker has not ended")
             self._orders[told.worker] = Order(told.keys, told.assignment, told.incarnation)
-            self._fork(self._read(told.worker))
+            self._fork(self._assignment(told.worker))
         except (OSError, BadMessage) as error:
-            self._say(ForkFailed(told.worker, told.incarnation, str(error)))
+            self._send(ForkFailed(told.worker, told.incarnation, str(error)))
 
     # --- workers ------------------------------------------------------------------------------------------------------
 
-    def _read(self, number: int) -> Assignment:
-        """The worker's last order. Read on this side of the fork: what the codec touches would be copied for every
-        worker (0.4 MB)."""
+    def _assignment(self, number: int) -> Assignment:
+        """The worker's last assignment. Decoded before the fork: the memory that the codec touches would be copied for
+        every worker (0.4 MB)."""
         assignment = decode(self._orders[number].assignment, expect=(Assignment,))
         assert isinstance(assignment, Assignment)
         return assignment
@@ -187,13 +193,14 @@ class Custodian:
         missing = [key for key in keys if key not in self._kept]
         if missing:
             raise BadMessage(f"not kept here: {', '.join(missing)}")
-        newborn = fork_worker(assignment, [fd for key in keys for fd in self._kept[key][1]])
-        self._watch(newborn.pidfd, Life(newborn.pid, number, incarnation, time.monotonic(), poisoned=poisoned))
+        forked = fork_worker(assignment, [fd for key in keys for fd in self._kept[key][1]], privileged=self._privileged)
+        self._watch(forked.pidfd, Life(forked.pid, number, incarnation, time.monotonic(), poisoned=poisoned))
         crashpoints.at("custodian.forked")
-        self._say(WorkerForked(number, incarnation, newborn.pid), [newborn.pidfd])
+        self._send(WorkerForked(number, incarnation, forked.pid), [forked.pidfd])
         crashpoints.at("custodian.announced")
-        # Only now may it live: if we die before, nobody has its pidfd, and a second life would read the same ufd.
-        newborn.live()
+        # Only now may it begin: had we died before, no process would have its pidfd, and a second worker would read the
+        # same ufd.
+        forked.begin()
         crashpoints.at("custodian.released")
 
     def _watch(self, pidfd: int, life: Life) -> None:
@@ -207,15 +214,15 @@ class Custodian:
         client_gone = False
         if life.child:
             _, status = os.waitpid(life.pid, 0)
-            client_gone = os.waitstatus_to_exitcode(status) == worker.CLIENT_GONE
-            self._say(WorkerExited(life.worker, life.incarnation, status))
-        if self._orphan is not None:
-            self._do(self._orphan.exited(life.worker, life.incarnation, client_gone, time.monotonic()))
+            client_gone = os.waitstatus_to_exitcode(status) == ExitStatus.CLIENT_GONE
+            self._send(WorkerExited(life.worker, life.incarnation, status))
+        if self._standby is not None:
+            self._do(self._standby.exited(life.worker, life.incarnation, client_gone, time.monotonic()))
 
-    # --- without one --------------------------------------------------------------------------------------------------
+    # --- without a supervisor -----------------------------------------------------------------------------------------
 
     def _lost(self) -> None:
-        """The channel has ended. Workers go on with what they can do alone; worker zero has nobody to work for."""
+        """The channel has ended. Workers go on serving local pages; worker zero has no supervisor to work for."""
         if self._channel is not None:
             self._poll.unregister(self._channel)
             self._channel.close()
@@ -224,64 +231,64 @@ class Custodian:
             return
         now = time.monotonic()
         self._lost_at = now if self._lost_at is None else self._lost_at
-        if HOUSE in self._kept:
-            with contextlib.suppress(OSError):  # it died while it ended in order: its clients are still here
-                os.eventfd_read(self._kept[HOUSE][1][QUIT])
-        if self._rendezvous is not None:
-            self._poll.register(self._rendezvous.fileno(), select.POLLIN)
-        self._orphan = self._made_orphan(self._lost_at)
-        log.warning("the supervisor is gone; %d workers go on for %d clients", len(self._lives), self._orphan.clients)
-        self._do(self._orphan.begin(now))
+        if SUPERVISOR_KEY in self._kept:
+            with contextlib.suppress(OSError):  # it died while it ended in order: its clients are still served
+                os.eventfd_read(self._kept[SUPERVISOR_KEY][1][QUIT_EVENTFD])
+        if self._takeover is not None:
+            self._poll.register(self._takeover.fileno(), select.POLLIN)
+        self._standby = self._standby_policy(self._lost_at)
+        log.warning("the supervisor is gone; %d workers go on for %d clients", len(self._lives), self._standby.clients)
+        self._do(self._standby.begin(now))
 
-    def _made_orphan(self, lost_at: float) -> StandbyPolicy:
-        law = StandbyPolicy(lost_at, *self._when_orphaned)
+    def _standby_policy(self, lost_at: float) -> StandbyPolicy:
+        policy = StandbyPolicy(lost_at, *self._when_orphaned)
         for key, (meta, fds) in self._kept.items():
             number = orders.client_of(key)
-            if not number or len(fds) <= PIDFD:
+            if not number or len(fds) <= CLIENT_PIDFD:
                 continue
-            self._clients[fds[PIDFD]] = number
-            self._poll.register(fds[PIDFD], select.POLLIN)
-            told = self._read(number) if number in self._orders else None
-            law.client(
+            self._clients[fds[CLIENT_PIDFD]] = number
+            self._poll.register(fds[CLIENT_PIDFD], select.POLLIN)
+            told = self._assignment(number) if number in self._orders else None
+            policy.add_client(
                 number,
                 self._orders[number].incarnation if told else 0,
                 wanted=told is not None and orders.wants_worker(meta, told),
                 remote=told is not None and orders.asks_remote(told),
             )
         for life in self._lives.values():
-            law.life(life.worker, life.incarnation, life.began, poisoned=life.poisoned)
-        return law
+            policy.add_life(life.worker, life.incarnation, life.began, poisoned=life.poisoned)
+        return policy
 
-    def _patience(self) -> float | None:
-        """Milliseconds until something is due."""
-        assert self._orphan is not None
-        dues = [self._orphan.next_due(), self._rendezvous.next_due() if self._rendezvous else None]
+    def _timeout_ms(self) -> float | None:
+        """Milliseconds until something is due; None: for ever."""
+        assert self._standby is not None
+        dues = [self._standby.next_due(), self._takeover.next_due() if self._takeover else None]
         due = min((due for due in dues if due is not None), default=None)
         return None if due is None else max(0.0, due - time.monotonic()) * 1000 + 1
 
-    def _look_orphaned(self, law: StandbyPolicy, fd: int) -> None:
+    def _on_ready_in_standby(self, policy: StandbyPolicy, fd: int) -> None:
         if fd in self._clients:
             if process.pidfd_exited(fd):
-                self._do(law.client_ended(self._clients[fd]))
-        elif self._rendezvous is not None and fd == self._rendezvous.fileno():
-            visitor = self._rendezvous.visit(time.monotonic())
-            if visitor >= 0:
-                self._poll.register(visitor, select.POLLIN)
-        elif self._rendezvous is not None and self._rendezvous.waits(fd):
+                self._do(policy.client_ended(self._clients[fd]))
+        elif self._takeover is not None and fd == self._takeover.fileno():
+            pending = self._takeover.accept(time.monotonic())
+            if pending >= 0:
+                self._poll.register(pending, select.POLLIN)
+        elif self._takeover is not None and self._takeover.is_pending(fd):
             self._poll.unregister(fd)
-            connection = self._rendezvous.hear(fd)
+            connection = self._takeover.read(fd)
             if connection is not None:
-                self._taken(law, connection)
+                self._hand_over(policy, connection)
 
-    def _deputize(self, law: StandbyPolicy, now: float) -> None:
-        self._do(law.tick(now))
-        for fd in self._rendezvous.silent(now) if self._rendezvous else ():
+    def _tick(self, policy: StandbyPolicy, now: float) -> None:
+        self._do(policy.tick(now))
+        for fd in self._takeover.expired(now) if self._takeover else ():
             self._poll.unregister(fd)
-            assert self._rendezvous is not None
-            self._rendezvous.show_out(fd)
-        abandoned = self._rendezvous is None or not self._rendezvous.stands
-        if law.ended or (abandoned and not law.clients):
-            log.info("no client is left, and no supervisor %s", "can come" if abandoned else "came")
+            assert self._takeover is not None
+            self._takeover.close_pending(fd)
+        abandoned = self._takeover is None or not self._takeover.reachable
+        if policy.ended or (abandoned and not policy.clients):
+            log.info("no client is left, and no supervisor %s", "can take over" if abandoned else "has taken over")
             self._end()
 
     def _do(self, effects: list[standby.Effect]) -> None:
@@ -293,21 +300,21 @@ class Custodian:
                     self._kill(number)
                 case standby.Drop(number):
                     self._drop(f"{orders.CLIENT}{number}")
-                case standby.Say(text):
+                case standby.Log(text):
                     log.warning("%s", text)
 
     def _replace(self, effect: standby.Fork) -> None:
-        assert self._orphan is not None
+        assert self._standby is not None
         number = effect.worker
         try:
             self._orders[number] = replace(self._orders[number], incarnation=effect.incarnation)
-            assignment = replace(self._read(number), incarnation=effect.incarnation)
+            assignment = replace(self._assignment(number), incarnation=effect.incarnation)
             self._fork(orders.without_remote(assignment) if effect.poison else assignment, poisoned=effect.poison)
-            self._orphan.forked(number, effect.incarnation, time.monotonic())
+            self._standby.forked(number, effect.incarnation, time.monotonic())
             log.warning("worker %d is replaced (incarnation %d)", number, effect.incarnation)
         except (OSError, BadMessage) as error:
             log.error("worker %d cannot be replaced: %s", number, error)
-            self._orphan.fork_failed(number, time.monotonic())
+            self._standby.fork_failed(number, time.monotonic())
 
     def _kill(self, number: int) -> None:
         for pidfd, life in self._lives.items():
@@ -316,89 +323,90 @@ class Custodian:
                     process.pidfd_signal(pidfd, signal.SIGKILL)
 
     def _end(self) -> None:
-        """Nobody can take over any more; the last worker's end is ours."""
+        """Accept no supervisor any more, and exit when the last worker has ended."""
         self._ending = True
-        self._alone_no_more()
-        if self._rendezvous is not None:
-            self._rendezvous.close()
-        self._rendezvous = None
+        self._leave_standby()
+        if self._takeover is not None:
+            self._takeover.close()
+        self._takeover = None
 
-    def _alone_no_more(self) -> None:
-        """Watch neither clients nor the rendezvous, and show out whoever is there."""
-        if self._orphan is None:
+    def _leave_standby(self) -> None:
+        """Stop watching the clients and the takeover socket, and close its pending connections."""
+        if self._standby is None:
             return
-        self._orphan = None
+        self._standby = None
         for pidfd in self._clients:
             self._poll.unregister(pidfd)
         self._clients.clear()
-        if self._rendezvous is not None:
-            for fd in self._rendezvous.visitors:
+        if self._takeover is not None:
+            for fd in self._takeover.pending:
                 self._poll.unregister(fd)
-                self._rendezvous.show_out(fd)
-            self._poll.unregister(self._rendezvous.fileno())
+                self._takeover.close_pending(fd)
+            self._poll.unregister(self._takeover.fileno())
 
-    # --- the next one -------------------------------------------------------------------------------------------------
+    # --- the next supervisor ------------------------------------------------------------------------------------------
 
-    def _taken(self, law: StandbyPolicy, connection: socket.socket) -> None:
-        """Tell all that is kept. Until the end of the inventory has been sent, whoever does not read is given up."""
-        self._do(law.taken())
-        self._alone_no_more()
+    def _hand_over(self, policy: StandbyPolicy, connection: socket.socket) -> None:
+        """Send the inventory to a supervisor that takes over; one that does not read it is given up."""
+        self._do(policy.taken())
+        self._leave_standby()
         self._channel = connection
         self._poll.register(connection, select.POLLIN)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@qq", SEND_SECONDS, 0))
         try:
-            self._tell_all(connection)
+            self._send_inventory(connection)
         except OSError as error:
-            log.error("what is kept could not be handed over: %s", error)
+            log.error("cannot send the inventory: %s", error)
             return self._lost()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@qq", 0, 0))
 
-    def _tell_all(self, connection: socket.socket) -> None:
+    def _send_inventory(self, connection: socket.socket) -> None:
         for key, (meta, fds) in self._kept.items():
             descriptors.send_message(connection, encode(Kept(key, meta)), fds, wait=True)
         for pidfd, life in self._lives.items():
-            words = encode(WorkerForked(life.worker, life.incarnation, life.pid))
-            descriptors.send_message(connection, words, [pidfd], wait=True)
+            message = encode(WorkerForked(life.worker, life.incarnation, life.pid))
+            descriptors.send_message(connection, message, [pidfd], wait=True)
         last = InventoryEnd(os.getpid(), len(self._kept), len(self._lives))
         descriptors.send_message(connection, encode(last), wait=True)
 
-    def _say(self, message: Message, fds: list[int] | None = None) -> None:
+    def _send(self, message: Message, fds: list[int] | None = None) -> None:
         if self._channel is None:
             return
-        with contextlib.suppress(OSError):  # a supervisor that has gone is noticed where we listen
+        with contextlib.suppress(OSError):  # the end of a supervisor is noticed in _receive
             descriptors.send_message(self._channel, encode(message), fds or [], wait=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m postcopy_workers.custodian", description=__doc__)
     parser.add_argument("--channel", type=int, required=True, help="descriptor of the socket to the supervisor")
-    parser.add_argument("--directory", required=True, help="the runtime directory: the next supervisor comes there")
+    parser.add_argument(
+        "--directory", required=True, help="the runtime directory: the next supervisor takes over there"
+    )
     parser.add_argument("--keep-privileges", action="store_true", help="workers need them once (no /dev/userfaultfd)")
-    told = parser.parse_args()
-    channel = socket.socket(fileno=told.channel)
+    options = parser.parse_args()
+    channel = socket.socket(fileno=options.channel)
     channel.setblocking(True)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    # A Ctrl-C at the supervisor's terminal is the supervisor's business. Not setsid(): a session is a scheduling group
-    # of its own (autogroup), and every hand-over between client and worker would cross: 1.44 x C instead of 1.23 x.
+    # A Ctrl-C at the supervisor's terminal is for the supervisor. Not setsid(): a session is a scheduling group of its
+    # own (autogroup), and each switch between client and worker would cross groups: 1.44 x C instead of 1.23 x.
     os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    # When the supervisor dies our process group is an orphan, and if one member, such as a worker, is stopped in that
-    # moment, the kernel sends SIGHUP to all: custodian and every worker would end with it.
+    # When the supervisor dies our process group is orphaned. If one member, such as a worker, is stopped at that
+    # moment, the kernel sends SIGHUP to all of them: the custodian and every worker would end.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     process.name_process("postcopy-cust")
     descriptors.raise_descriptor_limit()
-    if not told.keep_privileges:
-        # Here instead of in every worker, which inherits it: the doing would cost each of them 0.4 MB.
+    if not options.keep_privileges:
+        # Here instead of in every worker, which inherits it: the call would cost each of them 0.4 MB.
         process.drop_privileges()
-        worker.PRIVILEGED = False
     try:
-        rendezvous = TakeoverSocket(told.directory)
+        takeover = TakeoverSocket(options.directory)
     except (OSError, BadInput) as error:
-        log.error("no supervisor will be able to take over: %s", error)
-        rendezvous = None
+        log.error("no supervisor can take over later: %s", error)
+        takeover = None
     gc.collect()
     gc.freeze()  # what is imported by now stays shared between all workers
-    Custodian(channel, rendezvous).run()
+    Custodian(channel, takeover, privileged=options.keep_privileges).run()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A fork that becomes a worker."""
+"""Forking a worker: the child waits until its parent has announced it."""
 
 from __future__ import annotations
 
@@ -13,55 +13,56 @@ from postcopy_kernel import descriptors, process
 from postcopy_protocol.messages import Assignment
 from postcopy_wire.factory import preload
 
-from . import worker, worker_zero
+from .client_worker import serve_client
+from .worker_zero import serve_worker_zero
 
 
 @dataclass(frozen=True, slots=True)
 class ForkedWorker:
-    """A child that waits for the word to live. ``pidfd`` is the caller's."""
+    """A child that waits until it may begin. ``pidfd`` is the caller's to close."""
 
     pid: int
     pidfd: int
-    tell: int
+    gate: int
 
-    def live(self) -> None:
-        """Now. A custodian that dies before has left nobody behind: the child hears the end of its pipe and ends."""
+    def begin(self) -> None:
+        """Let the child begin. When the custodian dies before this, the child reads the end of its pipe and ends."""
         with contextlib.suppress(BrokenPipeError):  # it has been killed already: its pidfd says so
-            os.write(self.tell, b"!")
-        os.close(self.tell)
+            os.write(self.gate, b"!")
+        os.close(self.gate)
 
 
-def fork_worker(assignment: Assignment, fds: list[int]) -> ForkedWorker:
-    """Fork; raises OSError. The child keeps ``fds`` and nothing else."""
-    preload(assignment.transport)  # else every worker would import it for itself
-    hear, tell = os.pipe()
+def fork_worker(assignment: Assignment, fds: list[int], *, privileged: bool) -> ForkedWorker:
+    """Fork a worker that keeps ``fds`` and no other descriptor; raises OSError. ``privileged``: see ``Worker``."""
+    preload(assignment.transport)  # here, or every worker would import it into memory of its own
+    waiting, gate = os.pipe()
     try:
         pid = os.fork()
     except OSError:
-        descriptors.close_all((hear, tell))
+        descriptors.close_all((waiting, gate))
         raise
     if pid == 0:
-        _be_worker(assignment, fds, hear)
-    os.close(hear)
+        _be_worker(assignment, fds, waiting, privileged)
+    os.close(waiting)
     try:
-        return ForkedWorker(pid, process.pidfd_open(pid), tell)  # no race: nobody but us reaps it
+        return ForkedWorker(pid, process.pidfd_open(pid), gate)  # no race: only this process reaps it
     except OSError:
-        os.close(tell)  # not told to live, it ends
+        os.close(gate)  # the child ends
         os.waitpid(pid, 0)
         raise
 
 
-def _be_worker(assignment: Assignment, fds: list[int], hear: int) -> NoReturn:
-    """In the child: close what is not ours, then live as a worker. Whatever goes wrong ends this process only."""
-    status = 70
+def _be_worker(assignment: Assignment, fds: list[int], waiting: int, privileged: bool) -> NoReturn:
+    """In the child: close what is not ours, then serve. Every failure ends this process only."""
+    status = os.EX_SOFTWARE
     try:
-        descriptors.close_others({*fds, hear})
-        if not os.read(hear, 1):
+        descriptors.close_others({*fds, waiting})
+        if not os.read(waiting, 1):
             os._exit(status)
-        os.close(hear)
+        os.close(waiting)
         process.name_process(f"postcopy-w{assignment.worker}")
-        live = worker_zero.serve_worker_zero if assignment.worker == 0 else worker.serve_client
-        live(assignment, fds)
+        serve = serve_worker_zero if assignment.worker == 0 else serve_client
+        serve(assignment, fds, privileged=privileged)
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()

@@ -1,55 +1,57 @@
-"""Where a worker takes the bytes of a local block from: a file, a function, or nothing at all (zeros).
+"""Where a worker takes the bytes of a block from: a file, a function, zeros, or the supervisor (remote).
 
-A source answers one question: at which address of this process do the bytes of a range of whole pages lie, ready for
-UFFDIO_COPY? Python never touches the bytes of a file: COPY reads them from the mapping, and a file that was cut gives
-EFAULT there instead of a SIGBUS here. Because a cut *inside* a page would be copied as data followed by zeros with no
-error at all (measured on 6.18), the file's size is looked at before every page and its size and time before every
-window.
+A source answers one question: at which address of this process are the bytes of a range of whole pages, ready for
+UFFDIO_COPY? Python never touches the bytes of a file. COPY reads them from the mapping, and a file that was cut gives
+EFAULT there instead of a SIGBUS here. A cut *inside* a page is copied as data followed by zeros without any error
+(measured on Linux 6.18). So the file's size is checked before every page, its size and time before every window.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Protocol
 
-from postcopy_kernel.memory import Mapping
+from postcopy_kernel.memory import DONTNEED, Mapping
 from postcopy_protocol.errors import PageLost
 from postcopy_protocol.messages import BlockGrant
-
-Handler = Callable[[int, int], "bytes | bytearray | memoryview | None"]
 
 _BASE_PAGE = 4096
 
 
+class Handler(Protocol):
+    """A user's function that makes pages: the bytes of (offset, length), None for zeros; it may raise PageLost."""
+
+    def __call__(self, offset: int, length: int, /) -> bytes | bytearray | memoryview | None: ...
+
+
 class SourceChanged(Exception):
-    """The file is not what it was when it was served: no missing page can be trusted to it any more."""
+    """The file has changed since it is served: its missing pages cannot be served any more."""
 
 
 class HandlerFailed(Exception):
-    """A user's handler function raised, or gave something that is not the bytes that were asked for."""
+    """A user's handler function raised, or did not return the requested bytes."""
 
 
 class PageSource(Protocol):
-    """What a block asks of its source; offsets and lengths are bytes, multiples of the block's page size."""
+    """What a block needs of its source. Offsets and lengths are bytes, multiples of the block's page size."""
 
     linear: int
     """Address of offset 0 when the whole block can be copied from one place, else 0."""
     descriptor: int
-    """The file's descriptor when its size must be looked at before a page, else -1."""
+    """The file's descriptor when its size must be checked before a page, else -1."""
     size: int
 
     def locate(self, offset: int, length: int) -> int:
-        """Address of the bytes; raises PageLost, SourceChanged or HandlerFailed."""
+        """Address of the bytes. Raises PageLost, SourceChanged, HandlerFailed or Elsewhere."""
 
     def check(self) -> None:
-        """Raise SourceChanged if the source is not what it was."""
+        """Raise SourceChanged if the source has changed since it is served."""
 
     def content(self, offset: int, length: int) -> bytes:
-        """The bytes themselves, padded with zeros: for the rare comparison with a page that was there before."""
+        """The bytes themselves, padded with zeros: for the rare comparison with a page that is present already."""
 
     def forget(self) -> None:
-        """Drop page-table entries that reading has cost this process; the data stays where it is."""
+        """Drop the page-table entries of this process for the source; the data stays where it is."""
 
 
 class FilePages:
@@ -62,7 +64,7 @@ class FilePages:
         self._page_size = grant.page_size
         mapped = -(-self.size // _BASE_PAGE) * _BASE_PAGE
         self._mapping = Mapping.of(descriptor, mapped, shared=True, writable=False)
-        # A last huge page that the file fills only in part has no mapping behind its end: it is staged.
+        # The mapping ends before the end of a last huge page that the file fills only in part: that page is staged.
         self._staged_from = grant.size - grant.size % grant.page_size if mapped % grant.page_size else 1 << 62
         self._staging: Mapping | None = None
         self.linear = 0 if mapped % grant.page_size else self._mapping.address
@@ -88,7 +90,7 @@ class FilePages:
         try:
             now = os.fstat(self.descriptor)
         except OSError as error:  # ESTALE: a network file system has lost it
-            raise SourceChanged(f"the file cannot be looked at: {error.strerror}") from None
+            raise SourceChanged(f"its size cannot be read: {error.strerror}") from None
         if now.st_size != self.size:
             raise SourceChanged(f"the file has {now.st_size} bytes, it had {self.size}")
         if now.st_mtime_ns != self._time:
@@ -102,13 +104,11 @@ class FilePages:
         return data.ljust(length, b"\0")
 
     def forget(self) -> None:
-        from postcopy_kernel.memory import DONTNEED
-
         self._mapping.advise(DONTNEED)
 
 
 class ZeroPages:
-    """Pages that are zeros by intention (``zero:SIZE``), copied from one stretch of untouched anonymous memory."""
+    """Pages that are meant to be zeros (``zero:SIZE``), copied from one stretch of untouched anonymous memory."""
 
     descriptor = -1
     linear = 0
@@ -131,7 +131,7 @@ class ZeroPages:
 
 
 class NoPages:
-    """No source, for ``reason``: a quarantined client, a handler that cannot be imported. What is missing is poisoned
+    """No source, for ``reason``: a quarantined client, or a handler that cannot be imported. Missing pages are poisoned
     for this client only."""
 
     descriptor = -1
@@ -155,11 +155,11 @@ class NoPages:
 
 
 class Elsewhere(Exception):
-    """The bytes are not to be had in this process: the supervisor is asked for the page."""
+    """The bytes are not available in this process: the page must be requested from the supervisor."""
 
 
 class RemotePages:
-    """Pages that come over a return path, placed by the supervisor: a worker only asks and wakes."""
+    """Pages that come over a return path and are placed by the supervisor: a worker only requests and wakes."""
 
     descriptor = -1
     linear = 0
@@ -174,16 +174,16 @@ class RemotePages:
         return None
 
     def content(self, offset: int, length: int) -> bytes:
-        raise HandlerFailed("a page that nobody of ours placed cannot be compared with its source here")
+        raise HandlerFailed("a page that no worker of ours placed cannot be compared with its source here")
 
     def forget(self) -> None:
         return None
 
 
 class HandlerPages:
-    """Pages made by a user's function ``(offset, length) -> bytes | None``; it may raise PageLost.
+    """Pages made by a user's function (see ``Handler``).
 
-    The last call of a block is asked only for bytes inside the block's exact size; the rest of the page is zeros.
+    It is called only for bytes inside the block's exact size; the rest of the last page is zeros.
     """
 
     descriptor = -1
@@ -216,9 +216,9 @@ class HandlerPages:
         try:
             made = memoryview(result).cast("B")
         except TypeError:
-            raise HandlerFailed(f"gave {type(result).__name__}, wanted bytes, None or PageLost") from None
+            raise HandlerFailed(f"returned {type(result).__name__}; bytes, None or PageLost is needed") from None
         if len(made) != length:
-            raise HandlerFailed(f"gave {len(made)} bytes, was asked for {length}")
+            raise HandlerFailed(f"returned {len(made)} bytes, {length} are needed")
         return made
 
     def check(self) -> None:

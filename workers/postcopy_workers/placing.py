@@ -1,12 +1,13 @@
-"""Placing pages in a RAM block: the one order in which it is safe, and what every answer of the kernel means.
+"""Placing pages in a RAM block: the only safe order, and what every answer of the kernel means.
 
     store PLACING -> UFFDIO_COPY -> store RECEIVED -> (the caller wakes)
 
-A page is never marked MISSING again: whoever finds a mark untrue stores PLACING just before placing the page anew, so
-that no store can undo another worker's RECEIVED, and *present and MISSING* stays the proof of pollution. The kernel's
-page cache is the arbiter between workers: the second COPY of a page says EEXIST, which is success by somebody else.
+A page is never marked MISSING again. A worker that finds a wrong mark stores PLACING just before it places the page
+again: so no store undoes another worker's RECEIVED, and *present and MISSING* stays the proof of pollution. The page
+cache of the kernel is the arbiter between workers: the second COPY of a page gives EEXIST, which means that another
+worker has placed it.
 
-Nothing here talks to the kernel but through ``Calls``, so the same code runs on the simulated kernel of the tests.
+All system calls go through ``Calls``, so the same code runs on the simulated kernel of the tests.
 """
 
 from __future__ import annotations
@@ -14,57 +15,117 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from postcopy_kernel.userfaultfd import UFFDIO_CONTINUE, UFFDIO_COPY
+from postcopy_kernel import crashpoints
+from postcopy_kernel.userfaultfd import UFFDIO_CONTINUE, UFFDIO_COPY, UFFDIO_WAKE
 from postcopy_protocol.messages import BlockGrant
 from postcopy_protocol.received_map import MISSING, PLACING, RECEIVED, SHARED, TRUST
 
 from .page_sources import PageSource
+from .reports import Reporter
 
 COPY_DONTWAKE = 1
 MISSING_BYTE = bytes((MISSING,))
 DROP_AFTER = 4 << 20
-"""Bytes placed through the worker's own mapping before its page-table entries are dropped: they would count as the
-worker's private memory, at 64 MiB placed for 64 MiB of it; the data stays in the block."""
+"""After so many bytes placed through the worker's own mapping its page-table entries are dropped. They would count as
+the worker's private memory (64 MiB after 64 MiB placed); the data stays in the block."""
+
+
+class Ioctl(Protocol):
+    """``fcntl.ioctl`` with a structure that the kernel may change."""
+
+    def __call__(self, fd: int, request: int, buffer: bytearray, /) -> Any: ...
+
+
+class Lseek(Protocol):
+    """``os.lseek``."""
+
+    def __call__(self, fd: int, offset: int, whence: int, /) -> int: ...
+
+
+class Pread(Protocol):
+    """``os.pread``."""
+
+    def __call__(self, fd: int, length: int, offset: int, /) -> bytes: ...
+
+
+class Pwrite(Protocol):
+    """``os.pwrite``."""
+
+    def __call__(self, fd: int, data: bytes, offset: int, /) -> int: ...
+
+
+class Drop(Protocol):
+    """Drops the page-table entries of a mapping."""
+
+    def __call__(self) -> object: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Calls:
-    """The system calls of the fault path, by name, so that a simulated kernel can stand in for them."""
+    """The system calls of the fault path; a simulated kernel can take their place."""
 
-    ioctl: Callable[..., Any] = fcntl.ioctl
-    lseek: Callable[[int, int, int], int] = os.lseek
-    pread: Callable[[int, int, int], bytes] = os.pread
-    pwrite: Callable[[int, bytes, int], int] = os.pwrite
+    ioctl: Ioctl = fcntl.ioctl
+    lseek: Lseek = os.lseek
+    pread: Pread = os.pread
+    pwrite: Pwrite = os.pwrite
+
+
+def system_calls() -> Calls:
+    """The system calls of a worker, with crash points between them where this process is to die at one of these."""
+    if crashpoints.armed("worker.read", "worker.copied", "worker.marked", "worker.woken"):
+        return Calls(ioctl=_CrashingIoctl())
+    return Calls()
+
+
+class _CrashingIoctl:
+    """A wake counts only after a page was placed: every worker begins by waking every thread of its client."""
+
+    def __init__(self) -> None:
+        self._placed = False
+
+    def __call__(self, fd: int, request: int, buffer: bytearray, /) -> Any:
+        if request == UFFDIO_COPY:
+            crashpoints.at("worker.read")
+            answer = fcntl.ioctl(fd, request, buffer)
+            crashpoints.at("worker.copied")
+            self._placed = True
+            return answer
+        if request not in (UFFDIO_WAKE, UFFDIO_CONTINUE) or not self._placed:
+            return fcntl.ioctl(fd, request, buffer)
+        crashpoints.at("worker.marked")
+        answer = fcntl.ioctl(fd, request, buffer)
+        crashpoints.at("worker.woken")
+        self._placed = False
+        return answer
 
 
 @dataclass(frozen=True, slots=True)
 class OwnMapping:
-    """The worker's own shared mapping of a block and the userfaultfd it is registered with; never read or written,
-    since a touch of a missing page would wait for the one process that could bring it."""
+    """The worker's own shared mapping of a block and the userfaultfd that it is registered with. It is never read or
+    written: a touch of a missing page would wait for this very process."""
 
     userfaultfd: int
     address: int
-    drop: Callable[[], None]
+    drop: Drop
 
 
 class Structure:
-    """A preset ioctl argument: ``buffer`` goes to the kernel, ``words`` (u64) are filled in place."""
+    """A preset ioctl argument: ``buffer`` goes to the kernel, its ``fields`` (u64) are filled in place."""
 
-    __slots__ = ("buffer", "words")
+    __slots__ = ("buffer", "fields")
 
-    def __init__(self, words: int, *preset: int) -> None:
-        self.buffer = bytearray(8 * words)
-        self.words = memoryview(self.buffer).cast("Q")
-        for place, value in enumerate(preset):
-            self.words[place] = value
+    def __init__(self, fields: int, *preset: int) -> None:
+        self.buffer = bytearray(8 * fields)
+        self.fields = memoryview(self.buffer).cast("Q")
+        for number, value in enumerate(preset):
+            self.fields[number] = value
 
-    def result(self, word: int) -> int:
+    def result(self, field: int) -> int:
         """The signed result field: bytes done, or a negative errno."""
-        value = self.words[word]
+        value = self.fields[field]
         return value - (1 << 64) if value >> 63 else value
 
 
@@ -78,7 +139,7 @@ class Block:
         received: memoryview,
         pages: PageSource,
         own: OwnMapping,
-        report: Callable[[str, int, int, str], None],
+        report: Reporter,
         calls: Calls,
     ) -> None:
         self.grant = grant
@@ -94,15 +155,16 @@ class Block:
         self._copy = Structure(5)
         self._continue = Structure(4)
         self._undropped = 0
-        self.settled = 0
-        """Pages that somebody else placed while we were about to."""
+        self.placed_by_others = 0
+        """Pages that another worker placed just before our COPY."""
 
     def report(self, kind: str, page: int, detail: str) -> None:
+        """Report something about a page to the supervisor."""
         self._report(kind, self.grant.block, page << self.shift, detail)
 
     def present(self, page: int) -> bool:
-        """Is the page in the block? Asked of the kernel, about 1 us. hugetlb claims data everywhere (SEEK_DATA), so
-        there CONTINUE on our own registered mapping is asked: EFAULT means absent."""
+        """Is the page in the block? Asks the kernel, about 1 us. On hugetlb SEEK_DATA finds data everywhere, so
+        CONTINUE on our own registered mapping is used there: EFAULT means absent."""
         offset = page << self.shift
         if not self._huge:
             try:
@@ -111,8 +173,8 @@ class Block:
                 if error.errno != errno.ENXIO:  # no data up to the end
                     raise
                 return False
-        words = self._continue.words
-        words[0], words[1], words[2], words[3] = self.own.address + offset, 1 << self.shift, COPY_DONTWAKE, 0
+        fields = self._continue.fields
+        fields[0], fields[1], fields[2], fields[3] = self.own.address + offset, 1 << self.shift, COPY_DONTWAKE, 0
         try:
             self.calls.ioctl(self.own.userfaultfd, UFFDIO_CONTINUE, self._continue.buffer)
         except OSError as error:
@@ -123,7 +185,8 @@ class Block:
         return True
 
     def all_present(self, first: int, end: int) -> bool:
-        """Are all pages from ``first`` to ``end`` in the block? One call for any number of them; see present."""
+        """Are all pages from ``first`` to ``end`` in the block? One system call for any number of them; see
+        present."""
         if self._huge:
             return all(self.present(page) for page in range(first, end))
         return self.calls.lseek(self.memory, first << self.shift, os.SEEK_HOLE) >= end << self.shift
@@ -135,8 +198,8 @@ class Block:
         return failed
 
     def tidy(self, count: int) -> None:
-        """Count pages placed and drop, now and then, the page tables of our own mapping and of the file's: what is
-        mapped nowhere else counts as this worker's private memory."""
+        """Count placed pages and, every DROP_AFTER bytes, drop the page tables of our own mapping and of the file's
+        mapping: what only this worker maps counts as its private memory."""
         self._undropped += count << self.shift
         if self._undropped >= DROP_AFTER:
             self._undropped = 0
@@ -146,8 +209,8 @@ class Block:
     def fill(self, userfaultfd: int, base: int, first: int, count: int, mode: int) -> int:
         """Place ``count`` pages from page ``first`` by COPY to ``base`` + offset on ``userfaultfd``.
 
-        Returns 0 when all are present and marked, else the errno that stopped it (pages before it are marked).
-        Raises what the source raises: PageLost, SourceChanged, HandlerFailed.
+        Returns 0 when all are present and marked, else the errno that stopped it (the pages before are marked).
+        Raises what the source raises: PageLost, SourceChanged, HandlerFailed, Elsewhere.
         """
         shift, received = self.shift, self.received
         while count:
@@ -162,44 +225,41 @@ class Block:
                 received[first : first + done] = bytes((RECEIVED,)) * done
                 first, count = first + done, count - done
             if failed == errno.EEXIST:
-                failed = self.settle(first)
+                failed = self.accept_present(first)
                 first, count = first + 1, count - 1
-            if failed and not (failed == errno.EAGAIN and done):  # after a part, the next try tells the reason
+            if failed and not (failed == errno.EAGAIN and done):  # after a partial COPY the next one gives the reason
                 return failed
         return 0
 
     def _copy_range(self, userfaultfd: int, target: int, source: int, length: int, mode: int) -> tuple[int, int]:
-        words = self._copy.words
-        words[0], words[1], words[2], words[3], words[4] = target, source, length, mode, 0
+        fields = self._copy.fields
+        fields[0], fields[1], fields[2], fields[3], fields[4] = target, source, length, mode, 0
         try:
             self.calls.ioctl(userfaultfd, UFFDIO_COPY, self._copy.buffer)
         except OSError as error:
             return error.errno or errno.EIO, max(0, self._copy.result(4))
         return 0, length
 
-    def settle(self, page: int) -> int:
-        """A page that we believed missing is present (EEXIST): whose is it?
+    def accept_present(self, page: int) -> int:
+        """Decide whose page this is: we believed it missing, and it is present (EEXIST).
 
-        Another worker's, nearly always, placed between our look and our COPY; its mark may have come before our
-        PLACING, so we give it again. While no client may write the block, a page that differs from its source was made
-        by an unregistered mapping: it is repaired and reported. Where shared clients may write, a difference proves
-        nothing, and their bytes are not ours to overwrite; a page still marked MISSING is a stranger's all the same:
-        reported, and never promoted. Returns 0, or ENOSPC: on hugetlb an empty pool says EEXIST
-        too.
+        Nearly always another worker placed it between our look and our COPY. Its RECEIVED may have come before our
+        PLACING, so we store it again. While no client may write to the block, a page that differs from its source was
+        made by an unregistered mapping: it is repaired and reported. Where shared clients may write, a difference
+        proves nothing, and their bytes must not be overwritten. A page still marked MISSING is foreign even so: it is
+        reported and never marked received. Returns 0, or ENOSPC: on hugetlb an empty pool gives EEXIST too.
         """
         if self._huge and not self.present(page):
             return errno.ENOSPC
-        self.settled += 1
+        self.placed_by_others += 1
         state = self.received[page]
         if state != RECEIVED:
             if not self.received[self.shared_at]:
-                # A function that does not repeat itself proves nothing against another worker's page, unless that is
-                # zeros; a page that is still marked MISSING is nobody's of ours.
+                # A function that gives different bytes each time proves nothing against another worker's page, unless
+                # that is zeros. A page still marked MISSING was placed by no worker.
                 self._repair(page, zeros_only=self.grant.kind == "handler" and state != MISSING)
             elif state == MISSING:
-                self.report(
-                    "polluted", page, "somebody's unregistered mapping made this page; shared clients write here"
-                )
+                self.report("polluted", page, "an unregistered mapping made this page; shared clients write here")
                 return 0
             self.received[page] = RECEIVED
         return 0
@@ -215,21 +275,20 @@ class Block:
         want = self.pages.content(offset, length)
         if found != want:
             self.calls.pwrite(self.memory, want, offset)
-            self.report("polluted", page, "somebody's unregistered mapping made this page; repaired from the source")
+            self.report("polluted", page, "an unregistered mapping made this page; repaired from the source")
 
     def widen(self, userfaultfd: int, base: int, first: int, end: int, mode: int) -> int:
-        """Fault-around: place what is missing of pages ``first`` to ``end``; returns how many. Best effort: whatever
-        stops it is met again, and answered, by the fault of the page concerned. Pages of ours that a part of a window
-        left PLACING are placed by their own fault too."""
-        others = self.settled
+        """Fault-around: place what is missing of pages ``first`` to ``end``; returns how many were placed. Best
+        effort: the fault of a page that was left out, or left PLACING, meets the same error and answers it."""
+        others = self.placed_by_others
         self.pages.check()
         filled = self._fill_missing(userfaultfd, base, first, end, mode)
         if filled:
             self.pages.check()
-        return filled - (self.settled - others)
+        return filled - (self.placed_by_others - others)
 
     def _fill_missing(self, userfaultfd: int, base: int, first: int, end: int, mode: int) -> int:
-        """Fill every run of pages that is marked missing and is absent; stops at the first that does not go."""
+        """Place every run of pages that are marked missing and are absent; stops at the first failure."""
         filled = 0
         states = bytes(self.received[first:end])
         at = states.find(MISSING_BYTE)
@@ -239,19 +298,19 @@ class Block:
             if hole > first + at:
                 failed = self.fill(userfaultfd, base, first + at, hole - first - at, mode)
                 if failed == errno.ENOENT and userfaultfd != self.own.userfaultfd:
-                    # The window spans a mapping that the client has split (an innocent MADV_DONTDUMP does it).
+                    # The client has split a mapping inside the window (MADV_DONTDUMP is enough for that).
                     failed = self.fill_own(first + at, hole - first - at)
                 if failed:
                     return filled
                 filled += hole - first - at
             if hole < first + stop:
-                return filled  # a page that nobody marked is in the way: the audit's business
+                return filled  # an unmarked page is present: the audit deals with it
             at = states.find(MISSING_BYTE, stop)
         return filled
 
     def _hole(self, first: int, stop: int) -> int:
-        """First page from ``first`` that is present though marked missing, at most ``stop``: it may be pollution,
-        which a COPY over it could not tell from another worker's page."""
+        """First page from ``first`` that is present though marked missing, at most ``stop``. It may be pollution, and
+        the EEXIST of a COPY would look like another worker's page."""
         if self._huge:
             return stop
         try:

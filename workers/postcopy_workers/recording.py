@@ -1,10 +1,11 @@
-"""Recording of faults, where ``serve --record`` asks for it: a ring in shared memory that the supervisor empties.
+"""Recording of faults for ``serve --record``: a ring in shared memory that the supervisor empties.
 
-The worker sees that it is to record from the size of its client's figures. Then its answers are wrapped; else nothing
-is in the way of a fault, not even a question. A record is written before its number is, so that the reader never sees
-half of one; a worker that dies in between has written nothing.
+The size of its client's figures tells the worker that it is to record. Only then its answers are wrapped; otherwise
+nothing is added to a fault, not even a test. A record is written before its number is, so the reader never sees half of
+one; a worker that dies in between has written nothing.
 
-What a remote fault took is known when the page has come: the main thread notes when it began, the waker writes.
+The latency of a remote fault is known when its page has come: the main thread notes the begin, the waker writes the
+record.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from time import monotonic_ns
 
 from postcopy_protocol import trace
@@ -29,18 +30,19 @@ from postcopy_protocol.trace import (
     RING_WRITTEN,
 )
 
-from .fault_handler import FAULT_MINOR, FAULT_WRITE, FaultHandler, Region
+from .client_ufd import FAULT_MINOR, FAULT_WRITE, Region
+from .fast_answers import Answer
 from .page_sources import RemotePages
 
-MOST_PENDING = 4096
+MAX_PENDING = 4096
 
 
 class Recording:
-    """The ring of one client, and what of it is waited for."""
+    """The ring of one client, and its remote faults that are not answered yet."""
 
     def __init__(self, figures: memoryview, client: int) -> None:
-        self._counted = figures[:PAGE_BYTES].cast("Q")
-        self._words = figures[RING_HEAD:RING_AT].cast("Q")
+        self._counters = figures[:PAGE_BYTES].cast("Q")
+        self._head = figures[RING_HEAD:RING_AT].cast("Q")
         self._records = figures[RING_AT:]
         self._client = client
         self._lock = threading.Lock()  # main thread and waker write
@@ -55,19 +57,19 @@ class Recording:
 
     def put(self, at: int, block: int, page: int, kind: int, latency: int) -> None:
         """Write a record, or count it as lost when the ring is full."""
-        words = self._words
+        head = self._head
         with self._lock:
-            written = words[RING_WRITTEN]
-            if written - words[RING_TAKEN] >= RING_RECORDS:
-                words[RING_LOST] += 1
+            written = head[RING_WRITTEN]
+            if written - head[RING_TAKEN] >= RING_RECORDS:
+                head[RING_LOST] += 1
                 return
-            place = written % RING_RECORDS * RECORD.size
-            self._records[place : place + RECORD.size] = trace.pack(at, self._client, block, page, kind, latency)
-            words[RING_WRITTEN] = written + 1
+            start = written % RING_RECORDS * RECORD.size
+            self._records[start : start + RECORD.size] = trace.pack(at, self._client, block, page, kind, latency)
+            head[RING_WRITTEN] = written + 1
 
-    def wrap(self, handler: FaultHandler) -> None:
-        """From now on what this handler answers is recorded."""
-        answer, regions, counted = handler.answer, handler.regions, self._counted
+    def recorded(self, answer: Answer, regions: Sequence[Region]) -> Answer:
+        """``answer`` with a record of every fault; remote faults are recorded when they are ``answered``."""
+        counters = self._counters
 
         def recorded(flags: int, address: int) -> None:
             region = next((region for region in regions if region.start <= address < region.end), None)
@@ -75,51 +77,27 @@ class Recording:
                 return answer(flags, address)
             page = address - region.base >> region.block.shift
             missing = region.block.received[page] in (MISSING, PLACING)
-            failures, begun = counted[FAILURES], monotonic_ns()
+            failures, begun = counters[FAILURES], monotonic_ns()
             if missing and isinstance(region.block.pages, RemotePages):
-                self._asked(region, page, begun, flags)
+                if len(self._pending) < MAX_PENDING:
+                    self._pending.setdefault((region.block.grant.block, page), (begun, flags))
                 return answer(flags, address)
             answer(flags, address)
             taken = monotonic_ns() - begun
             kind = trace.PLACED if missing else trace.PRESENT
             state = region.block.received[page]
-            if state == LOST or (state != RECEIVED and counted[FAILURES] != failures):
-                kind = trace.LOST  # the second: to this client alone, because its function failed
+            if state == LOST or (state != RECEIVED and counters[FAILURES] != failures):
+                kind = trace.LOST  # the second: for this client only, because its handler function failed
             self.put(begun, region.block.grant.block, page, kind | _flags(flags), taken)
 
-        handler.answer = recorded
+        return recorded
 
-    def wrap_wakes(self, handler: FaultHandler) -> None:
-        """The waker's handler: what it wakes was waited for. It has two ways: many pages, or one without a detour."""
-        woken, waking = handler.woken, handler.waking
-        shifts = {region.block.grant.block: region.block.shift for region in handler.regions}
-
-        def recorded(number: int, offsets: Sequence[int], *, lost: bool) -> None:
-            woken(number, offsets, lost=lost)
-            for offset in offsets:
-                self._came(number, offset >> shifts.get(number, 12), lost)
-
-        def lane(number: int) -> Callable[[int], None]:
-            wake, shift = waking(number), shifts.get(number, 12)
-
-            def one(offset: int) -> None:
-                wake(offset)
-                self._came(number, offset >> shift, False)
-
-            return one
-
-        handler.woken, handler.waking = recorded, lane  # type: ignore[method-assign]
-
-    def _came(self, block: int, page: int, lost: bool) -> None:
+    def answered(self, block: int, page: int, *, lost: bool) -> None:
+        """Record the fault that waited for this page, if one did."""
         begun, flags = self._pending.pop((block, page), (0, 0))
         if begun:
-            self.put(
-                begun, block, page, (trace.LOST if lost else trace.ARRIVED) | _flags(flags), monotonic_ns() - begun
-            )
-
-    def _asked(self, region: Region, page: int, begun: int, flags: int) -> None:
-        if len(self._pending) < MOST_PENDING:
-            self._pending.setdefault((region.block.grant.block, page), (begun, flags))
+            kind = trace.LOST if lost else trace.ARRIVED
+            self.put(begun, block, page, kind | _flags(flags), monotonic_ns() - begun)
 
 
 def _flags(flags: int) -> int:

@@ -1,8 +1,8 @@
-"""Where a new supervisor finds the custodian: a Unix SEQPACKET socket in the private part of the runtime directory.
+"""The socket where a new supervisor takes over: Unix SEQPACKET, in the private part of the runtime directory.
 
-While a supervisor is there nobody is let in (the lock of the directory says who may be one); without one, whoever
-connects has a short time for its first word, and it must be TakeOver. Several may try at once, so that one that says
-nothing does not keep the others out.
+While there is a supervisor the custodian accepts no connection (the lock of the directory decides which process may be
+one). Without one, a connection has a short time for its first message, which must be TakeOver. Several connections may
+be pending at once, so that a silent one does not keep the others out.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from postcopy_protocol.runtime_paths import custodian_path
 
 log = logging.getLogger("postcopy.custodian")
 
-FIRST_WORD_SECONDS = 2.0
-MOST_VISITORS = 8
+FIRST_MESSAGE_SECONDS = 2.0
+MAX_PENDING = 8
 
 
 @dataclass(frozen=True, slots=True)
 class PendingConnection:
-    """Somebody who has connected and not yet spoken."""
+    """A connection without a message yet; ``until``: when it is closed."""
 
     connection: socket.socket
     until: float
 
 
 class TakeoverSocket:
-    """The socket, and those who have connected to it."""
+    """The listening socket and its pending connections."""
 
     def __init__(self, directory: str) -> None:
-        """Binds, in the place of a socket that another custodian has left. Raises OSError."""
+        """Bind, and replace a socket that an earlier custodian has left. Raises OSError."""
         self._path = custodian_path(directory)
-        self._visitors: dict[int, PendingConnection] = {}
+        self._pending: dict[int, PendingConnection] = {}
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -50,10 +50,10 @@ class TakeoverSocket:
             self._listener.bind(self._path)
         finally:
             os.umask(before)
-        self._inode = self._found()
-        self._listener.listen(8 * MOST_VISITORS)
+        self._inode = self._inode_now()
+        self._listener.listen(8 * MAX_PENDING)
 
-    def _found(self) -> tuple[int, int] | None:
+    def _inode_now(self) -> tuple[int, int] | None:
         try:
             found = os.lstat(self._path)
         except OSError:
@@ -61,50 +61,50 @@ class TakeoverSocket:
         return found.st_dev, found.st_ino
 
     @property
-    def stands(self) -> bool:
-        """Can anybody find us? Not when another custodian has taken the place, or the socket has been removed."""
-        return self._found() == self._inode
+    def reachable(self) -> bool:
+        """Can a supervisor find us? Not when another custodian has bound the path, or the socket has been removed."""
+        return self._inode_now() == self._inode
 
     def fileno(self) -> int:
         return self._listener.fileno()
 
-    def visit(self, now: float) -> int:
-        """Somebody is at the socket: the descriptor to watch for its first word, or -1 when it is not let in."""
+    def accept(self, now: float) -> int:
+        """Accept a connection: the descriptor to watch for its first message, or -1 when it is refused."""
         try:
             connection, _ = self._listener.accept()
-        except BlockingIOError:  # it has gone again
+        except BlockingIOError:  # the peer has left again
             return -1
         except OSError as error:
-            log.error("a visitor cannot be let in: %s", error)
-            time.sleep(0.05)  # no descriptor left: it waits in the backlog, and we do not spin over it
+            log.error("cannot accept a connection: %s", error)
+            time.sleep(0.05)  # no descriptor left: it stays in the backlog, and we must not spin
             return -1
         who = descriptors.peer_credentials(connection)
-        if who.uid != os.geteuid() or len(self._visitors) >= MOST_VISITORS:
-            log.warning("process %d of user %d is not let in", who.pid, who.uid)
+        if who.uid != os.geteuid() or len(self._pending) >= MAX_PENDING:
+            log.warning("a connection of process %d of user %d is refused", who.pid, who.uid)
             connection.close()
             return -1
         connection.setblocking(False)
-        self._visitors[connection.fileno()] = PendingConnection(connection, now + FIRST_WORD_SECONDS)
+        self._pending[connection.fileno()] = PendingConnection(connection, now + FIRST_MESSAGE_SECONDS)
         return connection.fileno()
 
-    def waits(self, fd: int) -> bool:
-        """Is this the descriptor of a visitor?"""
-        return fd in self._visitors
+    def is_pending(self, fd: int) -> bool:
+        """Is this the descriptor of a pending connection?"""
+        return fd in self._pending
 
-    def hear(self, fd: int) -> socket.socket | None:
-        """The visitor's first word: the connection if it takes over, None if it has been closed."""
-        connection = self._visitors.pop(fd).connection
+    def read(self, fd: int) -> socket.socket | None:
+        """Read the first message of a pending connection: the connection if it takes over, None if it was closed."""
+        connection = self._pending.pop(fd).connection
         try:
             received = descriptors.receive_message(connection)
             descriptors.close_all(received.fds)
             if not received.data:
-                raise BadMessage("it said nothing")
+                raise BadMessage("it sent no message")
             message = decode(received.data, expect=(TakeOver,))
             if received.fds:
                 raise BadMessage("descriptors came with it")
         except (OSError, BadMessage) as error:
-            log.warning("a visitor does not take over: %s", error)
-            with contextlib.suppress(OSError):  # of another version, it learns ours from this
+            log.warning("a connection does not take over: %s", error)
+            with contextlib.suppress(OSError):  # a supervisor of another version reads ours here
                 descriptors.send_message(connection, encode(CustodianReady(os.getpid())))
             connection.close()
             return None
@@ -113,25 +113,28 @@ class TakeoverSocket:
         connection.setblocking(True)
         return connection
 
-    def silent(self, now: float) -> list[int]:
-        """Visitors whose time is over: not to be watched any more, and then shown out."""
-        return [fd for fd, visitor in self._visitors.items() if now >= visitor.until]
+    def expired(self, now: float) -> list[int]:
+        """Pending connections whose time is over: stop watching them, then ``close_pending``."""
+        return [fd for fd, pending in self._pending.items() if now >= pending.until]
 
-    def show_out(self, fd: int) -> None:
-        self._visitors.pop(fd).connection.close()
+    def close_pending(self, fd: int) -> None:
+        """Close a pending connection."""
+        self._pending.pop(fd).connection.close()
 
     @property
-    def visitors(self) -> list[int]:
-        return list(self._visitors)
+    def pending(self) -> list[int]:
+        """The descriptors of all pending connections."""
+        return list(self._pending)
 
     def next_due(self) -> float | None:
-        return min((visitor.until for visitor in self._visitors.values()), default=None)
+        """When the next pending connection expires."""
+        return min((pending.until for pending in self._pending.values()), default=None)
 
     def close(self) -> None:
-        """Close all, and remove the socket unless it is another custodian's by now."""
-        for fd in self.visitors:
-            self.show_out(fd)
+        """Close all connections, and remove the socket unless another custodian has bound the path since."""
+        for fd in self.pending:
+            self.close_pending(fd)
         self._listener.close()
-        if self.stands:
+        if self.reachable:
             with contextlib.suppress(OSError):
                 os.unlink(self._path)

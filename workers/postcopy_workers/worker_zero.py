@@ -1,9 +1,8 @@
-"""Worker zero: it places pages in the supervisor's name.
+"""Worker zero: it places ranges of local blocks for the supervisor.
 
-The supervisor is client zero: its own system calls fault on its own mapping, and it must not open a user's file by
-mapping it nor run a user's handler function. So it asks this worker, over the router, for ranges of local blocks
-(Fetch), and wakes its own waiters itself when the answer comes (Fetched). One thread is enough: there is no
-userfaultfd of a client to read.
+The supervisor is client zero: its own system calls fault on its own mapping. It must not map a user's file, nor run a
+user's handler function. So it requests ranges from this worker, over the router (Fetch), and wakes its own waiters when
+the answer comes (Fetched). One thread is enough: there is no userfaultfd of a client to read.
 """
 
 from __future__ import annotations
@@ -13,8 +12,7 @@ import errno
 import os
 import select
 import time
-from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 from postcopy_protocol import counters
 from postcopy_protocol.codec import decode, encode, pack_offsets
@@ -22,34 +20,42 @@ from postcopy_protocol.errors import BadMessage, PageLost
 from postcopy_protocol.messages import Assignment, Fetch, Fetched
 from postcopy_protocol.received_map import LOST, PLACING, RECEIVED
 
+from .fault_handler import Pause
 from .page_sources import HandlerFailed, SourceChanged
 from .placing import COPY_DONTWAKE, Block
 from .worker import Worker
 
 PIECE = 1 << 20
 STARVED_SECONDS = 5.0
+"""A page waits so long for memory; then it counts as not available, but not as lost."""
 SHORTAGES = (errno.ENOMEM, errno.ENOSPC, errno.EAGAIN)
 
 
+class Clock(Protocol):
+    """Seconds that only grow."""
+
+    def __call__(self) -> float: ...
+
+
 class RangePlacer:
-    """Makes ranges of local blocks present; pure but for the block's calls."""
+    """Makes ranges of local blocks present. Pure but for the block's system calls."""
 
     def __init__(
         self,
         blocks: dict[int, Block],
-        words: memoryview,
-        clock: Callable[[], float] = time.monotonic,
-        pause: Callable[[float], None] = time.sleep,
+        counters: memoryview,
+        clock: Clock = time.monotonic,
+        pause: Pause = time.sleep,
     ) -> None:
         self._blocks = blocks
-        self._words = words
+        self._counters = counters
         self._clock = clock
         self._pause = pause
         self._deadline = 0.0
 
     def fetch(self, order: Fetch) -> Fetched:
-        """Place what is missing in the range, page by page only where a larger piece does not go; names the lost
-        pages."""
+        """Place what is missing in the range, page by page only where a larger piece fails. The answer lists the pages
+        that could not be placed."""
         block = self._blocks[order.block]
         shift = block.shift
         first, end = order.offset >> shift, min(block.grant.pages, -(-(order.offset + order.length) >> shift))
@@ -60,24 +66,26 @@ class RangePlacer:
         return Fetched(order.block, order.offset, order.length, pack_offsets([page << shift for page in lost]))
 
     def _piece(self, block: Block, first: int, end: int) -> list[int]:
-        self._words[counters.BUSY_SINCE_NS] = time.monotonic_ns()
-        self._deadline = self._clock() + STARVED_SECONDS  # for all of its pages: the watchdog is not to take it ill
+        self._counters[counters.BUSY_SINCE_NS] = time.monotonic_ns()
+        self._deadline = (
+            self._clock() + STARVED_SECONDS
+        )  # for all of its pages: the watchdog kills a worker that is busy for long
         if end - first > 1:
             try:
                 placed = block.widen(block.own.userfaultfd, block.own.address, first, end, COPY_DONTWAKE)
                 block.tidy(placed)
-                self._words[counters.PLACED] += placed
+                self._counters[counters.PLACED] += placed
             except (PageLost, SourceChanged, HandlerFailed):
-                pass  # page by page below, each with its own answer
+                pass  # page by page below, each with its own error
         states = bytes(block.received[first:end])
         lost = []
         if states != bytes((RECEIVED,)) * len(states) or not block.all_present(first, end):
             lost = [page for page in range(first, end) if not self._page(block, page)]
-        self._words[counters.BUSY_SINCE_NS] = 0
+        self._counters[counters.BUSY_SINCE_NS] = 0
         return lost
 
     def _page(self, block: Block, page: int) -> bool:
-        """Make one page present; False: it is lost."""
+        """Make one page present; False when that fails."""
         state = block.received[page]
         if state in (RECEIVED, LOST):
             present = block.present(page)
@@ -90,34 +98,34 @@ class RangePlacer:
                     block.pages.check()  # a cut file raises SourceChanged
                     raise PageLost(f"cannot be placed: {errno.errorcode.get(failed, failed)}")
                 if self._clock() > self._deadline:
-                    # Not here in time, but not lost either: whoever asks again may find memory.
+                    # Not present, but not lost either: a later request may find memory.
                     block.report("no-memory", page, f"{errno.errorcode[failed]} for {STARVED_SECONDS:g} s")
                     return False
                 self._pause(0.01)
         except (PageLost, SourceChanged, HandlerFailed) as reason:
             if block.present(page) and block.received[page] in (PLACING, RECEIVED):
-                block.received[page] = RECEIVED  # a client's worker was in time
+                block.received[page] = RECEIVED  # a client's worker was faster
                 return True
             if not isinstance(reason, HandlerFailed) and not block.present(page):
                 block.received[page] = LOST
-                self._words[counters.LOST] += 1
+                self._counters[counters.LOST] += 1
             block.report("source-changed" if isinstance(reason, SourceChanged) else "lost", page, str(reason))
             return False
-        self._words[counters.PLACED] += 1
+        self._counters[counters.PLACED] += 1
         return True
 
 
-def serve_worker_zero(assignment: Assignment, fds: list[int]) -> NoReturn:
-    """The life of worker zero; never returns."""
-    worker = Worker(assignment, fds)
-    errands = RangePlacer(worker.blocks, worker.words)
+def serve_worker_zero(assignment: Assignment, fds: list[int], *, privileged: bool) -> NoReturn:
+    """Place ranges until the quit eventfd is readable; never returns."""
+    worker = Worker(assignment, fds, privileged=privileged)
+    placer = RangePlacer(worker.blocks, worker.counters)
     channel = worker.channel()
-    quit_fd, bell = fds[assignment.quit_eventfd], worker.reports.bell
+    quit_fd, wakeup = fds[assignment.quit_eventfd], worker.reports.wakeup
     while True:
-        pause = worker.tend(channel)
+        pause = worker.send_waiting(channel)
         waiting = select.poll()
         waiting.register(quit_fd, select.POLLIN)
-        waiting.register(bell, select.POLLIN)
+        waiting.register(wakeup, select.POLLIN)
         if channel.fileno() >= 0 or channel.connect():
             waiting.register(channel, select.POLLIN)
         else:
@@ -125,9 +133,9 @@ def serve_worker_zero(assignment: Assignment, fds: list[int]) -> NoReturn:
         ready = [fd for fd, _ in waiting.poll(pause * 1000)]
         if quit_fd in ready:
             os._exit(0)
-        if bell in ready:
-            os.eventfd_read(bell)
+        if wakeup in ready:
+            os.eventfd_read(wakeup)
         if channel.fileno() in ready:
             for data in channel.receive_now():
                 with contextlib.suppress(BadMessage):
-                    channel.send(encode(errands.fetch(decode(data, expect=(Fetch,)))))
+                    channel.send(encode(placer.fetch(decode(data, expect=(Fetch,)))))

@@ -1,1 +1,1 @@
-"""Clients: the attach server, what it keeps of each client, and the supervisor as its own client (client zero)."""
+"""Clients: processes that attach, and client zero, the supervisor itself."""

@@ -1,25 +1,22 @@
-"""Figures for Prometheus: ``serve --metrics HOST:PORT``.
+"""Metrics for Prometheus: ``serve --metrics HOST:PORT``.
 
-A thread of its own answers; it reads what lies in shared memory and a few numbers of the main thread, and asks nobody.
-Nothing is counted here, so what nobody scrapes costs nothing. Names and units follow Prometheus' conventions: seconds,
-bytes, ``_total`` for what only grows.
+A thread of its own answers scrapes. It reads shared memory and a few numbers of the main thread, and asks no process.
+Nothing is counted only for it, so metrics cost nothing until they are scraped. Names and units follow Prometheus'
+conventions: seconds, bytes, ``_total`` for what only grows.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from postcopy_protocol import counters, stages
 from postcopy_protocol.errors import BadInput, PostcopyError
 
 from ..blocks import RamBlock
-from ..clients.attach_server import AttachServer, Client
-from ..paging.paging import RemotePaging
-
-if TYPE_CHECKING:
-    from ..main_loop import MainLoop
+from ..clients.client import Client
+from ..parts import Parts
 
 log = logging.getLogger(__name__)
 
@@ -33,18 +30,18 @@ COUNTERS: tuple[tuple[str, str, int | Callable[[Sequence[int]], int]], ...] = (
     ("wakes", "Wake calls.", counters.WAKES),
     ("lost_pages", "Faults at pages that their source could not supply.", counters.LOST),
 )
-"""Per client: name, help, word of the statistics page or what tells it from them."""
+"""Per client: name, help, and a counter or a function of the counters."""
 STATES = ("starting", "running", "paused", "ending")
 
 
-def start(house: MainLoop, address: tuple[str, int]) -> None:
-    """Answer scrapes from now on, until the process ends. Raises PostcopyError, BadInput."""
+def start(parts: Parts, address: tuple[str, int]) -> None:
+    """Answer scrapes until the process ends. Raises PostcopyError, BadInput."""
     try:
         from prometheus_client import CollectorRegistry, start_http_server
     except ImportError:
         raise PostcopyError("--metrics needs prometheus_client: pip install 'postcopy[supervisor]'") from None
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(Collector(house))
+    registry.register(Collector(parts))
     host, port = address
     try:
         server, _ = start_http_server(port, addr=host, registry=registry)
@@ -54,27 +51,27 @@ def start(house: MainLoop, address: tuple[str, int]) -> None:
 
 
 class Collector:
-    """What one scrape finds. Called by the answering thread."""
+    """Collects the metrics of one scrape, in the answering thread."""
 
-    def __init__(self, house: MainLoop) -> None:
-        self._house = house
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
 
     def collect(self) -> Iterator[Any]:
         """Families of samples, as prometheus_client wants them."""
-        house = self._house
+        parts = self._parts
         # Copies: the main thread goes on meanwhile, and a dict that changes must not be iterated.
-        clients, blocks = list(house.reception.clients.values()), list(house.blocks.values())
-        pages = [(client, client.words.tolist()) for client in clients if client.words is not None]
-        yield from self._house_figures()
-        yield from _block_figures(blocks)
-        yield from _client_figures(pages, house.workforce.restarts_of)
-        total = counters.merge([house.reception.past, house.zero.words.tolist(), *(words for _, words in pages)])
+        clients, blocks = list(parts.clients.by_number.values()), list(parts.blocks.values())
+        pages = [(client, client.counters.tolist()) for client in clients if client.counters is not None]
+        yield from _supervisor_metrics(parts)
+        yield from _block_metrics(blocks)
+        yield from _client_metrics(pages, parts.pool.restarts_of)
+        total = counters.merge([parts.clients.past, parts.zero.counters.tolist(), *(page for _, page in pages)])
         yield histogram("postcopy_fault_latency_seconds", "From a fault's message to its release.", [((), (), total)])
-        stages_of = [(block.name, block_stages(block, house.reception, house.paging)) for block in blocks]
+        stages_of = [(block.name, block_stages(block, parts)) for block in blocks]
         yield histogram("postcopy_stage_latency_seconds", "Stages of faults: asked, arrived, placed, woken.",
-                        [(("block", "stage"), (name, stage), stages.histogram(words, stage))
-                         for name, words in stages_of for stage in stages.NAMES])  # fmt: skip
-        links = list(dict.fromkeys(house.paging.links.values()))
+                        [(("block", "stage"), (name, stage), stages.histogram(page, stage))
+                         for name, page in stages_of for stage in stages.NAMES])  # fmt: skip
+        links = list(dict.fromkeys(parts.paging.links.values()))
         found = [(("endpoint",), (link.endpoint,), link.counters) for link in links]
         if links:
             yield histogram("postcopy_source_latency_seconds", "From a request to a source to its answer.", found)
@@ -85,72 +82,74 @@ class Collector:
             yield _counter("postcopy_source_requests", "Requests sent to the source.", "endpoint",
                            [(link.endpoint, link.requests) for link in links])  # fmt: skip
 
-    def _house_figures(self) -> Iterator[Any]:
-        house = self._house
-        state = house.state_shown
-        yield _gauge("postcopy_state", "1 for the state that the supervisor is in.", "state",
-                     [(name, name == state) for name in STATES])  # fmt: skip
-        yield _gauge("postcopy_clients", "Clients that are attached.", "", [("", len(house.reception.clients))])
-        yield _counter("postcopy_worker_restarts", "Workers that ended unasked.", "", [("", house.workforce.restarts)])
-        yield _counter("postcopy_supervisor_requests", "Pages and ranges asked for, each once.", "",
-                       [("", house.paging.engine.requests)])  # fmt: skip
-        yield _counter("postcopy_supervisor_deduplicated", "Faults at pages that were asked for already.", "",
-                       [("", house.paging.engine.deduplicated)])  # fmt: skip
-        yield _counter("postcopy_supervisor_placed_pages", "Pages that the supervisor placed itself.", "",
-                       [("", house.paging.placed)])  # fmt: skip
-        counts = list(house.history.counts.items())
-        yield _counter("postcopy_events", "What a person should know, by kind.", "kind", counts)
+
+def _supervisor_metrics(parts: Parts) -> Iterator[Any]:
+    state, engine = parts.shown_state, parts.paging.engine
+    yield _gauge("postcopy_state", "1 for the state that the supervisor is in.", "state",
+                 [(name, name == state) for name in STATES])  # fmt: skip
+    for name, text, value in (
+        ("worker_restarts", "Workers that ended unexpectedly.", parts.pool.restarts),
+        ("supervisor_requests", "Pages and ranges asked for, each once.", engine.requests),
+        ("supervisor_deduplicated", "Faults at pages that were asked for already.", engine.deduplicated),
+        ("supervisor_placed_pages", "Pages that the supervisor placed itself.", parts.paging.placed),
+    ):
+        yield _counter(f"postcopy_{name}", text, "", [("", value)])
+    yield _gauge("postcopy_clients", "Clients that are attached.", "", [("", len(parts.clients.by_number))])
+    yield _counter("postcopy_events", "Events by kind.", "kind", list(parts.event_log.counts.items()))
 
 
-def block_stages(block: RamBlock, reception: AttachServer, paging: RemotePaging) -> memoryview:
+def block_stages(block: RamBlock, parts: Parts) -> memoryview:
     """All faults in a block, of clients that are here or have left, and what the supervisor did for them."""
-    link = paging.links.get(block.number)
-    found = [client.stages(block.number) for client in reception.clients.values() if block.number in client.touches]
+    link, clients = parts.paging.links.get(block.number), list(parts.clients.by_number.values())
+    found = [client.stages(block.number) for client in clients if block.number in client.touches]
     ours = [link.stages[block.number]] if link is not None else []
-    return stages.merged([reception.past_stages[block.number], *ours, *(words for words in found if words is not None)])
+    past = parts.clients.past_stages[block.number]
+    return stages.merged([past, *ours, *(page for page in found if page is not None)])
 
 
-def _block_figures(blocks: Sequence[RamBlock]) -> Iterator[Any]:
+def _block_metrics(blocks: Sequence[RamBlock]) -> Iterator[Any]:
     counted = [(block.name, block.pages, block.page_size, *block.counts()) for block in blocks]
     yield _gauge("postcopy_block_bytes", "Size of the block.", "block", [(row[0], row[1] * row[2]) for row in counted])
-    yield _gauge("postcopy_block_received_bytes", "Of it, what has been placed.", "block",
+    yield _gauge("postcopy_block_received_bytes", "Of it, what has been received.", "block",
                  [(row[0], row[3] * row[2]) for row in counted])  # fmt: skip
-    yield _gauge("postcopy_block_lost_bytes", "Of it, what cannot be had.", "block",
+    yield _gauge("postcopy_block_lost_bytes", "Of it, what its source has lost.", "block",
                  [(row[0], row[4] * row[2]) for row in counted])  # fmt: skip
 
 
-def _client_figures(pages: Sequence[tuple[Client, list[int]]], restarts: Callable[[int], int]) -> Iterator[Any]:
+def _client_metrics(pages: Sequence[tuple[Client, list[int]]], restarts: Callable[[int], int]) -> Iterator[Any]:
     from prometheus_client.core import CounterMetricFamily
 
     labels = ("client", "name", "pid")
-    for name, text, word in COUNTERS:
+    for name, text, counter in COUNTERS:
         family = CounterMetricFamily(f"postcopy_client_{name}", text, labels=labels)
-        for client, words in pages:
-            family.add_metric(_who(client), words[word] if isinstance(word, int) else word(words))
+        for client, page in pages:
+            family.add_metric(_labels(client), page[counter] if isinstance(counter, int) else counter(page))
         yield family
-    blocked = CounterMetricFamily("postcopy_client_blocked_seconds", "Time stood at missing pages.", labels=labels)
-    again = CounterMetricFamily("postcopy_client_restarts", "Successors of this client's worker.", labels=labels)
-    for client, words in pages:
-        blocked.add_metric(_who(client), counters.sum_ns(words) / 1e9)
-        again.add_metric(_who(client), restarts(client.number))
-    yield from (blocked, again)
+    blocked = CounterMetricFamily(
+        "postcopy_client_blocked_seconds", "Time spent waiting for missing pages.", labels=labels
+    )
+    restarted = CounterMetricFamily("postcopy_client_restarts", "Restarts of this client's worker.", labels=labels)
+    for client, page in pages:
+        blocked.add_metric(_labels(client), counters.sum_ns(page) / 1e9)
+        restarted.add_metric(_labels(client), restarts(client.number))
+    yield from (blocked, restarted)
 
 
-def _who(client: Client) -> tuple[str, str, str]:
+def _labels(client: Client) -> tuple[str, str, str]:
     return str(client.number), client.name, str(client.pid)
 
 
 def histogram(name: str, text: str, found: Iterable[tuple[Sequence[str], Sequence[str], Sequence[int]]]) -> Any:
-    """Family of histograms, (labels, values, words) each, with a bucket a power of two of nanoseconds."""
+    """Family of histograms of (labels, values, counters), with one bucket for each power of two of nanoseconds."""
     from prometheus_client.core import HistogramMetricFamily
 
     family = None
-    for labels, values, words in found:
+    for labels, values, page in found:
         family = family or HistogramMetricFamily(name, text, labels=labels)
-        steps = counters.cumulative(words)
+        steps = counters.cumulative(page)
         buckets = [(f"{bound / 1e9:.9g}", float(count)) for bound, count in steps[:-1]]
         buckets.append(("+Inf", float(steps[-1][1])))
-        family.add_metric(values, buckets, sum_value=counters.sum_ns(words) / 1e9)
+        family.add_metric(values, buckets, sum_value=counters.sum_ns(page) / 1e9)
     return family
 
 

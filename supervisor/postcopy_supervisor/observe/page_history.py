@@ -1,8 +1,8 @@
-"""One page's life, as far as it is known: for ``postcopy status --story``.
+"""What is known of one page: for ``postcopy status --story``.
 
-Nothing is recorded for this on the way of a fault but one append to a ring for each request of a remote block. All
-else is derived when somebody asks: the received map, the kernel's page cache, who stands in the engine, what is on its
-way, the notes of pages that a client was denied, and the events that concern the page. What is not known is said.
+A fault pays for this only one append to a ring for each request of a remote block. Everything else is derived when
+asked: the received map, the kernel's page cache, the waiters and the requests in flight, the notes of pages that a
+client was denied, and the events that concern the page. The answer says what is not recorded.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ from postcopy_protocol.geometry import PAGE_2M
 from postcopy_protocol.received_map import MISSING
 
 from ..blocks import RamBlock
-from ..clients.attach_server import AttachServer, Client
+from ..clients.client import Client, Clients
+from ..event_log import EventLog
 from ..paging.flow_control import BACKGROUND, PAST, RangeRequest
 from ..paging.paging import RemotePaging
-from .event_log import History
+from ..parts import Parts
+from ..pool.worker_pool import WorkerPool
 from .status import shown_state
 
-LOCAL = "a worker resolves pages of a local block alone: who touched this page, and when, is not recorded"
+LOCAL = "a worker resolves pages of a local block alone: which client touched this page, and when, is not recorded"
 REMOTE = (
-    f"of its source the last {PAST} requests are kept, each with the client that came first: who else waited for the "
-    "page, and when each of them was woken, is not recorded"
+    f"of its source the last {PAST} requests are kept, each with the client that came first: other waiters "
+    "for the page, and when each of them was woken, are not recorded"
 )
 
 
-def story(
-    block: RamBlock, offset: int, reception: AttachServer, paging: RemotePaging, history: History
-) -> dict[str, Any]:
+def page_history(parts: Parts, block: RamBlock, offset: int) -> dict[str, Any]:
     """What is known of the page at ``offset``. Raises BadInput when the block has none there."""
+    paging = parts.paging
     if offset >= block.length:
         raise BadInput(f"block {block.name} has {block.length} bytes; there is no page at {offset}")
     page = offset // block.page_size
@@ -48,69 +49,70 @@ def story(
         "kind": block.kind,
         "source": str(block.source),
         "source_state": link.shown if link is not None else None,
-        "state": block.story(page),
+        "state": block.page_state(page),
         "present": present,
         "polluted": bool(present) and block.received[page] == MISSING,
         "told_lost": paging.wakers.was_denied(block.number, page),
         "waiting": paging.engine.waiters_of(block.number, page),
         "request": _request(block, first, paging),
-        "clients": [_client(client, block, page, reception) for client in _who_maps(block, first, reception)],
-        "life": _life(block, first, paging, history),
+        "clients": [_client(client, block, page, parts.pool) for client in _clients_at(block, first, parts.clients)],
+        "life": _past(block, first, paging, parts.event_log),
         "not_recorded": REMOTE if link is not None else LOCAL,
     }
 
 
 def _request(block: RamBlock, offset: int, paging: RemotePaging) -> dict[str, Any] | None:
-    """What is on its way with this page in it."""
+    """The request in flight, or queued, that has this page in it."""
     link = paging.links.get(block.number)
     found = link.flow.find_open(block.number, offset) if link is not None else None
     if found is None:
         return None
-    wish, sent = found
-    return {**_wish(wish), "state": "sent" if sent else "queued", "at": _wall(wish.sent) if wish.sent else None}
+    request, sent = found
+    at = _wall_clock(request.sent) if request.sent else None
+    return {**_range(request), "state": "sent" if sent else "queued", "at": at}
 
 
-def _wish(wish: RangeRequest) -> dict[str, Any]:
-    client = None if wish.client == BACKGROUND else wish.client
-    return {"client": client, "offset": wish.offset, "length": wish.length, "attempts": wish.attempts}
+def _range(request: RangeRequest) -> dict[str, Any]:
+    client = None if request.client == BACKGROUND else request.client
+    return {"client": client, "offset": request.offset, "length": request.length, "attempts": request.attempts}
 
 
-def _wall(monotonic: float) -> float:
+def _wall_clock(monotonic: float) -> float:
     """Seconds since the epoch."""
     return round(time.time() - (time.monotonic() - monotonic), 3)
 
 
-def _who_maps(block: RamBlock, offset: int, reception: AttachServer) -> list[Client]:
+def _clients_at(block: RamBlock, offset: int, clients: Clients) -> list[Client]:
     return [
         client
-        for client in reception.clients.values()
+        for client in clients.by_number.values()
         if any(
             region.block == block.number and region.offset <= offset < region.offset + region.length
-            for region in [*client.regions, *client.released]
+            for region in client.all_regions
         )
     ]
 
 
-def _client(client: Client, block: RamBlock, page: int, reception: AttachServer) -> dict[str, Any]:
-    regions = [region for region in [*client.regions, *client.released] if region.block == block.number]
+def _client(client: Client, block: RamBlock, page: int, pool: WorkerPool) -> dict[str, Any]:
+    regions = [region for region in client.all_regions if region.block == block.number]
     return {
         "id": client.number,
         "name": client.name,
         "modes": sorted({region.mode for region in regions}),
-        "state": shown_state(client, reception.workforce),
+        "state": shown_state(client, pool),
         "released": not any(region in client.regions for region in regions),
-        "denied": client.words is not None and (block.number, page) in counters.denied(client.words),
+        "denied": client.counters is not None and (block.number, page) in counters.denied(client.counters),
     }
 
 
-def _life(block: RamBlock, offset: int, paging: RemotePaging, history: History) -> list[dict[str, Any]]:
-    """Requests that brought it, or did not, and events, in the order of time."""
-    told = [event.document() for event in history if event.concerns(block.name, offset, offset + block.page_size)]
+def _past(block: RamBlock, offset: int, paging: RemotePaging, event_log: EventLog) -> list[dict[str, Any]]:
+    """Requests that had the page in them, answered or not, and events, in the order of time."""
+    found = [event.document() for event in event_log if event.concerns(block.name, offset, offset + block.page_size)]
     link = paging.links.get(block.number)
-    for wish, came in list(link.flow.finished) if link is not None else ():
-        if wish.block == block.number and wish.offset <= offset < wish.offset + wish.length:
-            took = {"answered_at": _wall(came), "took_ms": round((came - wish.sent) * 1e3, 3)} if came else {}
-            who = "in the background" if wish.client == BACKGROUND else f"for client {wish.client}"
+    for request, came in list(link.flow.finished) if link is not None else ():
+        if request.block == block.number and request.offset <= offset < request.offset + request.length:
+            took = {"answered_at": _wall_clock(came), "took_ms": round((came - request.sent) * 1e3, 3)} if came else {}
+            who = "in the background" if request.client == BACKGROUND else f"for client {request.client}"
             text = f"asked of {link.endpoint if link else ''} {who}"
-            told.append({"at": _wall(wish.sent), "kind": "asked", "detail": text, **_wish(wish), **took})
-    return sorted(told, key=lambda one: float(one["at"]))
+            found.append({"at": _wall_clock(request.sent), "kind": "asked", "detail": text, **_range(request), **took})
+    return sorted(found, key=lambda one: float(one["at"]))

@@ -1,10 +1,24 @@
-"""What the command line asks over the router, and the answers: short ones at once, long ones at the desk."""
+"""Questions of the command line, which come over the router: short ones are answered at once, long ones in steps.
+
+The status of hundreds of clients takes tens of milliseconds of the main thread, where remote requests and pages pass.
+Between two steps the main loop handles what has arrived. When messages arrive without a pause, the answers still get
+their share of time. Yielding the processor after each step is not done: it halved the longest remote faults on a quiet
+machine, and made a status last for many seconds on a busy one.
+
+One long answer is in work at a time. The same question, asked again before work on it begins, gets the same answer, so
+many askers cost no more than two answers. Once work has begun the answer may be older than the next asker's knowledge,
+and that one gets an answer of its own.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Protocol
 
 from postcopy_protocol import counters
 from postcopy_protocol.errors import BadInput
@@ -25,80 +39,163 @@ from postcopy_protocol.messages import (
     StoryAnswer,
 )
 
-from .desk import Answering
-from .page_history import story
-from .status import listed
-
-if TYPE_CHECKING:
-    from ..blocks import RamBlock
-    from ..main_loop import MainLoop
-
+from ..blocks import RamBlock
+from ..exports import Exports
+from ..parts import Parts
+from . import status
+from .audit import Auditor
+from .page_history import page_history
 
 LONG = (AskStatus, AskEvents)
 QUESTIONS = (*LONG, AskStop, AskStory, AskResume, AskExport, AskProgress)
+SHARE = 3
+"""While messages arrive without a pause, one part in so many of the time goes to long answers."""
+Answering = Generator[None, None, Message]
+"""Steps of a fraction of a millisecond, and in the end the answer. May raise BadInput, with one line for people."""
 
 
-def long_answer(house: MainLoop, message: Message) -> Answering:
-    """The answer to a LONG question, in steps."""
-    match message:
-        case AskStatus(audit):
-            if audit:
-                yield from house.auditor.now()
-            document = yield from house.document()
-            return StatusAnswer(document.encode())
-        case AskEvents(after):
-            events = yield from listed(house.history.documents(after))
-            return EventsAnswer(events.encode())
-    raise BadInput(f"{type(message).__name__} is no question")
+class Stopper(Protocol):
+    """Ends the supervisor. Raises BadInput when that cannot be done as asked."""
+
+    def ask(self, keep_workers: bool = False) -> None: ...
 
 
-def answer(house: MainLoop, message: Message) -> Message:
-    """The answer to any other question; what cannot be is ControlRefused, with one line for people."""
-    try:
-        match message:
-            case AskStop(keep_workers):
-                house.ask_to_end(keep_workers)
-                return StopAnswer(os.getpid())
-            case AskStory(name, offset):
-                told = story(_block(house, name), offset, house.reception, house.paging, house.history)
-                return StoryAnswer(json.dumps(told).encode())
-            case AskResume(client):
-                return _resume(house, client)
-            case AskExport(name, path):
-                return _export(house, name, path)
-            case AskProgress(job, cancel):
-                return _progress(house, job, cancel)
-        raise BadInput(f"{type(message).__name__} is no question")
-    except BadInput as error:
-        return ControlRefused(str(error))
+class LongAnswerer(Protocol):
+    """Begins the answer to a question of LONG."""
+
+    def begin(self, question: Message) -> Answering: ...
 
 
-def _block(house: MainLoop, name: str) -> RamBlock:
-    block = house.blocks.get(name)
-    if block is None:
-        raise BadInput(f"no block {name} here; there are {', '.join(sorted(house.blocks))}")
-    return block
+class AnswerSender(Protocol):
+    """Takes finished answers, and the exceptions of those that failed."""
+
+    def send_answer(self, identity: bytes, answer: Message) -> None: ...
+    def report_bug(self, what: object, error: Exception) -> None: ...
 
 
-def _resume(house: MainLoop, number: int) -> Message:
-    client = house.reception.clients.get(number)
-    if number and client is None:
-        raise BadInput(f"there is no client {number} here")
-    house.workforce.resume(number)
-    return ResumeAnswer(number, client.words[counters.DENIED] if client and client.words else 0)
+@dataclass(slots=True)
+class _Task:
+    question: Message
+    askers: list[bytes]
+    answering: Answering | None = None
 
 
-def _export(house: MainLoop, name: str, path: str) -> Message:
-    block = _block(house, name)
-    house.zero.heal(block)
-    return house.exports.start(block, path).progress()
+class LongAnswers:
+    """The queue of questions whose answers are made in steps. ``open``: the first is in work, or next."""
+
+    def __init__(self, answerer: LongAnswerer, sender: AnswerSender) -> None:
+        self.open: deque[_Task] = deque()
+        self._answerer = answerer
+        self._sender = sender
+        self._due = 0.0
+
+    def ask(self, asker: bytes, question: Message) -> None:
+        """Queue a question. An asker that repeats it gets as many answers."""
+        for task in self.open:
+            if task.answering is None and task.question == question:
+                task.askers.append(asker)
+                return
+        self.open.append(_Task(question, [asker]))
+
+    def work(self, messages_wait: Callable[[], object], clock: Callable[[], float] = time.monotonic) -> None:
+        """Make steps until none is left, or until messages wait and the answers have had their share of time."""
+        while self.open:
+            begun = clock()
+            if begun < self._due and messages_wait():
+                return
+            self.step()
+            now = clock()
+            self._due = now + (now - begun) * (SHARE - 1)
+
+    def step(self) -> None:
+        """Make one step of the first answer."""
+        task = self.open[0]
+        try:
+            if task.answering is None:
+                task.answering = self._answerer.begin(task.question)
+            next(task.answering)
+            return
+        except StopIteration as done:
+            answer: Message = done.value
+        except BadInput as error:
+            answer = ControlRefused(str(error))
+        except Exception as error:
+            self._sender.report_bug(task.question, error)
+            answer = ControlRefused("it cannot be answered because of a bug; the supervisor's log says more")
+        self.open.popleft()
+        for asker in task.askers:
+            self._sender.send_answer(asker, answer)
+
+    def finish(self) -> None:
+        """Finish every answer: the supervisor ends, and no asker may wait in vain."""
+        while self.open:
+            self.step()
 
 
-def _progress(house: MainLoop, job: int, cancel: bool) -> Message:
-    export = house.exports.get(job)
-    if export is None:
-        raise BadInput(f"there is no export {job}")
-    if cancel and export.running:
-        export.cancel()
-        house.zero.give_up(export.block)
-    return export.progress()
+class Queries:
+    """Answers questions from the parts."""
+
+    def __init__(self, parts: Parts, exports: Exports, auditor: Auditor, stopper: Stopper) -> None:
+        self._parts = parts
+        self._exports = exports
+        self._auditor = auditor
+        self._stopper = stopper
+
+    def begin(self, question: Message) -> Answering:
+        """The answer to a question of LONG, in steps."""
+        match question:
+            case AskStatus(audit):
+                if audit:
+                    yield from self._auditor.now()
+                document = yield from status.document(self._parts)
+                return StatusAnswer(document.encode())
+            case AskEvents(after):
+                events = yield from status.listed(self._parts.event_log.documents(after))
+                return EventsAnswer(events.encode())
+        raise BadInput(f"{type(question).__name__} is no question")
+
+    def answer(self, question: Message) -> Message:
+        """The answer to any other question; ControlRefused, with one line for people, when there is none."""
+        try:
+            match question:
+                case AskStop(keep_workers):
+                    self._stopper.ask(keep_workers)
+                    return StopAnswer(os.getpid())
+                case AskStory(name, offset):
+                    return StoryAnswer(json.dumps(page_history(self._parts, self._block(name), offset)).encode())
+                case AskResume(client):
+                    return self._resume(client)
+                case AskExport(name, path):
+                    return self._export(name, path)
+                case AskProgress(job, cancel):
+                    return self._progress(job, cancel)
+            raise BadInput(f"{type(question).__name__} is no question")
+        except BadInput as error:
+            return ControlRefused(str(error))
+
+    def _block(self, name: str) -> RamBlock:
+        blocks = self._parts.blocks
+        if name not in blocks:
+            raise BadInput(f"no block {name} here; there are {', '.join(sorted(blocks))}")
+        return blocks[name]
+
+    def _resume(self, number: int) -> Message:
+        client = self._parts.clients.by_number.get(number)
+        if number and client is None:
+            raise BadInput(f"there is no client {number} here")
+        self._parts.pool.resume(number)
+        return ResumeAnswer(number, client.counters[counters.DENIED] if client and client.counters else 0)
+
+    def _export(self, name: str, path: str) -> Message:
+        block = self._block(name)
+        self._parts.zero.prepare_export(block)
+        return self._exports.start(block, path).progress()
+
+    def _progress(self, job: int, cancel: bool) -> Message:
+        export = self._exports.get(job)
+        if export is None:
+            raise BadInput(f"there is no export {job}")
+        if cancel and export.running:
+            export.cancel()
+            self._parts.zero.give_up(export.block)
+        return export.progress()

@@ -1,7 +1,7 @@
-"""``serve --record FILE``: takes what workers have written into their rings and appends it to a file.
+"""``serve --record FILE``: appends the faults that workers write into their rings to a file.
 
-A thread of its own, awake twenty times a second. The rings are shared memory, so workers never wait for it; what does
-not fit into a ring in between is counted, here and in the status. The format is in ``postcopy_protocol.trace``.
+A thread of its own empties the rings twenty times a second. They are shared memory, so workers never wait for it. What
+a full ring loses is counted, here and in the status. The format is in ``postcopy_protocol.trace``.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ ROUND_SECONDS = 0.05
 
 @dataclass(slots=True)
 class Ring:
-    """One client's. ``words`` are those of its first page, ``lost`` how many were lost by the last look."""
+    """One client's ring. ``head``: its counters; ``lost``: records lost by the last round."""
 
-    words: memoryview
+    head: memoryview
     records: memoryview
     lost: int = 0
 
 
 class Recorder(threading.Thread):
-    """``present`` holds the clients that there are: the ring of one that has left is emptied once more and
-    forgotten. Raises BadInput for a file that cannot be written."""
+    """``present``: numbers of the clients. The ring of one that has left is emptied once more and dropped. Raises
+    BadInput for a file that cannot be written."""
 
     def __init__(self, path: str, blocks: Iterable[RamBlock], present: Collection[int]) -> None:
         super().__init__(name="recorder", daemon=True)
@@ -57,16 +57,16 @@ class Recorder(threading.Thread):
         self._rings: dict[int, Ring] = {}
         self._end = threading.Event()
         self._monotonic = time.monotonic_ns()
-        told = tuple(trace.Traced(block.number, block.name, block.size, block.page_size) for block in blocks)
+        traced = tuple(trace.Traced(block.number, block.name, block.size, block.page_size) for block in blocks)
         try:
-            # It tells who read what: for the supervisor's user alone.
+            # It shows which client read what, so only the supervisor's user may read it.
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            os.write(self._file, trace.Header(time.time(), self._monotonic, told).encode())
+            os.write(self._file, trace.Header(time.time(), self._monotonic, traced).encode())
         except OSError as error:
             raise BadInput(f"--record {path}: {error.strerror}") from error
 
     def add(self, client: int, figures: int) -> None:
-        """A client whose figures have come to be (main thread); those without a ring are left out."""
+        """Read this client's ring from now on (main thread). Figures without a ring are ignored."""
         if os.fstat(figures).st_size >= FIGURES_BYTES:
             page = memoryview(mmap.mmap(figures, FIGURES_BYTES))
             self._rings[client] = Ring(page[RING_HEAD:RING_AT].cast("Q"), page[RING_AT:])
@@ -76,7 +76,7 @@ class Recorder(threading.Thread):
             self._round()
 
     def close(self) -> None:
-        """Empty all rings a last time."""
+        """Empty all rings a last time and close the file."""
         self._end.set()
         if self.is_alive():
             self.join()
@@ -90,26 +90,26 @@ class Recorder(threading.Thread):
 
     def _round(self) -> None:
         for client, ring in list(self._rings.items()):
-            gone = client not in self._present  # asked first: what it has written by now is all
+            gone = client not in self._present  # checked first: then all that it wrote is in the ring
             self._empty(ring)
             if gone:
                 del self._rings[client]
 
     def _empty(self, ring: Ring) -> None:
-        words = ring.words
-        written, taken = words[RING_WRITTEN], words[RING_TAKEN]
-        self.lost += words[RING_LOST] - ring.lost
-        ring.lost = words[RING_LOST]
-        if not taken < written <= taken + RING_RECORDS:  # nothing new, or not what a worker of ours would write
+        head = ring.head
+        written, taken = head[RING_WRITTEN], head[RING_TAKEN]
+        self.lost += head[RING_LOST] - ring.lost
+        ring.lost = head[RING_LOST]
+        if not taken < written <= taken + RING_RECORDS:  # nothing new, or not written by our worker
             return
         first, count = taken % RING_RECORDS, written - taken
         for low, many in ((first, min(count, RING_RECORDS - first)), (0, max(0, first + count - RING_RECORDS))):
             if many:
                 self._write(self._shifted(bytes(ring.records[low * RECORD.size : (low + many) * RECORD.size])), many)
-        words[RING_TAKEN] = written
+        head[RING_TAKEN] = written
 
     def _shifted(self, data: bytes) -> bytes:
-        """Workers write the clock's time, the file has the time since its start."""
+        """Workers write the clock's time; the file has the time since its start."""
         out = bytearray(data)
         for at in range(0, len(out), RECORD.size):
             word = int.from_bytes(out[at : at + 7], "little") - self._monotonic
@@ -125,6 +125,6 @@ class Recorder(threading.Thread):
             while left:
                 left = left[os.write(self._file, left) :]
             self.records += count
-        except OSError as error:  # a full disk must not stop anybody's faults
+        except OSError as error:  # a full disk must not stop any fault
             self.failed, self.lost = str(error.strerror), self.lost + count
             log.error("recording to %s ends: %s", self.path, error.strerror)

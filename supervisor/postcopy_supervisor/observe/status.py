@@ -1,10 +1,8 @@
-"""The status document: what the supervisor sees, as JSON. Its fields are the interface of ``postcopy status
---json``.
+"""The status document: what the supervisor sees, as JSON. Its fields are the interface of ``postcopy status --json``.
 
-It is made in steps, one for each client, between which the house hears what has come (``desk.py``), so that a document
-tells of some tens of milliseconds. It is about the clients that are there when it is begun. Who has left before its
-turn is not listed; what it did is in the totals all the same, and once, because its figures can be read as long as
-somebody has hold of them.
+It is made in steps, one for each client, between which the main loop handles what has arrived (``queries``). So a
+document shows a span of some tens of milliseconds. It lists the clients that are there when it is begun. A client that
+leaves before its step is not listed; its figures are in the totals, once, because they stay readable while referenced.
 """
 
 from __future__ import annotations
@@ -19,113 +17,94 @@ from postcopy_protocol import counters, stages
 from postcopy_protocol.messages import VERSION
 
 from ..blocks import RamBlock
-from ..clients.attach_server import AttachServer, Client
-from ..clients.client_zero import ClientZero
+from ..clients.client import Client, Clients
 from ..paging.paging import RemotePaging
 from ..paging.source_link import SourceLink
+from ..parts import Parts
 from ..pool.lifecycle import RestartPolicy
 from ..pool.worker_pool import WorkerPool
-from .event_log import History
 
 MAP_CELLS = 128
-"""Stretches of the residency map of a block."""
+"""Cells of the residency map of a block."""
 NOTHING = counters.merge(())
-"""Figures of a client that has none yet."""
+"""Counters of a client that has none yet."""
 AT_ONCE = 16
-"""Short items of a list in one step."""
+"""Short items of a list that are made in one step."""
 Steps = Generator[None, None, str]
-"""Steps of a fraction of a millisecond; what they make is JSON."""
+"""Steps of a fraction of a millisecond; the result is JSON."""
 
 
-def document(
-    started: float,
-    state: str,
-    blocks: Sequence[RamBlock],
-    reception: AttachServer,
-    workforce: WorkerPool,
-    zero: ClientZero,
-    paging: RemotePaging,
-    history: History,
-    recovered: int = 0,
-    record: dict[str, Any] | None = None,
-) -> Steps:
-    """The whole of it."""
+def document(parts: Parts) -> Steps:
+    """The whole document."""
+    paging, blocks = parts.paging, list(parts.blocks.values())
     paused = {number for number, link in paging.links.items() if link.state == "paused"}
-    census = Census(reception, workforce, blocks, paused)
+    census = Census(parts.clients, parts.pool, blocks, paused)
     clients = yield from census.take()
-    told = {
+    head = {
         "protocol": VERSION,
         "pid": os.getpid(),
-        "uptime_s": round(time.monotonic() - started, 3),
-        "state": "paused" if paused and state == "running" else state,
-        "recovered": recovered,
+        "uptime_s": round(time.monotonic() - parts.state.started, 3),
+        "state": parts.shown_state,
+        "recovered": parts.recoveries,
     }
     shown = []
     for block in blocks:
         yield
         shown.append(json.dumps((yield from _block(block, census.stages[block.number], paging))))
-    events = yield from listed(history.documents())
-    ending = {
+    events = yield from listed(parts.event_log.documents())
+    tail = {
         "sources": [_source(link) for link in dict.fromkeys(paging.links.values())],
-        "totals": _totals(census.total, blocks, workforce, zero, paging, history),
-        "restart_policy": _policy(workforce.fleet.policy),
-        "record": record,
+        "totals": _totals(census.total, parts),
+        "restart_policy": _policy(parts.pool.policy),
+        "record": parts.recorder.document() if parts.recorder is not None else None,
     }
     yield
     lists = f'"blocks": [{", ".join(shown)}], "clients": {clients}, "events": {events}'
-    return f"{json.dumps(told)[:-1]}, {lists}, {json.dumps(ending)[1:]}"
+    return f"{json.dumps(head)[:-1]}, {lists}, {json.dumps(tail)[1:]}"
 
 
 def listed(items: Iterable[Any]) -> Steps:
-    """A list of them, some in each step."""
-    told = []
+    """A JSON list, AT_ONCE items in each step."""
+    made = []
     for at, item in enumerate(items):
         if at % AT_ONCE == 0:
             yield
-        told.append(json.dumps(item))
-    return f"[{', '.join(told)}]"
+        made.append(json.dumps(item))
+    return f"[{', '.join(made)}]"
 
 
 class Census:
-    """Goes from client to client: tells of each, and adds their figures to those of the clients that have left."""
+    """Describes client after client, and adds their figures to those of the clients that have left."""
 
-    def __init__(
-        self, reception: AttachServer, workforce: WorkerPool, blocks: Sequence[RamBlock], paused: set[int]
-    ) -> None:
-        self.total = list(reception.past)
-        """A statistics page."""
-        self.stages = {number: words.tolist() for number, words in reception.past_stages.items()}
+    def __init__(self, clients: Clients, pool: WorkerPool, blocks: Sequence[RamBlock], paused: set[int]) -> None:
+        self.total = list(clients.past)
+        """Counters of all clients."""
+        self.stages = {number: page.tolist() for number, page in clients.past_stages.items()}
         """By block."""
-        self._here = list(reception.clients.values())
-        self._reception = reception
-        self._workforce = workforce
+        self._present = list(clients.by_number.values())
+        self._clients = clients
+        self._pool = pool
         self._names = {block.number: block.name for block in blocks}
         self._paused = paused
 
     def take(self) -> Steps:
-        """A list of clients."""
-        told = []
-        for client in self._here:
+        """The list of clients."""
+        made = []
+        for client in self._present:
             yield
-            words = client.words[: counters.DENIED_AT].tolist() if client.words is not None else NOTHING
+            page = client.counters[: counters.DENIED_AT].tolist() if client.counters is not None else NOTHING
             staged = {block: stages.snapshot(client.stages(block)) for block in client.touches}
-            counters.join(self.total, words)
+            counters.join(self.total, page)
             for block, found in staged.items():
                 stages.join(self.stages[block], found)
-            if self._reception.clients.get(client.number) is client:
-                told.append(json.dumps(_client(client, words, staged, self._workforce, self._names, self._paused)))
-        return f"[{', '.join(told)}]"
+            if self._clients.by_number.get(client.number) is client:
+                made.append(json.dumps(_client(client, page, staged, self._pool, self._names, self._paused)))
+        return f"[{', '.join(made)}]"
 
 
-def _totals(
-    total: list[int],
-    blocks: Sequence[RamBlock],
-    workforce: WorkerPool,
-    zero: ClientZero,
-    paging: RemotePaging,
-    history: History,
-) -> dict[str, Any]:
-    counters.join(total, zero.words)
+def _totals(total: list[int], parts: Parts) -> dict[str, Any]:
+    paging, zero = parts.paging, parts.zero
+    counters.join(total, zero.counters)
     return {
         "faults": counters.faults(total) + zero.faults,
         "requests": paging.engine.requests,
@@ -136,9 +115,9 @@ def _totals(
         "blocked_s": blocked_s(total),
         "wakes": total[counters.WAKES],
         "lost": total[counters.LOST],
-        "restarts": workforce.restarts,
-        "polluted": sum(last - first for block in blocks for first, last in block.polluted),
-        "repaired": history.counts.get("polluted", 0),
+        "restarts": parts.pool.restarts,
+        "polluted": sum(last - first for block in parts.blocks.values() for first, last in block.polluted),
+        "repaired": parts.event_log.counts.get("polluted", 0),
         "latency_us": counters.summary(total),
     }
 
@@ -154,9 +133,9 @@ def _policy(policy: RestartPolicy) -> dict[str, Any]:
     }
 
 
-def blocked_s(words: Sequence[int]) -> float:
-    """Seconds that threads stood at missing pages, all waits added up."""
-    return round(counters.sum_ns(words) / 1e9, 6)
+def blocked_s(page: Sequence[int]) -> float:
+    """Seconds that threads waited for missing pages, all waits added up."""
+    return round(counters.sum_ns(page) / 1e9, 6)
 
 
 def _block(block: RamBlock, staged: list[int], paging: RemotePaging) -> Generator[None, None, dict[str, Any]]:
@@ -194,50 +173,50 @@ def _source(link: SourceLink) -> dict[str, Any]:
     }
 
 
-def shown_state(client: Client, workforce: WorkerPool) -> str:
-    """Of its worker, or of the client that needs none (any more, or yet)."""
-    slot = workforce.fleet.slots.get(client.number)
-    return slot.shown if slot is not None else ("running" if client.released else "starting")
+def shown_state(client: Client, pool: WorkerPool) -> str:
+    """State of its worker, or of a client that needs none (any more, or yet)."""
+    slot = pool.slots.get(client.number)
+    return slot.shown_state if slot is not None else ("running" if client.released else "starting")
 
 
 def _client(
     client: Client,
-    words: Sequence[int],
+    page: Sequence[int],
     staged: dict[int, list[counters.BucketRun]],
-    workforce: WorkerPool,
+    pool: WorkerPool,
     names: dict[int, str],
     paused: set[int],
 ) -> dict[str, Any]:
-    """``words`` and ``staged``: what its figures were."""
-    slot = workforce.fleet.slots.get(client.number)
-    shown = shown_state(client, workforce)
+    """``page`` and ``staged``: its figures."""
+    slot = pool.slots.get(client.number)
+    shown = shown_state(client, pool)
     if shown == "running" and any(region.block in paused for region in client.regions):
         shown = "paused"
-    seen = {(region.block, region.mode): None for region in [*client.regions, *client.released]}
+    seen = {(region.block, region.mode): None for region in client.all_regions}
     return {
         "id": client.number,
         "name": client.name,
         "kind": client.conversation.kind,
         "uid": client.uid,
         "pid": client.pid,
-        "worker_pid": workforce.pid(client.number),
+        "worker_pid": pool.pid(client.number),
         "state": shown,
         "blocks": [
             {"name": names[block], "mode": mode, "stages_us": stages.summaries(staged[block])} for block, mode in seen
         ],
         "released": sorted({names[region.block] for region in client.released}),
-        "faults": counters.faults(words),
-        "placed": counters.placed(words),
-        "placed_around": words[counters.AROUND],
-        "around_used": words[counters.AROUND_USED],
-        "deduplicated": words[counters.DEDUPLICATED],
-        "blocked_s": blocked_s(words),
-        "requests": words[counters.REQUESTS],
-        "wakes": words[counters.WAKES],
-        "lost": words[counters.LOST],
-        "failures": words[counters.FAILURES],
+        "faults": counters.faults(page),
+        "placed": counters.placed(page),
+        "placed_around": page[counters.AROUND],
+        "around_used": page[counters.AROUND_USED],
+        "deduplicated": page[counters.DEDUPLICATED],
+        "blocked_s": blocked_s(page),
+        "requests": page[counters.REQUESTS],
+        "wakes": page[counters.WAKES],
+        "lost": page[counters.LOST],
+        "failures": page[counters.FAILURES],
         "restarts": slot.restarts if slot is not None else 0,
-        "denied": words[counters.DENIED] + words[counters.UNNOTED],
-        "walls": counters.sandbox_names(words[counters.SANDBOX]),
-        "latency_us": counters.summary(words),
+        "denied": page[counters.DENIED] + page[counters.UNNOTED],
+        "walls": counters.sandbox_names(page[counters.SANDBOX]),
+        "latency_us": counters.summary(page),
     }

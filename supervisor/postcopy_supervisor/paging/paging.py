@@ -21,7 +21,7 @@ from postcopy_protocol.templates import OFFSET_BYTES
 from postcopy_protocol.window import FaultAround
 
 from ..blocks import RamBlock
-from ..observe.event_log import Tell
+from ..event_log import Tell
 from .background import Background
 from .engine import Ask, Effect, Engine, Release
 from .fast_path import Window, WorkerFastPath, worker_fast_path
@@ -231,7 +231,7 @@ class RemotePaging:
                     wanted.append(RangeRequest(client, number, start * size, (stop - start) * size))
                 at = stop
         flow.defer(wanted, now)
-        self._alarm.ring_at(flow.retry_at)
+        self._alarm.tick_at(flow.retry_at)
 
     # --- sources that give up, go or come back ------------------------------------------------------------------------
 

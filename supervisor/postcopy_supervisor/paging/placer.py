@@ -15,7 +15,7 @@ from postcopy_protocol.geometry import PAGE_2M
 from postcopy_protocol.received_map import LOST, MISSING, PLACING, RECEIVED, SHARED, runs_of
 
 from ..blocks import RamBlock
-from ..observe.event_log import Tell
+from ..event_log import Tell
 from .ports import Alarm
 
 ZERO_PIECE = 1 << 20
@@ -85,7 +85,7 @@ class Placer:
         self._undropped += pages * block.page_size
         if self._undropped >= DROP_AFTER:
             self._undropped = 0
-            self._alarm.aside(block.forget_own_pages)
+            self._alarm.call_soon(block.forget_own_pages)
 
     def _copy(self, block: RamBlock, first: int, end: int, source: int) -> int:
         size, received, base = block.page_size, block.received, block.mapping.address

@@ -60,10 +60,10 @@ class SendToSource(Protocol):
 class Alarm(Protocol):
     """The supervisor's timer and second thread (the listener)."""
 
-    def ring_at(self, due: float | None) -> None:
+    def tick_at(self, due: float | None) -> None:
         """Tick no later than at this monotonic time, besides the regular ticks."""
 
-    def aside(self, act: Callable[[], None]) -> None:
+    def call_soon(self, act: Callable[[], None]) -> None:
         """Do something in another thread, soon: a call that would hold up the main thread for milliseconds."""
 
 

@@ -46,7 +46,7 @@ from postcopy_protocol.return_path import (
 )
 from postcopy_protocol.templates import REQUEST_LIMIT, MessageTemplates
 
-from ..observe.event_log import Tell
+from ..event_log import Tell
 from .flow_control import Effect, FlowControl, GiveUp, Limits, RangeRequest
 from .ports import LinkOwner, SendToSource
 

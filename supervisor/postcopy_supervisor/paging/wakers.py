@@ -13,7 +13,7 @@ from postcopy_protocol.codec import encode, pack_offsets
 from postcopy_protocol.messages import Lost, Wake
 
 from ..blocks import RamBlock
-from ..observe.event_log import Tell
+from ..event_log import Tell
 from .engine import Release
 from .placer import event_fields
 from .ports import BlockClients, OwnWaiter, WorkerSender

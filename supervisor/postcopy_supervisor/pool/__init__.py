@@ -1,1 +1,1 @@
-"""Worker processes: their lifecycle, and the custodian that forks them."""
+"""Worker processes: their state machine, the pool that carries it out, and the custodian that forks them."""

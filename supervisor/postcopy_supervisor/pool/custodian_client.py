@@ -1,5 +1,4 @@
-"""The supervisor's side of the custodian: start it or adopt a predecessor's, give it duplicates, order forks, start it
-anew when it dies."""
+"""The supervisor's side of the custodian: start or take over one, give it duplicates of descriptors, order forks."""
 
 from __future__ import annotations
 
@@ -25,11 +24,11 @@ END_SECONDS = 3.0
 
 
 class CustodianClient:
-    """``keep`` and ``drop`` are remembered: a new custodian is given everything that the old one kept, and the workers
-    that ``adopt`` names."""
+    """Remembers what ``keep`` and ``drop`` were given: a new custodian gets everything that the old one kept, and the
+    workers that ``adopt`` names."""
 
     def __init__(self, directory: str, orphans: WhenOrphaned, *, device: bool) -> None:
-        """``device``: workers make their own userfaultfd through /dev/userfaultfd, for which they need no rights."""
+        """``device``: workers make their userfaultfd through /dev/userfaultfd, for which they need no privilege."""
         self._device = device
         self._directory = directory
         self._orphans = orphans
@@ -41,8 +40,8 @@ class CustodianClient:
         self.pid = 0
 
     def start(self) -> socket.socket:
-        """A new custodian; returns the channel to listen to. Raises OSError when there is no room for it (processes,
-        memory, descriptors)."""
+        """Start a new custodian; returns its channel. Raises OSError when processes, memory or descriptors are
+        exhausted."""
         self.reap()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (ours, theirs):
@@ -62,26 +61,26 @@ class CustodianClient:
             pidfd = process.pidfd_open(self._process.pid)
         except OSError:
             ours.close()
-            self._give_up()
+            self._abandon_process()
             raise
-        self._is_at(ours, self._process.pid, pidfd)
+        self._connect(ours, self._process.pid, pidfd)
         for key, (meta, fds) in self._kept.items():
             self._send(Keep(key, meta), fds)
         return ours
 
-    def _give_up(self) -> None:
-        """There is no descriptor to hold what has been started."""
+    def _abandon_process(self) -> None:
+        """Kill what has been started: no descriptor is left for its pidfd."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._process = None
 
     def take_over(self, channel: socket.socket, pid: int, pidfd: int) -> None:
-        """The custodian of a predecessor is ours from now on."""
+        """Use the custodian of the previous supervisor from now on."""
         channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
-        self._is_at(channel, pid, pidfd)
+        self._connect(channel, pid, pidfd)
 
-    def _is_at(self, channel: socket.socket, pid: int, pidfd: int) -> None:
+    def _connect(self, channel: socket.socket, pid: int, pidfd: int) -> None:
         self.channel, self.pid, self._pidfd = channel, pid, pidfd
         self._unsent.clear()
         self._send(self._orphans, ())
@@ -89,11 +88,11 @@ class CustodianClient:
     def adopt(
         self, worker: int, incarnation: int, pid: int, pidfd: int, keys: Sequence[str], assignment: bytes
     ) -> None:
-        """A worker that this custodian has not forked."""
+        """Give it a worker that it has not forked."""
         self._send(Adopt(worker, incarnation, pid, tuple(keys), assignment), (pidfd,))
 
     def keep(self, key: str, meta: bytes, fds: Sequence[int]) -> None:
-        """Duplicates of ``fds`` under ``key``; the caller keeps its own open until ``drop``."""
+        """Give it duplicates of ``fds`` under ``key``; the caller keeps its own open until ``drop``."""
         self._kept[key] = (meta, tuple(fds))
         self._send(Keep(key, meta), fds)
 
@@ -102,7 +101,7 @@ class CustodianClient:
             self._send(Drop(key), ())
 
     def forget(self, key: str) -> None:
-        """Drop what a predecessor kept and we never had."""
+        """Drop what the previous supervisor kept and this one never had."""
         self._send(Drop(key), ())
 
     def fork(self, worker: int, incarnation: int, keys: Sequence[str], assignment: bytes) -> None:
@@ -115,7 +114,7 @@ class CustodianClient:
         self.flush()
 
     def flush(self) -> None:
-        """Send what the custodian would not take before; called again and again until nothing is left."""
+        """Send what the custodian did not take before; called at every tick until nothing is left."""
         while self._unsent and self.channel is not None:
             data, fds = self._unsent[0]
             try:
@@ -123,9 +122,9 @@ class CustodianClient:
             except BlockingIOError:
                 return
             except OSError as error:
-                # EBADF: the client left while its word waited. Anything else: the custodian is gone, which its channel
-                # says.
-                log.debug("a word to the custodian is not sent: %s", error)
+                # EBADF: the client left while its message waited. Anything else: the custodian is gone, and its channel
+                # reports that.
+                log.debug("a message to the custodian is not sent: %s", error)
             self._unsent.popleft()
 
     @property
@@ -134,12 +133,12 @@ class CustodianClient:
         return bool(self._unsent)
 
     def kill(self) -> None:
-        """It does not answer: its channel will end, and another takes its place."""
+        """Kill a custodian that does not answer: its channel ends, and another is started."""
         self._kill()
 
     def lost(self) -> None:
-        """Its channel has ended. It is killed first if it lives: left alone, it would replace workers by itself, and
-        two lives would read one userfaultfd."""
+        """Its channel has ended. It is killed if it still lives: an orphan replaces workers on its own, and then two
+        processes would read one userfaultfd."""
         self._kill()
         self._close()
 
@@ -154,7 +153,7 @@ class CustodianClient:
         self.channel = None
 
     def reap(self) -> None:
-        """Wait for its end, then insist."""
+        """Wait for its end, then kill it."""
         if self._pidfd < 0:
             return
         if not process.pidfd_exited(self._pidfd, END_SECONDS):
@@ -167,17 +166,17 @@ class CustodianClient:
             self._process = None
 
     def end(self) -> None:
-        """Orderly: dismissed, it ends with its last worker."""
+        """End it in order: once dismissed, it ends with its last worker."""
         self._send(Dismiss(), ())
         self._close()
         self.reap()
 
     def step_aside(self) -> None:
-        """Leave everything to a successor, once all that was said is sent."""
+        """Leave everything to a later supervisor, after sending what is queued."""
         deadline = time.monotonic() + END_SECONDS
         while self._unsent and self.channel is not None and time.monotonic() < deadline:
             select.select([], [self.channel], [], 0.1)
             self.flush()
         if self._unsent:
-            log.error("the custodian does not take its last %d words", len(self._unsent))
+            log.error("the custodian does not read its last %d messages", len(self._unsent))
         self._close()

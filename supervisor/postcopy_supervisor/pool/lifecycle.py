@@ -1,15 +1,15 @@
-"""The fleet: when a worker is forked, killed, forked again, given up. The law only; no process is touched here.
+"""The state machine of worker processes: when one is forked, killed, restarted, given up. Pure; touches no process.
 
-One slot a worker (worker 0 is the supervisor's own, see ``client_zero``). Every life of a worker is an incarnation
-with a number of its own, so that a late word about an earlier life is known for what it is. Two lives must never read
-one userfaultfd at the same time (each would get a part of the messages), so a successor is forked only when the
-predecessor's pidfd has said that it is gone.
+There is one slot a worker (worker 0 is the supervisor's own, see ``worker_zero``). Every process of a worker is an
+incarnation with its own number, so that a late message about an earlier one is recognised. Two processes must never
+read one userfaultfd at the same time, because each would get a part of the messages. So a successor is forked only when
+the pidfd of its predecessor says that it has ended.
 
-    starting --hello--> running --exit--> waiting --due--> starting        (restart, ever later when it crashes often)
+    starting --hello--> running --exit--> waiting --due--> starting        (restart, with a growing delay)
         any --renew--> ending --exit--> starting                           (its assignment has changed)
         any --leave--> ending --exit--> (gone)
-    more than ``limit`` crashes in ``interval``: quarantined. The next lives run nothing of a user's and poison what is
-    missing; or (not ``poison``) there is none: resting, what is missing waits until an operator says resume
+    more than ``limit`` crashes in ``interval``: quarantined. The next incarnations run no code of a user and poison
+    missing pages. Without ``poison`` there is no next one: resting, missing pages wait until ``postcopy resume``
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ LONGEST_BACKOFF = 5.0
 
 @dataclass(frozen=True, slots=True)
 class RestartPolicy:
-    """Seconds, but for ``limit``: crashes within ``interval`` that are forgiven. ``backoff`` doubles from crash to
-    crash until a life has lasted ``stable``. ``poison``: what is missing for a quarantined client is poisoned, else it
-    waits. ``start_deadline``: for a worker to say hello."""
+    """When a worker that ends is restarted. Times in seconds.
+
+    ``limit`` crashes within ``interval`` are forgiven. ``backoff`` doubles from crash to crash until an incarnation has
+    lasted ``stable``. ``poison``: missing pages of a quarantined client are poisoned, else they wait.
+    ``start_deadline``: for a new worker's hello."""
 
     limit: int = 5
     interval: float = 60.0
@@ -37,7 +39,7 @@ class RestartPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Fork:
-    """Ask the custodian for this incarnation."""
+    """Order this incarnation from the custodian."""
 
     worker: int
     incarnation: int
@@ -60,7 +62,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Gone:
-    """The worker that was to leave has left."""
+    """The worker that was asked to leave has ended."""
 
     worker: int
 
@@ -77,10 +79,10 @@ Effect = Fork | Kill | Ready | Gone | Quarantine
 
 @dataclass(slots=True)
 class Slot:
-    """What is known of one worker."""
+    """State of one worker: starting, running, waiting, resting or ending."""
 
     worker: int
-    state: str = "starting"  # starting, running, waiting, resting, ending
+    state: str = "starting"
     incarnation: int = 0
     forked: bool = False
     since: float = 0.0
@@ -93,19 +95,18 @@ class Slot:
     unforked: int = 0
     """Forks in a row that failed."""
 
-    called: tuple[int, bytes] = (-1, b"")
-    """An incarnation, and its routing id."""
+    _routing_id: tuple[int, bytes] = (-1, b"")
 
     @property
-    def name(self) -> bytes:
-        """The routing id of the worker that lives now."""
-        if self.called[0] != self.incarnation:
-            self.called = (self.incarnation, b"w%d.%d" % (self.worker, self.incarnation))
-        return self.called[1]
+    def routing_id(self) -> bytes:
+        """The ZeroMQ routing id of the present incarnation; made once for each."""
+        if self._routing_id[0] != self.incarnation:
+            self._routing_id = (self.incarnation, b"w%d.%d" % (self.worker, self.incarnation))
+        return self._routing_id[1]
 
     @property
-    def shown(self) -> str:
-        """The state in the words of ``status``."""
+    def shown_state(self) -> str:
+        """The state that ``status`` shows."""
         if self.quarantined:
             return "quarantined"
         if self.state == "running":
@@ -117,21 +118,21 @@ _ORDERED = ("starting", "ending")
 
 
 class Lifecycle:
-    """All slots. Every method takes the monotonic time in seconds and returns what is to be done, in order."""
+    """All slots. Every method takes the monotonic time in seconds and returns effects to carry out in order."""
 
     def __init__(self, policy: RestartPolicy | None = None) -> None:
         self.policy = policy or RestartPolicy()
         self.slots: dict[int, Slot] = {}
         self.restarts = 0
-        """Crashes of all workers so far, those that are gone included."""
+        """Crashes of all workers so far, including those that have left."""
         self._answered = 0.0
         self.used: dict[int, int] = {}
-        """The highest incarnation of a worker that an earlier supervisor knew; its new lives are above it."""
+        """By worker: the highest incarnation that an earlier supervisor knew. New incarnations get higher numbers."""
 
-    # --- wishes -------------------------------------------------------------------------------------------------------
+    # --- requests -----------------------------------------------------------------------------------------------------
 
     def start(self, worker: int, now: float, quarantined: bool = False) -> list[Effect]:
-        """A new worker is wanted; ``quarantined``: by an earlier supervisor."""
+        """Start a new worker; ``quarantined``: an earlier supervisor quarantined it."""
         slot = self.slots[worker] = Slot(worker, incarnation=self.used.get(worker, 0), quarantined=quarantined)
         if quarantined and not self.policy.poison:
             slot.state = "resting"
@@ -139,7 +140,7 @@ class Lifecycle:
         return self._fork(slot, now)
 
     def adopt(self, worker: int, incarnation: int, quarantined: bool, now: float) -> list[Effect]:
-        """A life that an earlier supervisor began and that serves on. Of two lives the later one stays."""
+        """Continue an incarnation that an earlier supervisor started. Of two, the later one stays."""
         slot = self.slots.setdefault(worker, Slot(worker))
         later = incarnation > slot.incarnation
         effects: list[Effect] = []
@@ -152,13 +153,13 @@ class Lifecycle:
         return effects
 
     def renew(self, worker: int, now: float) -> list[Effect]:
-        """Its assignment has changed: a successor with the new one."""
+        """Replace it, because its assignment has changed."""
         slot = self.slots[worker]
         slot.then_leave = False
         return self._end(slot, now)
 
     def leave(self, worker: int, now: float) -> list[Effect]:
-        """It is not needed any more."""
+        """End it: it is not needed any more."""
         slot = self.slots.get(worker)
         if slot is None:
             return []
@@ -166,7 +167,7 @@ class Lifecycle:
         return self._end(slot, now)
 
     def resume(self, worker: int, now: float) -> list[Effect]:
-        """An operator trusts a quarantined worker's next life: its crashes are forgiven."""
+        """End a quarantine (an operator asks for it) and forgive the crashes."""
         slot = self.slots[worker]
         slot.quarantined = False
         slot.crashes.clear()
@@ -177,13 +178,13 @@ class Lifecycle:
     def _end(self, slot: Slot, now: float) -> list[Effect]:
         if slot.state == "waiting":  # nothing runs
             return self._after_the_end(slot, now)
-        if slot.state == "resting":  # nothing runs, and nothing shall: whoever waits for the change is answered
+        if slot.state == "resting":  # nothing runs or will run: requests that wait for the change are answered
             return self._after_the_end(slot, now) if slot.then_leave else [Ready(slot.worker)]
         was, slot.state, slot.since = slot.state, "ending", now
-        # Asked for but not yet there: it is killed when it comes.
+        # Ordered but not forked yet: it is killed when the custodian reports it.
         return [Kill(slot.worker, slot.incarnation)] if slot.forked and was != "ending" else []
 
-    # --- news ---------------------------------------------------------------------------------------------------------
+    # --- reports ------------------------------------------------------------------------------------------------------
 
     def forked(self, worker: int, incarnation: int, now: float) -> list[Effect]:
         """The custodian has forked it."""
@@ -198,7 +199,7 @@ class Lifecycle:
         return [Kill(worker, incarnation)] if slot.state == "ending" else []
 
     def hello(self, worker: int, incarnation: int, now: float) -> list[Effect]:
-        """It has said that it is there."""
+        """It has sent its WorkerHello."""
         slot = self.slots.get(worker)
         if slot is None or incarnation != slot.incarnation or slot.state != "starting":
             return []
@@ -206,12 +207,12 @@ class Lifecycle:
         return [Ready(worker)]
 
     def exited(self, worker: int, incarnation: int, now: float) -> list[Effect]:
-        """Its pidfd says that it is gone."""
+        """Its pidfd says that it has ended."""
         slot = self.slots.get(worker)
         if slot is None:
             return []
         if incarnation != slot.incarnation:
-            # The stray may have read messages of the userfaultfd: a new life wakes everything.
+            # The stray may have read messages of the userfaultfd: a new incarnation wakes everything.
             slot.strays -= 1
             return self.renew(worker, now) if slot.state in ("starting", "running") else []
         if slot.state == "ending":
@@ -219,8 +220,8 @@ class Lifecycle:
         return self._crashed(slot, now)
 
     def fork_failed(self, worker: int, incarnation: int, now: float) -> list[Effect]:
-        """The custodian could not fork it: no memory, no process more. Nothing that its client did, so no crash: it
-        waits, ever longer, until there is room."""
+        """The custodian could not fork it (no memory or process left). That is no crash of the worker: the order is
+        repeated with a growing delay."""
         self._answered = now
         slot = self.slots.get(worker)
         if slot is None or incarnation != slot.incarnation or slot.forked:
@@ -233,7 +234,7 @@ class Lifecycle:
         return []
 
     def custodian_lost(self, now: float) -> list[Effect]:
-        """Orders to fork that were under way are lost with it; workers that run go on."""
+        """Repeat the orders to fork that were lost with the custodian; running workers go on."""
         effects: list[Effect] = []
         for slot in list(self.slots.values()):
             if not slot.forked and slot.state == "starting":
@@ -252,20 +253,20 @@ class Lifecycle:
                 if slot.forked:
                     slot.since = now
                     effects.append(Kill(slot.worker, slot.incarnation))
-                elif now - self._answered > self.policy.start_deadline:  # else a crowd stands before it in the queue
+                elif now - self._answered > self.policy.start_deadline:  # else other orders are before it
                     effects += self._fork(slot, now)
         return effects
 
     def unanswered(self, now: float) -> float:
-        """For how many seconds the custodian has answered none of the orders to fork that wait."""
+        """Seconds for which the custodian has answered none of the open orders to fork."""
         waiting = [slot.since for slot in self.slots.values() if not slot.forked and slot.state in _ORDERED]
         return max(0.0, now - max(min(waiting), self._answered)) if waiting else 0.0
 
     def next_due(self) -> float | None:
-        """When tick has something to do, if anything waits."""
+        """When ``tick`` has to be called next, if a slot waits."""
         return min((slot.due for slot in self.slots.values() if slot.state == "waiting"), default=None)
 
-    # --- the law ------------------------------------------------------------------------------------------------------
+    # --- transitions --------------------------------------------------------------------------------------------------
 
     def _fork(self, slot: Slot, now: float) -> list[Effect]:
         slot.incarnation += 1
@@ -292,8 +293,8 @@ class Lifecycle:
             effects.append(Quarantine(slot.worker))
         if slot.quarantined and not policy.poison:
             slot.state, slot.forked = "resting", False
-            return [*effects, Ready(slot.worker)]  # an attach that waits for this worker is answered
-        # The first crash costs the client as little time as can be; the second and later ones wait.
+            return [*effects, Ready(slot.worker)]  # attaches that wait for this worker are answered
+        # The first restart is immediate, for the client's sake; the second and later ones wait.
         wait = 0.0 if len(slot.crashes) == 1 else policy.backoff * 2 ** (len(slot.crashes) - 2)
         slot.state, slot.forked, slot.due = "waiting", False, now + min(wait, policy.longest_backoff)
         return effects + (self.tick(now) if wait == 0.0 else [])

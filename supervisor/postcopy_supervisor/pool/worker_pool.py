@@ -1,5 +1,4 @@
-"""What the fleet's law says, done: forks ordered, pidfds watched, workers killed, and the news told to whom it
-concerns."""
+"""The pool of worker processes: carries out what the lifecycle decides, and sends messages to workers."""
 
 from __future__ import annotations
 
@@ -7,9 +6,12 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from postcopy_kernel import process
 from postcopy_protocol.codec import encode
@@ -23,29 +25,53 @@ from postcopy_protocol.messages import (
     WorkerForked,
     WorkerHello,
 )
+from postcopy_wire.transport import FULL, SENT
 
-from ..listener import Listener
-from ..observe.event_log import Tell
-from ..recovery.plan import KeptWorker
+from ..event_log import Tell
+from ..events import WorkerCrashed, WorkerEvent, WorkerGone, WorkerReady
 from . import lifecycle
 from .custodian_client import CustodianClient
-from .lifecycle import Lifecycle
+from .lifecycle import Lifecycle, RestartPolicy
 
 log = logging.getLogger(__name__)
 
-Describe = Callable[[int, int, bool], "tuple[list[str], Assignment]"]
-"""(worker, incarnation, quarantined) -> keys of its descriptors in order, and what it is told."""
-News = Callable[[str, int], None]
-"""(``ready``, ``gone``, ``restarting`` or ``quarantined``, worker)."""
-AGAIN_SECONDS = 1.0
-"""Between two tries to start a custodian."""
+RETRY_SECONDS = 1.0
+"""Between two attempts to start a custodian."""
 EXPLAIN_SECONDS = 1.0
-"""For so long a restart waits to be told, because the custodian, which reaps, says how the worker ended."""
+"""The event of a restart waits this long for the custodian, which reaps the worker and reports how it ended."""
+
+
+class Assignments(Protocol):
+    """What a worker is given at its start."""
+
+    def assign(self, worker: int, incarnation: int, quarantined: bool) -> tuple[list[str], Assignment]:
+        """The custodian's keys of its descriptors, in order, and its assignment."""
+        ...
+
+
+class QuarantineNotes(Protocol):
+    """Where it is noted for a later supervisor that a client is quarantined."""
+
+    def set_quarantined(self, number: int, quarantined: bool) -> None: ...
+
+
+class Watcher(Protocol):
+    """The listener, as far as the pool needs it."""
+
+    def watch_process(self, pidfd: int) -> None: ...
+    def watch_custodian(self, channel: socket.socket) -> None: ...
+    def tick_at(self, due: float | None) -> None: ...
+
+
+class Sender(Protocol):
+    """The router's sending half: returns SENT, FULL or UNREACHABLE and never waits."""
+
+    def send(self, name: bytes, data: bytes, /) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
-    """A worker's process."""
+class Process:
+    """One incarnation of a worker, running."""
 
     worker: int
     incarnation: int
@@ -53,223 +79,271 @@ class Running:
     pidfd: int
 
     @property
-    def key(self) -> Life:
+    def key(self) -> IncarnationKey:
         return self.worker, self.incarnation
 
 
-Life = tuple[int, int]
+IncarnationKey = tuple[int, int]
 """Worker and incarnation."""
 
 
 class WorkerPool:
-    """All workers of the house, worker zero among them."""
+    """All workers, including worker zero. ``events``: what the main loop has to dispatch."""
 
-    def __init__(self, custody: CustodianClient, porter: Listener, describe: Describe, news: News, tell: Tell) -> None:
-        self.fleet = Lifecycle()
-        self._custody = custody
-        self._porter = porter
-        self._describe = describe
-        self._news = news
-        self._tell = tell
-        self._running: dict[int, Running] = {}  # by pidfd
-        self._lives: dict[Life, Running] = {}  # the same by what they are
-        self._causes: dict[Life, str] = {}  # of lives that end, or have ended untold
-        self._untold: dict[Life, tuple[Running, float]] = {}
+    def __init__(
+        self,
+        policy: RestartPolicy,
+        custodian: CustodianClient,
+        watcher: Watcher,
+        router: Sender,
+        assignments: Assignments,
+        notes: QuarantineNotes,
+        event: Tell,
+    ) -> None:
+        self.events: deque[WorkerEvent] = deque()
+        self.policy = policy
+        self._lifecycle = Lifecycle(policy)
+        self.slots = self._lifecycle.slots
+        self._custodian = custodian
+        self._watcher = watcher
+        self._router = router
+        self._assignments = assignments
+        self._notes = notes
+        self._event = event
+        self._by_pidfd: dict[int, Process] = {}
+        self._by_key: dict[IncarnationKey, Process] = {}
+        self._causes: dict[IncarnationKey, str] = {}  # why an incarnation ends, as far as it is known
+        self._unreported: dict[IncarnationKey, tuple[Process, float]] = {}  # crashes, and when to report them
         self._custodian_due: float | None = None
 
-    # --- wishes -------------------------------------------------------------------------------------------------------
+    # --- requests -----------------------------------------------------------------------------------------------------
 
-    def adopt(self, life: KeptWorker, wanted: bool, quarantined: bool) -> None:
-        """A worker of the supervisor before us goes on; or, not ``wanted`` any more, it ends."""
-        running = Running(life.worker, life.incarnation, life.pid, life.pidfd)
-        self._runs(running)
-        self.used(life.worker, life.incarnation)
+    def adopt(self, running: Process, wanted: bool, quarantined: bool) -> None:
+        """Continue a worker of the previous supervisor; kill it when it is not ``wanted``."""
+        self._add(running)
+        self.skip_incarnations(*running.key)
         if wanted:
-            self._do(self.fleet.adopt(life.worker, life.incarnation, quarantined, time.monotonic()))
+            self._do(self._lifecycle.adopt(*running.key, quarantined, time.monotonic()))
         else:
             _kill(running)
 
-    def _runs(self, life: Running) -> None:
-        self._running[life.pidfd] = self._lives[life.key] = life
-        self._porter.watch_process(life.pidfd)
+    def _add(self, running: Process) -> None:
+        self._by_pidfd[running.pidfd] = self._by_key[running.key] = running
+        self._watcher.watch_process(running.pidfd)
 
-    def used(self, worker: int, incarnation: int) -> None:
-        """Some life of this worker had this number."""
-        self.fleet.used[worker] = max(self.fleet.used.get(worker, 0), incarnation)
+    def skip_incarnations(self, worker: int, incarnation: int) -> None:
+        """New incarnations of this worker get numbers above ``incarnation``."""
+        used = self._lifecycle.used
+        used[worker] = max(used.get(worker, 0), incarnation)
 
     def start(self, worker: int, quarantined: bool = False) -> None:
-        self._do(self.fleet.start(worker, time.monotonic(), quarantined))
+        self._do(self._lifecycle.start(worker, time.monotonic(), quarantined))
 
-    def renew(self, worker: int) -> None:
-        """Its assignment has changed."""
-        self._do(self.fleet.renew(worker, time.monotonic()))
+    def reassign(self, worker: int, needed: bool) -> None:
+        """The client's regions have changed: start, replace or (not ``needed``) end its worker."""
+        if worker not in self.slots:
+            if needed:
+                self.start(worker)
+        elif needed:
+            self._do(self._lifecycle.renew(worker, time.monotonic()))
+        else:
+            self.leave(worker)
 
     def leave(self, worker: int) -> None:
-        self._do(self.fleet.leave(worker, time.monotonic()))
+        self._do(self._lifecycle.leave(worker, time.monotonic()))
 
     def resume(self, worker: int) -> None:
-        """End its quarantine. Raises BadInput if it is in none."""
-        slot = self.fleet.slots.get(worker)
+        """End its quarantine. Raises BadInput if it is not quarantined."""
+        slot = self.slots.get(worker)
         if slot is None or not slot.quarantined:
             raise BadInput(f"client {worker} is not quarantined")
-        self._tell("resumed", f"worker {worker}: quarantine ended by an operator", **_whose(worker, slot.incarnation))
-        self._do(self.fleet.resume(worker, time.monotonic()))
+        text = f"worker {worker}: quarantine ended by an operator"
+        self._event("resumed", text, **_worker_fields(worker, slot.incarnation))
+        self._do(self._lifecycle.resume(worker, time.monotonic()))
 
     @property
     def resting(self) -> list[int]:
-        """Quarantined workers that do not run: what their clients miss waits."""
-        return [slot.worker for slot in self.fleet.slots.values() if slot.state == "resting"]
+        """Quarantined workers that do not run: missing pages of their clients wait."""
+        return [slot.worker for slot in self.slots.values() if slot.state == "resting"]
 
     def kill(self, worker: int, why: str) -> None:
-        """The watchdog's word: SIGKILL, and the law of crashes takes its course."""
-        for life in self._running.values():
-            if life.worker == worker:
-                self._causes[life.key] = f"watchdog: {why}"
-                _kill(life)
+        """SIGKILL; its end counts as a crash."""
+        for running in self._by_pidfd.values():
+            if running.worker == worker:
+                self._causes[running.key] = f"watchdog: {why}"
+                _kill(running)
 
     def explain(self, worker: int, why: str) -> None:
-        """A worker's own last word: why it ends."""
-        for life in self._running.values():
-            if life.worker == worker:
-                self._causes[life.key] = why
+        """A worker reports why it is about to end."""
+        for running in self._by_pidfd.values():
+            if running.worker == worker:
+                self._causes[running.key] = why
+
+    # --- messages to workers ------------------------------------------------------------------------------------------
+
+    def send(self, worker: int, data: bytes) -> None:
+        """Send an encoded message; nothing is sent to a worker that is gone, or that has not connected yet.
+
+        A worker whose queue is full is killed: a lost Wake would leave its client asleep, and a successor wakes every
+        waiter."""
+        slot = self.slots.get(worker)
+        if slot is not None and self._router.send(slot.routing_id, data) == FULL:
+            self.kill(worker, "does not read its messages")
+
+    def try_send(self, worker: int, message: Message) -> bool:
+        """True when the router has taken the message, so it knows a connection to this worker."""
+        slot = self.slots.get(worker)
+        return slot is not None and self._router.send(slot.routing_id, encode(message)) == SENT
 
     # --- what status shows --------------------------------------------------------------------------------------------
 
     def pid(self, worker: int) -> int | None:
-        slot = self.fleet.slots.get(worker)
-        life = self._lives.get((worker, slot.incarnation)) if slot is not None else None
-        return life.pid if life is not None else None
+        slot = self.slots.get(worker)
+        running = self._by_key.get((worker, slot.incarnation)) if slot is not None else None
+        return running.pid if running is not None else None
 
     def restarts_of(self, worker: int) -> int:
-        """Of one worker."""
-        slot = self.fleet.slots.get(worker)
+        slot = self.slots.get(worker)
         return slot.restarts if slot is not None else 0
 
     @property
     def restarts(self) -> int:
-        return self.fleet.restarts
+        return self._lifecycle.restarts
 
     @property
-    def alive(self) -> list[Running]:
-        return list(self._running.values())
+    def running(self) -> list[Process]:
+        return list(self._by_pidfd.values())
 
-    # --- news ---------------------------------------------------------------------------------------------------------
+    def unanswered(self, now: float) -> float:
+        """Seconds for which the custodian has answered none of the open orders to fork."""
+        return self._lifecycle.unanswered(now)
 
-    def custodian_said(self, message: Message | None, fds: tuple[int, ...]) -> None:
+    # --- reports ------------------------------------------------------------------------------------------------------
+
+    def on_custodian_message(self, message: Message | None, fds: tuple[int, ...]) -> None:
         now = time.monotonic()
         match message:
             case None:
-                log.error("the custodian is gone; starting another")
-                self._custody.lost()
+                text = "the custodian died; another is started with everything it kept"
+                self._event("restart", text, pid=self._custodian.pid, cause="its channel has ended")
+                self._custodian.lost()
                 self._start_custodian(now)
             case CustodianReady():
                 log.debug("custodian ready (pid %d)", message.pid)
             case WorkerForked():
-                life = Running(message.worker, message.incarnation, message.pid, fds[0])
-                self._runs(life)
-                self._do(self.fleet.forked(message.worker, message.incarnation, now))
+                self._add(Process(message.worker, message.incarnation, message.pid, fds[0]))
+                self._do(self._lifecycle.forked(message.worker, message.incarnation, now))
             case ForkFailed():
                 text = f"worker {message.worker} could not be forked; it is tried again"
-                self._tell("restart", text, **_whose(message.worker, message.incarnation), cause=message.reason)
-                self._do(self.fleet.fork_failed(message.worker, message.incarnation, now))
+                self._event(
+                    "restart", text, **_worker_fields(message.worker, message.incarnation), cause=message.reason
+                )
+                self._do(self._lifecycle.fork_failed(message.worker, message.incarnation, now))
             case WorkerExited():
-                self._reaped(message)
+                self._on_reaped(message)
 
     def _start_custodian(self, now: float) -> None:
-        """Another in the place of the one that is gone. Where there is no room for it, it is tried again until there
-        is: without it nobody could be replaced any more."""
+        """Start another in place of the lost one. Without it no worker could be replaced, so it is tried again until
+        there is room."""
         try:
-            channel = self._custody.start()
+            channel = self._custodian.start()
         except OSError as error:
             if self._custodian_due is None:
                 text = f"the custodian cannot be started: {error.strerror}; it is tried again"
-                self._tell("restart", text, cause=str(error.strerror))
-            self._custodian_due = now + AGAIN_SECONDS
+                self._event("restart", text, cause=str(error.strerror))
+            self._custodian_due = now + RETRY_SECONDS
             return
         self._custodian_due = None
-        self._porter.watch_custodian(channel)
-        self._tell_of_workers()
-        self._do(self.fleet.custodian_lost(now))
+        self._watcher.watch_custodian(channel)
+        self._hand_over_workers()
+        self._do(self._lifecycle.custodian_lost(now))
 
-    def _tell_of_workers(self) -> None:
-        """The new custodian has not forked them: it is told what it needs to replace them when no supervisor lives."""
-        for life in self._running.values():
-            slot = self.fleet.slots.get(life.worker)
-            if slot is not None and slot.state in ("starting", "running") and slot.incarnation == life.incarnation:
-                keys, assignment = self._describe(life.worker, life.incarnation, slot.quarantined)
-                self._custody.adopt(life.worker, life.incarnation, life.pid, life.pidfd, keys, encode(assignment))
+    def _hand_over_workers(self) -> None:
+        """Give a new custodian, which has not forked the workers, what it needs to replace them without a
+        supervisor."""
+        for running in self._by_pidfd.values():
+            slot = self.slots.get(running.worker)
+            if slot is not None and slot.state in ("starting", "running") and slot.incarnation == running.incarnation:
+                keys, assignment = self._assign(*running.key, slot.quarantined)
+                self._custodian.adopt(*running.key, running.pid, running.pidfd, keys, assignment)
 
-    def hello(self, message: WorkerHello) -> None:
-        self._do(self.fleet.hello(message.worker, message.incarnation, time.monotonic()))
+    def _assign(self, worker: int, incarnation: int, quarantined: bool) -> tuple[Sequence[str], bytes]:
+        """Keys and assignment. The quarantine is noted first: a worker without a source must never have a client that
+        a later supervisor believes to be trusted."""
+        self._notes.set_quarantined(worker, quarantined)
+        keys, assignment = self._assignments.assign(worker, incarnation, quarantined)
+        return keys, encode(assignment)
 
-    def process_ended(self, pidfd: int) -> bool:
-        """A pidfd says that its process is gone: was it a worker's?"""
-        life = self._running.pop(pidfd, None)
-        if life is None:
+    def on_hello(self, message: WorkerHello) -> None:
+        self._do(self._lifecycle.hello(message.worker, message.incarnation, time.monotonic()))
+
+    def on_process_ended(self, pidfd: int) -> bool:
+        """A pidfd says that its process has ended. False: it was no worker's."""
+        ended = self._by_pidfd.pop(pidfd, None)
+        if ended is None:
             return False
         os.close(pidfd)
-        if self._lives.get(life.key) is life:
-            del self._lives[life.key]
-        slot = self.fleet.slots.get(life.worker)
+        if self._by_key.get(ended.key) is ended:
+            del self._by_key[ended.key]
+        slot = self.slots.get(ended.worker)
         now = time.monotonic()
-        unasked = slot is not None and slot.state != "ending" and slot.incarnation == life.incarnation
-        if unasked:
-            self._news("restarting", life.worker)
-            self._untold[life.key] = life, now + EXPLAIN_SECONDS
-        self._do(self.fleet.exited(life.worker, life.incarnation, now))
-        if life.key in self._causes:
-            self._tell_end(life.key)
+        if slot is not None and slot.state != "ending" and slot.incarnation == ended.incarnation:
+            self.events.append(WorkerCrashed(ended.worker))
+            self._unreported[ended.key] = ended, now + EXPLAIN_SECONDS
+        self._do(self._lifecycle.exited(ended.worker, ended.incarnation, now))
+        if ended.key in self._causes:
+            self._report_end(ended.key)
         return True
 
-    def tick(self) -> None:
-        self._custody.flush()
-        now = time.monotonic()
+    def tick(self, now: float) -> None:
+        self._custodian.flush()
         if self._custodian_due is not None and now >= self._custodian_due:
             self._start_custodian(now)
-        for key in [key for key, (_, due) in self._untold.items() if now >= due]:
-            self._tell_end(key)
-        self._do(self.fleet.tick(now))
+        for key in [key for key, (_, due) in self._unreported.items() if now >= due]:
+            self._report_end(key)
+        self._do(self._lifecycle.tick(now))
 
-    def _reaped(self, message: WorkerExited) -> None:
-        """The custodian's word on how a worker ended; it comes a moment before or after that of its pidfd."""
+    def _on_reaped(self, message: WorkerExited) -> None:
+        """The custodian reports how a worker ended, a moment before or after its pidfd is readable."""
         code = os.waitstatus_to_exitcode(message.status)
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
         log.debug("worker %d ended with %s", message.worker, how)
         key = message.worker, message.incarnation
-        if key in self._untold or key in self._lives:
-            self._causes.setdefault(key, how)  # the watchdog's word, or its own, says more
-        if key in self._untold:
-            self._tell_end(key)
+        if key in self._unreported or key in self._by_key:
+            self._causes.setdefault(key, how)  # what the watchdog or the worker itself reported says more
+        if key in self._unreported:
+            self._report_end(key)
 
-    def _tell_end(self, key: Life) -> None:
-        """A worker that nobody told to has ended: the event, with the cause as far as it is known."""
-        cause = self._causes.pop(key, "unknown: nobody has reaped it")
-        life, _ = self._untold.pop(key, (None, 0.0))
-        if life is None:
-            return  # it was to end
-        slot = self.fleet.slots.get(life.worker)
+    def _report_end(self, key: IncarnationKey) -> None:
+        """Report a crash as an event, with the cause as far as it is known."""
+        cause = self._causes.pop(key, "unknown: the custodian did not report it")
+        ended, _ = self._unreported.pop(key, (None, 0.0))
+        if ended is None:
+            return  # it was asked to end
+        slot = self.slots.get(ended.worker)
         then = "it has no successor" if slot is not None and slot.state == "resting" else "a successor takes over"
-        text = f"worker {life.worker} (pid {life.pid}) ended unasked: {cause}; {then}"
-        where: dict[str, int | str] = {**_whose(*key), "pid": life.pid, "cause": cause}
+        text = f"worker {ended.worker} (pid {ended.pid}) ended unexpectedly: {cause}; {then}"
+        where: dict[str, int | str] = {**_worker_fields(*key), "pid": ended.pid, "cause": cause}
         if slot is not None:
             where["restarts"] = slot.restarts
-        self._tell("restart", text, **where)
+        self._event("restart", text, **where)
 
-    def _killed(self, life: Running) -> None:
-        """By the law: when it was not to end, because it was too slow to start."""
-        slot = self.fleet.slots.get(life.worker)
-        if slot is not None and slot.state == "starting" and slot.incarnation == life.incarnation:
-            why = f"says nothing for {self.fleet.policy.start_deadline:g} s"
-            self._causes[life.key] = f"watchdog: {why}"
-            text = f"worker {life.worker} (pid {life.pid}) {why} after its start; it is killed"
-            self._tell("watchdog", text, **_whose(*life.key), pid=life.pid, cause=why)
+    def _report_slow_start(self, running: Process) -> None:
+        """Report a worker that is killed because it sent no hello in time."""
+        slot = self.slots.get(running.worker)
+        if slot is not None and slot.state == "starting" and slot.incarnation == running.incarnation:
+            why = f"says nothing for {self.policy.start_deadline:g} s"
+            self._causes[running.key] = f"watchdog: {why}"
+            text = f"worker {running.worker} (pid {running.pid}) {why} after its start; it is killed"
+            self._event("watchdog", text, **_worker_fields(*running.key), pid=running.pid, cause=why)
 
-    def _tell_quarantine(self, worker: int) -> None:
-        slot, policy = self.fleet.slots[worker], self.fleet.policy
+    def _report_quarantine(self, worker: int) -> None:
+        slot, policy = self.slots[worker], self.policy
         cause = f"{len(slot.crashes)} crashes in {policy.interval:g} s, {policy.limit} are forgiven"
         text = f"worker {worker} crashed too often; its client's missing pages "
         text += "are poisoned" if policy.poison else f"wait for: postcopy resume {worker}"
-        self._tell("quarantined", text, **_whose(worker, slot.incarnation), restarts=slot.restarts, cause=cause)
+        where = _worker_fields(worker, slot.incarnation)
+        self._event("quarantined", text, **where, restarts=slot.restarts, cause=cause)
 
     # --- effects ------------------------------------------------------------------------------------------------------
 
@@ -277,30 +351,29 @@ class WorkerPool:
         for effect in effects:
             match effect:
                 case lifecycle.Fork(worker, incarnation):
-                    quarantined = self.fleet.slots[worker].quarantined
-                    keys, assignment = self._describe(worker, incarnation, quarantined)
-                    self._custody.fork(worker, incarnation, keys, encode(assignment))
+                    keys, assignment = self._assign(worker, incarnation, self.slots[worker].quarantined)
+                    self._custodian.fork(worker, incarnation, keys, assignment)
                 case lifecycle.Kill(worker, incarnation):
-                    for life in self._running.values():
-                        if (life.worker, life.incarnation) == (worker, incarnation):
-                            self._killed(life)
-                            _kill(life)
+                    for running in self._by_pidfd.values():
+                        if running.key == (worker, incarnation):
+                            self._report_slow_start(running)
+                            _kill(running)
                 case lifecycle.Ready(worker):
-                    self._news("ready", worker)
+                    self.events.append(WorkerReady(worker))
                 case lifecycle.Gone(worker):
-                    self._news("gone", worker)
+                    self.events.append(WorkerGone(worker))
                 case lifecycle.Quarantine(worker):
-                    self._tell_quarantine(worker)
-                    self._news("quarantined", worker)
-        self._porter.ring_at(0.0 if self._custody.behind else self.fleet.next_due())
+                    self._report_quarantine(worker)
+                    self._notes.set_quarantined(worker, True)
+        self._watcher.tick_at(0.0 if self._custodian.behind else self._lifecycle.next_due())
 
 
-def _whose(worker: int, incarnation: int) -> dict[str, int | str]:
-    """The fields of an event about a worker; a client has its worker's number, worker zero has no client."""
-    who: dict[str, int | str] = {"worker": worker, "incarnation": incarnation}
-    return {"client": worker, **who} if worker else who
+def _worker_fields(worker: int, incarnation: int) -> dict[str, int | str]:
+    """Fields of an event about a worker. A client has its worker's number; worker zero has no client."""
+    fields: dict[str, int | str] = {"worker": worker, "incarnation": incarnation}
+    return {"client": worker, **fields} if worker else fields
 
 
-def _kill(life: Running) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it has ended by itself; its pidfd will say so
-        process.pidfd_signal(life.pidfd, signal.SIGKILL)
+def _kill(running: Process) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has ended already; its pidfd reports that
+        process.pidfd_signal(running.pidfd, signal.SIGKILL)

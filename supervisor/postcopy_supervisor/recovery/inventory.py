@@ -1,7 +1,7 @@
-"""Taking over: the custodian of a dead supervisor is asked for everything it keeps, and what it says becomes a plan.
+"""Taking over: the custodian of a dead supervisor hands over everything that it keeps, and a plan is made from it.
 
-Until the plan stands nothing is changed, anywhere: whoever gives up before closes the connection, and the custodian is
-an orphan again with all it had. So a refusal, a crash or a version that does not fit costs nothing.
+Nothing is changed before the plan is made. A supervisor that gives up before closes the connection, and the custodian
+is an orphan again with all it had. So a refusal, a crash or another version costs nothing.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ PATIENCE = 20.0
 MESSAGE_BYTES = 1 << 18
 FAR = 1 << 20
 """First client number where those of the predecessor cannot be known."""
-ADVICE = "nothing is changed; recover with the version that served here before, or start anew with --abandon"
+ADVICE = "nothing is changed; recover with the version that served here before, or start afresh with --abandon"
 
 
 @dataclass(slots=True)
 class Custodian:
-    """A custodian that has answered: the channel, its process, and its word on what it keeps."""
+    """A custodian that has answered: its channel, its process, and what it keeps."""
 
     channel: socket.socket
     pid: int
@@ -46,7 +46,7 @@ class Custodian:
     workers: list[KeptWorker] = field(default_factory=list)
 
     def leave(self) -> None:
-        """Let go of it: it is an orphan again."""
+        """Close the connection: it is an orphan again."""
         self.channel.close()
         for _, fds in self.kept.values():
             descriptors.close_all(fds)
@@ -54,15 +54,15 @@ class Custodian:
         os.close(self.pidfd)
 
     def dismiss(self) -> None:
-        """Nobody needs it any more."""
+        """End it: it is not needed any more."""
         with contextlib.suppress(OSError):
             descriptors.send_message(self.channel, encode(Dismiss()))
         self.leave()
 
 
 def find(path: str) -> Custodian | None:
-    """The custodian that listens at ``path``, and its inventory; None where nobody does. Raises BadInput when it does
-    not speak our language, or not at all."""
+    """The custodian that listens at ``path``, and its inventory; None where none listens. Raises BadInput for one that
+    does not answer, or is of another version."""
     channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     channel.settimeout(PATIENCE)
     try:
@@ -89,32 +89,32 @@ def find(path: str) -> Custodian | None:
 
 
 def _collect(custodian: Custodian) -> None:
-    """Raises OSError, BadMessage."""
+    """Receive the inventory. Raises OSError, BadMessage."""
     deadline = time.monotonic() + PATIENCE
     poll = select.poll()
     poll.register(custodian.channel, select.POLLIN)
     while True:
         if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            raise TimeoutError(f"it says nothing for {PATIENCE:g} s")
-        heard = descriptors.receive_message(custodian.channel, MESSAGE_BYTES)
-        if not heard.data:
+            raise TimeoutError(f"no message for {PATIENCE:g} s")
+        received = descriptors.receive_message(custodian.channel, MESSAGE_BYTES)
+        if not received.data:
             raise ConnectionResetError("it closed the connection, as one of another version does")
-        message = decode(heard.data, expect=(Kept, WorkerForked, InventoryEnd))
+        message = decode(received.data, expect=(Kept, WorkerForked, InventoryEnd))
         match message:
             case Kept():
-                custodian.kept[message.key] = (message.meta, heard.fds)
+                custodian.kept[message.key] = (message.meta, received.fds)
                 crashpoints.at("takeover.half")
             case WorkerForked():
-                custodian.workers.append(KeptWorker(message.worker, message.incarnation, message.pid, heard.fds[0]))
+                custodian.workers.append(KeptWorker(message.worker, message.incarnation, message.pid, received.fds[0]))
             case InventoryEnd():
                 if (message.kept, message.workers) != (len(custodian.kept), len(custodian.workers)):
-                    raise BadMessage(f"it said {len(custodian.kept)} of {message.kept} things that it keeps")
+                    raise BadMessage(f"it sent {len(custodian.kept)} of {message.kept} entries")
                 return
 
 
 def enter(path: str, settings: Settings) -> tuple[Custodian | None, Plan]:
-    """Look for what a predecessor left at ``path`` and decide with ``settings``; None: start afresh. Raises BadInput,
-    and then has changed nothing."""
+    """Look for a custodian at ``path`` and decide what to do with it by ``settings``; None: start afresh. Raises
+    BadInput, and then has changed nothing."""
     try:
         custodian = find(path)
     except BadInput as error:
@@ -144,28 +144,28 @@ def _abandon(path: str, settings: Settings, first_client: int, why: str) -> tupl
 
 
 def _enter(custodian: Custodian, settings: Settings) -> tuple[Custodian | None, Plan]:
-    estate = plan.read(custodian.kept, custodian.workers)
-    descriptors.close_all(custodian.kept.pop(plan.CGROUPS, (b"", ()))[1])  # ours are as we are told
-    alive = {client.note.client for client in estate.clients if not process.pidfd_exited(client.fds[1])}
-    if settings.recover and estate.house:
-        found = judge(estate, settings, alive)
+    found = plan.read(custodian.kept, custodian.workers)
+    descriptors.close_all(custodian.kept.pop(plan.CGROUPS, (b"", ()))[1])  # the settings name those of this supervisor
+    alive = {client.note.client for client in found.clients if not process.pidfd_exited(client.fds[1])}
+    if settings.recover and found.shared:
+        chosen = judge(found, settings, alive)
         crashpoints.at("takeover.judged")
-        for key in found.forgotten:
+        for key in chosen.forgotten:
             descriptors.close_all(custodian.kept[key][1])
-        return custodian, found
+        return custodian, chosen
     if alive:
         raise BadInput(
-            f"{len(alive)} clients of a supervisor that is gone live on in {settings.directory}: take them over "
-            "with --recover, or leave them to their workers with --abandon"
+            f"{len(alive)} clients of a dead supervisor are still served in {settings.directory}: take them over "
+            "with --recover, or do not with --abandon (their workers go on with local blocks)"
         )
     custodian.dismiss()
     return None, plan.fresh(settings.sources, plan.numbers_after(custodian.kept, custodian.workers))
 
 
-def judge(estate: Inventory, settings: Settings, alive: set[int]) -> Plan:
-    """``plan.judge`` with what the file system says."""
-    kept_files = {kept.note.block: _kept_file(kept) for kept in estate.blocks if kept.file >= 0}
-    return plan.judge(estate, settings.sources, settings.page_size, alive, kept_files, _named_files(settings.sources))
+def judge(found: Inventory, settings: Settings, alive: set[int]) -> Plan:
+    """``plan.judge`` with facts about the files."""
+    kept_files = {kept.note.block: _kept_file(kept) for kept in found.blocks if kept.file >= 0}
+    return plan.judge(found, settings.sources, settings.page_size, alive, kept_files, _named_files(settings.sources))
 
 
 def _kept_file(kept: KeptBlock) -> FileFacts:

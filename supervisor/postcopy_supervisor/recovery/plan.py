@@ -1,11 +1,12 @@
-"""Recovery, judged: what a dead supervisor left with its custodian, and what its successor is told to serve, make a
-plan or a refusal. No process, socket or descriptor is touched here, so nothing has changed when it refuses.
+"""The plan of a recovery: compares what a dead supervisor left with its custodian with what its successor is to serve.
 
-A start is a recovery of nothing: the house is built from a ``Plan`` either way, and an empty one is a fresh start.
+Pure: no process, socket or descriptor is touched, so a refusal has changed nothing. Every start has a ``Plan``; that of
+a fresh start is empty.
 
-What a client uses must be what it was: the same page size, size and kind of source, for a file the same file (device,
-inode), unchanged (size, time) since it was first served. The content of a remote block is judged later, when its source
-says what it has. What nobody uses is not worth a refusal: it is dropped and made anew under another number.
+What a client uses must be as it was: the same page size, size and kind of source. A file must be the same (device,
+inode) and unchanged (size, time) since it was first served. The content of a remote block is compared later, when its
+source gives its advice. A block without clients never causes a refusal: it is dropped and made again under another
+number.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from postcopy_protocol.messages import BlockNote, ClientNote
 from postcopy_protocol.sizes import format_size
 from postcopy_protocol.sources import Advice, FileSource, HandlerSource, RemoteSource, Source, ZeroSource
 
-HOUSE = "house"
+SHARED = "house"
 ZERO = "client/0"
 CGROUPS = "cgroups"
 WITHOUT_DEVICE, WITH_DEVICE = 2, 3
-"""Descriptors under the key ``house``: quit eventfd, house page, and the device where there is one."""
+"""Number of descriptors under the key SHARED: quit eventfd, control page, and the device where there is one."""
 
 Note = TypeVar("Note", BlockNote, ClientNote)
 OTHER_VERSION = "what the custodian keeps is another version's"
@@ -32,7 +33,7 @@ OTHER_VERSION = "what the custodian keeps is another version's"
 
 @dataclass(frozen=True, slots=True)
 class FileFacts:
-    """What makes a file the same file: ``mtime_ns`` and ``size`` (bytes) tell whether it was changed."""
+    """What identifies a file; ``mtime_ns`` and ``size`` (bytes) show whether it was changed."""
 
     device: int
     inode: int
@@ -42,7 +43,7 @@ class FileFacts:
 
 @dataclass(frozen=True, slots=True)
 class KeptBlock:
-    """A block of the predecessor. ``fds``: memory, received map, and the file of a local block."""
+    """A block of the previous supervisor. ``fds``: memory, received map, and the file of a local block."""
 
     note: BlockNote
     fds: tuple[int, ...]
@@ -55,7 +56,7 @@ class KeptBlock:
 
 @dataclass(frozen=True, slots=True)
 class KeptClient:
-    """A client of the predecessor. ``fds``: userfaultfd, pidfd, statistics page."""
+    """A client of the previous supervisor. ``fds``: userfaultfd, pidfd, statistics page."""
 
     note: ClientNote
     fds: tuple[int, ...]
@@ -67,7 +68,7 @@ class KeptClient:
 
 @dataclass(frozen=True, slots=True)
 class KeptWorker:
-    """A worker that lives."""
+    """A worker that still runs."""
 
     worker: int
     incarnation: int
@@ -77,9 +78,9 @@ class KeptWorker:
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """Everything that was kept, read."""
+    """Everything that was kept, decoded."""
 
-    house: tuple[int, ...] = ()
+    shared: tuple[int, ...] = ()
     zero: tuple[int, ...] = ()
     blocks: tuple[KeptBlock, ...] = ()
     clients: tuple[KeptClient, ...] = ()
@@ -88,11 +89,11 @@ class Inventory:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the house is built from. ``numbers``: those of all blocks to be served; ``blocks``: the adopted ones among
-    them, by name; ``forgotten``: keys that the custodian is to drop."""
+    """What the supervisor is built from. ``numbers``: those of all blocks to be served; ``blocks``: the adopted ones,
+    by name; ``forgotten``: keys that the custodian is to drop."""
 
     numbers: Mapping[str, int]
-    house: tuple[int, ...] = ()
+    shared: tuple[int, ...] = ()
     zero: tuple[int, ...] = ()
     blocks: Mapping[str, KeptBlock] = field(default_factory=dict)
     clients: tuple[KeptClient, ...] = ()
@@ -102,11 +103,11 @@ class Plan:
 
     @property
     def recovers(self) -> bool:
-        return bool(self.house)
+        return bool(self.shared)
 
     @property
     def advice(self) -> dict[str, Advice]:
-        """What the sources of adopted remote blocks said of them once."""
+        """Advice that the sources of adopted remote blocks once gave."""
         notes = [block.note for block in self.blocks.values() if block.note.kind == "remote"]
         return {note.name: Advice(note.size, note.identity) for note in notes}
 
@@ -115,11 +116,11 @@ class Plan:
 
 
 def read(kept: Mapping[str, tuple[bytes, tuple[int, ...]]], workers: Sequence[KeptWorker]) -> Inventory:
-    """Understand what was kept: (note, descriptors) by key. Raises BadInput when it is of another version."""
+    """Decode what was kept: (note, descriptors) by key. Raises BadInput when it is of another version."""
     blocks, clients = list[KeptBlock](), list[KeptClient]()
     for key, (meta, fds) in kept.items():
         kind, _, _ = key.partition("/")
-        if key in (HOUSE, ZERO, CGROUPS):
+        if key in (SHARED, ZERO, CGROUPS):
             continue
         if kind == "block":
             blocks.append(_block(meta, fds))
@@ -127,11 +128,11 @@ def read(kept: Mapping[str, tuple[bytes, tuple[int, ...]]], workers: Sequence[Ke
             clients.append(_client(meta, fds))
         else:
             raise BadInput(f"{OTHER_VERSION}: {key}")
-    _, house = kept.get(HOUSE, (b"", ()))
+    _, shared = kept.get(SHARED, (b"", ()))
     _, zero = kept.get(ZERO, (b"", ()))
-    if len(house) not in (0, WITHOUT_DEVICE, WITH_DEVICE) or (clients and not house):
-        raise BadInput(f"{OTHER_VERSION}: {HOUSE}")
-    return Inventory(house, zero, tuple(blocks), tuple(clients), tuple(workers))
+    if len(shared) not in (0, WITHOUT_DEVICE, WITH_DEVICE) or (clients and not shared):
+        raise BadInput(f"{OTHER_VERSION}: {SHARED}")
+    return Inventory(shared, zero, tuple(blocks), tuple(clients), tuple(workers))
 
 
 def _block(meta: bytes, fds: tuple[int, ...]) -> KeptBlock:
@@ -166,8 +167,8 @@ def fresh(sources: Mapping[str, Source], first_client: int = 1) -> Plan:
 
 
 def numbers_after(kept: Iterable[str], workers: Iterable[KeptWorker]) -> int:
-    """The first client number that no client or worker of the predecessor has. Those that live on may still speak: no
-    new client may be taken for one of them."""
+    """The first client number that no client or worker of the previous supervisor has. Those may still send messages,
+    and no new client may be mistaken for one of them."""
     used = [worker.worker for worker in workers]
     for key in kept:
         kind, _, number = key.partition("/")
@@ -176,7 +177,7 @@ def numbers_after(kept: Iterable[str], workers: Iterable[KeptWorker]) -> int:
 
 
 def judge(
-    estate: Inventory,
+    found: Inventory,
     sources: Mapping[str, Source],
     page_size: int,
     alive: Collection[int],
@@ -186,9 +187,9 @@ def judge(
     """The plan. ``alive``: numbers of the clients whose processes live; ``kept_files``: the file under each kept block,
     by number, as it was when first served; ``named_files``: what the command line names, as it is, missing where it
     cannot be opened. Raises BadInput, in one line, when a client would get other bytes than it had."""
-    clients = tuple(client for client in estate.clients if client.note.client in alive and client.blocks)
+    clients = tuple(client for client in found.clients if client.note.client in alive and client.blocks)
     adopted: dict[str, KeptBlock] = {}
-    for kept in estate.blocks:
+    for kept in found.blocks:
         name, source = kept.note.name, sources.get(kept.note.name)
         users = sum(kept.note.block in client.blocks for client in clients)
         if source is None:
@@ -197,30 +198,30 @@ def judge(
             why = _difference(kept, source, page_size, kept_files.get(kept.note.block), named_files.get(name))
         if why and users:
             raise BadInput(
-                f"cannot recover: block {name} {why}, which {users} clients use; nothing is changed, they go on: "
-                "serve what they have, or leave them to their workers with --abandon"
+                f"cannot recover: block {name} {why}, which {users} clients use. Nothing is changed and they go on: "
+                "serve the same blocks, or do not take them over (--abandon)"
             )
         if not why:
             adopted[name] = kept
-    numbers = _number(sources, adopted, max((kept.note.block for kept in estate.blocks), default=0))
+    numbers = _number(sources, adopted, max((kept.note.block for kept in found.blocks), default=0))
     kept_keys = {f"block/{kept.note.block}" for kept in adopted.values()}
     kept_keys |= {f"client/{client.note.client}" for client in clients}
-    gone = [f"block/{kept.note.block}" for kept in estate.blocks]
-    gone += [f"client/{client.note.client}" for client in estate.clients]
+    gone = [f"block/{kept.note.block}" for kept in found.blocks]
+    gone += [f"client/{client.note.client}" for client in found.clients]
     return Plan(
         numbers,
-        estate.house,
-        estate.zero,
+        found.shared,
+        found.zero,
         adopted,
         clients,
-        estate.workers,
+        found.workers,
         tuple(key for key in gone if key not in kept_keys),
-        numbers_after(gone, estate.workers),
+        numbers_after(gone, found.workers),
     )
 
 
 def _number(sources: Mapping[str, Source], adopted: Mapping[str, KeptBlock], last: int) -> dict[str, int]:
-    """Adopted blocks keep their numbers, which workers know them by; no other ever gets one that was used."""
+    """Numbers of all blocks. Adopted ones keep theirs, which workers know; a used number is never given again."""
     numbers: dict[str, int] = {}
     for name in sources:
         if name in adopted:
@@ -232,7 +233,7 @@ def _number(sources: Mapping[str, Source], adopted: Mapping[str, KeptBlock], las
 
 
 def _difference(kept: KeptBlock, source: Source, page_size: int, was: FileFacts | None, now: FileFacts | None) -> str:
-    """What is not as it was, or nothing."""
+    """What has changed, or nothing."""
     note = kept.note
     if note.page_size != page_size:
         return f"has pages of {format_size(note.page_size)}, not of {format_size(page_size)}"
@@ -240,16 +241,16 @@ def _difference(kept: KeptBlock, source: Source, page_size: int, was: FileFacts 
         case FileSource(path) if note.kind == "file":
             return _other_file(path, was, now)
         case HandlerSource(module, function, size) if note.kind == "handler":
-            told, had = (f"{module}:{function}", size), (note.detail, note.size)
+            wanted, had = (f"{module}:{function}", size), (note.detail, note.size)
         case ZeroSource(size) if note.kind == "zero":
-            told, had = ("", size), ("", note.size)
+            wanted, had = ("", size), ("", note.size)
         case RemoteSource() if note.kind == "remote":
             return ""
         case _:
             return f"comes from {note.source}, not from {source}"
-    if told == had:
+    if wanted == had:
         return ""
-    return f"has {had[1]} bytes of {note.source}, not {told[1]} of {source}"
+    return f"has {had[1]} bytes of {note.source}, not {wanted[1]} of {source}"
 
 
 def _other_file(path: str, was: FileFacts | None, now: FileFacts | None) -> str:
@@ -257,7 +258,7 @@ def _other_file(path: str, was: FileFacts | None, now: FileFacts | None) -> str:
         return f"cannot be compared with {path}, which cannot be opened"
     assert was is not None
     if (was.device, was.inode) != (now.device, now.inode):
-        return f"has another file than {path} is by now"
+        return f"was made from another file than the present {path}"
     if was.size != now.size:
-        return f"had {was.size} bytes in {path}, which has {now.size} by now"
+        return f"had {was.size} bytes in {path}, which now has {now.size}"
     return "" if was.mtime_ns == now.mtime_ns else f"comes from {path}, which has been written to since"

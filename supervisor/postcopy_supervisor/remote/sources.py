@@ -20,7 +20,7 @@ from postcopy_protocol.sources import Advice
 from postcopy_wire.transport import Router
 
 from ..blocks import RamBlock
-from ..observe.event_log import Tell
+from ..event_log import Tell
 from ..paging.fast_path import SourceFastPath, source_fast_path
 from ..paging.paging import RemotePaging
 from ..paging.source_link import FIRST_PING_SECONDS, AdvisedBlock, LinkState, SourceLink

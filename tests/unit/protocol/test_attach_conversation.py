@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -49,6 +48,7 @@ from postcopy_protocol.messages import (
     UserfaultfdAccepted,
     Welcome,
 )
+from tests.simulated.effort import effort
 
 BLOCKS = {0: (4, PAGE_4K), 1: (16, PAGE_4K), 2: (2, PAGE_2M)}
 small = st.integers(0, 12)
@@ -190,7 +190,7 @@ class Door(RuleBasedStateMachine):
         assert ours == [(m.block, m.address, m.length, m.offset) for _, m in sorted(self.regions.items())]
 
 
-Door.TestCase.settings = settings(deadline=None, max_examples=60, stateful_step_count=40)
+Door.TestCase.settings = effort(60, 40)
 TestDoor = Door.TestCase
 
 
@@ -411,7 +411,7 @@ class Pair(RuleBasedStateMachine):
         assert self.client.released == self.released
 
 
-Pair.TestCase.settings = settings(deadline=None, max_examples=60, stateful_step_count=30)
+Pair.TestCase.settings = effort(60, 30)
 TestPair = Pair.TestCase
 
 

@@ -7,18 +7,18 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import msgpack  # type: ignore[import-untyped, unused-ignore]
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from postcopy_protocol import codec, messages, return_path
 from postcopy_protocol.codec import MAX_BYTES, MAX_ITEMS, MAX_TEXT, MESSAGES, decode, encode, shape_of
 from postcopy_protocol.errors import BadInput, BadMessage, BadVersion
 from postcopy_protocol.messages import VERSION, Message
+from tests.simulated.effort import effort
 
 EVERY = tuple(MESSAGES.values())
 U64 = (1 << 64) - 1
-quick = settings(deadline=None, max_examples=60)
-long = settings(deadline=None, max_examples=400)
+quick, long = effort(60), effort(400)
 
 
 def field_values(kind: type[Message], name: str, hint: Any) -> st.SearchStrategy[Any]:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postcopy_supervisor.observe.event_log import FIELDS, LENGTH, MOST_TEXT, Event, History
+from postcopy_supervisor.event_log import FIELDS, LENGTH, MOST_TEXT, Event, EventLog
 
 LINE = re.compile(r'(?P<text>.*) event=(?P<kind>\S+)(?P<fields>( [a-z]+=([A-Za-z0-9_.:/+-]+|"([^"\\]|\\.)*"))*)')
 
@@ -21,7 +21,7 @@ LINE = re.compile(r'(?P<text>.*) event=(?P<kind>\S+)(?P<fields>( [a-z]+=([A-Za-z
     where=st.dictionaries(st.sampled_from(FIELDS), st.one_of(st.integers(0, 1 << 64), st.text())),
 )
 def test_every_event_is_one_line_that_can_be_read_back(kind: str, detail: str, where: dict[str, int | str]) -> None:
-    history = History()
+    history = EventLog()
     logging.disable()
     try:
         history.tell(kind, detail, **where)
@@ -39,7 +39,7 @@ def test_every_event_is_one_line_that_can_be_read_back(kind: str, detail: str, w
 
 
 def test_what_a_hostile_name_looks_like() -> None:
-    history = History()
+    history = EventLog()
     history.tell("lost", "gone\n2026 INFO \x1b[31mforged", client=3, cause='a "b" \\\r\n' + "x" * 5000)
     (event,) = history
     assert event.line().startswith("lost: gone\\n2026 INFO \\x1b[31mforged event=lost client=3 cause=")
@@ -48,7 +48,7 @@ def test_what_a_hostile_name_looks_like() -> None:
 
 
 def test_the_history_is_bounded_and_goes_on_counting(caplog: pytest.LogCaptureFixture) -> None:
-    history = History()
+    history = EventLog()
     for number in range(LENGTH + 10):
         history.tell("restart", f"worker {number}", worker=number, cause="signal SIGKILL")
     told = list(history.documents())

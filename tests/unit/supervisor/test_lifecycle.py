@@ -259,7 +259,7 @@ def test_too_many_crashes_are_a_quarantine_told_once() -> None:
         told.append(Quarantine(1) in crash(fleet, 0.0))
         fleet.tick(5.0)
     assert told == [False] * POLICY.limit + [True, False, False]
-    assert fleet.slots[1].shown == "quarantined"
+    assert fleet.slots[1].shown_state == "quarantined"
 
 
 def test_a_late_fork_is_a_stray_and_its_end_renews() -> None:
@@ -329,9 +329,9 @@ def test_a_quarantine_that_waits_runs_nothing_until_it_is_resumed() -> None:
     assert fleet.renew(1, now) == [Ready(1)]
     number = fleet.slots[1].incarnation
     assert fleet.resume(1, now) == [Fork(1, number + 1)]
-    assert fleet.slots[1].shown == "restarting"
+    assert fleet.slots[1].shown_state == "restarting"
     fleet.forked(1, number + 1, now)
-    assert fleet.hello(1, number + 1, now) == [Ready(1)] and fleet.slots[1].shown == "running"
+    assert fleet.hello(1, number + 1, now) == [Ready(1)] and fleet.slots[1].shown_state == "running"
     assert fleet.exited(1, number + 1, now) == [Fork(1, number + 2)], "its crashes are forgiven"
 
 

@@ -36,7 +36,7 @@ def judge(
 
 def test_everything_as_it_was() -> None:
     plan = judge(estate(), FileSource("/a"))
-    assert plan.recovers and plan.house == (1, 2, 3) and plan.zero == (4,)
+    assert plan.recovers and plan.shared == (1, 2, 3) and plan.zero == (4,)
     assert plan.blocks["ram0"].note is NOTE and plan.blocks["ram0"].file == 12
     assert plan.numbers == {"ram0": 7, "new": 8}, "no number is used twice"
     assert [client.note for client in plan.clients] == [CLIENT]
@@ -102,7 +102,7 @@ def test_reading() -> None:
         "client/3": (encode(CLIENT), (6, 7, 8)),
     }
     found = plan.read(kept, [WORKER])
-    assert found.house == (1, 2) and found.zero == (9,) and found.workers == (WORKER,)
+    assert found.shared == (1, 2) and found.zero == (9,) and found.workers == (WORKER,)
     assert [block.note for block in found.blocks] == [NOTE] and [client.note for client in found.clients] == [CLIENT]
 
 

@@ -1,5 +1,5 @@
-"""The orderly end poisons what is missing within a budget of memory and time; beyond it pages wait, and whoever waits
-for a page that is there is woken all the same."""
+"""The orderly end poisons missing pages within a budget of memory and time. Beyond it pages wait. Waiters of present
+pages are always woken."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class FakeClient:
 
 
 @dataclass
-class FakeReception:
-    clients: dict[int, FakeClient]
+class FakeClients:
+    by_number: dict[int, FakeClient]
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, *, available: int, seconds: float) -> list[FakeUserfaultfd]:
@@ -58,7 +58,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, *, available: int, seconds: float) -
     region = RegionGrant(1, "private", 4 * GIB, 4 * GIB, 0, False)
     clients = {number: FakeClient(number, pidfd, FakeUserfaultfd(), [region]) for number in (1, 2)}
     try:
-        shutdown.poison_holes(cast(Any, FakeReception(clients)), cast(Any, {1: FakeBlock()}))
+        shutdown.poison_holes(cast(Any, FakeClients(clients)), cast(Any, {1: FakeBlock()}))
     finally:
         os.close(pidfd)
     return [client.userfaultfd for client in clients.values()]
@@ -73,7 +73,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, *, available: int, seconds: float) -
         (4 * 3 * 2 << 20, 60.0, [2 * GIB, GIB]),  # a quarter of it: the page tables of three GiB
     ],
 )
-def test_what_fits_is_poisoned_and_everybody_is_woken(
+def test_what_fits_is_poisoned_and_every_waiter_is_woken(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     available: int,
@@ -83,5 +83,5 @@ def test_what_fits_is_poisoned_and_everybody_is_woken(
     clients = poison(monkeypatch, available=available, seconds=seconds)
     assert [client.poisoned for client in clients] == bytes_each
     assert all(client.woken == [(4 * GIB, 4 * GIB)] for client in clients)
-    told = [record for record in caplog.records if "waits" in record.getMessage()]
-    assert len(told) == sum(done < 2 * GIB for done in bytes_each), "what waits is said"
+    told = [record for record in caplog.records if "the others wait" in record.getMessage()]
+    assert len(told) == sum(done < 2 * GIB for done in bytes_each), "waiting pages are logged"

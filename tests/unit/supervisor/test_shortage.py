@@ -60,7 +60,7 @@ class Bench:
         block.received, block.memory, block.mapping = self.received, self.memory, SimpleNamespace(address=1 << 20)
         block.lost_pages = lambda: [page for page in range(PAGES) if self.received[page] == LOST]
         self.block = cast(Any, block)
-        alarm = SimpleNamespace(ring_at=self.rung.append, aside=lambda act: None)
+        alarm = SimpleNamespace(tick_at=self.rung.append, call_soon=lambda act: None)
         clients = SimpleNamespace(with_block=lambda number: [])
         workers, own = SimpleNamespace(send=self._told), SimpleNamespace(release=self._own)
         self.paging = RemotePaging(

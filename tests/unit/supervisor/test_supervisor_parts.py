@@ -1,11 +1,10 @@
-"""Small laws of the supervisor's parts that a whole service shows too seldom: what two threads, or a number that is
-used again, may do to each other within microseconds."""
+"""Races of the supervisor's parts that a whole service shows too seldom: two threads, or a descriptor number that is
+used again, within microseconds."""
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,44 +12,68 @@ from typing import Any, cast
 import pytest
 
 from postcopy_protocol.attach_conversation import AttachConversation
-from postcopy_supervisor.clients.attach_server import AttachServer, Client
+from postcopy_supervisor.clients.client import Client, Clients
+from postcopy_supervisor.clients.client_zero import ClientZero, OwnMapping
+from postcopy_supervisor.clients.release import ClientRelease
 from postcopy_supervisor.exports import Export
 from postcopy_supervisor.listener import FAILED, Listener
-from postcopy_supervisor.main_loop import MainLoop
+from postcopy_supervisor.paging.engine import Engine
 from postcopy_supervisor.paging.flow_control import FlowControl, RangeRequest
 from postcopy_supervisor.paging.source_link import FIRST_PING_SECONDS
 from postcopy_supervisor.pool.lifecycle import Slot
+from postcopy_supervisor.pool.worker_pool import WorkerPool
 from postcopy_supervisor.remote.sources import Sources
 from postcopy_wire.transport import FULL, SENT, UNREACHABLE
 
 ABSENT = cast(Any, None)
 
 
-def test_a_pidfds_number_that_is_the_next_clients_by_now() -> None:
-    """The word that a client's process has ended is under way while it says goodbye and another one comes."""
-    reception = AttachServer({}, ABSENT, ABSENT, -1, frozenset(), 100, ABSENT)
+def test_the_number_of_a_pidfd_is_used_again_by_the_next_client() -> None:
+    """The event that a client's process has ended is queued while it says goodbye and another client attaches."""
+    clients = Clients((), ABSENT)
     pidfd = os.pidfd_open(os.getpid())
     try:
-        reception.clients[1] = client = Client(1, None, 0, os.getpid(), pidfd, AttachConversation(), 0.0)
-        reception.process_ended(pidfd)
-        assert reception.clients == {1: client} and not client.leaving
+        clients.by_number[1] = client = Client(1, None, 0, os.getpid(), pidfd, AttachConversation(), 0.0)
+        ClientRelease(clients, ABSENT, ABSENT, ABSENT).on_process_ended(pidfd)
+        assert clients.by_number == {1: client} and not client.leaving
     finally:
         os.close(pidfd)
 
 
 @pytest.mark.parametrize("stopping", [False, True])
-def test_a_supervisor_does_not_outlive_its_porter(stopping: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    porter = Listener.__new__(Listener)
-    porter._stopping = stopping
+def test_a_supervisor_does_not_outlive_its_listener(stopping: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    listener = Listener.__new__(Listener)
+    listener._stopping = stopping
     ended: list[int] = []
 
     def fails() -> None:
         raise KeyError(7)
 
-    monkeypatch.setattr(porter, "_carry", fails)
+    monkeypatch.setattr(listener, "_loop", fails)
     monkeypatch.setattr(os, "_exit", ended.append)
-    porter.run()
+    listener.run()
     assert ended == ([] if stopping else [FAILED])
+
+
+def test_a_cancelled_export_does_not_end_another() -> None:
+    """Both wait for a page; only the pages of the cancelled one are poisoned, and the other still waits for its own."""
+    engine, poisoned = Engine(), list[tuple[int, int]]()
+    blocks = {
+        number: cast(Any, SimpleNamespace(number=number, page_size=4096, mapping=SimpleNamespace(address=number << 30)))
+        for number in (1, 2)
+    }
+    core = SimpleNamespace(poison=lambda at, size: poisoned.append((at >> 30, at % (1 << 30))), wake=lambda *_: None)
+    paging = SimpleNamespace(
+        engine=engine, fault=lambda waiter, block, pages: engine.fault(waiter, block.number, pages[0], pages[0] + 1)
+    )
+    zero = ClientZero.__new__(ClientZero)
+    zero._blocks, zero._paging, zero._mapping = blocks, cast(Any, paging), OwnMapping(cast(Any, core))
+    for number in blocks:
+        engine.fault(0, number, 3, 4)
+    zero.give_up(blocks[1])
+    assert poisoned == [(1, 3 * 4096)]
+    assert not engine.waiters_of(1, 3) and engine.waiters_of(2, 3) == [0]
+    engine.check()
 
 
 @pytest.mark.parametrize("state", ["done", "cancelled", "failed"])
@@ -80,14 +103,14 @@ def test_an_export_is_over_when_nothing_of_it_is_left(
 
 
 @pytest.mark.parametrize(("became", "killed"), [(FULL, [3]), (UNREACHABLE, []), (SENT, [])])
-def test_a_worker_that_takes_no_more_words_is_killed(became: int, killed: list[int]) -> None:
-    """It lives, and a wake is lost: its successor wakes everybody."""
-    service = MainLoop.__new__(MainLoop)
-    service.workforce = workforce = cast(Any, Workers())
-    service._router = cast(Any, SimpleNamespace(send=lambda name, data: became))
-    service._tell_worker(3, b"wake")
-    service._tell_worker(4, b"nobody")
-    assert workforce.killed == killed
+def test_a_worker_that_does_not_read_its_messages_is_killed(became: int, killed: list[int]) -> None:
+    """A wake to it is lost, and its client must not sleep: its successor wakes every waiter."""
+    pool, found = WorkerPool.__new__(WorkerPool), list[int]()
+    pool.slots, pool._router = {3: Slot(3, "running", 1)}, cast(Any, SimpleNamespace(send=lambda name, data: became))
+    pool.kill = lambda worker, why: found.append(worker)  # type: ignore[method-assign]
+    pool.send(3, b"wake")
+    pool.send(4, b"absent")
+    assert found == killed
 
 
 def test_a_postponed_wish_has_a_tick_of_its_own() -> None:
@@ -102,13 +125,3 @@ def test_a_postponed_wish_has_a_tick_of_its_own() -> None:
         sources.staging = {}
         sources.links = cast(Any, dict(enumerate(links)))
         assert sources.tick(100.0) == due
-
-
-class Workers:
-    """A workforce of one."""
-
-    def __init__(self) -> None:
-        self.killed: list[int] = []
-        self.fleet = self
-        self.slots = {3: Slot(3, "running", 1)}
-        self.kill: Callable[[int, str], None] = lambda worker, why: self.killed.append(worker)

@@ -11,7 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from postcopy_protocol import counters
 from postcopy_protocol.received_map import LEASED, LOST, MISSING, PLACING, RECEIVED, TRUST, WATCHED
-from postcopy_workers.fault_handler import TIMED, CannotGoOn, ClientGone
+from postcopy_workers.client_ufd import ClientGone
+from postcopy_workers.fast_answers import TIMED
+from postcopy_workers.fault_handler import CannotContinue
 from postcopy_workers.placing import Calls
 from tests.simulated.effort import effort
 from tests.simulated.kernel import POISON, SIGBUS, failure
@@ -540,7 +542,7 @@ def test_an_answer_that_nobody_provoked_ends_the_worker(code: int) -> None:
 
     handler = world.fault_handler(client, Calls(ioctl, world.kernel.lseek, world.kernel.pread, world.kernel.pwrite))
     world.touch(client, 1)
-    with pytest.raises(CannotGoOn):
+    with pytest.raises(CannotContinue):
         handler.message(*world.kernel.messages(client.descriptor, 1)[0])
 
 

@@ -1,4 +1,4 @@
-"""A worker's attendant: what the main thread has reported is sent, also where the worker ends in the same moment."""
+"""A worker's monitor thread: a report of the main thread is sent even where the worker ends at the same moment."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import pytest
 
 from postcopy_protocol.codec import decode
 from postcopy_protocol.messages import Report
-from postcopy_workers.worker import CLIENT_GONE, TOLD_TO_LEAVE, MonitorThread, Reports, Worker
+from postcopy_workers.client_worker import MonitorThread
+from postcopy_workers.reports import Reports
+from postcopy_workers.worker import ExitStatus, Worker
 
 
 class Sent:
@@ -37,15 +39,17 @@ def ends(status: int) -> None:
     raise EndedError(status)
 
 
-@pytest.mark.parametrize(("place", "status"), [(0, TOLD_TO_LEAVE), (1, CLIENT_GONE)], ids=["quit", "client"])
+@pytest.mark.parametrize(
+    ("place", "status"), [(0, ExitStatus.QUIT), (1, ExitStatus.CLIENT_GONE)], ids=["quit", "client"]
+)
 def test_a_report_made_as_the_worker_ends(monkeypatch: pytest.MonkeyPatch, place: int, status: int) -> None:
-    """A client that dies of a lost page ends its worker at once; why the page is lost, nobody else may come to tell."""
+    """A client that dies of a lost page ends its worker at once; no other worker may ever report why it is lost."""
     monkeypatch.setattr(os, "_exit", ends)
     signs, reports, channel = [os.eventfd(0), os.eventfd(0)], Reports(3), Sent()
 
-    def tend(channel: Any) -> float:
-        pause = Worker.tend(worker, channel)
-        if not channel.data:  # while the attendant is on its way to its sleep
+    def send_waiting(channel: Any) -> float:
+        pause = Worker.send_waiting(worker, channel)
+        if not channel.data:  # while the monitor thread is about to sleep
             reports("lost", 1, 4096, "gone for good")
             os.eventfd_write(signs[place], 1)
         return pause
@@ -53,15 +57,17 @@ def test_a_report_made_as_the_worker_ends(monkeypatch: pytest.MonkeyPatch, place
     assignment = SimpleNamespace(quit_eventfd=0, client_pidfd=1)
     worker = cast(
         Any,
-        SimpleNamespace(reports=reports, remote=True, descriptor=signs.__getitem__, assignment=assignment, tend=tend),
+        SimpleNamespace(
+            reports=reports, remote=True, descriptor=signs.__getitem__, assignment=assignment, send_waiting=send_waiting
+        ),
     )
     try:
         with pytest.raises(EndedError) as ended:
-            MonitorThread(worker, cast(Any, channel))._attend()
+            MonitorThread(worker, cast(Any, channel))._monitor()
         assert ended.value.args == (status,)
         assert [decode(data, expect=(Report,)) for data in channel.data] == [
             Report(3, "lost", 1, 4096, "gone for good")
         ]
     finally:
-        for fd in (*signs, reports.bell):
+        for fd in (*signs, reports.wakeup):
             os.close(fd)

@@ -66,7 +66,7 @@ def test_a_present_page_in_the_middle_is_passed() -> None:
     bench.place(3)
     assert bench.block.fill_own(1, 5) == 0
     assert bench.marks[1:6] == [RECEIVED] * 5 and bench.whole
-    assert bench.block.settled == 1
+    assert bench.block.placed_by_others == 1
 
 
 @pytest.mark.parametrize("code", [errno.EAGAIN, errno.ENOENT, errno.ESRCH, errno.EFAULT, errno.ENOSPC, errno.EINVAL])
@@ -120,7 +120,7 @@ def test_another_workers_page_is_neither_mended_nor_reported() -> None:
     bench = Bench()
     bench.place(3)
     bench.world.map[3] = PLACING
-    assert bench.block.settle(3) == 0
+    assert bench.block.accept_present(3) == 0
     assert bench.marks[3] == RECEIVED and bench.world.reports == []
 
 
@@ -130,7 +130,7 @@ def test_a_changed_file_mends_nothing() -> None:
     bench.world.map[3] = PLACING
     bench.world.source.rewrite()
     with pytest.raises(SourceChanged):
-        bench.block.settle(3)
+        bench.block.accept_present(3)
     assert bench.whole
 
 

@@ -1,4 +1,4 @@
-"""The law of a custodian without a supervisor, with simulated time."""
+"""The policy of a custodian without a supervisor, with simulated time."""
 
 from __future__ import annotations
 
@@ -19,140 +19,140 @@ from postcopy_workers.standby import (
     Effect,
     Fork,
     Kill,
-    Say,
+    Log,
     StandbyPolicy,
 )
 
 
 def service(*clients: int, remote: bool = False, timeout: float = 60.0, poison: bool = False) -> StandbyPolicy:
     """Clients with a worker each, and worker zero, all in their first life; the supervisor is lost at 10 s."""
-    law = StandbyPolicy(10.0, timeout, poison)
+    policy = StandbyPolicy(10.0, timeout, poison)
     for client in clients:
-        law.client(client, 1, wanted=True, remote=remote)
-        law.life(client, 1, 0.0, poisoned=False)
-    law.life(0, 1, 0.0, poisoned=False)
-    assert law.begin(10.0) == [Kill(0)]
-    return law
+        policy.add_client(client, 1, wanted=True, remote=remote)
+        policy.add_life(client, 1, 0.0, poisoned=False)
+    policy.add_life(0, 1, 0.0, poisoned=False)
+    assert policy.begin(10.0) == [Kill(0)]
+    return policy
 
 
 def test_worker_zero_ends_and_the_others_go_on() -> None:
-    law = service(1, 2)
-    assert law.exited(0, 1, False, 10.1) == []
-    assert law.tick(10.2) == []
-    assert law.next_due() == 70.0
+    policy = service(1, 2)
+    assert policy.exited(0, 1, False, 10.1) == []
+    assert policy.tick(10.2) == []
+    assert policy.next_due() == 70.0
 
 
 def test_a_dead_worker_is_replaced_after_a_moment() -> None:
-    law = service(1, 2)
-    assert law.exited(2, 1, False, 11.0) == []
-    assert law.next_due() == 11.0 + FIRST_WAIT
-    assert law.tick(11.0) == []
-    assert law.tick(11.0 + FIRST_WAIT) == [Fork(2, 2, poison=False)]
-    assert law.tick(11.1) == [], "once"
-    law.fork_failed(2, 11.1)
-    assert law.tick(12.0) == [Fork(2, 3, poison=False)], "until it is done"
+    policy = service(1, 2)
+    assert policy.exited(2, 1, False, 11.0) == []
+    assert policy.next_due() == 11.0 + FIRST_WAIT
+    assert policy.tick(11.0) == []
+    assert policy.tick(11.0 + FIRST_WAIT) == [Fork(2, 2, poison=False)]
+    assert policy.tick(11.1) == [], "once"
+    policy.fork_failed(2, 11.1)
+    assert policy.tick(12.0) == [Fork(2, 3, poison=False)], "until it is done"
 
 
 def test_one_that_dies_again_and_again_waits_ever_longer() -> None:
-    law, now, waits = service(1), 10.0, []
+    policy, now, waits = service(1), 10.0, []
     for incarnation in range(1, 10):
-        law.exited(1, incarnation, False, now)
-        due = law.next_due()
+        policy.exited(1, incarnation, False, now)
+        due = policy.next_due()
         assert due is not None
         waits.append(round(due - now, 6))
-        assert law.tick(due) == [Fork(1, incarnation + 1, poison=False)]
-        law.forked(1, incarnation + 1, due)
+        assert policy.tick(due) == [Fork(1, incarnation + 1, poison=False)]
+        policy.forked(1, incarnation + 1, due)
         now = due
     assert waits[:4] == [0.02, 0.04, 0.08, 0.16] and waits[-1] == LONGEST_WAIT
     later = now + STABLE_SECONDS + 1
-    law.exited(1, 10, False, later)
-    assert law.next_due() == later + FIRST_WAIT
+    policy.exited(1, 10, False, later)
+    assert policy.next_due() == later + FIRST_WAIT
 
 
 def test_one_that_died_before_the_supervisor_did_is_replaced() -> None:
-    law = StandbyPolicy(10.0, 60.0, poison=False)
-    law.client(1, 4, wanted=True, remote=False)
-    law.client(2, 1, wanted=False, remote=False)  # it has no regions
-    assert law.begin(10.0) == []
-    assert law.tick(10.0 + FIRST_WAIT) == [Fork(1, 5, poison=False)]
+    policy = StandbyPolicy(10.0, 60.0, poison=False)
+    policy.add_client(1, 4, wanted=True, remote=False)
+    policy.add_client(2, 1, wanted=False, remote=False)  # it has no regions
+    assert policy.begin(10.0) == []
+    assert policy.tick(10.0 + FIRST_WAIT) == [Fork(1, 5, poison=False)]
 
 
 def test_two_lives_of_one_worker_end_both_before_there_is_a_third() -> None:
-    law = StandbyPolicy(10.0, 60.0, poison=False)
-    law.client(1, 1, wanted=True, remote=False)
-    law.life(1, 1, 0.0, poisoned=False)
-    law.life(1, 2, 9.0, poisoned=False)
-    assert law.begin(10.0) == [Kill(1)]
-    law.exited(1, 1, False, 10.1)
-    assert law.tick(12.0) == [], "the other lives"
-    law.exited(1, 2, False, 12.0)
-    assert law.tick(13.0) == [Fork(1, 3, poison=False)]
+    policy = StandbyPolicy(10.0, 60.0, poison=False)
+    policy.add_client(1, 1, wanted=True, remote=False)
+    policy.add_life(1, 1, 0.0, poisoned=False)
+    policy.add_life(1, 2, 9.0, poisoned=False)
+    assert policy.begin(10.0) == [Kill(1)]
+    policy.exited(1, 1, False, 10.1)
+    assert policy.tick(12.0) == [], "the other lives"
+    policy.exited(1, 2, False, 12.0)
+    assert policy.tick(13.0) == [Fork(1, 3, poison=False)]
 
 
 @pytest.mark.parametrize("how", ["pidfd", "worker"])
 def test_a_client_that_ends_is_dropped_and_not_given_a_worker(how: str) -> None:
-    law = service(1, 2)
-    effects = law.client_ended(1) if how == "pidfd" else law.exited(1, 1, True, 11.0)
+    policy = service(1, 2)
+    effects = policy.client_ended(1) if how == "pidfd" else policy.exited(1, 1, True, 11.0)
     assert effects == [Drop(1)]
-    assert law.client_ended(1) == [], "once"
+    assert policy.client_ended(1) == [], "once"
     if how == "pidfd":
-        assert law.exited(1, 1, False, 11.0) == []
-    assert law.tick(20.0) == []
+        assert policy.exited(1, 1, False, 11.0) == []
+    assert policy.tick(20.0) == []
 
 
 def test_it_waits_for_a_successor_though_nobody_is_left() -> None:
-    law = service(1)
-    law.client_ended(1)
-    assert law.tick(69.9) == []
-    assert not law.ended
-    assert law.tick(70.0) == [Kill(1)], "if it still lives"
-    assert law.ended
+    policy = service(1)
+    policy.client_ended(1)
+    assert policy.tick(69.9) == []
+    assert not policy.ended
+    assert policy.tick(70.0) == [Kill(1)], "if it still lives"
+    assert policy.ended
 
 
 def test_it_ends_with_the_last_client_when_the_time_is_over() -> None:
-    law = service(1, 2, timeout=0.0)
+    policy = service(1, 2, timeout=0.0)
     for client in (1, 2):
-        law.tick(10.0)
-        assert not law.ended
-        law.client_ended(client)
-    law.tick(10.0)
-    assert law.ended
+        policy.tick(10.0)
+        assert not policy.ended
+        policy.client_ended(client)
+    policy.tick(10.0)
+    assert policy.ended
 
 
 def test_remote_pages_wait_on() -> None:
-    law = service(1, remote=True)
-    (said,) = law.tick(70.0)
-    assert isinstance(said, Say) and "wait on in 1 clients" in said.text and "60 s" in said.text
-    assert law.tick(80.0) == [] and law.next_due() is None
-    law.exited(1, 1, False, 90.0)
-    assert law.tick(91.0) == [Fork(1, 2, poison=False)]
+    policy = service(1, remote=True)
+    (said,) = policy.tick(70.0)
+    assert isinstance(said, Log) and "wait on in 1 clients" in said.text and "60 s" in said.text
+    assert policy.tick(80.0) == [] and policy.next_due() is None
+    policy.exited(1, 1, False, 90.0)
+    assert policy.tick(91.0) == [Fork(1, 2, poison=False)]
 
 
 def test_or_are_poisoned_by_a_successor_of_each_worker_that_asks_for_them() -> None:
-    law = StandbyPolicy(10.0, 60.0, poison=True)
+    policy = StandbyPolicy(10.0, 60.0, poison=True)
     for client in (1, 2):
-        law.client(client, 1, wanted=True, remote=client == 1)
-        law.life(client, 1, 0.0, poisoned=False)
-    law.begin(10.0)
-    said, kill = law.tick(70.0)
-    assert isinstance(said, Say) and kill == Kill(1)
-    assert law.tick(70.0) == []
-    law.exited(1, 1, False, 70.1)
-    assert law.tick(70.1 + FIRST_WAIT) == [Fork(1, 2, poison=True)]
-    law.exited(2, 1, False, 71.0)
-    assert law.tick(72.0) == [Fork(2, 2, poison=False)], "all its pages are here"
-    law.forked(1, 2, 72.0)
-    assert law.taken() == [Kill(1)], "a supervisor finds no worker that poisons"
+        policy.add_client(client, 1, wanted=True, remote=client == 1)
+        policy.add_life(client, 1, 0.0, poisoned=False)
+    policy.begin(10.0)
+    said, kill = policy.tick(70.0)
+    assert isinstance(said, Log) and kill == Kill(1)
+    assert policy.tick(70.0) == []
+    policy.exited(1, 1, False, 70.1)
+    assert policy.tick(70.1 + FIRST_WAIT) == [Fork(1, 2, poison=True)]
+    policy.exited(2, 1, False, 71.0)
+    assert policy.tick(72.0) == [Fork(2, 2, poison=False)], "all its pages are here"
+    policy.forked(1, 2, 72.0)
+    assert policy.taken() == [Kill(1)], "a supervisor finds no worker that poisons"
 
 
 def test_after_half_a_take_over_workers_that_poison_go_on() -> None:
-    law = StandbyPolicy(10.0, 60.0, poison=True)
-    law.client(1, 3, wanted=True, remote=True)
-    law.life(1, 3, 71.0, poisoned=True)
-    law.begin(80.0)
-    assert [type(effect) for effect in law.tick(80.0)] == [Say]
-    law.exited(1, 3, False, 81.0)
-    assert law.tick(82.0) == [Fork(1, 4, poison=True)]
+    policy = StandbyPolicy(10.0, 60.0, poison=True)
+    policy.add_client(1, 3, wanted=True, remote=True)
+    policy.add_life(1, 3, 71.0, poisoned=True)
+    policy.begin(80.0)
+    assert [type(effect) for effect in policy.tick(80.0)] == [Log]
+    policy.exited(1, 3, False, 81.0)
+    assert policy.tick(82.0) == [Fork(1, 4, poison=True)]
 
 
 # --- what a custodian understands -------------------------------------------------------------------------------------
@@ -207,14 +207,14 @@ class Deputy(RuleBasedStateMachine):
         wards=st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=1, max_size=4),
     )
     def lost(self, timeout: float, poison: bool, wards: list[tuple[int, bool]]) -> None:
-        self.law = StandbyPolicy(self.now, timeout, poison)
+        self.policy = StandbyPolicy(self.now, timeout, poison)
         for client, (lives, remote) in enumerate(wards, 1):
             self.clients.add(client)
             self.lives[client] = set(range(1, lives + 1))
-            self.law.client(client, max(1, lives), wanted=True, remote=remote)
+            self.policy.add_client(client, max(1, lives), wanted=True, remote=remote)
             for incarnation in self.lives[client]:
-                self.law.life(client, incarnation, 0.0, poisoned=False)
-        self.do(self.law.begin(self.now))
+                self.policy.add_life(client, incarnation, 0.0, poisoned=False)
+        self.do(self.policy.begin(self.now))
 
     def do(self, effects: list[Effect]) -> None:
         for effect in effects:
@@ -223,7 +223,7 @@ class Deputy(RuleBasedStateMachine):
                     assert worker in self.clients, "for nobody"
                     assert not self.lives[worker], "two lives would read one userfaultfd"
                     self.lives[worker].add(incarnation)
-                    self.law.forked(worker, incarnation, self.now)
+                    self.policy.forked(worker, incarnation, self.now)
                 case Kill(worker):
                     for incarnation in sorted(self.lives[worker]):
                         self.dies(worker, incarnation, False)
@@ -232,7 +232,7 @@ class Deputy(RuleBasedStateMachine):
 
     def dies(self, worker: int, incarnation: int, client_gone: bool) -> None:
         self.lives[worker].discard(incarnation)
-        self.do(self.law.exited(worker, incarnation, client_gone, self.now))
+        self.do(self.policy.exited(worker, incarnation, client_gone, self.now))
 
     @rule(data=st.data(), gone=st.booleans())
     @precondition(lambda self: any(self.lives.values()))
@@ -243,20 +243,20 @@ class Deputy(RuleBasedStateMachine):
     @rule(data=st.data())
     @precondition(lambda self: self.clients)
     def client_dies(self, data: st.DataObject) -> None:
-        self.do(self.law.client_ended(data.draw(st.sampled_from(sorted(self.clients)))))
+        self.do(self.policy.client_ended(data.draw(st.sampled_from(sorted(self.clients)))))
 
     @rule(seconds=st.sampled_from([0.001, 0.05, 2.0, 100.0]))
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
-        self.do(self.law.tick(self.now))
+        self.do(self.policy.tick(self.now))
 
     @invariant()
     def nobody_is_forgotten(self) -> None:
         """Whoever lives has a worker, or will have one in a second at most."""
         for client in self.clients:
-            due = self.law.next_due()
+            due = self.policy.next_due()
             assert self.lives[client] or (due is not None and due <= self.now + LONGEST_WAIT), client
-        assert not (self.law.ended and self.clients)
+        assert not (self.policy.ended and self.clients)
 
 
 TestDeputy = Deputy.TestCase

@@ -27,7 +27,7 @@ class Zero:
         self.relief = float("inf")
         block = self.world.block(Calls(kernel.ioctl, kernel.lseek, kernel.pread, kernel.pwrite))
         self.words = memoryview(bytearray(counters.PAGE_BYTES)).cast("Q")
-        self.errands = RangePlacer({0: block}, self.words, lambda: self.now, self._pause)
+        self.placer = RangePlacer({0: block}, self.words, lambda: self.now, self._pause)
 
     def _pause(self, seconds: float) -> None:
         self.now += seconds
@@ -37,7 +37,7 @@ class Zero:
     def fetch(self, first: int, end: int) -> list[int]:
         """Lost pages of the range."""
         size = self.world.page_size
-        answer = self.errands.fetch(Fetch(0, first * size, (end - first) * size))
+        answer = self.placer.fetch(Fetch(0, first * size, (end - first) * size))
         assert (answer.block, answer.offset, answer.length) == (0, first * size, (end - first) * size)
         assert self.words[counters.BUSY_SINCE_NS] == 0
         return [offset // size for offset in unpack_offsets(answer.lost)]

@@ -1,13 +1,12 @@
-"""What happened and why: every restart, quarantine, pause, recover, lost or polluted page is one event, told twice.
+"""Events: every restart, quarantine, pause, recover, lost or polluted page, in the log and in a bounded history.
 
-Once as one line of the log, in one format:
+In the log an event is one line: the kind, a text for people, and then ``key=value`` fields. A value that is no plain
+word is a JSON string, so the name of a client or a file cannot begin a line of its own.
 
     lost: block ram0: 1 pages from page 7: input/output error event=lost block=ram0 offset=28672 length=4096
     cause="input/output error"          (all in one line)
 
-that is, the kind, a text for people, and then ``key=value`` fields; a value that is no plain word is a JSON string, so
-nobody who names a client or a file can begin a line of his own. And once in a bounded history for ``postcopy status
---events`` and ``--story``. No event holds a byte of anybody's memory, nor a key.
+The history is for ``postcopy status --events`` and ``--story``. No event holds page contents or keys.
 """
 
 from __future__ import annotations
@@ -27,35 +26,35 @@ LENGTH = 512
 MOST_TEXT = 1000
 """Characters of a text that are kept: reasons come from sources and from users' functions."""
 QUIET = frozenset({"complete", "memory", "source", "recover", "healed", "resumed"})
-"""Kinds that are no cause for concern: logged as information."""
+"""Kinds that are logged as information and not as warnings."""
 FIELDS = ("client", "worker", "incarnation", "pid", "block", "offset", "length", "source", "restarts", "cause")
-"""What an event may tell beside its text, in this order: numbers of client and worker, the block's name, bytes."""
+"""Fields of an event, in this order: numbers of client and worker, the block's name, offset and length in bytes."""
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.:/+-]+", re.ASCII)
 
 
 class Tell(Protocol):
-    """How the rooms of the house tell an event: its kind, a text for people, and the FIELDS that apply."""
+    """Records an event: its kind, a text for people, and the FIELDS that apply."""
 
     def __call__(self, kind: str, detail: str, **where: int | str) -> None: ...
 
 
 def readable(text: str) -> str:
-    """In one line and without control characters: they are shown as Python writes them."""
+    """``text`` in one line: control characters are shown as Python escapes."""
     if len(text) > MOST_TEXT:
         text = text[: MOST_TEXT - 1] + "…"
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def field(value: int | str) -> str:
-    """A value behind its ``key=``."""
+    """A value as it stands behind its ``key=``."""
     text = str(value)
     return text if _PLAIN.fullmatch(text) else json.dumps(text)
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """``at``: seconds since the epoch; ``number`` counts all events since the start, so a reader knows what is new."""
+    """``at``: seconds since the epoch; ``number`` counts events since the start, so a reader knows which are new."""
 
     number: int
     at: float
@@ -64,16 +63,16 @@ class Event:
     where: dict[str, int | str]
 
     def line(self) -> str:
-        """As the log has it."""
+        """The line in the log."""
         fields = [f"{key}={field(self.where[key])}" for key in FIELDS if key in self.where]
         return " ".join([f"{self.kind}: {self.detail} event={field(self.kind)}", *fields])
 
     def document(self) -> dict[str, Any]:
-        """As the status has it."""
+        """The entry in the status."""
         return {"number": self.number, "at": round(self.at, 3), "kind": self.kind, "detail": self.detail, **self.where}
 
     def concerns(self, block: str, first: int, end: int) -> bool:
-        """Is it about bytes ``first`` to ``end`` of a block? One about the whole block is."""
+        """Is it about bytes ``first`` to ``end`` of a block? An event about the whole block is."""
         if self.where.get("block") != block:
             return False
         offset = self.where.get("offset")
@@ -83,8 +82,8 @@ class Event:
         return offset < end and first < offset + (length if isinstance(length, int) else 1)
 
 
-class History:
-    """The last events, oldest first, and how many there have been of each kind."""
+class EventLog:
+    """The last events, oldest first, and the number of events of each kind."""
 
     def __init__(self, length: int = LENGTH) -> None:
         self._events: deque[Event] = deque(maxlen=length)
@@ -92,7 +91,7 @@ class History:
         self.counts: dict[str, int] = {}
 
     def tell(self, kind: str, detail: str, **where: int | str) -> None:
-        """Log it and keep it (a ``Tell``)."""
+        """Log an event and keep it (a ``Tell``)."""
         assert where.keys() <= set(FIELDS), where
         self._number += 1
         self.counts[kind] = self.counts.get(kind, 0) + 1
@@ -105,5 +104,5 @@ class History:
         return iter(list(self._events))
 
     def documents(self, after: int = 0) -> Iterator[dict[str, Any]]:
-        """Those with numbers greater than ``after``, of the events that there are now."""
+        """Present events with numbers greater than ``after``."""
         return (event.document() for event in iter(self) if event.number > after)

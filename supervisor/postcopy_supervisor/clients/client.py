@@ -1,0 +1,159 @@
+"""The record of one client, and the table of all clients."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from postcopy_kernel import crashpoints, descriptors
+from postcopy_kernel.userfaultfd import Userfaultfd
+from postcopy_protocol import counters, stages
+from postcopy_protocol.attach_conversation import AttachConversation
+from postcopy_protocol.codec import encode
+from postcopy_protocol.messages import ClientNote, Message, RegionGrant, Unmap
+
+from ..pool.custodian_client import CustodianClient
+
+
+@dataclass(slots=True)
+class Client:
+    """One client: its connection (None once it has ended), its userfaultfd, its regions, its figures."""
+
+    number: int
+    connection: socket.socket | None
+    uid: int
+    pid: int
+    pidfd: int
+    conversation: AttachConversation
+    since: float
+    """When it connected, or when its last message was handled (monotonic)."""
+    userfaultfd: Userfaultfd | None = None
+    figures_fd: int = -1
+    figures: memoryview | None = None
+    """All that its workers write: the counters, and the latencies of stages by block where there is room for them."""
+    counters: memoryview | None = None
+    regions: list[RegionGrant] = field(default_factory=list)
+    released: list[RegionGrant] = field(default_factory=list)
+    """Regions of complete blocks: no worker serves them any more."""
+    attaching: list[RegionGrant] = field(default_factory=list)
+    """Regions whose ``Mapped`` is answered when a worker serves them."""
+    unmapping: list[Unmap] = field(default_factory=list)
+    """Answered when the worker that served the region has ended."""
+    leaving: bool = False
+    back_end: bool = False
+    """A vhost-user back-end: ``pid``, ``pidfd`` and memory are its own, the connection is its front-end's."""
+    quarantined: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.conversation.name
+
+    def map_figures(self) -> memoryview:
+        """Map the figures; returns the counters. An older supervisor may have made the memory shorter."""
+        length = min(stages.END, os.fstat(self.figures_fd).st_size)
+        self.figures = memoryview(mmap.mmap(self.figures_fd, length))
+        self.counters = page = self.figures[: counters.PAGE_BYTES].cast("Q")
+        return page
+
+    def stages(self, block: int) -> memoryview | None:
+        """Latencies of the stages of its faults in a block; None where they are not kept."""
+        at = stages.position(block)
+        if self.figures is None or at is None or len(self.figures) < stages.END:
+            return None
+        return self.figures[at : at + stages.BYTES].cast("Q")
+
+    @property
+    def all_regions(self) -> list[RegionGrant]:
+        return [*self.regions, *self.released]
+
+    @property
+    def touches(self) -> set[int]:
+        """Numbers of the blocks that it has, or had, mapped."""
+        return {region.block for region in self.all_regions}
+
+    @property
+    def key(self) -> str:
+        """The custodian's key of its descriptors."""
+        return f"client/{self.number}"
+
+    def note(self) -> bytes:
+        """What a later supervisor has to know of it."""
+        return encode(
+            ClientNote(
+                client=self.number,
+                name=self.name,
+                kind=self.conversation.kind,
+                uid=self.uid,
+                pid=self.pid,
+                quarantined=self.quarantined,
+                back_end=self.back_end,
+                regions=tuple(self.regions),
+                released=tuple(self.released),
+            )
+        )
+
+
+class Clients:
+    """All clients, by number and by connection, and the figures of those that have left."""
+
+    def __init__(self, blocks: Iterable[int], custodian: CustodianClient, first_number: int = 1) -> None:
+        self.by_number: dict[int, Client] = {}
+        self.by_connection: dict[socket.socket, Client] = {}
+        self.past = counters.merge(())
+        self.past_stages = {number: stages.scratch() for number in blocks}
+        self._custodian = custodian
+        self._next_number = first_number
+
+    def take_number(self) -> int:
+        number, self._next_number = self._next_number, self._next_number + 1
+        return number
+
+    def keep(self, client: Client) -> None:
+        """Renew the custodian's note. Done before a change is answered, and before a worker is forked for it."""
+        assert client.userfaultfd is not None
+        self._custodian.keep(client.key, client.note(), (client.userfaultfd.fd, client.pidfd, client.figures_fd))
+
+    def set_quarantined(self, number: int, quarantined: bool) -> None:
+        """Note for a later supervisor that a client is quarantined, or no longer."""
+        client = self.by_number.get(number)
+        if client is not None and client.quarantined != quarantined:
+            client.quarantined = quarantined
+            self.keep(client)
+
+    def with_block(self, block: int) -> list[int]:
+        """Numbers of the clients that have regions of a block."""
+        return [
+            number
+            for number, client in self.by_number.items()
+            if any(region.block == block for region in client.regions)
+        ]
+
+    def drop(self, client: Client) -> None:
+        """Forget a client, and add its figures to those of the clients that have left."""
+        self.by_number.pop(client.number, None)
+        self._custodian.drop(client.key)
+        if client.counters is None:
+            return
+        self.past = counters.merge((self.past, client.counters.tolist()))
+        for block in client.touches:
+            staged = client.stages(block)
+            if staged is not None:
+                self.past_stages[block] = stages.merged((self.past_stages[block], staged))
+
+    def tell_all(self, message: Message) -> None:
+        for client in list(self.by_number.values()):
+            if client.connection is not None:
+                send(client.connection, message)
+
+
+def send(connection: socket.socket, message: Message, fds: tuple[int, ...] = ()) -> bool:
+    """Send without waiting; False when the client is gone or does not read."""
+    try:
+        descriptors.send_message(connection, encode(message), fds)
+        crashpoints.at("door." + type(message).__name__)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,115 @@
+"""Periodic work of the main thread: four times a second, and the rarer part of it once a second."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from postcopy_protocol import counters
+
+from .adopt import PendingWorkers
+from .blocks import RamBlock
+from .clients.release import ClientRelease
+from .exports import Exports
+from .memory_budget import MemoryBudget
+from .observe.audit import Auditor
+from .parts import Parts
+from .remote.sources import Sources
+from .runtime import Heartbeat
+from .watchdog import Watchdog
+
+RARE_SECONDS = 1.0
+
+
+class Timer(Protocol):
+    """The listener, which queues ticks."""
+
+    def tick_at(self, due: float | None) -> None: ...
+
+
+class PeriodicWork:
+    """``fault_around``: bytes of the largest window of workers while memory suffices."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        budget: MemoryBudget,
+        fault_around: int,
+        sources: Sources,
+        pending: PendingWorkers,
+        release: ClientRelease,
+        watchdog: Watchdog,
+        auditor: Auditor,
+        exports: Exports,
+        heartbeat: Heartbeat,
+        timer: Timer,
+    ) -> None:
+        self._parts = parts
+        self._budget = budget
+        self._fault_around = fault_around
+        self._sources = sources
+        self._pending = pending
+        self._release = release
+        self._watchdog = watchdog
+        self._auditor = auditor
+        self._exports = exports
+        self._heartbeat = heartbeat
+        self._timer = timer
+        self._rare_at = 0.0
+        self._interrupted = False
+
+    def worker_ended(self) -> None:
+        """A worker may have died between its COPY and its mark: such pages are promoted with the next rare work."""
+        self._interrupted = True
+
+    def tick(self, now: float, at: float) -> None:
+        """``at``: when the tick was queued."""
+        self._parts.pool.tick(now)
+        self._check_memory()
+        self._timer.tick_at(self._sources.tick(now))
+        self._timer.tick_at(self._pending.tick(now))
+        self._heartbeat.tick(now)
+        self.stream()
+        self._auditor.step(now)
+        if now - self._rare_at >= RARE_SECONDS:
+            self._rare_at = now
+            self._rare(now, at)
+
+    def stream(self) -> None:
+        """Request pages in the background, as far as rate, links and memory allow."""
+        self._timer.tick_at(self._parts.paging.stream(self._budget.left(self._in_flight())))
+
+    def _in_flight(self) -> int:
+        return sum(link.flow.bytes_in_flight for link in self._sources.links.values())
+
+    def _check_memory(self) -> None:
+        """Where memory is scarce, on the machine or under ``--max-memory``, only pages with a waiter are placed."""
+        parts, enough = self._parts, self._budget.enough(self._in_flight())
+        if enough != parts.paging.roomy:
+            parts.paging.roomy = enough
+            parts.control_page[counters.WINDOW_LIMIT] = self._fault_around if enough else 0
+            text = "enough again" if enough else "scarce: fault-around and background work stop"
+            parts.event_log.tell("memory", text)
+
+    def _rare(self, now: float, at: float) -> None:
+        self._release.tick(at)
+        self._release.wake_resting()
+        self._watchdog.tick(now)
+        for block in self._parts.blocks.values():
+            if self._interrupted and not block.complete:
+                block.promote_interrupted()
+            self._complete(block)
+        self._interrupted = False
+        for export in self._exports.unasked():
+            export.cancel()
+            self._parts.zero.give_up(export.block)
+
+    def _complete(self, block: RamBlock) -> None:
+        """The end phase of a block whose pages are all received."""
+        if not block.complete and block.look_complete():
+            text = f"block {block.name}: every page is received; its clients are released"
+            self._parts.event_log.tell("complete", text, block=block.name)
+            link = self._parts.paging.links.get(block.number)
+            if link is not None:
+                link.complete(block.number)
+        if block.complete:
+            self._release.release_block(block)
