@@ -433,7 +433,7 @@ def test_a_timeout_does_not_spoil_what_is_attached(
 ) -> None:
     begin(deaf=["Unmap"])
     with postcopy.attach("ram0", runtime_dir) as block:
-        client._clients[str(runtime_dir)]._session.door.usable = False  # type: ignore[union-attr]
+        client._clients[str(runtime_dir)]._session.connection.usable = False  # type: ignore[union-attr]
         with postcopy.attach("ram0", runtime_dir) as other:  # a new session beside the spoilt one
             assert other.session is not block.session
             assert bytes(other.buf) == bytes(block.buf) == data

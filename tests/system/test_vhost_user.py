@@ -343,7 +343,7 @@ def test_what_is_refused(runtime_dir: Path, tmp_path: Path) -> None:
         (["guest", GuestMemory("guest", guest=0)], {}, ValueError, "overlap"),
         ([GuestMemory("guest", 0, 1 << 30)], {}, ValueError, "ends at"),
         (["guest"], {"pid": 4194304}, BackEndGone, "no process"),
-        (["guest"], {"pid": os.getpid()}, VhostUserError, "mapped nowhere"),
+        (["guest"], {"pid": os.getpid()}, VhostUserError, "is not mapped in the back-end"),
         (["guest"], {"order": "any"}, ValueError, "none of standard, rust-vmm"),
     ]
     with guest(runtime_dir, tmp_path, []) as service, storage_daemon(tmp_path) as program:
