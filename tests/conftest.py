@@ -40,7 +40,7 @@ PATIENCE = 2.0
 hypothesis.settings.register_profile("postcopy", deadline=None, print_blob=True)
 hypothesis.settings.register_profile("fast", hypothesis.settings.get_profile("postcopy"), max_examples=25)
 
-# Compiling supervisor and custodian anew costs 0.3 s of each of about a thousand starts, so they may keep bytecode.
+# Compiling their sources costs supervisor and custodian 0.3 s together at each of many starts, so bytecode is kept.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 STARTS = frozenset({"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system"})
