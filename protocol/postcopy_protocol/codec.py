@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
@@ -97,7 +97,7 @@ def shape_of(kind: type[Message]) -> _Shape:
 
 def _shape(kind: type[Message]) -> _Shape:
     hints = get_type_hints(kind)
-    names = tuple(field.name for field in fields(kind))
+    names = kind.__match_args__
     items = tuple(_item(hints[name]) for name in names)
     lowest = _LOWEST.get(kind.__name__, {})
     return _Shape(

@@ -12,49 +12,73 @@ bytes; addresses are virtual addresses of the client; a batch of offsets is pack
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, TypeVar, dataclass_transform
+from dataclasses import FrozenInstanceError, make_dataclass
+from typing import Any, ClassVar, NoReturn, dataclass_transform
 
 VERSION = 1
 
 
-@dataclass(frozen=True, slots=True, repr=False, eq=False)
-class Message:
-    """Base of all messages: ``TAG`` is its number on the wire, ``DESCRIPTORS`` the most that may travel with it."""
+@dataclass_transform(frozen_default=True)
+class _MessageType(type):
+    """Makes the annotations of a class its slots, as ``dataclass(slots=True)`` does, without code for each class.
+
+    Every process imports all messages when it starts, and clients wait for a supervisor that takes over: a hundred
+    dataclasses cost four fifths of that import."""
+
+    def __new__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> Any:
+        names = tuple(namespace.get("__annotations__", ())) if bases else ()
+        return super().__new__(cls, name, bases, {**namespace, "__slots__": names, "__match_args__": names})
+
+
+class _DataclassFields:
+    """``__dataclass_fields__`` of a message, for ``dataclasses.replace`` and ``fields``; made when it is read."""
+
+    def __get__(self, message: object, kind: type) -> dict[str, Any]:
+        made: Any = make_dataclass(kind.__name__, kind.__annotations__.items())
+        return dict(made.__dataclass_fields__)
+
+
+class Message(metaclass=_MessageType):
+    """Base of all messages, which are like frozen dataclasses: ``TAG`` is the number on the wire, ``DESCRIPTORS`` the
+    most that may travel with it."""
 
     TAG: ClassVar[int] = 0
     DESCRIPTORS: ClassVar[int] = 0
+    __match_args__: ClassVar[tuple[str, ...]]
+    __dataclass_fields__: ClassVar[Any] = _DataclassFields()
 
-    def _fields(self) -> dict[str, object]:
-        names: tuple[str, ...] = self.__match_args__
-        return {name: getattr(self, name) for name in names}
+    def __init__(self, *values: object, **named: object) -> None:
+        """The first message of a class generates its ``__init__``."""
+        kind, names = type(self), self.__match_args__
+        stores = {f"set_{name}": getattr(kind, name).__set__ for name in names}
+        lines = "; ".join(f"set_{name}(self, {name})" for name in names) or "pass"
+        exec(f"def __init__({', '.join(('self', *names))}): {lines}", stores)
+        kind.__init__ = stores["__init__"]  # type: ignore[method-assign]
+        kind.__init__(self, *values, **named)
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise FrozenInstanceError(f"cannot assign to field {name!r}")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise FrozenInstanceError(f"cannot delete field {name!r}")
+
+    def _values(self) -> tuple[object, ...]:
+        return tuple([getattr(self, name) for name in self.__match_args__])
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._fields().items())})"
+        pairs = zip(self.__match_args__, self._values(), strict=True)
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in pairs)})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Message) and type(other) is type(self) and other._fields() == self._fields()
+        return isinstance(other, Message) and type(other) is type(self) and other._values() == self._values()
 
     def __hash__(self) -> int:
-        return hash((type(self), *self._fields().values()))
-
-
-Kind = TypeVar("Kind", bound=Message)
-
-
-@dataclass_transform(frozen_default=True)
-def wire(kind: type[Kind]) -> type[Kind]:
-    """Make a class a message: a frozen dataclass with slots.
-
-    ``Message`` implements repr, equality and hash for all, so they are not generated for each class. Every process
-    imports all messages when it starts, and clients wait for a supervisor that takes over."""
-    return dataclass(frozen=True, slots=True, repr=False, eq=False)(kind)
+        return hash((type(self), *self._values()))
 
 
 # --- attach socket: client -> supervisor ------------------------------------------------------------------------------
 
 
-@wire
 class Hello(Message):
     """First message of a client. ``name`` is for people (status); ``kind`` is ``native`` or ``vhost-user``."""
 
@@ -63,7 +87,6 @@ class Hello(Message):
     kind: str
 
 
-@wire
 class OfferUserfaultfd(Message):
     """The client's userfaultfd (1 descriptor), made in the client, before its handshake (UFFDIO_API)."""
 
@@ -71,7 +94,6 @@ class OfferUserfaultfd(Message):
     DESCRIPTORS = 1
 
 
-@wire
 class OpenBlock(Message):
     """Ask for a RAM block by name; ``mode`` is ``private`` or ``shared``."""
 
@@ -80,7 +102,6 @@ class OpenBlock(Message):
     mode: str
 
 
-@wire
 class Mapped(Message):
     """The client has mapped ``length`` bytes of ``block`` from ``offset`` at ``address`` and touched none of them."""
 
@@ -91,7 +112,6 @@ class Mapped(Message):
     offset: int
 
 
-@wire
 class Unmap(Message):
     """The client no longer touches the region at ``address`` and is about to unmap it."""
 
@@ -100,14 +120,12 @@ class Unmap(Message):
     address: int
 
 
-@wire
 class Goodbye(Message):
     """The client leaves; all its regions are unmapped."""
 
     TAG = 6
 
 
-@wire
 class Resume(Message):
     """Instead of OfferUserfaultfd: the same process was client ``client`` of this supervisor or its predecessor, whose
     connection has ended."""
@@ -116,7 +134,6 @@ class Resume(Message):
     client: int
 
 
-@wire
 class OfferBackEnd(Message):
     """Instead of OfferUserfaultfd, by a ``vhost-user`` front-end: the userfaultfd of the back-end, after its handshake,
     and a pidfd of the back-end's process (2 descriptors). Regions are now the back-end's, which registers them."""
@@ -128,7 +145,6 @@ class OfferBackEnd(Message):
 # --- attach socket: supervisor -> client ------------------------------------------------------------------------------
 
 
-@wire
 class Welcome(Message):
     """Answer to Hello: the client's number; 1 descriptor: an open /dev/userfaultfd, or none if there is no device."""
 
@@ -137,14 +153,12 @@ class Welcome(Message):
     client: int
 
 
-@wire
 class UserfaultfdAccepted(Message):
     """The descriptor is a userfaultfd; the supervisor has done its handshake and keeps it."""
 
     TAG = 21
 
 
-@wire
 class BlockOpened(Message):
     """Answer to OpenBlock. ``size`` is the exact length, the mapping is ``pages * page_size``. 2 descriptors: the
     block (read-only for ``private``, read-write for ``shared``) and the received map (read-only, one byte a page)."""
@@ -158,7 +172,6 @@ class BlockOpened(Message):
     pages: int
 
 
-@wire
 class Attached(Message):
     """The region is registered and its worker runs: it may be touched now."""
 
@@ -167,7 +180,6 @@ class Attached(Message):
     address: int
 
 
-@wire
 class Unmapped(Message):
     """The region is forgotten: unmap it now."""
 
@@ -176,7 +188,6 @@ class Unmapped(Message):
     address: int
 
 
-@wire
 class Refused(Message):
     """The request is refused. ``code`` is one of ``REFUSALS``; ``reason`` is one line for people."""
 
@@ -185,7 +196,6 @@ class Refused(Message):
     reason: str
 
 
-@wire
 class Ending(Message):
     """The supervisor ends in order: every page that is still missing is poisoned (SIGBUS), none is zeros."""
 
@@ -193,7 +203,6 @@ class Ending(Message):
     reason: str
 
 
-@wire
 class Released(Message):
     """Every page of ``block`` is present and its ranges are unregistered: it is ordinary memory now."""
 
@@ -201,7 +210,6 @@ class Released(Message):
     block: int
 
 
-@wire
 class Resumed(Message):
     """Answer to Resume: all regions are as before. ``released``: numbers of complete blocks (packed u64)."""
 
@@ -215,7 +223,6 @@ REFUSALS = ("no-such-block", "denied", "bad-message", "bad-version", "bad-descri
 # --- router: worker -> supervisor -------------------------------------------------------------------------------------
 
 
-@wire
 class WorkerHello(Message):
     """A worker is connected: sent at start and after every reconnect."""
 
@@ -225,7 +232,6 @@ class WorkerHello(Message):
     pid: int
 
 
-@wire
 class Report(Message):
     """An event for people. ``kind`` is one of ``REPORTS``."""
 
@@ -237,7 +243,6 @@ class Report(Message):
     detail: str
 
 
-@wire
 class RequestPages(Message):
     """Pages of a remote block that the worker's client waits for (packed u64 offsets)."""
 
@@ -247,7 +252,6 @@ class RequestPages(Message):
     offsets: bytes
 
 
-@wire
 class Fetched(Message):
     """Worker zero's answer to Fetch: all of the range is present except the pages at ``lost`` (packed u64)."""
 
@@ -275,7 +279,6 @@ REPORTS = (
 # --- router: supervisor -> worker -------------------------------------------------------------------------------------
 
 
-@wire
 class Wake(Message):
     """Pages of a remote block are placed: wake their waiters (packed u64 offsets). Block 0 answers WorkerHello:
     earlier answers may be lost, so wake the whole client and request again what it then faults on."""
@@ -285,7 +288,6 @@ class Wake(Message):
     offsets: bytes
 
 
-@wire
 class Lost(Message):
     """Pages of a remote block that cannot be had: poison them for the waiting client (packed u64 offsets)."""
 
@@ -294,7 +296,6 @@ class Lost(Message):
     offsets: bytes
 
 
-@wire
 class Fetch(Message):
     """To worker zero, which places pages for the supervisor: make this range of a local block present."""
 
@@ -307,7 +308,6 @@ class Fetch(Message):
 # --- router: command line <-> supervisor ------------------------------------------------------------------------------
 
 
-@wire
 class AskStatus(Message):
     """Ask for the status. ``audit``: first search every block for pages that no program of ours placed."""
 
@@ -315,7 +315,6 @@ class AskStatus(Message):
     audit: bool
 
 
-@wire
 class AskStop(Message):
     """End in order; ``keep_workers`` leaves clients and workers to a successor."""
 
@@ -323,7 +322,6 @@ class AskStop(Message):
     keep_workers: bool
 
 
-@wire
 class AskExport(Message):
     """Write the block ``name`` to the absolute ``path``; answered by ExportProgress at once and to every
     AskProgress."""
@@ -333,7 +331,6 @@ class AskExport(Message):
     path: str
 
 
-@wire
 class AskProgress(Message):
     """Ask for the progress of an export. Without this request for 10 s, or with ``cancel``, it is cancelled."""
 
@@ -342,7 +339,6 @@ class AskProgress(Message):
     cancel: bool
 
 
-@wire
 class AskStory(Message):
     """Ask for the history of the page at ``offset`` of the block ``name``."""
 
@@ -351,7 +347,6 @@ class AskStory(Message):
     offset: int
 
 
-@wire
 class AskEvents(Message):
     """Ask for the kept events with numbers greater than ``after``."""
 
@@ -359,7 +354,6 @@ class AskEvents(Message):
     after: int
 
 
-@wire
 class AskResume(Message):
     """End the quarantine of a client (0: of worker zero): it gets a new worker, and its crashes are forgotten."""
 
@@ -367,7 +361,6 @@ class AskResume(Message):
     client: int
 
 
-@wire
 class StatusAnswer(Message):
     """The status document as UTF-8 JSON (its fields are part of the interface, not of the wire)."""
 
@@ -375,7 +368,6 @@ class StatusAnswer(Message):
     document: bytes
 
 
-@wire
 class StopAnswer(Message):
     """The supervisor has begun to end."""
 
@@ -383,7 +375,6 @@ class StopAnswer(Message):
     pid: int
 
 
-@wire
 class ExportProgress(Message):
     """``state`` is ``running``, ``done``, ``failed`` or ``cancelled``; ``detail`` says why it failed."""
 
@@ -395,7 +386,6 @@ class ExportProgress(Message):
     detail: str
 
 
-@wire
 class ControlRefused(Message):
     """A request of the command line that is refused; ``reason`` is one line for people."""
 
@@ -403,7 +393,6 @@ class ControlRefused(Message):
     reason: str
 
 
-@wire
 class StoryAnswer(Message):
     """The history of a page as UTF-8 JSON."""
 
@@ -411,7 +400,6 @@ class StoryAnswer(Message):
     document: bytes
 
 
-@wire
 class EventsAnswer(Message):
     """Events, oldest first, as a UTF-8 JSON array in the form of ``events`` in the status document."""
 
@@ -419,7 +407,6 @@ class EventsAnswer(Message):
     document: bytes
 
 
-@wire
 class ResumeAnswer(Message):
     """The quarantine is over. ``unpoisoning``: how many pages it had poisoned that are fetched now."""
 
@@ -431,7 +418,6 @@ class ResumeAnswer(Message):
 # --- custodian channel: supervisor -> custodian -----------------------------------------------------------------------
 
 
-@wire
 class Keep(Message):
     """Keep duplicates of these descriptors under ``key``, replacing what was there. ``meta`` is a note of the
     supervisor, returned unread."""
@@ -442,7 +428,6 @@ class Keep(Message):
     meta: bytes
 
 
-@wire
 class Drop(Message):
     """Close what is kept under ``key``."""
 
@@ -450,7 +435,6 @@ class Drop(Message):
     key: str
 
 
-@wire
 class ForkWorker(Message):
     """Fork a worker that gets the descriptors of ``keys``, in order, and ``assignment`` (an encoded Assignment)."""
 
@@ -461,7 +445,6 @@ class ForkWorker(Message):
     assignment: bytes
 
 
-@wire
 class TakeOver(Message):
     """First message on the custodian's socket: a new supervisor asks for everything that is kept. The custodian keeps
     it too, so a connection that ends changes nothing."""
@@ -470,7 +453,6 @@ class TakeOver(Message):
     pid: int
 
 
-@wire
 class Adopt(Message):
     """A worker that another custodian forked: watch it, and replace it while there is no supervisor. 1 descriptor: its
     pidfd; ``keys`` and ``assignment`` as in ForkWorker."""
@@ -484,7 +466,6 @@ class Adopt(Message):
     assignment: bytes
 
 
-@wire
 class WhenOrphaned(Message):
     """What to do without a supervisor. After ``timeout_ms``, missing pages of remote blocks are poisoned when touched
     (``poison``), or their clients wait on. When no client is left, the custodian ends."""
@@ -494,7 +475,6 @@ class WhenOrphaned(Message):
     poison: bool
 
 
-@wire
 class Dismiss(Message):
     """The supervisor ends in order: forget everything and end when the last worker has ended."""
 
@@ -504,7 +484,6 @@ class Dismiss(Message):
 # --- custodian channel: custodian -> supervisor -----------------------------------------------------------------------
 
 
-@wire
 class CustodianReady(Message):
     """Everything that workers need is imported: the custodian is ready."""
 
@@ -512,7 +491,6 @@ class CustodianReady(Message):
     pid: int
 
 
-@wire
 class WorkerForked(Message):
     """The worker runs; 1 descriptor: its pidfd."""
 
@@ -523,7 +501,6 @@ class WorkerForked(Message):
     pid: int
 
 
-@wire
 class ForkFailed(Message):
     """There is no worker: fork failed, or a key is not kept here."""
 
@@ -533,7 +510,6 @@ class ForkFailed(Message):
     reason: str
 
 
-@wire
 class WorkerExited(Message):
     """A worker has ended and is reaped; ``status`` is the wait status (see os.waitstatus_to_exitcode)."""
 
@@ -543,7 +519,6 @@ class WorkerExited(Message):
     status: int
 
 
-@wire
 class Kept(Message):
     """Answer to TakeOver, one for each key: key and note of Keep, and the descriptors."""
 
@@ -553,7 +528,6 @@ class Kept(Message):
     meta: bytes
 
 
-@wire
 class InventoryEnd(Message):
     """The end of ``kept`` Kept and ``workers`` WorkerForked (one for each living worker). From here on the channel is
     an ordinary one."""
@@ -567,7 +541,6 @@ class InventoryEnd(Message):
 # --- what a worker gets when it is forked -----------------------------------------------------------------------------
 
 
-@wire
 class BlockGrant(Message):
     """A block as a worker sees it.
 
@@ -591,7 +564,6 @@ class BlockGrant(Message):
     source: int
 
 
-@wire
 class RegionGrant(Message):
     """A registered range of the client: ``length`` bytes at ``address`` are the block's from ``offset``. ``mode`` is
     ``private`` or ``shared``; ``announced``: registered MISSING|MINOR (a client of another uid)."""
@@ -605,7 +577,6 @@ class RegionGrant(Message):
     announced: bool
 
 
-@wire
 class Assignment(Message):
     """All that a worker is given.
 
@@ -633,13 +604,12 @@ class Assignment(Message):
     cgroup: int
     blocks: tuple[BlockGrant, ...]
     regions: tuple[RegionGrant, ...]
-    transport: str = "native"
+    transport: str
 
 
 # --- notes of a supervisor to its successor: the ``meta`` of Keep, which a custodian does not read --------------------
 
 
-@wire
 class BlockNote(Message):
     """Key ``block/N``; descriptors: memory, received map, and the file of a local block. ``source`` is SOURCE as given
     to serve; ``kind``, ``detail`` as in BlockGrant; ``identity`` is that of Advised, for a remote source."""
@@ -657,7 +627,6 @@ class BlockNote(Message):
     source_mtime_ns: int
 
 
-@wire
 class ClientNote(Message):
     """Key ``client/N``; descriptors: userfaultfd, pidfd, statistics page. Kept again before a change is answered."""
 

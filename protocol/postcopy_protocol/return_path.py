@@ -17,7 +17,7 @@ from typing import Final
 
 from .errors import BadInput, BadMessage
 from .geometry import page_count
-from .messages import Message, wire
+from .messages import Message
 
 MAX_RANGES = 256
 """Ranges of one RequestRanges or Pages."""
@@ -69,7 +69,6 @@ def features_at(endpoint: str) -> tuple[str, ...]:
 # --- supervisor -> source ---------------------------------------------------------------------------------------------
 
 
-@wire
 class Advise(Message):
     """Ask for the block ``name`` in pages of ``page_size``; ``features`` are those that the supervisor supports."""
 
@@ -79,7 +78,6 @@ class Advise(Message):
     features: tuple[str, ...]
 
 
-@wire
 class Listen(Message):
     """Open the stream. At most ``window`` bytes may be pushed before the next Listen."""
 
@@ -88,7 +86,6 @@ class Listen(Message):
     window: int
 
 
-@wire
 class RequestRanges(Message):
     """Request pages (packed u64 pairs of offset and length). ``urgent``: a client waits for them. ``request`` is the
     supervisor's own number, not 0."""
@@ -100,7 +97,6 @@ class RequestRanges(Message):
     ranges: bytes
 
 
-@wire
 class Complete(Message):
     """Everything is received: forget the stream."""
 
@@ -108,7 +104,6 @@ class Complete(Message):
     stream: int
 
 
-@wire
 class Ping(Message):
     """Ask for a Pong."""
 
@@ -116,7 +111,6 @@ class Ping(Message):
     nonce: int
 
 
-@wire
 class UseStaging(Message):
     """The supervisor has opened the staging memory ``number``: background pages may come in it."""
 
@@ -127,7 +121,6 @@ class UseStaging(Message):
 # --- source -> supervisor ---------------------------------------------------------------------------------------------
 
 
-@wire
 class Advised(Message):
     """Answer to Advise. ``size`` is exact; ``identity`` is equal if and only if the contents are; ``features`` are
     those of the Advise that the source has too."""
@@ -140,7 +133,6 @@ class Advised(Message):
     features: tuple[str, ...]
 
 
-@wire
 class Pages(Message):
     """Pages of ``ranges`` (packed u64 pairs), in answer to ``request`` (0: pushed). ``kinds`` has one byte for each
     range, a RangeKind. Each range of data has a raw frame of exactly its length, in order."""
@@ -153,7 +145,6 @@ class Pages(Message):
     reason: str
 
 
-@wire
 class SourceRefused(Message):
     """A message is refused. ``code`` is one of ``SOURCE_REFUSALS``; ``name`` is the block, if it is known."""
 
@@ -163,7 +154,6 @@ class SourceRefused(Message):
     reason: str
 
 
-@wire
 class Pong(Message):
     """Answer to Ping."""
 
@@ -171,7 +161,6 @@ class Pong(Message):
     nonce: int
 
 
-@wire
 class Staging(Message):
     """Offer a memfd to this supervisor alone: ``descriptor`` of process ``pid``. It has a header that begins with
     ``nonce``, then ``slots`` slots of ``slot_bytes``. It replaces the one before."""
@@ -185,7 +174,6 @@ class Staging(Message):
     slot_bytes: int
 
 
-@wire
 class Staged(Message):
     """Pages from ``offset`` in answer to ``request``: their ``length`` bytes lie in ``slot`` of the staging memory
     ``number``, until the supervisor frees the slot."""
@@ -199,8 +187,8 @@ class Staged(Message):
     slot: int
 
 
-FROM_SUPERVISOR = (Advise, Listen, RequestRanges, Complete, Ping, UseStaging)
-FROM_SOURCE = (Advised, Pages, SourceRefused, Pong, Staging, Staged)
+FROM_SUPERVISOR: tuple[type[Message], ...] = (Advise, Listen, RequestRanges, Complete, Ping, UseStaging)
+FROM_SOURCE: tuple[type[Message], ...] = (Advised, Pages, SourceRefused, Pong, Staging, Staged)
 
 SOURCE_REFUSALS = (
     "no-such-block",

@@ -285,6 +285,7 @@ class Script:
             cgroup=-1,
             blocks=(block,),
             regions=self._regions(self.guests[number - 1]),
+            transport="native",
         )
 
     # --- the next supervisor ------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import FrozenInstanceError, fields, replace
 from typing import Any, get_args, get_origin, get_type_hints
 
 import msgpack  # type: ignore[import-untyped, unused-ignore]
@@ -219,11 +220,32 @@ def test_wrong_messages_are_bad_message(data: bytes) -> None:
 
 def test_nested_messages_are_judged_like_others() -> None:
     region = messages.RegionGrant(1, "private", 4096, 4096, 0, False)
-    assignment = messages.Assignment(1, 1, "a", "", 0, 1, -1, 2, 3, -1, 0, True, "", "auto", -1, (), (region,))
+    assignment = messages.Assignment(
+        1, 1, "a", "", 0, 1, -1, 2, 3, -1, 0, True, "", "auto", -1, (), (region,), "native"
+    )
     words = as_words(assignment)
-    assert words[-1] == [[1, "private", 4096, 4096, 0, False]]
+    assert words[-2] == [[1, "private", 4096, 4096, 0, False]]
     for wrong in ([1], [[1]], [[1, "private", 4096, -1, 0, False]], [[1, "private", 4096, 4096, 0, 0]]):
-        refuses(msgpack.packb([*words[:-1], wrong]))
+        refuses(msgpack.packb([*words[:-2], wrong, words[-1]]))
+
+
+@pytest.mark.parametrize("kind", EVERY, ids=lambda kind: kind.__name__)
+def test_a_message_is_like_a_frozen_dataclass_with_slots(kind: type[Message]) -> None:
+    names = kind.__match_args__
+    message = kind(*names)
+    assert message == kind(**{name: name for name in names}) == replace(message)
+    assert tuple(field.name for field in fields(message)) == names == tuple(vars(message.__class__)["__slots__"])
+    assert len({message, replace(message)}) == 1 and not hasattr(message, "__dict__")
+    assert repr(message) == f"{kind.__name__}({', '.join(f'{name}={name!r}' for name in names)})"
+    for name in (*names, "other"):
+        with pytest.raises(FrozenInstanceError):
+            setattr(message, name, 1)
+        with pytest.raises(FrozenInstanceError):
+            delattr(message, name)
+        with pytest.raises(TypeError):
+            kind(*names, 1)
+        if name in names:
+            assert replace(message, **{name: 1}) != message
 
 
 def test_a_message_that_is_not_expected_is_named() -> None:

@@ -111,7 +111,7 @@ def test_a_message_of_one_offset_is_known_by_its_head(
 ) -> None:
     def made(place: int) -> Message:
         packed = pack_offsets([place])
-        return RequestPages(worker, block, packed) if kind is RequestPages else kind(block, packed)  # type: ignore[call-arg]
+        return RequestPages(worker, block, packed) if kind is RequestPages else kind(block, packed)
 
     head = template_of(made(first), OFFSET_BYTES)
     data = mutated(encode(made(offset)), changes, tail)
