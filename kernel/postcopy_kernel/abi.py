@@ -1,7 +1,7 @@
 """linux/userfaultfd.h in Python: numbers, layouts, flags, messages, and the meaning of each errno of a placing ioctl.
 
 Taken from the header of Linux 6.12, not from an installed one, which is often older than the running kernel.
-Everything is native-endian. :mod:`postcopy_kernel.userfaultfd` exports all of it; import it from there.
+Everything is native-endian. :mod:`postcopy_kernel.userfaultfd` exports what its callers need.
 """
 
 from __future__ import annotations

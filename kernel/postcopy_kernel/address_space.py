@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +58,7 @@ def _flagged(pid: int) -> Iterator[MappedRange]:
         for line in lines:
             if line.startswith(b"VmFlags:"):
                 if current is not None:
-                    flags = frozenset(line.decode().split()[1:])
-                    yield MappedRange(
-                        current.start,
-                        current.end,
-                        current.permissions,
-                        current.offset,
-                        current.device,
-                        current.inode,
-                        current.name,
-                        flags,
-                    )
+                    yield replace(current, flags=frozenset(line.decode().split()[1:]))
             elif not line[:1].isupper():
                 current = _range(line)
 

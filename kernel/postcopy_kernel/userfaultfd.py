@@ -35,102 +35,27 @@ import platform
 from types import TracebackType
 from typing import Final
 
-from postcopy_kernel.abi import (
-    API,
-    API_LAYOUT,
-    COPY_DONTWAKE,
-    COPY_LAYOUT,
-    COPY_WP,
-    DONTWAKE,
-    EHWPOISON,
-    IOC_NEW,
-    MESSAGE_BYTES,
-    RANGE_LAYOUT,
-    RANGE_MODE_LAYOUT,
-    REGISTER_LAYOUT,
-    UFFDIO_API,
-    UFFDIO_CONTINUE,
-    UFFDIO_COPY,
-    UFFDIO_MOVE,
-    UFFDIO_POISON,
-    UFFDIO_REGISTER,
-    UFFDIO_UNREGISTER,
-    UFFDIO_WAKE,
-    UFFDIO_WRITEPROTECT,
-    UFFDIO_ZEROPAGE,
-    USER_MODE_ONLY,
-    WRITEPROTECT_DONTWAKE,
-    WRITEPROTECT_LAYOUT,
-    WRITEPROTECT_WP,
-    Event,
-    EventKind,
-    FaultFlag,
-    Feature,
-    Fork,
-    Ioctl,
-    Outcome,
-    PageFault,
-    RegisterMode,
-    Remap,
-    Remove,
-    Status,
-    Unknown,
-    Unmap,
-    outcome_of,
-    parse_event,
-)
-
-__all__ = [
-    "API",
-    "API_LAYOUT",
-    "COPY_DONTWAKE",
-    "COPY_LAYOUT",
-    "COPY_WP",
-    "DEVICE",
-    "DONTWAKE",
-    "EHWPOISON",
-    "IOC_NEW",
-    "MESSAGE_BYTES",
-    "RANGE_LAYOUT",
-    "RANGE_MODE_LAYOUT",
-    "REGISTER_LAYOUT",
-    "UFFDIO_API",
-    "UFFDIO_CONTINUE",
-    "UFFDIO_COPY",
-    "UFFDIO_MOVE",
-    "UFFDIO_POISON",
-    "UFFDIO_REGISTER",
-    "UFFDIO_UNREGISTER",
-    "UFFDIO_WAKE",
-    "UFFDIO_WRITEPROTECT",
-    "UFFDIO_ZEROPAGE",
-    "USER_MODE_ONLY",
-    "WRITEPROTECT_DONTWAKE",
-    "WRITEPROTECT_LAYOUT",
-    "WRITEPROTECT_WP",
-    "Event",
-    "EventKind",
-    "FaultFlag",
-    "Feature",
-    "Fork",
-    "Ioctl",
-    "Outcome",
-    "PageFault",
-    "RegisterMode",
-    "Remap",
-    "Remove",
-    "Status",
-    "Unknown",
-    "Unmap",
-    "Userfaultfd",
-    "UserfaultfdUnavailable",
-    "is_userfaultfd",
-    "open_device",
-    "open_userfaultfd",
-    "outcome_of",
-    "probe_features",
-    "stuck_faults",
-]
+from . import abi
+from .abi import EHWPOISON as EHWPOISON
+from .abi import MESSAGE_BYTES as MESSAGE_BYTES
+from .abi import UFFDIO_CONTINUE as UFFDIO_CONTINUE
+from .abi import UFFDIO_COPY as UFFDIO_COPY
+from .abi import UFFDIO_POISON as UFFDIO_POISON
+from .abi import UFFDIO_WAKE as UFFDIO_WAKE
+from .abi import Event as Event
+from .abi import FaultFlag as FaultFlag
+from .abi import Feature as Feature
+from .abi import Fork as Fork
+from .abi import Ioctl as Ioctl
+from .abi import Outcome as Outcome
+from .abi import PageFault as PageFault
+from .abi import RegisterMode as RegisterMode
+from .abi import Remap as Remap
+from .abi import Remove as Remove
+from .abi import Status as Status
+from .abi import Unknown as Unknown
+from .abi import Unmap as Unmap
+from .abi import outcome_of as outcome_of
 
 DEVICE: Final = "/dev/userfaultfd"  # misc device, Linux 6.1
 _SYSCALLS: Final = {"x86_64": 323, "aarch64": 282, "riscv64": 282}
@@ -179,7 +104,7 @@ def open_userfaultfd(
         ufd = open_userfaultfd()
         features = ufd.handshake(Feature.MINOR_SHMEM)
     """
-    flags = os.O_CLOEXEC | (os.O_NONBLOCK if nonblocking else 0) | (USER_MODE_ONLY if user_mode_only else 0)
+    flags = os.O_CLOEXEC | (os.O_NONBLOCK if nonblocking else 0) | (abi.USER_MODE_ONLY if user_mode_only else 0)
     if device is not None:
         return Userfaultfd(_from_device(device, flags))
     try:
@@ -194,7 +119,7 @@ def open_userfaultfd(
 
 def _from_device(device: int, flags: int) -> int:
     try:
-        return fcntl.ioctl(device, IOC_NEW, flags)
+        return fcntl.ioctl(device, abi.IOC_NEW, flags)
     except OSError as error:
         if error.errno in _SHORTAGES:
             raise
@@ -279,9 +204,9 @@ class Userfaultfd:
 
         Raises OSError: EINVAL (unknown feature, second handshake), EPERM (EVENT_FORK without CAP_SYS_PTRACE).
         """
-        argument = bytearray(API_LAYOUT.pack(API, features, 0))
-        fcntl.ioctl(self.fd, UFFDIO_API, argument)
-        return Feature(API_LAYOUT.unpack(argument)[1])
+        argument = bytearray(abi.API_LAYOUT.pack(abi.API, features, 0))
+        fcntl.ioctl(self.fd, abi.UFFDIO_API, argument)
+        return Feature(abi.API_LAYOUT.unpack(argument)[1])
 
     def register(self, start: int, length: int, mode: RegisterMode = RegisterMode.MISSING) -> Ioctl:
         """UFFDIO_REGISTER: report faults of the range. Returns the ioctls that the range allows.
@@ -289,16 +214,16 @@ class Userfaultfd:
         Raises OSError: EINVAL (unaligned, a hole or unsuitable memory in the range), EBUSY (another userfaultfd has
         it), EPERM (shared mapping of a read-only descriptor), ENOMEM (the owner is gone).
         """
-        argument = bytearray(REGISTER_LAYOUT.pack(start, length, mode, 0))
-        fcntl.ioctl(self.fd, UFFDIO_REGISTER, argument)
-        return Ioctl(REGISTER_LAYOUT.unpack(argument)[3])
+        argument = bytearray(abi.REGISTER_LAYOUT.pack(start, length, mode, 0))
+        fcntl.ioctl(self.fd, abi.UFFDIO_REGISTER, argument)
+        return Ioctl(abi.REGISTER_LAYOUT.unpack(argument)[3])
 
     def unregister(self, start: int, length: int) -> None:
         """UFFDIO_UNREGISTER, which wakes every waiter: *they continue with zeros* where a page is still missing.
 
         Raises OSError: ENOMEM when the owner is gone.
         """
-        fcntl.ioctl(self.fd, UFFDIO_UNREGISTER, RANGE_LAYOUT.pack(start, length))
+        fcntl.ioctl(self.fd, abi.UFFDIO_UNREGISTER, abi.RANGE_LAYOUT.pack(start, length))
 
     def set_blocking(self, blocking: bool) -> None:
         """Set whether read() waits. The flag is shared by all duplicates of the descriptor, in every process."""
@@ -313,21 +238,21 @@ class Userfaultfd:
             data = memoryview(os.read(self.fd, MESSAGE_BYTES * limit))
         except BlockingIOError:
             return []
-        return [parse_event(data[at : at + MESSAGE_BYTES]) for at in range(0, len(data), MESSAGE_BYTES)]
+        return [abi.parse_event(data[at : at + MESSAGE_BYTES]) for at in range(0, len(data), MESSAGE_BYTES)]
 
     def copy(self, dst: int, src: int, length: int, *, wake: bool = True, protect: bool = False) -> Outcome:
         """UFFDIO_COPY: fill missing pages at ``dst`` (owner's address) from ``src`` (caller's), wake waiters."""
-        mode = (0 if wake else COPY_DONTWAKE) | (COPY_WP if protect else 0)
-        argument = bytearray(COPY_LAYOUT.pack(dst, src, length, mode, 0))
+        mode = (0 if wake else abi.COPY_DONTWAKE) | (abi.COPY_WP if protect else 0)
+        argument = bytearray(abi.COPY_LAYOUT.pack(dst, src, length, mode, 0))
         try:
             fcntl.ioctl(self.fd, UFFDIO_COPY, argument)
         except OSError as error:  # the result field is written all the same
-            return outcome_of(error, COPY_LAYOUT.unpack(argument)[4])
+            return outcome_of(error, abi.COPY_LAYOUT.unpack(argument)[4])
         return Outcome(Status.DONE, length)
 
     def zeropage(self, start: int, length: int, *, wake: bool = True) -> Outcome:
         """UFFDIO_ZEROPAGE: fill missing pages with zeros. Not for hugetlb (OSError EINVAL): copy zeros there."""
-        return self._range(UFFDIO_ZEROPAGE, start, length, wake)
+        return self._range(abi.UFFDIO_ZEROPAGE, start, length, wake)
 
     def continue_(self, start: int, length: int, *, wake: bool = True) -> Outcome:
         """UFFDIO_CONTINUE (Linux 5.13): map pages of the block into the owner, and wake. UNREADABLE: they are absent.
@@ -348,7 +273,7 @@ class Userfaultfd:
 
         Also succeeds for unmapped ranges and dead owners, so it proves nothing.
         """
-        fcntl.ioctl(self.fd, UFFDIO_WAKE, RANGE_LAYOUT.pack(start, length))
+        fcntl.ioctl(self.fd, UFFDIO_WAKE, abi.RANGE_LAYOUT.pack(start, length))
 
     def owner_lives(self) -> bool:
         """Whether the owner's address space still exists. False after an exit or an exec (Linux 5.13).
@@ -362,17 +287,17 @@ class Userfaultfd:
 
     def writeprotect(self, start: int, length: int, protect: bool, *, wake: bool = True) -> Outcome:
         """UFFDIO_WRITEPROTECT: protect a range registered WP, or remove the protection and ``wake``."""
-        mode = WRITEPROTECT_WP if protect else (0 if wake else WRITEPROTECT_DONTWAKE)
+        mode = abi.WRITEPROTECT_WP if protect else (0 if wake else abi.WRITEPROTECT_DONTWAKE)
         try:
-            fcntl.ioctl(self.fd, UFFDIO_WRITEPROTECT, bytearray(WRITEPROTECT_LAYOUT.pack(start, length, mode)))
+            fcntl.ioctl(self.fd, abi.UFFDIO_WRITEPROTECT, bytearray(abi.WRITEPROTECT_LAYOUT.pack(start, length, mode)))
         except OSError as error:
             return outcome_of(error, 0)
         return Outcome(Status.DONE, length)
 
     def _range(self, request: int, start: int, length: int, wake: bool) -> Outcome:
-        argument = bytearray(RANGE_MODE_LAYOUT.pack(start, length, 0 if wake else DONTWAKE, 0))
+        argument = bytearray(abi.RANGE_MODE_LAYOUT.pack(start, length, 0 if wake else abi.DONTWAKE, 0))
         try:
             fcntl.ioctl(self.fd, request, argument)
         except OSError as error:
-            return outcome_of(error, RANGE_MODE_LAYOUT.unpack(argument)[3])
+            return outcome_of(error, abi.RANGE_MODE_LAYOUT.unpack(argument)[3])
         return Outcome(Status.DONE, length)

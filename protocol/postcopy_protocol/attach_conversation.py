@@ -123,9 +123,6 @@ class Refusal(PostcopyError):
         return cls("bad-version" if isinstance(error, BadVersion) else "bad-message", str(error))
 
 
-# --- the supervisor's half --------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Grant:
     """A block as it was opened for this client. ``mode`` is that of the latest OpenBlock."""
@@ -237,8 +234,6 @@ def _check_open(message: OpenBlock) -> None:
         raise Refusal("no-such-block", "no block can have that name")
 
 
-# --- the client's half ------------------------------------------------------------------------------------------------
-
 Answer = TypeVar("Answer", bound=Message)
 
 
@@ -295,8 +290,6 @@ class AttachClient:
         """Whether an answer is still to come. After an exception it means that nothing more can be asked here."""
         return self._question is not None
 
-    # --- questions ----------------------------------------------------------------------------------------------------
-
     def hello(self, name: str, kind: str) -> Question[Welcome]:
         """Begin. The answer's descriptor, if any, is an open /dev/userfaultfd."""
         return self._ask(Hello(name, kind), Welcome)
@@ -342,8 +335,6 @@ class AttachClient:
     def _check_order(self, message: Message) -> None:
         if self.stage not in RULES[type(message)].allowed:
             raise ValueError(f"{type(message).__name__} is out of order: the conversation is {self.stage.value}")
-
-    # --- what comes ---------------------------------------------------------------------------------------------------
 
     def on_message(self, data: bytes, descriptors: int) -> Message | None:
         """Take a message that came with ``descriptors`` descriptors.

@@ -66,9 +66,6 @@ MESSAGES: dict[int, type[Message]] = {
 """Every message by its tag."""
 
 
-# --- the shape of a message, from its annotations ---------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class _Shape:
     """What the codec knows of one class. Positions count its fields from 0."""
@@ -121,9 +118,6 @@ def _item(hint: Any) -> type | None:
     raise TypeError(f"{hint} has no form on the wire")
 
 
-# --- out --------------------------------------------------------------------------------------------------------------
-
-
 def encode(message: Message) -> bytes:
     """The bytes of a message. Raises BadInput for a field that no decoder accepts: no UTF-8, too long, 2**64."""
     shape = _shapes.get(type(message)) or shape_of(type(message))
@@ -170,9 +164,6 @@ def _fit(text: str) -> str:
     if text.isascii() and len(text) <= MAX_TEXT:
         return text
     return text.encode("utf-8", "backslashreplace")[:MAX_TEXT].decode("utf-8", "ignore")
-
-
-# --- in ---------------------------------------------------------------------------------------------------------------
 
 
 def decode(data: bytes | memoryview, *, expect: Collection[type[MessageType]]) -> MessageType:
@@ -260,9 +251,6 @@ def _peek_version(data: bytes | memoryview) -> int | None:
 
 def _no_extension(code: int, data: bytes) -> NoReturn:
     raise ValueError(f"extension type {code}")
-
-
-# --- batches of offsets -----------------------------------------------------------------------------------------------
 
 
 def pack_offsets(offsets: Iterable[int]) -> bytes:

@@ -19,8 +19,6 @@ from operator import add, mul
 PAGE_BYTES = 4096
 WORDS = PAGE_BYTES // 8
 
-# --- statistics page; counters up to LAST_COUNTER only grow -----------------------------------------------------------
-
 FAULTS = 0  # page-fault messages answered, without PLAIN
 PLACED = 1  # pages placed, fault-around included, without PLAIN
 WAKES = 2  # wake or continue calls
@@ -59,13 +57,9 @@ DENIED_AT = UNNOTED + 1
 MOST_DENIED = WORDS - DENIED_AT
 _PAGE_BITS = 40
 
-# --- control page -----------------------------------------------------------------------------------------------------
-
 WINDOW_LIMIT = 0  # bytes: the largest fault-around window that memory pressure allows now
 ENDING = 1  # not 0: the supervisor ends, place nothing more
 RECOVERED = 2  # number of take-overs from a dead supervisor
-
-# --- bits of SANDBOX ------------------------------------------------------------------------------------------------
 
 NO_CAPABILITIES, NO_NEW_PRIVILEGES, LANDLOCK, SECCOMP, CGROUP = 1, 2, 4, 8, 16
 _SANDBOX = {
@@ -220,9 +214,6 @@ def add_up(total: list[int], at: int, stretch: BucketRun) -> None:
     begin, values = at + stretch[0], stretch[1]
     end = begin + len(values)
     total[begin:end] = map(add, total[begin:end], values)
-
-
-# --- pages denied to one client ---------------------------------------------------------------------------------------
 
 
 def deny(values: memoryview, block: int, page: int) -> None:

@@ -23,11 +23,14 @@ class _MessageType(type):
     """Makes the annotations of a class its slots, as ``dataclass(slots=True)`` does, without code for each class.
 
     Every process imports all messages when it starts, and clients wait for a supervisor that takes over: a hundred
-    dataclasses cost four fifths of that import."""
+    dataclasses cost more than half of that import."""
 
-    def __new__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> Any:
+    def __new__(
+        cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], *, tag: int = 0, descriptors: int = 0
+    ) -> Any:
         names = tuple(namespace.get("__annotations__", ())) if bases else ()
-        return super().__new__(cls, name, bases, {**namespace, "__slots__": names, "__match_args__": names})
+        namespace |= {"TAG": tag, "DESCRIPTORS": descriptors, "__slots__": names, "__match_args__": names}
+        return super().__new__(cls, name, bases, namespace)
 
 
 class _DataclassFields:
@@ -42,8 +45,8 @@ class Message(metaclass=_MessageType):
     """Base of all messages, which are like frozen dataclasses: ``TAG`` is the number on the wire, ``DESCRIPTORS`` the
     most that may travel with it."""
 
-    TAG: ClassVar[int] = 0
-    DESCRIPTORS: ClassVar[int] = 0
+    TAG: ClassVar[int]
+    DESCRIPTORS: ClassVar[int]
     __match_args__: ClassVar[tuple[str, ...]]
     __dataclass_fields__: ClassVar[Any] = _DataclassFields()
 
@@ -76,95 +79,72 @@ class Message(metaclass=_MessageType):
         return hash((type(self), *self._values()))
 
 
-# --- attach socket: client -> supervisor ------------------------------------------------------------------------------
-
-
-class Hello(Message):
+# attach socket: client -> supervisor
+class Hello(Message, tag=1):
     """First message of a client. ``name`` is for people (status); ``kind`` is ``native`` or ``vhost-user``."""
 
-    TAG = 1
     name: str
     kind: str
 
 
-class OfferUserfaultfd(Message):
+class OfferUserfaultfd(Message, tag=2, descriptors=1):
     """The client's userfaultfd (1 descriptor), made in the client, before its handshake (UFFDIO_API)."""
 
-    TAG = 2
-    DESCRIPTORS = 1
 
-
-class OpenBlock(Message):
+class OpenBlock(Message, tag=3):
     """Ask for a RAM block by name; ``mode`` is ``private`` or ``shared``."""
 
-    TAG = 3
     name: str
     mode: str
 
 
-class Mapped(Message):
+class Mapped(Message, tag=4):
     """The client has mapped ``length`` bytes of ``block`` from ``offset`` at ``address`` and touched none of them."""
 
-    TAG = 4
     block: int
     address: int
     length: int
     offset: int
 
 
-class Unmap(Message):
+class Unmap(Message, tag=5):
     """The client no longer touches the region at ``address`` and is about to unmap it."""
 
-    TAG = 5
     block: int
     address: int
 
 
-class Goodbye(Message):
+class Goodbye(Message, tag=6):
     """The client leaves; all its regions are unmapped."""
 
-    TAG = 6
 
-
-class Resume(Message):
+class Resume(Message, tag=7):
     """Instead of OfferUserfaultfd: the same process was client ``client`` of this supervisor or its predecessor, whose
     connection has ended."""
 
-    TAG = 7
     client: int
 
 
-class OfferBackEnd(Message):
+class OfferBackEnd(Message, tag=8, descriptors=2):
     """Instead of OfferUserfaultfd, by a ``vhost-user`` front-end: the userfaultfd of the back-end, after its handshake,
     and a pidfd of the back-end's process (2 descriptors). Regions are now the back-end's, which registers them."""
 
-    TAG = 8
-    DESCRIPTORS = 2
 
-
-# --- attach socket: supervisor -> client ------------------------------------------------------------------------------
-
-
-class Welcome(Message):
+# attach socket: supervisor -> client
+class Welcome(Message, tag=20, descriptors=1):
     """Answer to Hello: the client's number; 1 descriptor: an open /dev/userfaultfd, or none if there is no device."""
 
-    TAG = 20
-    DESCRIPTORS = 1
     client: int
 
 
-class UserfaultfdAccepted(Message):
+class UserfaultfdAccepted(Message, tag=21):
     """The descriptor is a userfaultfd; the supervisor has done its handshake and keeps it."""
 
-    TAG = 21
 
-
-class BlockOpened(Message):
+class BlockOpened(Message, tag=22, descriptors=2):
     """Answer to OpenBlock. ``size`` is the exact length, the mapping is ``pages * page_size``. 2 descriptors: the
     block (read-only for ``private``, read-write for ``shared``) and the received map (read-only, one byte a page)."""
 
-    TAG = 22
-    DESCRIPTORS = 2
     block: int
     name: str
     size: int
@@ -172,70 +152,60 @@ class BlockOpened(Message):
     pages: int
 
 
-class Attached(Message):
+class Attached(Message, tag=23):
     """The region is registered and its worker runs: it may be touched now."""
 
-    TAG = 23
     block: int
     address: int
 
 
-class Unmapped(Message):
+class Unmapped(Message, tag=24):
     """The region is forgotten: unmap it now."""
 
-    TAG = 24
     block: int
     address: int
 
 
-class Refused(Message):
+class Refused(Message, tag=25):
     """The request is refused. ``code`` is one of ``REFUSALS``; ``reason`` is one line for people."""
 
-    TAG = 25
     code: str
     reason: str
 
 
-class Ending(Message):
+class Ending(Message, tag=26):
     """The supervisor ends in order: every page that is still missing is poisoned (SIGBUS), none is zeros."""
 
-    TAG = 26
     reason: str
 
 
-class Released(Message):
+class Released(Message, tag=27):
     """Every page of ``block`` is present and its ranges are unregistered: it is ordinary memory now."""
 
-    TAG = 27
     block: int
 
 
-class Resumed(Message):
+class Resumed(Message, tag=28):
     """Answer to Resume: all regions are as before. ``released``: numbers of complete blocks (packed u64)."""
 
-    TAG = 28
     released: bytes
 
 
 REFUSALS = ("no-such-block", "denied", "bad-message", "bad-version", "bad-descriptor", "bad-range", "limit", "failed")
 
 
-# --- router: worker -> supervisor -------------------------------------------------------------------------------------
-
-
-class WorkerHello(Message):
+# router: worker -> supervisor
+class WorkerHello(Message, tag=40):
     """A worker is connected: sent at start and after every reconnect."""
 
-    TAG = 40
     worker: int
     incarnation: int
     pid: int
 
 
-class Report(Message):
+class Report(Message, tag=41):
     """An event for people. ``kind`` is one of ``REPORTS``."""
 
-    TAG = 41
     worker: int
     kind: str
     block: int
@@ -243,19 +213,17 @@ class Report(Message):
     detail: str
 
 
-class RequestPages(Message):
+class RequestPages(Message, tag=42):
     """Pages of a remote block that the worker's client waits for (packed u64 offsets)."""
 
-    TAG = 42
     worker: int
     block: int
     offsets: bytes
 
 
-class Fetched(Message):
+class Fetched(Message, tag=43):
     """Worker zero's answer to Fetch: all of the range is present except the pages at ``lost`` (packed u64)."""
 
-    TAG = 43
     block: int
     offset: int
     length: int
@@ -276,109 +244,92 @@ REPORTS = (
 )
 
 
-# --- router: supervisor -> worker -------------------------------------------------------------------------------------
-
-
-class Wake(Message):
+# router: supervisor -> worker
+class Wake(Message, tag=50):
     """Pages of a remote block are placed: wake their waiters (packed u64 offsets). Block 0 answers WorkerHello:
     earlier answers may be lost, so wake the whole client and request again what it then faults on."""
 
-    TAG = 50
     block: int
     offsets: bytes
 
 
-class Lost(Message):
+class Lost(Message, tag=52):
     """Pages of a remote block that cannot be had: poison them for the waiting client (packed u64 offsets)."""
 
-    TAG = 52
     block: int
     offsets: bytes
 
 
-class Fetch(Message):
+class Fetch(Message, tag=51):
     """To worker zero, which places pages for the supervisor: make this range of a local block present."""
 
-    TAG = 51
     block: int
     offset: int
     length: int
 
 
-# --- router: command line <-> supervisor ------------------------------------------------------------------------------
-
-
-class AskStatus(Message):
+# router: command line <-> supervisor
+class AskStatus(Message, tag=60):
     """Ask for the status. ``audit``: first search every block for pages that no program of ours placed."""
 
-    TAG = 60
     audit: bool
 
 
-class AskStop(Message):
+class AskStop(Message, tag=61):
     """End in order; ``keep_workers`` leaves clients and workers to a successor."""
 
-    TAG = 61
     keep_workers: bool
 
 
-class AskExport(Message):
+class AskExport(Message, tag=62):
     """Write the block ``name`` to the absolute ``path``; answered by ExportProgress at once and to every
     AskProgress."""
 
-    TAG = 62
     name: str
     path: str
 
 
-class AskProgress(Message):
+class AskProgress(Message, tag=63):
     """Ask for the progress of an export. Without this request for 10 s, or with ``cancel``, it is cancelled."""
 
-    TAG = 63
     job: int
     cancel: bool
 
 
-class AskStory(Message):
+class AskStory(Message, tag=64):
     """Ask for the history of the page at ``offset`` of the block ``name``."""
 
-    TAG = 64
     name: str
     offset: int
 
 
-class AskEvents(Message):
+class AskEvents(Message, tag=65):
     """Ask for the kept events with numbers greater than ``after``."""
 
-    TAG = 65
     after: int
 
 
-class AskResume(Message):
+class AskResume(Message, tag=66):
     """End the quarantine of a client (0: of worker zero): it gets a new worker, and its crashes are forgotten."""
 
-    TAG = 66
     client: int
 
 
-class StatusAnswer(Message):
+class StatusAnswer(Message, tag=70):
     """The status document as UTF-8 JSON (its fields are part of the interface, not of the wire)."""
 
-    TAG = 70
     document: bytes
 
 
-class StopAnswer(Message):
+class StopAnswer(Message, tag=71):
     """The supervisor has begun to end."""
 
-    TAG = 71
     pid: int
 
 
-class ExportProgress(Message):
+class ExportProgress(Message, tag=72):
     """``state`` is ``running``, ``done``, ``failed`` or ``cancelled``; ``detail`` says why it failed."""
 
-    TAG = 72
     job: int
     state: str
     written: int
@@ -386,79 +337,66 @@ class ExportProgress(Message):
     detail: str
 
 
-class ControlRefused(Message):
+class ControlRefused(Message, tag=73):
     """A request of the command line that is refused; ``reason`` is one line for people."""
 
-    TAG = 73
     reason: str
 
 
-class StoryAnswer(Message):
+class StoryAnswer(Message, tag=74):
     """The history of a page as UTF-8 JSON."""
 
-    TAG = 74
     document: bytes
 
 
-class EventsAnswer(Message):
+class EventsAnswer(Message, tag=75):
     """Events, oldest first, as a UTF-8 JSON array in the form of ``events`` in the status document."""
 
-    TAG = 75
     document: bytes
 
 
-class ResumeAnswer(Message):
+class ResumeAnswer(Message, tag=76):
     """The quarantine is over. ``unpoisoning``: how many pages it had poisoned that are fetched now."""
 
-    TAG = 76
     client: int
     unpoisoning: int
 
 
-# --- custodian channel: supervisor -> custodian -----------------------------------------------------------------------
-
-
-class Keep(Message):
+# custodian channel: supervisor -> custodian
+class Keep(Message, tag=80, descriptors=16):
     """Keep duplicates of these descriptors under ``key``, replacing what was there. ``meta`` is a note of the
     supervisor, returned unread."""
 
-    TAG = 80
-    DESCRIPTORS = 16
     key: str
     meta: bytes
 
 
-class Drop(Message):
+class Drop(Message, tag=81):
     """Close what is kept under ``key``."""
 
-    TAG = 81
     key: str
 
 
-class ForkWorker(Message):
+class ForkWorker(Message, tag=82):
     """Fork a worker that gets the descriptors of ``keys``, in order, and ``assignment`` (an encoded Assignment)."""
 
-    TAG = 82
     worker: int
     incarnation: int
     keys: tuple[str, ...]
     assignment: bytes
 
 
-class TakeOver(Message):
+class TakeOver(Message, tag=83):
     """First message on the custodian's socket: a new supervisor asks for everything that is kept. The custodian keeps
     it too, so a connection that ends changes nothing."""
 
-    TAG = 83
     pid: int
 
 
-class Adopt(Message):
+class Adopt(Message, tag=84, descriptors=1):
     """A worker that another custodian forked: watch it, and replace it while there is no supervisor. 1 descriptor: its
     pidfd; ``keys`` and ``assignment`` as in ForkWorker."""
 
-    TAG = 84
-    DESCRIPTORS = 1
     worker: int
     incarnation: int
     pid: int
@@ -466,82 +404,67 @@ class Adopt(Message):
     assignment: bytes
 
 
-class WhenOrphaned(Message):
+class WhenOrphaned(Message, tag=85):
     """What to do without a supervisor. After ``timeout_ms``, missing pages of remote blocks are poisoned when touched
     (``poison``), or their clients wait on. When no client is left, the custodian ends."""
 
-    TAG = 85
     timeout_ms: int
     poison: bool
 
 
-class Dismiss(Message):
+class Dismiss(Message, tag=86):
     """The supervisor ends in order: forget everything and end when the last worker has ended."""
 
-    TAG = 86
 
-
-# --- custodian channel: custodian -> supervisor -----------------------------------------------------------------------
-
-
-class CustodianReady(Message):
+# custodian channel: custodian -> supervisor
+class CustodianReady(Message, tag=90):
     """Everything that workers need is imported: the custodian is ready."""
 
-    TAG = 90
     pid: int
 
 
-class WorkerForked(Message):
+class WorkerForked(Message, tag=91, descriptors=1):
     """The worker runs; 1 descriptor: its pidfd."""
 
-    TAG = 91
-    DESCRIPTORS = 1
     worker: int
     incarnation: int
     pid: int
 
 
-class ForkFailed(Message):
+class ForkFailed(Message, tag=92):
     """There is no worker: fork failed, or a key is not kept here."""
 
-    TAG = 92
     worker: int
     incarnation: int
     reason: str
 
 
-class WorkerExited(Message):
+class WorkerExited(Message, tag=93):
     """A worker has ended and is reaped; ``status`` is the wait status (see os.waitstatus_to_exitcode)."""
 
-    TAG = 93
     worker: int
     incarnation: int
     status: int
 
 
-class Kept(Message):
+class Kept(Message, tag=94, descriptors=16):
     """Answer to TakeOver, one for each key: key and note of Keep, and the descriptors."""
 
-    TAG = 94
-    DESCRIPTORS = 16
     key: str
     meta: bytes
 
 
-class InventoryEnd(Message):
+class InventoryEnd(Message, tag=95):
     """The end of ``kept`` Kept and ``workers`` WorkerForked (one for each living worker). From here on the channel is
     an ordinary one."""
 
-    TAG = 95
     pid: int
     kept: int
     workers: int
 
 
-# --- what a worker gets when it is forked -----------------------------------------------------------------------------
-
-
-class BlockGrant(Message):
+# what a worker gets when it is forked
+class BlockGrant(Message, tag=100):
     """A block as a worker sees it.
 
     Positions in the worker's list of descriptors (-1: none): ``memory`` (read-write), ``received`` (read-write),
@@ -549,7 +472,6 @@ class BlockGrant(Message):
     ``quarantined`` or ``orphaned``, and missing pages are poisoned. ``detail`` is ``module:function`` of a handler, or
     the reason. ``source_size`` and ``source_mtime_ns`` are the file's when serving began."""
 
-    TAG = 100
     block: int
     name: str
     size: int
@@ -564,11 +486,10 @@ class BlockGrant(Message):
     source: int
 
 
-class RegionGrant(Message):
+class RegionGrant(Message, tag=101):
     """A registered range of the client: ``length`` bytes at ``address`` are the block's from ``offset``. ``mode`` is
     ``private`` or ``shared``; ``announced``: registered MISSING|MINOR (a client of another uid)."""
 
-    TAG = 101
     block: int
     mode: str
     address: int
@@ -577,7 +498,7 @@ class RegionGrant(Message):
     announced: bool
 
 
-class Assignment(Message):
+class Assignment(Message, tag=102):
     """All that a worker is given.
 
     Positions in its list of descriptors (-1: none): the client's userfaultfd and pidfd (none for worker zero), the quit
@@ -586,7 +507,6 @@ class Assignment(Message):
     in bytes; ``adaptive``: it grows from one page, otherwise it is fixed. ``sandbox`` is auto, all or off.
     ``transport`` is native or libzmq: what its channel to the supervisor is made of."""
 
-    TAG = 102
     worker: int
     incarnation: int
     name: str
@@ -607,14 +527,11 @@ class Assignment(Message):
     transport: str
 
 
-# --- notes of a supervisor to its successor: the ``meta`` of Keep, which a custodian does not read --------------------
-
-
-class BlockNote(Message):
+# notes of a supervisor to its successor: the ``meta`` of Keep, which a custodian does not read
+class BlockNote(Message, tag=103):
     """Key ``block/N``; descriptors: memory, received map, and the file of a local block. ``source`` is SOURCE as given
     to serve; ``kind``, ``detail`` as in BlockGrant; ``identity`` is that of Advised, for a remote source."""
 
-    TAG = 103
     block: int
     name: str
     source: str
@@ -627,10 +544,9 @@ class BlockNote(Message):
     source_mtime_ns: int
 
 
-class ClientNote(Message):
+class ClientNote(Message, tag=104):
     """Key ``client/N``; descriptors: userfaultfd, pidfd, statistics page. Kept again before a change is answered."""
 
-    TAG = 104
     client: int
     name: str
     kind: str

@@ -66,66 +66,55 @@ def features_at(endpoint: str) -> tuple[str, ...]:
     return FEATURES if endpoint.startswith("ipc://") else tuple(word for word in FEATURES if word != "staging")
 
 
-# --- supervisor -> source ---------------------------------------------------------------------------------------------
-
-
-class Advise(Message):
+# supervisor -> source
+class Advise(Message, tag=110):
     """Ask for the block ``name`` in pages of ``page_size``; ``features`` are those that the supervisor supports."""
 
-    TAG = 110
     name: str
     page_size: int
     features: tuple[str, ...]
 
 
-class Listen(Message):
+class Listen(Message, tag=111):
     """Open the stream. At most ``window`` bytes may be pushed before the next Listen."""
 
-    TAG = 111
     stream: int
     window: int
 
 
-class RequestRanges(Message):
+class RequestRanges(Message, tag=112):
     """Request pages (packed u64 pairs of offset and length). ``urgent``: a client waits for them. ``request`` is the
     supervisor's own number, not 0."""
 
-    TAG = 112
     request: int
     stream: int
     urgent: bool
     ranges: bytes
 
 
-class Complete(Message):
+class Complete(Message, tag=113):
     """Everything is received: forget the stream."""
 
-    TAG = 113
     stream: int
 
 
-class Ping(Message):
+class Ping(Message, tag=114):
     """Ask for a Pong."""
 
-    TAG = 114
     nonce: int
 
 
-class UseStaging(Message):
+class UseStaging(Message, tag=115):
     """The supervisor has opened the staging memory ``number``: background pages may come in it."""
 
-    TAG = 115
     number: int
 
 
-# --- source -> supervisor ---------------------------------------------------------------------------------------------
-
-
-class Advised(Message):
+# source -> supervisor
+class Advised(Message, tag=120):
     """Answer to Advise. ``size`` is exact; ``identity`` is equal if and only if the contents are; ``features`` are
     those of the Advise that the source has too."""
 
-    TAG = 120
     name: str
     stream: int
     size: int
@@ -133,11 +122,10 @@ class Advised(Message):
     features: tuple[str, ...]
 
 
-class Pages(Message):
+class Pages(Message, tag=121):
     """Pages of ``ranges`` (packed u64 pairs), in answer to ``request`` (0: pushed). ``kinds`` has one byte for each
     range, a RangeKind. Each range of data has a raw frame of exactly its length, in order."""
 
-    TAG = 121
     stream: int
     request: int
     ranges: bytes
@@ -145,27 +133,24 @@ class Pages(Message):
     reason: str
 
 
-class SourceRefused(Message):
+class SourceRefused(Message, tag=122):
     """A message is refused. ``code`` is one of ``SOURCE_REFUSALS``; ``name`` is the block, if it is known."""
 
-    TAG = 122
     code: str
     name: str
     reason: str
 
 
-class Pong(Message):
+class Pong(Message, tag=123):
     """Answer to Ping."""
 
-    TAG = 123
     nonce: int
 
 
-class Staging(Message):
+class Staging(Message, tag=124):
     """Offer a memfd to this supervisor alone: ``descriptor`` of process ``pid``. It has a header that begins with
     ``nonce``, then ``slots`` slots of ``slot_bytes``. It replaces the one before."""
 
-    TAG = 124
     number: int
     pid: int
     descriptor: int
@@ -174,11 +159,10 @@ class Staging(Message):
     slot_bytes: int
 
 
-class Staged(Message):
+class Staged(Message, tag=125):
     """Pages from ``offset`` in answer to ``request``: their ``length`` bytes lie in ``slot`` of the staging memory
     ``number``, until the supervisor frees the slot."""
 
-    TAG = 125
     stream: int
     request: int
     offset: int
@@ -202,8 +186,6 @@ SOURCE_REFUSALS = (
     "failed",
 )
 
-
-# --- ranges -----------------------------------------------------------------------------------------------------------
 
 Range = tuple[int, int]
 """Offset and length, bytes."""

@@ -137,8 +137,6 @@ class FrontEnd:
         self.table: tuple[MemoryRegion, ...] = ()
         self._asked: set[Request] = set()
 
-    # --- features -----------------------------------------------------------------------------------------------------
-
     def get_features(self) -> Question:
         def take(frame: Frame) -> int:
             self.offered = _u64(frame)
@@ -206,8 +204,6 @@ class FrontEnd:
         self._at(Stage.AGREED, Stage.ADVISED, Stage.LISTENING)
         self.features = self.offered & (requested | FEATURE_PROTOCOL | FEATURE_VERSION_1)
         return self._tell(Request.SET_FEATURES, U64.pack(self.features))
-
-    # --- post-copy ----------------------------------------------------------------------------------------------------
 
     def advise(self) -> Question:
         """The answer's value is the back-end's userfaultfd."""
@@ -282,8 +278,6 @@ class FrontEnd:
         self.stage = self._after_step("end")
         return self._tell(Request.POSTCOPY_END)
 
-    # --- rings --------------------------------------------------------------------------------------------------------
-
     def set_vring_num(self, index: int, size: int) -> Question:
         if size < 1 or size > 32768 or size & (size - 1):
             raise ValueError(f"a ring of {size} descriptors: it must be a power of two, at most 32768")
@@ -320,8 +314,6 @@ class FrontEnd:
             return int(base)
 
         return self._ask(Request.GET_VRING_BASE, take, VRING_STATE.pack(self._index(index), 0), size=8)
-
-    # --- answers ------------------------------------------------------------------------------------------------------
 
     def heard(self, question: Question, frame: Frame) -> Any:
         """Check the answer to ``question`` and return its value. Raises VhostUserError; then the caller closes all

@@ -274,7 +274,7 @@ def test_a_wrong_device_is_told_in_one_line() -> None:
     try:
         with pytest.raises(UserfaultfdUnavailable) as caught:
             open_userfaultfd(device=null)
-        assert "hand over an open /dev/userfaultfd" in str(caught.value)
+        assert "pass an open /dev/userfaultfd" in str(caught.value)
         assert "\n" not in str(caught.value)
     finally:
         os.close(null)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from postcopy_kernel import memory
+from postcopy_kernel import abi, memory
 from postcopy_kernel.memory import PAGE_4K as PAGE
 from postcopy_kernel.memory import Mapping
 from postcopy_kernel.userfaultfd import (
@@ -361,8 +361,6 @@ def test_a_closed_userfaultfd_raises_and_closes_twice_in_peace(arena: Arena) -> 
 
 
 def test_the_size_of_a_copy_argument_is_the_one_in_its_number() -> None:
-    from postcopy_kernel import userfaultfd as abi
-
     sizes = {
         abi.UFFDIO_API: abi.API_LAYOUT,
         abi.UFFDIO_REGISTER: abi.REGISTER_LAYOUT,
