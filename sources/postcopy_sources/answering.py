@@ -106,8 +106,6 @@ class Answerer:
         self._readers = readers
         self._urgent_at = -1e9
 
-    # --- requests -----------------------------------------------------------------------------------------------------
-
     def answer_fast(self, connection: Connection, data: bytes) -> bool:
         """Answer a common request without decoding it: one that differs from an accepted one only in number and range,
         for one whole page. False: it is another, and nothing is done."""
@@ -197,8 +195,6 @@ class Answerer:
         else:
             request.sent_one()
 
-    # --- background ---------------------------------------------------------------------------------------------------
-
     def enqueue(self, connection: Connection) -> None:
         """Put a connection into the round, if it has pieces to come."""
         if connection.pieces and not connection.queued:
@@ -236,8 +232,6 @@ class Answerer:
     def read_waiting(self, stream: Stream, offset: int, length: int) -> Answer:
         """Read in another thread, where it may wait."""
         return _read(stream, self._sources[stream.offer.name].read, offset, length)
-
-    # --- answers ------------------------------------------------------------------------------------------------------
 
     def answer(self, request: OpenRequest, answer: Answer) -> None:
         """Send pages that were asked for."""

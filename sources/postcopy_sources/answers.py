@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
-from typing import Protocol
 
 from postcopy_protocol.errors import PageLost
 from postcopy_protocol.return_path import RangeKind, pack_range, pack_ranges, unpack_ranges
 
 Buffer = bytes | bytearray | memoryview
 
-
-class Read(Protocol):
-    """``read`` or ``read_now`` of a source."""
-
-    def __call__(self, offset: int, length: int, /) -> Buffer | None: ...
-
-
-class ReadInto(Protocol):
-    """``read_into`` of a source."""
-
-    def __call__(self, offset: int, view: memoryview, /) -> bool: ...
-
+Read = Callable[[int, int], Buffer | None]
+"""``read`` or ``read_now`` of a source."""
+ReadInto = Callable[[int, memoryview], bool]
+"""``read_into`` of a source."""
 
 KIND = {
     RangeKind.DATA: bytes([RangeKind.DATA]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -99,10 +99,8 @@ class PartsSender(Protocol):
         """Returns SENT, FULL or UNREACHABLE."""
 
 
-class Forget(Protocol):
-    """Receives a connection whose supervisor is gone."""
-
-    def __call__(self, connection: Connection, /) -> object: ...
+Forget = Callable[[Connection], object]
+"""Receives a connection whose supervisor is gone."""
 
 
 class Sender:

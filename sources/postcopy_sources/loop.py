@@ -11,9 +11,8 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Protocol
 
 from postcopy_kernel import crashpoints
 from postcopy_protocol.codec import decode, encode
@@ -61,11 +60,8 @@ RETRY = 0.005
 
 log = logging.getLogger(__name__)
 
-
-class RouterOpener(Protocol):
-    """Opens the router whose messages the loop receives. Raises PostcopyError."""
-
-    def __call__(self, on_message: MessageHandler, on_gone: GoneHandler, /) -> Router: ...
+RouterOpener = Callable[[MessageHandler, GoneHandler], Router]
+"""Opens the router whose messages the loop receives. Raises PostcopyError."""
 
 
 class Loop:
@@ -130,8 +126,6 @@ class Loop:
                 call()
             except Exception:
                 log.exception("bug: an answer could not be sent")
-
-    # --- messages -----------------------------------------------------------------------------------------------------
 
     def on_message(self, name: bytes, message: Frames) -> None:
         """Handle a message of the router."""
@@ -239,8 +233,6 @@ class Loop:
             return None
         connection.pushers[stream.number] = pusher
         return pusher
-
-    # --- supervisors --------------------------------------------------------------------------------------------------
 
     def _remember(self, connection: Connection) -> None:
         if connection.name not in self.connections and len(self.connections) >= MAX_CONNECTIONS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import Protocol
+from collections.abc import Callable
 
 from postcopy_protocol.errors import BadInput, PostcopyError
 from postcopy_protocol.geometry import page_count
@@ -22,10 +22,8 @@ class StreamEnded(PostcopyError):
     """The supervisor no longer listens to this stream: stop pushing."""
 
 
-class SendAnswer(Protocol):
-    """Sends an answer from any thread."""
-
-    def __call__(self, answer: Answer, /) -> object: ...
+SendAnswer = Callable[[Answer], object]
+"""Sends an answer from any thread."""
 
 
 class PushStream:
@@ -77,8 +75,6 @@ class PushStream:
             self._window -= cost
         self._send(answer)
 
-    # --- for the loop -------------------------------------------------------------------------------------------------
-
     def grant(self, window: int) -> None:
         """Allow this many bytes from now on."""
         with self._changed:
@@ -92,10 +88,8 @@ class PushStream:
             self._changed.notify_all()
 
 
-class Listening(Protocol):
-    """The ``listening`` of a source."""
-
-    def __call__(self, stream: PushStream, /) -> object: ...
+Listening = Callable[[PushStream], object]
+"""The ``listening`` of a source."""
 
 
 class Pushers:

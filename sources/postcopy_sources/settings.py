@@ -93,12 +93,7 @@ def _parser() -> args.Parser:
     )
     add = parser.add_argument
     add("blocks", nargs="+", metavar="NAME=FILE", help="a block and its file (with --from: NAME)")
-    add(
-        "--from",
-        dest="runtime_dir",
-        metavar="RUNTIME_DIR",
-        help="serve blocks of the supervisor there",
-    )
+    add("--from", dest="runtime_dir", metavar="RUNTIME_DIR", help="serve blocks of the supervisor there")
     add("--listen", required=True, metavar="ENDPOINT", help="ipc:///PATH or tcp://HOST:PORT")
     add("--curve-secret", metavar="FILE", help="own CURVE keys, the file that ends in .key_secret")
     help = "public CURVE key of a supervisor that may connect, or a directory of such keys (repeat)"

@@ -202,13 +202,7 @@ class Outbound(Connection):
     """A peer that the router connects to, and again whenever the connection ends."""
 
     def __init__(
-        self,
-        reactor: Reactor,
-        queue: int,
-        path: str,
-        on_frames: FramesHandler,
-        on_connected: Action,
-        capacity: int,
+        self, reactor: Reactor, queue: int, path: str, on_frames: FramesHandler, on_connected: Action, capacity: int
     ) -> None:
         super().__init__(reactor, queue)
         self._path = path

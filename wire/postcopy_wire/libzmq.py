@@ -11,8 +11,7 @@ import os
 import select
 import threading
 from collections import deque
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -20,16 +19,7 @@ from zmq.utils.monitor import recv_monitor_message
 from postcopy_protocol.zmtp import LARGEST, Buffer
 
 from .reactor import Reactor
-from .transport import (
-    FULL,
-    IPC,
-    SENT,
-    UNREACHABLE,
-    Action,
-    FramesHandler,
-    MessageHandler,
-    PrepareSocket,
-)
+from .transport import FULL, IPC, SENT, UNREACHABLE, Action, FramesHandler, MessageHandler, PrepareSocket
 
 AT_ONCE = 16
 """Messages that are received from one socket before others are looked at."""
@@ -55,19 +45,12 @@ def can_receive(socket: Socket) -> bool:
 
 def set_limits(socket: Socket, queue: int, largest: int) -> None:
     """``queue``: messages that are kept for one peer; ``largest``: bytes of the largest frame that is accepted."""
-    for option, value in (
-        (zmq.LINGER, 0),
-        (zmq.SNDHWM, queue),
-        (zmq.RCVHWM, RECEIVE_QUEUE),
-        (zmq.MAXMSGSIZE, largest),
-    ):
+    for option, value in ((zmq.LINGER, 0), (zmq.SNDHWM, queue), (zmq.RCVHWM, RECEIVE_QUEUE), (zmq.MAXMSGSIZE, largest)):
         socket.setsockopt(option, value)
 
 
-class FrameSender(Protocol):
-    """``send`` of the layer below pyzmq's Python layer, which does nothing here and takes a microsecond a frame."""
-
-    def __call__(self, data: Buffer, flags: int, /) -> object: ...
+FrameSender = Callable[[Buffer, int], object]
+"""``send`` of the layer below pyzmq's Python layer, which does nothing here and takes a microsecond a frame."""
 
 
 def frame_sender(socket: Socket) -> FrameSender:

@@ -67,8 +67,6 @@ class NativeRouter(Reactor):
         self._listener: socket.socket | None = None
         self._names = 0
 
-    # --- peers --------------------------------------------------------------------------------------------------------
-
     def listen(self, endpoint: str, prepare: PrepareSocket | None = None) -> str:
         """See ``transport.Router``. An ipc endpoint with ``prepare`` is libzmq's: it may want CURVE."""
         if prepare is not None or not endpoint.startswith(IPC):
@@ -125,8 +123,6 @@ class NativeRouter(Reactor):
             self._libzmq = Sockets(self, self._on_message, self._queue, self._largest)
         return self._libzmq
 
-    # --- sending ------------------------------------------------------------------------------------------------------
-
     def send(self, name: bytes, data: bytes) -> int:
         """See ``transport.Router``."""
         peer = self.inbound.get(name) or self.outbound.get(name)
@@ -157,8 +153,6 @@ class NativeRouter(Reactor):
             whole = len(buffers[0]) + len(buffers[1])
             return SENT if sent == whole else peer.keep(b"".join(buffers)[sent:])
         return self._libzmq.send(name, parts) if self._libzmq is not None else UNREACHABLE
-
-    # --- accepting ----------------------------------------------------------------------------------------------------
 
     def _accept(self) -> None:
         listener = self._listener

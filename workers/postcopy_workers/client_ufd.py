@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 from postcopy_kernel.userfaultfd import UFFDIO_CONTINUE, UFFDIO_POISON, UFFDIO_WAKE
 from postcopy_protocol.counters import WAKES, allow, denied
@@ -121,10 +120,8 @@ class ClientUserfaultfd:
         return 0
 
 
-class TryUnpoison(Protocol):
-    """Unpoisons a page if that is possible now."""
-
-    def __call__(self, region: Region, page: int, /) -> bool: ...
+TryUnpoison = Callable[[Region, int], bool]
+"""Unpoisons a page if that is possible now."""
 
 
 def unpoison_denied(counters: memoryview, regions: Sequence[Region], unpoison: TryUnpoison) -> None:

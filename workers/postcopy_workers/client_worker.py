@@ -21,7 +21,8 @@ import os
 import select
 import threading
 import time
-from typing import NoReturn, Protocol
+from collections.abc import Callable
+from typing import NoReturn
 
 from postcopy_kernel import crashpoints
 from postcopy_kernel.userfaultfd import MESSAGE_BYTES
@@ -108,10 +109,8 @@ def _page_waker(
     return PageWaker(handler.regions, userfaultfd, worker.counters, calls, requests, own_requests, recording)
 
 
-class Idle(Protocol):
-    """Waits for a fault after a read gave nothing."""
-
-    def __call__(self) -> None: ...
+Idle = Callable[[], None]
+"""Waits for a fault after a read gave nothing."""
 
 
 def _read_forever(userfaultfd: int, handler: FaultHandler) -> NoReturn:

@@ -114,8 +114,6 @@ class Custodian:
         elif self._standby is not None:
             self._on_ready_in_standby(self._standby, fd)
 
-    # --- with a supervisor --------------------------------------------------------------------------------------------
-
     def _receive(self, channel: socket.socket) -> None:
         try:
             received = descriptors.receive_message(channel, max_bytes=MESSAGE_LIMIT, wait=True)
@@ -178,8 +176,6 @@ class Custodian:
         except (OSError, BadMessage) as error:
             self._send(ForkFailed(message.worker, message.incarnation, str(error)))
 
-    # --- workers ------------------------------------------------------------------------------------------------------
-
     def _assignment(self, number: int) -> Assignment:
         """The worker's last assignment. Decoded before the fork: the memory that the codec touches would be copied for
         every worker (0.4 MB)."""
@@ -218,8 +214,6 @@ class Custodian:
             self._send(WorkerExited(life.worker, life.incarnation, status))
         if self._standby is not None:
             self._do(self._standby.exited(life.worker, life.incarnation, client_gone, time.monotonic()))
-
-    # --- without a supervisor -----------------------------------------------------------------------------------------
 
     def _lost(self) -> None:
         """The channel has ended. Workers go on serving local pages; worker zero has no supervisor to work for."""
@@ -343,8 +337,6 @@ class Custodian:
                 self._poll.unregister(fd)
                 self._takeover.close_pending(fd)
             self._poll.unregister(self._takeover.fileno())
-
-    # --- the next supervisor ------------------------------------------------------------------------------------------
 
     def _hand_over(self, policy: StandbyPolicy, connection: socket.socket) -> None:
         """Send the inventory to a supervisor that takes over; one that does not read it is given up."""

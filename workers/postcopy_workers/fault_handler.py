@@ -19,8 +19,8 @@ the tests run this code on a simulated kernel.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from time import monotonic_ns, perf_counter_ns
-from typing import Protocol
 
 from postcopy_protocol.counters import (
     AROUND,
@@ -58,10 +58,8 @@ class CannotContinue(Exception):
     """An answer of the kernel that our code does not provoke: the worker ends, a successor starts from scratch."""
 
 
-class Pause(Protocol):
-    """Sleeps."""
-
-    def __call__(self, seconds: float, /) -> None: ...
+Pause = Callable[[float], None]
+"""Sleeps."""
 
 
 class FaultHandler:
@@ -111,8 +109,6 @@ class FaultHandler:
             return self.outside(address)
 
         return answer
-
-    # --- what the loop calls ------------------------------------------------------------------------------------------
 
     def wake_everything(self) -> None:
         """First act of every worker: threads that waited for a dead predecessor fault again, and are read again."""
@@ -166,8 +162,6 @@ class FaultHandler:
             finally:
                 self._counters[BUSY_SINCE_NS] = 0
         return self.userfaultfd.unpoison(region, page)
-
-    # --- the slow path ------------------------------------------------------------------------------------------------
 
     def outside(self, address: int) -> None:
         """Report a fault outside every region and leave its thread waiting: a WAKE would make it fault again, for ever.

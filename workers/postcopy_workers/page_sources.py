@@ -9,6 +9,7 @@ EFAULT there instead of a SIGBUS here. A cut *inside* a page is copied as data f
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Protocol
 
 from postcopy_kernel.memory import DONTNEED, Mapping
@@ -17,11 +18,8 @@ from postcopy_protocol.messages import BlockGrant
 
 _BASE_PAGE = 4096
 
-
-class Handler(Protocol):
-    """A user's function that makes pages: the bytes of (offset, length), None for zeros; it may raise PageLost."""
-
-    def __call__(self, offset: int, length: int, /) -> bytes | bytearray | memoryview | None: ...
+Handler = Callable[[int, int], bytes | bytearray | memoryview | None]
+"""A user's function that makes pages: the bytes of (offset, length), None for zeros; it may raise PageLost."""
 
 
 class SourceChanged(Exception):

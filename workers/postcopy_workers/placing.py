@@ -15,8 +15,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from postcopy_kernel import crashpoints
 from postcopy_kernel.userfaultfd import UFFDIO_CONTINUE, UFFDIO_COPY, UFFDIO_WAKE
@@ -32,35 +33,18 @@ DROP_AFTER = 4 << 20
 """After so many bytes placed through the worker's own mapping its page-table entries are dropped. They would count as
 the worker's private memory (64 MiB after 64 MiB placed); the data stays in the block."""
 
+Ioctl = Callable[[int, int, bytearray], Any]
+"""``fcntl.ioctl`` with a structure that the kernel may change."""
+Lseek = Callable[[int, int, int], int]
+"""``os.lseek``."""
 
-class Ioctl(Protocol):
-    """``fcntl.ioctl`` with a structure that the kernel may change."""
+Pread = Callable[[int, int, int], bytes]
+"""``os.pread``."""
+Pwrite = Callable[[int, bytes, int], int]
+"""``os.pwrite``."""
 
-    def __call__(self, fd: int, request: int, buffer: bytearray, /) -> Any: ...
-
-
-class Lseek(Protocol):
-    """``os.lseek``."""
-
-    def __call__(self, fd: int, offset: int, whence: int, /) -> int: ...
-
-
-class Pread(Protocol):
-    """``os.pread``."""
-
-    def __call__(self, fd: int, length: int, offset: int, /) -> bytes: ...
-
-
-class Pwrite(Protocol):
-    """``os.pwrite``."""
-
-    def __call__(self, fd: int, data: bytes, offset: int, /) -> int: ...
-
-
-class Drop(Protocol):
-    """Drops the page-table entries of a mapping."""
-
-    def __call__(self) -> object: ...
+Drop = Callable[[], object]
+"""Drops the page-table entries of a mapping."""
 
 
 @dataclass(frozen=True, slots=True)

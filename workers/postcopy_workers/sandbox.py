@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 from postcopy_kernel import landlock, seccomp
 from postcopy_protocol import counters
@@ -25,11 +24,8 @@ SPARE_DESCRIPTORS = 64
 
 _FILTER = seccomp.prepare()  # before the fork: every worker inherits it
 
-
-class Restrict(Protocol):
-    """Applies a restriction to this process; False where this machine has none of its kind. Raises OSError."""
-
-    def __call__(self) -> int: ...
+Restrict = Callable[[], int]
+"""Applies a restriction to this process; False where this machine has none of its kind. Raises OSError."""
 
 
 def enter_cgroups(cgroups: Sequence[int]) -> None:

@@ -97,8 +97,6 @@ class StandbyPolicy:
         self._time_over = False
         self._poisoning = False
 
-    # --- what there is ------------------------------------------------------------------------------------------------
-
     def add_client(self, number: int, incarnation: int, *, wanted: bool, remote: bool) -> None:
         """A client whose descriptors are kept."""
         self._clients[number] = StandbyClient(wanted, remote, incarnation)
@@ -122,8 +120,6 @@ class StandbyPolicy:
             elif not client.lives:
                 self._schedule(client, now)
         return effects
-
-    # --- what happens -------------------------------------------------------------------------------------------------
 
     def forked(self, worker: int, incarnation: int, now: float) -> None:
         """A Fork has succeeded."""
@@ -186,8 +182,6 @@ class StandbyPolicy:
     def clients(self) -> int:
         """How many clients live, as far as is known."""
         return sum(not client.gone for client in self._clients.values())
-
-    # --- within -------------------------------------------------------------------------------------------------------
 
     def _schedule(self, client: StandbyClient, now: float) -> None:
         if client.wanted and not client.gone:
