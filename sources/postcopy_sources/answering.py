@@ -52,10 +52,8 @@ from .staging import ZEROS, Staging
 PIECE = 256 << 10
 """Bytes of pages in one message while a client waits, unless one page is larger: an urgent page waits for at most one
 piece."""
-CALM_PIECE = 1 << 20
-"""... and of background while none does."""
-CALM_SECONDS = 0.05
-"""So long after an urgent request no client is taken to wait."""
+CALM_PIECE = 1 << 20  # ... and of background while none does.
+CALM_SECONDS = 0.05  # so long after an urgent request no client is taken to wait
 _BYTES = (bytearray, bytes)
 _NO_NUMBER = bytes(4)
 
@@ -93,8 +91,7 @@ class Answerer:
 
     def __init__(self, sources: Mapping[str, PageSource], sender: Sender, calls: CallQueue, readers: Readers) -> None:
         self.calls = calls
-        self.streaming: deque[Connection] = deque()
-        """Connections with background reads to come, in turn."""
+        self.streaming: deque[Connection] = deque()  # connections with background reads to come, in turn
         self._sources = sources
         self._read_now: dict[str, Read | None] = {
             name: getattr(source, "read_now", None) for name, source in sources.items()

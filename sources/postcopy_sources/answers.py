@@ -12,10 +12,8 @@ from postcopy_protocol.return_path import RangeKind, pack_range, pack_ranges, un
 
 Buffer = bytes | bytearray | memoryview
 
-Read = Callable[[int, int], Buffer | None]
-"""``read`` or ``read_now`` of a source."""
-ReadInto = Callable[[int, memoryview], bool]
-"""``read_into`` of a source."""
+Read = Callable[[int, int], Buffer | None]  # ``read`` or ``read_now`` of a source
+ReadInto = Callable[[int, memoryview], bool]  # ``read_into`` of a source
 
 KIND = {
     RangeKind.DATA: bytes([RangeKind.DATA]),
@@ -70,9 +68,8 @@ def answer_of_page(data: Buffer | None, offset: int, length: int) -> Answer:
 
 
 def read_answer(read: Read, offset: int, length: int, size: int, page_size: int) -> Answer:
-    """Read whole pages. Pages that cannot be read are lost, each for its own reason.
-
-    Raises BlockingIOError, and what is no Exception: a signal that ends the loop may arrive in here."""
+    """Read whole pages. Pages that cannot be read are lost, each for its own reason. Raises BlockingIOError, and what
+    is no Exception: a signal that ends the loop may arrive in here."""
     try:
         return _read_whole(read, offset, length, size)
     except BlockingIOError:

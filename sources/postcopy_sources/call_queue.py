@@ -9,8 +9,7 @@ from collections.abc import Callable
 
 from postcopy_kernel.descriptors import create_eventfd, signal_eventfd
 
-Call = Callable[[], object]
-"""Runs in the thread of the loop."""
+Call = Callable[[], object]  # runs in the thread of the loop
 
 
 class CallQueue:

@@ -42,21 +42,15 @@ from .source import PageSource
 from .staging import Staging
 
 EXPECTED = frozenset(FROM_SUPERVISOR)
-MAX_CONNECTIONS = 256
-"""Supervisors that are remembered; beyond it the one that has been silent longest is forgotten."""
+MAX_CONNECTIONS = 256  # supervisors that are remembered; beyond it the one that has been silent longest is forgotten
 SILENT_SECONDS = 600.0
 """A supervisor that has been silent for so long is forgotten: they ping every second. A connection that breaks while
 nothing is sent is not reported, and a thread that pushes to it would wait forever for its window."""
-MAX_STAGINGS = 16
-"""Supervisors that have a staging memory; the others get everything over their sockets."""
-STAGING_SILENT_SECONDS = 10.0
-"""A supervisor that has been silent for so long needs no staging memory."""
-LARGE = 31 << 20
-"""Bytes; just below the largest that glibc (any, 64 bit) learns its threshold from."""
-TICK = 0.25
-"""Seconds between looks at reads that hang."""
-RETRY = 0.005
-"""... and at outboxes that are not empty."""
+MAX_STAGINGS = 16  # supervisors that have a staging memory; the others get everything over their sockets
+STAGING_SILENT_SECONDS = 10.0  # a supervisor that has been silent for so long needs no staging memory
+LARGE = 31 << 20  # bytes; just below the largest that glibc (any, 64 bit) learns its threshold from
+TICK = 0.25  # seconds between looks at reads that hang
+RETRY = 0.005  # ... and at outboxes that are not empty.
 
 log = logging.getLogger(__name__)
 

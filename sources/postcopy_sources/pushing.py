@@ -12,8 +12,7 @@ from postcopy_protocol.return_path import MAX_RANGE_BYTES
 
 from .answers import Answer, Buffer, answer_of, lost_answer
 
-MAX_PUSHING = 64
-"""Threads that run ``listening`` of sources."""
+MAX_PUSHING = 64  # threads that run ``listening`` of sources
 
 log = logging.getLogger(__name__)
 
@@ -22,8 +21,7 @@ class StreamEnded(PostcopyError):
     """The supervisor no longer listens to this stream: stop pushing."""
 
 
-SendAnswer = Callable[[Answer], object]
-"""Sends an answer from any thread."""
+SendAnswer = Callable[[Answer], object]  # sends an answer from any thread
 
 
 class PushStream:
@@ -88,8 +86,7 @@ class PushStream:
             self._changed.notify_all()
 
 
-Listening = Callable[[PushStream], object]
-"""The ``listening`` of a source."""
+Listening = Callable[[PushStream], object]  # the ``listening`` of a source
 
 
 class Pushers:

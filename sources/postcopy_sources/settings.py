@@ -18,10 +18,8 @@ from postcopy_wire.transport import TRANSPORTS, chosen_transport
 class Settings:
     """Times in seconds."""
 
-    files: dict[str, str]
-    """Files by block name. With ``runtime_dir`` only the names count."""
-    runtime_dir: str
-    """Of the supervisor whose blocks are served; empty: files are served."""
+    files: dict[str, str]  # files by block name. With ``runtime_dir`` only the names count.
+    runtime_dir: str  # of the supervisor whose blocks are served; empty: files are served
     listen: str
     curve: KeyPair | None
     allow: tuple[bytes, ...]

@@ -21,13 +21,11 @@ from postcopy_protocol.zmtp import LARGEST, Buffer
 from .reactor import Reactor
 from .transport import FULL, IPC, SENT, UNREACHABLE, Action, FramesHandler, MessageHandler, PrepareSocket
 
-AT_ONCE = 16
-"""Messages that are received from one socket before others are looked at."""
+AT_ONCE = 16  # messages that are received from one socket before others are looked at
 RECEIVE_QUEUE = 10_000
 RETRY_MS, RETRY_MOST_MS = 10, 80
 """Times between two tries to connect: short, because a supervisor that takes over wants its workers soon."""
-HEARTBEAT_MS, SILENT_MS = 5000, 20000
-"""Over a network: a peer that has not answered for so long is gone."""
+HEARTBEAT_MS, SILENT_MS = 5000, 20000  # over a network: a peer that has not answered for so long is gone
 
 Socket = zmq.Socket[bytes]
 Context = zmq.Context[Socket]

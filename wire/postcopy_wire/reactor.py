@@ -10,11 +10,9 @@ from typing import Protocol
 
 from .transport import Action
 
-AT_ONCE = 64
-"""Events that are handled before epoll is asked again."""
+AT_ONCE = 64  # events that are handled before epoll is asked again
 
-EventAction = Callable[[int], object]
-"""Receives epoll's event mask of a descriptor."""
+EventAction = Callable[[int], object]  # receives epoll's event mask of a descriptor
 
 
 class PolledSocket(Protocol):

@@ -32,13 +32,10 @@ from .transport import (
 if TYPE_CHECKING:
     from .libzmq import Sockets
 
-PENDING = 1024
-"""Connections that may be open before they have said a routing id."""
-PENDING_SECONDS = 30.0
-"""... and for how long."""
+PENDING = 1024  # connections that may be open before they have said a routing id
+PENDING_SECONDS = 30.0  # ... and for how long.
 LINGER_STEP = 0.002
-ACCEPT_AGAIN_SECONDS = 0.05
-"""Between two tries to accept a connection while no descriptor is free."""
+ACCEPT_AGAIN_SECONDS = 0.05  # between two tries to accept a connection while no descriptor is free
 
 
 class NativeRouter(Reactor):

@@ -34,8 +34,7 @@ def chosen_transport(option: str | None, environment: Mapping[str, str]) -> str:
     return chosen
 
 
-Action = Callable[[], object]
-"""Called in the thread of the router."""
+Action = Callable[[], object]  # called in the thread of the router
 MessageHandler = Callable[[bytes, Message], object]
 """Receives the routing id and the message of a peer that connected to the router. It must not raise."""
 
@@ -100,11 +99,9 @@ class Router(Protocol):
 
 
 class Channel(Protocol):
-    """A worker's connection to the supervisor's router. Any thread sends, one receives, no send blocks.
-
-    Each connection begins with the worker's hello. The supervisor answers it with an empty Wake where pages may be
-    waited for, so messages that a broken connection lost need not be kept: they are asked for again.
-    """
+    """A worker's connection to the supervisor's router. Any thread sends, one receives, no send blocks. Each connection
+    begins with the worker's hello. The supervisor answers it with an empty Wake where pages may be waited for, so
+    messages that a broken connection lost need not be kept: they are asked for again."""
 
     @property
     def connected(self) -> bool:

@@ -42,8 +42,7 @@ from .requests import Requests, Send
 from .worker import SOURCE_CHECK_SECONDS, ExitStatus, Worker
 
 BATCH = 16
-LEAVE_SECONDS = 0.05
-"""Time for the monitor thread to send the last report."""
+LEAVE_SECONDS = 0.05  # time for the monitor thread to send the last report
 
 log = logging.getLogger(__name__)
 
@@ -109,8 +108,7 @@ def _page_waker(
     return PageWaker(handler.regions, userfaultfd, worker.counters, calls, requests, own_requests, recording)
 
 
-Idle = Callable[[], None]
-"""Waits for a fault after a read gave nothing."""
+Idle = Callable[[], None]  # waits for a fault after a read gave nothing
 
 
 def _read_forever(userfaultfd: int, handler: FaultHandler) -> NoReturn:
@@ -154,10 +152,8 @@ def _leave(worker: Worker, kind: str, detail: str, status: ExitStatus) -> NoRetu
 
 
 class MonitorThread(threading.Thread):
-    """Waits for everything that is no fault, and ends the process when there is a reason.
-
-    Where all blocks are local it reads the channel too. No message comes there, but the end of the supervisor shows.
-    """
+    """Waits for everything that is no fault, and ends the process when there is a reason. Where all blocks are local it
+    reads the channel too. No message comes there, but the end of the supervisor shows."""
 
     def __init__(self, worker: Worker, channel: Channel) -> None:
         super().__init__(name="monitor", daemon=True)

@@ -53,12 +53,10 @@ from .takeover_socket import TakeoverSocket
 from .worker import ExitStatus
 
 MESSAGE_LIMIT = 1 << 18
-SEND_SECONDS = 5
-"""A supervisor that takes over and does not read the inventory in this time is given up."""
+SEND_SECONDS = 5  # a supervisor that takes over and does not read the inventory in this time is given up
 ORDERS = (Keep, Drop, ForkWorker, Adopt, WhenOrphaned, Dismiss)
 SUPERVISOR_KEY, QUIT_EVENTFD = "house", 0
-CLIENT_PIDFD = 1
-"""Where in the descriptors of their keys these are."""
+CLIENT_PIDFD = 1  # where in the descriptors of their keys these are
 log = logging.getLogger("postcopy.custodian")
 
 
@@ -77,9 +75,7 @@ class Life:
 
 class Custodian:
     """Descriptors by key, workers by pidfd, their last orders by number, and the channel to a supervisor.
-
-    ``privileged``: workers keep the custodian's capabilities until their userfaultfd is open.
-    """
+    ``privileged``: workers keep the custodian's capabilities until their userfaultfd is open."""
 
     def __init__(self, channel: socket.socket, takeover: TakeoverSocket | None, *, privileged: bool) -> None:
         self._channel: socket.socket | None = channel

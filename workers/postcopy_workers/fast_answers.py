@@ -49,11 +49,8 @@ class SlowPath(Protocol):
 def fast_answer(
     region: Region, userfaultfd: int, counters: memoryview, calls: Calls, slow: SlowPath, requests: Requests | None
 ) -> Answer:
-    """The closure that answers the faults of one region.
-
-    Local blocks have lean closures only for 4 KiB pages that are copied from a file: a huge page, or one that a
-    function makes, costs far more than the way to it.
-    """
+    """The closure that answers the faults of one region. Local blocks have lean closures only for 4 KiB pages that are
+    copied from a file: a huge page, or one that a function makes, costs far more than the way to it."""
     pages = region.block.pages
     if isinstance(pages, RemotePages):
         assert requests is not None

@@ -33,10 +33,8 @@ class HandlerFailed(Exception):
 class PageSource(Protocol):
     """What a block needs of its source. Offsets and lengths are bytes, multiples of the block's page size."""
 
-    linear: int
-    """Address of offset 0 when the whole block can be copied from one place, else 0."""
-    descriptor: int
-    """The file's descriptor when its size must be checked before a page, else -1."""
+    linear: int  # address of offset 0 when the whole block can be copied from one place, else 0
+    descriptor: int  # the file's descriptor when its size must be checked before a page, else -1
     size: int
 
     def locate(self, offset: int, length: int) -> int:
@@ -179,10 +177,8 @@ class RemotePages:
 
 
 class HandlerPages:
-    """Pages made by a user's function (see ``Handler``).
-
-    It is called only for bytes inside the block's exact size; the rest of the last page is zeros.
-    """
+    """Pages made by a user's function (see ``Handler``). It is called only for bytes inside the block's exact size; the
+    rest of the last page is zeros."""
 
     descriptor = -1
     linear = 0

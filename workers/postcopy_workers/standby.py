@@ -27,8 +27,7 @@ from dataclasses import dataclass, field
 
 FIRST_WAIT = 0.02
 LONGEST_WAIT = 1.0
-STABLE_SECONDS = 10.0
-"""After a worker has lived so long, its next replacement is as quick as the first."""
+STABLE_SECONDS = 10.0  # after a worker has lived so long, its next replacement is as quick as the first
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +65,9 @@ Effect = Fork | Kill | Drop | Log
 
 @dataclass(slots=True)
 class StandbyClient:
-    """A client and its worker.
-
-    ``wanted``: it has regions, and there is an order to fork by. ``incarnation`` is the latest one, ``lives`` maps each
-    living incarnation to when it began. ``poisoned``: its worker poisons missing pages of remote blocks.
-    """
+    """A client and its worker. ``wanted``: it has regions, and there is an order to fork by. ``incarnation`` is the
+    latest one, ``lives`` maps each living incarnation to when it began. ``poisoned``: its worker poisons missing pages
+    of remote blocks."""
 
     wanted: bool
     remote: bool
@@ -87,8 +84,7 @@ class StandbyPolicy:
     is to be done, in order. Call ``add_client`` and ``add_life`` for everything that exists, then ``begin``."""
 
     def __init__(self, lost_at: float, timeout: float, poison: bool) -> None:
-        self.ended = False
-        """No client is left, and no supervisor came: the custodian is not needed any more."""
+        self.ended = False  # no client is left, and no supervisor came: the custodian is not needed any more
         self._lost_at = lost_at
         self._timeout = timeout
         self._poison = poison

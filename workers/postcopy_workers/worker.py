@@ -30,8 +30,7 @@ from .page_sources import FilePages, Handler, HandlerPages, NoPages, PageSource,
 from .placing import Block, OwnMapping, system_calls
 from .reports import Reports
 
-HELD_SECONDS = 0.01
-"""Between two tries to send what the supervisor does not take."""
+HELD_SECONDS = 0.01  # between two tries to send what the supervisor does not take
 SOURCE_CHECK_SECONDS = 1.0
 
 
@@ -44,10 +43,8 @@ class ExitStatus(IntEnum):
 
 
 class Worker:
-    """What an assignment and its descriptors make. Raises CannotContinue and OSError.
-
-    ``privileged``: the custodian has kept its capabilities, because a userfaultfd cannot be opened without them.
-    """
+    """What an assignment and its descriptors make. Raises CannotContinue and OSError. ``privileged``: the custodian has
+    kept its capabilities, because a userfaultfd cannot be opened without them."""
 
     def __init__(self, assignment: Assignment, fds: list[int], *, privileged: bool) -> None:
         self.assignment = assignment

@@ -27,12 +27,10 @@ from .placing import COPY_DONTWAKE, Block
 from .worker import Worker
 
 PIECE = 1 << 20
-STARVED_SECONDS = 5.0
-"""A page waits so long for memory; then it counts as not available, but not as lost."""
+STARVED_SECONDS = 5.0  # a page waits so long for memory; then it counts as not available, but not as lost
 SHORTAGES = (errno.ENOMEM, errno.ENOSPC, errno.EAGAIN)
 
-Clock = Callable[[], float]
-"""Seconds that only grow."""
+Clock = Callable[[], float]  # seconds that only grow
 
 
 class RangePlacer:
