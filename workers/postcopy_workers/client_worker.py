@@ -87,7 +87,7 @@ def _fault_handler(worker: Worker, requests: Requests | None, recording: Recordi
         around = FaultAround(max(1, assignment.fault_around >> block.shift), assignment.adaptive)
         regions.append(Region(grant, block, around, worker.stages[grant.block]))
     return FaultHandler(
-        worker.descriptor(assignment.userfaultfd),
+        worker.fds[assignment.userfaultfd],
         regions,
         worker.counters,
         worker.control,
@@ -171,10 +171,7 @@ class MonitorThread(threading.Thread):
 
     def _monitor(self) -> NoReturn:
         worker, channel, reads = self._worker, self._channel, not self._worker.remote
-        quit_fd, client = (
-            worker.descriptor(worker.assignment.quit_eventfd),
-            worker.descriptor(worker.assignment.client_pidfd),
-        )
+        quit_fd, client = worker.fds[worker.assignment.quit_eventfd], worker.fds[worker.assignment.client_pidfd]
         wakeup = worker.reports.wakeup
         while True:
             pause = worker.send_waiting(channel)

@@ -18,16 +18,64 @@ or the workers of clients with remote blocks are replaced by workers that poison
 as long as their clients live, in either case.
 
 A ``StandbyPolicy`` is made when a channel ends and forgotten when the next one is there: with a supervisor a custodian
-does as little as it can, because each page of memory that it writes to is no longer shared with its workers.
+does as little as it can, because each page of memory that it writes to is no longer shared with its workers. For the
+same reason what it keeps is decoded only when it is needed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from postcopy_protocol.codec import decode
+from postcopy_protocol.errors import BadMessage
+from postcopy_protocol.messages import Assignment, ClientNote
+
+CLIENT = "client/"
+NO_SUPERVISOR = "no supervisor came back within the orphan timeout"
 FIRST_WAIT = 0.02
 LONGEST_WAIT = 1.0
 STABLE_SECONDS = 10.0  # after a worker has lived so long, its next replacement is as quick as the first
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What a worker is forked by: the keys of its descriptors, its assignment, its latest incarnation."""
+
+    keys: tuple[str, ...]
+    assignment: bytes
+    incarnation: int
+
+
+def client_of(key: str) -> int:
+    """The number of the client that a key belongs to; 0 for another key, and for worker zero's."""
+    number = key.removeprefix(CLIENT)
+    return int(number) if number != key and number.isdecimal() else 0
+
+
+def wants_worker(meta: bytes, last: Assignment) -> bool:
+    """Does the client of this note need a worker when none lives? Not without regions (all its blocks are complete),
+    and not in quarantine, unless its supervisor gave it a worker that poisons."""
+    try:
+        note = decode(meta, expect=(ClientNote,))
+    except BadMessage:
+        return True
+    assert isinstance(note, ClientNote)
+    poisons = all(grant.kind == "quarantined" for grant in last.blocks)
+    return bool(note.regions) and (poisons or not note.quarantined)
+
+
+def asks_remote(assignment: Assignment) -> bool:
+    """Does the worker need a supervisor for some pages?"""
+    return any(grant.kind == "remote" for grant in assignment.blocks)
+
+
+def without_remote(assignment: Assignment) -> Assignment:
+    """The same assignment for a worker that serves local blocks only, and poisons missing pages of remote blocks."""
+    blocks = (
+        replace(grant, kind="orphaned", detail=NO_SUPERVISOR) if grant.kind == "remote" else grant
+        for grant in assignment.blocks
+    )
+    return replace(assignment, blocks=tuple(blocks))
 
 
 @dataclass(frozen=True, slots=True)
