@@ -217,8 +217,7 @@ class Sockets:
         self._inbound: InboundSocket | None = None
         self._outbound: dict[bytes, OutboundSocket] = {}
 
-    def listen(self, endpoint: str, prepare: PrepareSocket | None) -> str:
-        """See ``transport.Router``."""
+    def listen(self, endpoint: str, prepare: PrepareSocket | None = None) -> str:
         made = self._inbound = InboundSocket(self._context, self._on_message, self._queue, self._largest)
         try:
             if not endpoint.startswith(IPC):
@@ -238,9 +237,8 @@ class Sockets:
         on_frames: FramesHandler,
         on_connected: Action,
         capacity: int,
-        prepare: PrepareSocket | None,
+        prepare: PrepareSocket | None = None,
     ) -> None:
-        """See ``transport.Router``."""
         dealer = Dealer(self._context, endpoint, self._queue, capacity, prepare=prepare)
         peer = self._outbound[name] = OutboundSocket(dealer, on_frames, on_connected)
         self._reactor.poll_socket(peer)
@@ -248,7 +246,6 @@ class Sockets:
         peer.check_connection()
 
     def send(self, name: bytes, parts: Sequence[Buffer]) -> int:
-        """See ``transport.Router.send_parts``."""
         peer = self._outbound.get(name)
         if peer is not None:
             return peer.send(parts)
@@ -272,29 +269,13 @@ class LibzmqRouter(Reactor):
         super().__init__()
         self._sockets = Sockets(self, on_message, queue, largest)
         self.send_parts = self._sockets.send
-
-    def listen(self, endpoint: str, prepare: PrepareSocket | None = None) -> str:
-        """See ``transport.Router``."""
-        return self._sockets.listen(endpoint, prepare)
-
-    def connect(
-        self,
-        endpoint: str,
-        name: bytes,
-        on_frames: FramesHandler,
-        on_connected: Action,
-        capacity: int,
-        prepare: PrepareSocket | None = None,
-    ) -> None:
-        """See ``transport.Router``."""
-        self._sockets.connect(endpoint, name, on_frames, on_connected, capacity, prepare)
+        self.listen = self._sockets.listen
+        self.connect = self._sockets.connect
 
     def send(self, name: bytes, data: bytes) -> int:
-        """See ``transport.Router``."""
         return self._sockets.send(name, (data,))
 
     def close(self, linger: float = 0.0) -> None:
-        """See ``transport.Router``."""
         self._sockets.close(linger)
         self.epoll.close()
 

@@ -89,7 +89,6 @@ class NativeRouter(Reactor):
         capacity: int,
         prepare: PrepareSocket | None = None,
     ) -> None:
-        """See ``transport.Router``."""
         if not endpoint.startswith(IPC):
             return self._sockets().connect(endpoint, name, on_frames, on_connected, capacity, prepare)
         peer = Outbound(self, self._queue, endpoint.removeprefix(IPC), on_frames, on_connected, capacity)
@@ -97,7 +96,6 @@ class NativeRouter(Reactor):
         peer.connect()
 
     def close(self, linger: float = 0.0) -> None:
-        """See ``transport.Router``."""
         until = time.monotonic() + linger
         connections: list[Connection] = [*self.inbound.values(), *self.outbound.values()]
         while any(connection.outbox for connection in connections) and time.monotonic() < until:
@@ -121,7 +119,6 @@ class NativeRouter(Reactor):
         return self._libzmq
 
     def send(self, name: bytes, data: bytes) -> int:
-        """See ``transport.Router``."""
         peer = self.inbound.get(name) or self.outbound.get(name)
         if peer is not None:
             ready, length = peer.ready, len(data)
@@ -137,7 +134,6 @@ class NativeRouter(Reactor):
         return self._libzmq.send(name, (data,)) if self._libzmq is not None else UNREACHABLE
 
     def send_parts(self, name: bytes, parts: Sequence[Buffer]) -> int:
-        """See ``transport.Router``."""
         peer = self.inbound.get(name) or self.outbound.get(name)
         if peer is not None:
             buffers, ready = framed(parts), peer.ready
