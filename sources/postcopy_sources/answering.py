@@ -52,10 +52,8 @@ from .staging import ZEROS, Staging
 PIECE = 256 << 10
 """Bytes of pages in one message while a client waits, unless one page is larger: an urgent page waits for at most one
 piece."""
-CALM_PIECE = 1 << 20
-"""... and of background while none does."""
-CALM_SECONDS = 0.05
-"""So long after an urgent request no client is taken to wait."""
+CALM_PIECE = 1 << 20  # ... and of background while none does.
+CALM_SECONDS = 0.05  # so long after an urgent request no client is taken to wait
 _BYTES = (bytearray, bytes)
 _NO_NUMBER = bytes(4)
 
@@ -93,8 +91,7 @@ class Answerer:
 
     def __init__(self, sources: Mapping[str, PageSource], sender: Sender, calls: CallQueue, readers: Readers) -> None:
         self.calls = calls
-        self.streaming: deque[Connection] = deque()
-        """Connections with background reads to come, in turn."""
+        self.streaming: deque[Connection] = deque()  # connections with background reads to come, in turn
         self._sources = sources
         self._read_now: dict[str, Read | None] = {
             name: getattr(source, "read_now", None) for name, source in sources.items()
@@ -105,8 +102,6 @@ class Answerer:
         self._sender = sender
         self._readers = readers
         self._urgent_at = -1e9
-
-    # --- requests -----------------------------------------------------------------------------------------------------
 
     def answer_fast(self, connection: Connection, data: bytes) -> bool:
         """Answer a common request without decoding it: one that differs from an accepted one only in number and range,
@@ -197,8 +192,6 @@ class Answerer:
         else:
             request.sent_one()
 
-    # --- background ---------------------------------------------------------------------------------------------------
-
     def enqueue(self, connection: Connection) -> None:
         """Put a connection into the round, if it has pieces to come."""
         if connection.pieces and not connection.queued:
@@ -236,8 +229,6 @@ class Answerer:
     def read_waiting(self, stream: Stream, offset: int, length: int) -> Answer:
         """Read in another thread, where it may wait."""
         return _read(stream, self._sources[stream.offer.name].read, offset, length)
-
-    # --- answers ------------------------------------------------------------------------------------------------------
 
     def answer(self, request: OpenRequest, answer: Answer) -> None:
         """Send pages that were asked for."""

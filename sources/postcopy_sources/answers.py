@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
-from typing import Protocol
 
 from postcopy_protocol.errors import PageLost
 from postcopy_protocol.return_path import RangeKind, pack_range, pack_ranges, unpack_ranges
 
 Buffer = bytes | bytearray | memoryview
 
-
-class Read(Protocol):
-    """``read`` or ``read_now`` of a source."""
-
-    def __call__(self, offset: int, length: int, /) -> Buffer | None: ...
-
-
-class ReadInto(Protocol):
-    """``read_into`` of a source."""
-
-    def __call__(self, offset: int, view: memoryview, /) -> bool: ...
-
+Read = Callable[[int, int], Buffer | None]  # ``read`` or ``read_now`` of a source
+ReadInto = Callable[[int, memoryview], bool]  # ``read_into`` of a source
 
 KIND = {
     RangeKind.DATA: bytes([RangeKind.DATA]),
@@ -78,9 +68,8 @@ def answer_of_page(data: Buffer | None, offset: int, length: int) -> Answer:
 
 
 def read_answer(read: Read, offset: int, length: int, size: int, page_size: int) -> Answer:
-    """Read whole pages. Pages that cannot be read are lost, each for its own reason.
-
-    Raises BlockingIOError, and what is no Exception: a signal that ends the loop may arrive in here."""
+    """Read whole pages. Pages that cannot be read are lost, each for its own reason. Raises BlockingIOError, and what
+    is no Exception: a signal that ends the loop may arrive in here."""
     try:
         return _read_whole(read, offset, length, size)
     except BlockingIOError:

@@ -5,15 +5,11 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from typing import Protocol
+from collections.abc import Callable
 
 from postcopy_kernel.descriptors import create_eventfd, signal_eventfd
 
-
-class Call(Protocol):
-    """Runs in the thread of the loop."""
-
-    def __call__(self) -> object: ...
+Call = Callable[[], object]  # runs in the thread of the loop
 
 
 class CallQueue:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -60,8 +60,7 @@ class Connection:
     pieces: deque[tuple[OpenRequest, int, int]] = field(default_factory=deque)
     outbox: deque[tuple[Sequence[Buffer], OpenRequest | None]] = field(default_factory=deque)
     outbox_bytes: int = 0
-    queued: bool = False
-    """Is it in the loop's round of those that have pieces to come?"""
+    queued: bool = False  # is it in the loop's round of those that have pieces to come?
     pushers: dict[int, PushStream] = field(default_factory=dict)
     fast_answers: dict[bytes, FastAnswer] = field(default_factory=dict)
     staging: Staging | None = None
@@ -99,10 +98,7 @@ class PartsSender(Protocol):
         """Returns SENT, FULL or UNREACHABLE."""
 
 
-class Forget(Protocol):
-    """Receives a connection whose supervisor is gone."""
-
-    def __call__(self, connection: Connection, /) -> object: ...
+Forget = Callable[[Connection], object]  # receives a connection whose supervisor is gone
 
 
 class Sender:
@@ -111,8 +107,7 @@ class Sender:
     def __init__(self, router: PartsSender, forget: Forget) -> None:
         self._send_parts = router.send_parts
         self._forget = forget
-        self.held: set[Connection] = set()
-        """Connections with an outbox that is not empty."""
+        self.held: set[Connection] = set()  # connections with an outbox that is not empty
 
     def send_pages(self, connection: Connection, parts: Sequence[Buffer], request: OpenRequest | None) -> None:
         """Send pages. What the supervisor does not accept waits in its outbox. Unasked pages (no request) wait there

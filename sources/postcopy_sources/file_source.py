@@ -13,10 +13,8 @@ _PIECES = 512  # unit of st_blocks, in bytes
 
 class FileSource:
     """A regular file or a block device. Raises BadInput for what is neither, or empty; OSError when it does not open.
-
     When the file is cut or written while it is served, its pages are lost: new and old pages cannot be told apart. Size
-    and time of change are checked after every read; after a change ``read`` always raises PageLost.
-    """
+    and time of change are checked after every read; after a change ``read`` always raises PageLost."""
 
     page_size = PAGE_4K
 

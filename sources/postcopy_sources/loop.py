@@ -11,9 +11,8 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Protocol
 
 from postcopy_kernel import crashpoints
 from postcopy_protocol.codec import decode, encode
@@ -43,29 +42,20 @@ from .source import PageSource
 from .staging import Staging
 
 EXPECTED = frozenset(FROM_SUPERVISOR)
-MAX_CONNECTIONS = 256
-"""Supervisors that are remembered; beyond it the one that has been silent longest is forgotten."""
+MAX_CONNECTIONS = 256  # supervisors that are remembered; beyond it the one that has been silent longest is forgotten
 SILENT_SECONDS = 600.0
 """A supervisor that has been silent for so long is forgotten: they ping every second. A connection that breaks while
 nothing is sent is not reported, and a thread that pushes to it would wait forever for its window."""
-MAX_STAGINGS = 16
-"""Supervisors that have a staging memory; the others get everything over their sockets."""
-STAGING_SILENT_SECONDS = 10.0
-"""A supervisor that has been silent for so long needs no staging memory."""
-LARGE = 31 << 20
-"""Bytes; just below the largest that glibc (any, 64 bit) learns its threshold from."""
-TICK = 0.25
-"""Seconds between looks at reads that hang."""
-RETRY = 0.005
-"""... and at outboxes that are not empty."""
+MAX_STAGINGS = 16  # supervisors that have a staging memory; the others get everything over their sockets
+STAGING_SILENT_SECONDS = 10.0  # a supervisor that has been silent for so long needs no staging memory
+LARGE = 31 << 20  # bytes; just below the largest that glibc (any, 64 bit) learns its threshold from
+TICK = 0.25  # seconds between looks at reads that hang
+RETRY = 0.005  # ... and at outboxes that are not empty.
 
 log = logging.getLogger(__name__)
 
-
-class RouterOpener(Protocol):
-    """Opens the router whose messages the loop receives. Raises PostcopyError."""
-
-    def __call__(self, on_message: MessageHandler, on_gone: GoneHandler, /) -> Router: ...
+RouterOpener = Callable[[MessageHandler, GoneHandler], Router]
+"""Opens the router whose messages the loop receives. Raises PostcopyError."""
 
 
 class Loop:
@@ -130,8 +120,6 @@ class Loop:
                 call()
             except Exception:
                 log.exception("bug: an answer could not be sent")
-
-    # --- messages -----------------------------------------------------------------------------------------------------
 
     def on_message(self, name: bytes, message: Frames) -> None:
         """Handle a message of the router."""
@@ -239,8 +227,6 @@ class Loop:
             return None
         connection.pushers[stream.number] = pusher
         return pusher
-
-    # --- supervisors --------------------------------------------------------------------------------------------------
 
     def _remember(self, connection: Connection) -> None:
         if connection.name not in self.connections and len(self.connections) >= MAX_CONNECTIONS:

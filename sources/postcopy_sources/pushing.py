@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import Protocol
+from collections.abc import Callable
 
 from postcopy_protocol.errors import BadInput, PostcopyError
 from postcopy_protocol.geometry import page_count
@@ -12,8 +12,7 @@ from postcopy_protocol.return_path import MAX_RANGE_BYTES
 
 from .answers import Answer, Buffer, answer_of, lost_answer
 
-MAX_PUSHING = 64
-"""Threads that run ``listening`` of sources."""
+MAX_PUSHING = 64  # threads that run ``listening`` of sources
 
 log = logging.getLogger(__name__)
 
@@ -22,10 +21,7 @@ class StreamEnded(PostcopyError):
     """The supervisor no longer listens to this stream: stop pushing."""
 
 
-class SendAnswer(Protocol):
-    """Sends an answer from any thread."""
-
-    def __call__(self, answer: Answer, /) -> object: ...
+SendAnswer = Callable[[Answer], object]  # sends an answer from any thread
 
 
 class PushStream:
@@ -77,8 +73,6 @@ class PushStream:
             self._window -= cost
         self._send(answer)
 
-    # --- for the loop -------------------------------------------------------------------------------------------------
-
     def grant(self, window: int) -> None:
         """Allow this many bytes from now on."""
         with self._changed:
@@ -92,10 +86,7 @@ class PushStream:
             self._changed.notify_all()
 
 
-class Listening(Protocol):
-    """The ``listening`` of a source."""
-
-    def __call__(self, stream: PushStream, /) -> object: ...
+Listening = Callable[[PushStream], object]  # the ``listening`` of a source
 
 
 class Pushers:

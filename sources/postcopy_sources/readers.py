@@ -15,8 +15,7 @@ from typing import Protocol
 
 from .answers import Answer
 
-MAX_STUCK = 16
-"""Threads that may hang before no more are started in their place."""
+MAX_STUCK = 16  # threads that may hang before no more are started in their place
 
 log = logging.getLogger(__name__)
 

@@ -30,8 +30,7 @@ from .loop import Loop
 from .readers import Readers
 from .source import PageSource, offer_of
 
-MAX_MESSAGE = 1 << 16
-"""Bytes of a message that a supervisor may send; the connection is ended for more."""
+MAX_MESSAGE = 1 << 16  # bytes of a message that a supervisor may send; the connection is ended for more
 _LINGER = 0.5  # seconds in which answers may still be sent at the end
 
 log = logging.getLogger(__name__)
@@ -107,8 +106,7 @@ class Endpoint:
     """Where a source listens; a context manager that closes the router and removes the socket file."""
 
     def __init__(self, listen: str, transport: str, curve: KeyPair | None, allow: Sequence[bytes]) -> None:
-        self.shown = listen
-        """The endpoint as it was bound: a tcp port may have been chosen."""
+        self.shown = listen  # the endpoint as it was bound: a tcp port may have been chosen
         self._listen = listen
         self._transport = transport
         self._curve = curve

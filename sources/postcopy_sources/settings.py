@@ -18,10 +18,8 @@ from postcopy_wire.transport import TRANSPORTS, chosen_transport
 class Settings:
     """Times in seconds."""
 
-    files: dict[str, str]
-    """Files by block name. With ``runtime_dir`` only the names count."""
-    runtime_dir: str
-    """Of the supervisor whose blocks are served; empty: files are served."""
+    files: dict[str, str]  # files by block name. With ``runtime_dir`` only the names count.
+    runtime_dir: str  # of the supervisor whose blocks are served; empty: files are served
     listen: str
     curve: KeyPair | None
     allow: tuple[bytes, ...]
@@ -93,12 +91,7 @@ def _parser() -> args.Parser:
     )
     add = parser.add_argument
     add("blocks", nargs="+", metavar="NAME=FILE", help="a block and its file (with --from: NAME)")
-    add(
-        "--from",
-        dest="runtime_dir",
-        metavar="RUNTIME_DIR",
-        help="serve blocks of the supervisor there",
-    )
+    add("--from", dest="runtime_dir", metavar="RUNTIME_DIR", help="serve blocks of the supervisor there")
     add("--listen", required=True, metavar="ENDPOINT", help="ipc:///PATH or tcp://HOST:PORT")
     add("--curve-secret", metavar="FILE", help="own CURVE keys, the file that ends in .key_secret")
     help = "public CURVE key of a supervisor that may connect, or a directory of such keys (repeat)"

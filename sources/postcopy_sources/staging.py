@@ -26,14 +26,10 @@ from .answers import zeros
 if TYPE_CHECKING:
     from .answers import Buffer, ReadInto
 
-SLOTS = 8
-"""More than the supervisor asks for at a time (its flow_control.py)."""
-STUCK_SECONDS = 2.0
-"""When no slot was set free for so long, the messages about them were lost with a connection."""
-LEAST = 64 << 10
-"""Bytes; a smaller piece goes over the socket."""
-ZEROS = -1
-"""Instead of a slot: all bytes are zeros."""
+SLOTS = 8  # more than the supervisor asks for at a time (its flow_control.py)
+STUCK_SECONDS = 2.0  # when no slot was set free for so long, the messages about them were lost with a connection
+LEAST = 64 << 10  # bytes; a smaller piece goes over the socket
+ZEROS = -1  # instead of a slot: all bytes are zeros
 _FREE = bytes([SLOT_FREE])
 
 

@@ -90,8 +90,6 @@ class SupervisorSource:
         self._userfaultfd.close()
         self._socket.close()
 
-    # --- attaching ----------------------------------------------------------------------------------------------------
-
     def _connect(self) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         connection.settimeout(ANSWER_SECONDS)

@@ -91,14 +91,14 @@ class Fuzzer:
             "control": (self._control, queries.QUESTIONS),
             "worker": (self._worker, TO_WORKER),
             "resumed": (lambda data: void(unpack_offsets(decode(data, expect=(Resumed,)).released)), (Resumed,)),
-            "rendezvous": (self._rendezvous, (TakeOver,)),
+            "takeover": (self._takeover, (TakeOver,)),
             "inventory": (self._inventory, (BlockNote, ClientNote)),
             "back-end": (self._back_end, ALL),
             "wire": (self._wire, ALL),
         }
         with tempfile.TemporaryDirectory(prefix="pcf-", dir="/tmp") as directory:
             (Path(directory) / "private").mkdir()
-            self.rendezvous = TakeoverSocket(directory)
+            self.takeover = TakeoverSocket(directory)
         # What a question reads before it names a block or a client that exists.
         parts = SimpleNamespace(
             state=RunState(0.0, "running"),
@@ -231,13 +231,13 @@ class Fuzzer:
         assert isinstance(message, Wake | Lost)
         unpack_offsets(message.offsets)
 
-    def _rendezvous(self, data: bytes) -> None:
+    def _takeover(self, data: bytes) -> None:
         """The custodian's own socket; each input is the first word of a visitor."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             theirs.send(data)
-            self.rendezvous._pending[ours.fileno()] = PendingConnection(ours, 0.0)
-            taken = self.rendezvous.read(ours.fileno())
+            self.takeover._pending[ours.fileno()] = PendingConnection(ours, 0.0)
+            taken = self.takeover.read(ours.fileno())
         if taken is None:
             raise BadMessage("not taken")
         taken.close()
@@ -250,7 +250,7 @@ class Fuzzer:
         plan.judge(estate, {name: source}, PAGE, {1, 2, PAGE}, {}, {})
 
     def close(self) -> None:
-        self.rendezvous.close()
+        self.takeover.close()
         self.source.close()
         self.supervisor.close()
 

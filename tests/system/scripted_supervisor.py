@@ -291,7 +291,7 @@ class Script:
     # --- the next supervisor ------------------------------------------------------------------------------------------
 
     def connect(self) -> socket.socket:
-        """At the rendezvous, once the custodian lets somebody in."""
+        """At the takeover socket, once the custodian accepts a connection."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         sock.connect(custodian_path(str(self.directory)))
         sock.settimeout(PATIENCE)

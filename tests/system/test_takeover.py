@@ -91,7 +91,7 @@ def test_a_new_block_whose_source_is_away(orphaned: Service) -> None:
     assert status == 1 and "ipc:///tmp/nobody does not answer" in text and KEPT in text.splitlines()[-1], text
 
 
-def test_strangers_at_the_rendezvous(orphaned: Service) -> None:
+def test_unknown_processes_at_the_takeover_socket(orphaned: Service) -> None:
     """Nonsense and other versions are shown out; a supervisor that vanishes in between costs nothing."""
     path = str(orphaned.directory / "private/custodian")
     for words in (b"nonsense", encode(TakeOver(1))[:-1], b"\x93\x63\x53\x01", encode(TakeOver(os.getpid()))):

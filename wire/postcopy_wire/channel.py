@@ -55,8 +55,6 @@ class NativeChannel:
         connection = self._socket
         return connection.fileno() if connection is not None else -1
 
-    # --- sending ------------------------------------------------------------------------------------------------------
-
     def send(self, data: bytes) -> None:
         data = frame(data)
         if not self._outbox and self._lock.acquire(False):
@@ -97,8 +95,6 @@ class NativeChannel:
         for connection in (self._socket, self._old):
             if connection is not None:
                 connection.close()
-
-    # --- receiving: one thread only -----------------------------------------------------------------------------------
 
     def receive(self) -> list[bytes]:
         while True:

@@ -15,10 +15,8 @@ from postcopy_protocol.zmtp import Buffer, PlacedReader, Reader, opening
 from .reactor import Reactor
 from .transport import FULL, SENT, UNREACHABLE, Action, FramesHandler, MessageHandler
 
-READ = 1 << 14
-"""Bytes that are read from a peer at once."""
-KEPT_BYTES = 16 << 20
-"""Of messages for one peer; a message is kept as long as there are fewer."""
+READ = 1 << 14  # bytes that are read from a peer at once
+KEPT_BYTES = 16 << 20  # of messages for one peer; a message is kept as long as there are fewer
 RETRY_SECONDS, RETRY_MOST = 0.01, 0.1
 NOW = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _READABLE, _WRITABLE = select.EPOLLIN, select.EPOLLOUT
@@ -30,11 +28,9 @@ class Connection:
 
     def __init__(self, reactor: Reactor, queue: int) -> None:
         self.outbox: deque[bytes] = deque()
-        self.kept = 0
-        """Bytes in the outbox."""
+        self.kept = 0  # bytes in the outbox
         self.connection: socket.socket | None = None
-        self.ready: socket.socket | None = None
-        """The same socket, once messages may be sent."""
+        self.ready: socket.socket | None = None  # the same socket, once messages may be sent
         self._reactor = reactor
         self._queue = queue
 
@@ -202,13 +198,7 @@ class Outbound(Connection):
     """A peer that the router connects to, and again whenever the connection ends."""
 
     def __init__(
-        self,
-        reactor: Reactor,
-        queue: int,
-        path: str,
-        on_frames: FramesHandler,
-        on_connected: Action,
-        capacity: int,
+        self, reactor: Reactor, queue: int, path: str, on_frames: FramesHandler, on_connected: Action, capacity: int
     ) -> None:
         super().__init__(reactor, queue)
         self._path = path

@@ -11,8 +11,7 @@ import os
 import select
 import threading
 from collections import deque
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -20,24 +19,13 @@ from zmq.utils.monitor import recv_monitor_message
 from postcopy_protocol.zmtp import LARGEST, Buffer
 
 from .reactor import Reactor
-from .transport import (
-    FULL,
-    IPC,
-    SENT,
-    UNREACHABLE,
-    Action,
-    FramesHandler,
-    MessageHandler,
-    PrepareSocket,
-)
+from .transport import FULL, IPC, SENT, UNREACHABLE, Action, FramesHandler, MessageHandler, PrepareSocket
 
-AT_ONCE = 16
-"""Messages that are received from one socket before others are looked at."""
+AT_ONCE = 16  # messages that are received from one socket before others are looked at
 RECEIVE_QUEUE = 10_000
 RETRY_MS, RETRY_MOST_MS = 10, 80
 """Times between two tries to connect: short, because a supervisor that takes over wants its workers soon."""
-HEARTBEAT_MS, SILENT_MS = 5000, 20000
-"""Over a network: a peer that has not answered for so long is gone."""
+HEARTBEAT_MS, SILENT_MS = 5000, 20000  # over a network: a peer that has not answered for so long is gone
 
 Socket = zmq.Socket[bytes]
 Context = zmq.Context[Socket]
@@ -55,19 +43,12 @@ def can_receive(socket: Socket) -> bool:
 
 def set_limits(socket: Socket, queue: int, largest: int) -> None:
     """``queue``: messages that are kept for one peer; ``largest``: bytes of the largest frame that is accepted."""
-    for option, value in (
-        (zmq.LINGER, 0),
-        (zmq.SNDHWM, queue),
-        (zmq.RCVHWM, RECEIVE_QUEUE),
-        (zmq.MAXMSGSIZE, largest),
-    ):
+    for option, value in ((zmq.LINGER, 0), (zmq.SNDHWM, queue), (zmq.RCVHWM, RECEIVE_QUEUE), (zmq.MAXMSGSIZE, largest)):
         socket.setsockopt(option, value)
 
 
-class FrameSender(Protocol):
-    """``send`` of the layer below pyzmq's Python layer, which does nothing here and takes a microsecond a frame."""
-
-    def __call__(self, data: Buffer, flags: int, /) -> object: ...
+FrameSender = Callable[[Buffer, int], object]
+"""``send`` of the layer below pyzmq's Python layer, which does nothing here and takes a microsecond a frame."""
 
 
 def frame_sender(socket: Socket) -> FrameSender:
@@ -236,8 +217,7 @@ class Sockets:
         self._inbound: InboundSocket | None = None
         self._outbound: dict[bytes, OutboundSocket] = {}
 
-    def listen(self, endpoint: str, prepare: PrepareSocket | None) -> str:
-        """See ``transport.Router``."""
+    def listen(self, endpoint: str, prepare: PrepareSocket | None = None) -> str:
         made = self._inbound = InboundSocket(self._context, self._on_message, self._queue, self._largest)
         try:
             if not endpoint.startswith(IPC):
@@ -257,9 +237,8 @@ class Sockets:
         on_frames: FramesHandler,
         on_connected: Action,
         capacity: int,
-        prepare: PrepareSocket | None,
+        prepare: PrepareSocket | None = None,
     ) -> None:
-        """See ``transport.Router``."""
         dealer = Dealer(self._context, endpoint, self._queue, capacity, prepare=prepare)
         peer = self._outbound[name] = OutboundSocket(dealer, on_frames, on_connected)
         self._reactor.poll_socket(peer)
@@ -267,7 +246,6 @@ class Sockets:
         peer.check_connection()
 
     def send(self, name: bytes, parts: Sequence[Buffer]) -> int:
-        """See ``transport.Router.send_parts``."""
         peer = self._outbound.get(name)
         if peer is not None:
             return peer.send(parts)
@@ -291,29 +269,13 @@ class LibzmqRouter(Reactor):
         super().__init__()
         self._sockets = Sockets(self, on_message, queue, largest)
         self.send_parts = self._sockets.send
-
-    def listen(self, endpoint: str, prepare: PrepareSocket | None = None) -> str:
-        """See ``transport.Router``."""
-        return self._sockets.listen(endpoint, prepare)
-
-    def connect(
-        self,
-        endpoint: str,
-        name: bytes,
-        on_frames: FramesHandler,
-        on_connected: Action,
-        capacity: int,
-        prepare: PrepareSocket | None = None,
-    ) -> None:
-        """See ``transport.Router``."""
-        self._sockets.connect(endpoint, name, on_frames, on_connected, capacity, prepare)
+        self.listen = self._sockets.listen
+        self.connect = self._sockets.connect
 
     def send(self, name: bytes, data: bytes) -> int:
-        """See ``transport.Router``."""
         return self._sockets.send(name, (data,))
 
     def close(self, linger: float = 0.0) -> None:
-        """See ``transport.Router``."""
         self._sockets.close(linger)
         self.epoll.close()
 

@@ -5,18 +5,14 @@ from __future__ import annotations
 import contextlib
 import select
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 from .transport import Action
 
-AT_ONCE = 64
-"""Events that are handled before epoll is asked again."""
+AT_ONCE = 64  # events that are handled before epoll is asked again
 
-
-class EventAction(Protocol):
-    """Receives epoll's event mask of a descriptor."""
-
-    def __call__(self, mask: int, /) -> object: ...
+EventAction = Callable[[int], object]  # receives epoll's event mask of a descriptor
 
 
 class PolledSocket(Protocol):

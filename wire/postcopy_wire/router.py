@@ -32,13 +32,10 @@ from .transport import (
 if TYPE_CHECKING:
     from .libzmq import Sockets
 
-PENDING = 1024
-"""Connections that may be open before they have said a routing id."""
-PENDING_SECONDS = 30.0
-"""... and for how long."""
+PENDING = 1024  # connections that may be open before they have said a routing id
+PENDING_SECONDS = 30.0  # ... and for how long.
 LINGER_STEP = 0.002
-ACCEPT_AGAIN_SECONDS = 0.05
-"""Between two tries to accept a connection while no descriptor is free."""
+ACCEPT_AGAIN_SECONDS = 0.05  # between two tries to accept a connection while no descriptor is free
 
 
 class NativeRouter(Reactor):
@@ -67,8 +64,6 @@ class NativeRouter(Reactor):
         self._listener: socket.socket | None = None
         self._names = 0
 
-    # --- peers --------------------------------------------------------------------------------------------------------
-
     def listen(self, endpoint: str, prepare: PrepareSocket | None = None) -> str:
         """See ``transport.Router``. An ipc endpoint with ``prepare`` is libzmq's: it may want CURVE."""
         if prepare is not None or not endpoint.startswith(IPC):
@@ -94,7 +89,6 @@ class NativeRouter(Reactor):
         capacity: int,
         prepare: PrepareSocket | None = None,
     ) -> None:
-        """See ``transport.Router``."""
         if not endpoint.startswith(IPC):
             return self._sockets().connect(endpoint, name, on_frames, on_connected, capacity, prepare)
         peer = Outbound(self, self._queue, endpoint.removeprefix(IPC), on_frames, on_connected, capacity)
@@ -102,7 +96,6 @@ class NativeRouter(Reactor):
         peer.connect()
 
     def close(self, linger: float = 0.0) -> None:
-        """See ``transport.Router``."""
         until = time.monotonic() + linger
         connections: list[Connection] = [*self.inbound.values(), *self.outbound.values()]
         while any(connection.outbox for connection in connections) and time.monotonic() < until:
@@ -125,10 +118,7 @@ class NativeRouter(Reactor):
             self._libzmq = Sockets(self, self._on_message, self._queue, self._largest)
         return self._libzmq
 
-    # --- sending ------------------------------------------------------------------------------------------------------
-
     def send(self, name: bytes, data: bytes) -> int:
-        """See ``transport.Router``."""
         peer = self.inbound.get(name) or self.outbound.get(name)
         if peer is not None:
             ready, length = peer.ready, len(data)
@@ -144,7 +134,6 @@ class NativeRouter(Reactor):
         return self._libzmq.send(name, (data,)) if self._libzmq is not None else UNREACHABLE
 
     def send_parts(self, name: bytes, parts: Sequence[Buffer]) -> int:
-        """See ``transport.Router``."""
         peer = self.inbound.get(name) or self.outbound.get(name)
         if peer is not None:
             buffers, ready = framed(parts), peer.ready
@@ -157,8 +146,6 @@ class NativeRouter(Reactor):
             whole = len(buffers[0]) + len(buffers[1])
             return SENT if sent == whole else peer.keep(b"".join(buffers)[sent:])
         return self._libzmq.send(name, parts) if self._libzmq is not None else UNREACHABLE
-
-    # --- accepting ----------------------------------------------------------------------------------------------------
 
     def _accept(self) -> None:
         listener = self._listener

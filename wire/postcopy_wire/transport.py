@@ -7,7 +7,7 @@ twenty system calls. So ``native`` is the default. ``factory.py`` makes what a s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from postcopy_protocol.errors import BadInput
@@ -34,40 +34,24 @@ def chosen_transport(option: str | None, environment: Mapping[str, str]) -> str:
     return chosen
 
 
-class Action(Protocol):
-    """Called in the thread of the router."""
+Action = Callable[[], object]  # called in the thread of the router
+MessageHandler = Callable[[bytes, Message], object]
+"""Receives the routing id and the message of a peer that connected to the router. It must not raise."""
 
-    def __call__(self) -> object: ...
-
-
-class MessageHandler(Protocol):
-    """Receives the routing id and the message of a peer that connected to the router. It must not raise."""
-
-    def __call__(self, name: bytes, message: Message, /) -> object: ...
-
-
-class FramesHandler(Protocol):
-    """Receives the frames of a message from a peer that the router connected to. The views are valid until it returns.
-    It must not raise."""
-
-    def __call__(self, frames: list[memoryview], /) -> object: ...
-
-
-class GoneHandler(Protocol):
-    """Receives the routing id of a peer that connected and is gone. libzmq does not report it: there only a send finds
-    out, or the peer's silence."""
-
-    def __call__(self, name: bytes, /) -> object: ...
+FramesHandler = Callable[[list[memoryview]], object]
+"""Receives the frames of a message from a peer that the router connected to. The views are valid until it returns.
+It must not raise."""
+GoneHandler = Callable[[bytes], object]
+"""Receives the routing id of a peer that connected and is gone. libzmq does not report it: there only a send finds
+out, or the peer's silence."""
 
 
 def ignore_gone(name: bytes) -> None:
     """A ``GoneHandler`` for a router whose owner does not need to know."""
 
 
-class PrepareSocket(Protocol):
-    """Sets options of a libzmq socket, such as CURVE keys, before it is bound or connected."""
-
-    def __call__(self, socket: zmq.Socket[bytes], /) -> object: ...
+PrepareSocket = Callable[["zmq.Socket[bytes]"], object]
+"""Sets options of a libzmq socket, such as CURVE keys, before it is bound or connected."""
 
 
 class Router(Protocol):
@@ -115,11 +99,9 @@ class Router(Protocol):
 
 
 class Channel(Protocol):
-    """A worker's connection to the supervisor's router. Any thread sends, one receives, no send blocks.
-
-    Each connection begins with the worker's hello. The supervisor answers it with an empty Wake where pages may be
-    waited for, so messages that a broken connection lost need not be kept: they are asked for again.
-    """
+    """A worker's connection to the supervisor's router. Any thread sends, one receives, no send blocks. Each connection
+    begins with the worker's hello. The supervisor answers it with an empty Wake where pages may be waited for, so
+    messages that a broken connection lost need not be kept: they are asked for again."""
 
     @property
     def connected(self) -> bool:

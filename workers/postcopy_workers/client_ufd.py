@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 from postcopy_kernel.userfaultfd import UFFDIO_CONTINUE, UFFDIO_POISON, UFFDIO_WAKE
 from postcopy_protocol.counters import WAKES, allow, denied
@@ -33,13 +32,11 @@ class Region:
         self.block = block
         self.start = grant.address
         self.end = grant.address + grant.length
-        self.base = grant.address - grant.offset
-        """Address that offset 0 of the block has, or would have, in the client."""
+        self.base = grant.address - grant.offset  # address that offset 0 of the block has, or would have, in the client
         self.first_page = grant.offset >> block.shift
         self.end_page = min(block.grant.pages, (grant.offset + grant.length) >> block.shift)
         self.private = grant.mode == "private"
-        self.stale = False
-        """A page of it is not registered any more, and that was reported."""
+        self.stale = False  # a page of it is not registered any more, and that was reported
 
     def address(self, page: int) -> int:
         """Address of a page of the block in the client."""
@@ -121,10 +118,7 @@ class ClientUserfaultfd:
         return 0
 
 
-class TryUnpoison(Protocol):
-    """Unpoisons a page if that is possible now."""
-
-    def __call__(self, region: Region, page: int, /) -> bool: ...
+TryUnpoison = Callable[[Region, int], bool]  # unpoisons a page if that is possible now
 
 
 def unpoison_denied(counters: memoryview, regions: Sequence[Region], unpoison: TryUnpoison) -> None:

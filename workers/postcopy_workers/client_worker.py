@@ -21,7 +21,8 @@ import os
 import select
 import threading
 import time
-from typing import NoReturn, Protocol
+from collections.abc import Callable
+from typing import NoReturn
 
 from postcopy_kernel import crashpoints
 from postcopy_kernel.userfaultfd import MESSAGE_BYTES
@@ -41,8 +42,7 @@ from .requests import Requests, Send
 from .worker import SOURCE_CHECK_SECONDS, ExitStatus, Worker
 
 BATCH = 16
-LEAVE_SECONDS = 0.05
-"""Time for the monitor thread to send the last report."""
+LEAVE_SECONDS = 0.05  # time for the monitor thread to send the last report
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def _fault_handler(worker: Worker, requests: Requests | None, recording: Recordi
         around = FaultAround(max(1, assignment.fault_around >> block.shift), assignment.adaptive)
         regions.append(Region(grant, block, around, worker.stages[grant.block]))
     return FaultHandler(
-        worker.descriptor(assignment.userfaultfd),
+        worker.fds[assignment.userfaultfd],
         regions,
         worker.counters,
         worker.control,
@@ -108,10 +108,7 @@ def _page_waker(
     return PageWaker(handler.regions, userfaultfd, worker.counters, calls, requests, own_requests, recording)
 
 
-class Idle(Protocol):
-    """Waits for a fault after a read gave nothing."""
-
-    def __call__(self) -> None: ...
+Idle = Callable[[], None]  # waits for a fault after a read gave nothing
 
 
 def _read_forever(userfaultfd: int, handler: FaultHandler) -> NoReturn:
@@ -155,10 +152,8 @@ def _leave(worker: Worker, kind: str, detail: str, status: ExitStatus) -> NoRetu
 
 
 class MonitorThread(threading.Thread):
-    """Waits for everything that is no fault, and ends the process when there is a reason.
-
-    Where all blocks are local it reads the channel too. No message comes there, but the end of the supervisor shows.
-    """
+    """Waits for everything that is no fault, and ends the process when there is a reason. Where all blocks are local it
+    reads the channel too. No message comes there, but the end of the supervisor shows."""
 
     def __init__(self, worker: Worker, channel: Channel) -> None:
         super().__init__(name="monitor", daemon=True)
@@ -176,10 +171,7 @@ class MonitorThread(threading.Thread):
 
     def _monitor(self) -> NoReturn:
         worker, channel, reads = self._worker, self._channel, not self._worker.remote
-        quit_fd, client = (
-            worker.descriptor(worker.assignment.quit_eventfd),
-            worker.descriptor(worker.assignment.client_pidfd),
-        )
+        quit_fd, client = worker.fds[worker.assignment.quit_eventfd], worker.fds[worker.assignment.client_pidfd]
         wakeup = worker.reports.wakeup
         while True:
             pause = worker.send_waiting(channel)

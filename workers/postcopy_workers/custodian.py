@@ -26,39 +26,22 @@ import time
 from dataclasses import dataclass, replace
 
 from postcopy_kernel import crashpoints, descriptors, process
+from postcopy_protocol import messages
 from postcopy_protocol.codec import decode, encode
 from postcopy_protocol.errors import BadInput, BadMessage
-from postcopy_protocol.messages import (
-    Adopt,
-    Assignment,
-    CustodianReady,
-    Dismiss,
-    Drop,
-    ForkFailed,
-    ForkWorker,
-    InventoryEnd,
-    Keep,
-    Kept,
-    Message,
-    WhenOrphaned,
-    WorkerExited,
-    WorkerForked,
-)
+from postcopy_protocol.messages import Assignment, Message
 
-from . import orders, standby
+from . import standby
 from .forking import fork_worker
-from .orders import Order
-from .standby import StandbyPolicy
+from .standby import Order, StandbyPolicy
 from .takeover_socket import TakeoverSocket
 from .worker import ExitStatus
 
 MESSAGE_LIMIT = 1 << 18
-SEND_SECONDS = 5
-"""A supervisor that takes over and does not read the inventory in this time is given up."""
-ORDERS = (Keep, Drop, ForkWorker, Adopt, WhenOrphaned, Dismiss)
+SEND_SECONDS = 5  # a supervisor that takes over and does not read the inventory in this time is given up
+ORDERS = (messages.Keep, messages.Drop, messages.ForkWorker, messages.Adopt, messages.WhenOrphaned, messages.Dismiss)
 SUPERVISOR_KEY, QUIT_EVENTFD = "house", 0
-CLIENT_PIDFD = 1
-"""Where in the descriptors of their keys these are."""
+CLIENT_PIDFD = 1  # where in the descriptors of their keys these are
 log = logging.getLogger("postcopy.custodian")
 
 
@@ -77,9 +60,7 @@ class Life:
 
 class Custodian:
     """Descriptors by key, workers by pidfd, their last orders by number, and the channel to a supervisor.
-
-    ``privileged``: workers keep the custodian's capabilities until their userfaultfd is open.
-    """
+    ``privileged``: workers keep the custodian's capabilities until their userfaultfd is open."""
 
     def __init__(self, channel: socket.socket, takeover: TakeoverSocket | None, *, privileged: bool) -> None:
         self._channel: socket.socket | None = channel
@@ -98,7 +79,7 @@ class Custodian:
 
     def run(self) -> None:
         """Run until it is dismissed, or no supervisor can come and no client is left, and every worker has ended."""
-        self._send(CustodianReady(os.getpid()))
+        self._send(messages.CustodianReady(os.getpid()))
         while not self._ending or self._lives:
             for fd, _ in self._poll.poll(self._timeout_ms() if self._standby else None):
                 self._on_ready(fd)
@@ -113,8 +94,6 @@ class Custodian:
             self._receive(self._channel)
         elif self._standby is not None:
             self._on_ready_in_standby(self._standby, fd)
-
-    # --- with a supervisor --------------------------------------------------------------------------------------------
 
     def _receive(self, channel: socket.socket) -> None:
         try:
@@ -135,21 +114,21 @@ class Custodian:
 
     def _execute(self, message: Message, fds: tuple[int, ...]) -> None:
         match message:
-            case Keep():
+            case messages.Keep():
                 return self._keep(message, fds)
-            case Adopt() if len(fds) == 1:
+            case messages.Adopt() if len(fds) == 1:
                 return self._adopt(message, fds[0])
-            case Drop():
+            case messages.Drop():
                 self._drop(message.key)
-            case ForkWorker():
+            case messages.ForkWorker():
                 self._order(message)
-            case WhenOrphaned():
+            case messages.WhenOrphaned():
                 self._when_orphaned = (message.timeout_ms / 1000, message.poison)
-            case Dismiss():
+            case messages.Dismiss():
                 self._end()
         descriptors.close_all(fds)
 
-    def _keep(self, message: Keep, fds: tuple[int, ...]) -> None:
+    def _keep(self, message: messages.Keep, fds: tuple[int, ...]) -> None:
         _, old = self._kept.pop(message.key, (b"", ()))
         self._kept[message.key] = (message.meta, fds)
         descriptors.close_all(old)
@@ -157,17 +136,17 @@ class Custodian:
 
     def _drop(self, key: str) -> None:
         _, fds = self._kept.pop(key, (b"", ()))
-        self._orders.pop(orders.client_of(key), None)
+        self._orders.pop(standby.client_of(key), None)
         if len(fds) > CLIENT_PIDFD and self._clients.pop(fds[CLIENT_PIDFD], None) is not None:
             self._poll.unregister(fds[CLIENT_PIDFD])
         descriptors.close_all(fds)
 
-    def _adopt(self, message: Adopt, pidfd: int) -> None:
+    def _adopt(self, message: messages.Adopt, pidfd: int) -> None:
         """Watch, and replace, a worker that an earlier custodian has forked."""
         self._orders[message.worker] = Order(message.keys, message.assignment, message.incarnation)
         self._watch(pidfd, Life(message.pid, message.worker, message.incarnation, time.monotonic(), child=False))
 
-    def _order(self, message: ForkWorker) -> None:
+    def _order(self, message: messages.ForkWorker) -> None:
         try:
             if message.worker and any(
                 life.worker == message.worker and not process.pidfd_exited(fd) for fd, life in self._lives.items()
@@ -176,9 +155,7 @@ class Custodian:
             self._orders[message.worker] = Order(message.keys, message.assignment, message.incarnation)
             self._fork(self._assignment(message.worker))
         except (OSError, BadMessage) as error:
-            self._send(ForkFailed(message.worker, message.incarnation, str(error)))
-
-    # --- workers ------------------------------------------------------------------------------------------------------
+            self._send(messages.ForkFailed(message.worker, message.incarnation, str(error)))
 
     def _assignment(self, number: int) -> Assignment:
         """The worker's last assignment. Decoded before the fork: the memory that the codec touches would be copied for
@@ -196,7 +173,7 @@ class Custodian:
         forked = fork_worker(assignment, [fd for key in keys for fd in self._kept[key][1]], privileged=self._privileged)
         self._watch(forked.pidfd, Life(forked.pid, number, incarnation, time.monotonic(), poisoned=poisoned))
         crashpoints.at("custodian.forked")
-        self._send(WorkerForked(number, incarnation, forked.pid), [forked.pidfd])
+        self._send(messages.WorkerForked(number, incarnation, forked.pid), [forked.pidfd])
         crashpoints.at("custodian.announced")
         # Only now may it begin: had we died before, no process would have its pidfd, and a second worker would read the
         # same ufd.
@@ -215,11 +192,9 @@ class Custodian:
         if life.child:
             _, status = os.waitpid(life.pid, 0)
             client_gone = os.waitstatus_to_exitcode(status) == ExitStatus.CLIENT_GONE
-            self._send(WorkerExited(life.worker, life.incarnation, status))
+            self._send(messages.WorkerExited(life.worker, life.incarnation, status))
         if self._standby is not None:
             self._do(self._standby.exited(life.worker, life.incarnation, client_gone, time.monotonic()))
-
-    # --- without a supervisor -----------------------------------------------------------------------------------------
 
     def _lost(self) -> None:
         """The channel has ended. Workers go on serving local pages; worker zero has no supervisor to work for."""
@@ -243,7 +218,7 @@ class Custodian:
     def _standby_policy(self, lost_at: float) -> StandbyPolicy:
         policy = StandbyPolicy(lost_at, *self._when_orphaned)
         for key, (meta, fds) in self._kept.items():
-            number = orders.client_of(key)
+            number = standby.client_of(key)
             if not number or len(fds) <= CLIENT_PIDFD:
                 continue
             self._clients[fds[CLIENT_PIDFD]] = number
@@ -252,8 +227,8 @@ class Custodian:
             policy.add_client(
                 number,
                 self._orders[number].incarnation if assignment else 0,
-                wanted=assignment is not None and orders.wants_worker(meta, assignment),
-                remote=assignment is not None and orders.asks_remote(assignment),
+                wanted=assignment is not None and standby.wants_worker(meta, assignment),
+                remote=assignment is not None and standby.asks_remote(assignment),
             )
         for life in self._lives.values():
             policy.add_life(life.worker, life.incarnation, life.began, poisoned=life.poisoned)
@@ -299,7 +274,7 @@ class Custodian:
                 case standby.Kill(number):
                     self._kill(number)
                 case standby.Drop(number):
-                    self._drop(f"{orders.CLIENT}{number}")
+                    self._drop(f"{standby.CLIENT}{number}")
                 case standby.Log(text):
                     log.warning("%s", text)
 
@@ -309,7 +284,7 @@ class Custodian:
         try:
             self._orders[number] = replace(self._orders[number], incarnation=effect.incarnation)
             assignment = replace(self._assignment(number), incarnation=effect.incarnation)
-            self._fork(orders.without_remote(assignment) if effect.poison else assignment, poisoned=effect.poison)
+            self._fork(standby.without_remote(assignment) if effect.poison else assignment, poisoned=effect.poison)
             self._standby.forked(number, effect.incarnation, time.monotonic())
             log.warning("worker %d is replaced (incarnation %d)", number, effect.incarnation)
         except (OSError, BadMessage) as error:
@@ -344,8 +319,6 @@ class Custodian:
                 self._takeover.close_pending(fd)
             self._poll.unregister(self._takeover.fileno())
 
-    # --- the next supervisor ------------------------------------------------------------------------------------------
-
     def _hand_over(self, policy: StandbyPolicy, connection: socket.socket) -> None:
         """Send the inventory to a supervisor that takes over; one that does not read it is given up."""
         self._do(policy.taken())
@@ -362,11 +335,11 @@ class Custodian:
 
     def _send_inventory(self, connection: socket.socket) -> None:
         for key, (meta, fds) in self._kept.items():
-            descriptors.send_message(connection, encode(Kept(key, meta)), fds, wait=True)
+            descriptors.send_message(connection, encode(messages.Kept(key, meta)), fds, wait=True)
         for pidfd, life in self._lives.items():
-            message = encode(WorkerForked(life.worker, life.incarnation, life.pid))
+            message = encode(messages.WorkerForked(life.worker, life.incarnation, life.pid))
             descriptors.send_message(connection, message, [pidfd], wait=True)
-        last = InventoryEnd(os.getpid(), len(self._kept), len(self._lives))
+        last = messages.InventoryEnd(os.getpid(), len(self._kept), len(self._lives))
         descriptors.send_message(connection, encode(last), wait=True)
 
     def _send(self, message: Message, fds: list[int] | None = None) -> None:

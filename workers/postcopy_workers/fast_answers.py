@@ -7,6 +7,7 @@ common one. Fault-around begins in ``SlowPath.widen``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from time import perf_counter_ns
 from typing import Protocol
 
@@ -28,11 +29,8 @@ TIMED = 17
 fault, for which no cache is warm, is timed too and counts for itself alone. The number is a prime, because programs
 cycle through two, three, four or eight arrays or threads: each of them gets its share of the samples."""
 
-
-class Answer(Protocol):
-    """Resolves a page fault of one region, or of all regions of a client: its flags, its address."""
-
-    def __call__(self, flags: int, address: int, /) -> None: ...
+Answer = Callable[[int, int], None]
+"""Resolves a page fault of one region, or of all regions of a client: its flags, its address."""
 
 
 class SlowPath(Protocol):
@@ -51,11 +49,8 @@ class SlowPath(Protocol):
 def fast_answer(
     region: Region, userfaultfd: int, counters: memoryview, calls: Calls, slow: SlowPath, requests: Requests | None
 ) -> Answer:
-    """The closure that answers the faults of one region.
-
-    Local blocks have lean closures only for 4 KiB pages that are copied from a file: a huge page, or one that a
-    function makes, costs far more than the way to it.
-    """
+    """The closure that answers the faults of one region. Local blocks have lean closures only for 4 KiB pages that are
+    copied from a file: a huge page, or one that a function makes, costs far more than the way to it."""
     pages = region.block.pages
     if isinstance(pages, RemotePages):
         assert requests is not None

@@ -19,8 +19,8 @@ the tests run this code on a simulated kernel.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from time import monotonic_ns, perf_counter_ns
-from typing import Protocol
 
 from postcopy_protocol.counters import (
     AROUND,
@@ -50,25 +50,19 @@ from .reports import Reporter
 from .requests import Requests
 
 EVENT_PAGEFAULT = 0x12
-MESSAGE_FIELDS = 4
-"""u64 fields of a message: event, flags, address, and one that we do not use."""
+MESSAGE_FIELDS = 4  # u64 fields of a message: event, flags, address, and one that we do not use
 
 
 class CannotContinue(Exception):
     """An answer of the kernel that our code does not provoke: the worker ends, a successor starts from scratch."""
 
 
-class Pause(Protocol):
-    """Sleeps."""
-
-    def __call__(self, seconds: float, /) -> None: ...
+Pause = Callable[[float], None]  # sleeps
 
 
 class FaultHandler:
-    """Resolves the faults of all regions of one client, on the worker's main thread.
-
-    ``counters`` is the client's statistics page as u64; ``control`` is the supervisor's page (window limit).
-    """
+    """Resolves the faults of all regions of one client, on the worker's main thread. ``counters`` is the client's
+    statistics page as u64; ``control`` is the supervisor's page (window limit)."""
 
     def __init__(
         self,
@@ -111,8 +105,6 @@ class FaultHandler:
             return self.outside(address)
 
         return answer
-
-    # --- what the loop calls ------------------------------------------------------------------------------------------
 
     def wake_everything(self) -> None:
         """First act of every worker: threads that waited for a dead predecessor fault again, and are read again."""
@@ -166,8 +158,6 @@ class FaultHandler:
             finally:
                 self._counters[BUSY_SINCE_NS] = 0
         return self.userfaultfd.unpoison(region, page)
-
-    # --- the slow path ------------------------------------------------------------------------------------------------
 
     def outside(self, address: int) -> None:
         """Report a fault outside every region and leave its thread waiting: a WAKE would make it fault again, for ever.
@@ -294,12 +284,10 @@ class FaultHandler:
             self.userfaultfd.poison(region, page)
 
     def _resume_if_present(self, region: Region, page: int, *more_states: int) -> bool:
-        """The source has nothing for this page: let the threads run if another worker has placed it.
-
-        A present page whose PLACING no worker has stored is a foreign page of zeros, which cannot be repaired now: it
-        is not let through. Nor is one that an announced client may have made while a worker was about to place it,
-        where there is no source to compare it with.
-        """
+        """The source has nothing for this page: let the threads run if another worker has placed it. A present page
+        whose PLACING no worker has stored is a foreign page of zeros, which cannot be repaired now: it is not let
+        through. Nor is one that an announced client may have made while a worker was about to place it, where there is
+        no source to compare it with."""
         block = region.block
         trusted = (RECEIVED,) if region.grant.announced and isinstance(block.pages, NoPages) else (PLACING, RECEIVED)
         if not block.present(page) or block.received[page] not in (*trusted, *more_states):

@@ -9,6 +9,7 @@ EFAULT there instead of a SIGBUS here. A cut *inside* a page is copied as data f
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Protocol
 
 from postcopy_kernel.memory import DONTNEED, Mapping
@@ -17,11 +18,8 @@ from postcopy_protocol.messages import BlockGrant
 
 _BASE_PAGE = 4096
 
-
-class Handler(Protocol):
-    """A user's function that makes pages: the bytes of (offset, length), None for zeros; it may raise PageLost."""
-
-    def __call__(self, offset: int, length: int, /) -> bytes | bytearray | memoryview | None: ...
+Handler = Callable[[int, int], bytes | bytearray | memoryview | None]
+"""A user's function that makes pages: the bytes of (offset, length), None for zeros; it may raise PageLost."""
 
 
 class SourceChanged(Exception):
@@ -35,10 +33,8 @@ class HandlerFailed(Exception):
 class PageSource(Protocol):
     """What a block needs of its source. Offsets and lengths are bytes, multiples of the block's page size."""
 
-    linear: int
-    """Address of offset 0 when the whole block can be copied from one place, else 0."""
-    descriptor: int
-    """The file's descriptor when its size must be checked before a page, else -1."""
+    linear: int  # address of offset 0 when the whole block can be copied from one place, else 0
+    descriptor: int  # the file's descriptor when its size must be checked before a page, else -1
     size: int
 
     def locate(self, offset: int, length: int) -> int:
@@ -61,7 +57,6 @@ class FilePages:
         self.descriptor = descriptor
         self.size = grant.source_size
         self._time = grant.source_mtime_ns
-        self._page_size = grant.page_size
         mapped = -(-self.size // _BASE_PAGE) * _BASE_PAGE
         self._mapping = Mapping.of(descriptor, mapped, shared=True, writable=False)
         # The mapping ends before the end of a last huge page that the file fills only in part: that page is staged.
@@ -107,59 +102,8 @@ class FilePages:
         self._mapping.advise(DONTNEED)
 
 
-class ZeroPages:
-    """Pages that are meant to be zeros (``zero:SIZE``), copied from one stretch of untouched anonymous memory."""
-
-    descriptor = -1
-    linear = 0
-
-    def __init__(self, grant: BlockGrant, stretch: int) -> None:
-        self.size = grant.size
-        self._zeros = Mapping.anonymous(max(stretch, grant.page_size))
-
-    def locate(self, offset: int, length: int) -> int:
-        return self._zeros.address
-
-    def check(self) -> None:
-        return None
-
-    def content(self, offset: int, length: int) -> bytes:
-        return bytes(length)
-
-    def forget(self) -> None:
-        return None
-
-
-class NoPages:
-    """No source, for ``reason``: a quarantined client, or a handler that cannot be imported. Missing pages are poisoned
-    for this client only."""
-
-    descriptor = -1
-    linear = 0
-
-    def __init__(self, grant: BlockGrant, reason: str) -> None:
-        self.size = grant.size
-        self._reason = reason
-
-    def locate(self, offset: int, length: int) -> int:
-        raise HandlerFailed(self._reason)
-
-    def check(self) -> None:
-        return None
-
-    def content(self, offset: int, length: int) -> bytes:
-        raise HandlerFailed(self._reason)
-
-    def forget(self) -> None:
-        return None
-
-
-class Elsewhere(Exception):
-    """The bytes are not available in this process: the page must be requested from the supervisor."""
-
-
-class RemotePages:
-    """Pages that come over a return path and are placed by the supervisor: a worker only requests and wakes."""
+class Unmapped:
+    """What all sources but a file have in common: nothing to check, and no mapping of a whole block."""
 
     descriptor = -1
     linear = 0
@@ -167,30 +111,62 @@ class RemotePages:
     def __init__(self, grant: BlockGrant) -> None:
         self.size = grant.size
 
-    def locate(self, offset: int, length: int) -> int:
-        raise Elsewhere
-
     def check(self) -> None:
         return None
-
-    def content(self, offset: int, length: int) -> bytes:
-        raise HandlerFailed("a page that no worker of ours placed cannot be compared with its source here")
 
     def forget(self) -> None:
         return None
 
 
-class HandlerPages:
-    """Pages made by a user's function (see ``Handler``).
+class ZeroPages(Unmapped):
+    """Pages that are meant to be zeros (``zero:SIZE``), copied from one stretch of untouched anonymous memory."""
 
-    It is called only for bytes inside the block's exact size; the rest of the last page is zeros.
-    """
+    def __init__(self, grant: BlockGrant, stretch: int) -> None:
+        super().__init__(grant)
+        self._zeros = Mapping.anonymous(max(stretch, grant.page_size))
 
-    descriptor = -1
-    linear = 0
+    def locate(self, offset: int, length: int) -> int:
+        return self._zeros.address
+
+    def content(self, offset: int, length: int) -> bytes:
+        return bytes(length)
+
+
+class NoPages(Unmapped):
+    """No source, for ``reason``: a quarantined client, or a handler that cannot be imported. Missing pages are poisoned
+    for this client only."""
+
+    def __init__(self, grant: BlockGrant, reason: str) -> None:
+        super().__init__(grant)
+        self._reason = reason
+
+    def locate(self, offset: int, length: int) -> int:
+        raise HandlerFailed(self._reason)
+
+    def content(self, offset: int, length: int) -> bytes:
+        raise HandlerFailed(self._reason)
+
+
+class Elsewhere(Exception):
+    """The bytes are not available in this process: the page must be requested from the supervisor."""
+
+
+class RemotePages(Unmapped):
+    """Pages that come over a return path and are placed by the supervisor: a worker only requests and wakes."""
+
+    def locate(self, offset: int, length: int) -> int:
+        raise Elsewhere
+
+    def content(self, offset: int, length: int) -> bytes:
+        raise HandlerFailed("a page that no worker of ours placed cannot be compared with its source here")
+
+
+class HandlerPages(Unmapped):
+    """Pages made by a user's function (see ``Handler``). It is called only for bytes inside the block's exact size; the
+    rest of the last page is zeros."""
 
     def __init__(self, grant: BlockGrant, function: Handler, stretch: int) -> None:
-        self.size = grant.size
+        super().__init__(grant)
         self._function = function
         self._staging = Mapping.anonymous(max(stretch, grant.page_size))
         self._view = self._staging.view(writable=True)
@@ -221,11 +197,5 @@ class HandlerPages:
             raise HandlerFailed(f"returned {len(made)} bytes, {length} are needed")
         return made
 
-    def check(self) -> None:
-        return None
-
     def content(self, offset: int, length: int) -> bytes:
         return bytes(self._made(offset, min(length, self.size - offset))).ljust(length, b"\0")
-
-    def forget(self) -> None:
-        return None

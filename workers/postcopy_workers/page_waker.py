@@ -25,10 +25,8 @@ from .requests import Requests, WakeOne
 
 
 class PageWaker:
-    """What a worker does with the messages Wake and Lost.
-
-    ``requests`` belongs to the main thread. ``own_requests`` asks for denied pages, from the waker thread.
-    """
+    """What a worker does with the messages Wake and Lost. ``requests`` belongs to the main thread. ``own_requests``
+    asks for denied pages, from the waker thread."""
 
     def __init__(
         self,

@@ -15,8 +15,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from postcopy_kernel import crashpoints
 from postcopy_kernel.userfaultfd import UFFDIO_CONTINUE, UFFDIO_COPY, UFFDIO_WAKE
@@ -32,35 +33,13 @@ DROP_AFTER = 4 << 20
 """After so many bytes placed through the worker's own mapping its page-table entries are dropped. They would count as
 the worker's private memory (64 MiB after 64 MiB placed); the data stays in the block."""
 
+Ioctl = Callable[[int, int, bytearray], Any]  # ``fcntl.ioctl`` with a structure that the kernel may change
+Lseek = Callable[[int, int, int], int]  # ``os.lseek``
 
-class Ioctl(Protocol):
-    """``fcntl.ioctl`` with a structure that the kernel may change."""
+Pread = Callable[[int, int, int], bytes]  # ``os.pread``
+Pwrite = Callable[[int, bytes, int], int]  # ``os.pwrite``
 
-    def __call__(self, fd: int, request: int, buffer: bytearray, /) -> Any: ...
-
-
-class Lseek(Protocol):
-    """``os.lseek``."""
-
-    def __call__(self, fd: int, offset: int, whence: int, /) -> int: ...
-
-
-class Pread(Protocol):
-    """``os.pread``."""
-
-    def __call__(self, fd: int, length: int, offset: int, /) -> bytes: ...
-
-
-class Pwrite(Protocol):
-    """``os.pwrite``."""
-
-    def __call__(self, fd: int, data: bytes, offset: int, /) -> int: ...
-
-
-class Drop(Protocol):
-    """Drops the page-table entries of a mapping."""
-
-    def __call__(self) -> object: ...
+Drop = Callable[[], object]  # drops the page-table entries of a mapping
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +134,7 @@ class Block:
         self._copy = Structure(5)
         self._continue = Structure(4)
         self._undropped = 0
-        self.placed_by_others = 0
-        """Pages that another worker placed just before our COPY."""
+        self.placed_by_others = 0  # pages that another worker placed just before our COPY
 
     def report(self, kind: str, page: int, detail: str) -> None:
         """Report something about a page to the supervisor."""
@@ -185,8 +163,7 @@ class Block:
         return True
 
     def all_present(self, first: int, end: int) -> bool:
-        """Are all pages from ``first`` to ``end`` in the block? One system call for any number of them; see
-        present."""
+        """Are all pages from ``first`` to ``end`` in the block? One system call for any number of them; see present."""
         if self._huge:
             return all(self.present(page) for page in range(first, end))
         return self.calls.lseek(self.memory, first << self.shift, os.SEEK_HOLE) >= end << self.shift
@@ -207,11 +184,9 @@ class Block:
             self.pages.forget()
 
     def fill(self, userfaultfd: int, base: int, first: int, count: int, mode: int) -> int:
-        """Place ``count`` pages from page ``first`` by COPY to ``base`` + offset on ``userfaultfd``.
-
-        Returns 0 when all are present and marked, else the errno that stopped it (the pages before are marked).
-        Raises what the source raises: PageLost, SourceChanged, HandlerFailed, Elsewhere.
-        """
+        """Place ``count`` pages from page ``first`` by COPY to ``base`` + offset on ``userfaultfd``. Returns 0 when all
+        are present and marked, else the errno that stopped it (the pages before are marked). Raises what the source
+        raises: PageLost, SourceChanged, HandlerFailed, Elsewhere."""
         shift, received = self.shift, self.received
         while count:
             source = self.pages.locate(first << shift, count << shift)

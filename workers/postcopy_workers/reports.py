@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from typing import Protocol
+from collections.abc import Callable
 
 from postcopy_kernel import descriptors
 from postcopy_protocol.codec import encode
@@ -12,11 +12,8 @@ from postcopy_protocol.messages import Report
 MAX_REPORTS_OF_A_KIND = 16
 """Further reports of a kind are sent each time their number has doubled: a hostile client may provoke any number."""
 
-
-class Reporter(Protocol):
-    """Takes a report: its kind, the block's number and the byte offset (-1 where there is none), and a text."""
-
-    def __call__(self, kind: str, block: int, offset: int, detail: str, /) -> None: ...
+Reporter = Callable[[str, int, int, str], None]
+"""Takes a report: its kind, the block's number and the byte offset (-1 where there is none), and a text."""
 
 
 class Reports:

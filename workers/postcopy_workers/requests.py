@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from time import perf_counter_ns
-from typing import Protocol
 
 from postcopy_protocol.codec import encode, pack_offsets
 from postcopy_protocol.counters import DEDUPLICATED, REQUESTS, bucket
@@ -16,25 +15,14 @@ from postcopy_protocol.templates import OFFSET_BYTES
 SAMPLE_MASK = 3
 """Of the requests for a single page the sending of one in four is timed, the first among them, and counts for four."""
 
-
-class Send(Protocol):
-    """Sends a message to the supervisor, or drops it where there is none; never waits."""
-
-    def __call__(self, data: bytes, /) -> None: ...
-
-
-class WakeOne(Protocol):
-    """Wakes the threads that wait for the page at this byte offset of one block."""
-
-    def __call__(self, offset: int, /) -> None: ...
+Send = Callable[[bytes], None]  # sends a message to the supervisor, or drops it where there is none; never waits
+WakeOne = Callable[[int], None]  # wakes the threads that wait for the page at this byte offset of one block
 
 
 class Requests:
-    """Pages that were requested and not yet answered.
-
-    The main thread calls ``ask``, the waker ``answered``. They share a dict whose single operations are atomic. A page
-    is removed before its threads are woken, so a fault after the wake is requested again.
-    """
+    """Pages that were requested and not yet answered. The main thread calls ``ask``, the waker ``answered``. They share
+    a dict whose single operations are atomic. A page is removed before its threads are woken, so a fault after the wake
+    is requested again."""
 
     def __init__(
         self, worker: int, counters: memoryview, send: Send, stages: Mapping[int, memoryview] | None = None

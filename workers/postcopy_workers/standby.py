@@ -18,17 +18,64 @@ or the workers of clients with remote blocks are replaced by workers that poison
 as long as their clients live, in either case.
 
 A ``StandbyPolicy`` is made when a channel ends and forgotten when the next one is there: with a supervisor a custodian
-does as little as it can, because each page of memory that it writes to is no longer shared with its workers.
+does as little as it can, because each page of memory that it writes to is no longer shared with its workers. For the
+same reason what it keeps is decoded only when it is needed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from postcopy_protocol.codec import decode
+from postcopy_protocol.errors import BadMessage
+from postcopy_protocol.messages import Assignment, ClientNote
+
+CLIENT = "client/"
+NO_SUPERVISOR = "no supervisor came back within the orphan timeout"
 FIRST_WAIT = 0.02
 LONGEST_WAIT = 1.0
-STABLE_SECONDS = 10.0
-"""After a worker has lived so long, its next replacement is as quick as the first."""
+STABLE_SECONDS = 10.0  # after a worker has lived so long, its next replacement is as quick as the first
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What a worker is forked by: the keys of its descriptors, its assignment, its latest incarnation."""
+
+    keys: tuple[str, ...]
+    assignment: bytes
+    incarnation: int
+
+
+def client_of(key: str) -> int:
+    """The number of the client that a key belongs to; 0 for another key, and for worker zero's."""
+    number = key.removeprefix(CLIENT)
+    return int(number) if number != key and number.isdecimal() else 0
+
+
+def wants_worker(meta: bytes, last: Assignment) -> bool:
+    """Does the client of this note need a worker when none lives? Not without regions (all its blocks are complete),
+    and not in quarantine, unless its supervisor gave it a worker that poisons."""
+    try:
+        note = decode(meta, expect=(ClientNote,))
+    except BadMessage:
+        return True
+    assert isinstance(note, ClientNote)
+    poisons = all(grant.kind == "quarantined" for grant in last.blocks)
+    return bool(note.regions) and (poisons or not note.quarantined)
+
+
+def asks_remote(assignment: Assignment) -> bool:
+    """Does the worker need a supervisor for some pages?"""
+    return any(grant.kind == "remote" for grant in assignment.blocks)
+
+
+def without_remote(assignment: Assignment) -> Assignment:
+    """The same assignment for a worker that serves local blocks only, and poisons missing pages of remote blocks."""
+    blocks = (
+        replace(grant, kind="orphaned", detail=NO_SUPERVISOR) if grant.kind == "remote" else grant
+        for grant in assignment.blocks
+    )
+    return replace(assignment, blocks=tuple(blocks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +113,9 @@ Effect = Fork | Kill | Drop | Log
 
 @dataclass(slots=True)
 class StandbyClient:
-    """A client and its worker.
-
-    ``wanted``: it has regions, and there is an order to fork by. ``incarnation`` is the latest one, ``lives`` maps each
-    living incarnation to when it began. ``poisoned``: its worker poisons missing pages of remote blocks.
-    """
+    """A client and its worker. ``wanted``: it has regions, and there is an order to fork by. ``incarnation`` is the
+    latest one, ``lives`` maps each living incarnation to when it began. ``poisoned``: its worker poisons missing pages
+    of remote blocks."""
 
     wanted: bool
     remote: bool
@@ -87,8 +132,7 @@ class StandbyPolicy:
     is to be done, in order. Call ``add_client`` and ``add_life`` for everything that exists, then ``begin``."""
 
     def __init__(self, lost_at: float, timeout: float, poison: bool) -> None:
-        self.ended = False
-        """No client is left, and no supervisor came: the custodian is not needed any more."""
+        self.ended = False  # no client is left, and no supervisor came: the custodian is not needed any more
         self._lost_at = lost_at
         self._timeout = timeout
         self._poison = poison
@@ -96,8 +140,6 @@ class StandbyPolicy:
         self._zero = False
         self._time_over = False
         self._poisoning = False
-
-    # --- what there is ------------------------------------------------------------------------------------------------
 
     def add_client(self, number: int, incarnation: int, *, wanted: bool, remote: bool) -> None:
         """A client whose descriptors are kept."""
@@ -122,8 +164,6 @@ class StandbyPolicy:
             elif not client.lives:
                 self._schedule(client, now)
         return effects
-
-    # --- what happens -------------------------------------------------------------------------------------------------
 
     def forked(self, worker: int, incarnation: int, now: float) -> None:
         """A Fork has succeeded."""
@@ -186,8 +226,6 @@ class StandbyPolicy:
     def clients(self) -> int:
         """How many clients live, as far as is known."""
         return sum(not client.gone for client in self._clients.values())
-
-    # --- within -------------------------------------------------------------------------------------------------------
 
     def _schedule(self, client: StandbyClient, now: float) -> None:
         if client.wanted and not client.gone:

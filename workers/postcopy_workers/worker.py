@@ -8,12 +8,13 @@ from __future__ import annotations
 import importlib
 import mmap
 import os
+import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import IntEnum
 from functools import partial
 
-from postcopy_kernel import descriptors, process
+from postcopy_kernel import descriptors, landlock, process, seccomp
 from postcopy_kernel.filewatch import give_up_lease, lease_wanted
 from postcopy_kernel.memory import DONTFORK, DONTNEED, Mapping
 from postcopy_kernel.userfaultfd import RegisterMode, Userfaultfd, open_userfaultfd
@@ -24,15 +25,15 @@ from postcopy_protocol.received_map import CHANGED, LEASED, WATCHED
 from postcopy_wire.factory import open_channel
 from postcopy_wire.transport import Channel
 
-from . import sandbox
 from .fault_handler import CannotContinue
 from .page_sources import FilePages, Handler, HandlerPages, NoPages, PageSource, RemotePages, SourceChanged, ZeroPages
 from .placing import Block, OwnMapping, system_calls
 from .reports import Reports
 
-HELD_SECONDS = 0.01
-"""Between two tries to send what the supervisor does not take."""
+HELD_SECONDS = 0.01  # between two tries to send what the supervisor does not take
 SOURCE_CHECK_SECONDS = 1.0
+SPARE_DESCRIPTORS = 64  # beyond those that a worker was given: its channel, its eventfd and its mappings need a few
+_FILTER = seccomp.prepare()  # before the fork: every worker inherits it
 
 
 class ExitStatus(IntEnum):
@@ -44,15 +45,13 @@ class ExitStatus(IntEnum):
 
 
 class Worker:
-    """What an assignment and its descriptors make. Raises CannotContinue and OSError.
-
-    ``privileged``: the custodian has kept its capabilities, because a userfaultfd cannot be opened without them.
-    """
+    """What an assignment and its descriptors make. Raises CannotContinue and OSError. ``privileged``: the custodian has
+    kept its capabilities, because a userfaultfd cannot be opened without them."""
 
     def __init__(self, assignment: Assignment, fds: list[int], *, privileged: bool) -> None:
         self.assignment = assignment
         self.reports = Reports(assignment.worker)
-        self._fds = fds
+        self.fds = fds  # the assignment has their indices
         self.counters = _page(fds[assignment.statistics_page])
         self.control = _page(fds[assignment.control_page])
         self.counters[counters.WORKER_PID] = os.getpid()
@@ -66,36 +65,56 @@ class Worker:
         self._enter_sandbox()
 
     def _enter_sandbox(self) -> None:
-        """Everything is open that will ever be, and there is one thread: threads that come later inherit it."""
-        assignment = self.assignment
-        cgroups = self._fds[assignment.cgroup :] if assignment.cgroup >= 0 else []
-        try:
-            sandbox.enter_cgroups(cgroups)
-        except OSError as error:
-            raise CannotContinue(f"cannot enter its cgroup: {error}") from None
-        handlers = any(grant.kind == "handler" for grant in assignment.blocks)
-        active, failures = sandbox.enter(assignment.sandbox, len(self._fds), runs_handler=handlers)
-        self.counters[counters.SANDBOX] = active | (counters.CGROUP if cgroups else 0)
-        for failure in failures:
-            self.reports("no-wall", -1, -1, failure)
+        """Give up what this worker does not need, now that everything is open that will ever be. There is one thread:
+        those that come later inherit it.
 
-    def descriptor(self, index: int) -> int:
-        """A descriptor by its index in the assignment."""
-        return self._fds[index]
+        A worker reads the faults of a client that may be hostile, and places bytes of a source that may be. Should one
+        of them take it over, it holds its client's and its block's descriptors and nothing else: no capability, no
+        path, no program to start, no socket but Unix sockets. Only its author knows what a user's handler function
+        needs: its worker keeps what its user may do (never a capability), unless ``--walls all`` says that it needs
+        none of that once its module is imported.
+        """
+        assignment, active = self.assignment, counters.NO_CAPABILITIES | counters.NO_NEW_PRIVILEGES
+        if assignment.cgroup >= 0:
+            active |= counters.CGROUP
+            try:
+                for procs in self.fds[assignment.cgroup :]:
+                    os.write(procs, b"0\n")
+                    os.close(procs)
+            except OSError as error:
+                raise CannotContinue(f"cannot enter its cgroup: {error}") from None
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would be a copy of the client's memory
+        runs_handler = any(grant.kind == "handler" for grant in assignment.blocks)
+        if assignment.sandbox == "all" or (assignment.sandbox == "auto" and not runs_handler):
+            _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            limit = min(hard, len(self.fds) + SPARE_DESCRIPTORS)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+            active |= self._restrict("Landlock", landlock.restrict, counters.LANDLOCK)
+            if _FILTER is not None:
+                active |= self._restrict("the seccomp filter", _FILTER.restrict, counters.SECCOMP)
+        self.counters[counters.SANDBOX] = active
+
+    def _restrict(self, name: str, restrict: Callable[[], int], bit: int) -> int:
+        """The bit of a restriction that is in force now; 0 where this machine has none of its kind."""
+        try:
+            return bit if restrict() else 0
+        except OSError as error:
+            self.reports("no-wall", -1, -1, f"{name} is not in force: {error}")
+            return 0
 
     def _own_userfaultfd(self) -> Userfaultfd:
         device = self.assignment.device
-        own = open_userfaultfd(device=self._fds[device] if device >= 0 else None)
+        own = open_userfaultfd(device=self.fds[device] if device >= 0 else None)
         own.handshake()
         return own
 
     def _block(self, grant: BlockGrant) -> Block:
         length = grant.pages * grant.page_size
-        memory = self._fds[grant.memory]
+        memory = self.fds[grant.memory]
         mapping = Mapping.of(memory, length)
         mapping.advise(DONTFORK)
         self._own.register(mapping.address, length, RegisterMode.MISSING)
-        received = memoryview(mmap.mmap(self._fds[grant.received], 0))
+        received = memoryview(mmap.mmap(self.fds[grant.received], 0))
         own = OwnMapping(self._own.fileno(), mapping.address, partial(mapping.advise, DONTNEED))
         return Block(grant, memory, received, self._pages(grant), own, self.reports, system_calls())
 
@@ -103,7 +122,7 @@ class Worker:
         stretch = max(grant.page_size, self.assignment.fault_around)
         match grant.kind:
             case "file":
-                return FilePages(grant, self._fds[grant.source])
+                return FilePages(grant, self.fds[grant.source])
             case "zero":
                 return ZeroPages(grant, stretch)
             case "handler":

@@ -12,7 +12,8 @@ import errno
 import os
 import select
 import time
-from typing import NoReturn, Protocol
+from collections.abc import Callable
+from typing import NoReturn
 
 from postcopy_protocol import counters
 from postcopy_protocol.codec import decode, encode, pack_offsets
@@ -26,26 +27,17 @@ from .placing import COPY_DONTWAKE, Block
 from .worker import Worker
 
 PIECE = 1 << 20
-STARVED_SECONDS = 5.0
-"""A page waits so long for memory; then it counts as not available, but not as lost."""
+STARVED_SECONDS = 5.0  # a page waits so long for memory; then it counts as not available, but not as lost
 SHORTAGES = (errno.ENOMEM, errno.ENOSPC, errno.EAGAIN)
 
-
-class Clock(Protocol):
-    """Seconds that only grow."""
-
-    def __call__(self) -> float: ...
+Clock = Callable[[], float]  # seconds that only grow
 
 
 class RangePlacer:
     """Makes ranges of local blocks present. Pure but for the block's system calls."""
 
     def __init__(
-        self,
-        blocks: dict[int, Block],
-        counters: memoryview,
-        clock: Clock = time.monotonic,
-        pause: Pause = time.sleep,
+        self, blocks: dict[int, Block], counters: memoryview, clock: Clock = time.monotonic, pause: Pause = time.sleep
     ) -> None:
         self._blocks = blocks
         self._counters = counters

@@ -57,9 +57,7 @@ def test_a_report_made_as_the_worker_ends(monkeypatch: pytest.MonkeyPatch, place
     assignment = SimpleNamespace(quit_eventfd=0, client_pidfd=1)
     worker = cast(
         Any,
-        SimpleNamespace(
-            reports=reports, remote=True, descriptor=signs.__getitem__, assignment=assignment, send_waiting=send_waiting
-        ),
+        SimpleNamespace(reports=reports, remote=True, fds=signs, assignment=assignment, send_waiting=send_waiting),
     )
     try:
         with pytest.raises(EndedError) as ended:

@@ -10,7 +10,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from postcopy_protocol.codec import encode
 from postcopy_protocol.messages import Assignment, BlockGrant, ClientNote, RegionGrant
-from postcopy_workers.orders import asks_remote, client_of, wants_worker, without_remote
 from postcopy_workers.standby import (
     FIRST_WAIT,
     LONGEST_WAIT,
@@ -21,6 +20,10 @@ from postcopy_workers.standby import (
     Kill,
     Log,
     StandbyPolicy,
+    asks_remote,
+    client_of,
+    wants_worker,
+    without_remote,
 )
 
 
