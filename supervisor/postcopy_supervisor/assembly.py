@@ -184,9 +184,6 @@ def assemble(settings: Settings, runtime: RuntimeDirectory, plan: Plan, inherite
     return Supervisor(main_loop, listener, custodian, shutdown, parts, service.recorder)
 
 
-# --- layers -----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Base:
     """Descriptors, blocks, and the ways in: router, attach socket, listener, custodian."""
@@ -272,12 +269,7 @@ def _service(settings: Settings, runtime: RuntimeDirectory, plan: Plan, base: Ba
 
 
 def _paging(
-    settings: Settings,
-    base: Base,
-    clients: Clients,
-    pool: WorkerPool,
-    worker_zero: WorkerZero,
-    own_mapping: OwnMapping,
+    settings: Settings, base: Base, clients: Clients, pool: WorkerPool, worker_zero: WorkerZero, own_mapping: OwnMapping
 ) -> RemotePaging:
     """Paging, with the trace points that are asked for."""
     points, blocks, listener, event = settings.trace, base.by_number, base.listener, base.event_log.tell
@@ -362,9 +354,6 @@ def _ports(
         base.event_log.tell,
         f"{names} in {runtime.path} (pid {os.getpid()})",
     )
-
-
-# --- the steps --------------------------------------------------------------------------------------------------------
 
 
 def _descriptors(plan: Plan) -> Descriptors:

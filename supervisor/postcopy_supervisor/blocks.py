@@ -246,8 +246,6 @@ class RamBlock:
             source_mtime_ns=opened.mtime_ns,
         )
 
-    # --- what is there ------------------------------------------------------------------------------------------------
-
     def _map_pieces(self) -> Iterator[tuple[int, bytes]]:
         """The written parts of the received map; the rest is MISSING, and reading it would allocate memory."""
         for start, end in memory.data_runs(self.map_fd, 0, self.pages):
@@ -339,10 +337,8 @@ class RamBlock:
             yield
 
     def audit_step(self, runs: int = AUDIT_RUNS) -> bool:
-        """A part of an audit, short even for a block of many scattered pages; True: the block is done.
-
-        Presence is asked first and the map read after it: our own workers store PLACING before a page can appear.
-        """
+        """A part of an audit, short even for a block of many scattered pages; True: the block is done. Presence is
+        asked first and the map read after it: our own workers store PLACING before a page can appear."""
         if self.page_size == PAGE_2M:
             return True
         if self._audit is None:

@@ -6,8 +6,7 @@ word is a JSON string, so the name of a client or a file cannot begin a line of 
     lost: block ram0: 1 pages from page 7: input/output error event=lost block=ram0 offset=28672 length=4096
     cause="input/output error"          (all in one line)
 
-The history is for ``postcopy status --events`` and ``--story``. No event holds page contents or keys.
-"""
+The history is for ``postcopy status --events`` and ``--story``. No event holds page contents or keys."""
 
 from __future__ import annotations
 

@@ -2,8 +2,7 @@
 
 It handles a wake-up in this order: the core userfaultfd, the stop eventfd, then everything else (custodian, processes
 that end, the attach socket and its connections). It reads and decodes, and decides nothing. All state belongs to the
-main thread, which waits in a turn of the router. An eventfd wakes that when the queue has something.
-"""
+main thread, which waits in a turn of the router. An eventfd wakes that when the queue has something."""
 
 from __future__ import annotations
 
@@ -103,8 +102,6 @@ class Listener(threading.Thread):
         if files.fileno() >= 0:
             self._epoll.register(files.fileno(), select.EPOLLIN)
 
-    # --- called by the main thread ------------------------------------------------------------------------------------
-
     def watch_process(self, pidfd: int) -> None:
         self._pidfds.add(pidfd)
         self._epoll.register(pidfd, select.EPOLLIN)
@@ -147,8 +144,6 @@ class Listener(threading.Thread):
         self.join(5)
         self._epoll.close()
         os.close(self._alarm)
-
-    # --- the thread ---------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         try:

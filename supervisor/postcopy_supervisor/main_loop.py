@@ -1,8 +1,7 @@
 """The main loop: one thread that waits in a turn of the router and dispatches messages and events to the parts.
 
 All state belongs to this thread. The parts are ports (Protocols), so that the simulation of the tests runs this
-dispatcher too.
-"""
+dispatcher too."""
 
 from __future__ import annotations
 
@@ -228,8 +227,6 @@ class MainLoop:
         log.info("ready: %s", self._ports.ready_text)
         notify("READY=1")
 
-    # --- messages of the router ---------------------------------------------------------------------------------------
-
     def on_message(self, identity: bytes, message: WireMessage) -> None:
         """A message of a worker or of the command line. Most are requests for one page, which take a fast path."""
         try:
@@ -315,8 +312,6 @@ class MainLoop:
             where |= {"offset": max(0, report.offset), "length": block.page_size}
         text = f"worker {report.worker}: block {block.name} offset {report.offset} {report.detail}"
         return self._ports.event(report.kind, text, **where)
-
-    # --- events -------------------------------------------------------------------------------------------------------
 
     def on_event(self, event: ListenerEvent) -> None:
         """Dispatch an event of the listener, and the worker events that follow from it."""

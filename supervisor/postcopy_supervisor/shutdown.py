@@ -3,8 +3,8 @@
 All placing stops (quit eventfd) and the workers leave. Then exactly the holes of every client are poisoned through our
 duplicates of the shared userfaultfds, in bounded steps. Only then are the clients informed and descriptors closed. A
 present page stays: the client's mapping holds the memory. Poison costs page tables (2 MiB for each GiB and client), so
-memory and time are bounded. Pages beyond that wait, because the client holds its own userfaultfd; they are not zeros.
-"""
+memory and time are bounded. Pages beyond that wait, because the client holds its own userfaultfd; they are not
+zeros."""
 
 from __future__ import annotations
 

@@ -7,8 +7,7 @@
 
 They cost nothing when off: the traced parts are subclasses, used only with ``--trace``. Then every remote page takes
 the slow path instead of the fast one. What a worker places from a file or a handler does not pass the supervisor;
-``serve --record`` shows that.
-"""
+``serve --record`` shows that."""
 
 from __future__ import annotations
 

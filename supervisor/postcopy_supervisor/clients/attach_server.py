@@ -1,8 +1,7 @@
 """The attach server: what clients ask for on the attach socket, checked and done.
 
 The numbers in a message are checked by ``AttachConversation``, descriptors by ``identity``. A client's userfaultfd gets
-its handshake and its registrations here.
-"""
+its handshake and its registrations here."""
 
 from __future__ import annotations
 
@@ -95,8 +94,6 @@ class AttachServer:
         self._limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._estimate = self._limit  # of descriptors in use; so high that the first client makes it count them
 
-    # --- connections --------------------------------------------------------------------------------------------------
-
     def on_connect(self, connection: socket.socket, at: float) -> None:
         """A peer had connected ``at`` this time. Messages sent before that have been handled."""
         try:
@@ -184,8 +181,6 @@ class AttachServer:
     def _send(self, client: Client, message: Message, fds: tuple[int, ...] = ()) -> None:
         self._release.send(client, message, fds)
 
-    # --- userfaultfds -------------------------------------------------------------------------------------------------
-
     def _take_userfaultfd(self, client: Client, fd: int) -> None:
         if not is_userfaultfd(fd):
             client.conversation.refuse_userfaultfd()
@@ -226,8 +221,6 @@ class AttachServer:
             self._recorder.add(client.number, client.figures_fd)
         return page
 
-    # --- clients of the previous supervisor ---------------------------------------------------------------------------
-
     def adopt(self, kept: KeptClient) -> None:
         """Continue a client without a connection, until it resumes or its process ends."""
         note, (fd, pidfd, figures) = kept.note, kept.fds
@@ -266,8 +259,6 @@ class AttachServer:
         conversation.resumed(client.all_regions)
         self._release.remove(peer, f"is client {client.number}, which resumes")
         self._send(client, Resumed(pack_offsets(sorted({region.block for region in client.released}))))
-
-    # --- blocks and regions -------------------------------------------------------------------------------------------
 
     def _open(self, client: Client, message: OpenBlock) -> None:
         block = self._blocks.get(message.name)
@@ -316,8 +307,6 @@ class AttachServer:
 
     def _reassign(self, client: Client) -> None:
         self._pool.reassign(client.number, bool(client.regions))
-
-    # --- workers ------------------------------------------------------------------------------------------------------
 
     def on_worker_ready(self, number: int) -> None:
         client = self._clients.by_number.get(number)

@@ -1,8 +1,7 @@
 """Client zero: the supervisor itself, whose system calls fault on its own mapping of the blocks.
 
 A fault is read from the core userfaultfd, and its page is requested like any client's: from worker zero for a local
-block, from the source for a remote one. A wake (or a poison) on the core userfaultfd lets the system call go on.
-"""
+block, from the source for a remote one. A wake (or a poison) on the core userfaultfd lets the system call go on."""
 
 from __future__ import annotations
 
@@ -49,12 +48,7 @@ class ClientZero:
     """Waiter 0 of paging. Only the main thread calls it."""
 
     def __init__(
-        self,
-        blocks: Mapping[int, RamBlock],
-        paging: RemotePaging,
-        worker: WorkerZero,
-        mapping: OwnMapping,
-        event: Tell,
+        self, blocks: Mapping[int, RamBlock], paging: RemotePaging, worker: WorkerZero, mapping: OwnMapping, event: Tell
     ) -> None:
         self.faults = 0
         self.counters = worker.counters
@@ -67,8 +61,6 @@ class ClientZero:
         self._space = AddressSpace(
             Region(block.number, "shared", block.mapping.address, block.length, 0) for block in blocks.values()
         )
-
-    # --- faults -------------------------------------------------------------------------------------------------------
 
     def fault(self, fault: PageFault) -> None:
         """Handle a message of the core userfaultfd."""
@@ -87,8 +79,6 @@ class ClientZero:
 
     def _piece_end(self, block: RamBlock, page: int) -> int:
         return min(block.pages, page + max(1, PIECE // block.page_size))
-
-    # --- worker zero --------------------------------------------------------------------------------------------------
 
     def on_worker_ready(self) -> None:
         """Worker zero serves, for the first time or again: ask for everything that is outstanding."""
@@ -110,8 +100,6 @@ class ClientZero:
         first, end = answer.offset // block.page_size, -(-(answer.offset + answer.length) // block.page_size)
         lost = [offset // block.page_size for offset in unpack_offsets(answer.lost)]
         self._paging.do(self._paging.engine.answered(block.number, first, end, lost))
-
-    # --- exports ------------------------------------------------------------------------------------------------------
 
     def prepare_export(self, block: RamBlock) -> None:
         self._mapping.unpoison(block)

@@ -1,8 +1,7 @@
 """The end of a client, and of a block for its clients: everything of it is taken away in a safe order.
 
 A client's worker leaves first, then its descriptors are closed. The last reference to a userfaultfd must not be closed
-while a thread waits on it: that thread would go on with zeros.
-"""
+while a thread waits on it: that thread would go on with zeros."""
 
 from __future__ import annotations
 
@@ -59,8 +58,6 @@ class ClientRelease:
         if client.connection is not None and not send(client.connection, message, fds):
             self.on_hang_up(client)
 
-    # --- a client -----------------------------------------------------------------------------------------------------
-
     def on_process_ended(self, pidfd: int) -> None:
         """A pidfd was readable. Its client may have left since, and the number may be the next client's."""
         for client in list(self._clients.by_number.values()):
@@ -116,14 +113,11 @@ class ClientRelease:
         if client.userfaultfd is not None:
             client.userfaultfd.close()
 
-    # --- a block ------------------------------------------------------------------------------------------------------
-
     def release_block(self, block: RamBlock) -> None:
         """End phase of a complete block: its clients run at native speed from now on.
 
         Every page is in the page cache, so no touch can fault. Only a shared client can make one vanish, by punching a
-        hole, which it may do: that writes zeros. UNREGISTER wakes every waiter.
-        """
+        hole, which it may do: that writes zeros. UNREGISTER wakes every waiter."""
         for client in list(self._clients.by_number.values()):
             regions = [region for region in client.regions if region.block == block.number]
             if not regions or client.leaving or any(region in client.attaching for region in regions):
@@ -156,8 +150,8 @@ class ClientRelease:
             counters.allow(client.counters, block.number, page)
 
     def wake_resting(self) -> None:
-        """Wake the waiters of quarantined clients without a worker now and then: they find the page if another
-        client's worker has placed it, or wait on."""
+        """Wake the waiters of quarantined clients without a worker now and then: they find the page if another client's
+        worker has placed it, or wait on."""
         for number in self._pool.resting:
             client = self._clients.by_number.get(number)
             if client is None or client.userfaultfd is None:

@@ -2,8 +2,7 @@
 
 A thread of its own answers scrapes. It reads shared memory and a few numbers of the main thread, and asks no process.
 Nothing is counted only for it, so metrics cost nothing until they are scraped. Names and units follow Prometheus'
-conventions: seconds, bytes, ``_total`` for what only grows.
-"""
+conventions: seconds, bytes, ``_total`` for what only grows."""
 
 from __future__ import annotations
 

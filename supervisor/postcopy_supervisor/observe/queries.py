@@ -7,8 +7,7 @@ machine, and made a status last for many seconds on a busy one.
 
 One long answer is in work at a time. The same question, asked again before work on it begins, gets the same answer, so
 many askers cost no more than two answers. Once work has begun the answer may be older than the next asker's knowledge,
-and that one gets an answer of its own.
-"""
+and that one gets an answer of its own."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 It is made in steps, one for each client, between which the main loop handles what has arrived (``queries``). So a
 document shows a span of some tens of milliseconds. It lists the clients that are there when it is begun. A client that
-leaves before its step is not listed; its figures are in the totals, once, because they stay readable while referenced.
-"""
+leaves before its step is not listed; its figures are in the totals, once, because they stay readable while
+referenced."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """The background stream: missing pages are requested before a client waits for them, local and remote blocks in turns.
 
-One token bucket bounds all of it: ``--background-rate`` holds for the whole supervisor, not per kind of block.
-Urgent requests go first; flow_control.py says how much room they leave on a link.
-"""
+One token bucket bounds all of it: ``--background-rate`` holds for the whole supervisor, not per kind of block. Urgent
+requests go first; flow_control.py says how much room they leave on a link."""
 
 from __future__ import annotations
 
@@ -90,8 +89,8 @@ class Background:
         self._requester = requester
 
     def stream(self, left: int, now: float) -> float | None:
-        """Request what the rate, the links and ``left`` bytes of memory allow. Returns when to call again, or None:
-        at the next tick or arrival."""
+        """Request what the rate, the links and ``left`` bytes of memory allow. Returns when to call again, or None: at
+        the next tick or arrival."""
         rate, turns, idle = self._bucket.rate, self._turns, 0
         if not rate:
             return None

@@ -2,8 +2,7 @@
 
 A page is requested once, however many clients wait for it. A waiter is a number: 0 is client zero, the supervisor
 itself; any other is a client. Invariant: every page that has a waiter is inside exactly one requested range, so no
-waiter can be forgotten. ``check`` asserts it.
-"""
+waiter can be forgotten. ``check`` asserts it."""
 
 from __future__ import annotations
 

@@ -8,8 +8,7 @@ A fast path is one flat closure over what never changes for it. It inlines ``Eng
 ``FlowControl.send`` and ``completed``, and ``SourceLink.request`` and ``completed``. Between two faults the processor
 has run other processes, so each function and object that a fault passes costs several times what it costs in a loop,
 and all of them together cost as much as ZeroMQ. The invariants are those of the inlined methods; tests check them after
-each fault.
-"""
+each fault."""
 
 from __future__ import annotations
 
@@ -49,8 +48,8 @@ class WorkerFastPath(Protocol):
 
 
 class SourceFastPath(Protocol):
-    """Takes a head and the one frame behind it. None: it is not an expected answer, and nothing was done. Otherwise
-    its pages are placed; True when more may be requested in the background."""
+    """Takes a head and the one frame behind it. None: it is not an expected answer, and nothing was done. Otherwise its
+    pages are placed; True when more may be requested in the background."""
 
     def __call__(self, head: bytes, buffer: memoryview) -> bool | None: ...
 

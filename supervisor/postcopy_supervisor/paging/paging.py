@@ -4,8 +4,7 @@ A fault of a local block goes to worker zero, one of a remote block over the lin
 placed here, then their waiters are released.
 
 Pages for which there is no memory are given up for now. Those with a waiter are requested again a little later
-(flow_control.py); the others are as if they had not come.
-"""
+(flow_control.py); the others are as if they had not come."""
 
 from __future__ import annotations
 
@@ -97,8 +96,6 @@ class RemotePaging:
         self.links.update(dict.fromkeys((block.block for block in blocks), link))
         return link
 
-    # --- faults -------------------------------------------------------------------------------------------------------
-
     def fault(self, waiter: int, block: RamBlock, pages: Sequence[int], window: int = 0) -> None:
         """A waiter faulted on these pages. ``window``: pages to request with each, instead of the waiter's own
         fault-around."""
@@ -177,8 +174,6 @@ class RemotePaging:
         size = self._blocks[ask.block].page_size
         return link.request(client, ask.block, ask.first * size, (ask.end - ask.first) * size, self._clock())
 
-    # --- pages that have come -----------------------------------------------------------------------------------------
-
     def arrived(self, arrived: Arrived, addresses: Sequence[int]) -> None:
         """Place what a source has sent (``addresses`` of the raw frames), then release its waiters."""
         block = self._blocks[arrived.block]
@@ -232,8 +227,6 @@ class RemotePaging:
                 at = stop
         flow.defer(wanted, now)
         self._alarm.tick_at(flow.retry_at)
-
-    # --- sources that give up, go or come back ------------------------------------------------------------------------
 
     def gave_up(self, request: RangeRequest) -> None:
         """A source never answered this request."""

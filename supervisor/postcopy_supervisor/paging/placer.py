@@ -1,7 +1,6 @@
 """The placer puts pages into remote blocks: mark PLACING, UFFDIO_COPY on the core userfaultfd, mark RECEIVED.
 
-Placing, zeros, huge pages, pages that are present already, and pages that are lost. Waiters are not its business.
-"""
+Placing, zeros, huge pages, pages that are present already, and pages that are lost. Waiters are not its business."""
 
 from __future__ import annotations
 
@@ -42,8 +41,8 @@ class Placer:
         self._zeros = Mapping.anonymous(ZERO_PIECE)
 
     def place(self, block: RamBlock, first: int, end: int, source: int) -> int:
-        """Place pages from memory at ``source``; received ones stay as they are. Returns the first page for which
-        there is no memory, or ``end``."""
+        """Place pages from memory at ``source``; received ones stay as they are. Returns the first page for which there
+        is no memory, or ``end``."""
         size, received = block.page_size, block.received
         if end - first == 1:
             return end if received[first] == RECEIVED else self._copy(block, first, end, source)

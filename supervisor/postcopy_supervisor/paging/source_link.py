@@ -7,14 +7,13 @@
     ADVISING   silence, where a predecessor knew the source     PAUSED
     PAUSED     every block is advised again                     UP
 
-A source that comes back, or another program at its endpoint, is the same source if size and identity of every block
-are the same. Otherwise it is refused and the link stays as it is.
+A source that comes back, or another program at its endpoint, is the same source if size and identity of every block are
+the same. Otherwise it is refused and the link stays as it is.
 
 ZeroMQ may deliver what is sent to an absent peer later, all at once. So an absent source is sent only Pings, and only
 their Pong brings an Advise: several Advises would each end the stream of the one before. While the link is up, each
 Ping comes with a Listen for every stream. It renews the window of pushed pages, and a source that was restarted in
-between, which would answer the Ping, refuses it.
-"""
+between, which would answer the Ping, refuses it."""
 
 from __future__ import annotations
 
@@ -143,8 +142,6 @@ class SourceLink:
         """Are all its blocks complete?"""
         return len(self._complete) == len(self._advised)
 
-    # --- what the supervisor wants ------------------------------------------------------------------------------------
-
     def request(self, client: int, block: int, offset: int, length: int, now: float) -> None:
         """Request a range, now or when the source is back."""
         request = self.flow.send(client, block, offset, length, now)
@@ -181,8 +178,6 @@ class SourceLink:
             for answer, request in list(self.answers.items()):
                 if self.flow.outstanding.get(request.number) is not request:
                     del self.answers[answer]
-
-    # --- what the source says -----------------------------------------------------------------------------------------
 
     def completed(self, request: RangeRequest, now: float) -> None:
         """All of a request came at ``now`` in the expected form, and has been placed."""
@@ -286,8 +281,6 @@ class SourceLink:
         if why not in self._refused and len(self._refused) < REFUSALS:  # it is asked every second, reported once
             self._refused.add(why)
             self._event("source-refused", why, source=self.endpoint, cause=why)
-
-    # --- messages to the source ---------------------------------------------------------------------------------------
 
     def _send_message(self, message: Message) -> None:
         self.send(encode(message))

@@ -1,7 +1,7 @@
 """The wakers: which workers are sent Wake or Lost for which pages, and SIGBUS taken back when a lost page arrives.
 
-A release goes only to the workers whose clients wait. One message carries all pages of one worker, block and outcome.
-"""
+A release goes only to the workers whose clients wait. One message carries all pages of one worker, block and
+outcome."""
 
 from __future__ import annotations
 

@@ -129,8 +129,6 @@ class Lifecycle:
         self.used: dict[int, int] = {}
         """By worker: the highest incarnation that an earlier supervisor knew. New incarnations get higher numbers."""
 
-    # --- requests -----------------------------------------------------------------------------------------------------
-
     def start(self, worker: int, now: float, quarantined: bool = False) -> list[Effect]:
         """Start a new worker; ``quarantined``: an earlier supervisor quarantined it."""
         slot = self.slots[worker] = Slot(worker, incarnation=self.used.get(worker, 0), quarantined=quarantined)
@@ -183,8 +181,6 @@ class Lifecycle:
         was, slot.state, slot.since = slot.state, "ending", now
         # Ordered but not forked yet: it is killed when the custodian reports it.
         return [Kill(slot.worker, slot.incarnation)] if slot.forked and was != "ending" else []
-
-    # --- reports ------------------------------------------------------------------------------------------------------
 
     def forked(self, worker: int, incarnation: int, now: float) -> list[Effect]:
         """The custodian has forked it."""
@@ -265,8 +261,6 @@ class Lifecycle:
     def next_due(self) -> float | None:
         """When ``tick`` has to be called next, if a slot waits."""
         return min((slot.due for slot in self.slots.values() if slot.state == "waiting"), default=None)
-
-    # --- transitions --------------------------------------------------------------------------------------------------
 
     def _fork(self, slot: Slot, now: float) -> list[Effect]:
         slot.incarnation += 1

@@ -116,8 +116,6 @@ class WorkerPool:
         self._unreported: dict[IncarnationKey, tuple[Process, float]] = {}  # crashes, and when to report them
         self._custodian_due: float | None = None
 
-    # --- requests -----------------------------------------------------------------------------------------------------
-
     def adopt(self, running: Process, wanted: bool, quarantined: bool) -> None:
         """Continue a worker of the previous supervisor; kill it when it is not ``wanted``."""
         self._add(running)
@@ -179,13 +177,9 @@ class WorkerPool:
             if running.worker == worker:
                 self._causes[running.key] = why
 
-    # --- messages to workers ------------------------------------------------------------------------------------------
-
     def send(self, worker: int, data: bytes) -> None:
-        """Send an encoded message; nothing is sent to a worker that is gone, or that has not connected yet.
-
-        A worker whose queue is full is killed: a lost Wake would leave its client asleep, and a successor wakes every
-        waiter."""
+        """Send an encoded message; nothing is sent to a worker that is gone, or that has not connected yet. A worker
+        whose queue is full is killed: a lost Wake would leave its client asleep, and a successor wakes every waiter."""
         slot = self.slots.get(worker)
         if slot is not None and self._router.send(slot.routing_id, data) == FULL:
             self.kill(worker, "does not read its messages")
@@ -194,8 +188,6 @@ class WorkerPool:
         """True when the router has taken the message, so it knows a connection to this worker."""
         slot = self.slots.get(worker)
         return slot is not None and self._router.send(slot.routing_id, encode(message)) == SENT
-
-    # --- what status shows --------------------------------------------------------------------------------------------
 
     def pid(self, worker: int) -> int | None:
         slot = self.slots.get(worker)
@@ -217,8 +209,6 @@ class WorkerPool:
     def unanswered(self, now: float) -> float:
         """Seconds for which the custodian has answered none of the open orders to fork."""
         return self._lifecycle.unanswered(now)
-
-    # --- reports ------------------------------------------------------------------------------------------------------
 
     def on_custodian_message(self, message: Message | None, fds: tuple[int, ...]) -> None:
         now = time.monotonic()
@@ -268,8 +258,8 @@ class WorkerPool:
                 self._custodian.adopt(*running.key, running.pid, running.pidfd, keys, assignment)
 
     def _assign(self, worker: int, incarnation: int, quarantined: bool) -> tuple[Sequence[str], bytes]:
-        """Keys and assignment. The quarantine is noted first: a worker without a source must never have a client that
-        a later supervisor believes to be trusted."""
+        """Keys and assignment. The quarantine is noted first: a worker without a source must never have a client that a
+        later supervisor believes to be trusted."""
         self._notes.set_quarantined(worker, quarantined)
         keys, assignment = self._assignments.assign(worker, incarnation, quarantined)
         return keys, encode(assignment)
@@ -344,8 +334,6 @@ class WorkerPool:
         text += "are poisoned" if policy.poison else f"wait for: postcopy resume {worker}"
         where = _worker_fields(worker, slot.incarnation)
         self._event("quarantined", text, **where, restarts=slot.restarts, cause=cause)
-
-    # --- effects ------------------------------------------------------------------------------------------------------
 
     def _do(self, effects: list[lifecycle.Effect]) -> None:
         for effect in effects:

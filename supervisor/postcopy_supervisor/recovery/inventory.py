@@ -1,8 +1,7 @@
 """Taking over: the custodian of a dead supervisor hands over everything that it keeps, and a plan is made from it.
 
 Nothing is changed before the plan is made. A supervisor that gives up before closes the connection, and the custodian
-is an orphan again with all it had. So a refusal, a crash or another version costs nothing.
-"""
+is an orphan again with all it had. So a refusal, a crash or another version costs nothing."""
 
 from __future__ import annotations
 

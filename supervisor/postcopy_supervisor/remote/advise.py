@@ -1,8 +1,7 @@
 """Advice of page sources before the start, and the security of the connections to them.
 
 A remote block's size is not known before its source has been asked. So ``serve`` asks first, and waits (with a warning)
-while no source listens at the endpoint. tcp needs CURVE keys, or an option that allows it to be plain.
-"""
+while no source listens at the endpoint. tcp needs CURVE keys, or an option that allows it to be plain."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """All page sources: their links over the one router, their messages, and the staging memories of local ones.
 
-The router connects to all of them. Sources behind tcp come over libzmq, which has CURVE.
-"""
+The router connects to all of them. Sources behind tcp come over libzmq, which has CURVE."""
 
 from __future__ import annotations
 

@@ -2,8 +2,7 @@
 
 A source is not trusted. Its memfd is opened only if it has the expected name and size and cannot shrink. It is used
 only if it begins with the nonce that the source sent, because a process number may belong to another namespace. Slots
-may change at any instant; they are only ever the source of a UFFDIO_COPY.
-"""
+may change at any instant; they are only ever the source of a UFFDIO_COPY."""
 
 from __future__ import annotations
 
