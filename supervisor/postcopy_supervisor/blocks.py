@@ -36,15 +36,11 @@ from postcopy_protocol.sources import Advice, FileSource, HandlerSource, RemoteS
 
 from .recovery.plan import KeptBlock
 
-LARGEST_BLOCK = 16 << 40
-"""Bytes: what a process can map several times over (47 bits of addresses)."""
+LARGEST_BLOCK = 16 << 40  # bytes: what a process can map several times over (47 bits of addresses)
 MAP_PIECE = 1 << 20
-AUDIT_RUNS = 1000
-"""Runs of present pages looked at in one step of an audit: some milliseconds."""
-SHORT_RUNS = 100
-"""... and in a step of an audit on demand, which has no pause between its steps."""
-TALLY_PAGES = 128 << 10
-"""Pages counted in one step."""
+AUDIT_RUNS = 1000  # runs of present pages looked at in one step of an audit: some milliseconds
+SHORT_RUNS = 100  # ... and in a step of an audit on demand, which has no pause between its steps
+TALLY_PAGES = 128 << 10  # pages counted in one step
 COPY_SECONDS = 0.002
 """After this time a worker that did not see the new mark has finished its COPY of the unchanged file."""
 
@@ -107,10 +103,7 @@ class RamBlock:
         kept: KeptBlock | None = None,
     ) -> None:
         """``advice``: the advice of a remote block's source; ``kept``: what the previous supervisor left."""
-        self.number = number
-        self.name = name
-        self.source = source
-        self.page_size = page_size
+        self.number, self.name, self.source, self.page_size = number, name, source, page_size
         self.identity = advice.identity if advice else ""
         if kept is not None:
             note = kept.note

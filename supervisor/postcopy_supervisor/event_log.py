@@ -22,8 +22,7 @@ from typing import Any, Protocol
 log = logging.getLogger("postcopy")
 
 LENGTH = 512
-MOST_TEXT = 1000
-"""Characters of a text that are kept: reasons come from sources and from users' functions."""
+MOST_TEXT = 1000  # characters of a text that are kept: reasons come from sources and from users' functions
 QUIET = frozenset({"complete", "memory", "source", "recover", "healed", "resumed"})
 """Kinds that are logged as information and not as warnings."""
 FIELDS = ("client", "worker", "incarnation", "pid", "block", "offset", "length", "source", "restarts", "cause")
@@ -32,7 +31,7 @@ FIELDS = ("client", "worker", "incarnation", "pid", "block", "offset", "length",
 _PLAIN = re.compile(r"[A-Za-z0-9_.:/+-]+", re.ASCII)
 
 
-class Tell(Protocol):
+class RecordEvent(Protocol):
     """Records an event: its kind, a text for people, and the FIELDS that apply."""
 
     def __call__(self, kind: str, detail: str, **where: int | str) -> None: ...
@@ -89,8 +88,8 @@ class EventLog:
         self._number = 0
         self.counts: dict[str, int] = {}
 
-    def tell(self, kind: str, detail: str, **where: int | str) -> None:
-        """Log an event and keep it (a ``Tell``)."""
+    def record(self, kind: str, detail: str, **where: int | str) -> None:
+        """Log an event and keep it (a ``RecordEvent``)."""
         assert where.keys() <= set(FIELDS), where
         self._number += 1
         self.counts[kind] = self.counts.get(kind, 0) + 1

@@ -30,8 +30,7 @@ class Export(threading.Thread):
 
     def __init__(self, job: int, block: RamBlock, path: str) -> None:
         super().__init__(name=f"export-{block.name}", daemon=True)
-        self.job = job
-        self.block = block
+        self.job, self.block = job, block
         self.asked = time.monotonic()
         self._path = path
         self._partial = f"{path}.partial-{os.getpid()}-{job}"

@@ -14,8 +14,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable
 
 from postcopy_kernel import descriptors, process
 from postcopy_kernel.filewatch import FileWatch
@@ -42,15 +41,11 @@ log = logging.getLogger(__name__)
 TICK_SECONDS = 0.25
 ACCEPT_AT_ONCE = 64
 QUEUE_LIMIT = 4096
-FAILED = 1
-"""Exit status."""
+FAILED = 1  # exit status
 FROM_CUSTODIAN = (CustodianReady, WorkerForked, ForkFailed, WorkerExited)
 
 
-class Job(Protocol):
-    """A short piece of work for the listener's thread."""
-
-    def __call__(self) -> object: ...
+Job = Callable[[], object]  # a short piece of work for the listener's thread
 
 
 class FileWatches:
@@ -83,13 +78,9 @@ class Listener(threading.Thread):
     def __init__(self, core: Userfaultfd, stop_eventfd: int, attach_socket: socket.socket, files: FileWatches) -> None:
         super().__init__(name="listener", daemon=True)
         self.queue: collections.deque[ListenerEvent] = collections.deque()
-        self.wakeup = descriptors.create_eventfd()
-        """Readable when something has been queued."""
+        self.wakeup = descriptors.create_eventfd()  # readable when something has been queued
         self._jobs: collections.deque[Job] = collections.deque()
-        self._core = core
-        self._stop_eventfd = stop_eventfd
-        self._attach_socket = attach_socket
-        self._files = files
+        self._core, self._stop_eventfd, self._attach_socket, self._files = core, stop_eventfd, attach_socket, files
         self._alarm = descriptors.create_eventfd()
         self._stopping = False
         self._due: float | None = None

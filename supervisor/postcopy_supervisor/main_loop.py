@@ -29,10 +29,13 @@ from postcopy_protocol.messages import (
 )
 from postcopy_protocol.templates import OFFSET_BYTES
 from postcopy_protocol.zmtp import Message as WireMessage
+from postcopy_wire.transport import Router
 
 from .blocks import RamBlock
+from .clients.attach_server import AttachServer
+from .clients.client_zero import ClientZero
 from .clients.worker_zero import NUMBER as ZERO
-from .event_log import Tell
+from .event_log import RecordEvent
 from .events import (
     ClientConnected,
     ClientMessage,
@@ -47,7 +50,7 @@ from .events import (
     WorkerGone,
     WorkerReady,
 )
-from .observe.queries import LONG, QUESTIONS, LongAnswers
+from .observe.queries import LONG, QUESTIONS, LongAnswers, Queries
 from .paging.fast_path import SourceFastPath
 from .paging.paging import RemotePaging
 from .parts import RunState
@@ -56,24 +59,10 @@ from .runtime import notify
 log = logging.getLogger("postcopy")
 
 FROM_ROUTER = (WorkerHello, Report, Fetched, RequestPages, *QUESTIONS)
-LARGE = 31 << 20
-"""Bytes; just below the largest allocation from which glibc (64 bit) learns its threshold."""
+LARGE = 31 << 20  # bytes; just below the largest allocation from which glibc (64 bit) learns its threshold
 GC_THRESHOLD = 20_000
 """New objects after which Python collects garbage. Nothing here is made of cycles, so it need not look often."""
-TURNS = 16
-"""Turns of the router after which pages in a staging slot have waited long enough."""
-
-
-class Transport(Protocol):
-    """The router."""
-
-    def turn(self) -> None:
-        """Wait for messages and deliver them to ``MainLoop.on_message`` and ``on_source_message``."""
-
-    def waiting(self) -> object:
-        """True when another turn would not wait."""
-
-    def send(self, name: bytes, data: bytes, /) -> int: ...
+TURNS = 16  # turns of the router after which pages in a staging slot have waited long enough
 
 
 class Pool(Protocol):
@@ -88,28 +77,10 @@ class Pool(Protocol):
     def send(self, worker: int, data: bytes) -> None: ...
 
 
-class Attach(Protocol):
-    """The attach server."""
-
-    def on_connect(self, connection: Any, at: float) -> None: ...
-    def on_message(self, connection: Any, message: Message | BadMessage | None, fds: tuple[int, ...]) -> None: ...
-    def on_worker_ready(self, number: int) -> None: ...
-    def on_worker_gone(self, number: int) -> None: ...
-
-
 class Release(Protocol):
     """The end of clients."""
 
     def on_process_ended(self, pidfd: int) -> None: ...
-
-
-class OwnClient(Protocol):
-    """Client zero."""
-
-    def fault(self, fault: PageFault) -> None: ...
-    def on_fetched(self, answer: Fetched) -> None: ...
-    def on_worker_ready(self) -> None: ...
-    def on_worker_crashed(self) -> None: ...
 
 
 class RemoteSources(Protocol):
@@ -133,18 +104,11 @@ class Periodic(Protocol):
     def worker_ended(self) -> None: ...
 
 
-class Answers(Protocol):
-    """Questions with short answers."""
-
-    def answer(self, question: Message) -> Message: ...
-
-
 class Replies:
     """Sends answers to the command line, and reports exceptions as bugs."""
 
-    def __init__(self, router: Transport, event: Tell) -> None:
-        self._router = router
-        self._event = event
+    def __init__(self, router: Router, event: RecordEvent) -> None:
+        self._router, self._event = router, event
 
     def send_answer(self, identity: bytes, answer: Message) -> None:
         self._router.send(identity, encode(answer))
@@ -160,22 +124,22 @@ class Ports:
     """What the main loop dispatches to. ``queue`` and ``wakeup`` are the listener's; ``clients``: their numbers."""
 
     state: RunState
-    router: Transport
+    router: Router
     queue: deque[ListenerEvent]
     wakeup: int
     blocks: Mapping[int, RamBlock]
     clients: Container[int]
     pool: Pool
-    attach: Attach
+    attach: AttachServer
     release: Release
-    zero: OwnClient
+    zero: ClientZero
     paging: RemotePaging
     sources: RemoteSources
     periodic: Periodic
-    answers: Answers
+    answers: Queries
     long_answers: LongAnswers
     replies: Replies
-    event: Tell
+    event: RecordEvent
     ready_text: str = ""
 
 
@@ -324,8 +288,8 @@ class MainLoop:
     def _dispatch(self, event: ListenerEvent) -> None:
         ports = self._ports
         match event:
-            case CoreFaults(messages):
-                for message in messages:
+            case CoreFaults(faults):
+                for message in faults:
                     if isinstance(message, PageFault):
                         ports.zero.fault(message)
                     else:
@@ -347,9 +311,9 @@ class MainLoop:
                 ports.periodic.tick(time.monotonic(), at)
 
     def _dispatch_worker_events(self) -> None:
-        ports, events = self._ports, self._pool.events
-        while events:
-            match events.popleft():
+        ports, queue = self._ports, self._pool.events
+        while queue:
+            match queue.popleft():
                 case WorkerReady(worker) if worker == ZERO:
                     ports.zero.on_worker_ready()
                 case WorkerReady(worker):

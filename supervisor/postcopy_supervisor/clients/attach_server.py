@@ -41,11 +41,12 @@ from postcopy_protocol.messages import (
 )
 
 from ..blocks import RamBlock
+from ..listener import Listener
 from ..pool.worker_pool import WorkerPool
 from ..recovery.plan import KeptClient
 from .client import Client, Clients, send
 from .identity import AllowList, check_back_end, is_same_process, unidentified
-from .release import ClientRelease, Watcher
+from .release import ClientRelease
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class AttachServer:
         blocks: Mapping[str, RamBlock],
         clients: Clients,
         pool: WorkerPool,
-        watcher: Watcher,
+        watcher: Listener,
         release: ClientRelease,
         allow: AllowList,
         device: int,
@@ -83,14 +84,8 @@ class AttachServer:
     ) -> None:
         self._blocks = blocks
         self._by_number = {block.number: block for block in blocks.values()}
-        self._clients = clients
-        self._pool = pool
-        self._watcher = watcher
-        self._release = release
-        self._allow = allow
-        self._device = device
-        self._figures_bytes = figures_bytes
-        self._recorder = recorder
+        self._clients, self._pool, self._watcher, self._release, self._allow = clients, pool, watcher, release, allow
+        self._device, self._figures_bytes, self._recorder = device, figures_bytes, recorder
         self._limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._estimate = self._limit  # of descriptors in use; so high that the first client makes it count them
 

@@ -13,13 +13,12 @@ from postcopy_protocol.geometry import AddressSpace, Region
 from postcopy_protocol.messages import Fetched
 
 from ..blocks import RamBlock
-from ..event_log import Tell
+from ..event_log import RecordEvent
 from ..paging.engine import Ask
 from ..paging.paging import RemotePaging
 from .worker_zero import NUMBER, WorkerZero
 
-PIECE = 1 << 20
-"""Bytes requested from worker zero at a time: more would delay an urgent page behind them."""
+PIECE = 1 << 20  # bytes requested from worker zero at a time: more would delay an urgent page behind them
 
 
 class OwnMapping:
@@ -48,15 +47,16 @@ class ClientZero:
     """Waiter 0 of paging. Only the main thread calls it."""
 
     def __init__(
-        self, blocks: Mapping[int, RamBlock], paging: RemotePaging, worker: WorkerZero, mapping: OwnMapping, event: Tell
+        self,
+        blocks: Mapping[int, RamBlock],
+        paging: RemotePaging,
+        worker: WorkerZero,
+        mapping: OwnMapping,
+        event: RecordEvent,
     ) -> None:
         self.faults = 0
         self.counters = worker.counters
-        self._blocks = blocks
-        self._paging = paging
-        self._worker = worker
-        self._mapping = mapping
-        self._event = event
+        self._blocks, self._paging, self._worker, self._mapping, self._event = blocks, paging, worker, mapping, event
         self._outside = 0
         self._space = AddressSpace(
             Region(block.number, "shared", block.mapping.address, block.length, 0) for block in blocks.values()

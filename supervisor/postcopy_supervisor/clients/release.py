@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
-from typing import Protocol
 
 from postcopy_kernel import process
 from postcopy_kernel.userfaultfd import stuck_faults
@@ -17,41 +15,22 @@ from postcopy_protocol import counters
 from postcopy_protocol.messages import Message, RegionGrant, Released
 
 from ..blocks import RamBlock
+from ..listener import Listener
+from ..paging.paging import RemotePaging
 from ..pool.worker_pool import WorkerPool
 from .client import Client, Clients, send
 from .identity import back_end_has_unmapped, has_lost_memory
 
 log = logging.getLogger(__name__)
 
-SILENCE_SECONDS = 10.0
-"""A client that has not offered a userfaultfd by then is disconnected."""
-
-
-class Watcher(Protocol):
-    """The listener, as far as clients need it."""
-
-    def watch_process(self, pidfd: int) -> None: ...
-    def forget_process(self, pidfd: int) -> None: ...
-    def watch_connection(self, connection: socket.socket) -> None: ...
-    def forget_connection(self, connection: socket.socket) -> None: ...
-
-
-class Waiters(Protocol):
-    """Paging, as far as the end of a client concerns it."""
-
-    def left(self, waiter: int) -> None:
-        """Forget a client's requests."""
-        ...
+SILENCE_SECONDS = 10.0  # a client that has not offered a userfaultfd by then is disconnected
 
 
 class ClientRelease:
     """Removes clients and releases complete blocks. Only the main thread calls it."""
 
-    def __init__(self, clients: Clients, pool: WorkerPool, watcher: Watcher, waiters: Waiters) -> None:
-        self._clients = clients
-        self._pool = pool
-        self._watcher = watcher
-        self._waiters = waiters
+    def __init__(self, clients: Clients, pool: WorkerPool, watcher: Listener, waiters: RemotePaging) -> None:
+        self._clients, self._pool, self._watcher, self._waiters = clients, pool, watcher, waiters
 
     def send(self, client: Client, message: Message, fds: tuple[int, ...] = ()) -> None:
         """Send to a client; one that does not read is treated as disconnected, never waited for."""

@@ -28,8 +28,7 @@ COUNTERS: tuple[tuple[str, str, int | Callable[[Sequence[int]], int]], ...] = (
     ("deduplicated_faults", "Faults at pages that were there or on their way.", counters.DEDUPLICATED),
     ("wakes", "Wake calls.", counters.WAKES),
     ("lost_pages", "Faults at pages that their source could not supply.", counters.LOST),
-)
-"""Per client: name, help, and a counter or a function of the counters."""
+)  # per client: name, help, and a counter or a function of the counters
 STATES = ("starting", "running", "paused", "ending")
 
 

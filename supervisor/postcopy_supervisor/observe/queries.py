@@ -47,8 +47,7 @@ from .page_history import page_history
 
 LONG = (AskStatus, AskEvents)
 QUESTIONS = (*LONG, AskStop, AskStory, AskResume, AskExport, AskProgress)
-SHARE = 3
-"""While messages arrive without a pause, one part in so many of the time goes to long answers."""
+SHARE = 3  # while messages arrive without a pause, one part in so many of the time goes to long answers
 Answering = Generator[None, None, Message]
 """Steps of a fraction of a millisecond, and in the end the answer. May raise BadInput, with one line for people."""
 
@@ -84,8 +83,7 @@ class LongAnswers:
 
     def __init__(self, answerer: LongAnswerer, sender: AnswerSender) -> None:
         self.open: deque[_Task] = deque()
-        self._answerer = answerer
-        self._sender = sender
+        self._answerer, self._sender = answerer, sender
         self._due = 0.0
 
     def ask(self, asker: bytes, question: Message) -> None:
@@ -135,10 +133,7 @@ class Queries:
     """Answers questions from the parts."""
 
     def __init__(self, parts: Parts, exports: Exports, auditor: Auditor, stopper: Stopper) -> None:
-        self._parts = parts
-        self._exports = exports
-        self._auditor = auditor
-        self._stopper = stopper
+        self._parts, self._exports, self._auditor, self._stopper = parts, exports, auditor, stopper
 
     def begin(self, question: Message) -> Answering:
         """The answer to a question of LONG, in steps."""

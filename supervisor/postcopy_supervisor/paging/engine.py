@@ -94,12 +94,10 @@ class Engine:
     one page; ``fault`` and ``answered`` give the same as effects, for any number of pages."""
 
     def __init__(self) -> None:
-        self.waiting: dict[tuple[int, int], set[int]] = {}
-        """Waiters by (block, page)."""
+        self.waiting: dict[tuple[int, int], set[int]] = {}  # waiters by (block, page)
         self._ranges: dict[int, Ranges] = {}  # by block
         self.requests = 0
-        self.deduplicated = 0
-        """Faults on pages that were requested already."""
+        self.deduplicated = 0  # faults on pages that were requested already
 
     def ranges(self, block: int) -> Ranges:
         """The requested ranges of a block; always the same object."""

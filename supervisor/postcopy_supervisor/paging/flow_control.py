@@ -32,10 +32,8 @@ from postcopy_protocol.templates import FIRST_REQUEST
 
 PAST = 1024
 SHORTEST_PAUSE = 0.01
-LONGEST_PAUSE = 1.0
-"""Seconds to wait after pages found no memory."""
-BACKGROUND = -1
-"""The "client" of background requests."""
+LONGEST_PAUSE = 1.0  # seconds to wait after pages found no memory
+BACKGROUND = -1  # the "client" of background requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +97,7 @@ class FlowControl:
 
     limits: Limits = field(default_factory=Limits)
     up: bool = False
-    outstanding: dict[int, RangeRequest] = field(default_factory=dict)
-    """In flight, by number; the oldest first."""
+    outstanding: dict[int, RangeRequest] = field(default_factory=dict)  # in flight, by number; the oldest first
     queues: defaultdict[int, deque[RangeRequest]] = field(default_factory=lambda: defaultdict(deque))
     """By client, in the order of their turns."""
     deferred: deque[RangeRequest] = field(default_factory=deque)
@@ -110,11 +107,9 @@ class FlowControl:
     _background_bytes: int = 0
     background_in_flight: int = 0
     next_number: int = FIRST_REQUEST
-    urgent_at: float = -1e9
-    """When the last urgent request was sent."""
+    urgent_at: float = -1e9  # when the last urgent request was sent
     _background_pace: float = 0.0
-    urgent_pace: float = 0.0
-    """Seconds that the last urgent request took; above, the last background request."""
+    urgent_pace: float = 0.0  # seconds that the last urgent request took; above, the last background request
     finished: deque[tuple[RangeRequest, float]] = field(default_factory=lambda: deque(maxlen=PAST))
     """The last that left ``outstanding``, and when their answer came (0.0: never), for ``status --story``."""
 

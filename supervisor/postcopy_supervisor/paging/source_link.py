@@ -45,17 +45,15 @@ from postcopy_protocol.return_path import (
 )
 from postcopy_protocol.templates import REQUEST_LIMIT, MessageTemplates
 
-from ..event_log import Tell
+from ..event_log import RecordEvent
 from .flow_control import Effect, FlowControl, GiveUp, Limits, RangeRequest
 from .ports import LinkOwner, SendToSource
 
 ADVISE_SECONDS = 1.0
 PING_SECONDS = 1.0
 FIRST_PING_SECONDS = 0.02
-FIRST_PINGS = 50
-"""Frequent at the start: the connection may not exist yet, and clients of a predecessor may be waiting."""
-REFUSALS = 16
-"""Different refusals that are reported between two times of being up."""
+FIRST_PINGS = 50  # frequent at the start: the connection may not exist yet, and clients of a predecessor may be waiting
+REFUSALS = 16  # different refusals that are reported between two times of being up
 PUSH_WINDOW = 16 << 20
 UNKNOWN_PEER_CODES = ("out-of-phase", "bad-range", "bad-message")
 
@@ -95,33 +93,27 @@ class SourceLink:
         blocks: Sequence[AdvisedBlock],
         patience: float,
         send: SendToSource,
-        event: Tell,
+        event: RecordEvent,
         owner: LinkOwner,
         limits: Limits = Limits(),  # noqa: B008 (frozen)
     ) -> None:
         """``patience``: seconds of silence after which the source is lost."""
         self.endpoint = endpoint
         self.state = LinkState.ADVISING
-        self.inherited = False
-        """A predecessor knew this source: silence from the start on is a loss."""
+        self.inherited = False  # a predecessor knew this source: silence from the start on is a loss
         self.flow = FlowControl(limits)
         self.counters = [0] * counters.WORDS
         self.stages = {block.block: stages.scratch() for block in blocks}
         """By block: how long its pages took to arrive and to be placed (see ``postcopy_protocol.stages``)."""
         self.requests = self.pages = self.bytes = 0
         self.send = send
-        self.templates: dict[int, MessageTemplates] = {}
-        """By block, while it has a stream."""
-        self.answers: dict[bytes, RangeRequest] = {}
-        """Requests by the head of the answer that is expected."""
-        self.silent_since: float | None = None
-        """When the first Ping was sent that nothing followed."""
+        self.templates: dict[int, MessageTemplates] = {}  # by block, while it has a stream
+        self.answers: dict[bytes, RangeRequest] = {}  # requests by the head of the answer that is expected
+        self.silent_since: float | None = None  # when the first Ping was sent that nothing followed
         self._advised = {block.block: block for block in blocks}
         self._streams: dict[int, int] = {}  # block: number of its stream at the source
         self._blocks: dict[int, int] = {}  # and back
-        self._patience = patience
-        self._event = event
-        self._owner = owner
+        self._patience, self._event, self._owner = patience, event, owner
         self._advised_at = self._pinged_at = -1e9
         self._nonce = self._nonce_old = 0  # a Pong up to the second is from before the loss, or the last Advise
         self._complete: set[int] = set()

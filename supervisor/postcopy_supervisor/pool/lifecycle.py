@@ -92,8 +92,7 @@ class Slot:
     quarantined: bool = False
     crashes: deque[float] = field(default_factory=deque)
     strays: int = 0
-    unforked: int = 0
-    """Forks in a row that failed."""
+    unforked: int = 0  # forks in a row that failed
 
     _routing_id: tuple[int, bytes] = (-1, b"")
 
@@ -123,8 +122,7 @@ class Lifecycle:
     def __init__(self, policy: RestartPolicy | None = None) -> None:
         self.policy = policy or RestartPolicy()
         self.slots: dict[int, Slot] = {}
-        self.restarts = 0
-        """Crashes of all workers so far, including those that have left."""
+        self.restarts = 0  # crashes of all workers so far, including those that have left
         self._answered = 0.0
         self.used: dict[int, int] = {}
         """By worker: the highest incarnation that an earlier supervisor knew. New incarnations get higher numbers."""

@@ -25,9 +25,9 @@ from postcopy_protocol.messages import (
     WorkerForked,
     WorkerHello,
 )
-from postcopy_wire.transport import FULL, SENT
+from postcopy_wire.transport import FULL, SENT, Router
 
-from ..event_log import Tell
+from ..event_log import RecordEvent
 from ..events import WorkerCrashed, WorkerEvent, WorkerGone, WorkerReady
 from . import lifecycle
 from .custodian_client import CustodianClient
@@ -35,8 +35,7 @@ from .lifecycle import Lifecycle, RestartPolicy
 
 log = logging.getLogger(__name__)
 
-RETRY_SECONDS = 1.0
-"""Between two attempts to start a custodian."""
+RETRY_SECONDS = 1.0  # between two attempts to start a custodian
 EXPLAIN_SECONDS = 1.0
 """The event of a restart waits this long for the custodian, which reaps the worker and reports how it ended."""
 
@@ -55,20 +54,6 @@ class QuarantineNotes(Protocol):
     def set_quarantined(self, number: int, quarantined: bool) -> None: ...
 
 
-class Watcher(Protocol):
-    """The listener, as far as the pool needs it."""
-
-    def watch_process(self, pidfd: int) -> None: ...
-    def watch_custodian(self, channel: socket.socket) -> None: ...
-    def tick_at(self, due: float | None) -> None: ...
-
-
-class Sender(Protocol):
-    """The router's sending half: returns SENT, FULL or UNREACHABLE and never waits."""
-
-    def send(self, name: bytes, data: bytes, /) -> int: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Process:
     """One incarnation of a worker, running."""
@@ -83,8 +68,15 @@ class Process:
         return self.worker, self.incarnation
 
 
-IncarnationKey = tuple[int, int]
-"""Worker and incarnation."""
+IncarnationKey = tuple[int, int]  # worker and incarnation
+
+
+class Watcher(Protocol):
+    """The listener, as far as the pool needs it."""
+
+    def watch_process(self, pidfd: int) -> None: ...
+    def watch_custodian(self, channel: socket.socket) -> None: ...
+    def tick_at(self, due: float | None) -> None: ...
 
 
 class WorkerPool:
@@ -95,21 +87,17 @@ class WorkerPool:
         policy: RestartPolicy,
         custodian: CustodianClient,
         watcher: Watcher,
-        router: Sender,
+        router: Router,
         assignments: Assignments,
         notes: QuarantineNotes,
-        event: Tell,
+        event: RecordEvent,
     ) -> None:
         self.events: deque[WorkerEvent] = deque()
         self.policy = policy
         self._lifecycle = Lifecycle(policy)
         self.slots = self._lifecycle.slots
-        self._custodian = custodian
-        self._watcher = watcher
-        self._router = router
-        self._assignments = assignments
-        self._notes = notes
-        self._event = event
+        self._custodian, self._watcher, self._router, self._assignments = custodian, watcher, router, assignments
+        self._notes, self._event = notes, event
         self._by_pidfd: dict[int, Process] = {}
         self._by_key: dict[IncarnationKey, Process] = {}
         self._causes: dict[IncarnationKey, str] = {}  # why an incarnation ends, as far as it is known
