@@ -24,17 +24,8 @@ from postcopy_protocol.codec import decode
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.messages import CustodianReady, ForkFailed, Message, WorkerExited, WorkerForked
 
+from . import events
 from .blocks import RamBlock
-from .events import (
-    ClientConnected,
-    ClientMessage,
-    CoreFaults,
-    CustodianMessage,
-    ListenerEvent,
-    ProcessEnded,
-    StopRequested,
-    Tick,
-)
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +68,7 @@ class Listener(threading.Thread):
 
     def __init__(self, core: Userfaultfd, stop_eventfd: int, attach_socket: socket.socket, files: FileWatches) -> None:
         super().__init__(name="listener", daemon=True)
-        self.queue: collections.deque[ListenerEvent] = collections.deque()
+        self.queue: collections.deque[events.ListenerEvent] = collections.deque()
         self.wakeup = descriptors.create_eventfd()  # readable when something has been queued
         self._jobs: collections.deque[Job] = collections.deque()
         self._core, self._stop_eventfd, self._attach_socket, self._files = core, stop_eventfd, attach_socket, files
@@ -157,7 +148,7 @@ class Listener(threading.Thread):
             now = time.monotonic()
             if now - ticked >= TICK_SECONDS or (self._due is not None and now >= self._due):
                 ticked, self._due = now, None
-                self.queue.append(Tick(now))
+                self.queue.append(events.Tick(now))
             if self.queue:
                 descriptors.signal_eventfd(self.wakeup)
 
@@ -173,10 +164,10 @@ class Listener(threading.Thread):
 
     def _on_readable(self, fd: int) -> None:
         if fd == self._core.fileno():
-            self.queue.append(CoreFaults(self._core.read()))
+            self.queue.append(events.CoreFaults(self._core.read()))
         elif fd == self._stop_eventfd:
             os.eventfd_read(fd)
-            self.queue.append(StopRequested())
+            self.queue.append(events.StopRequested())
         elif fd == self._alarm:
             os.eventfd_read(fd)
         elif fd == self._files.fileno():
@@ -185,7 +176,7 @@ class Listener(threading.Thread):
             if not process.pidfd_exited(fd):
                 return  # the number was closed and used again while this wake-up was on its way
             self.forget_process(fd)
-            self.queue.append(ProcessEnded(fd))
+            self.queue.append(events.ProcessEnded(fd))
         elif fd == self._attach_socket.fileno():
             self._accept()
         elif self._custodian is not None and fd == self._custodian.fileno():
@@ -203,7 +194,7 @@ class Listener(threading.Thread):
                 time.sleep(0.05)  # no descriptor is left: clients wait in the backlog, and this thread does not spin
                 return
             connection.setblocking(False)
-            self.queue.append(ClientConnected(connection, time.monotonic()))
+            self.queue.append(events.ClientConnected(connection, time.monotonic()))
 
     def _read_custodian(self, channel: socket.socket) -> None:
         if not _descriptor_is_free():
@@ -219,7 +210,7 @@ class Listener(threading.Thread):
         if message is None:
             self._epoll.unregister(channel.fileno())
             self._custodian = None
-        self.queue.append(CustodianMessage(message, tuple(received.fds)))
+        self.queue.append(events.CustodianMessage(message, tuple(received.fds)))
 
     def _read_client(self, connection: socket.socket) -> None:
         if len(self.queue) > QUEUE_LIMIT:
@@ -240,7 +231,7 @@ class Listener(threading.Thread):
             message = None
         if message is None:
             self.forget_connection(connection)
-        self.queue.append(ClientMessage(connection, message, fds))
+        self.queue.append(events.ClientMessage(connection, message, fds))
 
 
 def _descriptor_is_free() -> bool:

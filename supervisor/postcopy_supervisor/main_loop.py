@@ -15,18 +15,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from postcopy_kernel.userfaultfd import PageFault
+from postcopy_protocol import messages
 from postcopy_protocol.codec import decode, encode, unpack_offsets
 from postcopy_protocol.errors import BadMessage
-from postcopy_protocol.messages import (
-    ControlRefused,
-    CustodianReady,
-    Fetched,
-    Message,
-    Report,
-    RequestPages,
-    Wake,
-    WorkerHello,
-)
 from postcopy_protocol.templates import OFFSET_BYTES
 from postcopy_protocol.zmtp import Message as WireMessage
 from postcopy_wire.transport import Router
@@ -58,7 +49,7 @@ from .runtime import notify
 
 log = logging.getLogger("postcopy")
 
-FROM_ROUTER = (WorkerHello, Report, Fetched, RequestPages, *QUESTIONS)
+FROM_ROUTER = (messages.WorkerHello, messages.Report, messages.Fetched, messages.RequestPages, *QUESTIONS)
 LARGE = 31 << 20  # bytes; just below the largest allocation from which glibc (64 bit) learns its threshold
 GC_THRESHOLD = 20_000
 """New objects after which Python collects garbage. Nothing here is made of cycles, so it need not look often."""
@@ -70,8 +61,8 @@ class Pool(Protocol):
 
     events: deque[WorkerEvent]
 
-    def on_hello(self, message: WorkerHello) -> None: ...
-    def on_custodian_message(self, message: Message | None, fds: tuple[int, ...]) -> None: ...
+    def on_hello(self, message: messages.WorkerHello) -> None: ...
+    def on_custodian_message(self, message: messages.Message | None, fds: tuple[int, ...]) -> None: ...
     def on_process_ended(self, pidfd: int) -> bool: ...
     def explain(self, worker: int, why: str) -> None: ...
     def send(self, worker: int, data: bytes) -> None: ...
@@ -110,7 +101,7 @@ class Replies:
     def __init__(self, router: Router, event: RecordEvent) -> None:
         self._router, self._event = router, event
 
-    def send_answer(self, identity: bytes, answer: Message) -> None:
+    def send_answer(self, identity: bytes, answer: messages.Message) -> None:
         self._router.send(identity, encode(answer))
 
     def report_bug(self, what: object, error: Exception) -> None:
@@ -226,13 +217,13 @@ class MainLoop:
         try:
             message = decode(data, expect=FROM_ROUTER)
             match message:
-                case WorkerHello():
+                case messages.WorkerHello():
                     self._on_hello(message)
-                case Report():
+                case messages.Report():
                     self._on_report(message)
-                case Fetched():
+                case messages.Fetched():
                     self._ports.zero.on_fetched(message)
-                case RequestPages():
+                case messages.RequestPages():
                     self._on_request(message, data)
                 case _ if isinstance(message, LONG):
                     self._ports.long_answers.ask(identity, message)
@@ -240,17 +231,17 @@ class MainLoop:
                     replies.send_answer(identity, self._ports.answers.answer(message))
         except BadMessage as error:
             log.warning("router: what %r sent is no message: %s", identity[:32], error)
-            replies.send_answer(identity, ControlRefused(f"not understood: {error}"))
+            replies.send_answer(identity, messages.ControlRefused(f"not understood: {error}"))
         self._dispatch_worker_events()
 
-    def _on_hello(self, message: WorkerHello) -> None:
+    def _on_hello(self, message: messages.WorkerHello) -> None:
         """A worker has connected. Wakes that were sent to it before are lost, so an empty Wake makes it request
         everything again."""
         self._pool.on_hello(message)
         if message.worker in self._ports.clients and self._sources.links:
-            self._pool.send(message.worker, encode(Wake(0, b"")))
+            self._pool.send(message.worker, encode(messages.Wake(0, b"")))
 
-    def _on_request(self, message: RequestPages, data: bytes) -> None:
+    def _on_request(self, message: messages.RequestPages, data: bytes) -> None:
         ports = self._ports
         block = ports.blocks.get(message.block)
         if block is None or message.worker not in ports.clients:
@@ -261,7 +252,7 @@ class MainLoop:
         shift = block.page_size.bit_length() - 1
         ports.paging.fault(message.worker, block, [offset >> shift for offset in offsets if offset < block.length])
 
-    def _on_report(self, report: Report) -> None:
+    def _on_report(self, report: messages.Report) -> None:
         """A worker reports an event."""
         if report.kind == "failed":
             self._pool.explain(report.worker, report.detail)
@@ -298,7 +289,7 @@ class MainLoop:
                 self._state.phase = "ending"
             case CustodianMessage(message, fds):
                 ports.pool.on_custodian_message(message, fds)
-                if self._state.phase == "starting" and isinstance(message, CustodianReady):
+                if self._state.phase == "starting" and isinstance(message, messages.CustodianReady):
                     self.ready()
             case ProcessEnded(pidfd):
                 if not ports.pool.on_process_ended(pidfd):

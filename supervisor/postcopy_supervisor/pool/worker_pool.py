@@ -14,17 +14,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from postcopy_kernel import process
+from postcopy_protocol import messages
 from postcopy_protocol.codec import encode
 from postcopy_protocol.errors import BadInput
-from postcopy_protocol.messages import (
-    Assignment,
-    CustodianReady,
-    ForkFailed,
-    Message,
-    WorkerExited,
-    WorkerForked,
-    WorkerHello,
-)
 from postcopy_wire.transport import FULL, SENT, Router
 
 from ..event_log import RecordEvent
@@ -43,7 +35,7 @@ EXPLAIN_SECONDS = 1.0
 class Assignments(Protocol):
     """What a worker is given at its start."""
 
-    def assign(self, worker: int, incarnation: int, quarantined: bool) -> tuple[list[str], Assignment]:
+    def assign(self, worker: int, incarnation: int, quarantined: bool) -> tuple[list[str], messages.Assignment]:
         """The custodian's keys of its descriptors, in order, and its assignment."""
         ...
 
@@ -172,7 +164,7 @@ class WorkerPool:
         if slot is not None and self._router.send(slot.routing_id, data) == FULL:
             self.kill(worker, "does not read its messages")
 
-    def try_send(self, worker: int, message: Message) -> bool:
+    def try_send(self, worker: int, message: messages.Message) -> bool:
         """True when the router has taken the message, so it knows a connection to this worker."""
         slot = self.slots.get(worker)
         return slot is not None and self._router.send(slot.routing_id, encode(message)) == SENT
@@ -198,7 +190,7 @@ class WorkerPool:
         """Seconds for which the custodian has answered none of the open orders to fork."""
         return self._lifecycle.unanswered(now)
 
-    def on_custodian_message(self, message: Message | None, fds: tuple[int, ...]) -> None:
+    def on_custodian_message(self, message: messages.Message | None, fds: tuple[int, ...]) -> None:
         now = time.monotonic()
         match message:
             case None:
@@ -206,18 +198,18 @@ class WorkerPool:
                 self._event("restart", text, pid=self._custodian.pid, cause="its channel has ended")
                 self._custodian.lost()
                 self._start_custodian(now)
-            case CustodianReady():
+            case messages.CustodianReady():
                 log.debug("custodian ready (pid %d)", message.pid)
-            case WorkerForked():
+            case messages.WorkerForked():
                 self._add(Process(message.worker, message.incarnation, message.pid, fds[0]))
                 self._do(self._lifecycle.forked(message.worker, message.incarnation, now))
-            case ForkFailed():
+            case messages.ForkFailed():
                 text = f"worker {message.worker} could not be forked; it is tried again"
                 self._event(
                     "restart", text, **_worker_fields(message.worker, message.incarnation), cause=message.reason
                 )
                 self._do(self._lifecycle.fork_failed(message.worker, message.incarnation, now))
-            case WorkerExited():
+            case messages.WorkerExited():
                 self._on_reaped(message)
 
     def _start_custodian(self, now: float) -> None:
@@ -252,7 +244,7 @@ class WorkerPool:
         keys, assignment = self._assignments.assign(worker, incarnation, quarantined)
         return keys, encode(assignment)
 
-    def on_hello(self, message: WorkerHello) -> None:
+    def on_hello(self, message: messages.WorkerHello) -> None:
         self._do(self._lifecycle.hello(message.worker, message.incarnation, time.monotonic()))
 
     def on_process_ended(self, pidfd: int) -> bool:
@@ -281,7 +273,7 @@ class WorkerPool:
             self._report_end(key)
         self._do(self._lifecycle.tick(now))
 
-    def _on_reaped(self, message: WorkerExited) -> None:
+    def _on_reaped(self, message: messages.WorkerExited) -> None:
         """The custodian reports how a worker ended, a moment before or after its pidfd is readable."""
         code = os.waitstatus_to_exitcode(message.status)
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
