@@ -20,9 +20,7 @@ def main() -> int:
         print(f"postcopy serve: {error}", file=sys.stderr)
         return 2
     logging.basicConfig(
-        level=settings.log_level.upper(),
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(message)s",
+        level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
     )
     if find_spec("prctl") is None:  # workers drop their rights with it
         print(

@@ -1,8 +1,7 @@
 """Adoption: the clients and workers of the previous supervisor continue under this one.
 
 Workers of remote blocks connect to the router again within some 100 ms. The requests that they sent to the dead
-supervisor are lost. So each gets an empty Wake as soon as it is connected, which makes its clients fault again.
-"""
+supervisor are lost. So each gets an empty Wake as soon as it is connected, which makes its clients fault again."""
 
 from __future__ import annotations
 

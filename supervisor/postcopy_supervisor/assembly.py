@@ -139,7 +139,7 @@ def assemble(settings: Settings, runtime: RuntimeDirectory, plan: Plan, inherite
     base = _base(settings, runtime, plan, inherited, main_loop)
     service = _service(settings, runtime, plan, base, main_loop)
     own, router, listener, custodian = base.own, base.router, base.listener, base.custodian
-    blocks, clients, pool, event = base.blocks, service.clients, service.pool, base.event_log.tell
+    blocks, clients, pool, event = base.blocks, service.clients, service.pool, base.event_log.record
     exports, auditor, pending = Exports(), Auditor(list(blocks.values()), event), PendingWorkers(pool)
     parts = Parts(
         base.state,
@@ -182,9 +182,6 @@ def assemble(settings: Settings, runtime: RuntimeDirectory, plan: Plan, inherite
         own.quit,
     )
     return Supervisor(main_loop, listener, custodian, shutdown, parts, service.recorder)
-
-
-# --- layers -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +249,7 @@ def _service(settings: Settings, runtime: RuntimeDirectory, plan: Plan, base: Ba
         base.by_number,
         base.custodian,
         base.listener,
-        base.event_log.tell,
+        base.event_log.record,
     )
     clients = Clients(blocks, custodian, plan.first_client)
     assignments = WorkerAssignments(settings, runtime.endpoint, own.device >= 0, blocks, clients)
@@ -272,15 +269,10 @@ def _service(settings: Settings, runtime: RuntimeDirectory, plan: Plan, base: Ba
 
 
 def _paging(
-    settings: Settings,
-    base: Base,
-    clients: Clients,
-    pool: WorkerPool,
-    worker_zero: WorkerZero,
-    own_mapping: OwnMapping,
+    settings: Settings, base: Base, clients: Clients, pool: WorkerPool, worker_zero: WorkerZero, own_mapping: OwnMapping
 ) -> RemotePaging:
     """Paging, with the trace points that are asked for."""
-    points, blocks, listener, event = settings.trace, base.by_number, base.listener, base.event_log.tell
+    points, blocks, listener, event = settings.trace, base.by_number, base.listener, base.event_log.record
     plain = not points & trace_points.ON_FAULTS
     kind = RemotePaging if plain else trace_points.TracedPaging if "request" in points else trace_points.SlowPaging
     placer = (trace_points.TracedPlacer if "place" in points else Placer)(base.own.core, listener, event)
@@ -323,7 +315,7 @@ def _periodic(
             service.zero,
             service.paging.engine,
             settings.handler_timeout,
-            base.event_log.tell,
+            base.event_log.record,
         ),
         auditor,
         exports,
@@ -359,12 +351,9 @@ def _ports(
         queries,
         answers,
         replies,
-        base.event_log.tell,
+        base.event_log.record,
         f"{names} in {runtime.path} (pid {os.getpid()})",
     )
-
-
-# --- the steps --------------------------------------------------------------------------------------------------------
 
 
 def _descriptors(plan: Plan) -> Descriptors:
@@ -475,4 +464,4 @@ def _recovered(plan: Plan, parts: Parts, sources: Sources) -> None:
         link.inherited = True
     took = (time.monotonic() - parts.state.started) * 1000
     text = f"{len(plan.clients)} clients, {len(plan.workers)} workers and {len(plan.blocks)} blocks of the supervisor"
-    parts.event_log.tell("recover", f"{text} before this one are taken over, in {took:.0f} ms")
+    parts.event_log.record("recover", f"{text} before this one are taken over, in {took:.0f} ms")

@@ -26,10 +26,7 @@ class WorkerAssignments:
     def __init__(
         self, settings: Settings, endpoint: str, has_device: bool, blocks: Mapping[int, RamBlock], clients: Clients
     ) -> None:
-        self._settings = settings
-        self._endpoint = endpoint
-        self._has_device = has_device
-        self._blocks = blocks
+        self._settings, self._endpoint, self._has_device, self._blocks = settings, endpoint, has_device, blocks
         self._clients = clients
 
     def assign(self, worker: int, incarnation: int, quarantined: bool) -> tuple[list[str], Assignment]:

@@ -14,37 +14,20 @@ from postcopy_kernel import memory
 from postcopy_kernel.filewatch import give_up_lease, hear_of_lease, lease, lease_wanted
 from postcopy_kernel.memory import DONTFORK, DONTNEED, Mapping
 from postcopy_kernel.userfaultfd import RegisterMode, Userfaultfd
+from postcopy_protocol import received_map
 from postcopy_protocol.errors import BadInput
 from postcopy_protocol.geometry import PAGE_2M, page_count
 from postcopy_protocol.messages import BlockGrant, BlockNote
-from postcopy_protocol.received_map import (
-    CHANGED,
-    FLAGS,
-    LEASED,
-    LOST,
-    PLACING,
-    RECEIVED,
-    SHARED,
-    TRUST,
-    WATCHED,
-    Audit,
-    polluted,
-    runs_of,
-)
 from postcopy_protocol.sizes import format_size
 from postcopy_protocol.sources import Advice, FileSource, HandlerSource, RemoteSource, Source, ZeroSource
 
 from .recovery.plan import KeptBlock
 
-LARGEST_BLOCK = 16 << 40
-"""Bytes: what a process can map several times over (47 bits of addresses)."""
+LARGEST_BLOCK = 16 << 40  # bytes: what a process can map several times over (47 bits of addresses)
 MAP_PIECE = 1 << 20
-AUDIT_RUNS = 1000
-"""Runs of present pages looked at in one step of an audit: some milliseconds."""
-SHORT_RUNS = 100
-"""... and in a step of an audit on demand, which has no pause between its steps."""
-TALLY_PAGES = 128 << 10
-"""Pages counted in one step."""
+AUDIT_RUNS = 1000  # runs of present pages looked at in one step of an audit: some milliseconds
+SHORT_RUNS = 100  # ... and in a step of an audit on demand, which has no pause between its steps
+TALLY_PAGES = 128 << 10  # pages counted in one step
 COPY_SECONDS = 0.002
 """After this time a worker that did not see the new mark has finished its COPY of the unchanged file."""
 
@@ -107,10 +90,7 @@ class RamBlock:
         kept: KeptBlock | None = None,
     ) -> None:
         """``advice``: the advice of a remote block's source; ``kept``: what the previous supervisor left."""
-        self.number = number
-        self.name = name
-        self.source = source
-        self.page_size = page_size
+        self.number, self.name, self.source, self.page_size = number, name, source, page_size
         self.identity = advice.identity if advice else ""
         if kept is not None:
             note = kept.note
@@ -144,7 +124,7 @@ class RamBlock:
         try:
             return (
                 memory.create_memfd(f"postcopy-{self.name}", self.length, self.page_size),
-                memory.create_memfd(f"postcopy-{self.name}-map", -(-(self.pages + FLAGS) // 4096) * 4096),
+                memory.create_memfd(f"postcopy-{self.name}-map", -(-(self.pages + received_map.FLAGS) // 4096) * 4096),
             )
         except OSError as error:
             raise BadInput(f"block {self.name}: no memory of {format_size(self.length)}: {error.strerror}") from None
@@ -171,10 +151,10 @@ class RamBlock:
             return
         if not kept:
             if not lease(descriptor):
-                self.received[self.pages + TRUST] = WATCHED
+                self.received[self.pages + received_map.TRUST] = received_map.WATCHED
             return
         hear_of_lease(descriptor)
-        if self.received[self.pages + TRUST] != LEASED:
+        if self.received[self.pages + received_map.TRUST] != received_map.LEASED:
             give_up_lease(descriptor)
 
     def register(self, core: Userfaultfd) -> None:
@@ -188,7 +168,7 @@ class RamBlock:
 
     def shared_granted(self) -> None:
         """A client may write from now on, so page contents no longer prove where a page came from."""
-        self.received[self.pages + SHARED] = 1
+        self.received[self.pages + received_map.SHARED] = 1
 
     def look_at_source(self) -> None:
         """Mark a file that was truncated or written since it is served; workers check the mark before every page. The
@@ -197,14 +177,18 @@ class RamBlock:
         if opened.descriptor >= 0:
             now = os.fstat(opened.descriptor)
             if (now.st_size, now.st_mtime_ns) != (opened.size, opened.mtime_ns):
-                self.received[self.pages + TRUST] = CHANGED
+                self.received[self.pages + received_map.TRUST] = received_map.CHANGED
 
     def yield_lease(self) -> None:
         """A program wants to write to the file: let it, and check the file's size before every page from now on."""
         descriptor = self.opened.descriptor
-        if descriptor < 0 or self.received[self.pages + TRUST] != LEASED or not lease_wanted(descriptor):
+        if (
+            descriptor < 0
+            or self.received[self.pages + received_map.TRUST] != received_map.LEASED
+            or not lease_wanted(descriptor)
+        ):
             return
-        self.received[self.pages + TRUST] = WATCHED
+        self.received[self.pages + received_map.TRUST] = received_map.WATCHED
         time.sleep(COPY_SECONDS)
         give_up_lease(descriptor)
 
@@ -246,8 +230,6 @@ class RamBlock:
             source_mtime_ns=opened.mtime_ns,
         )
 
-    # --- what is there ------------------------------------------------------------------------------------------------
-
     def _map_pieces(self) -> Iterator[tuple[int, bytes]]:
         """The written parts of the received map; the rest is MISSING, and reading it would allocate memory."""
         for start, end in memory.data_runs(self.map_fd, 0, self.pages):
@@ -258,8 +240,8 @@ class RamBlock:
         """(received, lost) pages by the map."""
         received = lost = 0
         for _, piece in self._map_pieces():
-            received += piece.count(RECEIVED)
-            lost += piece.count(LOST)
+            received += piece.count(received_map.RECEIVED)
+            lost += piece.count(received_map.LOST)
         return received, lost
 
     def tally(self, cells: int) -> Generator[None, None, tuple[list[int], list[int]]]:
@@ -273,8 +255,8 @@ class RamBlock:
             while first < at + len(piece):
                 cell = first // stretch
                 end = min((cell + 1) * stretch, at + len(piece))
-                received[cell] += piece.count(RECEIVED, first - at, end - at)
-                lost[cell] += piece.count(LOST, first - at, end - at)
+                received[cell] += piece.count(received_map.RECEIVED, first - at, end - at)
+                lost[cell] += piece.count(received_map.LOST, first - at, end - at)
                 counted += end - first
                 first = end
                 if counted >= TALLY_PAGES:
@@ -288,10 +270,10 @@ class RamBlock:
         if self.page_size == PAGE_2M:
             return
         for at, piece in self._map_pieces():
-            for start, stop in runs_of(piece, PLACING):
+            for start, stop in received_map.runs_of(piece, received_map.PLACING):
                 for page in range(at + start, at + stop):
                     if memory.is_present(self.memory, page * self.page_size):
-                        self.received[page] = RECEIVED
+                        self.received[page] = received_map.RECEIVED
 
     def _finish_interrupted(self) -> None:
         """Pages that were being placed when the previous supervisor died. Only the supervisor places pages of a remote
@@ -299,7 +281,7 @@ class RamBlock:
         self.promote_interrupted()
         if self.kind == "remote":
             for at, piece in self._map_pieces():
-                for start, stop in runs_of(piece, PLACING):
+                for start, stop in received_map.runs_of(piece, received_map.PLACING):
                     self.received[at + start : at + stop] = bytes(stop - start)
 
     def lost_pages(self) -> list[int]:
@@ -307,7 +289,7 @@ class RamBlock:
         return [
             page
             for at, piece in self._map_pieces()
-            for start, stop in runs_of(piece, LOST)
+            for start, stop in received_map.runs_of(piece, received_map.LOST)
             for page in range(at + start, at + stop)
         ]
 
@@ -320,7 +302,7 @@ class RamBlock:
         """(offset, length) of missing pages, from the kernel for 4K pages and from the map for huge ones."""
         if self.page_size == PAGE_2M:
             for page in range(self.pages):
-                if self.received[page] != RECEIVED:
+                if self.received[page] != received_map.RECEIVED:
                     yield page * self.page_size, self.page_size
             return
         for start, end in memory.hole_runs(self.memory, 0, self.length):
@@ -339,16 +321,16 @@ class RamBlock:
             yield
 
     def audit_step(self, runs: int = AUDIT_RUNS) -> bool:
-        """A part of an audit, short even for a block of many scattered pages; True: the block is done.
-
-        Presence is asked first and the map read after it: our own workers store PLACING before a page can appear.
-        """
+        """A part of an audit, short even for a block of many scattered pages; True: the block is done. Presence is
+        asked first and the map read after it: our own workers store PLACING before a page can appear."""
         if self.page_size == PAGE_2M:
             return True
         if self._audit is None:
             self._audit, self._strange = self.present_runs(), []
         for start, stop in islice(self._audit, runs):
-            found: Audit = polluted(os.pread(self.map_fd, stop - start, start), [(0, stop - start)])
+            found: received_map.Audit = received_map.polluted(
+                os.pread(self.map_fd, stop - start, start), [(0, stop - start)]
+            )
             self._strange += [(first + start, last + start) for first, last in found.polluted]
             runs -= 1
         if runs == 0:

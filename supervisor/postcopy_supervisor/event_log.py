@@ -6,8 +6,7 @@ word is a JSON string, so the name of a client or a file cannot begin a line of 
     lost: block ram0: 1 pages from page 7: input/output error event=lost block=ram0 offset=28672 length=4096
     cause="input/output error"          (all in one line)
 
-The history is for ``postcopy status --events`` and ``--story``. No event holds page contents or keys.
-"""
+The history is for ``postcopy status --events`` and ``--story``. No event holds page contents or keys."""
 
 from __future__ import annotations
 
@@ -23,8 +22,7 @@ from typing import Any, Protocol
 log = logging.getLogger("postcopy")
 
 LENGTH = 512
-MOST_TEXT = 1000
-"""Characters of a text that are kept: reasons come from sources and from users' functions."""
+MOST_TEXT = 1000  # characters of a text that are kept: reasons come from sources and from users' functions
 QUIET = frozenset({"complete", "memory", "source", "recover", "healed", "resumed"})
 """Kinds that are logged as information and not as warnings."""
 FIELDS = ("client", "worker", "incarnation", "pid", "block", "offset", "length", "source", "restarts", "cause")
@@ -33,7 +31,7 @@ FIELDS = ("client", "worker", "incarnation", "pid", "block", "offset", "length",
 _PLAIN = re.compile(r"[A-Za-z0-9_.:/+-]+", re.ASCII)
 
 
-class Tell(Protocol):
+class RecordEvent(Protocol):
     """Records an event: its kind, a text for people, and the FIELDS that apply."""
 
     def __call__(self, kind: str, detail: str, **where: int | str) -> None: ...
@@ -90,8 +88,8 @@ class EventLog:
         self._number = 0
         self.counts: dict[str, int] = {}
 
-    def tell(self, kind: str, detail: str, **where: int | str) -> None:
-        """Log an event and keep it (a ``Tell``)."""
+    def record(self, kind: str, detail: str, **where: int | str) -> None:
+        """Log an event and keep it (a ``RecordEvent``)."""
         assert where.keys() <= set(FIELDS), where
         self._number += 1
         self.counts[kind] = self.counts.get(kind, 0) + 1

@@ -2,8 +2,7 @@
 
 It calls write(2) on missing memory. The kernel stops it there, without the GIL, until client zero's fault is resolved.
 The file gets its name only when it is complete. A partial file of a killed supervisor is recognised by its lock, which
-no process holds any more, and is removed when the next export to the same name begins.
-"""
+no process holds any more, and is removed when the next export to the same name begins."""
 
 from __future__ import annotations
 
@@ -31,8 +30,7 @@ class Export(threading.Thread):
 
     def __init__(self, job: int, block: RamBlock, path: str) -> None:
         super().__init__(name=f"export-{block.name}", daemon=True)
-        self.job = job
-        self.block = block
+        self.job, self.block = job, block
         self.asked = time.monotonic()
         self._path = path
         self._partial = f"{path}.partial-{os.getpid()}-{job}"

@@ -2,8 +2,7 @@
 
 It handles a wake-up in this order: the core userfaultfd, the stop eventfd, then everything else (custodian, processes
 that end, the attach socket and its connections). It reads and decodes, and decides nothing. All state belongs to the
-main thread, which waits in a turn of the router. An eventfd wakes that when the queue has something.
-"""
+main thread, which waits in a turn of the router. An eventfd wakes that when the queue has something."""
 
 from __future__ import annotations
 
@@ -15,8 +14,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable
 
 from postcopy_kernel import descriptors, process
 from postcopy_kernel.filewatch import FileWatch
@@ -26,32 +24,19 @@ from postcopy_protocol.codec import decode
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.messages import CustodianReady, ForkFailed, Message, WorkerExited, WorkerForked
 
+from . import events
 from .blocks import RamBlock
-from .events import (
-    ClientConnected,
-    ClientMessage,
-    CoreFaults,
-    CustodianMessage,
-    ListenerEvent,
-    ProcessEnded,
-    StopRequested,
-    Tick,
-)
 
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.25
 ACCEPT_AT_ONCE = 64
 QUEUE_LIMIT = 4096
-FAILED = 1
-"""Exit status."""
+FAILED = 1  # exit status
 FROM_CUSTODIAN = (CustodianReady, WorkerForked, ForkFailed, WorkerExited)
 
 
-class Job(Protocol):
-    """A short piece of work for the listener's thread."""
-
-    def __call__(self) -> object: ...
+Job = Callable[[], object]  # a short piece of work for the listener's thread
 
 
 class FileWatches:
@@ -83,14 +68,10 @@ class Listener(threading.Thread):
 
     def __init__(self, core: Userfaultfd, stop_eventfd: int, attach_socket: socket.socket, files: FileWatches) -> None:
         super().__init__(name="listener", daemon=True)
-        self.queue: collections.deque[ListenerEvent] = collections.deque()
-        self.wakeup = descriptors.create_eventfd()
-        """Readable when something has been queued."""
+        self.queue: collections.deque[events.ListenerEvent] = collections.deque()
+        self.wakeup = descriptors.create_eventfd()  # readable when something has been queued
         self._jobs: collections.deque[Job] = collections.deque()
-        self._core = core
-        self._stop_eventfd = stop_eventfd
-        self._attach_socket = attach_socket
-        self._files = files
+        self._core, self._stop_eventfd, self._attach_socket, self._files = core, stop_eventfd, attach_socket, files
         self._alarm = descriptors.create_eventfd()
         self._stopping = False
         self._due: float | None = None
@@ -102,8 +83,6 @@ class Listener(threading.Thread):
             self._epoll.register(fd, select.EPOLLIN)
         if files.fileno() >= 0:
             self._epoll.register(files.fileno(), select.EPOLLIN)
-
-    # --- called by the main thread ------------------------------------------------------------------------------------
 
     def watch_process(self, pidfd: int) -> None:
         self._pidfds.add(pidfd)
@@ -148,8 +127,6 @@ class Listener(threading.Thread):
         self._epoll.close()
         os.close(self._alarm)
 
-    # --- the thread ---------------------------------------------------------------------------------------------------
-
     def run(self) -> None:
         try:
             self._loop()
@@ -171,7 +148,7 @@ class Listener(threading.Thread):
             now = time.monotonic()
             if now - ticked >= TICK_SECONDS or (self._due is not None and now >= self._due):
                 ticked, self._due = now, None
-                self.queue.append(Tick(now))
+                self.queue.append(events.Tick(now))
             if self.queue:
                 descriptors.signal_eventfd(self.wakeup)
 
@@ -187,10 +164,10 @@ class Listener(threading.Thread):
 
     def _on_readable(self, fd: int) -> None:
         if fd == self._core.fileno():
-            self.queue.append(CoreFaults(self._core.read()))
+            self.queue.append(events.CoreFaults(self._core.read()))
         elif fd == self._stop_eventfd:
             os.eventfd_read(fd)
-            self.queue.append(StopRequested())
+            self.queue.append(events.StopRequested())
         elif fd == self._alarm:
             os.eventfd_read(fd)
         elif fd == self._files.fileno():
@@ -199,7 +176,7 @@ class Listener(threading.Thread):
             if not process.pidfd_exited(fd):
                 return  # the number was closed and used again while this wake-up was on its way
             self.forget_process(fd)
-            self.queue.append(ProcessEnded(fd))
+            self.queue.append(events.ProcessEnded(fd))
         elif fd == self._attach_socket.fileno():
             self._accept()
         elif self._custodian is not None and fd == self._custodian.fileno():
@@ -217,7 +194,7 @@ class Listener(threading.Thread):
                 time.sleep(0.05)  # no descriptor is left: clients wait in the backlog, and this thread does not spin
                 return
             connection.setblocking(False)
-            self.queue.append(ClientConnected(connection, time.monotonic()))
+            self.queue.append(events.ClientConnected(connection, time.monotonic()))
 
     def _read_custodian(self, channel: socket.socket) -> None:
         if not _descriptor_is_free():
@@ -233,7 +210,7 @@ class Listener(threading.Thread):
         if message is None:
             self._epoll.unregister(channel.fileno())
             self._custodian = None
-        self.queue.append(CustodianMessage(message, tuple(received.fds)))
+        self.queue.append(events.CustodianMessage(message, tuple(received.fds)))
 
     def _read_client(self, connection: socket.socket) -> None:
         if len(self.queue) > QUEUE_LIMIT:
@@ -254,7 +231,7 @@ class Listener(threading.Thread):
             message = None
         if message is None:
             self.forget_connection(connection)
-        self.queue.append(ClientMessage(connection, message, fds))
+        self.queue.append(events.ClientMessage(connection, message, fds))
 
 
 def _descriptor_is_free() -> bool:

@@ -1,8 +1,7 @@
 """The main loop: one thread that waits in a turn of the router and dispatches messages and events to the parts.
 
 All state belongs to this thread. The parts are ports (Protocols), so that the simulation of the tests runs this
-dispatcher too.
-"""
+dispatcher too."""
 
 from __future__ import annotations
 
@@ -16,24 +15,18 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from postcopy_kernel.userfaultfd import PageFault
+from postcopy_protocol import messages
 from postcopy_protocol.codec import decode, encode, unpack_offsets
 from postcopy_protocol.errors import BadMessage
-from postcopy_protocol.messages import (
-    ControlRefused,
-    CustodianReady,
-    Fetched,
-    Message,
-    Report,
-    RequestPages,
-    Wake,
-    WorkerHello,
-)
 from postcopy_protocol.templates import OFFSET_BYTES
 from postcopy_protocol.zmtp import Message as WireMessage
+from postcopy_wire.transport import Router
 
 from .blocks import RamBlock
+from .clients.attach_server import AttachServer
+from .clients.client_zero import ClientZero
 from .clients.worker_zero import NUMBER as ZERO
-from .event_log import Tell
+from .event_log import RecordEvent
 from .events import (
     ClientConnected,
     ClientMessage,
@@ -48,7 +41,7 @@ from .events import (
     WorkerGone,
     WorkerReady,
 )
-from .observe.queries import LONG, QUESTIONS, LongAnswers
+from .observe.queries import LONG, QUESTIONS, LongAnswers, Queries
 from .paging.fast_path import SourceFastPath
 from .paging.paging import RemotePaging
 from .parts import RunState
@@ -56,25 +49,11 @@ from .runtime import notify
 
 log = logging.getLogger("postcopy")
 
-FROM_ROUTER = (WorkerHello, Report, Fetched, RequestPages, *QUESTIONS)
-LARGE = 31 << 20
-"""Bytes; just below the largest allocation from which glibc (64 bit) learns its threshold."""
+FROM_ROUTER = (messages.WorkerHello, messages.Report, messages.Fetched, messages.RequestPages, *QUESTIONS)
+LARGE = 31 << 20  # bytes; just below the largest allocation from which glibc (64 bit) learns its threshold
 GC_THRESHOLD = 20_000
 """New objects after which Python collects garbage. Nothing here is made of cycles, so it need not look often."""
-TURNS = 16
-"""Turns of the router after which pages in a staging slot have waited long enough."""
-
-
-class Transport(Protocol):
-    """The router."""
-
-    def turn(self) -> None:
-        """Wait for messages and deliver them to ``MainLoop.on_message`` and ``on_source_message``."""
-
-    def waiting(self) -> object:
-        """True when another turn would not wait."""
-
-    def send(self, name: bytes, data: bytes, /) -> int: ...
+TURNS = 16  # turns of the router after which pages in a staging slot have waited long enough
 
 
 class Pool(Protocol):
@@ -82,35 +61,17 @@ class Pool(Protocol):
 
     events: deque[WorkerEvent]
 
-    def on_hello(self, message: WorkerHello) -> None: ...
-    def on_custodian_message(self, message: Message | None, fds: tuple[int, ...]) -> None: ...
+    def on_hello(self, message: messages.WorkerHello) -> None: ...
+    def on_custodian_message(self, message: messages.Message | None, fds: tuple[int, ...]) -> None: ...
     def on_process_ended(self, pidfd: int) -> bool: ...
     def explain(self, worker: int, why: str) -> None: ...
     def send(self, worker: int, data: bytes) -> None: ...
-
-
-class Attach(Protocol):
-    """The attach server."""
-
-    def on_connect(self, connection: Any, at: float) -> None: ...
-    def on_message(self, connection: Any, message: Message | BadMessage | None, fds: tuple[int, ...]) -> None: ...
-    def on_worker_ready(self, number: int) -> None: ...
-    def on_worker_gone(self, number: int) -> None: ...
 
 
 class Release(Protocol):
     """The end of clients."""
 
     def on_process_ended(self, pidfd: int) -> None: ...
-
-
-class OwnClient(Protocol):
-    """Client zero."""
-
-    def fault(self, fault: PageFault) -> None: ...
-    def on_fetched(self, answer: Fetched) -> None: ...
-    def on_worker_ready(self) -> None: ...
-    def on_worker_crashed(self) -> None: ...
 
 
 class RemoteSources(Protocol):
@@ -134,20 +95,13 @@ class Periodic(Protocol):
     def worker_ended(self) -> None: ...
 
 
-class Answers(Protocol):
-    """Questions with short answers."""
-
-    def answer(self, question: Message) -> Message: ...
-
-
 class Replies:
     """Sends answers to the command line, and reports exceptions as bugs."""
 
-    def __init__(self, router: Transport, event: Tell) -> None:
-        self._router = router
-        self._event = event
+    def __init__(self, router: Router, event: RecordEvent) -> None:
+        self._router, self._event = router, event
 
-    def send_answer(self, identity: bytes, answer: Message) -> None:
+    def send_answer(self, identity: bytes, answer: messages.Message) -> None:
         self._router.send(identity, encode(answer))
 
     def report_bug(self, what: object, error: Exception) -> None:
@@ -161,22 +115,22 @@ class Ports:
     """What the main loop dispatches to. ``queue`` and ``wakeup`` are the listener's; ``clients``: their numbers."""
 
     state: RunState
-    router: Transport
+    router: Router
     queue: deque[ListenerEvent]
     wakeup: int
     blocks: Mapping[int, RamBlock]
     clients: Container[int]
     pool: Pool
-    attach: Attach
+    attach: AttachServer
     release: Release
-    zero: OwnClient
+    zero: ClientZero
     paging: RemotePaging
     sources: RemoteSources
     periodic: Periodic
-    answers: Answers
+    answers: Queries
     long_answers: LongAnswers
     replies: Replies
-    event: Tell
+    event: RecordEvent
     ready_text: str = ""
 
 
@@ -228,8 +182,6 @@ class MainLoop:
         log.info("ready: %s", self._ports.ready_text)
         notify("READY=1")
 
-    # --- messages of the router ---------------------------------------------------------------------------------------
-
     def on_message(self, identity: bytes, message: WireMessage) -> None:
         """A message of a worker or of the command line. Most are requests for one page, which take a fast path."""
         try:
@@ -265,13 +217,13 @@ class MainLoop:
         try:
             message = decode(data, expect=FROM_ROUTER)
             match message:
-                case WorkerHello():
+                case messages.WorkerHello():
                     self._on_hello(message)
-                case Report():
+                case messages.Report():
                     self._on_report(message)
-                case Fetched():
+                case messages.Fetched():
                     self._ports.zero.on_fetched(message)
-                case RequestPages():
+                case messages.RequestPages():
                     self._on_request(message, data)
                 case _ if isinstance(message, LONG):
                     self._ports.long_answers.ask(identity, message)
@@ -279,17 +231,17 @@ class MainLoop:
                     replies.send_answer(identity, self._ports.answers.answer(message))
         except BadMessage as error:
             log.warning("router: what %r sent is no message: %s", identity[:32], error)
-            replies.send_answer(identity, ControlRefused(f"not understood: {error}"))
+            replies.send_answer(identity, messages.ControlRefused(f"not understood: {error}"))
         self._dispatch_worker_events()
 
-    def _on_hello(self, message: WorkerHello) -> None:
+    def _on_hello(self, message: messages.WorkerHello) -> None:
         """A worker has connected. Wakes that were sent to it before are lost, so an empty Wake makes it request
         everything again."""
         self._pool.on_hello(message)
         if message.worker in self._ports.clients and self._sources.links:
-            self._pool.send(message.worker, encode(Wake(0, b"")))
+            self._pool.send(message.worker, encode(messages.Wake(0, b"")))
 
-    def _on_request(self, message: RequestPages, data: bytes) -> None:
+    def _on_request(self, message: messages.RequestPages, data: bytes) -> None:
         ports = self._ports
         block = ports.blocks.get(message.block)
         if block is None or message.worker not in ports.clients:
@@ -300,7 +252,7 @@ class MainLoop:
         shift = block.page_size.bit_length() - 1
         ports.paging.fault(message.worker, block, [offset >> shift for offset in offsets if offset < block.length])
 
-    def _on_report(self, report: Report) -> None:
+    def _on_report(self, report: messages.Report) -> None:
         """A worker reports an event."""
         if report.kind == "failed":
             self._pool.explain(report.worker, report.detail)
@@ -316,8 +268,6 @@ class MainLoop:
         text = f"worker {report.worker}: block {block.name} offset {report.offset} {report.detail}"
         return self._ports.event(report.kind, text, **where)
 
-    # --- events -------------------------------------------------------------------------------------------------------
-
     def on_event(self, event: ListenerEvent) -> None:
         """Dispatch an event of the listener, and the worker events that follow from it."""
         try:
@@ -329,8 +279,8 @@ class MainLoop:
     def _dispatch(self, event: ListenerEvent) -> None:
         ports = self._ports
         match event:
-            case CoreFaults(messages):
-                for message in messages:
+            case CoreFaults(faults):
+                for message in faults:
                     if isinstance(message, PageFault):
                         ports.zero.fault(message)
                     else:
@@ -339,7 +289,7 @@ class MainLoop:
                 self._state.phase = "ending"
             case CustodianMessage(message, fds):
                 ports.pool.on_custodian_message(message, fds)
-                if self._state.phase == "starting" and isinstance(message, CustodianReady):
+                if self._state.phase == "starting" and isinstance(message, messages.CustodianReady):
                     self.ready()
             case ProcessEnded(pidfd):
                 if not ports.pool.on_process_ended(pidfd):
@@ -352,9 +302,9 @@ class MainLoop:
                 ports.periodic.tick(time.monotonic(), at)
 
     def _dispatch_worker_events(self) -> None:
-        ports, events = self._ports, self._pool.events
-        while events:
-            match events.popleft():
+        ports, queue = self._ports, self._pool.events
+        while queue:
+            match queue.popleft():
                 case WorkerReady(worker) if worker == ZERO:
                     ports.zero.on_worker_ready()
                 case WorkerReady(worker):

@@ -6,8 +6,7 @@ import contextlib
 import os
 from collections.abc import Sequence
 
-SCARCE = 128 << 20
-"""Bytes available on the machine below which only pages that a client waits for are placed."""
+SCARCE = 128 << 20  # bytes available on the machine below which only pages that a client waits for are placed
 UNLIMITED = 1 << 62
 
 
@@ -15,9 +14,7 @@ class MemoryBudget:
     """``memories``: descriptors of the blocks' memfds; ``max_memory`` and ``reserve`` in bytes (0: no limit)."""
 
     def __init__(self, memories: Sequence[int], max_memory: int, reserve: int) -> None:
-        self._memories = memories
-        self._max_memory = max_memory
-        self._reserve = reserve
+        self._memories, self._max_memory, self._reserve = memories, max_memory, reserve
 
     def left(self, in_flight: int) -> int:
         """Bytes that may still be placed unasked, when ``in_flight`` bytes are on their way."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from postcopy_protocol import counters
 
 from .adopt import PendingWorkers
 from .blocks import RamBlock
 from .clients.release import ClientRelease
 from .exports import Exports
+from .listener import Listener
 from .memory_budget import MemoryBudget
 from .observe.audit import Auditor
 from .parts import Parts
@@ -18,12 +17,6 @@ from .runtime import Heartbeat
 from .watchdog import Watchdog
 
 RARE_SECONDS = 1.0
-
-
-class Timer(Protocol):
-    """The listener, which queues ticks."""
-
-    def tick_at(self, due: float | None) -> None: ...
 
 
 class PeriodicWork:
@@ -41,19 +34,11 @@ class PeriodicWork:
         auditor: Auditor,
         exports: Exports,
         heartbeat: Heartbeat,
-        timer: Timer,
+        timer: Listener,
     ) -> None:
-        self._parts = parts
-        self._budget = budget
-        self._fault_around = fault_around
-        self._sources = sources
-        self._pending = pending
-        self._release = release
-        self._watchdog = watchdog
-        self._auditor = auditor
-        self._exports = exports
-        self._heartbeat = heartbeat
-        self._timer = timer
+        self._parts, self._budget, self._fault_around, self._sources = parts, budget, fault_around, sources
+        self._pending, self._release, self._watchdog, self._auditor = pending, release, watchdog, auditor
+        self._exports, self._heartbeat, self._timer = exports, heartbeat, timer
         self._rare_at = 0.0
         self._interrupted = False
 
@@ -88,7 +73,7 @@ class PeriodicWork:
             parts.paging.roomy = enough
             parts.control_page[counters.WINDOW_LIMIT] = self._fault_around if enough else 0
             text = "enough again" if enough else "scarce: fault-around and background work stop"
-            parts.event_log.tell("memory", text)
+            parts.event_log.record("memory", text)
 
     def _rare(self, now: float, at: float) -> None:
         self._release.tick(at)
@@ -107,7 +92,7 @@ class PeriodicWork:
         """The end phase of a block whose pages are all received."""
         if not block.complete and block.look_complete():
             text = f"block {block.name}: every page is received; its clients are released"
-            self._parts.event_log.tell("complete", text, block=block.name)
+            self._parts.event_log.record("complete", text, block=block.name)
             link = self._parts.paging.links.get(block.number)
             if link is not None:
                 link.complete(block.number)

@@ -132,9 +132,8 @@ def notify(state: str, patience: float = 2.0) -> None:
 
 
 class Heartbeat:
-    """Sends WATCHDOG=1 to a service manager that asks for it (sd_watchdog_enabled(3)), twice as often as it asks.
-
-    The main loop calls it. When that hangs, the manager ends the supervisor and the next one recovers."""
+    """Sends WATCHDOG=1 to a service manager that asks for it (sd_watchdog_enabled(3)), twice as often as it asks. The
+    main loop calls it. When that hangs, the manager ends the supervisor and the next one recovers."""
 
     def __init__(self) -> None:
         wanted, whose = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", "")

@@ -21,8 +21,7 @@ MOST_FAULT_AROUND = 64 << 20
 
 POINTS = ("loop", "quit", "core", "foreign", "request", "place", "wake")
 """Trace points of ``--trace`` (see ``observe.trace_points``)."""
-AUTO_RATE = -1
-"""Remote blocks at the full rate of their source, local blocks not at all."""
+AUTO_RATE = -1  # remote blocks at the full rate of their source, local blocks not at all
 
 
 @dataclass(frozen=True, slots=True)

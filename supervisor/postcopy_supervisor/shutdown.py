@@ -3,8 +3,8 @@
 All placing stops (quit eventfd) and the workers leave. Then exactly the holes of every client are poisoned through our
 duplicates of the shared userfaultfds, in bounded steps. Only then are the clients informed and descriptors closed. A
 present page stays: the client's mapping holds the memory. Poison costs page tables (2 MiB for each GiB and client), so
-memory and time are bounded. Pages beyond that wait, because the client holds its own userfaultfd; they are not zeros.
-"""
+memory and time are bounded. Pages beyond that wait, because the client holds its own userfaultfd; they are not
+zeros."""
 
 from __future__ import annotations
 
@@ -41,12 +41,10 @@ log = logging.getLogger("postcopy")
 LEAVE_SECONDS = 3.0
 STEP = 64 << 20
 TABLE_BYTES_PER_PAGE = 8
-BUDGET_SHARE = 4
-"""At most a quarter of the available memory may go into page tables of poison."""
+BUDGET_SHARE = 4  # at most a quarter of the available memory may go into page tables of poison
 POISON_SECONDS = 20.0
 """For all of it. It takes some 30 ms for each GiB and client (4K pages); service managers kill after some 90 s."""
-LINGER_SECONDS = 0.5
-"""Time in which answers to the last questions can still be sent."""
+LINGER_SECONDS = 0.5  # time in which answers to the last questions can still be sent
 
 
 class StopRequest:
@@ -54,9 +52,7 @@ class StopRequest:
 
     def __init__(self, eventfd: int, state: RunState, custodian: CustodianClient) -> None:
         self.keep_workers = False
-        self._eventfd = eventfd
-        self._state = state
-        self._custodian = custodian
+        self._eventfd, self._state, self._custodian = eventfd, state, custodian
 
     def ask(self, keep_workers: bool = False) -> None:
         """End as SIGTERM does; ``keep_workers``: end only the supervisor. Raises BadInput when no custodian could keep

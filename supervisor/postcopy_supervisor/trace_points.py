@@ -7,8 +7,7 @@
 
 They cost nothing when off: the traced parts are subclasses, used only with ``--trace``. Then every remote page takes
 the slow path instead of the fast one. What a worker places from a file or a handler does not pass the supervisor;
-``serve --record`` shows that.
-"""
+``serve --record`` shows that."""
 
 from __future__ import annotations
 
@@ -28,8 +27,7 @@ from .paging.ports import WorkerSender
 
 log = logging.getLogger("postcopy.trace")
 
-ON_FAULTS = frozenset({"request", "place", "wake"})
-"""Points that the fast paths do not pass."""
+ON_FAULTS = frozenset({"request", "place", "wake"})  # points that the fast paths do not pass
 
 
 def trace(point: str, **fields: int | str) -> None:
@@ -41,8 +39,7 @@ class TracedSender:
     """Sends to workers; the wakers' way to them."""
 
     def __init__(self, sender: WorkerSender, blocks: Mapping[int, RamBlock]) -> None:
-        self._sender = sender
-        self._blocks = blocks
+        self._sender, self._blocks = sender, blocks
 
     def send(self, worker: int, data: bytes) -> None:
         message = decode(data, expect=(Wake, Lost))

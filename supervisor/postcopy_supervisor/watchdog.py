@@ -11,15 +11,13 @@ from postcopy_protocol import counters
 from .clients.client import Clients
 from .clients.client_zero import ClientZero
 from .clients.worker_zero import NUMBER as ZERO
-from .event_log import Tell
+from .event_log import RecordEvent
 from .paging.engine import Engine
 from .pool.custodian_client import CustodianClient
 from .pool.worker_pool import WorkerPool
 
-STUCK_SECONDS = 5.0
-"""A worker hangs when its client waits this long and no fault is answered."""
-STOPPED_SECONDS = 2.0
-"""A custodian that is stopped (SIGSTOP) is killed after this time, before its deadline."""
+STUCK_SECONDS = 5.0  # a worker hangs when its client waits this long and no fault is answered
+STOPPED_SECONDS = 2.0  # a custodian that is stopped (SIGSTOP) is killed after this time, before its deadline
 
 
 class Watchdog:
@@ -33,15 +31,10 @@ class Watchdog:
         zero: ClientZero,
         engine: Engine,
         handler_timeout: float,
-        event: Tell,
+        event: RecordEvent,
     ) -> None:
-        self._pool = pool
-        self._custodian = custodian
-        self._clients = clients
-        self._zero = zero
-        self._engine = engine
-        self._timeout = handler_timeout
-        self._event = event
+        self._pool, self._custodian, self._clients, self._zero, self._engine = pool, custodian, clients, zero, engine
+        self._timeout, self._event = handler_timeout, event
         self._watched: dict[int, tuple[object, float]] = {}
 
     def tick(self, now: float) -> None:

@@ -1,8 +1,7 @@
 """The attach server: what clients ask for on the attach socket, checked and done.
 
 The numbers in a message are checked by ``AttachConversation``, descriptors by ``identity``. A client's userfaultfd gets
-its handshake and its registrations here.
-"""
+its handshake and its registrations here."""
 
 from __future__ import annotations
 
@@ -17,36 +16,18 @@ from typing import Protocol
 
 from postcopy_kernel import crashpoints, descriptors, memory
 from postcopy_kernel.userfaultfd import RegisterMode, Userfaultfd, is_userfaultfd
-from postcopy_protocol import counters
+from postcopy_protocol import counters, messages
 from postcopy_protocol.attach_conversation import AttachConversation, Refusal
 from postcopy_protocol.codec import pack_offsets
 from postcopy_protocol.errors import BadMessage
-from postcopy_protocol.messages import (
-    Attached,
-    BlockOpened,
-    Goodbye,
-    Hello,
-    Mapped,
-    Message,
-    OfferBackEnd,
-    OfferUserfaultfd,
-    OpenBlock,
-    RegionGrant,
-    Released,
-    Resume,
-    Resumed,
-    Unmap,
-    Unmapped,
-    UserfaultfdAccepted,
-    Welcome,
-)
 
 from ..blocks import RamBlock
+from ..listener import Listener
 from ..pool.worker_pool import WorkerPool
 from ..recovery.plan import KeptClient
 from .client import Client, Clients, send
 from .identity import AllowList, check_back_end, is_same_process, unidentified
-from .release import ClientRelease, Watcher
+from .release import ClientRelease
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +56,7 @@ class AttachServer:
         blocks: Mapping[str, RamBlock],
         clients: Clients,
         pool: WorkerPool,
-        watcher: Watcher,
+        watcher: Listener,
         release: ClientRelease,
         allow: AllowList,
         device: int,
@@ -84,18 +65,10 @@ class AttachServer:
     ) -> None:
         self._blocks = blocks
         self._by_number = {block.number: block for block in blocks.values()}
-        self._clients = clients
-        self._pool = pool
-        self._watcher = watcher
-        self._release = release
-        self._allow = allow
-        self._device = device
-        self._figures_bytes = figures_bytes
-        self._recorder = recorder
+        self._clients, self._pool, self._watcher, self._release, self._allow = clients, pool, watcher, release, allow
+        self._device, self._figures_bytes, self._recorder = device, figures_bytes, recorder
         self._limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._estimate = self._limit  # of descriptors in use; so high that the first client makes it count them
-
-    # --- connections --------------------------------------------------------------------------------------------------
 
     def on_connect(self, connection: socket.socket, at: float) -> None:
         """A peer had connected ``at`` this time. Messages sent before that have been handled."""
@@ -133,7 +106,9 @@ class AttachServer:
         self._estimate = descriptors.count_descriptors() + unfinished * DESCRIPTORS_PER_CLIENT
         return self._estimate + SPARE_DESCRIPTORS <= self._limit
 
-    def on_message(self, connection: socket.socket, message: Message | BadMessage | None, fds: tuple[int, ...]) -> None:
+    def on_message(
+        self, connection: socket.socket, message: messages.Message | BadMessage | None, fds: tuple[int, ...]
+    ) -> None:
         """Handle a message, or the end (None) of a connection. Descriptors that are not kept are closed."""
         client = self._clients.by_connection.get(connection)
         kept = False
@@ -158,33 +133,31 @@ class AttachServer:
             if not kept:
                 descriptors.close_all(fds)
 
-    def _dispatch(self, client: Client, message: Message, fds: tuple[int, ...]) -> bool:
+    def _dispatch(self, client: Client, message: messages.Message, fds: tuple[int, ...]) -> bool:
         """Do what a message asks for; True: its descriptors are kept."""
         match message:
-            case Hello():
-                self._send(client, Welcome(client.number), (self._device,) if self._device >= 0 else ())
-            case OfferUserfaultfd():
+            case messages.Hello():
+                self._send(client, messages.Welcome(client.number), (self._device,) if self._device >= 0 else ())
+            case messages.OfferUserfaultfd():
                 self._take_userfaultfd(client, fds[0])
                 return True
-            case OfferBackEnd():
+            case messages.OfferBackEnd():
                 self._take_back_end(client, *fds)
                 return True
-            case Resume():
+            case messages.Resume():
                 self._resume(client, message)
-            case OpenBlock():
+            case messages.OpenBlock():
                 self._open(client, message)
-            case Mapped():
+            case messages.Mapped():
                 self._map(client, message)
-            case Unmap():
+            case messages.Unmap():
                 self._unmap(client, message)
-            case Goodbye():
+            case messages.Goodbye():
                 self._release.remove(client, "left")
         return False
 
-    def _send(self, client: Client, message: Message, fds: tuple[int, ...] = ()) -> None:
+    def _send(self, client: Client, message: messages.Message, fds: tuple[int, ...] = ()) -> None:
         self._release.send(client, message, fds)
-
-    # --- userfaultfds -------------------------------------------------------------------------------------------------
 
     def _take_userfaultfd(self, client: Client, fd: int) -> None:
         if not is_userfaultfd(fd):
@@ -218,15 +191,13 @@ class AttachServer:
         client.figures_fd = memory.create_memfd(f"postcopy-c{client.number}", self._figures_bytes)
         self._map_figures(client)
         self._clients.keep(client)
-        self._send(client, UserfaultfdAccepted())
+        self._send(client, messages.UserfaultfdAccepted())
 
     def _map_figures(self, client: Client) -> memoryview:
         page = client.map_figures()
         if self._recorder is not None:
             self._recorder.add(client.number, client.figures_fd)
         return page
-
-    # --- clients of the previous supervisor ---------------------------------------------------------------------------
 
     def adopt(self, kept: KeptClient) -> None:
         """Continue a client without a connection, until it resumes or its process ends."""
@@ -249,7 +220,7 @@ class AttachServer:
             if client.regions and client.number not in self._pool.slots:
                 self._pool.start(client.number, client.quarantined)
 
-    def _resume(self, peer: Client, message: Resume) -> None:
+    def _resume(self, peer: Client, message: messages.Resume) -> None:
         """The same process has connected again: its connection becomes that of the client it was before."""
         client = self._clients.by_number.get(message.client)
         if client is None or client is peer or client.leaving or not is_same_process(client, peer):
@@ -265,11 +236,9 @@ class AttachServer:
                 conversation.opened(block.number, region.mode, block.pages, block.page_size)
         conversation.resumed(client.all_regions)
         self._release.remove(peer, f"is client {client.number}, which resumes")
-        self._send(client, Resumed(pack_offsets(sorted({region.block for region in client.released}))))
+        self._send(client, messages.Resumed(pack_offsets(sorted({region.block for region in client.released}))))
 
-    # --- blocks and regions -------------------------------------------------------------------------------------------
-
-    def _open(self, client: Client, message: OpenBlock) -> None:
+    def _open(self, client: Client, message: messages.OpenBlock) -> None:
         block = self._blocks.get(message.name)
         if block is None:
             raise Refusal("no-such-block", f"no block {message.name} here; there are {', '.join(sorted(self._blocks))}")
@@ -277,20 +246,20 @@ class AttachServer:
         shared = message.mode == "shared"
         if shared:
             block.shared_granted()
-        answer = BlockOpened(block.number, block.name, block.size, block.page_size, block.pages)
+        answer = messages.BlockOpened(block.number, block.name, block.size, block.page_size, block.pages)
         self._send(client, answer, (block.read_write if shared else block.read_only, block.map_read_only))
 
-    def _map(self, client: Client, message: Mapped) -> None:
+    def _map(self, client: Client, message: messages.Mapped) -> None:
         block = self._by_number[message.block]
         mode = client.conversation.blocks[message.block].mode
         # Another user's pages are announced one by one (MINOR) and checked; a back-end registers its own memory.
         announced = client.uid != os.geteuid() and not client.back_end
-        region = RegionGrant(message.block, mode, message.address, message.length, message.offset, announced)
+        region = messages.RegionGrant(message.block, mode, message.address, message.length, message.offset, announced)
         if block.complete:
             client.released.append(region)
             self._clients.keep(client)
-            self._send(client, Attached(region.block, region.address))
-            return self._send(client, Released(region.block))
+            self._send(client, messages.Attached(region.block, region.address))
+            return self._send(client, messages.Released(region.block))
         assert client.userfaultfd is not None
         how = RegisterMode.MISSING | RegisterMode.MINOR if announced else RegisterMode.MISSING
         try:
@@ -304,20 +273,18 @@ class AttachServer:
         self._clients.keep(client)
         self._reassign(client)
 
-    def _unmap(self, client: Client, message: Unmap) -> None:
+    def _unmap(self, client: Client, message: messages.Unmap) -> None:
         for regions in (client.regions, client.attaching, client.released):
             regions[:] = [region for region in regions if region.address != message.address]
         self._clients.keep(client)
         if client.number not in self._pool.slots:
-            return self._send(client, Unmapped(message.block, message.address))
+            return self._send(client, messages.Unmapped(message.block, message.address))
         # The old worker must be gone before the client may map something else at this address.
         client.unmapping.append(message)
         self._reassign(client)
 
     def _reassign(self, client: Client) -> None:
         self._pool.reassign(client.number, bool(client.regions))
-
-    # --- workers ------------------------------------------------------------------------------------------------------
 
     def on_worker_ready(self, number: int) -> None:
         client = self._clients.by_number.get(number)
@@ -326,7 +293,7 @@ class AttachServer:
         self._answer_unmaps(client)
         attaching, client.attaching = client.attaching, []
         for region in attaching:
-            self._send(client, Attached(region.block, region.address))
+            self._send(client, messages.Attached(region.block, region.address))
 
     def on_worker_gone(self, number: int) -> None:
         client = self._clients.by_number.get(number)
@@ -340,10 +307,10 @@ class AttachServer:
     def _answer_unmaps(self, client: Client) -> None:
         unmapping, client.unmapping = client.unmapping, []
         for unmap in unmapping:
-            self._send(client, Unmapped(unmap.block, unmap.address))
+            self._send(client, messages.Unmapped(unmap.block, unmap.address))
 
 
-def _register_error(error: OSError, region: RegionGrant) -> str:
+def _register_error(error: OSError, region: messages.RegionGrant) -> str:
     where = f"{region.length} bytes at {region.address:#x} cannot be registered: "
     reasons = {
         errno.EBUSY: "another userfaultfd has them",

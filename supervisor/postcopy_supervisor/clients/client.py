@@ -28,8 +28,7 @@ class Client:
     pid: int
     pidfd: int
     conversation: AttachConversation
-    since: float
-    """When it connected, or when its last message was handled (monotonic)."""
+    since: float  # when it connected, or when its last message was handled (monotonic)
     userfaultfd: Userfaultfd | None = None
     figures_fd: int = -1
     figures: memoryview | None = None
@@ -40,8 +39,7 @@ class Client:
     """Regions of complete blocks: no worker serves them any more."""
     attaching: list[RegionGrant] = field(default_factory=list)
     """Regions whose ``Mapped`` is answered when a worker serves them."""
-    unmapping: list[Unmap] = field(default_factory=list)
-    """Answered when the worker that served the region has ended."""
+    unmapping: list[Unmap] = field(default_factory=list)  # answered when the worker that served the region has ended
     leaving: bool = False
     back_end: bool = False
     """A vhost-user back-end: ``pid``, ``pidfd`` and memory are its own, the connection is its front-end's."""
@@ -104,8 +102,7 @@ class Clients:
         self.by_connection: dict[socket.socket, Client] = {}
         self.past = counters.merge(())
         self.past_stages = {number: stages.scratch() for number in blocks}
-        self._custodian = custodian
-        self._next_number = first_number
+        self._custodian, self._next_number = custodian, first_number
 
     def take_number(self) -> int:
         number, self._next_number = self._next_number, self._next_number + 1

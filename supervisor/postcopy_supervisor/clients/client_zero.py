@@ -1,8 +1,7 @@
 """Client zero: the supervisor itself, whose system calls fault on its own mapping of the blocks.
 
 A fault is read from the core userfaultfd, and its page is requested like any client's: from worker zero for a local
-block, from the source for a remote one. A wake (or a poison) on the core userfaultfd lets the system call go on.
-"""
+block, from the source for a remote one. A wake (or a poison) on the core userfaultfd lets the system call go on."""
 
 from __future__ import annotations
 
@@ -14,13 +13,12 @@ from postcopy_protocol.geometry import AddressSpace, Region
 from postcopy_protocol.messages import Fetched
 
 from ..blocks import RamBlock
-from ..event_log import Tell
+from ..event_log import RecordEvent
 from ..paging.engine import Ask
 from ..paging.paging import RemotePaging
 from .worker_zero import NUMBER, WorkerZero
 
-PIECE = 1 << 20
-"""Bytes requested from worker zero at a time: more would delay an urgent page behind them."""
+PIECE = 1 << 20  # bytes requested from worker zero at a time: more would delay an urgent page behind them
 
 
 class OwnMapping:
@@ -54,21 +52,15 @@ class ClientZero:
         paging: RemotePaging,
         worker: WorkerZero,
         mapping: OwnMapping,
-        event: Tell,
+        event: RecordEvent,
     ) -> None:
         self.faults = 0
         self.counters = worker.counters
-        self._blocks = blocks
-        self._paging = paging
-        self._worker = worker
-        self._mapping = mapping
-        self._event = event
+        self._blocks, self._paging, self._worker, self._mapping, self._event = blocks, paging, worker, mapping, event
         self._outside = 0
         self._space = AddressSpace(
             Region(block.number, "shared", block.mapping.address, block.length, 0) for block in blocks.values()
         )
-
-    # --- faults -------------------------------------------------------------------------------------------------------
 
     def fault(self, fault: PageFault) -> None:
         """Handle a message of the core userfaultfd."""
@@ -87,8 +79,6 @@ class ClientZero:
 
     def _piece_end(self, block: RamBlock, page: int) -> int:
         return min(block.pages, page + max(1, PIECE // block.page_size))
-
-    # --- worker zero --------------------------------------------------------------------------------------------------
 
     def on_worker_ready(self) -> None:
         """Worker zero serves, for the first time or again: ask for everything that is outstanding."""
@@ -110,8 +100,6 @@ class ClientZero:
         first, end = answer.offset // block.page_size, -(-(answer.offset + answer.length) // block.page_size)
         lost = [offset // block.page_size for offset in unpack_offsets(answer.lost)]
         self._paging.do(self._paging.engine.answered(block.number, first, end, lost))
-
-    # --- exports ------------------------------------------------------------------------------------------------------
 
     def prepare_export(self, block: RamBlock) -> None:
         self._mapping.unpoison(block)

@@ -1,8 +1,7 @@
 """Who a peer is: its user and groups by the kernel's word, and the checks on descriptors that name a process.
 
 A client's false statements harm only that client. The kernel names it (SO_PEERCRED, SO_PEERPIDFD), and its descriptors
-are examined before any ioctl.
-"""
+are examined before any ioctl."""
 
 from __future__ import annotations
 
@@ -48,10 +47,8 @@ def unidentified(error: OSError) -> Refusal:
 
 
 def check_back_end(uid: int, fd: int, pidfd: int) -> int:
-    """Check the descriptors of OfferBackEnd; returns the back-end's pid.
-
-    Raises Refusal unless they are a userfaultfd after its handshake, and a pidfd of a process for which the
-    front-end's user may speak."""
+    """Check the descriptors of OfferBackEnd; returns the back-end's pid. Raises Refusal unless they are a userfaultfd
+    after its handshake, and a pidfd of a process for which the front-end's user may speak."""
     try:
         pid = address_space.pid_of(pidfd)
         owner = address_space.owner_of(pid)

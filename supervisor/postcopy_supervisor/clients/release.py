@@ -1,16 +1,13 @@
 """The end of a client, and of a block for its clients: everything of it is taken away in a safe order.
 
 A client's worker leaves first, then its descriptors are closed. The last reference to a userfaultfd must not be closed
-while a thread waits on it: that thread would go on with zeros.
-"""
+while a thread waits on it: that thread would go on with zeros."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-import socket
-from typing import Protocol
 
 from postcopy_kernel import process
 from postcopy_kernel.userfaultfd import stuck_faults
@@ -18,48 +15,27 @@ from postcopy_protocol import counters
 from postcopy_protocol.messages import Message, RegionGrant, Released
 
 from ..blocks import RamBlock
+from ..listener import Listener
+from ..paging.paging import RemotePaging
 from ..pool.worker_pool import WorkerPool
 from .client import Client, Clients, send
 from .identity import back_end_has_unmapped, has_lost_memory
 
 log = logging.getLogger(__name__)
 
-SILENCE_SECONDS = 10.0
-"""A client that has not offered a userfaultfd by then is disconnected."""
-
-
-class Watcher(Protocol):
-    """The listener, as far as clients need it."""
-
-    def watch_process(self, pidfd: int) -> None: ...
-    def forget_process(self, pidfd: int) -> None: ...
-    def watch_connection(self, connection: socket.socket) -> None: ...
-    def forget_connection(self, connection: socket.socket) -> None: ...
-
-
-class Waiters(Protocol):
-    """Paging, as far as the end of a client concerns it."""
-
-    def left(self, waiter: int) -> None:
-        """Forget a client's requests."""
-        ...
+SILENCE_SECONDS = 10.0  # a client that has not offered a userfaultfd by then is disconnected
 
 
 class ClientRelease:
     """Removes clients and releases complete blocks. Only the main thread calls it."""
 
-    def __init__(self, clients: Clients, pool: WorkerPool, watcher: Watcher, waiters: Waiters) -> None:
-        self._clients = clients
-        self._pool = pool
-        self._watcher = watcher
-        self._waiters = waiters
+    def __init__(self, clients: Clients, pool: WorkerPool, watcher: Listener, waiters: RemotePaging) -> None:
+        self._clients, self._pool, self._watcher, self._waiters = clients, pool, watcher, waiters
 
     def send(self, client: Client, message: Message, fds: tuple[int, ...] = ()) -> None:
         """Send to a client; one that does not read is treated as disconnected, never waited for."""
         if client.connection is not None and not send(client.connection, message, fds):
             self.on_hang_up(client)
-
-    # --- a client -----------------------------------------------------------------------------------------------------
 
     def on_process_ended(self, pidfd: int) -> None:
         """A pidfd was readable. Its client may have left since, and the number may be the next client's."""
@@ -116,14 +92,11 @@ class ClientRelease:
         if client.userfaultfd is not None:
             client.userfaultfd.close()
 
-    # --- a block ------------------------------------------------------------------------------------------------------
-
     def release_block(self, block: RamBlock) -> None:
         """End phase of a complete block: its clients run at native speed from now on.
 
         Every page is in the page cache, so no touch can fault. Only a shared client can make one vanish, by punching a
-        hole, which it may do: that writes zeros. UNREGISTER wakes every waiter.
-        """
+        hole, which it may do: that writes zeros. UNREGISTER wakes every waiter."""
         for client in list(self._clients.by_number.values()):
             regions = [region for region in client.regions if region.block == block.number]
             if not regions or client.leaving or any(region in client.attaching for region in regions):
@@ -156,8 +129,8 @@ class ClientRelease:
             counters.allow(client.counters, block.number, page)
 
     def wake_resting(self) -> None:
-        """Wake the waiters of quarantined clients without a worker now and then: they find the page if another
-        client's worker has placed it, or wait on."""
+        """Wake the waiters of quarantined clients without a worker now and then: they find the page if another client's
+        worker has placed it, or wait on."""
         for number in self._pool.resting:
             client = self._clients.by_number.get(number)
             if client is None or client.userfaultfd is None:

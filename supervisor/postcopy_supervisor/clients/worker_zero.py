@@ -16,8 +16,7 @@ from ..pool.custodian_client import CustodianClient
 from ..pool.worker_pool import WorkerPool
 
 NUMBER = 0
-KEY = "client/0"
-"""The custodian's key of its figures."""
+KEY = "client/0"  # the custodian's key of its figures
 
 
 class WorkerZero:
@@ -25,8 +24,7 @@ class WorkerZero:
 
     def __init__(self, blocks: Mapping[int, RamBlock], pool: WorkerPool, custodian: CustodianClient) -> None:
         self.ready = False
-        self._blocks = blocks
-        self._pool = pool
+        self._blocks, self._pool = blocks, pool
         figures = memory.create_memfd("postcopy-zero", counters.PAGE_BYTES)
         self.counters = memoryview(mmap.mmap(figures, counters.PAGE_BYTES)).cast("Q")
         custodian.keep(KEY, b"", (figures,))

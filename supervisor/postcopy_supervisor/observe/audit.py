@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ..blocks import RamBlock
-from ..event_log import Tell
+from ..event_log import RecordEvent
 
-SECONDS = 5.0
-"""Between two rounds through all blocks."""
+SECONDS = 5.0  # between two rounds through all blocks
 
 
 class Auditor:
     """Goes through the blocks in turn; results are in their ``polluted``, and a new one is an event."""
 
-    def __init__(self, blocks: Sequence[RamBlock], event: Tell) -> None:
-        self._blocks = blocks
-        self._event = event
+    def __init__(self, blocks: Sequence[RamBlock], event: RecordEvent) -> None:
+        self._blocks, self._event = blocks, event
         self._turn = 0
         self._due = 0.0
 

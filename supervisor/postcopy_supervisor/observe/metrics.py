@@ -2,8 +2,7 @@
 
 A thread of its own answers scrapes. It reads shared memory and a few numbers of the main thread, and asks no process.
 Nothing is counted only for it, so metrics cost nothing until they are scraped. Names and units follow Prometheus'
-conventions: seconds, bytes, ``_total`` for what only grows.
-"""
+conventions: seconds, bytes, ``_total`` for what only grows."""
 
 from __future__ import annotations
 
@@ -29,8 +28,7 @@ COUNTERS: tuple[tuple[str, str, int | Callable[[Sequence[int]], int]], ...] = (
     ("deduplicated_faults", "Faults at pages that were there or on their way.", counters.DEDUPLICATED),
     ("wakes", "Wake calls.", counters.WAKES),
     ("lost_pages", "Faults at pages that their source could not supply.", counters.LOST),
-)
-"""Per client: name, help, and a counter or a function of the counters."""
+)  # per client: name, help, and a counter or a function of the counters
 STATES = ("starting", "running", "paused", "ending")
 
 

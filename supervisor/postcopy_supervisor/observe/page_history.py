@@ -2,8 +2,7 @@
 
 A fault pays for this only one append to a ring for each request of a remote block. Everything else is derived when
 asked: the received map, the kernel's page cache, the waiters and the requests in flight, the notes of pages that a
-client was denied, and the events that concern the page. The answer says what is not recorded.
-"""
+client was denied, and the events that concern the page. The answer says what is not recorded."""
 
 from __future__ import annotations
 

@@ -7,8 +7,7 @@ machine, and made a status last for many seconds on a busy one.
 
 One long answer is in work at a time. The same question, asked again before work on it begins, gets the same answer, so
 many askers cost no more than two answers. Once work has begun the answer may be older than the next asker's knowledge,
-and that one gets an answer of its own.
-"""
+and that one gets an answer of its own."""
 
 from __future__ import annotations
 
@@ -20,24 +19,8 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Protocol
 
-from postcopy_protocol import counters
+from postcopy_protocol import counters, messages
 from postcopy_protocol.errors import BadInput
-from postcopy_protocol.messages import (
-    AskEvents,
-    AskExport,
-    AskProgress,
-    AskResume,
-    AskStatus,
-    AskStop,
-    AskStory,
-    ControlRefused,
-    EventsAnswer,
-    Message,
-    ResumeAnswer,
-    StatusAnswer,
-    StopAnswer,
-    StoryAnswer,
-)
 
 from ..blocks import RamBlock
 from ..exports import Exports
@@ -46,11 +29,10 @@ from . import status
 from .audit import Auditor
 from .page_history import page_history
 
-LONG = (AskStatus, AskEvents)
-QUESTIONS = (*LONG, AskStop, AskStory, AskResume, AskExport, AskProgress)
-SHARE = 3
-"""While messages arrive without a pause, one part in so many of the time goes to long answers."""
-Answering = Generator[None, None, Message]
+LONG = (messages.AskStatus, messages.AskEvents)
+QUESTIONS = (*LONG, messages.AskStop, messages.AskStory, messages.AskResume, messages.AskExport, messages.AskProgress)
+SHARE = 3  # while messages arrive without a pause, one part in so many of the time goes to long answers
+Answering = Generator[None, None, messages.Message]
 """Steps of a fraction of a millisecond, and in the end the answer. May raise BadInput, with one line for people."""
 
 
@@ -63,19 +45,19 @@ class Stopper(Protocol):
 class LongAnswerer(Protocol):
     """Begins the answer to a question of LONG."""
 
-    def begin(self, question: Message) -> Answering: ...
+    def begin(self, question: messages.Message) -> Answering: ...
 
 
 class AnswerSender(Protocol):
     """Takes finished answers, and the exceptions of those that failed."""
 
-    def send_answer(self, identity: bytes, answer: Message) -> None: ...
+    def send_answer(self, identity: bytes, answer: messages.Message) -> None: ...
     def report_bug(self, what: object, error: Exception) -> None: ...
 
 
 @dataclass(slots=True)
 class _Task:
-    question: Message
+    question: messages.Message
     askers: list[bytes]
     answering: Answering | None = None
 
@@ -85,11 +67,10 @@ class LongAnswers:
 
     def __init__(self, answerer: LongAnswerer, sender: AnswerSender) -> None:
         self.open: deque[_Task] = deque()
-        self._answerer = answerer
-        self._sender = sender
+        self._answerer, self._sender = answerer, sender
         self._due = 0.0
 
-    def ask(self, asker: bytes, question: Message) -> None:
+    def ask(self, asker: bytes, question: messages.Message) -> None:
         """Queue a question. An asker that repeats it gets as many answers."""
         for task in self.open:
             if task.answering is None and task.question == question:
@@ -116,12 +97,12 @@ class LongAnswers:
             next(task.answering)
             return
         except StopIteration as done:
-            answer: Message = done.value
+            answer: messages.Message = done.value
         except BadInput as error:
-            answer = ControlRefused(str(error))
+            answer = messages.ControlRefused(str(error))
         except Exception as error:
             self._sender.report_bug(task.question, error)
-            answer = ControlRefused("it cannot be answered because of a bug; the supervisor's log says more")
+            answer = messages.ControlRefused("it cannot be answered because of a bug; the supervisor's log says more")
         self.open.popleft()
         for asker in task.askers:
             self._sender.send_answer(asker, answer)
@@ -136,42 +117,41 @@ class Queries:
     """Answers questions from the parts."""
 
     def __init__(self, parts: Parts, exports: Exports, auditor: Auditor, stopper: Stopper) -> None:
-        self._parts = parts
-        self._exports = exports
-        self._auditor = auditor
-        self._stopper = stopper
+        self._parts, self._exports, self._auditor, self._stopper = parts, exports, auditor, stopper
 
-    def begin(self, question: Message) -> Answering:
+    def begin(self, question: messages.Message) -> Answering:
         """The answer to a question of LONG, in steps."""
         match question:
-            case AskStatus(audit):
+            case messages.AskStatus(audit):
                 if audit:
                     yield from self._auditor.now()
                 document = yield from status.document(self._parts)
-                return StatusAnswer(document.encode())
-            case AskEvents(after):
+                return messages.StatusAnswer(document.encode())
+            case messages.AskEvents(after):
                 events = yield from status.listed(self._parts.event_log.documents(after))
-                return EventsAnswer(events.encode())
+                return messages.EventsAnswer(events.encode())
         raise BadInput(f"{type(question).__name__} is no question")
 
-    def answer(self, question: Message) -> Message:
+    def answer(self, question: messages.Message) -> messages.Message:
         """The answer to any other question; ControlRefused, with one line for people, when there is none."""
         try:
             match question:
-                case AskStop(keep_workers):
+                case messages.AskStop(keep_workers):
                     self._stopper.ask(keep_workers)
-                    return StopAnswer(os.getpid())
-                case AskStory(name, offset):
-                    return StoryAnswer(json.dumps(page_history(self._parts, self._block(name), offset)).encode())
-                case AskResume(client):
+                    return messages.StopAnswer(os.getpid())
+                case messages.AskStory(name, offset):
+                    return messages.StoryAnswer(
+                        json.dumps(page_history(self._parts, self._block(name), offset)).encode()
+                    )
+                case messages.AskResume(client):
                     return self._resume(client)
-                case AskExport(name, path):
+                case messages.AskExport(name, path):
                     return self._export(name, path)
-                case AskProgress(job, cancel):
+                case messages.AskProgress(job, cancel):
                     return self._progress(job, cancel)
             raise BadInput(f"{type(question).__name__} is no question")
         except BadInput as error:
-            return ControlRefused(str(error))
+            return messages.ControlRefused(str(error))
 
     def _block(self, name: str) -> RamBlock:
         blocks = self._parts.blocks
@@ -179,19 +159,19 @@ class Queries:
             raise BadInput(f"no block {name} here; there are {', '.join(sorted(blocks))}")
         return blocks[name]
 
-    def _resume(self, number: int) -> Message:
+    def _resume(self, number: int) -> messages.Message:
         client = self._parts.clients.by_number.get(number)
         if number and client is None:
             raise BadInput(f"there is no client {number} here")
         self._parts.pool.resume(number)
-        return ResumeAnswer(number, client.counters[counters.DENIED] if client and client.counters else 0)
+        return messages.ResumeAnswer(number, client.counters[counters.DENIED] if client and client.counters else 0)
 
-    def _export(self, name: str, path: str) -> Message:
+    def _export(self, name: str, path: str) -> messages.Message:
         block = self._block(name)
         self._parts.zero.prepare_export(block)
         return self._exports.start(block, path).progress()
 
-    def _progress(self, job: int, cancel: bool) -> Message:
+    def _progress(self, job: int, cancel: bool) -> messages.Message:
         export = self._exports.get(job)
         if export is None:
             raise BadInput(f"there is no export {job}")

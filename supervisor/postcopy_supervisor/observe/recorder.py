@@ -1,8 +1,7 @@
 """``serve --record FILE``: appends the faults that workers write into their rings to a file.
 
 A thread of its own empties the rings twenty times a second. They are shared memory, so workers never wait for it. What
-a full ring loses is counted, here and in the status. The format is in ``postcopy_protocol.trace``.
-"""
+a full ring loses is counted, here and in the status. The format is in ``postcopy_protocol.trace``."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 It is made in steps, one for each client, between which the main loop handles what has arrived (``queries``). So a
 document shows a span of some tens of milliseconds. It lists the clients that are there when it is begun. A client that
-leaves before its step is not listed; its figures are in the totals, once, because they stay readable while referenced.
-"""
+leaves before its step is not listed; its figures are in the totals, once, because they stay readable while
+referenced."""
 
 from __future__ import annotations
 
@@ -24,14 +24,10 @@ from ..parts import Parts
 from ..pool.lifecycle import RestartPolicy
 from ..pool.worker_pool import WorkerPool
 
-MAP_CELLS = 128
-"""Cells of the residency map of a block."""
-NOTHING = counters.merge(())
-"""Counters of a client that has none yet."""
-AT_ONCE = 16
-"""Short items of a list that are made in one step."""
-Steps = Generator[None, None, str]
-"""Steps of a fraction of a millisecond; the result is JSON."""
+MAP_CELLS = 128  # cells of the residency map of a block
+NOTHING = counters.merge(())  # counters of a client that has none yet
+AT_ONCE = 16  # short items of a list that are made in one step
+Steps = Generator[None, None, str]  # steps of a fraction of a millisecond; the result is JSON
 
 
 def document(parts: Parts) -> Steps:
@@ -77,13 +73,10 @@ class Census:
     """Describes client after client, and adds their figures to those of the clients that have left."""
 
     def __init__(self, clients: Clients, pool: WorkerPool, blocks: Sequence[RamBlock], paused: set[int]) -> None:
-        self.total = list(clients.past)
-        """Counters of all clients."""
-        self.stages = {number: page.tolist() for number, page in clients.past_stages.items()}
-        """By block."""
+        self.total = list(clients.past)  # counters of all clients
+        self.stages = {number: page.tolist() for number, page in clients.past_stages.items()}  # by block
         self._present = list(clients.by_number.values())
-        self._clients = clients
-        self._pool = pool
+        self._clients, self._pool = clients, pool
         self._names = {block.number: block.name for block in blocks}
         self._paused = paused
 

@@ -1,8 +1,7 @@
 """The background stream: missing pages are requested before a client waits for them, local and remote blocks in turns.
 
-One token bucket bounds all of it: ``--background-rate`` holds for the whole supervisor, not per kind of block.
-Urgent requests go first; flow_control.py says how much room they leave on a link.
-"""
+One token bucket bounds all of it: ``--background-rate`` holds for the whole supervisor, not per kind of block. Urgent
+requests go first; flow_control.py says how much room they leave on a link."""
 
 from __future__ import annotations
 
@@ -15,17 +14,14 @@ from ..blocks import RamBlock
 from .engine import Ask, Effect, Engine
 from .source_link import SourceLink
 
-PIECE = 256 << 10
-"""Bytes of one background request while clients wait, or while a rate is given."""
+PIECE = 256 << 10  # bytes of one background request while clients wait, or while a rate is given
 CALM_PIECE = 1 << 20
 """Otherwise: the cost of a request is paid once and not four times. Both sizes are what a source sends in one message
 (its loop.py), so the answer has the expected form (templates.py)."""
 LOCAL_WINDOW = 4 << 20
 """Bytes of local blocks that worker zero is asked for at a time: more would delay an urgent page behind them."""
-LOCAL_REQUESTS = 4
-"""... but so many requests, however large their pages are."""
-SHORTEST_WAIT = 0.005
-"""Seconds between two ticks for the background alone."""
+LOCAL_REQUESTS = 4  # ... but so many requests, however large their pages are
+SHORTEST_WAIT = 0.005  # seconds between two ticks for the background alone
 
 TO_PLACE = bytes((MISSING,)), bytes((PLACING,))
 """States of pages to request, in this order. PLACING at rest: its writer was killed before its COPY."""
@@ -83,15 +79,13 @@ class Background:
         self.cursor = dict.fromkeys(blocks, 0)
         """By block: where to go on. Faults set it too, because the pages behind a fault are the most likely next."""
         self._bucket = TokenBucket(rate, PIECE, now)
-        self._engine = engine
-        self._links = links
+        self._engine, self._links = engine, links
         self._turns = deque(blocks.values())
-        self._due = now
-        self._requester = requester
+        self._due, self._requester = now, requester
 
     def stream(self, left: int, now: float) -> float | None:
-        """Request what the rate, the links and ``left`` bytes of memory allow. Returns when to call again, or None:
-        at the next tick or arrival."""
+        """Request what the rate, the links and ``left`` bytes of memory allow. Returns when to call again, or None: at
+        the next tick or arrival."""
         rate, turns, idle = self._bucket.rate, self._turns, 0
         if not rate:
             return None

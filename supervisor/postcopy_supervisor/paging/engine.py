@@ -2,8 +2,7 @@
 
 A page is requested once, however many clients wait for it. A waiter is a number: 0 is client zero, the supervisor
 itself; any other is a client. Invariant: every page that has a waiter is inside exactly one requested range, so no
-waiter can be forgotten. ``check`` asserts it.
-"""
+waiter can be forgotten. ``check`` asserts it."""
 
 from __future__ import annotations
 
@@ -95,12 +94,10 @@ class Engine:
     one page; ``fault`` and ``answered`` give the same as effects, for any number of pages."""
 
     def __init__(self) -> None:
-        self.waiting: dict[tuple[int, int], set[int]] = {}
-        """Waiters by (block, page)."""
+        self.waiting: dict[tuple[int, int], set[int]] = {}  # waiters by (block, page)
         self._ranges: dict[int, Ranges] = {}  # by block
         self.requests = 0
-        self.deduplicated = 0
-        """Faults on pages that were requested already."""
+        self.deduplicated = 0  # faults on pages that were requested already
 
     def ranges(self, block: int) -> Ranges:
         """The requested ranges of a block; always the same object."""

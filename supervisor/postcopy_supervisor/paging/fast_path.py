@@ -8,15 +8,14 @@ A fast path is one flat closure over what never changes for it. It inlines ``Eng
 ``FlowControl.send`` and ``completed``, and ``SourceLink.request`` and ``completed``. Between two faults the processor
 has run other processes, so each function and object that a fault passes costs several times what it costs in a loop,
 and all of them together cost as much as ZeroMQ. The invariants are those of the inlined methods; tests check them after
-each fault.
-"""
+each fault."""
 
 from __future__ import annotations
 
 import fcntl
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -38,39 +37,18 @@ from .placer import Placer
 from .source_link import Arrived, LinkState, SourceLink
 from .wakers import Wakers
 
-SAMPLE_MASK = 3
-"""Of the pages that come one in four is timed while it is placed, and counts for four."""
+SAMPLE_MASK = 3  # of the pages that come one in four is timed while it is placed, and counts for four
 
 
-class WorkerFastPath(Protocol):
-    """Takes a RequestPages of one page whose head is the one that this fast path was made for."""
-
-    def __call__(self, data: bytes) -> None: ...
-
-
-class SourceFastPath(Protocol):
-    """Takes a head and the one frame behind it. None: it is not an expected answer, and nothing was done. Otherwise
-    its pages are placed; True when more may be requested in the background."""
-
-    def __call__(self, head: bytes, buffer: memoryview) -> bool | None: ...
-
-
-class Window(Protocol):
-    """Fault-around of one client on one block (``FaultAround.window``)."""
-
-    def __call__(self, page: int) -> int: ...
-
-
-class Ioctl(Protocol):
-    """``fcntl.ioctl``."""
-
-    def __call__(self, descriptor: int, request: int, argument: bytearray, /) -> object: ...
-
-
-class AddressOf(Protocol):
-    """Address of a buffer's first byte."""
-
-    def __call__(self, buffer: memoryview, /) -> int: ...
+WorkerFastPath = Callable[[bytes], None]
+"""Takes a RequestPages of one page whose head is the one that this fast path was made for."""
+SourceFastPath = Callable[[bytes, memoryview], bool | None]
+"""Takes a head and the one frame behind it. None: it is not an expected answer, and nothing was done. Otherwise its
+pages are placed; True when more may be requested in the background."""
+Window = Callable[[int], int]  # fault-around of one client on one block (``FaultAround.window``)
+Ioctl = Callable[[int, int, bytearray], object]  # ``fcntl.ioctl``
+Place = Callable[[RangeRequest, memoryview], bool]
+AddressOf = Callable[[memoryview], int]  # address of a buffer's first byte
 
 
 class Paging(Protocol):
@@ -161,11 +139,7 @@ def _full_path(paging: Paging, link: SourceLink, request: RangeRequest, now: flo
     return request.client == BACKGROUND or not link.flow.background_in_flight
 
 
-class _Place(Protocol):
-    def __call__(self, request: RangeRequest, buffer: memoryview) -> bool: ...
-
-
-def _placing(paging: Paging, link: SourceLink, block: RamBlock, ioctl: Ioctl, address: AddressOf) -> _Place:
+def _placing(paging: Paging, link: SourceLink, block: RamBlock, ioctl: Ioctl, address: AddressOf) -> Place:
     """Place what has come of a block in the expected form, and release its waiters."""
     received, number, size, base = block.received, block.number, block.page_size, block.mapping.address
     engine, placer, wakers, flow = paging.engine, paging.placer, paging.wakers, link.flow

@@ -10,17 +10,16 @@ A request for a range goes through these states:
     deferred     its pages came and found no memory         --at ``retry_at``--> queued
 
 Urgent requests (a client waits) are sent at once, up to a bound of requests and bytes in flight. The others wait in a
-queue per client; the queues are served in turns, so one client's storm does not starve another client.
-Background requests have a bound of their own and a window that is small while urgent requests are frequent: on one
-connection an urgent answer comes behind everything that was requested before it.
+queue per client; the queues are served in turns, so one client's storm does not starve another client. Background
+requests have a bound of their own and a window that is small while urgent requests are frequent: on one connection an
+urgent answer comes behind everything that was requested before it.
 
-A fault on a page inside an outstanding background request waits for that request, unless an urgent request would
-arrive ``hurry`` seconds earlier (on a slow link four MiB may be ahead of it). Then the page is requested again as
-urgent and the later copy is dropped.
+A fault on a page inside an outstanding background request waits for that request, unless an urgent request would arrive
+``hurry`` seconds earlier (on a slow link four MiB may be ahead of it). Then the page is requested again as urgent and
+the later copy is dropped.
 
 Requests of a client that leaves stay: other clients may wait for their pages. No time passes while the source is away.
-After a shortage of memory the pause doubles from SHORTEST_PAUSE to LONGEST_PAUSE; until then there is no background.
-"""
+After a shortage of memory the pause doubles from SHORTEST_PAUSE to LONGEST_PAUSE; until then there is no background."""
 
 from __future__ import annotations
 
@@ -33,10 +32,8 @@ from postcopy_protocol.templates import FIRST_REQUEST
 
 PAST = 1024
 SHORTEST_PAUSE = 0.01
-LONGEST_PAUSE = 1.0
-"""Seconds to wait after pages found no memory."""
-BACKGROUND = -1
-"""The "client" of background requests."""
+LONGEST_PAUSE = 1.0  # seconds to wait after pages found no memory
+BACKGROUND = -1  # the "client" of background requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +97,7 @@ class FlowControl:
 
     limits: Limits = field(default_factory=Limits)
     up: bool = False
-    outstanding: dict[int, RangeRequest] = field(default_factory=dict)
-    """In flight, by number; the oldest first."""
+    outstanding: dict[int, RangeRequest] = field(default_factory=dict)  # in flight, by number; the oldest first
     queues: defaultdict[int, deque[RangeRequest]] = field(default_factory=lambda: defaultdict(deque))
     """By client, in the order of their turns."""
     deferred: deque[RangeRequest] = field(default_factory=deque)
@@ -111,15 +107,11 @@ class FlowControl:
     _background_bytes: int = 0
     background_in_flight: int = 0
     next_number: int = FIRST_REQUEST
-    urgent_at: float = -1e9
-    """When the last urgent request was sent."""
+    urgent_at: float = -1e9  # when the last urgent request was sent
     _background_pace: float = 0.0
-    urgent_pace: float = 0.0
-    """Seconds that the last urgent request took; above, the last background request."""
+    urgent_pace: float = 0.0  # seconds that the last urgent request took; above, the last background request
     finished: deque[tuple[RangeRequest, float]] = field(default_factory=lambda: deque(maxlen=PAST))
     """The last that left ``outstanding``, and when their answer came (0.0: never), for ``status --story``."""
-
-    # --- events -------------------------------------------------------------------------------------------------------
 
     def request(self, client: int, block: int, offset: int, length: int, now: float) -> list[Effect]:
         """A client, or BACKGROUND, wants a range."""
@@ -219,8 +211,6 @@ class FlowControl:
                 self.queues[request.client].appendleft(request)
         return effects + self._fill(now)
 
-    # --- figures ------------------------------------------------------------------------------------------------------
-
     @property
     def in_flight(self) -> int:
         return len(self.outstanding)
@@ -275,8 +265,6 @@ class FlowControl:
         assert not self.up or self._next() is None, "a request is queued though there is room"
         largest = max((request.length for request in in_flight), default=0)
         assert self.bytes_in_flight - self._background_bytes <= self.limits.bytes + largest
-
-    # --- changes of state ---------------------------------------------------------------------------------------------
 
     def _unsent(self) -> Iterator[RangeRequest]:
         """Queued and deferred requests."""

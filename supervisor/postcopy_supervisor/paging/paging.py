@@ -4,8 +4,7 @@ A fault of a local block goes to worker zero, one of a remote block over the lin
 placed here, then their waiters are released.
 
 Pages for which there is no memory are given up for now. Those with a waiter are requested again a little later
-(flow_control.py); the others are as if they had not come.
-"""
+(flow_control.py); the others are as if they had not come."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from postcopy_protocol.templates import OFFSET_BYTES
 from postcopy_protocol.window import FaultAround
 
 from ..blocks import RamBlock
-from ..event_log import Tell
+from ..event_log import RecordEvent
 from .background import Background
 from .engine import Ask, Effect, Engine, Release
 from .fast_path import Window, WorkerFastPath, worker_fast_path
@@ -31,10 +30,8 @@ from .ports import Alarm, Clock, LocalPages, SendToSource
 from .source_link import AdvisedBlock, Arrived, LinkState, SourceLink
 from .wakers import Wakers
 
-REMOTE_WINDOW = 256 << 10
-"""Largest fault-around of a remote block: while clients wait, no answer is longer."""
-MOST_FAST_PATHS = 64
-"""Of one worker: it requests pages of as many blocks, each in one form."""
+REMOTE_WINDOW = 256 << 10  # largest fault-around of a remote block: while clients wait, no answer is longer
+MOST_FAST_PATHS = 64  # of one worker: it requests pages of as many blocks, each in one form
 MISSING_BYTE = bytes((MISSING,))
 
 
@@ -49,7 +46,7 @@ class RemotePaging:
         wakers: Wakers,
         local: LocalPages,
         alarm: Alarm,
-        event: Tell,
+        event: RecordEvent,
         *,
         fault_around: int,
         background_rate: int,
@@ -57,24 +54,14 @@ class RemotePaging:
         clock: Clock = time.monotonic,
     ) -> None:
         """``blocks`` by number; ``fault_around`` in bytes; ``background_rate`` as for ``Background``."""
-        self.engine = engine
-        self.placer = placer
-        self.wakers = wakers
-        self.links: dict[int, SourceLink] = {}
-        """By block, of remote blocks."""
+        self.engine, self.placer, self.wakers = engine, placer, wakers
+        self.links: dict[int, SourceLink] = {}  # by block, of remote blocks
         self.background = Background(engine, blocks, self.links, background_rate, clock(), self)
         self.cursor = self.background.cursor
-        self.fast_paths: dict[bytes, WorkerFastPath] = {}
-        """By the head of a worker's requests for one page each."""
-        self.roomy = True
-        """False: memory is scarce, so only pages with a waiter may come."""
-        self._blocks = blocks
-        self._local = local
-        self._alarm = alarm
-        self._event = event
-        self._fault_around = fault_around
-        self._poison_on_loss = poison_on_loss
-        self._clock = clock
+        self.fast_paths: dict[bytes, WorkerFastPath] = {}  # by the head of a worker's requests for one page each
+        self.roomy = True  # false: memory is scarce, so only pages with a waiter may come
+        self._blocks, self._local, self._alarm, self._event = blocks, local, alarm, event
+        self._fault_around, self._poison_on_loss, self._clock = fault_around, poison_on_loss, clock
         self._heads: dict[int, list[bytes]] = {}  # by worker: its keys of fast_paths
         self._windows: dict[tuple[int, int], FaultAround] = {}  # by waiter and block
         self._short_at = -1  # what ``placed`` was at the last shortage of memory
@@ -96,8 +83,6 @@ class RemotePaging:
         link = SourceLink(endpoint, blocks, patience, send, self._event, self, limits)
         self.links.update(dict.fromkeys((block.block for block in blocks), link))
         return link
-
-    # --- faults -------------------------------------------------------------------------------------------------------
 
     def fault(self, waiter: int, block: RamBlock, pages: Sequence[int], window: int = 0) -> None:
         """A waiter faulted on these pages. ``window``: pages to request with each, instead of the waiter's own
@@ -177,8 +162,6 @@ class RemotePaging:
         size = self._blocks[ask.block].page_size
         return link.request(client, ask.block, ask.first * size, (ask.end - ask.first) * size, self._clock())
 
-    # --- pages that have come -----------------------------------------------------------------------------------------
-
     def arrived(self, arrived: Arrived, addresses: Sequence[int]) -> None:
         """Place what a source has sent (``addresses`` of the raw frames), then release its waiters."""
         block = self._blocks[arrived.block]
@@ -232,8 +215,6 @@ class RemotePaging:
                 at = stop
         flow.defer(wanted, now)
         self._alarm.tick_at(flow.retry_at)
-
-    # --- sources that give up, go or come back ------------------------------------------------------------------------
 
     def gave_up(self, request: RangeRequest) -> None:
         """A source never answered this request."""

@@ -1,7 +1,6 @@
 """The placer puts pages into remote blocks: mark PLACING, UFFDIO_COPY on the core userfaultfd, mark RECEIVED.
 
-Placing, zeros, huge pages, pages that are present already, and pages that are lost. Waiters are not its business.
-"""
+Placing, zeros, huge pages, pages that are present already, and pages that are lost. Waiters are not its business."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from postcopy_protocol.geometry import PAGE_2M
 from postcopy_protocol.received_map import LOST, MISSING, PLACING, RECEIVED, SHARED, runs_of
 
 from ..blocks import RamBlock
-from ..event_log import Tell
+from ..event_log import RecordEvent
 from .ports import Alarm
 
 ZERO_PIECE = 1 << 20
@@ -32,18 +31,16 @@ def event_fields(block: RamBlock, first: int, end: int) -> dict[str, int | str]:
 class Placer:
     """Places pages through the core userfaultfd ``core``."""
 
-    def __init__(self, core: Userfaultfd, alarm: Alarm, event: Tell) -> None:
+    def __init__(self, core: Userfaultfd, alarm: Alarm, event: RecordEvent) -> None:
         self.core = crashpoints.watched(core, "copy", "page.arrived", "page.placed")
-        self.placed = 0
-        """Pages, since the start."""
-        self._alarm = alarm
-        self._event = event
+        self.placed = 0  # pages, since the start
+        self._alarm, self._event = alarm, event
         self._undropped = 0
         self._zeros = Mapping.anonymous(ZERO_PIECE)
 
     def place(self, block: RamBlock, first: int, end: int, source: int) -> int:
-        """Place pages from memory at ``source``; received ones stay as they are. Returns the first page for which
-        there is no memory, or ``end``."""
+        """Place pages from memory at ``source``; received ones stay as they are. Returns the first page for which there
+        is no memory, or ``end``."""
         size, received = block.page_size, block.received
         if end - first == 1:
             return end if received[first] == RECEIVED else self._copy(block, first, end, source)

@@ -51,10 +51,8 @@ class LinkOwner(Protocol):
         """The lost source is back."""
 
 
-class SendToSource(Protocol):
-    """Sends an encoded message to a source, without blocking."""
-
-    def __call__(self, data: bytes, /) -> object: ...
+Clock = Callable[[], float]  # ``time.monotonic`` or a test's clock
+SendToSource = Callable[[bytes], object]  # sends an encoded message to a source, without blocking
 
 
 class Alarm(Protocol):
@@ -65,9 +63,3 @@ class Alarm(Protocol):
 
     def call_soon(self, act: Callable[[], None]) -> None:
         """Do something in another thread, soon: a call that would hold up the main thread for milliseconds."""
-
-
-class Clock(Protocol):
-    """``time.monotonic`` or a test's clock."""
-
-    def __call__(self) -> float: ...

@@ -7,14 +7,13 @@
     ADVISING   silence, where a predecessor knew the source     PAUSED
     PAUSED     every block is advised again                     UP
 
-A source that comes back, or another program at its endpoint, is the same source if size and identity of every block
-are the same. Otherwise it is refused and the link stays as it is.
+A source that comes back, or another program at its endpoint, is the same source if size and identity of every block are
+the same. Otherwise it is refused and the link stays as it is.
 
 ZeroMQ may deliver what is sent to an absent peer later, all at once. So an absent source is sent only Pings, and only
 their Pong brings an Advise: several Advises would each end the stream of the one before. While the link is up, each
 Ping comes with a Listen for every stream. It renews the window of pushed pages, and a source that was restarted in
-between, which would answer the Ping, refuses it.
-"""
+between, which would answer the Ping, refuses it."""
 
 from __future__ import annotations
 
@@ -22,41 +21,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from postcopy_protocol import counters, stages
+from postcopy_protocol import counters, return_path, stages
 from postcopy_protocol.codec import encode
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.messages import Message
-from postcopy_protocol.return_path import (
-    Advise,
-    Advised,
-    Complete,
-    Listen,
-    Pages,
-    Ping,
-    Pong,
-    RangeKind,
-    RequestRanges,
-    SourceRefused,
-    Staged,
-    UseStaging,
-    check_pages,
-    check_staged,
-    features_at,
-    pack_ranges,
-)
 from postcopy_protocol.templates import REQUEST_LIMIT, MessageTemplates
 
-from ..event_log import Tell
+from ..event_log import RecordEvent
 from .flow_control import Effect, FlowControl, GiveUp, Limits, RangeRequest
 from .ports import LinkOwner, SendToSource
 
 ADVISE_SECONDS = 1.0
 PING_SECONDS = 1.0
 FIRST_PING_SECONDS = 0.02
-FIRST_PINGS = 50
-"""Frequent at the start: the connection may not exist yet, and clients of a predecessor may be waiting."""
-REFUSALS = 16
-"""Different refusals that are reported between two times of being up."""
+FIRST_PINGS = 50  # frequent at the start: the connection may not exist yet, and clients of a predecessor may be waiting
+REFUSALS = 16  # different refusals that are reported between two times of being up
 PUSH_WINDOW = 16 << 20
 UNKNOWN_PEER_CODES = ("out-of-phase", "bad-range", "bad-message")
 
@@ -96,33 +75,27 @@ class SourceLink:
         blocks: Sequence[AdvisedBlock],
         patience: float,
         send: SendToSource,
-        event: Tell,
+        event: RecordEvent,
         owner: LinkOwner,
         limits: Limits = Limits(),  # noqa: B008 (frozen)
     ) -> None:
         """``patience``: seconds of silence after which the source is lost."""
         self.endpoint = endpoint
         self.state = LinkState.ADVISING
-        self.inherited = False
-        """A predecessor knew this source: silence from the start on is a loss."""
+        self.inherited = False  # a predecessor knew this source: silence from the start on is a loss
         self.flow = FlowControl(limits)
         self.counters = [0] * counters.WORDS
         self.stages = {block.block: stages.scratch() for block in blocks}
         """By block: how long its pages took to arrive and to be placed (see ``postcopy_protocol.stages``)."""
         self.requests = self.pages = self.bytes = 0
         self.send = send
-        self.templates: dict[int, MessageTemplates] = {}
-        """By block, while it has a stream."""
-        self.answers: dict[bytes, RangeRequest] = {}
-        """Requests by the head of the answer that is expected."""
-        self.silent_since: float | None = None
-        """When the first Ping was sent that nothing followed."""
+        self.templates: dict[int, MessageTemplates] = {}  # by block, while it has a stream
+        self.answers: dict[bytes, RangeRequest] = {}  # requests by the head of the answer that is expected
+        self.silent_since: float | None = None  # when the first Ping was sent that nothing followed
         self._advised = {block.block: block for block in blocks}
         self._streams: dict[int, int] = {}  # block: number of its stream at the source
         self._blocks: dict[int, int] = {}  # and back
-        self._patience = patience
-        self._event = event
-        self._owner = owner
+        self._patience, self._event, self._owner = patience, event, owner
         self._advised_at = self._pinged_at = -1e9
         self._nonce = self._nonce_old = 0  # a Pong up to the second is from before the loss, or the last Advise
         self._complete: set[int] = set()
@@ -143,8 +116,6 @@ class SourceLink:
         """Are all its blocks complete?"""
         return len(self._complete) == len(self._advised)
 
-    # --- what the supervisor wants ------------------------------------------------------------------------------------
-
     def request(self, client: int, block: int, offset: int, length: int, now: float) -> None:
         """Request a range, now or when the source is back."""
         request = self.flow.send(client, block, offset, length, now)
@@ -162,11 +133,11 @@ class SourceLink:
         self._complete.add(block)
         stream = self._streams.get(block)
         if stream is not None and self.state is LinkState.UP:
-            self._send_message(Complete(stream))
+            self._send_message(return_path.Complete(stream))
 
     def use_staging(self, number: int) -> None:
         """The staging memory of this number is open."""
-        self._send_message(UseStaging(number))
+        self._send_message(return_path.UseStaging(number))
 
     def tick(self, now: float) -> None:
         """Notice silence, ping, and send again what was not answered."""
@@ -182,8 +153,6 @@ class SourceLink:
                 if self.flow.outstanding.get(request.number) is not request:
                     del self.answers[answer]
 
-    # --- what the source says -----------------------------------------------------------------------------------------
-
     def completed(self, request: RangeRequest, now: float) -> None:
         """All of a request came at ``now`` in the expected form, and has been placed."""
         self._count(request.block, request.length, request.length)
@@ -196,34 +165,36 @@ class SourceLink:
         """Handle a message of the source; returns pages that have come. Raises BadMessage for one that breaks the
         protocol."""
         match message:
-            case Pages():
+            case return_path.Pages():
                 return self._on_pages(message, frame_lengths, now)
-            case Advised():
+            case return_path.Advised():
                 self._on_advised(message, now)
                 self.silent_since = None
-            case Pong():
+            case return_path.Pong():
                 self.silent_since = None
                 if self.state is not LinkState.UP and message.nonce > self._nonce_old:
                     self._advise(now)
-            case SourceRefused():
+            case return_path.SourceRefused():
                 self._on_refused(message, now)
         return None
 
-    def on_staged(self, message: Staged, slot_bytes: int, now: float) -> Arrived | None:
+    def on_staged(self, message: return_path.Staged, slot_bytes: int, now: float) -> Arrived | None:
         """Pages that lie in a slot; None for those of an old stream. Raises BadMessage as ``on_message``."""
         block = self._blocks.get(message.stream)
         if block is None:
             return None
-        check_staged(message, slot_bytes, self._advised[block].page_size, self._advised[block].size)
+        return_path.check_staged(message, slot_bytes, self._advised[block].page_size, self._advised[block].size)
         self._count(block, message.length, message.length)
         self._on_answer(message.request, block, [(message.offset, message.length)], now)
-        return Arrived(block, ((message.offset, message.length, RangeKind.DATA, 0),), "")
+        return Arrived(block, ((message.offset, message.length, return_path.RangeKind.DATA, 0),), "")
 
-    def _on_pages(self, message: Pages, frame_lengths: Sequence[int], now: float) -> Arrived | None:
+    def _on_pages(self, message: return_path.Pages, frame_lengths: Sequence[int], now: float) -> Arrived | None:
         block = self._blocks.get(message.stream)
         if block is None:
             return None  # a late answer, from before a recover
-        ranges = check_pages(message, frame_lengths, self._advised[block].page_size, self._advised[block].size)
+        ranges = return_path.check_pages(
+            message, frame_lengths, self._advised[block].page_size, self._advised[block].size
+        )
         self._count(block, sum(length for _, length, _, _ in ranges), sum(frame_lengths))
         self._on_answer(message.request, block, [(offset, length) for offset, length, _, _ in ranges], now)
         return Arrived(block, ranges, message.reason)
@@ -245,7 +216,7 @@ class SourceLink:
         self.counters[at] += 1
         self.stages[block][at + stages.ARRIVED] += 1
 
-    def _on_advised(self, message: Advised, now: float) -> None:
+    def _on_advised(self, message: return_path.Advised, now: float) -> None:
         block = next((block for block in self._advised.values() if block.name == message.name), None)
         if block is None:
             raise BadMessage(f"the source offers a block {message.name} that was not requested")
@@ -260,7 +231,9 @@ class SourceLink:
         self.templates[block.block] = MessageTemplates(message.stream)
         # A block that was complete before this source came (back) must not be pushed again.
         done = block.block in self._complete
-        self._send_message(Complete(message.stream) if done else Listen(message.stream, PUSH_WINDOW))
+        self._send_message(
+            return_path.Complete(message.stream) if done else return_path.Listen(message.stream, PUSH_WINDOW)
+        )
         if self.state is not LinkState.UP and len(self._streams) == len(self._advised):
             self._resume(now)
 
@@ -274,7 +247,7 @@ class SourceLink:
             self._owner.source_back(self._advised)
         self._do(self.flow.found_source(now))
 
-    def _on_refused(self, message: SourceRefused, now: float) -> None:
+    def _on_refused(self, message: return_path.SourceRefused, now: float) -> None:
         if message.code not in UNKNOWN_PEER_CODES:
             why = f"source {self.endpoint} refuses ({message.code}) {message.name}: {message.reason}"
             self._report_refusal(why)
@@ -286,8 +259,6 @@ class SourceLink:
         if why not in self._refused and len(self._refused) < REFUSALS:  # it is asked every second, reported once
             self._refused.add(why)
             self._event("source-refused", why, source=self.endpoint, cause=why)
-
-    # --- messages to the source ---------------------------------------------------------------------------------------
 
     def _send_message(self, message: Message) -> None:
         self.send(encode(message))
@@ -301,7 +272,11 @@ class SourceLink:
             self.answers[answer] = request
             self.send(message)
         else:
-            self._send_message(RequestRanges(number, self._streams[block], urgent, pack_ranges([(offset, length)])))
+            self._send_message(
+                return_path.RequestRanges(
+                    number, self._streams[block], urgent, return_path.pack_ranges([(offset, length)])
+                )
+            )
 
     def ping(self, now: float) -> None:
         """Ask whether the source is there and knows us; also at once when there is a new connection."""
@@ -309,11 +284,11 @@ class SourceLink:
         if self.silent_since is None:
             self.silent_since = now
         self._nonce += 1
-        self._send_message(Ping(self._nonce))
+        self._send_message(return_path.Ping(self._nonce))
         if self.state is LinkState.UP:
             for block, stream in self._streams.items():
                 if block not in self._complete:
-                    self._send_message(Listen(stream, PUSH_WINDOW))
+                    self._send_message(return_path.Listen(stream, PUSH_WINDOW))
 
     def _advise(self, now: float) -> None:
         if now - self._advised_at < ADVISE_SECONDS:
@@ -323,7 +298,9 @@ class SourceLink:
         self._advised_at, self._nonce_old = now, self._nonce
         for block in self._advised.values():
             if block.block not in self._streams:
-                self._send_message(Advise(block.name, block.page_size, features_at(self.endpoint)))
+                self._send_message(
+                    return_path.Advise(block.name, block.page_size, return_path.features_at(self.endpoint))
+                )
 
     def _pause(self, why: str) -> None:
         self.state = LinkState.PAUSED

@@ -1,7 +1,7 @@
 """The wakers: which workers are sent Wake or Lost for which pages, and SIGBUS taken back when a lost page arrives.
 
-A release goes only to the workers whose clients wait. One message carries all pages of one worker, block and outcome.
-"""
+A release goes only to the workers whose clients wait. One message carries all pages of one worker, block and
+outcome."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from postcopy_protocol.codec import encode, pack_offsets
 from postcopy_protocol.messages import Lost, Wake
 
 from ..blocks import RamBlock
-from ..event_log import Tell
+from ..event_log import RecordEvent
 from .engine import Release
 from .placer import event_fields
 from .ports import BlockClients, OwnWaiter, WorkerSender
 
-OWN = 0
-"""The waiter that is the supervisor itself."""
+OWN = 0  # the waiter that is the supervisor itself
 LOST_BYTE = bytes((received_map.LOST,))
 
 
@@ -27,15 +26,17 @@ class Wakers:
     """Sends releases, and remembers which pages clients were denied."""
 
     def __init__(
-        self, blocks: dict[int, RamBlock], workers: WorkerSender, own: OwnWaiter, clients: BlockClients, event: Tell
+        self,
+        blocks: dict[int, RamBlock],
+        workers: WorkerSender,
+        own: OwnWaiter,
+        clients: BlockClients,
+        event: RecordEvent,
     ) -> None:
         self.send = crashpoints.before("page.marked", workers.send)
         self.release_own = own.release
-        self.awaited: dict[int, set[int]] = {}
-        """By block: pages that were lost and are requested, or pushed, again."""
-        self._blocks = blocks
-        self._clients = clients
-        self._event = event
+        self.awaited: dict[int, set[int]] = {}  # by block: pages that were lost and are requested, or pushed, again
+        self._blocks, self._clients, self._event = blocks, clients, event
         self._denied: dict[int, set[int]] = {}  # by block
 
     def release(self, releases: Iterable[Release]) -> None:

@@ -29,9 +29,7 @@ class CustodianClient:
 
     def __init__(self, directory: str, orphans: WhenOrphaned, *, device: bool) -> None:
         """``device``: workers make their userfaultfd through /dev/userfaultfd, for which they need no privilege."""
-        self._device = device
-        self._directory = directory
-        self._orphans = orphans
+        self._device, self._directory, self._orphans = device, directory, orphans
         self._kept: dict[str, tuple[bytes, tuple[int, ...]]] = {}
         self._unsent: collections.deque[tuple[bytes, tuple[int, ...]]] = collections.deque()
         self._process: subprocess.Popen[bytes] | None = None

@@ -92,8 +92,7 @@ class Slot:
     quarantined: bool = False
     crashes: deque[float] = field(default_factory=deque)
     strays: int = 0
-    unforked: int = 0
-    """Forks in a row that failed."""
+    unforked: int = 0  # forks in a row that failed
 
     _routing_id: tuple[int, bytes] = (-1, b"")
 
@@ -123,13 +122,10 @@ class Lifecycle:
     def __init__(self, policy: RestartPolicy | None = None) -> None:
         self.policy = policy or RestartPolicy()
         self.slots: dict[int, Slot] = {}
-        self.restarts = 0
-        """Crashes of all workers so far, including those that have left."""
+        self.restarts = 0  # crashes of all workers so far, including those that have left
         self._answered = 0.0
         self.used: dict[int, int] = {}
         """By worker: the highest incarnation that an earlier supervisor knew. New incarnations get higher numbers."""
-
-    # --- requests -----------------------------------------------------------------------------------------------------
 
     def start(self, worker: int, now: float, quarantined: bool = False) -> list[Effect]:
         """Start a new worker; ``quarantined``: an earlier supervisor quarantined it."""
@@ -183,8 +179,6 @@ class Lifecycle:
         was, slot.state, slot.since = slot.state, "ending", now
         # Ordered but not forked yet: it is killed when the custodian reports it.
         return [Kill(slot.worker, slot.incarnation)] if slot.forked and was != "ending" else []
-
-    # --- reports ------------------------------------------------------------------------------------------------------
 
     def forked(self, worker: int, incarnation: int, now: float) -> list[Effect]:
         """The custodian has forked it."""
@@ -265,8 +259,6 @@ class Lifecycle:
     def next_due(self) -> float | None:
         """When ``tick`` has to be called next, if a slot waits."""
         return min((slot.due for slot in self.slots.values() if slot.state == "waiting"), default=None)
-
-    # --- transitions --------------------------------------------------------------------------------------------------
 
     def _fork(self, slot: Slot, now: float) -> list[Effect]:
         slot.incarnation += 1

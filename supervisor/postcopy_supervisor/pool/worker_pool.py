@@ -14,20 +14,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from postcopy_kernel import process
+from postcopy_protocol import messages
 from postcopy_protocol.codec import encode
 from postcopy_protocol.errors import BadInput
-from postcopy_protocol.messages import (
-    Assignment,
-    CustodianReady,
-    ForkFailed,
-    Message,
-    WorkerExited,
-    WorkerForked,
-    WorkerHello,
-)
-from postcopy_wire.transport import FULL, SENT
+from postcopy_wire.transport import FULL, SENT, Router
 
-from ..event_log import Tell
+from ..event_log import RecordEvent
 from ..events import WorkerCrashed, WorkerEvent, WorkerGone, WorkerReady
 from . import lifecycle
 from .custodian_client import CustodianClient
@@ -35,8 +27,7 @@ from .lifecycle import Lifecycle, RestartPolicy
 
 log = logging.getLogger(__name__)
 
-RETRY_SECONDS = 1.0
-"""Between two attempts to start a custodian."""
+RETRY_SECONDS = 1.0  # between two attempts to start a custodian
 EXPLAIN_SECONDS = 1.0
 """The event of a restart waits this long for the custodian, which reaps the worker and reports how it ended."""
 
@@ -44,7 +35,7 @@ EXPLAIN_SECONDS = 1.0
 class Assignments(Protocol):
     """What a worker is given at its start."""
 
-    def assign(self, worker: int, incarnation: int, quarantined: bool) -> tuple[list[str], Assignment]:
+    def assign(self, worker: int, incarnation: int, quarantined: bool) -> tuple[list[str], messages.Assignment]:
         """The custodian's keys of its descriptors, in order, and its assignment."""
         ...
 
@@ -53,20 +44,6 @@ class QuarantineNotes(Protocol):
     """Where it is noted for a later supervisor that a client is quarantined."""
 
     def set_quarantined(self, number: int, quarantined: bool) -> None: ...
-
-
-class Watcher(Protocol):
-    """The listener, as far as the pool needs it."""
-
-    def watch_process(self, pidfd: int) -> None: ...
-    def watch_custodian(self, channel: socket.socket) -> None: ...
-    def tick_at(self, due: float | None) -> None: ...
-
-
-class Sender(Protocol):
-    """The router's sending half: returns SENT, FULL or UNREACHABLE and never waits."""
-
-    def send(self, name: bytes, data: bytes, /) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +60,15 @@ class Process:
         return self.worker, self.incarnation
 
 
-IncarnationKey = tuple[int, int]
-"""Worker and incarnation."""
+IncarnationKey = tuple[int, int]  # worker and incarnation
+
+
+class Watcher(Protocol):
+    """The listener, as far as the pool needs it."""
+
+    def watch_process(self, pidfd: int) -> None: ...
+    def watch_custodian(self, channel: socket.socket) -> None: ...
+    def tick_at(self, due: float | None) -> None: ...
 
 
 class WorkerPool:
@@ -95,28 +79,22 @@ class WorkerPool:
         policy: RestartPolicy,
         custodian: CustodianClient,
         watcher: Watcher,
-        router: Sender,
+        router: Router,
         assignments: Assignments,
         notes: QuarantineNotes,
-        event: Tell,
+        event: RecordEvent,
     ) -> None:
         self.events: deque[WorkerEvent] = deque()
         self.policy = policy
         self._lifecycle = Lifecycle(policy)
         self.slots = self._lifecycle.slots
-        self._custodian = custodian
-        self._watcher = watcher
-        self._router = router
-        self._assignments = assignments
-        self._notes = notes
-        self._event = event
+        self._custodian, self._watcher, self._router, self._assignments = custodian, watcher, router, assignments
+        self._notes, self._event = notes, event
         self._by_pidfd: dict[int, Process] = {}
         self._by_key: dict[IncarnationKey, Process] = {}
         self._causes: dict[IncarnationKey, str] = {}  # why an incarnation ends, as far as it is known
         self._unreported: dict[IncarnationKey, tuple[Process, float]] = {}  # crashes, and when to report them
         self._custodian_due: float | None = None
-
-    # --- requests -----------------------------------------------------------------------------------------------------
 
     def adopt(self, running: Process, wanted: bool, quarantined: bool) -> None:
         """Continue a worker of the previous supervisor; kill it when it is not ``wanted``."""
@@ -179,23 +157,17 @@ class WorkerPool:
             if running.worker == worker:
                 self._causes[running.key] = why
 
-    # --- messages to workers ------------------------------------------------------------------------------------------
-
     def send(self, worker: int, data: bytes) -> None:
-        """Send an encoded message; nothing is sent to a worker that is gone, or that has not connected yet.
-
-        A worker whose queue is full is killed: a lost Wake would leave its client asleep, and a successor wakes every
-        waiter."""
+        """Send an encoded message; nothing is sent to a worker that is gone, or that has not connected yet. A worker
+        whose queue is full is killed: a lost Wake would leave its client asleep, and a successor wakes every waiter."""
         slot = self.slots.get(worker)
         if slot is not None and self._router.send(slot.routing_id, data) == FULL:
             self.kill(worker, "does not read its messages")
 
-    def try_send(self, worker: int, message: Message) -> bool:
+    def try_send(self, worker: int, message: messages.Message) -> bool:
         """True when the router has taken the message, so it knows a connection to this worker."""
         slot = self.slots.get(worker)
         return slot is not None and self._router.send(slot.routing_id, encode(message)) == SENT
-
-    # --- what status shows --------------------------------------------------------------------------------------------
 
     def pid(self, worker: int) -> int | None:
         slot = self.slots.get(worker)
@@ -218,9 +190,7 @@ class WorkerPool:
         """Seconds for which the custodian has answered none of the open orders to fork."""
         return self._lifecycle.unanswered(now)
 
-    # --- reports ------------------------------------------------------------------------------------------------------
-
-    def on_custodian_message(self, message: Message | None, fds: tuple[int, ...]) -> None:
+    def on_custodian_message(self, message: messages.Message | None, fds: tuple[int, ...]) -> None:
         now = time.monotonic()
         match message:
             case None:
@@ -228,18 +198,18 @@ class WorkerPool:
                 self._event("restart", text, pid=self._custodian.pid, cause="its channel has ended")
                 self._custodian.lost()
                 self._start_custodian(now)
-            case CustodianReady():
+            case messages.CustodianReady():
                 log.debug("custodian ready (pid %d)", message.pid)
-            case WorkerForked():
+            case messages.WorkerForked():
                 self._add(Process(message.worker, message.incarnation, message.pid, fds[0]))
                 self._do(self._lifecycle.forked(message.worker, message.incarnation, now))
-            case ForkFailed():
+            case messages.ForkFailed():
                 text = f"worker {message.worker} could not be forked; it is tried again"
                 self._event(
                     "restart", text, **_worker_fields(message.worker, message.incarnation), cause=message.reason
                 )
                 self._do(self._lifecycle.fork_failed(message.worker, message.incarnation, now))
-            case WorkerExited():
+            case messages.WorkerExited():
                 self._on_reaped(message)
 
     def _start_custodian(self, now: float) -> None:
@@ -268,13 +238,13 @@ class WorkerPool:
                 self._custodian.adopt(*running.key, running.pid, running.pidfd, keys, assignment)
 
     def _assign(self, worker: int, incarnation: int, quarantined: bool) -> tuple[Sequence[str], bytes]:
-        """Keys and assignment. The quarantine is noted first: a worker without a source must never have a client that
-        a later supervisor believes to be trusted."""
+        """Keys and assignment. The quarantine is noted first: a worker without a source must never have a client that a
+        later supervisor believes to be trusted."""
         self._notes.set_quarantined(worker, quarantined)
         keys, assignment = self._assignments.assign(worker, incarnation, quarantined)
         return keys, encode(assignment)
 
-    def on_hello(self, message: WorkerHello) -> None:
+    def on_hello(self, message: messages.WorkerHello) -> None:
         self._do(self._lifecycle.hello(message.worker, message.incarnation, time.monotonic()))
 
     def on_process_ended(self, pidfd: int) -> bool:
@@ -303,7 +273,7 @@ class WorkerPool:
             self._report_end(key)
         self._do(self._lifecycle.tick(now))
 
-    def _on_reaped(self, message: WorkerExited) -> None:
+    def _on_reaped(self, message: messages.WorkerExited) -> None:
         """The custodian reports how a worker ended, a moment before or after its pidfd is readable."""
         code = os.waitstatus_to_exitcode(message.status)
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
@@ -344,8 +314,6 @@ class WorkerPool:
         text += "are poisoned" if policy.poison else f"wait for: postcopy resume {worker}"
         where = _worker_fields(worker, slot.incarnation)
         self._event("quarantined", text, **where, restarts=slot.restarts, cause=cause)
-
-    # --- effects ------------------------------------------------------------------------------------------------------
 
     def _do(self, effects: list[lifecycle.Effect]) -> None:
         for effect in effects:

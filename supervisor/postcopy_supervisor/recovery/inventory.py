@@ -1,8 +1,7 @@
 """Taking over: the custodian of a dead supervisor hands over everything that it keeps, and a plan is made from it.
 
 Nothing is changed before the plan is made. A supervisor that gives up before closes the connection, and the custodian
-is an orphan again with all it had. So a refusal, a crash or another version costs nothing.
-"""
+is an orphan again with all it had. So a refusal, a crash or another version costs nothing."""
 
 from __future__ import annotations
 
@@ -27,11 +26,9 @@ from .plan import FileFacts, Inventory, KeptBlock, KeptWorker, Plan
 
 log = logging.getLogger("postcopy")
 
-PATIENCE = 20.0
-"""Seconds for the whole inventory; a custodian on a busy machine needs some milliseconds."""
+PATIENCE = 20.0  # seconds for the whole inventory; a custodian on a busy machine needs some milliseconds
 MESSAGE_BYTES = 1 << 18
-FAR = 1 << 20
-"""First client number where those of the predecessor cannot be known."""
+FAR = 1 << 20  # first client number where those of the predecessor cannot be known
 ADVICE = "nothing is changed; recover with the version that served here before, or start afresh with --abandon"
 
 

@@ -6,8 +6,7 @@ a fresh start is empty.
 What a client uses must be as it was: the same page size, size and kind of source. A file must be the same (device,
 inode) and unchanged (size, time) since it was first served. The content of a remote block is compared later, when its
 source gives its advice. A block without clients never causes a refusal: it is dropped and made again under another
-number.
-"""
+number."""
 
 from __future__ import annotations
 
@@ -112,9 +111,6 @@ class Plan:
         return {note.name: Advice(note.size, note.identity) for note in notes}
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
 def read(kept: Mapping[str, tuple[bytes, tuple[int, ...]]], workers: Sequence[KeptWorker]) -> Inventory:
     """Decode what was kept: (note, descriptors) by key. Raises BadInput when it is of another version."""
     blocks, clients = list[KeptBlock](), list[KeptClient]()
@@ -156,9 +152,6 @@ def _note(meta: bytes, kind: type[Note]) -> Note:
         raise BadInput(f"{OTHER_VERSION}: {error}") from None
     assert isinstance(note, kind)
     return note
-
-
-# --- judging ----------------------------------------------------------------------------------------------------------
 
 
 def fresh(sources: Mapping[str, Source], first_client: int = 1) -> Plan:

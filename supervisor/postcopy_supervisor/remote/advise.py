@@ -1,18 +1,17 @@
 """Advice of page sources before the start, and the security of the connections to them.
 
 A remote block's size is not known before its source has been asked. So ``serve`` asks first, and waits (with a warning)
-while no source listens at the endpoint. tcp needs CURVE keys, or an option that allows it to be plain.
-"""
+while no source listens at the endpoint. tcp needs CURVE keys, or an option that allows it to be plain."""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import zmq
 
@@ -31,10 +30,7 @@ WARN_SECONDS = 5.0
 FRAME_LIMIT = MAX_RANGE_BYTES + (64 << 10)
 
 
-class Stopped(Protocol):
-    """Why not to wait for a source any longer; empty: wait."""
-
-    def __call__(self) -> str: ...
+Stopped = Callable[[], str]  # why not to wait for a source any longer; empty: wait
 
 
 @dataclass(frozen=True, slots=True)

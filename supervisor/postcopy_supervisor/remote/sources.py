@@ -1,16 +1,14 @@
 """All page sources: their links over the one router, their messages, and the staging memories of local ones.
 
-The router connects to all of them. Sources behind tcp come over libzmq, which has CURVE.
-"""
+The router connects to all of them. Sources behind tcp come over libzmq, which has CURVE."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Protocol
 
 from postcopy_kernel import memory
 from postcopy_protocol.codec import decode
@@ -20,7 +18,7 @@ from postcopy_protocol.sources import Advice
 from postcopy_wire.transport import Router
 
 from ..blocks import RamBlock
-from ..event_log import Tell
+from ..event_log import RecordEvent
 from ..paging.fast_path import SourceFastPath, source_fast_path
 from ..paging.paging import RemotePaging
 from ..paging.source_link import FIRST_PING_SECONDS, AdvisedBlock, LinkState, SourceLink
@@ -34,10 +32,8 @@ MESSAGE_LIMIT = FRAME_LIMIT + (64 << 10)
 """Bytes of a source's message on the wire: pages, the head before them, and what precedes each frame."""
 
 
-class OnSourceMessage(Protocol):
-    """Takes the name of a link and the frames of a message; they are valid until it returns."""
-
-    def __call__(self, name: bytes, frames: list[memoryview], /) -> object: ...
+OnSourceMessage = Callable[[bytes, list[memoryview]], object]
+"""Takes the name of a link and the frames of a message; they are valid until it returns."""
 
 
 class Sources:
@@ -52,18 +48,15 @@ class Sources:
         blocks: Mapping[str, RamBlock],
         paging: RemotePaging,
         on_message: OnSourceMessage,
-        event: Tell,
+        event: RecordEvent,
     ) -> None:
         """Connects to every endpoint of ``settings``; ``advice`` and ``blocks`` by our names."""
         self.links: dict[bytes, SourceLink] = {}
-        self.fast_paths: dict[bytes, SourceFastPath] = {}
-        """By link name; answers go there first."""
-        self.staging: dict[bytes, StagingMemory] = {}
-        """By link name."""
+        self.fast_paths: dict[bytes, SourceFastPath] = {}  # by link name; answers go there first
+        self.staging: dict[bytes, StagingMemory] = {}  # by link name
         self.parked: deque[tuple[bytes, Staged]] = deque()
         """Pages that lie in slots and are not placed yet: they can wait there while there is other work."""
-        self._paging = paging
-        self._event = event
+        self._paging, self._event = paging, event
         self._bad_messages: dict[str, int] = {}  # by endpoint: how many
         self._unshared: set[str] = set()
         for number, (endpoint, names) in enumerate(by_endpoint(settings.sources).items(), 1):

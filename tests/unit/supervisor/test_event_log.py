@@ -24,7 +24,7 @@ def test_every_event_is_one_line_that_can_be_read_back(kind: str, detail: str, w
     history = EventLog()
     logging.disable()
     try:
-        history.tell(kind, detail, **where)
+        history.record(kind, detail, **where)
     finally:
         logging.disable(logging.NOTSET)
     (event,) = history
@@ -40,7 +40,7 @@ def test_every_event_is_one_line_that_can_be_read_back(kind: str, detail: str, w
 
 def test_what_a_hostile_name_looks_like() -> None:
     history = EventLog()
-    history.tell("lost", "gone\n2026 INFO \x1b[31mforged", client=3, cause='a "b" \\\r\n' + "x" * 5000)
+    history.record("lost", "gone\n2026 INFO \x1b[31mforged", client=3, cause='a "b" \\\r\n' + "x" * 5000)
     (event,) = history
     assert event.line().startswith("lost: gone\\n2026 INFO \\x1b[31mforged event=lost client=3 cause=")
     assert len(event.where["cause"] if isinstance(event.where["cause"], str) else "") <= MOST_TEXT + 2
@@ -50,7 +50,7 @@ def test_what_a_hostile_name_looks_like() -> None:
 def test_the_history_is_bounded_and_goes_on_counting(caplog: pytest.LogCaptureFixture) -> None:
     history = EventLog()
     for number in range(LENGTH + 10):
-        history.tell("restart", f"worker {number}", worker=number, cause="signal SIGKILL")
+        history.record("restart", f"worker {number}", worker=number, cause="signal SIGKILL")
     told = list(history.documents())
     assert len(told) == LENGTH and [told[at]["number"] for at in (0, -1)] == [11, LENGTH + 10]
     assert list(history.documents(after=LENGTH + 9)) == told[-1:]
