@@ -1,7 +1,6 @@
 """``postcopy`` and ``python -m postcopy``: the entry point. An error ends the program with one line and a status.
 
-0 done; 1 failed, or a check did not hold; 2 usage; 3 no supervisor in that runtime directory; 130 Ctrl-C.
-"""
+0 done; 1 failed, or a check did not hold; 2 usage; 3 no supervisor in that runtime directory; 130 Ctrl-C."""
 
 from __future__ import annotations
 

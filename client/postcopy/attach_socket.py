@@ -5,8 +5,7 @@ thread waits for them, because they matter only before the next request.
 
 After a timeout, a Ctrl-C or a malformed message an answer may still arrive, so no further request is possible:
 ``usable`` is False from then on. The end of the connection is not an error: attached blocks stay attached, because
-workers outlive the supervisor.
-"""
+workers outlive the supervisor."""
 
 from __future__ import annotations
 
@@ -87,7 +86,6 @@ class AttachConnection:
         """Numbers of the blocks that are complete."""
         return self._conversation.released
 
-    # --- requests -----------------------------------------------------------------------------------------------------
     #
     # Each raises the exception of a refusal (the connection stays usable), AttachTimeout, NoSupervisor (the connection
     # ended), BadMessage.
@@ -147,8 +145,6 @@ class AttachConnection:
                 send_message(self._socket, self._conversation.goodbye())
             except OSError:
                 self.usable = False
-
-    # --- messages -----------------------------------------------------------------------------------------------------
 
     def _ask(
         self, question: Question[Answer], deadline: Deadline, fds: Sequence[int] = ()

@@ -1,15 +1,13 @@
 """A RAM block in this process's address space.
 
 A block stays attached until ``close()`` or the end of the process, also without a reference to it: an array made of it
-may still exist. ``close()`` with such an array (or slice) alive raises BufferError, as ``mmap.mmap`` does.
-"""
+may still exist. ``close()`` with such an array (or slice) alive raises BufferError, as ``mmap.mmap`` does."""
 
 from __future__ import annotations
 
 import logging
 import os
 import threading
-from types import TracebackType
 from typing import Literal, Protocol
 
 from postcopy_kernel.memory import POPULATE_READ, Mapping, advise
@@ -80,8 +78,6 @@ class Block:
         self._map = self._received.view()
         self.reset_locks()
 
-    # --- the memory ---------------------------------------------------------------------------------------------------
-
     @property
     def buf(self) -> memoryview:
         """The memory: writable, exactly ``size`` bytes. Raises ValueError once the block is closed."""
@@ -142,8 +138,6 @@ class Block:
         )
         return present / (last - first)
 
-    # --- close --------------------------------------------------------------------------------------------------------
-
     @property
     def closed(self) -> bool:
         return self._closed
@@ -178,9 +172,7 @@ class Block:
         self._require_open()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         try:
             self.close()
         except BufferError:
@@ -196,8 +188,6 @@ class Block:
         page = "2M" if self.page_size == PAGE_2M else "4K"
         state = "closed" if self._closed else f"attached at {self.mapping.address:#x}"
         return f"<postcopy.Block {self.name!r}: {format_size(self.size)}, {self.mode}, {page} pages, {state}>"
-
-    # --- for the helper threads ---------------------------------------------------------------------------------------
 
     def populate(self, offset: int, length: int) -> int | None:
         """Populate a range of whole pages. Returns 0, an errno, or None when the block is closed. Releases the GIL."""
@@ -225,8 +215,6 @@ class Block:
             reason = f"it could not be attached after a fork: {self._forbidden}"
         text = f"block {self.name}: the page at offset {offset} is lost: {reason}"
         return PageLost(text, block=self.name, offset=offset)
-
-    # --- for the client -----------------------------------------------------------------------------------------------
 
     def withdraw(self) -> None:
         """Stop helper threads from accessing the memory. Those that sleep in a fault are woken to find it forbidden."""
@@ -265,8 +253,6 @@ class Block:
         self.mapping.forbid()
         self._forbidden = reason
         log.error("block %s is not attached in process %d after a fork: %s", self.name, os.getpid(), reason)
-
-    # --- ranges and state ---------------------------------------------------------------------------------------------
 
     def _require_open(self) -> None:
         if self._closed:

@@ -1,9 +1,8 @@
 """One client per process and runtime directory: several blocks share one connection, one userfaultfd, one worker.
 
 Two locks, always taken in this order. ``Client._conversation`` is held through a whole exchange with the supervisor,
-for seconds if that is slow. ``_registry`` guards the list of attached blocks and is held briefly. A fork takes only
-the registry, so it never waits for an exchange. A block is in the list exactly while it may be touched.
-"""
+for seconds if that is slow. ``_registry`` guards the list of attached blocks and is held briefly. A fork takes only the
+registry, so it never waits for an exchange. A block is in the list exactly while it may be touched."""
 
 from __future__ import annotations
 
@@ -98,8 +97,6 @@ class Client:
         """A pickle of ``block``: unpickling attaches."""
         return attach, (block.name, self.directory, block.mode)
 
-    # --- conversations ------------------------------------------------------------------------------------------------
-
     @contextmanager
     def _turn(self, deadline: Deadline) -> Iterator[None]:
         lock = self._conversation
@@ -161,8 +158,6 @@ class Client:
             if self._session is session:
                 self._session = None
 
-    # --- forks --------------------------------------------------------------------------------------------------------
-
     def before_fork(self) -> None:
         """Let the child inherit the attached blocks. Take the supervisor's notices, unless a request is under way."""
         for block in self.blocks:
@@ -178,8 +173,7 @@ class Client:
         """In the child: become a separate client and attach the inherited mappings where they are.
 
         A new mapping would lose private writes. A block that cannot be attached is made inaccessible, also when this
-        method is interrupted.
-        """
+        method is interrupted."""
         self._conversation = threading.Lock()
         parents = {id(session): session for session in (self._session, *(block.session for block in self.blocks))}
         self._session, inherited = None, list(self.blocks)

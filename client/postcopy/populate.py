@@ -2,8 +2,7 @@
 
 Signals do not interrupt a populate, and it touches memory like any reader. So it runs in its own thread without the
 GIL, and the caller waits on an event, where timeouts and Ctrl-C work. It reports EHWPOISON where a plain read would
-raise SIGBUS.
-"""
+raise SIGBUS."""
 
 from __future__ import annotations
 

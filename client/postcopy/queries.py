@@ -1,8 +1,7 @@
 """An operator's requests to the supervisor: status, stop, export. A DEALER to its ROUTER, one request at a time.
 
 Only the supervisor's own user may send them: the socket is in ``private/``. A plain connect finds out first whether a
-process listens, because ZeroMQ would wait for one.
-"""
+process listens, because ZeroMQ would wait for one."""
 
 from __future__ import annotations
 
@@ -13,7 +12,6 @@ import select
 import socket
 from collections.abc import Collection
 from contextlib import closing
-from types import TracebackType
 from typing import Any, TypeVar
 
 import zmq
@@ -51,8 +49,7 @@ class Control:
     """A connection to the router of the supervisor in ``runtime_dir``; a context manager.
 
     Raises NoSupervisor when no process listens there, AttachDenied when it is another user's, PostcopyError for
-    requests that it refuses or does not answer within ``timeout`` seconds.
-    """
+    requests that it refuses or does not answer within ``timeout`` seconds."""
 
     def __init__(self, runtime_dir: str | os.PathLike[str] | None = None, timeout: float = TIMEOUT) -> None:
         explicit = None if runtime_dir is None else os.fspath(runtime_dir)
@@ -154,9 +151,7 @@ class Control:
     def __enter__(self) -> Control:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

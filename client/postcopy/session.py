@@ -1,8 +1,7 @@
 """A client's session with the supervisor: one connection, one userfaultfd, and the regions attached through them.
 
 The userfaultfd stays open here as long as a region exists. When its last reference closes, the kernel gives zero pages
-to all waiters, and only this process can guarantee that a reference exists.
-"""
+to all waiters, and only this process can guarantee that a reference exists."""
 
 from __future__ import annotations
 

@@ -252,9 +252,6 @@ def touching(total: int) -> Iterator[Progress]:
         yield show
 
 
-# --- text -------------------------------------------------------------------------------------------------------------
-
-
 def _latencies(figures: dict[str, float]) -> str:
     return f"p50 {figures['p50']} us, p99 {figures['p99']} us, max {figures['max']} us"
 

@@ -73,8 +73,6 @@ def _wait_for(runtime_dir: str | None, wait: float | None, audit: bool) -> dict[
         time.sleep(min(_POLL, max(0.0, left)))
 
 
-# --- tables ----------------------------------------------------------------------------------------------------------
-
 _BLOCKS = ("block", "kind", "size", "pages", "received", "lost", "source")
 _CLIENTS = ("client", "name", "pid", "worker", "state", "blocks", "faults", "placed", "restarts", "p50 us", "p99 us")
 

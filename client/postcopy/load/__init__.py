@@ -1,5 +1,4 @@
 """The load test.
 
 What clients do: ``toucher``, ``patterns``, ``recorder``, ``expected``, ``replay``. How they are started:
-``client_group``, ``starter``. What is observed: ``watch``. The output: ``results``, ``plots``, ``report``.
-"""
+``client_group``, ``starter``. What is observed: ``watch``. The output: ``results``, ``plots``, ``report``."""

@@ -1,8 +1,7 @@
 """A group of client processes for load test and demo: started, instructed, followed, and ended.
 
 One thread, one selector. The clients are forked by one starter process (see ``starter``), because 64 interpreters that
-import the same modules need 15 s of CPU. A client that dies is noticed by the end of its pipe, and reported.
-"""
+import the same modules need 15 s of CPU. A client that dies is noticed by the end of its pipe, and reported."""
 
 from __future__ import annotations
 
@@ -19,7 +18,6 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Protocol
 
 from postcopy_kernel.descriptors import receive_message, send_message
@@ -148,8 +146,7 @@ class ClientGroup:
     """Client processes that run ``steps`` (see ``toucher``) on a block. A context manager: at its end all have ended.
 
     ``modes`` gives the mode of each client, and so their number; ``verify`` names the expected contents (see
-    ``expected``), or None.
-    """
+    ``expected``), or None."""
 
     def __init__(
         self,
@@ -268,7 +265,5 @@ class ClientGroup:
     def __enter__(self) -> ClientGroup:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -1,8 +1,7 @@
 """The expected contents of a block, for checking touches: a file, zeros, or a Python function.
 
 ``parse`` reads the value of ``--verify``: a path, ``zeros``, or ``handler:MODULE:FUNCTION`` with the function of the
-block's source, which is called here again.
-"""
+block's source, which is called here again."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """The order in which a client touches pages. Pure: the same seed gives the same order.
 
-Every pattern is endless; the toucher decides how many touches it makes.
-"""
+Every pattern is endless; the toucher decides how many touches it makes."""
 
 from __future__ import annotations
 

@@ -5,8 +5,7 @@ page that was not yet received is a *fault* too. *Response* (open loop only) is 
 at which it was **due**: while one touch hangs, the touches that are due meanwhile wait too, and a tester that waits for
 each would not count them (coordinated omission).
 
-The timeline has bins of ``width`` nanoseconds; when there are too many, two bins become one.
-"""
+The timeline has bins of ``width`` nanoseconds; when there are too many, two bins become one."""
 
 from __future__ import annotations
 

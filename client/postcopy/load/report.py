@@ -1,8 +1,7 @@
 """Reports that explain themselves: what was done, on which machine, the results, and the meaning of each figure.
 
 ``FILE.html`` is one page that contains its plots; ``FILE.md`` has them in ``FILE-plots.png``; ``FILE.png`` is one
-picture of all plots.
-"""
+picture of all plots."""
 
 from __future__ import annotations
 
@@ -50,8 +49,7 @@ class ReportWriter:
 
     The plots of ``x.md`` are in ``x-plots.png``. The constructor checks all that can be checked before the test. Raises
     BadInput for an ending that is none of ENDINGS, OSError for a file that cannot be written, PostcopyError without
-    matplotlib or when the plots would overwrite a file that is not from an earlier report.
-    """
+    matplotlib or when the plots would overwrite a file that is not from an earlier report."""
 
     def __init__(self, path: str, arguments: list[str]) -> None:
         stem, ending = os.path.splitext(path)
@@ -112,9 +110,6 @@ def _check_writable(path: str) -> None:
 def _save(path: str, text: str) -> None:
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)
-
-
-# --- text -------------------------------------------------------------------------------------------------------------
 
 
 def heading(results: Results) -> str:
@@ -216,9 +211,6 @@ def machine() -> str:
     cpus = f"{os.cpu_count()} CPUs" + (f" ({model})" if model else "")
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     return f"{cpus}, Linux {platform.release()}, Python {platform.python_version()}; load average at the end {load}"
-
-
-# --- the pages --------------------------------------------------------------------------------------------------------
 
 
 def as_html(results: Results, command: str, pictures: dict[str, str]) -> str:

@@ -11,8 +11,7 @@ the end ``{"result": {...}}`` or ``{"error": "..."}``. A line is one message.
 
 A touch is a plain access of one byte, timed here. A single thread indexes the memory, the fastest access in Python. A
 page fault in that access keeps the GIL, so several threads let the kernel touch the memory (a byte is written to, or
-read from, a memfd) without the GIL. A compiled touch is better than both.
-"""
+read from, a memfd) without the GIL. A compiled touch is better than both."""
 
 from __future__ import annotations
 
@@ -318,8 +317,7 @@ def sleep_until(instant: int) -> int:
 class Barrier:
     """Clients meet before each step: each writes its step into a shared page, and yields until all have written it.
 
-    The group's process writes a huge number for a client that died, so the others do not wait for it.
-    """
+    The group's process writes a huge number for a client that died, so the others do not wait for it."""
 
     def __init__(self, fd: int, index: int, clients: int) -> None:
         self._index = index

@@ -2,8 +2,7 @@
 
 A worker is killed by its pidfd, which is checked after it is open: before that the pid may have been reused. The
 supervisor quarantines a client whose worker crashes too often, so no worker is killed more than ``FORGIVEN`` times a
-minute, and the next victim is always the one that was killed least.
-"""
+minute, and the next victim is always the one that was killed least."""
 
 from __future__ import annotations
 

@@ -116,8 +116,6 @@ class Top(App[None]):
         """The list of clients."""
         return self.query_one("#clients", Clients)
 
-    # --- looking ------------------------------------------------------------------------------------------------------
-
     async def look(self) -> None:
         """Ask and draw, unless paused."""
         if self._paused:
@@ -176,8 +174,6 @@ class Top(App[None]):
     def clients(self) -> list[dict[str, Any]]:
         """The clients of the newest status."""
         return [*self._now.get("clients", ())]
-
-    # --- keys ---------------------------------------------------------------------------------------------------------
 
     def action_sort(self, step: int) -> None:
         keys = view.KEYS

@@ -1,8 +1,7 @@
 """The content of ``postcopy top``, from the newest status and the one before it. Pure: documents in, rows out.
 
 A residency map is a row of cells, each for an equal part of the block: the more of it is received, the fuller the block
-character. Cells with pages received since the previous status are *hot*; cells with lost pages are always marked.
-"""
+character. Cells with pages received since the previous status are *hot*; cells with lost pages are always marked."""
 
 from __future__ import annotations
 
@@ -107,9 +106,6 @@ def arranged(found: Iterable[Row], key: str, *, turned: bool = False, wanted: st
     return sorted(kept, key=lambda row: (getattr(row, key), row.number), reverse=(key in LARGEST_FIRST) != turned)
 
 
-# --- blocks -----------------------------------------------------------------------------------------------------------
-
-
 def residency(block: dict[str, Any], was: dict[str, Any] | None, width: int) -> list[tuple[str, str]]:
     """(character, meaning) of each cell; at most ``width`` cells."""
     kept = block.get("map") or {"received": [], "lost": [], "pages": 1}
@@ -138,9 +134,6 @@ def share(block: dict[str, Any]) -> str:
     """The share of the block that is received."""
     pages = block.get("pages", 0)
     return f"{block.get('received', 0) / pages:.1%}" if pages else "-"
-
-
-# --- the rest ---------------------------------------------------------------------------------------------------------
 
 
 def headline(now: Status, before: Status | None, found: Sequence[Row]) -> str:

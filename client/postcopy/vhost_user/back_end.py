@@ -3,8 +3,7 @@
 The order guarantees that no fault is lost. The supervisor has the userfaultfd before the back-end knows any memory. A
 worker reads it before the acknowledgement that lets the back-end register and touch memory. ``BackEnd`` is returned
 only after its memory is proven to be registered. So every fault is resolved, also one on the back-end's message thread.
-The end runs in reverse: the supervisor resolves faults until the back-end has unmapped its memory.
-"""
+The end runs in reverse: the supervisor resolves faults until the back-end has unmapped its memory."""
 
 from __future__ import annotations
 
@@ -13,7 +12,6 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 from postcopy_kernel import address_space, process
@@ -92,8 +90,6 @@ class BackEnd:
             self._abandon()
             raise
 
-    # --- the handshake ------------------------------------------------------------------------------------------------
-
     def ask(self, question: Question) -> Any:
         """Send a question of ``talk`` and return the value of its answer. Raises BackEndGone, BackEndTimeout,
         VhostUserError."""
@@ -139,8 +135,6 @@ class BackEnd:
     def _hand_over(self, name: str, userfaultfd: int, timeout: float) -> BackEndSession:
         """Give the userfaultfd to the supervisor, whose worker resolves the faults."""
         return BackEndSession(self.directory, name, userfaultfd, self.pidfd, timeout)
-
-    # --- memory -------------------------------------------------------------------------------------------------------
 
     def _share(self, memory: Sequence[GuestMemory]) -> None:
         for piece in memory:
@@ -294,8 +288,6 @@ class BackEnd:
                 return region
         raise ValueError(f"byte {offset} of block {block} is in no region of the guest's memory")
 
-    # --- end of post-copy ---------------------------------------------------------------------------------------------
-
     @property
     def complete(self) -> bool:
         """Whether the supervisor has reported every page of all blocks as present."""
@@ -306,8 +298,6 @@ class BackEnd:
         if not self.complete:
             raise PostcopyError("post-copy cannot end: pages are missing")
         self.ask(self.talk.end())
-
-    # --- the end ------------------------------------------------------------------------------------------------------
 
     @property
     def gone(self) -> bool:
@@ -351,7 +341,5 @@ class BackEnd:
     def __enter__(self) -> BackEnd:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

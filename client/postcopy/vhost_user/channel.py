@@ -1,8 +1,7 @@
 """The stream socket to a back-end: one question, one answer, every wait with a timeout.
 
 A back-end may sleep in a page fault on its message thread and answer only when the page has arrived. So a wait may be
-long; it ends early when the connection or the back-end's process ends.
-"""
+long; it ends early when the connection or the back-end's process ends."""
 
 from __future__ import annotations
 
@@ -73,8 +72,7 @@ class Channel:
     def ask(self, question: Question) -> Frame | None:
         """Send a question and return the answer's frame, or None without an answer. The caller owns its descriptors.
 
-        Raises BackEndGone (it hung up), BackEndTimeout, VhostUserError (malformed frame).
-        """
+        Raises BackEndGone (it hung up), BackEndTimeout, VhostUserError (malformed frame)."""
         self.send(question)
         return self.receive(question.request.name) if question.answered else None
 

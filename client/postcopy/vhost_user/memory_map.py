@@ -3,8 +3,7 @@
 libvhost-user up to at least 10.2 answers SET_MEM_TABLE with *our* addresses (it fills in a copy and sends the
 original). So its mappings are found by the memory's inode in /proc/PID/maps. Every new mapping of a block is announced
 in full, with the offset that the kernel shows, so no mapping has to be matched with a region; the regions must only be
-covered. DPDK and fixed libraries report true addresses, which are compared with the same maps.
-"""
+covered. DPDK and fixed libraries report true addresses, which are compared with the same maps."""
 
 from __future__ import annotations
 

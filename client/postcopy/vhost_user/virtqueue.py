@@ -4,8 +4,7 @@ A ``Ring`` works on any writable buffer: the bytes of a file before they are ser
 missing pages), or the memory of a block. No method waits. Numbers are little-endian, as in virtio 1.
 
 The device may read the available index at any time, so it is written by one store. ``struct.pack_into`` is not one
-store: it writes zeros first, and a device that sees the index go back to 0 reports a broken ring.
-"""
+store: it writes zeros first, and a device that sees the index go back to 0 reports a broken ring."""
 
 from __future__ import annotations
 
@@ -15,7 +14,6 @@ import struct
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
 from postcopy_kernel.descriptors import create_eventfd, signal_eventfd
@@ -131,9 +129,7 @@ class RingEvents:
     def __enter__(self) -> RingEvents:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

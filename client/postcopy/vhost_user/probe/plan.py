@@ -3,8 +3,7 @@
 Guest memory is one file. Each queue has three pages of ring (descriptors, available, used). Each request has a page
 with header, status and indirect table, and its pages of data. The first requests of every queue are on the ring before
 the back-end maps it, so it finds rings, headers and buffers in missing pages. Every later request uses untouched pages.
-So the set of pages that must arrive is known exactly.
-"""
+So the set of pages that must arrive is known exactly."""
 
 from __future__ import annotations
 

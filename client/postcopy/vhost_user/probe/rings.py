@@ -23,7 +23,6 @@ class Rings:
         self.events = [RingEvents() for _ in queues]
         self.prepared: dict[tuple[int, int], Planned] = {}
         self._poll = select.poll()
-        self._queues = {events.call: queue for queue, events in enumerate(self.events)}
         for events in self.events:
             self._poll.register(events.call, select.POLLIN)
 

@@ -2,8 +2,7 @@
 
 The probe starts its own supervisor for the guest's memory, which places one page for each fault. The probe is also a
 native client, and touches only pages that the back-end has faulted on. So the received map at the end is the list of
-pages on which the back-end has faulted.
-"""
+pages on which the back-end has faulted."""
 
 from __future__ import annotations
 
@@ -107,8 +106,6 @@ class Run:
             self.report.quirk("registered", "registration-unproven", "its smaps cannot be read from here")
         return back_end
 
-    # --- load ---------------------------------------------------------------------------------------------------------
-
     def _load(self, back_end: BackEnd, rings: Rings) -> None:
         disturbances = Disturbances(self.settings, self.directory, back_end.side.client)
         begun = time.monotonic()
@@ -196,8 +193,6 @@ class Run:
             "delays": disturbances.delays,
             "restarts": record.get("restarts", 0),
         }
-
-    # --- the end ------------------------------------------------------------------------------------------------------
 
     def _end(self, back_end: BackEnd, rings: Rings) -> None:
         report = self.report
