@@ -294,7 +294,8 @@ def _cpu_seconds(pid: int) -> float:
 # --- the report of a load test ----------------------------------------------------------------------------------------
 
 WRITE = (
-    "import json, sys; from postcopy.load.report import writer; writer(sys.argv[2], [])(json.load(open(sys.argv[1])))"
+    "import json, sys; from postcopy.load.report import ReportWriter; "
+    "ReportWriter(sys.argv[2], []).write(json.load(open(sys.argv[1])))"
 )
 
 

@@ -345,9 +345,12 @@ def until_it_works(pid: int) -> int:
 def test_ctrl_c_is_130(service: postcopy.Supervisor) -> None:
     words = command("load", "--clients", "2", "--touches", "100000000", "--runtime-dir", service.runtime_dir)
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        until_it_works(process.pid)
-        process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=PATIENCE)
+        try:
+            until_it_works(process.pid)
+            process.send_signal(signal.SIGINT)
+            output, errors = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()  # a load test that goes on would hold up `with` for ever
     assert (process.returncode, output, errors) == (130, b"", b"")
 
 

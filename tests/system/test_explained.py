@@ -266,6 +266,6 @@ def test_the_command_line(runtime_dir: Path, source_file: SourceFile) -> None:
         ):
             status, said, complaint = postcopy(service, *words)
             assert (status, said) == (wanted, "") and len(complaint.splitlines()) == 1, (words, status, complaint)
-        assert postcopy(service, "resume", str(number)) == (0, f"client {number} goes on\n", "")
+        assert postcopy(service, "resume", str(number)) == (0, f"client {number} continues\n", "")
         status, _, complaint = postcopy(service, "resume", str(number))
         assert status == 1 and complaint == f"postcopy: client {number} is not quarantined"

@@ -27,7 +27,7 @@ from postcopy.deadline import Deadline
 def resume(number):
     door = AttachConnection(directory, Deadline(20.0))
     door.greet("again", "native", Deadline(20.0))
-    return door, door.ask(door.conversation.resume(number), Deadline(20.0))[0]
+    return door, door._ask(door._conversation.resume(number), Deadline(20.0))[0]
 """
 
 
@@ -74,7 +74,7 @@ def test_resuming(runtime_dir: Path, source_file: SourceFile) -> None:
         client.do("door, _ = resume(1)")  # again: the old connection goes
         assert client.do("words(b, [1])") == [word(PAGE)]
         assert service.worker(client) == worker and len(service.status()["clients"]) == 1
-        client.do("opened = door.ask(door.conversation.open_block('ram0', 'private'), Deadline(20.0))")
+        client.do("opened = door.open('ram0', 'private', Deadline(20.0))")
         client.do(f"door.unmap(1, {where}, Deadline(20.0))")
         until(lambda: not alive(worker), "no region, no worker")
 

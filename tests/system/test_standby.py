@@ -225,7 +225,7 @@ def test_one_that_reads_nothing_of_what_it_asked_for_is_given_up(runtime_dir: Pa
         script.die()
         deaf = script.connect()
         send_message(deaf, encode(TakeOver(1)), wait=True)
-        until(lambda: "could not be handed over" in script.log(), "it is given up", 30)
+        until(lambda: "cannot send the inventory" in script.log(), "it is given up", 30)
         script.kill_worker()
         assert guest.word(1) == word(PAGE)
         found = script.take_over()

@@ -80,7 +80,7 @@ def test_keygen_never_writes_over_a_key(tmp_path: Path) -> None:
     assert run("keygen", str(tmp_path / "half")).returncode == 1
     assert not (tmp_path / "half.key_secret").exists(), "no half pair"
     done = run("keygen", str(tmp_path / "no" / "where"))
-    assert done.returncode == 1 and f"there is no directory {tmp_path / 'no'}: make it first" in done.stderr
+    assert done.returncode == 1 and f"make the directory {tmp_path / 'no'} first" in done.stderr
 
 
 def test_key_files_of_pyzmq_are_read(tmp_path: Path) -> None:
