@@ -218,7 +218,7 @@ def test_serve_becomes_the_supervisor(run: Run, runtime_dir: Path, path: Path, n
 def test_a_supervisor_of_another_user_is_not_asked(run: Run, service: postcopy.Supervisor) -> None:
     if os.getuid() != 0:
         pytest.skip("only root can become somebody else")
-    program = "import os, sys, postcopy.control as c, postcopy.errors as e\nimport zmq\nos.setuid(65534)\n" + (
+    program = "import os, sys, postcopy.queries as c, postcopy.errors as e\nimport zmq\nos.setuid(65534)\n" + (
         "try:\n    c.Control(sys.argv[1])\nexcept e.AttachDenied as error:\n    print('denied')\n"
     )
     words = [sys.executable, "-c", program, service.runtime_dir]
@@ -360,7 +360,7 @@ def test_demo(run: Run, path: Path) -> None:
     assert done.returncode == 0, done.stderr.decode()
     assert "killed midway" in text
     assert "1 restarted" in text
-    assert "is the file's" in text
+    assert "equals the file's" in text
     assert text.count("shared") == 1
     assert text.count("private") == 2
 

@@ -189,7 +189,7 @@ def test_one_that_populates_its_memory(service: Service, tmp_path: Path) -> None
     service.client("guest", "shared")
     with (
         fake(tmp_path, "populates") as program,
-        pytest.raises(VhostUserError, match=r"3 pages of block guest .* nobody placed"),
+        pytest.raises(VhostUserError, match=r"3 pages of block guest .* did not place"),
     ):
         BackEnd(program.socket, ["guest"], service.directory)
     nobody_left(service)

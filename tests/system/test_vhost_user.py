@@ -450,7 +450,7 @@ def test_a_probe_refuses_another_disk(tmp_path: Path) -> None:
     """Before it tests anything: what differs would be the back-end's fault."""
     (tmp_path / "short.img").write_bytes(bytes(4096))
     with storage_daemon(tmp_path) as program:
-        for disk, status, text in (("short.img", 2, "another disk"), ("nothing.img", 1, "No such file")):
+        for disk, status, text in (("short.img", 2, "but the device has"), ("nothing.img", 1, "No such file")):
             command = [sys.executable, "-m", "postcopy", "probe", "vhost-user", str(program.socket)]
             command += ["--disk", str(tmp_path / disk), "--json"]
             done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment(), check=False)

@@ -158,6 +158,7 @@ class ClientGroup:
         seed: int = 1,
     ) -> None:
         self.clients: list[ClientProcess] = []
+        self._closed = False
         self._selector = selectors.DefaultSelector()
         self._slots = os.memfd_create("postcopy-steps", os.MFD_CLOEXEC)
         os.ftruncate(self._slots, 8 * len(modes))
@@ -245,7 +246,10 @@ class ClientGroup:
             slots[8 * client.index : 8 * client.index + 8] = _GONE.to_bytes(8, sys.byteorder)
 
     def close(self) -> None:
-        """End every client: those that are done detach in order, the others are killed."""
+        """End every client: those that are done detach in order, the others are killed. Their results stay."""
+        if self._closed:
+            return
+        self._closed = True
         for client in self.clients:
             if not client.over:
                 client.kill()
@@ -255,7 +259,6 @@ class ClientGroup:
                 client.kill()
             os.close(client.output)
             os.close(client.pidfd)
-        self.clients = []
         self._starter.close()
         self._selector.close()
         if self._slots >= 0:
