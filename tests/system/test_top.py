@@ -87,7 +87,7 @@ def test_top_says_at_once_that_the_supervisor_is_gone_and_goes_on_with_the_next(
     try:
         terminal.shows("running")
         service.kill()
-        terminal.shows("no supervisor in")
+        terminal.shows("no supervisor is running")
         service.recover()
         terminal.shows(f"pid {service.process.pid}")
         terminal.keys("q")

@@ -664,7 +664,7 @@ def test_the_command_outlives_the_supervisor(runtime_dir: Path, tmp_path: Path) 
     ):
         line_of(process, "attached")
         service.kill()
-        line_of(process, "gone without a word")
+        line_of(process, "the supervisor has died")
         service.recover()
         line_of(process, "taken over")
         with attach("guest", runtime_dir) as block:

@@ -360,6 +360,10 @@ class Pair(RuleBasedStateMachine):
             case Mapped(block, address):
                 self.supervisor.withdraw(block, address)
 
+    @rule()
+    def pause(self) -> None:
+        """Nothing is said: a conversation that has ended offers no other step."""
+
     @precondition(lambda self: not self.dead)
     @rule(kind=st.sampled_from(KINDS), refuse=st.booleans(), device=st.booleans())
     def hello(self, kind: str, refuse: bool, device: bool) -> None:
