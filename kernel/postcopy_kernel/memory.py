@@ -33,6 +33,7 @@ PAGE_4K: Final = 4096
 PAGE_2M: Final = 2 << 20
 
 # madvise(2); the same numbers on x86_64 and arm64.
+RANDOM: Final = 1
 DONTNEED: Final = 4
 REMOVE: Final = 9
 DONTFORK: Final = 10

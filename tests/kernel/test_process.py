@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from postcopy_kernel.memory import DONTNEED, Mapping, create_memfd
 from postcopy_kernel.memory import PAGE_4K as PAGE
-from postcopy_kernel.memory import Mapping
 from postcopy_kernel.process import (
+    PageTables,
     die_with_parent,
     drop_privileges,
     memory_figures,
@@ -160,7 +161,39 @@ def test_what_a_process_weighs() -> None:
         store(mapping.address, b"x" * size)
         after = memory_figures(os.getpid())
     assert size <= after["private"] - before["private"] < 3 * size
-    assert after["rss"] == after["private"] + after["shared"]
+    assert after["rss"] - before["rss"] < 3 * size
+
+
+def test_pages_of_a_mapped_file_are_the_page_caches_memory(tmp_path: Path) -> None:
+    size = 64 << 20
+    with (tmp_path / "file").open("wb") as file:
+        file.write(b"x" * size)
+        os.fsync(file.fileno())  # what is not written back counts as dirty
+    with (tmp_path / "file").open() as file, Mapping.of(file.fileno(), size, writable=False) as mapping:
+        before = memory_figures(os.getpid())
+        assert all(mapping.view(size)[at] for at in range(0, size, PAGE))
+        after = memory_figures(os.getpid())
+    assert after["rss"] - before["rss"] >= size // 2
+    assert after["private"] - before["private"] < size // 8
+
+
+def test_page_tables_count_as_private_memory_and_are_freed_when_empty() -> None:
+    size = 64 << 20
+    fd = create_memfd("block", size)
+    tables = PageTables()
+    with Mapping.of(fd, size) as mapping:
+        before = tables.size()
+        for at in range(0, size, PAGE):
+            store(mapping.address + at, b"x")
+        assert size // PAGE * 8 <= tables.size() - before <= 1 << 20, "8 bytes for each page of 4 KiB"
+        mapping.advise(DONTNEED)
+        left = tables.size() - before
+    tables.close()
+    os.close(fd)
+    assert left < 64 << 10 or os.uname().release < "6.14"
+
+
+def test_the_memory_of_nobody_cannot_be_read() -> None:
     with pytest.raises(OSError):
         memory_figures(2**22)
 

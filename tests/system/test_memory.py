@@ -83,5 +83,5 @@ def test_a_worker_stays_small_whatever_it_has_placed(runtime_dir: Path, source_f
         client.attach("hold", mode, "hold")  # keeps the worker, also when ram0 is released
         assert client.do(f"check(b, {str(path)!r})") == -1
         figures = memory_figures(service.worker(client))
-        assert figures["private"] < 12 * MB, figures
+        assert figures["private"] < 8 * MB, figures
         assert memory_figures(service.pid)["private"] < 64 * MB

@@ -4,6 +4,10 @@ A source answers one question: at which address of this process are the bytes of
 UFFDIO_COPY? Python never touches the bytes of a file. COPY reads them from the mapping, and a file that was cut gives
 EFAULT there instead of a SIGBUS here. A cut *inside* a page is copied as data followed by zeros without any error
 (measured on Linux 6.18). So the file's size is checked before every page, its size and time before every window.
+
+A file that is not cached is read as the faults ask for it: one page for a fault, a window and the next one for a
+window. Left to itself the kernel reads the device's read-ahead around every page of a mapping: 8 MiB on some machines,
+which takes 2 to 10 ms instead of 20 us.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import os
 from collections.abc import Callable
 from typing import Protocol
 
-from postcopy_kernel.memory import DONTNEED, Mapping
+from postcopy_kernel.memory import DONTNEED, RANDOM, Mapping
 from postcopy_protocol.errors import PageLost
 from postcopy_protocol.messages import BlockGrant
 
@@ -59,6 +63,8 @@ class FilePages:
         self._time = grant.source_mtime_ns
         mapped = -(-self.size // _BASE_PAGE) * _BASE_PAGE
         self._mapping = Mapping.of(descriptor, mapped, shared=True, writable=False)
+        self._mapping.advise(RANDOM)
+        self._probe = (bytearray(1),)
         # The mapping ends before the end of a last huge page that the file fills only in part: that page is staged.
         self._staged_from = grant.size - grant.size % grant.page_size if mapped % grant.page_size else 1 << 62
         self._staging: Mapping | None = None
@@ -66,8 +72,18 @@ class FilePages:
 
     def locate(self, offset: int, length: int) -> int:
         if offset + length <= self._staged_from:
+            if length > _BASE_PAGE:
+                self._read_ahead(offset, length)
             return self._mapping.address + offset
         return self._staged(offset, length)
+
+    def _read_ahead(self, offset: int, length: int) -> None:
+        """Start reading a window and the one behind it, in large pieces, unless they are in the page cache."""
+        end = min(offset + 2 * length, self.size)
+        try:
+            os.preadv(self.descriptor, self._probe, end - 1, os.RWF_NOWAIT)
+        except OSError:  # not cached; or EOPNOTSUPP: this file system does not say what is cached
+            os.posix_fadvise(self.descriptor, offset, end - offset, os.POSIX_FADV_WILLNEED)
 
     def _staged(self, offset: int, length: int) -> int:
         if self._staging is None or self._staging.length < length:

@@ -11,6 +11,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from enum import IntEnum
 from functools import partial
 
@@ -58,6 +59,7 @@ class Worker:
         self.counters[counters.INCARNATION] = assignment.incarnation
         self.counters[counters.BUSY_SINCE_NS] = 0
         self._own = self._own_userfaultfd()
+        self._page_tables = process.PageTables()
         if privileged:
             process.drop_privileges()
         self.blocks = {grant.block: self._block(grant) for grant in assignment.blocks}
@@ -116,7 +118,8 @@ class Worker:
         self._own.register(mapping.address, length, RegisterMode.MISSING)
         received = memoryview(mmap.mmap(self.fds[grant.received], 0))
         own = OwnMapping(self._own.fileno(), mapping.address, partial(mapping.advise, DONTNEED))
-        return Block(grant, memory, received, self._pages(grant), own, self.reports, system_calls())
+        calls = replace(system_calls(), page_tables=self._page_tables.size)
+        return Block(grant, memory, received, self._pages(grant), own, self.reports, calls)
 
     def _pages(self, grant: BlockGrant) -> PageSource:
         stretch = max(grant.page_size, self.assignment.fault_around)
