@@ -21,6 +21,7 @@ from . import (
     bulk,
     clients8,
     compare,
+    growth,
     limits,
     local,
     machine,
@@ -38,6 +39,7 @@ from .figures import HEADINGS, Row, as_document
 BENCHMARKS: Mapping[str, Measure] = {
     "local": local.run,
     "clients8": clients8.run,
+    "growth": growth.run,
     "limits": limits.run,
     "scaling": scaling.run,
     "sequential": sequential.run,

@@ -111,7 +111,7 @@ class Client:
         self._held: list[Any] = []
         self._supervisor: Any = None
         with open(spec["file"], "rb") as file:
-            self._truth = mmap.mmap(file.fileno(), self.length, access=mmap.ACCESS_COPY)
+            self._truth = _mapped(file.fileno(), self.length)
         self.truth = ctypes.addressof(ctypes.c_char.from_buffer(self._truth))
         if spec.get("handler"):
             self._join_floor()
@@ -163,9 +163,20 @@ class Client:
     def touch_file(self, order: Answer) -> Answer:
         """``touch`` on a mapping of the file itself, made for it."""
         with open(self.spec["file"], "rb") as file:
-            mapped = mmap.mmap(file.fileno(), self.length, access=mmap.ACCESS_COPY)
+            mapped = _mapped(file.fileno(), self.length)
         pages = random.Random(order["seed"]).sample(range(self.length // PAGE), order["count"])
         return self.c.touch(ctypes.addressof(ctypes.c_char.from_buffer(mapped)), [page * PAGE for page in pages])
+
+    def read_file(self, order: Answer) -> Answer:
+        """``touch_file`` by pread of one page each."""
+        took = []
+        with open(self.spec["file"], "rb") as file:
+            descriptor, clock, into = file.fileno(), time.perf_counter_ns, [bytearray(PAGE)]
+            for page in random.Random(order["seed"]).sample(range(self.length // PAGE), order["count"]):
+                begun = clock()
+                os.preadv(descriptor, into, page * PAGE)
+                took.append(clock() - begun)
+        return {"ns": took}
 
     def begin(self, order: Answer) -> Answer:
         """Attach to ``block`` and touch ``count`` random pages: nanoseconds of both together."""
@@ -269,6 +280,12 @@ class Client:
         return {"attach": attached - begun, "first_byte": done - begun, "wrong": int(byte != self._truth[position])}
 
 
+def _mapped(descriptor: int, length: int) -> mmap.mmap:
+    """A private mapping of a file that may be larger than the memory of the machine."""
+    noreserve = 0x4000  # MAP_NORESERVE has no name in Python 3.11
+    return mmap.mmap(descriptor, length, flags=mmap.MAP_PRIVATE | noreserve, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+
+
 def _end_with(handler: subprocess.Popen[bytes]) -> NoReturn:
     print(f"the floor's handler ended with status {handler.wait()}", file=sys.stderr, flush=True)
     os._exit(1)
@@ -284,6 +301,7 @@ def main() -> None:
         "touch": client.touch,
         "touch_missing": client.touch_missing,
         "touch_file": client.touch_file,
+        "read_file": client.read_file,
         "begin": client.begin,
         "begin_eagerly": client.begin_eagerly,
         "memcpy": client.memcpy,

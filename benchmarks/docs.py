@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 
 from . import machine
 from .bench import BenchmarkFailed
 from .figures import Row, markdown
 
+WIDTH = 100
 PATH = os.path.join(machine.ROOT, "docs", "benchmarks.md")
 
 
@@ -21,7 +23,7 @@ def write_docs(found: machine.Facts, results: Mapping[str, Sequence[Row]], path:
     with open(path, encoding="utf-8") as file:
         text = file.read()
     for name, rows in results.items():
-        text = _replaced(text, name, f"{machine.in_words(found)}\n\n{markdown(rows)}", path)
+        text = _replaced(text, name, f"{fill(machine.in_words(found), WIDTH)}\n\n{markdown(rows)}", path)
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)
 

@@ -34,7 +34,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 MISSING = 0
 PLACING = 1
@@ -68,24 +67,10 @@ def runs_of(states: bytes | memoryview, state: int) -> Iterator[Run]:
         yield match.span()
 
 
-@dataclass(frozen=True, slots=True)
-class Audit:
-    """The result of an audit, as runs of pages."""
-
-    polluted: tuple[Run, ...]
-    """Present, but not placed by our programs."""
-    interrupted: tuple[Run, ...]
-    """Present and marked PLACING: ours. Promote them when their writer has ended."""
-
-
-def polluted(states: bytes | memoryview, present: Iterable[Run]) -> Audit:
-    """Compare the map with the runs of pages that the kernel reports as ``present`` (SEEK_DATA). Changes nothing.
+def polluted(states: bytes | memoryview, present: Iterable[Run]) -> tuple[Run, ...]:
+    """The runs of pages that are present, but were not placed by our programs. ``present`` are the runs that the kernel
+    reports (SEEK_DATA). Changes nothing.
 
     Read ``present`` first and ``states`` after it: then a page placed in between is marked PLACING or RECEIVED.
     """
-    foreign: list[Run] = []
-    ours: list[Run] = []
-    for start, stop in present:
-        foreign.extend(match.span() for match in _RUNS[MISSING].finditer(states, start, stop))
-        ours.extend(match.span() for match in _RUNS[PLACING].finditer(states, start, stop))
-    return Audit(tuple(foreign), tuple(ours))
+    return tuple(match.span() for start, stop in present for match in _RUNS[MISSING].finditer(states, start, stop))

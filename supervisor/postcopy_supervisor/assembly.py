@@ -151,6 +151,7 @@ def assemble(settings: Settings, runtime: RuntimeDirectory, plan: Plan, inherite
         base.event_log,
         base.control_page,
         service.recorder,
+        settings.transport,
     )
     periodic = _periodic(settings, base, service, parts, exports, auditor, pending)
     stop, replies = StopRequest(own.stop, base.state, custodian), Replies(router, event)

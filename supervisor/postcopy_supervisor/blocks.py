@@ -328,10 +328,8 @@ class RamBlock:
         if self._audit is None:
             self._audit, self._strange = self.present_runs(), []
         for start, stop in islice(self._audit, runs):
-            found: received_map.Audit = received_map.polluted(
-                os.pread(self.map_fd, stop - start, start), [(0, stop - start)]
-            )
-            self._strange += [(first + start, last + start) for first, last in found.polluted]
+            found = received_map.polluted(os.pread(self.map_fd, stop - start, start), [(0, stop - start)])
+            self._strange += [(first + start, last + start) for first, last in found]
             runs -= 1
         if runs == 0:
             return False

@@ -43,6 +43,7 @@ class Parts:
     event_log: EventLog
     control_page: memoryview
     recorder: Recording | None
+    transport: str
 
     @property
     def shown_state(self) -> str:

@@ -20,7 +20,7 @@ LARGEST_WINDOW = 1 << 20
 MOST_FAULT_AROUND = 64 << 20
 
 POINTS = ("loop", "quit", "core", "foreign", "request", "place", "wake")
-"""Trace points of ``--trace`` (see ``observe.trace_points``)."""
+"""Trace points of ``--trace`` (see ``trace_points``)."""
 AUTO_RATE = -1  # remote blocks at the full rate of their source, local blocks not at all
 
 

@@ -166,9 +166,10 @@ def test_what_a_process_weighs() -> None:
 
 def test_pages_of_a_mapped_file_are_the_page_caches_memory(tmp_path: Path) -> None:
     size = 64 << 20
-    with (tmp_path / "file").open("wb") as file:
-        file.write(b"x" * size)
-        os.fsync(file.fileno())  # what is not written back counts as dirty
+    with (tmp_path / "file").open("wb") as written:
+        written.write(b"x" * size)
+        written.flush()
+        os.fsync(written.fileno())  # what is not written back counts as dirty
     with (tmp_path / "file").open() as file, Mapping.of(file.fileno(), size, writable=False) as mapping:
         before = memory_figures(os.getpid())
         assert all(mapping.view(size)[at] for at in range(0, size, PAGE))

@@ -33,6 +33,12 @@ FIGURES = {
         "read() of the warm",
     ],
     "limits": ["plain mmap of the warm file, pinned", "plain mmap of the warm file, unpinned", "against an eager copy"],
+    "growth": [
+        "shared, 300 random pages",
+        "growth of the p50, private",
+        "stored, 1 GiB, against mmap",
+        "sparse, 200 GiB, against pread",
+    ],
     "scaling": ["1 client, wall time", "3 clients, wall time"],
     "bulk": ["pieces of 64 KiB", "pieces of 256 KiB", "pieces of 2048 KiB", "background of a local block"],
     "attach": ["to first byte", "private memory", "clients attached", "sparse file of 100 GiB"],

@@ -81,6 +81,7 @@ def test_a_worker_is_killed(runtime_dir: Path, source: Source, transport: str) -
         source.start()
         assert client.answer() == [word(2 * PAGE)]
         assert uses_libzmq(service.worker(client)) == (transport == "libzmq")
+        assert service.status()["transport"] == transport
 
 
 def test_a_supervisor_is_killed_and_recovered(runtime_dir: Path, source: Source, transport: str) -> None:

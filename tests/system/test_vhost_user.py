@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -308,11 +309,17 @@ def attached(runtime_dir: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def line_of(process: subprocess.Popen[str], wanted: str) -> str:
+    """The first line with these words. Ends the program when they do not come, so that its reader does not wait."""
     assert process.stdout is not None and process.stderr is not None
-    for line in process.stdout:
-        if wanted in line:
-            return line
-    raise AssertionError(process.stderr.read())
+    timer = threading.Timer(60, process.kill)
+    timer.start()
+    try:
+        for line in process.stdout:
+            if wanted in line:
+                return line
+    finally:
+        timer.cancel()
+    raise AssertionError(f"no line has {wanted!r}: {process.stderr.read()}")
 
 
 def test_the_command_attaches_ends_and_comes_back(runtime_dir: Path, tmp_path: Path) -> None:

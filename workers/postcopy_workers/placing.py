@@ -33,8 +33,9 @@ TIDY_AFTER = 1 << 20
 """After so many placed bytes the page-table entries of the worker's own mapping are dropped. They would count as the
 worker's private memory (64 MiB after 64 MiB placed); the data stays in the block."""
 PAGE_TABLES = 2560 << 10
-"""Page tables of a worker, in bytes, above which it drops those of its source files, too: 2 MiB are those of 1 GiB. They
-are kept as long as possible: without them every later page is a minor fault of the worker (1.7 x of C at 16,000)."""
+"""Page tables of a worker, in bytes, above which it drops those of its source files, too: 2 MiB are those of 1 GiB.
+They are kept as long as possible: without them every later page is a minor fault of the worker (1.7 x of C at
+16,000 pages)."""
 
 Ioctl = Callable[[int, int, bytearray], Any]  # ``fcntl.ioctl`` with a structure that the kernel may change
 Lseek = Callable[[int, int, int], int]  # ``os.lseek``

@@ -42,6 +42,7 @@ def document(parts: Parts) -> Steps:
         "uptime_s": round(time.monotonic() - parts.state.started, 3),
         "state": parts.shown_state,
         "recovered": parts.recoveries,
+        "transport": parts.transport,
     }
     shown = []
     for block in blocks:
