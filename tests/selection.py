@@ -23,6 +23,7 @@ LONG_IN_FAST = 4.0
 
 GROUPS = {
     "tests/chaos/": "chaos",
+    "tests/attack/": "chaos",
     "tests/kernel/test_hugetlb.py": "hugetlb",
     "tests/system/test_hugepages.py": "hugetlb",
     "tests/system/test_benchmarks.py": "benchmarks",
