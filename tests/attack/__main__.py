@@ -191,9 +191,8 @@ def show(outcomes: list[Outcome], seed: int, wrong: int) -> None:
         print(f"{one.attack:22}{one.user:18}{one.attempts:9}  {figures}{grown:6} K{one.descriptors:6}{one.log:8} B")
         for finding in one.broken:
             print(f"    BROKEN: {finding}")
-    print(
-        f"\n{wrong} blocks with wrong or missing bytes; {sum(bool(one.broken) for one in outcomes)} attacks that hurt others"
-    )
+    hurt = sum(bool(one.broken) for one in outcomes)
+    print(f"\n{wrong} blocks with wrong or missing bytes; {hurt} attacks that hurt others")
 
 
 def _pair(figures: tuple[float, float]) -> str:

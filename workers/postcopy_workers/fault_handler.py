@@ -40,6 +40,7 @@ from postcopy_protocol.errors import PageLost
 from postcopy_protocol.received_map import LOST, PLACING, RECEIVED
 from postcopy_protocol.stages import PLACED as PLACED_STAGE
 from postcopy_protocol.stages import WOKEN
+from postcopy_protocol.window import placed_until
 
 from .client_ufd import FAULT_MINOR, ClientGone, ClientUserfaultfd, Region, unpoison_denied
 from .fast_answers import Answer, fast_answer
@@ -179,6 +180,7 @@ class FaultHandler:
             elif state == RECEIVED and block.present(page):
                 counters[DEDUPLICATED] += 1
                 self.userfaultfd.resume(region, page, flags)
+                self._follow(region, page)
             elif state == LOST and not block.present(page):
                 self.userfaultfd.poison(region, page)
             else:
@@ -224,10 +226,19 @@ class FaultHandler:
             self._not_placed(region, page, failed)
             return 1
         self._shortages = 0
-        self._counters[PLACED if block.placed_by_others == others else DEDUPLICATED] += 1
+        placed_by_us = block.placed_by_others == others
+        self._counters[PLACED if placed_by_us else DEDUPLICATED] += 1
         region.stages[bucket(perf_counter_ns() - begun) + PLACED_STAGE] += 1
         self.userfaultfd.resume(region, page, flags)
-        return region.around.window(page)
+        if placed_by_us:
+            return region.around.window(page)
+        self._follow(region, page)
+        return 1
+
+    def _follow(self, region: Region, page: int) -> None:
+        """Another worker was first: its window is in this client's way."""
+        around = region.around
+        around.follow(page, placed_until(page, bytes(region.block.received[page : page + around.largest_pages])))
 
     def _not_placed(self, region: Region, page: int, failed: int) -> None:
         """React to the errno of a COPY of a single page."""

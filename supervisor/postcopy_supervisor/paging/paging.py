@@ -17,13 +17,13 @@ from postcopy_protocol.received_map import LOST, MISSING, RECEIVED
 from postcopy_protocol.return_path import RangeKind
 from postcopy_protocol.stages import PLACED
 from postcopy_protocol.templates import OFFSET_BYTES
-from postcopy_protocol.window import FaultAround
+from postcopy_protocol.window import FaultAround, placed_until
 
 from ..blocks import RamBlock
 from ..event_log import RecordEvent
 from .background import Background
 from .engine import Ask, Effect, Engine, Release
-from .fast_path import Window, WorkerFastPath, worker_fast_path
+from .fast_path import WorkerFastPath, worker_fast_path
 from .flow_control import BACKGROUND, Limits, RangeRequest
 from .placer import Placer, event_fields
 from .ports import Alarm, Clock, LocalPages, SendToSource
@@ -93,11 +93,13 @@ class RemotePaging:
         for page in pages:
             state = block.received[page]
             if state in (RECEIVED, LOST):
+                if not window:
+                    self._follow(waiter, block, page)
                 effects.append(Release(waiter, block.number, page, state == LOST))
             elif denied:
                 effects.append(Release(waiter, block.number, page, True))
             else:
-                end = self._end_of_request(block, page, window or self._window_of(waiter, block)(page))
+                end = self._end_of_request(block, page, window or self._window_of(waiter, block).window(page))
                 self.cursor[block.number] = end
                 asked = self.engine.fault(waiter, block.number, page, end)
                 effects += asked
@@ -112,7 +114,7 @@ class RemotePaging:
         heads = self._heads.setdefault(waiter, [])
         if link is not None and len(heads) < MOST_FAST_PATHS:
             heads.append(data[:-OFFSET_BYTES])
-            window = self._window_of(waiter, block)
+            window = self._window_of(waiter, block).window
             self.fast_paths[data[:-OFFSET_BYTES]] = worker_fast_path(self, waiter, block, link, window)
 
     def left(self, waiter: int) -> None:
@@ -136,14 +138,19 @@ class RemotePaging:
         behind = block.received[page + 1 : min(block.pages, page + window)] if window > 1 and self.roomy else b""
         return page + 1 + len(behind) - len(behind.lstrip(MISSING_BYTE))
 
-    def _window_of(self, waiter: int, block: RamBlock) -> Window:
+    def _follow(self, waiter: int, block: RamBlock, page: int) -> None:
+        """Another client has had this page placed, and perhaps a window behind it."""
+        around = self._window_of(waiter, block)
+        around.follow(page, placed_until(page, block.received[page : page + around.largest_pages]))
+
+    def _window_of(self, waiter: int, block: RamBlock) -> FaultAround:
         """Fault-around of one waiter on one block."""
         key = (waiter, block.number)
         around = self._windows.get(key)
         if around is None:
             largest = max(1, min(self._fault_around, REMOTE_WINDOW) // block.page_size)
             around = self._windows[key] = FaultAround(largest)
-        return around.window
+        return around
 
     def _do(self, effects: list[Effect], client: int) -> None:
         releases: list[Release] = []

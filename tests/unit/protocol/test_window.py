@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from postcopy_protocol.window import STREAMS, FaultAround
+from postcopy_protocol.received_map import MISSING, RECEIVED
+from postcopy_protocol.window import STREAMS, FaultAround, placed_until
 
 quick = settings(deadline=None)
 page_numbers = st.integers(0, 1 << 40)
@@ -99,3 +102,53 @@ def test_what_a_stream_went_through_counts_as_used() -> None:
     assert around.used == 0 + 1 + 3 + 7 + 7
     around.window(1000)
     assert around.used == 18
+
+
+def walk_together(walkers: int, pages: int, largest: int, order: random.Random) -> int:
+    """Clients walk through one block, in steps of any order; returns how many faults they have."""
+    states = bytearray([MISSING] * pages)
+    around, at, faults = [FaultAround(largest) for _ in range(walkers)], [0] * walkers, 0
+    while walking := [number for number in range(walkers) if at[number] < pages]:
+        number = order.choice(walking)
+        page = at[number]
+        if states[page] == MISSING:
+            faults += 1
+            # Others that touch the same page meanwhile find that it is being placed.
+            rivals = [other for other in walking if other != number and at[other] == page and order.random() < 0.7]
+            end = min(pages, page + around[number].window(page))
+            states[page:end] = bytes([RECEIVED] * (end - page))
+            for rival in rivals:
+                faults += 1
+                seen = page + 1 if order.random() < 0.3 else end  # the window may not have begun yet
+                around[rival].follow(page, placed_until(page, bytes(states[page:seen])))
+        at[number] = page + 1
+    return faults
+
+
+@quick
+@given(st.integers(2, 8), st.integers(0, 1 << 30))
+def test_clients_that_walk_together_have_windows_as_wide_as_one_alone(walkers: int, seed: int) -> None:
+    pages, largest = 4096, 64
+    alone = walk_together(1, pages, largest, random.Random(seed))
+    assert walk_together(walkers, pages, largest, random.Random(seed)) <= 3 * walkers * alone
+
+
+def test_a_fault_inside_the_clients_own_window_does_not_make_the_next_one_smaller() -> None:
+    around = FaultAround(64)
+    page = 0
+    for _ in range(4):
+        page += around.window(page)
+    around.follow(page - 2, page)
+    assert around.window(page) == 16
+
+
+@quick
+@given(st.lists(st.integers(0, 1 << 20).map(lambda page: page * 100), unique=True, max_size=50), st.integers(1, 64))
+def test_random_faults_on_pages_of_others_stay_alone(faults: list[int], placed: int) -> None:
+    around = FaultAround(64)
+    for number, page in enumerate(faults):
+        if number % 2:
+            around.follow(page, page + placed)
+        else:
+            assert around.window(page) == 1
+    assert len(around._expected) <= STREAMS
