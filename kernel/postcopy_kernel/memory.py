@@ -137,6 +137,13 @@ def address_of(buffer: memoryview) -> int:
     return address or 0
 
 
+def exchange(address: int, data: bytes) -> bytes:
+    """Write ``data`` to mapped and present memory at ``address``; returns what was there."""
+    before = ctypes.string_at(address, len(data))
+    ctypes.memmove(address, data, len(data))
+    return before
+
+
 class _PyBuffer(ctypes.Structure):
     """Py_buffer of CPython's stable ABI (3.11)."""
 
