@@ -24,9 +24,9 @@ between its two stores. So:
    LOST          yes        never stored: LOST is stored only after presence was refuted
    ============  =========  =========================================================================================
 
-   Where a stranger may attach (GUARDED) it may make a zero page at any moment, between a worker's PLACING and its COPY
-   too. There only RECEIVED is believed. A page is RECEIVED before any client can reach it (every client is registered
-   MISSING|MINOR), so whatever is present and not RECEIVED is replaced by the source's bytes.
+   Where a foreign user may attach (GUARDED) it may make a zero page at any moment, also between a worker's PLACING and
+   its COPY. There only RECEIVED is believed. A page is RECEIVED before any client can reach it (every client is
+   registered MISSING|MINOR), so whatever is present and not RECEIVED is replaced by the source's bytes.
 
 3. **Stores are idempotent and single bytes**, so they need no lock: several workers may place the same page, the
    kernel lets one of them win (the others get EEXIST), and all of them store the same byte. A byte cannot tear. The

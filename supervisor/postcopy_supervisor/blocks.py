@@ -118,8 +118,8 @@ class RamBlock:
         if kept is not None:
             self._finish_interrupted()
         self.guard_raised = kept is not None and guarded and not was_guarded
-        """Clients and workers of the previous supervisor do not know of strangers yet."""
-        self.received[self.pages + received_map.GUARDED] = was_guarded or guarded  # strangers keep their descriptors
+        """Clients and workers of the previous supervisor do not know of foreign users yet."""
+        self.received[self.pages + received_map.GUARDED] = was_guarded or guarded  # foreign users keep descriptors
         self._lease(kept is not None)
         self.complete = False
         self.polluted: tuple[tuple[int, int], ...] = ()
@@ -284,8 +284,8 @@ class RamBlock:
 
     def promote_interrupted(self) -> None:
         """Pages that are present and still marked PLACING: a worker ended between its COPY and its mark. The kernel
-        shows a page only when it is filled, so they are received. In a guarded block they may be a stranger's: they are
-        replaced when they are touched."""
+        shows a page only when it is filled, so they are received. Those of a guarded block may be a foreign user's: they
+        are replaced when they are touched."""
         if self.page_size == PAGE_2M or self.guarded:
             return
         for at, piece in self._map_pieces():

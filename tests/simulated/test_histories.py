@@ -26,9 +26,7 @@ class History(RuleBasedStateMachine):
 
     service: SimulatedService
 
-    @initialize(
-        modes=st.lists(st.sampled_from(("private", "shared")), min_size=1, max_size=3), guarded=st.booleans()
-    )
+    @initialize(modes=st.lists(st.sampled_from(("private", "shared")), min_size=1, max_size=3), guarded=st.booleans())
     def serve(self, modes: list[str], guarded: bool) -> None:
         self.service = SimulatedService(modes, guarded=guarded)
 

@@ -98,9 +98,7 @@ def test_no_client_gets_a_strangers_zeros(
 
 
 @KINDS
-def test_no_client_gets_zeros_while_a_stranger_goes_on(
-    runtime_dir: Path, source_file: SourceFile, kind: str
-) -> None:
+def test_no_client_gets_zeros_while_a_stranger_goes_on(runtime_dir: Path, source_file: SourceFile, kind: str) -> None:
     path = source_file(PAGES * PAGE)
     with served(kind, runtime_dir, path, fault_around="4K") as service:
         clients = [reader(service, uid, mode) for uid, mode in ((0, "private"), (0, "shared"), (OTHER, "private"))]

@@ -94,8 +94,8 @@ class GuardedBlock(Block):
         return 0
 
     def _replace(self, page: int) -> int:
-        """Replace a present page that is not RECEIVED. A killed worker placed it, and its bytes are right; or a stranger
-        made it, which is reported. Returns 0, or ENOSPC: an empty pool of huge pages gives EEXIST too."""
+        """Replace a present page that is not RECEIVED. A killed worker placed it, and its bytes are right; or a
+        foreign user made it, which is reported. Returns 0, or ENOSPC: an empty pool of huge pages gives EEXIST too."""
         offset, length = page << self.shift, 1 << self.shift
         if self.huge and not self.present(page):
             return errno.ENOSPC

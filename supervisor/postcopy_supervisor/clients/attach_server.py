@@ -223,7 +223,7 @@ class AttachServer:
 
     def start_workers(self) -> None:
         """Start workers for adopted clients whose workers ended while there was no supervisor, and replace those that
-        place pages as if there were no strangers."""
+        place pages as if there were no foreign users."""
         for client in self._clients.by_number.values():
             if client.regions and client.number not in self._pool.slots:
                 self._pool.start(client.number, client.quarantined)
