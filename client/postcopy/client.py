@@ -135,6 +135,11 @@ class Client:
             # Unless it refused, the supervisor may still register the range: the addresses must never be used again.
             block.discard(keep_addresses=not session.connection.usable)
             raise
+        try:
+            block.mapping.allow()
+        except OSError:
+            self._unmap(block, deadline)
+            raise
         with _registry:
             self.blocks.append(block)
         return block
@@ -211,8 +216,9 @@ class Client:
 
 
 def _map(opened: OpenedBlock) -> Mapping:
-    """Map a block without touching it. Forks do not inherit it, from before the first possible fault."""
-    mapping = Mapping.of(opened.memory, opened.length, shared=opened.mode == "shared")
+    """Map a block without touching it: nothing can, before it is registered and ``allow`` is called. Forks do not
+    inherit it, from before the first possible fault."""
+    mapping = Mapping.of(opened.memory, opened.length, shared=opened.mode == "shared", inaccessible=True)
     try:
         mapping.advise(DONTFORK)
         if opened.page_size == PAGE_4K:

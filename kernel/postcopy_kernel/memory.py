@@ -55,6 +55,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_longlong)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
@@ -137,6 +138,13 @@ def address_of(buffer: memoryview) -> int:
     return address or 0
 
 
+def exchange(address: int, data: bytes) -> bytes:
+    """Write ``data`` to mapped and present memory at ``address``; returns what was there."""
+    before = ctypes.string_at(address, len(data))
+    ctypes.memmove(address, data, len(data))
+    return before
+
+
 class _PyBuffer(ctypes.Structure):
     """Py_buffer of CPython's stable ABI (3.11)."""
 
@@ -194,17 +202,20 @@ class Mapping:
         writable: bool = True,
         reserve: bool = False,
         fixed_address: int | None = None,
+        inaccessible: bool = False,
     ) -> Mapping:
         """Map ``length`` bytes of ``fd`` from ``offset``.
 
         Without ``reserve`` no memory is reserved (MAP_NORESERVE): otherwise 100 GiB of private mapping are ENOMEM under
         the usual overcommit, and a private hugetlb mapping takes its whole length out of the pool. ``fixed_address``
-        must be free (EEXIST otherwise, Linux 4.17). Raises OSError.
+        must be free (EEXIST otherwise, Linux 4.17). ``inaccessible``: until ``allow``. Raises OSError.
         """
         flags = (mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE) | (0 if reserve else _MAP_NORESERVE)
         if fixed_address is not None:
             flags |= _MAP_FIXED_NOREPLACE
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        if inaccessible:
+            protection = _PROT_NONE
         return cls(_map(fixed_address, length, protection, flags, fd, offset), length, writable=writable)
 
     @classmethod
@@ -237,6 +248,19 @@ class Mapping:
         code = advise(self.address + offset, self.length - offset if length is None else length, advice)
         if code:
             raise OSError(code, f"madvise {advice}: {os.strerror(code)}")
+
+    def allow(self) -> None:
+        """Give access to a mapping that was made ``inaccessible`` and has been registered with a userfaultfd since.
+
+        In a process that locks its memory (mlockall with MCL_FUTURE) the kernel populates a mapping while it is made,
+        so before it can be registered: holes become zero pages for everybody. It cannot populate an inaccessible one.
+        mprotect on registered memory populates nothing (run on Linux 6.18, shared and private, locked or not). Raises
+        OSError.
+        """
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if self.writable else 0)
+        if _libc.mprotect(self.address, self.length, protection) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, f"mprotect of {self.length} bytes: {os.strerror(code)}")
 
     def forbid(self) -> None:
         """Replace the memory by an inaccessible range: touching it is SIGSEGV, and no other mapping gets the addresses.

@@ -488,14 +488,13 @@ class BlockGrant(Message, tag=100):
 
 class RegionGrant(Message, tag=101):
     """A registered range of the client: ``length`` bytes at ``address`` are the block's from ``offset``. ``mode`` is
-    ``private`` or ``shared``; ``announced``: registered MISSING|MINOR (a client of another uid)."""
+    ``private`` or ``shared``."""
 
     block: int
     mode: str
     address: int
     length: int
     offset: int
-    announced: bool
 
 
 class Assignment(Message, tag=102):

@@ -24,6 +24,10 @@ between its two stores. So:
    LOST          yes        never stored: LOST is stored only after presence was refuted
    ============  =========  =========================================================================================
 
+   Where a foreign user may attach (GUARDED) it may make a zero page at any moment, also between a worker's PLACING and
+   its COPY. There only RECEIVED is believed. A page is RECEIVED before any client can reach it (every client is
+   registered MISSING|MINOR), so whatever is present and not RECEIVED is replaced by the source's bytes.
+
 3. **Stores are idempotent and single bytes**, so they need no lock: several workers may place the same page, the
    kernel lets one of them win (the others get EEXIST), and all of them store the same byte. A byte cannot tear. The
    system call itself keeps the order of the stores before and after it.
@@ -44,7 +48,9 @@ SHARED = 0
 """Byte behind the last page's: 1 as soon as a client may write the block. Then contents no longer prove anything."""
 TRUST = 1
 """The byte after it: how far the file of the block can be trusted. One of the three values below."""
-FLAGS = 2
+GUARDED = 2
+"""The byte after that: 1 if users may attach whom the supervisor does not trust. They may pollute: see below."""
+FLAGS = 3
 
 LEASED = 0
 """We hold a lease: the file cannot change unnoticed, so no check is needed."""

@@ -45,9 +45,10 @@ class SupervisorSource:
         self._received = mmap.mmap(received, 0, prot=mmap.PROT_READ)
         os.close(received)
         length = mapping_length(opened)
-        self._mapping = Mapping.of(self._memory, length, shared=False)
+        self._mapping = Mapping.of(self._memory, length, shared=False, inaccessible=True)
         self._mapping.advise(DONTFORK)
         self._ask(self._conversation.mapped(opened.block, self._mapping.address, length, 0))
+        self._mapping.allow()
         self._reading = threading.Lock()
 
     def read_now(self, offset: int, length: int) -> bytes | None:

@@ -58,6 +58,6 @@ def adopt(plan: Plan, custodian: CustodianClient, pool: WorkerPool, clients: Cli
         wanted = client is not None and bool(client.regions)
         running = Process(kept.worker, kept.incarnation, kept.pid, kept.pidfd)
         pool.adopt(running, wanted, client is not None and client.quarantined)
-    server.start_missing_workers()
+    server.start_workers()
     for key in plan.forgotten:
         custodian.forget(key)

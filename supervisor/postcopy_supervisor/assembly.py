@@ -403,9 +403,10 @@ def _blocks(
     signal.signal(signal.SIGIO, yield_leases)  # before the first lease: without a handler the signal ends the process
     access = SourceAccess(settings)
     advice = access.ask(plan.advice, give_up)
+    guarded = bool(settings.allow_gids or settings.allow_uids - {os.geteuid()})
     for name, source in settings.sources.items():
         number, kept = plan.numbers[name], plan.blocks.get(name)
-        blocks[name] = RamBlock(number, name, source, settings.page_size, advice.get(name), kept)
+        blocks[name] = RamBlock(number, name, source, settings.page_size, advice.get(name), kept, guarded=guarded)
     yield_leases()
     for block in blocks.values():
         block.register(own.core)

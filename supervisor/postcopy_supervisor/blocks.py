@@ -88,8 +88,11 @@ class RamBlock:
         page_size: int,
         advice: Advice | None = None,
         kept: KeptBlock | None = None,
+        *,
+        guarded: bool = False,
     ) -> None:
-        """``advice``: the advice of a remote block's source; ``kept``: what the previous supervisor left."""
+        """``advice``: the advice of a remote block's source; ``kept``: what the previous supervisor left; ``guarded``:
+        users may attach whom we do not trust."""
         self.number, self.name, self.source, self.page_size = number, name, source, page_size
         self.identity = advice.identity if advice else ""
         if kept is not None:
@@ -111,8 +114,12 @@ class RamBlock:
         self.read_only = memory.reopen(self.memory, writable=False)
         self.read_write = memory.reopen(self.memory, writable=True)
         self.map_read_only = memory.reopen(self.map_fd, writable=False)
+        was_guarded = self.guarded
         if kept is not None:
             self._finish_interrupted()
+        self.guard_raised = kept is not None and guarded and not was_guarded
+        """Clients and workers of the previous supervisor do not know of foreign users yet."""
+        self.received[self.pages + received_map.GUARDED] = was_guarded or guarded  # foreign users keep descriptors
         self._lease(kept is not None)
         self.complete = False
         self.polluted: tuple[tuple[int, int], ...] = ()
@@ -159,7 +166,18 @@ class RamBlock:
 
     def register(self, core: Userfaultfd) -> None:
         """From now on our own touch of a missing page is a message on the core userfaultfd."""
-        core.register(self.mapping.address, self.length, RegisterMode.MISSING)
+        core.register(self.mapping.address, self.length, self.register_mode)
+
+    @property
+    def guarded(self) -> bool:
+        """May a user attach, or have attached, whom we do not trust? It may make pages of zeros at any moment."""
+        return self.received[self.pages + received_map.GUARDED] == 1
+
+    @property
+    def register_mode(self) -> RegisterMode:
+        """How every mapping of it is registered, our own too: in a guarded block each page is announced (MINOR) before
+        it can be read."""
+        return RegisterMode.MISSING | RegisterMode.MINOR if self.guarded else RegisterMode.MISSING
 
     @property
     def kind(self) -> str:
@@ -266,8 +284,9 @@ class RamBlock:
 
     def promote_interrupted(self) -> None:
         """Pages that are present and still marked PLACING: a worker ended between its COPY and its mark. The kernel
-        shows a page only when it is filled, so they are received."""
-        if self.page_size == PAGE_2M:
+        shows a page only when it is filled, so they are received. Those of a guarded block may be a foreign user's: they
+        are replaced when they are touched."""
+        if self.page_size == PAGE_2M or self.guarded:
             return
         for at, piece in self._map_pieces():
             for start, stop in received_map.runs_of(piece, received_map.PLACING):

@@ -19,7 +19,7 @@ import errno
 import os
 import struct
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 from postcopy_kernel import abi
@@ -138,6 +138,7 @@ class Kernel:
         self.seen = seen
         self.spaces: list[Space] = []
         self.woken: list[Thread] = []
+        self.locks: dict[Hashable, tuple[int, int]] = {}  # record locks, by the life that holds one
         self._descriptors: dict[int, Memory | File | Userfaultfd] = {}
         self._readable: list[tuple[int, int, Callable[[int, int], bytes | None]]] = []
 

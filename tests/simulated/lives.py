@@ -7,6 +7,7 @@ workers reachable, and killing one before or after any call is an exception thro
 
 from __future__ import annotations
 
+import fcntl
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -97,4 +98,21 @@ class Life:
             lseek=lambda fd, offset, whence: int(self.call("lseek", lambda: kernel.lseek(fd, offset, whence))),
             pread=lambda fd, length, offset: bytes(self.call("pread", lambda: kernel.pread(fd, length, offset))),
             pwrite=lambda fd, data, offset: int(self.call("pwrite", lambda: kernel.pwrite(fd, data, offset))),
+            lockf=lambda _, how, length, start: self._lock(kernel, how, start, start + length),
         )
+
+    def _lock(self, kernel: Kernel, how: int, start: int, end: int) -> None:
+        """A record lock: it waits while another life has it, and tries that cost nothing are not counted."""
+        if how == fcntl.LOCK_UN:
+            self.call("unlock", lambda: kernel.locks.pop(self))
+            return
+
+        def locked() -> bool:
+            others = [at for life, at in kernel.locks.items() if isinstance(life, Life) and not life.over]
+            if any(first < end and start < last for first, last in others):
+                return False
+            kernel.locks[self] = (start, end)
+            return True
+
+        while not self.call("lock", locked):
+            self.calls -= 1

@@ -28,7 +28,7 @@ from postcopy_protocol import counters
 from postcopy_protocol.codec import decode, encode
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.messages import BlockGrant, Lost, Message, RegionGrant, Wake, WorkerHello
-from postcopy_protocol.received_map import FLAGS, LOST, MISSING, RECEIVED, SHARED
+from postcopy_protocol.received_map import FLAGS, GUARDED, LOST, MISSING, RECEIVED, SHARED
 from postcopy_protocol.return_path import FROM_SOURCE, FROM_SUPERVISOR, Pages, unpack_range
 from postcopy_protocol.templates import OFFSET_BYTES
 from postcopy_protocol.window import FaultAround
@@ -45,6 +45,7 @@ from postcopy_supervisor.paging.wakers import Wakers
 from postcopy_supervisor.parts import RunState
 from postcopy_workers.client_ufd import ClientGone, ClientUserfaultfd, Region
 from postcopy_workers.fault_handler import MESSAGE_FIELDS, FaultHandler
+from postcopy_workers.guarded_block import GuardedBlock
 from postcopy_workers.page_sources import RemotePages
 from postcopy_workers.page_waker import PageWaker
 from postcopy_workers.placing import Block, Calls, OwnMapping, Structure
@@ -362,12 +363,13 @@ class Supervisor:
 class SimulatedService:
     """``modes``: one client each. ``out`` and ``back`` are the wire between supervisor and source."""
 
-    def __init__(self, modes: list[tuple[str, bool]]) -> None:
+    def __init__(self, modes: list[str], *, guarded: bool = False) -> None:
         self.kernel = Kernel(self.seen)
         self.memory = Memory(COUNT)
         self.descriptor = self.kernel.open(self.memory)
         self.map = bytearray(COUNT + FLAGS)
-        self.map[COUNT + SHARED] = any(mode == "shared" for mode, _ in modes)
+        self.map[COUNT + SHARED] = "shared" in modes
+        self.map[COUNT + GUARDED] = guarded
         self.page_words = memoryview(bytearray(counters.PAGE_BYTES)).cast("Q")
         self.page_words[counters.WINDOW_LIMIT] = 1 << 30
         self.grant = BlockGrant(BLOCK, "one", SIZES[BLOCK], PAGE, COUNT, "remote", "", 0, 0, self.descriptor, 1, -1)
@@ -382,21 +384,21 @@ class SimulatedService:
         self.births = self.worker_births = 0
         self.custodian = True
         self.supervisor: Supervisor | None = None
-        self.clients = [self._client(number, *mode) for number, mode in enumerate(modes, 1)]
+        self.clients = [self._client(number, mode) for number, mode in enumerate(modes, 1)]
         self.start_supervisor()
         for client in self.clients:
             self.start_worker(client)
 
     # --- births -------------------------------------------------------------------------------------------------------
 
-    def _client(self, number: int, mode: str, announced: bool) -> Client:
+    def _client(self, number: int, mode: str) -> Client:
         space = self.kernel.space(f"client {number}")
         ufd = simulated.Userfaultfd(space)
         start = number << 33
         area = Area(start, start + COUNT * PAGE, self.memory, 0, mode == "shared")
-        area.registered, area.minor = ufd, announced
+        area.registered, area.minor = ufd, bool(self.map[COUNT + GUARDED])
         space.areas.append(area)
-        grant = RegionGrant(BLOCK, mode, start, COUNT * PAGE, 0, announced)
+        grant = RegionGrant(BLOCK, mode, start, COUNT * PAGE, 0)
         words = memoryview(bytearray(counters.PAGE_BYTES)).cast("Q")
         return Client(number, space, self.kernel.open(ufd), ufd, grant, words)
 
@@ -448,7 +450,8 @@ class SimulatedService:
         space.areas.append(Area(start, start + self.memory.size, self.memory, 0, True, ufd))
         own = OwnMapping(self.kernel.open(ufd), start, space.table.clear)
         received = memoryview(self.map)
-        block = Block(self.grant, self.descriptor, received, RemotePages(self.grant), own, _no_report, calls)
+        parts = self.grant, self.descriptor, received, RemotePages(self.grant), own, _no_report, calls
+        block = GuardedBlock(*parts, locks=-1) if received[COUNT + GUARDED] else Block(*parts)
         region = Region(client.grant, block, FaultAround(4, True))
         pause = lambda seconds: life.call("pause", lambda: None)  # noqa: E731
         return FaultHandler(

@@ -26,11 +26,9 @@ class History(RuleBasedStateMachine):
 
     service: SimulatedService
 
-    @initialize(
-        modes=st.lists(st.tuples(st.sampled_from(("private", "shared")), st.booleans()), min_size=1, max_size=3)
-    )
-    def serve(self, modes: list[tuple[str, bool]]) -> None:
-        self.service = SimulatedService(modes)
+    @initialize(modes=st.lists(st.sampled_from(("private", "shared")), min_size=1, max_size=3), guarded=st.booleans())
+    def serve(self, modes: list[str], guarded: bool) -> None:
+        self.service = SimulatedService(modes, guarded=guarded)
 
     def _client(self, number: int) -> Client:
         return self.service.clients[number % len(self.service.clients)]
@@ -176,7 +174,7 @@ TestHistory.settings = effort(60, 40)
 
 @pytest.mark.parametrize("mode", ["private", "shared"])
 def test_a_page_comes_from_the_source(mode: str) -> None:
-    service = SimulatedService([(mode, False)])
+    service = SimulatedService([mode])
     try:
         thread = service.touch(service.clients[0], 3)
         service.settle()
@@ -188,7 +186,7 @@ def test_a_page_comes_from_the_source(mode: str) -> None:
 
 def test_a_supervisor_that_dies_between_copy_and_mark() -> None:
     """The page was placed by this service, and the next supervisor gives it to its waiters."""
-    service = SimulatedService([("private", False), ("shared", True)])
+    service = SimulatedService(["private", "shared"])
     try:
         thread = service.touch(service.clients[0], 3)
         assert service.supervisor is not None
@@ -216,7 +214,7 @@ def test_a_supervisor_that_dies_between_copy_and_mark() -> None:
 def test_no_memory_is_waited_for_by_its_waiter_alone(room: int, style: str) -> None:
     """The answer takes the fast or the slow path, alone or with its window; the supervisor handles other messages
     meanwhile."""
-    service = SimulatedService([("private", False), ("shared", False)])
+    service = SimulatedService(["private", "shared"])
     first, second = service.clients
     try:
         assert service.supervisor is not None
@@ -245,7 +243,7 @@ def test_no_memory_is_waited_for_by_its_waiter_alone(room: int, style: str) -> N
 
 
 def test_the_successor_has_the_requests_of_waiters_for_a_lost_source() -> None:
-    service = SimulatedService([("private", False), ("shared", False)])
+    service = SimulatedService(["private", "shared"])
     try:
         service.settle()
         service.source.stop()

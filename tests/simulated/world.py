@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from postcopy_kernel import abi
 from postcopy_protocol import counters
 from postcopy_protocol.messages import BlockGrant, RegionGrant
-from postcopy_protocol.received_map import CHANGED, FLAGS, LOST, MISSING, RECEIVED, SHARED, TRUST, WATCHED
+from postcopy_protocol.received_map import CHANGED, FLAGS, GUARDED, LOST, MISSING, RECEIVED, SHARED, TRUST, WATCHED
 from postcopy_protocol.window import FaultAround
 from postcopy_workers.client_ufd import ClientGone, Region
 from postcopy_workers.fault_handler import MESSAGE_FIELDS, FaultHandler
+from postcopy_workers.guarded_block import GuardedBlock
 from postcopy_workers.page_sources import NoPages, PageSource
 from postcopy_workers.placing import Block, Calls, OwnMapping
 from tests.simulated.kernel import SIGBUS, Area, Kernel, Memory, Space, Thread, Userfaultfd
@@ -31,7 +32,7 @@ class Kind:
     """What a client is: how it mapped the block, and which pages of it (to ``end``; 0: all)."""
 
     mode: str
-    announced: bool = False
+    guarded: bool = False
     first: int = 0
     end: int = 0
     largest: int = 8
@@ -83,6 +84,7 @@ class World:
         self.descriptor = self.kernel.open(self.memory)
         self.map = bytearray(pages + FLAGS)
         self.map[pages + SHARED] = any(kind.mode == "shared" for kind in kinds)
+        self.guarded = self.map[pages + GUARDED] = any(kind.guarded for kind in kinds)
         self.service = memoryview(bytearray(counters.PAGE_BYTES)).cast("Q")
         self.service[counters.WINDOW_LIMIT] = 1 << 30
         self.grant = BlockGrant(0, "ram0", size, page_size, pages, kind, "", size, 0, self.descriptor, 1, 2)
@@ -107,9 +109,9 @@ class World:
         start, size = (number + 1) << 33, self.page_size
         end = kind.end or self.grant.pages
         area = Area(start, start + (end - kind.first) * size, self.memory, kind.first * size, kind.mode == "shared")
-        area.registered, area.minor = ufd, kind.announced
+        area.registered, area.minor = ufd, self.guarded
         space.areas.append(area)
-        grant = RegionGrant(0, kind.mode, start, area.end - start, area.offset, kind.announced)
+        grant = RegionGrant(0, kind.mode, start, area.end - start, area.offset)
         words = memoryview(bytearray(counters.PAGE_BYTES)).cast("Q")
         return Client(kind, space, ufd, self.kernel.open(ufd), grant, words)
 
@@ -122,7 +124,8 @@ class World:
         space.areas.append(Area(start, start + self.memory.size, self.memory, 0, True, ufd))
         own = OwnMapping(self.kernel.open(ufd), start, space.table.clear)
         pages = NoPages(self.grant, "quarantined") if quarantined else self._pages()
-        return Block(self.grant, self.descriptor, memoryview(self.map), pages, own, self._report, calls)
+        parts = self.grant, self.descriptor, memoryview(self.map), pages, own, self._report, calls
+        return GuardedBlock(*parts, locks=-1) if self.guarded else Block(*parts)
 
     def _pages(self) -> PageSource:
         if self.grant.kind == "handler":
@@ -268,7 +271,7 @@ class World:
         own = client.own_pages.get(page)
         if own is not None:
             assert found == own, f"page {page}: a private client has lost what it wrote"
-        elif not self.excused(client, page):
+        elif not self.excused(page):
             assert found == self.truth[page], f"{client.space.name} found {found[:1]!r} in page {page}: {found[1:3]!r}"
         if thread.write is not None:
             stored = bytes((thread.write,)) + found[1:]
@@ -277,14 +280,10 @@ class World:
             else:
                 self.truth[page] = stored
 
-    def excused(self, client: Client, page: int) -> bool:
+    def excused(self, page: int) -> bool:
         """May this client find something else than the truth? Only where a page was polluted, and nobody could tell
-        (no announcement), or nobody may mend it (shared clients write) or could (the source is gone), or it was ours
-        before (punched)."""
-        if page not in self.polluted:
-            return False
-        comparable = not (self.source.changed or page in self.hopeless or page in self.punched)
-        return not (comparable and client.kind.announced and not self.map[self.grant.pages + SHARED])
+        (the block is not guarded), or it was ours before (punched by a client that may write)."""
+        return page in self.polluted and (not self.guarded or page in self.punched)
 
     def may_be_lost(self, page: int) -> bool:
         return self.source.changed or page in self.hopeless or bool(self.source.unreadable)
@@ -310,7 +309,7 @@ class World:
                 assert not pages, f"{client.space.name} sleeps on {[(page, self.map[page]) for page in pages]}"
                 assert client.words[counters.BUSY_SINCE_NS] == 0, "an idle worker looks busy to the watchdog"
         for page, bytes_of_it in self.memory.pages.items():
-            if page not in self.polluted:
+            if not self.excused(page) and (page not in self.polluted or self.map[page] == RECEIVED):
                 assert bytes_of_it == self.truth[page], f"page {page} is not what it should be"
 
     def check_healed(self) -> None:

@@ -254,7 +254,7 @@ class Script:
         return guest
 
     def _regions(self, guest: Guest) -> tuple[RegionGrant, ...]:
-        return (RegionGrant(1, guest.mode, guest.start, guest.length, 0, False),)
+        return (RegionGrant(1, guest.mode, guest.start, guest.length, 0),)
 
     def order(self, number: int, incarnation: int) -> None:
         keys = ("house", f"client/{number}", "block/1")

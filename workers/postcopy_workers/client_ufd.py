@@ -35,7 +35,9 @@ class Region:
         self.base = grant.address - grant.offset  # address that offset 0 of the block has, or would have, in the client
         self.first_page = grant.offset >> block.shift
         self.end_page = min(block.grant.pages, (grant.offset + grant.length) >> block.shift)
-        self.private = grant.mode == "private"
+        self.in_block = grant.mode == "private" or block.guarded
+        """Pages are placed through the worker's own mapping: COPY on the client's userfaultfd would fill its copy, or
+        show it a page before that is marked received."""
         self.stale = False  # a page of it is not registered any more, and that was reported
 
     def address(self, page: int) -> int:
@@ -69,9 +71,9 @@ class ClientUserfaultfd:
         self.wake(region.address(page), 1 << region.block.shift)
 
     def resume(self, region: Region, page: int, flags: int) -> None:
-        """Let the threads that wait for a present page run: by CONTINUE where the page is announced, else by WAKE.
+        """Let the threads that wait for a present page run: by CONTINUE where every page is announced, else by WAKE.
         Raises ClientGone."""
-        if flags & FAULT_MINOR or region.grant.announced:
+        if flags & FAULT_MINOR or region.block.guarded:
             failed = self.map(region, page)
             if failed == errno.ESRCH:
                 raise ClientGone
@@ -85,7 +87,7 @@ class ClientUserfaultfd:
         return self._call(UFFDIO_CONTINUE, region.address(page), count << shift)
 
     def map_received(self, region: Region, first: int, end: int) -> None:
-        """Map the pages of a window for an announced client, which saves it a fault for each. It stops at the first
+        """Map the pages of a window of a guarded block, which saves the client a fault for each. It stops at the first
         page that is not marked received: what CONTINUE has mapped is never checked again."""
         states = bytes(region.block.received[first:end])
         count = len(states) - len(states.lstrip(bytes((RECEIVED,))))

@@ -55,13 +55,13 @@ def fast_answer(
     if isinstance(pages, RemotePages):
         assert requests is not None
         return _remote(region, counters, slow, requests)
-    if not pages.linear or region.block.shift != BASE_SHIFT:
-        return _not_linear(region, slow)
-    local = _private if region.private else _shared
+    if not pages.linear or region.block.shift != BASE_SHIFT or region.block.guarded:
+        return _slow(region, slow)
+    local = _private if region.in_block else _shared
     return local(region, userfaultfd, counters, calls, slow)
 
 
-def _not_linear(region: Region, slow: SlowPath) -> Answer:
+def _slow(region: Region, slow: SlowPath) -> Answer:
     base, shift, resolve = region.base, region.block.shift, slow.resolve
     first, end, outside = region.first_page, region.end_page, slow.outside
 
@@ -147,8 +147,6 @@ def _private(region: Region, userfaultfd: int, counters: memoryview, calls: Call
     window, resolve, widen, tidy = region.around.window, slow.resolve, slow.widen, block.tidy
     first, end, outside = region.first_page, region.end_page, slow.outside
     stages = region.stages
-    # A writer faults again after a WAKE, straight into its own copy; CONTINUE would map the page read-only first.
-    wakes = 0 if region.grant.announced else FAULT_WRITE
 
     def answer(flags: int, address: int) -> None:
         page = address - base >> BASE_SHIFT
@@ -170,7 +168,8 @@ def _private(region: Region, userfaultfd: int, counters: memoryview, calls: Call
                 weight = TIMED if plain else 1
                 stages[bucket(clock() - begun) + PLACED_STAGE] += weight
             resume[0] = address
-            ioctl(userfaultfd, UFFDIO_WAKE if flags & wakes else UFFDIO_CONTINUE, resume_buffer)
+            # A writer faults again after a WAKE, straight into its own copy; CONTINUE would map the page read-only.
+            ioctl(userfaultfd, UFFDIO_WAKE if flags & FAULT_WRITE else UFFDIO_CONTINUE, resume_buffer)
         except OSError:
             return resolve(region, page, flags, begun or clock())
         counters[PLAIN] = plain + 1

@@ -3,7 +3,7 @@
 The questions, in the order in which they are asked (``docs/design.md`` has the argument):
 
     where?      in no region of ours      report it: only the client can have registered that memory. Never spin on it.
-    how?        MINOR (announced client)  the page is present. Received -> CONTINUE; else repair or report, CONTINUE
+    how?        MINOR (guarded block)     the page is present. Received -> CONTINUE; else place it, CONTINUE
     received?   and present               WAKE (another worker's COPY raced this fault)
                 but absent                it was punched, or "shared" memory was not the block: place in the block
     lost?                                 poison it for this client: SIGBUS, never zeros
@@ -176,7 +176,7 @@ class FaultHandler:
         pages = 1
         try:
             if flags & FAULT_MINOR:
-                self._resume_announced(region, page)
+                pages = self._resume_announced(region, page)
             elif state == RECEIVED and block.present(page):
                 counters[DEDUPLICATED] += 1
                 self.userfaultfd.resume(region, page, flags)
@@ -184,7 +184,7 @@ class FaultHandler:
             elif state == LOST and not block.present(page):
                 self.userfaultfd.poison(region, page)
             else:
-                pages = self._place(region, page, flags, begun, in_block=region.private or state == RECEIVED)
+                pages = self._place(region, page, flags, begun, in_block=region.in_block or state == RECEIVED)
         except PageLost as lost:
             self._lose(region, page, "lost", str(lost) or "its source says that it is lost")
         except SourceChanged as changed:
@@ -204,14 +204,24 @@ class FaultHandler:
         if pages > 1:
             self.widen(region, page, pages)
 
-    def _resume_announced(self, region: Region, page: int) -> None:
-        """The page is present but not mapped by this client: map it only if a worker of ours placed, or repaired it."""
-        block = region.block
-        if block.received[page] != RECEIVED:
-            failed = block.accept_present(page)
+    def _resume_announced(self, region: Region, page: int) -> int:
+        """The page is present but not mapped by this client: map it only if we placed it, or replaced it. Returns how
+        many pages fault-around may fill."""
+        block, state = region.block, region.block.received[page]
+        if state == LOST:
+            self.userfaultfd.poison(region, page)
+            return 1
+        if state != RECEIVED:
+            if self._requests is not None and isinstance(block.pages, RemotePages):
+                self._requests.ask(block.grant.block, page << block.shift)  # the supervisor replaces it
+                return 1
+            block.pages.check()
+            failed = block.fill_own(page, 1) if block.guarded else block.accept_present(page)
             if failed:
-                return self._not_placed(region, page, failed)
+                self._not_placed(region, page, failed)
+                return 1
         self.userfaultfd.resume(region, page, FAULT_MINOR)
+        return region.around.window(page) if block.guarded else 1
 
     def _place(self, region: Region, page: int, flags: int, begun: int, *, in_block: bool) -> int:
         """Place one page and let its threads run; returns how many pages fault-around may fill."""
@@ -276,10 +286,9 @@ class FaultHandler:
         block = region.block
         if self._resume_if_present(region, page):
             return
-        if not block.present(page):
-            block.received[page] = LOST
-            if self._resume_if_present(region, page, LOST):  # placed, and marked, between our look and our store
-                return
+        # Where no lock keeps others out, it may be placed, and marked, between the look and the store.
+        if block.lose(page) and not block.guarded and self._resume_if_present(region, page, LOST):
+            return
         self._counters[LOST_PAGES] += 1
         block.report(kind, page, reason)  # before the client may die of it, and this worker with it
         self.userfaultfd.poison(region, page)
@@ -296,12 +305,9 @@ class FaultHandler:
 
     def _resume_if_present(self, region: Region, page: int, *more_states: int) -> bool:
         """The source has nothing for this page: let the threads run if another worker has placed it. A present page
-        whose PLACING no worker has stored is a foreign page of zeros, which cannot be repaired now: it is not let
-        through. Nor is one that an announced client may have made while a worker was about to place it, where there is
-        no source to compare it with."""
+        with another mark is a foreign page of zeros, which cannot be replaced now: it is not let through."""
         block = region.block
-        trusted = (RECEIVED,) if region.grant.announced and isinstance(block.pages, NoPages) else (PLACING, RECEIVED)
-        if not block.present(page) or block.received[page] not in (*trusted, *more_states):
+        if not block.present(page) or block.received[page] not in (*block.believed, *more_states):
             return False
         block.received[page] = RECEIVED
         self.userfaultfd.resume(region, page, 0)
@@ -316,9 +322,11 @@ class FaultHandler:
             return
         counters[BUSY_SINCE_NS] = monotonic_ns()
         try:
-            if region.private:
-                placed = block.widen(block.own.userfaultfd, block.own.address, page + 1, end, COPY_DONTWAKE)
-                if region.grant.announced and placed:
+            if region.in_block:
+                placed = 0
+                if not isinstance(block.pages, RemotePages):
+                    placed = block.widen(block.own.userfaultfd, block.own.address, page + 1, end, COPY_DONTWAKE)
+                if block.guarded:
                     self.userfaultfd.map_received(region, page + 1, end)
             else:
                 placed = block.widen(self.userfaultfd.descriptor, region.base, page + 1, end, 0)

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from postcopy_kernel import crashpoints
+from postcopy_kernel.memory import exchange
 from postcopy_kernel.userfaultfd import UFFDIO_CONTINUE, UFFDIO_COPY, UFFDIO_WAKE
 from postcopy_protocol.messages import BlockGrant
-from postcopy_protocol.received_map import MISSING, PLACING, RECEIVED, SHARED, TRUST
+from postcopy_protocol.received_map import LOST, MISSING, PLACING, RECEIVED, SHARED, TRUST
 
 from .page_sources import PageSource
 from .reports import Reporter
@@ -39,6 +40,9 @@ They are kept as long as possible: without them every later page is a minor faul
 
 Ioctl = Callable[[int, int, bytearray], Any]  # ``fcntl.ioctl`` with a structure that the kernel may change
 Lseek = Callable[[int, int, int], int]  # ``os.lseek``
+
+Lockf = Callable[[int, int, int, int], object]  # ``fcntl.lockf``: descriptor, operation, length, start
+Exchange = Callable[[int, bytes], bytes]  # ``memory.exchange``: writes to an address, returns what was there
 
 Pread = Callable[[int, int, int], bytes]  # ``os.pread``
 Pwrite = Callable[[int, bytes, int], int]  # ``os.pwrite``
@@ -60,6 +64,8 @@ class Calls:
     pread: Pread = os.pread
     pwrite: Pwrite = os.pwrite
     page_tables: PageTableSize = _no_page_tables
+    lockf: Lockf = fcntl.lockf
+    exchange: Exchange = exchange
 
 
 def system_calls() -> Calls:
@@ -121,6 +127,11 @@ class Structure:
 class Block:
     """One RAM block as a worker places into it. Pages are numbered from 0; ``received`` has one byte for each."""
 
+    guarded = False
+    """May a user attach whom we do not trust? Then it is a ``GuardedBlock``."""
+    believed: tuple[int, ...] = (PLACING, RECEIVED)
+    """Marks that prove of a present page that a worker of ours placed it."""
+
     def __init__(
         self,
         grant: BlockGrant,
@@ -139,7 +150,7 @@ class Block:
         self.own = own
         self.calls = calls
         self.shift = grant.page_size.bit_length() - 1
-        self._huge = grant.page_size > 4096
+        self.huge = grant.page_size > 4096
         self._report = report
         self._copy = Structure(5)
         self._continue = Structure(4)
@@ -155,7 +166,7 @@ class Block:
         """Is the page in the block? Asks the kernel, about 1 us. On hugetlb SEEK_DATA finds data everywhere, so
         CONTINUE on our own registered mapping is used there: EFAULT means absent."""
         offset = page << self.shift
-        if not self._huge:
+        if not self.huge:
             try:
                 return self.calls.lseek(self.memory, offset, os.SEEK_DATA) == offset
             except OSError as error:
@@ -175,7 +186,7 @@ class Block:
 
     def all_present(self, first: int, end: int) -> bool:
         """Are all pages from ``first`` to ``end`` in the block? One system call for any number of them; see present."""
-        if self._huge:
+        if self.huge:
             return all(self.present(page) for page in range(first, end))
         return self.calls.lseek(self.memory, first << self.shift, os.SEEK_HOLE) >= end << self.shift
 
@@ -208,7 +219,7 @@ class Block:
                 received[first] = PLACING
             else:
                 received[first : first + count] = bytes((PLACING,)) * count
-            failed, length = self._copy_range(userfaultfd, base + (first << shift), source, count << shift, mode)
+            failed, length = self.copy_range(userfaultfd, base + (first << shift), source, count << shift, mode)
             done = length >> shift
             if done:
                 received[first : first + done] = bytes((RECEIVED,)) * done
@@ -220,7 +231,7 @@ class Block:
                 return failed
         return 0
 
-    def _copy_range(self, userfaultfd: int, target: int, source: int, length: int, mode: int) -> tuple[int, int]:
+    def copy_range(self, userfaultfd: int, target: int, source: int, length: int, mode: int) -> tuple[int, int]:
         fields = self._copy.fields
         fields[0], fields[1], fields[2], fields[3], fields[4] = target, source, length, mode, 0
         try:
@@ -238,7 +249,7 @@ class Block:
         proves nothing, and their bytes must not be overwritten. A page still marked MISSING is foreign even so: it is
         reported and never marked received. Returns 0, or ENOSPC: on hugetlb an empty pool gives EEXIST too.
         """
-        if self._huge and not self.present(page):
+        if self.huge and not self.present(page):
             return errno.ENOSPC
         self.placed_by_others += 1
         state = self.received[page]
@@ -254,7 +265,7 @@ class Block:
         return 0
 
     def _repair(self, page: int, *, zeros_only: bool) -> None:
-        if self._huge:
+        if self.huge:
             return  # read and write do not work on every hugetlb memfd; a shared mapping would be needed
         offset, length = page << self.shift, 1 << self.shift
         self.pages.check()  # a file that has changed proves nothing
@@ -265,6 +276,13 @@ class Block:
         if found != want:
             self.calls.pwrite(self.memory, want, offset)
             self.report("polluted", page, "an unregistered mapping made this page; repaired from the source")
+
+    def lose(self, page: int) -> bool:
+        """Mark a page lost unless it is present: then False."""
+        if self.present(page):
+            return False
+        self.received[page] = LOST
+        return True
 
     def widen(self, userfaultfd: int, base: int, first: int, end: int, mode: int) -> int:
         """Fault-around: place what is missing of pages ``first`` to ``end``; returns how many were placed. Best
@@ -283,7 +301,7 @@ class Block:
         at = states.find(MISSING_BYTE)
         while at >= 0:
             stop = len(states) - len(states[at:].lstrip(MISSING_BYTE))
-            hole = self._hole(first + at, first + stop)
+            hole = self.first_strange(first + at, first + stop)
             if hole > first + at:
                 failed = self.fill(userfaultfd, base, first + at, hole - first - at, mode)
                 if failed == errno.ENOENT and userfaultfd != self.own.userfaultfd:
@@ -297,10 +315,10 @@ class Block:
             at = states.find(MISSING_BYTE, stop)
         return filled
 
-    def _hole(self, first: int, stop: int) -> int:
+    def first_strange(self, first: int, stop: int) -> int:
         """First page from ``first`` that is present though marked missing, at most ``stop``. It may be pollution, and
         the EEXIST of a COPY would look like another worker's page."""
-        if self._huge:
+        if self.huge:
             return stop
         try:
             data = self.calls.lseek(self.memory, first << self.shift, os.SEEK_DATA)

@@ -22,11 +22,12 @@ from postcopy_kernel.userfaultfd import RegisterMode, Userfaultfd, open_userfaul
 from postcopy_protocol import counters, stages
 from postcopy_protocol.codec import encode
 from postcopy_protocol.messages import Assignment, BlockGrant, WorkerHello
-from postcopy_protocol.received_map import CHANGED, LEASED, WATCHED
+from postcopy_protocol.received_map import CHANGED, GUARDED, LEASED, WATCHED
 from postcopy_wire.factory import open_channel
 from postcopy_wire.transport import Channel
 
 from .fault_handler import CannotContinue
+from .guarded_block import GuardedBlock
 from .page_sources import FilePages, Handler, HandlerPages, NoPages, PageSource, RemotePages, SourceChanged, ZeroPages
 from .placing import Block, OwnMapping, system_calls
 from .reports import Reports
@@ -119,7 +120,10 @@ class Worker:
         received = memoryview(mmap.mmap(self.fds[grant.received], 0))
         own = OwnMapping(self._own.fileno(), mapping.address, partial(mapping.advise, DONTNEED))
         calls = replace(system_calls(), page_tables=self._page_tables.size)
-        return Block(grant, memory, received, self._pages(grant), own, self.reports, calls)
+        parts = grant, memory, received, self._pages(grant), own, self.reports, calls
+        if received[grant.pages + GUARDED]:
+            return GuardedBlock(*parts, locks=self.fds[self.assignment.control_page])
+        return Block(*parts)
 
     def _pages(self, grant: BlockGrant) -> PageSource:
         stretch = max(grant.page_size, self.assignment.fault_around)

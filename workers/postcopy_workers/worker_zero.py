@@ -19,7 +19,7 @@ from postcopy_protocol import counters
 from postcopy_protocol.codec import decode, encode, pack_offsets
 from postcopy_protocol.errors import BadMessage, PageLost
 from postcopy_protocol.messages import Assignment, Fetch, Fetched
-from postcopy_protocol.received_map import LOST, PLACING, RECEIVED
+from postcopy_protocol.received_map import LOST, RECEIVED
 
 from .fault_handler import Pause
 from .page_sources import HandlerFailed, SourceChanged
@@ -95,11 +95,10 @@ class RangePlacer:
                     return False
                 self._pause(0.01)
         except (PageLost, SourceChanged, HandlerFailed) as reason:
-            if block.present(page) and block.received[page] in (PLACING, RECEIVED):
+            if block.present(page) and block.received[page] in block.believed:
                 block.received[page] = RECEIVED  # a client's worker was faster
                 return True
-            if not isinstance(reason, HandlerFailed) and not block.present(page):
-                block.received[page] = LOST
+            if not isinstance(reason, HandlerFailed) and block.lose(page):
                 self._counters[counters.LOST] += 1
             block.report("source-changed" if isinstance(reason, SourceChanged) else "lost", page, str(reason))
             return False

@@ -5,6 +5,7 @@ its handshake and its registrations here."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from postcopy_kernel import crashpoints, descriptors, memory
-from postcopy_kernel.userfaultfd import RegisterMode, Userfaultfd, is_userfaultfd
+from postcopy_kernel.userfaultfd import Userfaultfd, is_userfaultfd
 from postcopy_protocol import counters, messages
 from postcopy_protocol.attach_conversation import AttachConversation, Refusal
 from postcopy_protocol.codec import pack_offsets
@@ -213,12 +214,21 @@ class AttachServer:
         self._pool.skip_incarnations(client.number, page[counters.INCARNATION])
         self._clients.keep(client)
         self._watcher.watch_process(pidfd)
+        for region in self._newly_guarded(client):
+            with contextlib.suppress(OSError):  # its memory is gone, and soon it is too
+                client.userfaultfd.register(region.address, region.length, self._by_number[region.block].register_mode)
 
-    def start_missing_workers(self) -> None:
-        """Start workers for adopted clients whose workers ended while there was no supervisor."""
+    def _newly_guarded(self, client: Client) -> list[messages.RegionGrant]:
+        return [region for region in client.regions if self._by_number[region.block].guard_raised]
+
+    def start_workers(self) -> None:
+        """Start workers for adopted clients whose workers ended while there was no supervisor, and replace those that
+        place pages as if there were no foreign users."""
         for client in self._clients.by_number.values():
             if client.regions and client.number not in self._pool.slots:
                 self._pool.start(client.number, client.quarantined)
+            elif self._newly_guarded(client):
+                self._reassign(client)
 
     def _resume(self, peer: Client, message: messages.Resume) -> None:
         """The same process has connected again: its connection becomes that of the client it was before."""
@@ -252,19 +262,17 @@ class AttachServer:
     def _map(self, client: Client, message: messages.Mapped) -> None:
         block = self._by_number[message.block]
         mode = client.conversation.blocks[message.block].mode
-        # Another user's pages are announced one by one (MINOR) and checked; a back-end registers its own memory.
-        announced = client.uid != os.geteuid() and not client.back_end
-        region = messages.RegionGrant(message.block, mode, message.address, message.length, message.offset, announced)
+        region = messages.RegionGrant(message.block, mode, message.address, message.length, message.offset)
         if block.complete:
             client.released.append(region)
             self._clients.keep(client)
             self._send(client, messages.Attached(region.block, region.address))
             return self._send(client, messages.Released(region.block))
         assert client.userfaultfd is not None
-        how = RegisterMode.MISSING | RegisterMode.MINOR if announced else RegisterMode.MISSING
         try:
-            if not client.back_end:
-                client.userfaultfd.register(region.address, region.length, how)
+            # A back-end registers its memory itself, MISSING only: that does not take MINOR away (Linux 6.18).
+            if not client.back_end or block.guarded:
+                client.userfaultfd.register(region.address, region.length, block.register_mode)
         except OSError as error:
             client.conversation.withdraw(message.block, message.address)
             raise Refusal("bad-range", _register_error(error, region)) from None

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from postcopy_kernel.userfaultfd import PageFault, Userfaultfd
+from postcopy_kernel.userfaultfd import PageFault, Status, Userfaultfd
 from postcopy_protocol.codec import unpack_offsets
 from postcopy_protocol.geometry import AddressSpace, Region
 from postcopy_protocol.messages import Fetched
+from postcopy_protocol.received_map import RECEIVED
 
 from ..blocks import RamBlock
 from ..event_log import RecordEvent
@@ -18,6 +19,7 @@ from ..paging.engine import Ask
 from ..paging.paging import RemotePaging
 from .worker_zero import NUMBER, WorkerZero
 
+RECEIVED_BYTE = bytes((RECEIVED,))
 PIECE = 1 << 20  # bytes requested from worker zero at a time: more would delay an urgent page behind them
 
 
@@ -34,6 +36,12 @@ class OwnMapping:
         if lost:
             self._poisoned.add((block.number, page))
             self._core.poison(address, block.page_size)
+        elif block.guarded:
+            # Each present page is a message too (MINOR): map it, and the received ones behind it, for one.
+            states = block.received[page : page + max(1, PIECE // block.page_size)]
+            count = len(states) - len(states.lstrip(RECEIVED_BYTE))
+            if count and self._core.continue_(address, count * block.page_size).status is Status.DONE:
+                return
         self._core.wake(address, block.page_size)
 
     def unpoison(self, block: RamBlock) -> None:

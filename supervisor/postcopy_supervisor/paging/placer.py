@@ -119,16 +119,23 @@ class Placer:
 
     def _accept_present(self, block: RamBlock, page: int, source: int) -> bool:
         """Mark a page received that COPY found present: a killed predecessor placed it, or an unregistered mapping made
-        it (polluted), because only this process places pages of remote blocks. A polluted page is repaired unless a
-        client may have written it. False: it is absent; an empty pool of huge pages gives EEXIST too."""
+        it (polluted), because only this process places pages of remote blocks. A polluted page is replaced unless a
+        client may have written it: in a guarded block none has, because it is not RECEIVED. False: it is absent; an
+        empty pool of huge pages gives EEXIST too."""
         size = block.page_size
         want = Mapping(source, size).view(size, writable=False)
-        found = os.pread(block.memory, size, page * size)
-        if found != want:
-            if size == PAGE_2M and found.count(0) == size:
+        if size == PAGE_2M:
+            if self.core.continue_(block.mapping.address + page * size, size).status is Status.UNREADABLE:
                 return False
-            if not block.received[block.pages + SHARED]:
-                os.pwrite(block.memory, want, page * size)
+            found = bytes(block.mapping.view()[page * size : (page + 1) * size])  # present, and mapped now
+        else:
+            found = os.pread(block.memory, size, page * size)
+        if found != want:
+            if block.guarded or not block.received[block.pages + SHARED]:
+                if size == PAGE_2M:
+                    block.mapping.view()[page * size : (page + 1) * size] = want
+                else:
+                    os.pwrite(block.memory, want, page * size)
             text = f"block {block.name}: page {page} was made by an unregistered mapping"
             cause = "a mapping that is not registered made it"
             self._event("polluted", text, **event_fields(block, page, page + 1), cause=cause)

@@ -352,12 +352,12 @@ static struct block open_block(int door, const char *wanted, const char *mode, s
     return block;
 }
 
-/* Rules 4 to 6: mapped, out of reach of forks, and nothing left by which it could be mapped again. */
+/* Rules 4 to 6: mapped without access, out of reach of forks, and nothing left by which it could be mapped again. */
 static unsigned char *map_untouched(const struct block *block, int shared)
 {
     size_t length = block->pages * block->page_size;
     int flags = (shared ? MAP_SHARED : MAP_PRIVATE) | MAP_NORESERVE;
-    void *memory = mmap(NULL, length, PROT_READ | PROT_WRITE, flags, block->memory, 0);
+    void *memory = mmap(NULL, length, PROT_NONE, flags, block->memory, 0);
 
     if (memory == MAP_FAILED)
         die("cannot map %zu bytes: %s", length, strerror(errno));
@@ -410,6 +410,8 @@ int main(int count, char **words)
     put_uint(&question, 0);
     say(door, &question, -1);
     hear_about(door, ATTACHED, block.number, address, &answer); /* rule 7 */
+    if (mprotect(memory, length, PROT_READ | PROT_WRITE))
+        die("mprotect: %s", strerror(errno));
 
     printf("%016" PRIx64 " %" PRIu64 "\n", fnv1a(memory, block.size), block.size);
     if (fflush(stdout))

@@ -55,7 +55,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, *, available: int, seconds: float) -
     monkeypatch.setattr(shutdown, "available_memory", lambda: available)
     monkeypatch.setattr(shutdown, "POISON_SECONDS", seconds)
     pidfd = os.pidfd_open(os.getpid())
-    region = RegionGrant(1, "private", 4 * GIB, 4 * GIB, 0, False)
+    region = RegionGrant(1, "private", 4 * GIB, 4 * GIB, 0)
     clients = {number: FakeClient(number, pidfd, FakeUserfaultfd(), [region]) for number in (1, 2)}
     try:
         shutdown.poison_holes(cast(Any, FakeClients(clients)), cast(Any, {1: FakeBlock()}))
