@@ -20,6 +20,7 @@ from postcopy_kernel.memory import DONTFORK, DONTNEED, Mapping
 from postcopy_kernel.userfaultfd import RegisterMode, Userfaultfd, open_userfaultfd
 from postcopy_protocol import counters, stages
 from postcopy_protocol.codec import encode
+from postcopy_protocol.errors import text_of
 from postcopy_protocol.messages import Assignment, BlockGrant, WorkerHello
 from postcopy_protocol.received_map import CHANGED, LEASED, WATCHED
 from postcopy_wire.factory import open_channel
@@ -87,7 +88,7 @@ class Worker:
         runs_handler = any(grant.kind == "handler" for grant in assignment.blocks)
         if assignment.sandbox == "all" or (assignment.sandbox == "auto" and not runs_handler):
             _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-            limit = min(hard, len(self.fds) + SPARE_DESCRIPTORS)
+            limit = min(hard, len(self.fds) + len(self.blocks) + SPARE_DESCRIPTORS)  # mmap duplicates each map's
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
             active |= self._restrict("Landlock", landlock.restrict, counters.LANDLOCK)
             if _FILTER is not None:
@@ -138,13 +139,13 @@ class Worker:
 
     def _handler_pages(self, grant: BlockGrant, stretch: int) -> PageSource:
         module, _, function = grant.detail.partition(":")
-        if self.assignment.handler_path not in sys.path:
-            sys.path.insert(0, self.assignment.handler_path)
+        if self.assignment.handler_path not in ("", *sys.path):
+            sys.path.append(self.assignment.handler_path)  # at the end: it must not replace a module that is imported later
         try:
             handler: Handler = getattr(importlib.import_module(module), function)
             return HandlerPages(grant, handler, stretch)
-        except Exception as error:
-            reason = f"cannot import {grant.detail}: {type(error).__name__}: {error}"
+        except BaseException as error:  # a module may call sys.exit()
+            reason = f"cannot import {grant.detail}: {type(error).__name__}: {text_of(error)}"
             self.reports("handler-failed", grant.block, 0, reason)
             return NoPages(grant, reason)
 
