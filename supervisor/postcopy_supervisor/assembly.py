@@ -43,6 +43,7 @@ from .clients.client_zero import ClientZero, OwnMapping
 from .clients.identity import AllowList
 from .clients.release import ClientRelease
 from .clients.worker_zero import WorkerZero
+from .entrances import Entrances, listen_for_clients, listen_for_workers
 from .event_log import EventLog
 from .exports import Exports
 from .listener import FileWatches, Listener
@@ -65,7 +66,7 @@ from .recovery.inventory import Custodian
 from .recovery.plan import CGROUPS, SHARED, Plan
 from .remote.advise import SourceAccess
 from .remote.sources import Sources
-from .runtime import Heartbeat, RuntimeDirectory, binding, cgroup_procs
+from .runtime import Heartbeat, RuntimeDirectory, cgroup_procs
 from .settings import Settings
 from .shutdown import Shutdown, StopRequest
 from .watchdog import Watchdog
@@ -152,7 +153,7 @@ def assemble(settings: Settings, runtime: RuntimeDirectory, plan: Plan, inherite
         base.control_page,
         service.recorder,
     )
-    periodic = _periodic(settings, base, service, parts, exports, auditor, pending)
+    periodic = _periodic(settings, runtime, base, service, parts, exports, auditor, pending)
     stop, replies = StopRequest(own.stop, base.state, custodian), Replies(router, event)
     queries = Queries(parts, exports, auditor, stop)
     answers = LongAnswers(queries, replies)
@@ -210,7 +211,7 @@ def _base(
     access, advice, blocks = _blocks(settings, plan, own, state)
     by_number = {block.number: block for block in blocks.values()}
     control_page = _control_page(settings, own)
-    router, attach_socket = _router(settings, runtime, main_loop.on_message), _attach_socket(runtime)
+    router, attach_socket = _router(settings, runtime, main_loop.on_message), listen_for_clients(runtime)
     custodian = _custodian(settings, runtime, own, inherited)
     listener = Listener(own.core, own.stop, attach_socket, FileWatches(blocks.values()))
     return Base(
@@ -293,6 +294,7 @@ def _paging(
 
 def _periodic(
     settings: Settings,
+    runtime: RuntimeDirectory,
     base: Base,
     service: Service,
     parts: Parts,
@@ -320,6 +322,7 @@ def _periodic(
         auditor,
         exports,
         Heartbeat(),
+        Entrances(runtime, base.router, base.attach_socket, base.listener, base.custodian, base.event_log.record),
         base.listener,
     )
 
@@ -421,19 +424,8 @@ def _control_page(settings: Settings, own: Descriptors) -> memoryview:
 
 def _router(settings: Settings, runtime: RuntimeDirectory, on_message: MessageHandler) -> Router:
     router = open_router(settings.transport, on_message)
-    with binding(runtime.endpoint.removeprefix("ipc://")):
-        router.listen(runtime.endpoint)
+    listen_for_workers(router, runtime)
     return router
-
-
-def _attach_socket(runtime: RuntimeDirectory) -> socket.socket:
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listening.setblocking(False)
-    with binding(runtime.door):
-        listening.bind(runtime.door)
-        os.chmod(runtime.door, 0o666)
-    listening.listen(1024)
-    return listening
 
 
 def _custodian(
