@@ -259,7 +259,7 @@ def _service(settings: Settings, runtime: RuntimeDirectory, plan: Plan, base: Ba
     worker_zero, own_mapping = WorkerZero(blocks, pool, custodian), OwnMapping(own.core)
     paging = _paging(settings, base, clients, pool, worker_zero, own_mapping)
     zero = ClientZero(blocks, paging, worker_zero, own_mapping, event)
-    release = ClientRelease(clients, pool, listener, paging)
+    release = ClientRelease(blocks, clients, pool, listener, paging, event)
     recorder = Recorder(settings.record, blocks.values(), clients.by_number.keys()) if settings.record else None
     allow = AllowList(frozenset({os.geteuid()}) | settings.allow_uids, settings.allow_gids)
     figures = trace.FIGURES_BYTES if recorder is not None else stages.END

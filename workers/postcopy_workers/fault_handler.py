@@ -33,6 +33,7 @@ from postcopy_protocol.counters import (
     WINDOW_LIMIT,
     bucket,
     deny,
+    note_reason,
 )
 from postcopy_protocol.counters import LOST as LOST_PAGES
 from postcopy_protocol.errors import PageLost
@@ -295,6 +296,7 @@ class FaultHandler:
     def _deny(self, region: Region, page: int, reason: str) -> None:
         """A handler function failed: poison the page for this client only; another worker calls the function again."""
         block = region.block
+        note_reason(self._counters, reason)
         self._counters[FAILURES] += 1
         block.report("handler-failed", page, reason)
         if not self._resume_if_present(region, page):

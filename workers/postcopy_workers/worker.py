@@ -140,7 +140,9 @@ class Worker:
     def _handler_pages(self, grant: BlockGrant, stretch: int) -> PageSource:
         module, _, function = grant.detail.partition(":")
         if self.assignment.handler_path not in ("", *sys.path):
-            sys.path.append(self.assignment.handler_path)  # at the end: it must not replace a module that is imported later
+            sys.path.append(
+                self.assignment.handler_path
+            )  # at the end: it must not replace a module that is imported later
         try:
             handler: Handler = getattr(importlib.import_module(module), function)
             return HandlerPages(grant, handler, stretch)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from itertools import chain, repeat
 
 import pytest
 
-from postcopy_workers import repeats
 from postcopy_workers.repeats import LONGEST_PAUSE, MOST_AGAIN, Repeats
 
 PAGE = 4096
@@ -16,17 +16,21 @@ PAGE = 4096
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time: one element, to be changed."""
     now = [1000.0]
-    monkeypatch.setattr(repeats.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now
 
 
+def no_pause(seconds: float) -> None:
+    pytest.fail(f"a pause of {seconds} s")
+
+
 def test_pages_in_sequence_never_count(clock: list[float]) -> None:
-    seen = Repeats(pytest.fail)
+    seen = Repeats(no_pause)
     assert not any(seen.seen(page * PAGE, 12) for page in range(100_000))
 
 
 def test_a_page_that_repeats_slowly_is_answered_at_once(clock: list[float]) -> None:
-    seen = Repeats(pytest.fail)
+    seen = Repeats(no_pause)
     for _ in range(20 * MOST_AGAIN):
         clock[0] += 1.01 / MOST_AGAIN
         assert not seen.seen(PAGE, 12)
