@@ -18,7 +18,6 @@ Every text is one line: what, where and what to do.
 
 from __future__ import annotations
 
-
 MOST_TEXT = 1000
 """Characters of a user's exception that are shown."""
 

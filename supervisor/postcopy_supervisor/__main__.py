@@ -11,6 +11,8 @@ from importlib.util import find_spec
 from postcopy_kernel.userfaultfd import UserfaultfdUnavailable
 from postcopy_protocol.errors import BadInput, PostcopyError
 
+log = logging.getLogger("postcopy")
+
 
 def main() -> int:
     """Returns the exit status: 0 ended in order, 1 failed, 2 usage."""
@@ -37,7 +39,7 @@ def main() -> int:
     except (PostcopyError, UserfaultfdUnavailable) as error:
         return _fail(str(error))
     except OSError as error:
-        logging.debug("cannot start", exc_info=error)
+        log.debug("cannot start", exc_info=error)
         return _fail(_reason(error))
     except KeyboardInterrupt:
         return 130

@@ -46,6 +46,7 @@ from .clients.worker_zero import WorkerZero
 from .entrances import Entrances, listen_for_clients, listen_for_workers
 from .event_log import EventLog
 from .exports import Exports
+from .handlers import check_handlers
 from .listener import FileWatches, Listener
 from .main_loop import MainLoop, Ports, Replies
 from .memory_budget import MemoryBudget
@@ -405,6 +406,8 @@ def _blocks(
     signal.signal(signal.SIGIO, yield_leases)  # before the first lease: without a handler the signal ends the process
     access = SourceAccess(settings)
     advice = access.ask(plan.advice, give_up)
+    new = [source for name, source in settings.sources.items() if name not in plan.blocks]
+    check_handlers(new, settings.handler_path, settings.handler_timeout)
     for name, source in settings.sources.items():
         number, kept = plan.numbers[name], plan.blocks.get(name)
         blocks[name] = RamBlock(number, name, source, settings.page_size, advice.get(name), kept)

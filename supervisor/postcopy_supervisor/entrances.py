@@ -73,8 +73,8 @@ class Entrances:
         except (BadInput, OSError) as error:
             if str(error) != self._failed:
                 self._failed = str(error)
-                text = f"{path} was removed or renamed, and cannot be made again: nobody can attach, and new workers"
-                self._event(KIND, f"{text} cannot connect, until it can", cause=self._failed)
+                text = f"{path} was removed or renamed, and cannot be made again: until it can, no client attaches"
+                self._event(KIND, f"{text}, and no new worker connects", cause=self._failed)
             return
         self._made, self._failed = self._found(), ""
         self._event(KIND, f"{path} was removed or renamed, or its sockets were; it is made again")

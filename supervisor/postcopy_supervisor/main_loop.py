@@ -257,9 +257,9 @@ class MainLoop:
         """A worker reports an event."""
         if report.kind == "failed":
             self._pool.explain(report.worker, report.detail)
-        if report.kind == "handler-failed" and report.worker != ZERO:
-            if not self._ports.release.failure_reported(report.worker):
-                return None
+        failed = report.kind == "handler-failed" and report.worker != ZERO
+        if failed and not self._ports.release.failure_reported(report.worker):
+            return None
         block = self._ports.blocks.get(report.block)
         where: dict[str, int | str] = {"worker": report.worker, "cause": report.detail}
         if report.worker != ZERO:

@@ -1,4 +1,4 @@
-"""Directories that are removed or renamed under a running supervisor: clients, workers and successors come all the same."""
+"""Directories that are removed or renamed under a running supervisor: clients and workers come all the same."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import SourceFile
-from tests.system.service import PAGE, Puppet, Service, alive, end_by_pidfd, refused, until, word
+from tests.system.service import PAGE, Puppet, Service, until, word
 
 HANDLER = "def make(offset, length):\n    return bytes([offset // 4096 % 250 + 1]) * length\n"
 

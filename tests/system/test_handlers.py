@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import signal
+import struct
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.system.service import PAGE, Puppet, PuppetError, Service, called, end_by_pidfd, until, word
+import postcopy
+from tests.system.service import PAGE, Puppet, PuppetError, Service, called, end_by_pidfd, refused, until, word
 
 MODULE = """
 import asyncio, ctypes, os, struct, sys, time
@@ -154,8 +158,12 @@ def test_each_failure_is_reported_also_when_its_client_leaves_at_once(runtime_di
             client = service.client()
             client.begin("words(b, [13])")
             assert client.status() == -signal.SIGBUS
-            until(lambda number=count: len(service.events("handler-failed")) == number, "it is reported once")
+            until(partial(reported, service, count), "it is reported once")
         assert all("no such page, sorry" in text for text in service.events("handler-failed"))
+
+
+def reported(service: Service, count: int) -> bool:
+    return len(service.events("handler-failed")) == count
 
 
 def test_a_report_that_a_worker_cannot_send(runtime_dir: Path, module: Path) -> None:
@@ -241,18 +249,80 @@ def test_a_slow_function_holds_up_its_own_client_only(runtime_dir: Path, module:
 
 
 @pytest.mark.parametrize(
-    ("detail", "why"), [("nowhere:make", "nowhere"), ("pages:nothing", "nothing"), ("broken:make", "syntax")]
+    ("detail", "why"),
+    [
+        ("nowhere:make", "No module named 'nowhere'"),
+        ("pages:nothing", "pages.py has no function nothing"),
+        ("pages:PAGES", "has no function PAGES"),
+        ("broken:make", "SyntaxError"),
+        ("exits:make", "SystemExit: 3"),
+        ("ends:make", "status 3"),
+        ("hangs:make", "--handler-timeout"),
+    ],
 )
-def test_a_module_that_cannot_be_imported(runtime_dir: Path, module: Path, detail: str, why: str) -> None:
+def test_serve_with_a_module_that_cannot_be_imported(runtime_dir: Path, module: Path, detail: str, why: str) -> None:
+    """One line, before it is ready: no client waits for pages that cannot come."""
     (module / "broken.py").write_text("def make(:\n")
+    (module / "exits.py").write_text("import sys\nprint('printed')\nsys.exit(3)\n")
+    (module / "ends.py").write_text("import os\nos._exit(3)\n")
+    (module / "hangs.py").write_text("import time\ntime.sleep(3600)\n")
     blocks = (f"ram0=handler:{detail}?size=1M", "ram1=handler:pages:good?size=1M")
+    status, said = refused(runtime_dir, *blocks, options={"handler_timeout": 3.0}, cwd=module)
+    assert (status == 1 and why in said and str(module) in said) or "timeout" in why
+    assert said.count("\n") == said.count("printed"), said
+
+
+def test_a_module_that_cannot_be_imported_any_more(runtime_dir: Path, module: Path) -> None:
+    (module / "moved.py").write_text("from pages import good\n")
+    blocks = ("ram0=handler:moved:good?size=1M", "ram1=handler:pages:good?size=1M")
     with Service(runtime_dir, *blocks, cwd=module) as service:
+        (module / "moved.py").unlink()
         client = service.client()
         client.attach("ram1", "shared", "c")
         assert kind_of(client, 3) == "PageLost"
         assert client.do("words(c, [3])") == [word(3 * PAGE)], "the same worker serves its other block"
-        until(partial(told, service, "handler-failed", (why,)), "it is told")
+        until(partial(told, service, "handler-failed", ("moved",)), "it is told")
         assert service.status()["totals"]["restarts"] == 0
+
+
+def test_a_module_of_that_name_elsewhere_comes_first(runtime_dir: Path, module: Path) -> None:
+    """The directory of serve is the last on the path: what is in it replaces no module of Python's or ours."""
+    for name in ("random", "queue", "numpy", "msgpack", "prctl", "postcopy_workers", "sitecustomize"):
+        (module / f"{name}.py").write_text(
+            f"open({str(module / 'loaded')!r}, 'a').write({name!r})\nraise SystemExit(9)\n"
+        )
+    program = (sys.executable, "-P", "-m", "postcopy", "serve", source("good"), "--runtime-dir", str(runtime_dir))
+    with subprocess.Popen(program, cwd=module, stderr=subprocess.DEVNULL) as serve:
+        try:
+            until(lambda: (runtime_dir / "door").exists(), "it serves")
+            with postcopy.attach("ram0", runtime_dir) as block:
+                assert struct.unpack_from("<Q", block.buf, PAGE) == (word(PAGE),)
+        finally:
+            serve.terminate()
+    assert not (module / "loaded").exists(), (module / "loaded").read_text()
+
+
+def test_what_a_function_prints_is_in_the_log(runtime_dir: Path, module: Path) -> None:
+    """In events, with escapes and in bounds; what its programs print as it is."""
+    (module / "prints.py").write_text(
+        "import os, subprocess, sys\n"
+        "def make(offset, length):\n"
+        "    if offset == 0: print('from stdout\\x1b[31m'); print('from stderr', file=sys.stderr)\n"
+        "    if offset == 0: print('x' * 100_000)\n"
+        "    if offset == 4096: subprocess.run(['echo', 'from a program'])\n"
+        "    if offset == 8192: [print(f'line {n}') for n in range(10_000)]\n"
+        "    if offset == 12288: sys.stdout.buffer.write(b'raw bytes\\n'); sys.stdout.flush()\n"
+        "    return bytes(length)\n"
+    )
+    with Service(runtime_dir, "ram0=handler:prints:make?size=16K", cwd=module, fault_around="4K") as service:
+        client = service.client()
+        assert client.do("[b.buf[at] for at in range(0, 16384, 4096)]") == [0] * 4
+        until(lambda: len(service.events("handler-output")) > 5, "it is in the events")
+        until(lambda: "from a program" in service.log(), "and in the log")
+        found = service.events("handler-output")
+        assert any("from stdout\\x1b[31m" in text for text in found) and any("from stderr" in text for text in found)
+        assert len(found) < 40 and max(map(len, found)) < 2000
+        assert "\x1b" not in service.log() and len(service.log()) < 50_000
 
 
 @pytest.mark.parametrize("mode", ["private", "shared"])

@@ -120,7 +120,7 @@ LIES = {
     "mapped over": (
         "shared",
         "o.memory, 0",
-        "announce(8192, 0); libc.munmap(at, 8192); remap(mine()); u.register(at, 8192, RegisterMode.MISSING); touch(at)",
+        "announce(8192, 0); libc.munmap(at, 8192); remap(mine());u.register(at, 8192, RegisterMode.MISSING); touch(at)",
     ),
 }
 SPIN = """
@@ -143,7 +143,7 @@ def touch(where, how=22):
 @pytest.mark.parametrize("uid", [0, 65534])
 @pytest.mark.parametrize("lie", LIES)
 def test_a_fault_that_no_answer_ends(runtime_dir: Path, source_file: SourceFile, lie: str, uid: int) -> None:
-    """A thread that faults again after each answer: its worker slows that client down, reports it, and does not spin."""
+    """A thread that faults again after each answer: its worker reports and slows that client, and does not spin."""
     mode, memory, act = LIES[lie]
     path = source_file(PAGES * PAGE)
     with Service(runtime_dir, f"ram0={path}", polluting=True, allow_uid="65534", fault_around="4K") as service:

@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import importlib
 import mmap
 import os
 import resource
-import sys
 from collections.abc import Callable, Iterable
 from enum import IntEnum
 from functools import partial
@@ -20,14 +18,14 @@ from postcopy_kernel.memory import DONTFORK, DONTNEED, Mapping
 from postcopy_kernel.userfaultfd import RegisterMode, Userfaultfd, open_userfaultfd
 from postcopy_protocol import counters, stages
 from postcopy_protocol.codec import encode
-from postcopy_protocol.errors import text_of
 from postcopy_protocol.messages import Assignment, BlockGrant, WorkerHello
 from postcopy_protocol.received_map import CHANGED, LEASED, WATCHED
 from postcopy_wire.factory import open_channel
 from postcopy_wire.transport import Channel
 
 from .fault_handler import CannotContinue
-from .page_sources import FilePages, Handler, HandlerPages, NoPages, PageSource, RemotePages, SourceChanged, ZeroPages
+from .handlers import CannotImport, load_handler, report_output
+from .page_sources import FilePages, HandlerPages, NoPages, PageSource, RemotePages, SourceChanged, ZeroPages
 from .placing import Block, OwnMapping, system_calls
 from .reports import Reports
 
@@ -138,18 +136,12 @@ class Worker:
                 raise CannotContinue(f"block {grant.name}: kind {grant.kind} is unknown to this worker")
 
     def _handler_pages(self, grant: BlockGrant, stretch: int) -> PageSource:
-        module, _, function = grant.detail.partition(":")
-        if self.assignment.handler_path not in ("", *sys.path):
-            sys.path.append(
-                self.assignment.handler_path
-            )  # at the end: it must not replace a module that is imported later
+        report_output(self.reports)
         try:
-            handler: Handler = getattr(importlib.import_module(module), function)
-            return HandlerPages(grant, handler, stretch)
-        except BaseException as error:  # a module may call sys.exit()
-            reason = f"cannot import {grant.detail}: {type(error).__name__}: {text_of(error)}"
-            self.reports("handler-failed", grant.block, 0, reason)
-            return NoPages(grant, reason)
+            return HandlerPages(grant, load_handler(grant.detail, self.assignment.handler_path), stretch)
+        except CannotImport as error:
+            self.reports("handler-failed", grant.block, 0, str(error))
+            return NoPages(grant, str(error))
 
     @property
     def remote(self) -> bool:
