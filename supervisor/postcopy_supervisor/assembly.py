@@ -15,6 +15,7 @@ A module imports only modules that stand before it here:
 from __future__ import annotations
 
 import contextlib
+import logging
 import mmap
 import os
 import select
@@ -25,7 +26,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from postcopy_kernel import crashpoints, descriptors, memory, process
-from postcopy_kernel.userfaultfd import Userfaultfd, UserfaultfdUnavailable, open_device, open_userfaultfd
+from postcopy_kernel.userfaultfd import DEVICE, Userfaultfd, UserfaultfdUnavailable, open_device, open_userfaultfd
 from postcopy_protocol import counters, stages, trace
 from postcopy_protocol.codec import encode
 from postcopy_protocol.messages import WhenOrphaned
@@ -71,6 +72,8 @@ from .runtime import Heartbeat, RuntimeDirectory, cgroup_procs
 from .settings import Settings
 from .shutdown import Shutdown, StopRequest
 from .watchdog import Watchdog
+
+log = logging.getLogger("postcopy")
 
 NEW_SOURCE_SECONDS = 5.0
 """Timeout for asking new sources during a take-over. Dead workers are not replaced until it is done, so it is short."""
@@ -371,13 +374,15 @@ def _descriptors(plan: Plan) -> Descriptors:
         try:
             device = open_device()
         except UserfaultfdUnavailable:
-            device = -1  # the system call may work; clients then use it too
+            device = -1  # the system call may work
         quit_eventfd, control = (
             descriptors.create_eventfd(),
             memory.create_memfd("postcopy-control", counters.PAGE_BYTES),
         )
     core = open_userfaultfd(device=device if device >= 0 else None)
     core.handshake()
+    if device < 0:
+        log.warning("%s cannot be opened, so it cannot be passed on: each client needs a right of its own", DEVICE)
     stop = descriptors.create_eventfd()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: descriptors.signal_eventfd(stop))
