@@ -102,8 +102,19 @@ def parse(arguments: list[str]) -> Settings:
         orphan_timeout=typed.orphan_timeout,
         poison_orphans=typed.on_orphan == "poison",
         transport=chosen_transport(typed.transport, os.environ),
-        handler_path=os.getcwd() if any(isinstance(one, HandlerSource) for one in sources.values()) else "",
+        handler_path=_handler_path(sources),
     )
+
+
+def _handler_path(sources: dict[str, Source]) -> str:
+    if not any(isinstance(source, HandlerSource) for source in sources.values()):
+        return ""
+    try:
+        return os.getcwd()
+    except OSError:
+        raise BadInput(
+            "the current directory does not exist any more, and handler modules are looked for there"
+        ) from None
 
 
 def _sources(blocks: list[str]) -> dict[str, Source]:

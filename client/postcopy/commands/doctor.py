@@ -73,7 +73,8 @@ def _userfaultfd() -> Iterator[Finding]:
     try:
         features = probe_features()
     except OSError as error:
-        yield Finding("userfaultfd", LIMITED, error.strerror or str(error), "a client can still attach where the supervisor passes on the device")
+        remedy = "a client can still attach where the supervisor passes on the device"
+        yield Finding("userfaultfd", LIMITED, error.strerror or str(error), remedy)
         return
     names = [feature.name.lower() for feature in Feature if feature in features and feature.name]
     needed = Feature.MISSING_SHMEM
