@@ -8,6 +8,8 @@ import os
 import sys
 from importlib.util import find_spec
 
+from postcopy_kernel.programs import command, environment
+
 DONE, FAILED, USAGE, NO_SUPERVISOR, INTERRUPTED = 0, 1, 2, 3, 130
 
 
@@ -41,7 +43,7 @@ def _serve(arguments: list[str]) -> int:
 def _become(program: str, arguments: list[str]) -> int:
     """Become another wing's program; returns only when that fails."""
     try:
-        os.execv(sys.executable, [sys.executable, "-m", program, *arguments])
+        os.execve(sys.executable, command(program, *arguments), environment())
     except OSError as error:
         return _complain(f"cannot start {sys.executable}: {error.strerror}", FAILED)
 
@@ -94,4 +96,6 @@ def _drop_output() -> None:
 
 
 if __name__ == "__main__":
+    if not sys.flags.safe_path:
+        del sys.path[0]  # `python -m` has put the current directory there: what is imported from here on is not from it
     main()

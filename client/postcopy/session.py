@@ -11,12 +11,12 @@ import sys
 from contextlib import suppress
 
 from postcopy_kernel.descriptors import close_all
-from postcopy_kernel.userfaultfd import Userfaultfd, open_userfaultfd
+from postcopy_kernel.userfaultfd import DEVICE, Userfaultfd, open_userfaultfd
 from postcopy_kernel.userfaultfd import UserfaultfdUnavailable as KernelUnavailable
 
 from .attach_socket import AttachConnection, OpenedBlock
 from .deadline import Deadline
-from .errors import AttachDenied, BadMessage, NoSupervisor, PostcopyError, unavailable
+from .errors import AttachDenied, BadMessage, NoSupervisor, PostcopyError, UserfaultfdUnavailable, unavailable
 
 
 class Session:
@@ -128,6 +128,9 @@ def _make_userfaultfd(device: tuple[int, ...]) -> Userfaultfd:
             raise BadMessage("the supervisor sent a descriptor that is no /dev/userfaultfd")
         return open_userfaultfd(device=device[0] if device else None)
     except KernelUnavailable as error:
+        if not device:
+            what = f"the supervisor has no open {DEVICE} to pass on, and this process has no right of its own: "
+            raise UserfaultfdUnavailable(error.errno, what + (error.strerror or str(error))) from error
         raise unavailable(error) from error
     finally:
         close_all(device)

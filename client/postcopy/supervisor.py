@@ -8,11 +8,12 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
+
+from postcopy_kernel.programs import command, environment
 
 from .deadline import Deadline
 from .errors import PostcopyError
@@ -113,12 +114,12 @@ class Supervisor:
         notices.bind(os.path.join(directory, "notify"))
         with ExitStack() as stack:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "postcopy_supervisor", *arguments],
+                command("postcopy_supervisor", *arguments),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self._log,
                 process_group=0,  # Ctrl-C on the terminal reaches only us
-                env={**os.environ, "NOTIFY_SOCKET": os.path.join(directory, "notify")},
+                env={**environment(), "NOTIFY_SOCKET": os.path.join(directory, "notify")},
             )
             pidfd = os.pidfd_open(self._process.pid)
             stack.callback(os.close, pidfd)

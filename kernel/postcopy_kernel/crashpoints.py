@@ -15,6 +15,8 @@ import signal
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
+from .programs import environment as environment_of_programs
+
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
@@ -90,9 +92,10 @@ def armed(*points: str) -> bool:
 
 def environment(first: bool, prefix: str) -> dict[str, str]:
     """The environment for a process whose points begin with ``prefix``: only the first incarnation gets it."""
-    if first or not _point.startswith(prefix):
-        return dict(os.environ)
-    return {name: value for name, value in os.environ.items() if name != VARIABLE}
+    kept = environment_of_programs()
+    if not first and _point.startswith(prefix):
+        kept.pop(VARIABLE, None)
+    return kept
 
 
 def at(point: str) -> None:

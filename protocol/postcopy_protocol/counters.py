@@ -39,6 +39,10 @@ INCARNATION = 19
 OUTSIDE = 20  # faults outside all regions, left waiting on purpose
 SANDBOX = 21  # rights that the worker has given up, as bits (see sandbox_names)
 
+REASON = 32
+"""Bytes of the text that follows: why the last page could not be made. A report of it may be lost with its worker."""
+MOST_REASON = (64 - REASON - 1) * 8
+
 HISTOGRAM = 64
 """Index of the first bucket."""
 _LOW_BITS = 8  # 2**8 ns: shorter latencies are in the first bucket
@@ -214,6 +218,21 @@ def add_up(total: list[int], at: int, stretch: BucketRun) -> None:
     begin, values = at + stretch[0], stretch[1]
     end = begin + len(values)
     total[begin:end] = map(add, total[begin:end], values)
+
+
+def note_reason(values: memoryview, text: str) -> None:
+    """Keep why a page could not be made, as far as there is room."""
+    data = text.encode("utf-8", "replace")[:MOST_REASON]
+    values[REASON] = len(data)
+    start = (REASON + 1) * 8
+    values.cast("B")[start : start + len(data)] = data
+
+
+def reason(values: memoryview) -> str:
+    """The text that ``note_reason`` has kept last."""
+    start = (REASON + 1) * 8
+    data = bytes(values.cast("B")[start : start + min(values[REASON], MOST_REASON)])
+    return data.decode("utf-8", "replace")
 
 
 def deny(values: memoryview, block: int, page: int) -> None:

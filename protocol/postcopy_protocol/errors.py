@@ -18,6 +18,9 @@ Every text is one line: what, where and what to do.
 
 from __future__ import annotations
 
+MOST_TEXT = 1000
+"""Characters of a user's exception that are shown."""
+
 
 class PostcopyError(Exception):
     """Base of all exceptions that this project raises on purpose."""
@@ -79,3 +82,12 @@ class BadVersion(BadMessage):
 
 class BadInput(PostcopyError, ValueError):
     """User input that cannot be parsed; also a text that the wire cannot carry."""
+
+
+def text_of(error: BaseException) -> str:
+    """The text of an exception of a user's code: one bounded line of valid UTF-8, even where its ``__str__`` fails."""
+    try:
+        text = " ".join(str(error)[:MOST_TEXT].split())
+        return text.encode("utf-8", "backslashreplace").decode()
+    except BaseException:
+        return "(its text cannot be made)"

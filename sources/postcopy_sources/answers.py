@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 
-from postcopy_protocol.errors import PageLost
+from postcopy_protocol.errors import PageLost, text_of
 from postcopy_protocol.return_path import RangeKind, pack_range, pack_ranges, unpack_ranges
 
 Buffer = bytes | bytearray | memoryview
@@ -112,9 +112,9 @@ def _runs(kinds_by_place: list[tuple[int, bytes]]) -> list[tuple[bytes, list[int
 
 def reason_of(error: BaseException) -> str:
     """One line for people."""
+    text = text_of(error)
     if isinstance(error, PageLost):
-        return str(error)
-    text = " ".join(str(error).split())
+        return text
     return f"the source raised {type(error).__name__}{': ' if text else ''}{text}"
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
+import traceback
 from importlib.util import find_spec
 
 from postcopy_kernel.userfaultfd import UserfaultfdUnavailable
 from postcopy_protocol.errors import BadInput, PostcopyError
+
+log = logging.getLogger("postcopy")
 
 
 def main() -> int:
@@ -17,28 +21,46 @@ def main() -> int:
     try:
         settings = parse(sys.argv[1:])
     except BadInput as error:
-        print(f"postcopy serve: {error}", file=sys.stderr)
-        return 2
+        return _fail(str(error), 2)
+    except OSError as error:  # the current directory is gone
+        return _fail(_reason(error))
     logging.basicConfig(
         level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
     )
     if find_spec("prctl") is None:  # workers drop their rights with it
-        print(
-            "postcopy serve: python-prctl is missing; install the supervisor: pip install 'postcopy[supervisor]' "
-            "(needs a C compiler and libcap-dev)",
-            file=sys.stderr,
+        return _fail(
+            "python-prctl is missing; install the supervisor: pip install 'postcopy[supervisor]' "
+            "(needs a C compiler and libcap-dev)"
         )
-        return 1
     from .assembly import serve
 
     try:
         serve(settings)
     except (PostcopyError, UserfaultfdUnavailable) as error:
-        print(f"postcopy serve: {error}", file=sys.stderr)
-        return 1
+        return _fail(str(error))
+    except OSError as error:
+        log.debug("cannot start", exc_info=error)
+        return _fail(_reason(error))
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _fail(text: str, status: int = 1) -> int:
+    print(f"postcopy serve: {text}", file=sys.stderr)
+    return status
+
+
+def _reason(error: OSError) -> str:
+    """Which step of the start the system refuses, why, and what helps."""
+    step = error.filename or traceback.extract_tb(error.__traceback__)[-1].name
+    remedy = {
+        errno.EMFILE: "; raise the limit of open files (ulimit -n, LimitNOFILE=) or serve fewer blocks",
+        errno.ENFILE: "; this machine has no open file left (fs.file-max)",
+        errno.ENOSYS: "; this kernel, or a seccomp filter around it, does not have that system call",
+        errno.EPERM: "; a right is missing, or a seccomp filter refuses the system call",
+    }
+    return f"cannot start: {step}: {error.strerror or error}{remedy.get(error.errno or 0, '')}"
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ A module imports only modules that stand before it here:
 from __future__ import annotations
 
 import contextlib
+import logging
 import mmap
 import os
 import select
@@ -25,7 +26,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from postcopy_kernel import crashpoints, descriptors, memory, process
-from postcopy_kernel.userfaultfd import Userfaultfd, UserfaultfdUnavailable, open_device, open_userfaultfd
+from postcopy_kernel.userfaultfd import DEVICE, Userfaultfd, UserfaultfdUnavailable, open_device, open_userfaultfd
 from postcopy_protocol import counters, stages, trace
 from postcopy_protocol.codec import encode
 from postcopy_protocol.messages import WhenOrphaned
@@ -43,8 +44,10 @@ from .clients.client_zero import ClientZero, OwnMapping
 from .clients.identity import AllowList
 from .clients.release import ClientRelease
 from .clients.worker_zero import WorkerZero
+from .entrances import Entrances, listen_for_clients, listen_for_workers
 from .event_log import EventLog
 from .exports import Exports
+from .handlers import check_handlers
 from .listener import FileWatches, Listener
 from .main_loop import MainLoop, Ports, Replies
 from .memory_budget import MemoryBudget
@@ -65,10 +68,12 @@ from .recovery.inventory import Custodian
 from .recovery.plan import CGROUPS, SHARED, Plan
 from .remote.advise import SourceAccess
 from .remote.sources import Sources
-from .runtime import Heartbeat, RuntimeDirectory, binding, cgroup_procs
+from .runtime import Heartbeat, RuntimeDirectory, cgroup_procs
 from .settings import Settings
 from .shutdown import Shutdown, StopRequest
 from .watchdog import Watchdog
+
+log = logging.getLogger("postcopy")
 
 NEW_SOURCE_SECONDS = 5.0
 """Timeout for asking new sources during a take-over. Dead workers are not replaced until it is done, so it is short."""
@@ -153,7 +158,7 @@ def assemble(settings: Settings, runtime: RuntimeDirectory, plan: Plan, inherite
         service.recorder,
         settings.transport,
     )
-    periodic = _periodic(settings, base, service, parts, exports, auditor, pending)
+    periodic = _periodic(settings, runtime, base, service, parts, exports, auditor, pending)
     stop, replies = StopRequest(own.stop, base.state, custodian), Replies(router, event)
     queries = Queries(parts, exports, auditor, stop)
     answers = LongAnswers(queries, replies)
@@ -211,7 +216,7 @@ def _base(
     access, advice, blocks = _blocks(settings, plan, own, state)
     by_number = {block.number: block for block in blocks.values()}
     control_page = _control_page(settings, own)
-    router, attach_socket = _router(settings, runtime, main_loop.on_message), _attach_socket(runtime)
+    router, attach_socket = _router(settings, runtime, main_loop.on_message), listen_for_clients(runtime)
     custodian = _custodian(settings, runtime, own, inherited)
     listener = Listener(own.core, own.stop, attach_socket, FileWatches(blocks.values()))
     return Base(
@@ -259,7 +264,7 @@ def _service(settings: Settings, runtime: RuntimeDirectory, plan: Plan, base: Ba
     worker_zero, own_mapping = WorkerZero(blocks, pool, custodian), OwnMapping(own.core)
     paging = _paging(settings, base, clients, pool, worker_zero, own_mapping)
     zero = ClientZero(blocks, paging, worker_zero, own_mapping, event)
-    release = ClientRelease(clients, pool, listener, paging)
+    release = ClientRelease(blocks, clients, pool, listener, paging, event)
     recorder = Recorder(settings.record, blocks.values(), clients.by_number.keys()) if settings.record else None
     allow = AllowList(frozenset({os.geteuid()}) | settings.allow_uids, settings.allow_gids)
     figures = trace.FIGURES_BYTES if recorder is not None else stages.END
@@ -294,6 +299,7 @@ def _paging(
 
 def _periodic(
     settings: Settings,
+    runtime: RuntimeDirectory,
     base: Base,
     service: Service,
     parts: Parts,
@@ -321,6 +327,7 @@ def _periodic(
         auditor,
         exports,
         Heartbeat(),
+        Entrances(runtime, base.router, base.attach_socket, base.listener, base.custodian, base.event_log.record),
         base.listener,
     )
 
@@ -368,13 +375,15 @@ def _descriptors(plan: Plan) -> Descriptors:
         try:
             device = open_device()
         except UserfaultfdUnavailable:
-            device = -1  # the system call may work; clients then use it too
+            device = -1  # the system call may work
         quit_eventfd, control = (
             descriptors.create_eventfd(),
             memory.create_memfd("postcopy-control", counters.PAGE_BYTES),
         )
     core = open_userfaultfd(device=device if device >= 0 else None)
     core.handshake()
+    if device < 0:
+        log.warning("%s cannot be opened, so it cannot be passed on: each client needs a right of its own", DEVICE)
     stop = descriptors.create_eventfd()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: descriptors.signal_eventfd(stop))
@@ -404,6 +413,8 @@ def _blocks(
     access = SourceAccess(settings)
     advice = access.ask(plan.advice, give_up)
     guarded = bool(settings.allow_gids or settings.allow_uids - {os.geteuid()})
+    new = [source for name, source in settings.sources.items() if name not in plan.blocks]
+    check_handlers(new, settings.handler_path, settings.handler_timeout)
     for name, source in settings.sources.items():
         number, kept = plan.numbers[name], plan.blocks.get(name)
         blocks[name] = RamBlock(number, name, source, settings.page_size, advice.get(name), kept, guarded=guarded)
@@ -423,19 +434,8 @@ def _control_page(settings: Settings, own: Descriptors) -> memoryview:
 
 def _router(settings: Settings, runtime: RuntimeDirectory, on_message: MessageHandler) -> Router:
     router = open_router(settings.transport, on_message)
-    with binding(runtime.endpoint.removeprefix("ipc://")):
-        router.listen(runtime.endpoint)
+    listen_for_workers(router, runtime)
     return router
-
-
-def _attach_socket(runtime: RuntimeDirectory) -> socket.socket:
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listening.setblocking(False)
-    with binding(runtime.door):
-        listening.bind(runtime.door)
-        os.chmod(runtime.door, 0o666)
-    listening.listen(1024)
-    return listening
 
 
 def _custodian(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -62,7 +61,7 @@ class WorkerAssignments:
             device=DEVICE if self._has_device else -1,
             fault_around=settings.fault_around,
             adaptive=settings.adaptive,
-            handler_path=os.getcwd(),
+            handler_path=settings.handler_path,
             sandbox=settings.walls,
             cgroup=place if settings.worker_cgroups else -1,
             blocks=tuple(grants),

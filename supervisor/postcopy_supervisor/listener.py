@@ -98,6 +98,10 @@ class Listener(threading.Thread):
         self._custodian = channel
         self._epoll.register(channel.fileno(), select.EPOLLIN)
 
+    def watch_attach_socket(self) -> None:
+        """Its descriptor is another socket since: the kernel has forgotten the old one."""
+        self._epoll.register(self._attach_socket.fileno(), select.EPOLLIN)
+
     def watch_connection(self, connection: socket.socket) -> None:
         self._connections[connection.fileno()] = connection
         self._epoll.register(connection.fileno(), select.EPOLLIN)

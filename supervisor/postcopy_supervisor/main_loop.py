@@ -72,6 +72,7 @@ class Release(Protocol):
     """The end of clients."""
 
     def on_process_ended(self, pidfd: int) -> None: ...
+    def failure_reported(self, number: int) -> bool: ...
 
 
 class RemoteSources(Protocol):
@@ -256,6 +257,9 @@ class MainLoop:
         """A worker reports an event."""
         if report.kind == "failed":
             self._pool.explain(report.worker, report.detail)
+        failed = report.kind == "handler-failed" and report.worker != ZERO
+        if failed and not self._ports.release.failure_reported(report.worker):
+            return None
         block = self._ports.blocks.get(report.block)
         where: dict[str, int | str] = {"worker": report.worker, "cause": report.detail}
         if report.worker != ZERO:

@@ -7,6 +7,7 @@ from postcopy_protocol import counters
 from .adopt import PendingWorkers
 from .blocks import RamBlock
 from .clients.release import ClientRelease
+from .entrances import Entrances
 from .exports import Exports
 from .listener import Listener
 from .memory_budget import MemoryBudget
@@ -34,11 +35,12 @@ class PeriodicWork:
         auditor: Auditor,
         exports: Exports,
         heartbeat: Heartbeat,
+        entrances: Entrances,
         timer: Listener,
     ) -> None:
         self._parts, self._budget, self._fault_around, self._sources = parts, budget, fault_around, sources
         self._pending, self._release, self._watchdog, self._auditor = pending, release, watchdog, auditor
-        self._exports, self._heartbeat, self._timer = exports, heartbeat, timer
+        self._exports, self._heartbeat, self._entrances, self._timer = exports, heartbeat, entrances, timer
         self._rare_at = 0.0
         self._interrupted = False
 
@@ -79,6 +81,7 @@ class PeriodicWork:
         self._release.tick(at)
         self._release.wake_resting()
         self._watchdog.tick(now)
+        self._entrances.tick()
         for block in self._parts.blocks.values():
             if self._interrupted and not block.complete:
                 block.promote_interrupted()

@@ -23,10 +23,29 @@ class RuntimeDirectory:
         self.path = path
         self.door = door_path(path)
         self.endpoint = router_endpoint(path)
+        self.router = os.path.join(path, ROUTER)
         self.custodian = custodian_path(path)
-        _make(path, 0o711)
-        _make(os.path.join(path, PRIVATE), 0o700)
+        self._make()
         self._lock = self._claim()
+        self._clean()
+
+    def _make(self) -> None:
+        _make(self.path, 0o711)
+        _make(os.path.join(self.path, PRIVATE), 0o700)
+
+    def claim_again(self) -> None:
+        """Make the directory again, without sockets, and claim it: it was removed or renamed. Raises BadInput when that
+        fails, or another supervisor has claimed it since."""
+        self._make()
+        mine = os.fstat(self._lock)
+        try:
+            ours = os.path.samestat(mine, os.lstat(os.path.join(self.path, LOCK)))
+        except FileNotFoundError:
+            ours = False
+        if not ours:
+            fresh = self._claim()
+            os.close(self._lock)
+            self._lock = fresh
         self._clean()
 
     def _claim(self) -> int:

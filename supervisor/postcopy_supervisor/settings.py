@@ -10,7 +10,7 @@ from postcopy_protocol import arguments as args
 from postcopy_protocol.errors import BadInput
 from postcopy_protocol.geometry import PAGE_2M, PAGE_4K
 from postcopy_protocol.runtime_paths import runtime_directory
-from postcopy_protocol.sources import RemoteSource, Source, parse_named
+from postcopy_protocol.sources import HandlerSource, RemoteSource, Source, parse_named
 from postcopy_wire.transport import NATIVE, TRANSPORTS, chosen_transport
 
 from .pool.lifecycle import LONGEST_BACKOFF, RestartPolicy
@@ -56,15 +56,19 @@ class Settings:
     orphan_timeout: float = 60.0
     poison_orphans: bool = False
     transport: str = NATIVE
+    handler_path: str = ""
+    """The directory in which serve was started, where there are handler blocks: their modules may be in it. Looked up
+    once, because every worker gets it and the directory may be removed meanwhile."""
 
 
 def parse(arguments: list[str]) -> Settings:
     """Settings of a command line. Exits with status 2 and one line on wrong usage. Raises BadInput for blocks that
     contradict one another."""
     typed = _parser().parse_args(arguments)
+    sources = _sources(typed.blocks)
     return Settings(
         directory=os.path.abspath(runtime_directory(typed.runtime_dir, os.environ)),
-        sources=_sources(typed.blocks),
+        sources=sources,
         page_size={"4K": PAGE_4K, "2M": PAGE_2M}[typed.page_size],
         fault_around=LARGEST_WINDOW if typed.fault_around is None else typed.fault_around,
         adaptive=typed.fault_around is None,
@@ -98,7 +102,19 @@ def parse(arguments: list[str]) -> Settings:
         orphan_timeout=typed.orphan_timeout,
         poison_orphans=typed.on_orphan == "poison",
         transport=chosen_transport(typed.transport, os.environ),
+        handler_path=_handler_path(sources),
     )
+
+
+def _handler_path(sources: dict[str, Source]) -> str:
+    if not any(isinstance(source, HandlerSource) for source in sources.values()):
+        return ""
+    try:
+        return os.getcwd()
+    except OSError:
+        raise BadInput(
+            "the current directory does not exist any more, and handler modules are looked for there"
+        ) from None
 
 
 def _sources(blocks: list[str]) -> dict[str, Source]:

@@ -211,6 +211,9 @@ class SimulatedClients:
         self.attached.discard(pidfd)
         self._paging.left(pidfd)
 
+    def failure_reported(self, number: int) -> bool:
+        return number in self.attached
+
 
 class SimulatedSources:
     """One source on the simulated wire; its frames are addresses in the simulated kernel."""

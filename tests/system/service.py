@@ -475,9 +475,11 @@ class Service:
             (self.directory / name).unlink(missing_ok=True)
 
 
-def refused(directory: Path | str, *blocks: str, options: dict[str, Option] | None = None) -> tuple[int, str]:
+def refused(
+    directory: Path | str, *blocks: str, options: dict[str, Option] | None = None, cwd: Path | None = None
+) -> tuple[int, str]:
     """Start a supervisor that cannot stand: its exit status and what it said on stderr. Nothing may be on stdout."""
     command = arguments(directory, blocks, options or {})
-    done = subprocess.run(command, capture_output=True, env=environment(), timeout=END_WITHIN, check=False)
+    done = subprocess.run(command, capture_output=True, env=environment(), cwd=cwd, timeout=END_WITHIN, check=False)
     assert done.stdout == b""
     return done.returncode, done.stderr.decode("utf-8", "replace").strip()

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import signal
+import struct
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.system.service import PAGE, Puppet, PuppetError, Service, until, word
+import postcopy
+from tests.system.service import PAGE, Puppet, PuppetError, Service, called, end_by_pidfd, refused, until, word
 
 MODULE = """
-import ctypes, os, struct, sys, time
+import asyncio, ctypes, os, struct, sys, time
 from postcopy_protocol.errors import PageLost
 
 def good(offset, length):
@@ -30,6 +34,23 @@ def raises(offset, length): raise ValueError("no such page, sorry")
 def lost(offset, length): raise PageLost("gone for good")
 def interrupted(offset, length): raise KeyboardInterrupt
 def exits(offset, length): sys.exit(3)
+def cancelled(offset, length): raise asyncio.CancelledError
+class Odd(Exception):
+    def __str__(self): raise ValueError("no text")
+class OddLost(PageLost):
+    __str__ = Odd.__str__
+def odd(offset, length): raise Odd
+def surrogate(offset, length): raise ValueError("caf\\udce9 \\x1b[31m")
+def long_text(offset, length): raise ValueError("x" * 10_000_000)
+def odd_lost(offset, length): raise OddLost("x")
+def forks(offset, length):
+    if os.fork() == 0: sys.exit(0)
+    os.wait()
+    return good(offset, length)
+def child_returns(offset, length):
+    child = os.fork()
+    if child: os.waitpid(child, 0)
+    return good(offset, length)
 def hangs(offset, length): time.sleep(3600)
 def ends(offset, length): os._exit(3)
 def crashes(offset, length): return ctypes.string_at(0)
@@ -43,14 +64,15 @@ BAD = {
     16: lambda offset, length: "text" * (length // 4), 17: lambda offset, length: 5,
     18: lambda offset, length: bytearray(good(offset, length)),
     19: lambda offset, length: memoryview(good(offset, length)), 20: interrupted, 21: exits,
+    22: cancelled, 23: odd, 24: surrogate, 25: long_text, 26: odd_lost, 27: forks, 28: child_returns,
     30: hangs, 31: ends, 32: crashes, 33: slow,
 }
 """
 PAGES = 64
 LOST = (11, 12)
 LOST_WORDS = ("gone for good", "told, not raised")
-FAILED = (13, 14, 15, 16, 17)
-BAD = (*LOST, *FAILED, 20, 21, 30, 31, 32, 33)
+FAILED = (13, 14, 15, 16, 17, 20, 21, 22, 23, 24, 25)
+BAD = (*LOST, *FAILED, 26, 27, 28, 30, 31, 32, 33)
 
 
 @pytest.fixture
@@ -105,13 +127,56 @@ def test_what_a_function_may_give_and_what_not(runtime_dir: Path, module: Path, 
         for page in (*LOST, *FAILED):
             assert kind_of(client, page) == "PageLost", page
         assert service.block()["lost"] == len(LOST)
-        for kind, words in (("handler-failed", ("no such page, sorry", "5 bytes", "str", "int")), ("lost", LOST_WORDS)):
+        for kind, words in (
+            (
+                "handler-failed",
+                ("no such page, sorry", "5 bytes", "str", "int", "SystemExit: 3", "Odd: (its text cannot be made)"),
+            ),
+            ("lost", LOST_WORDS),
+        ):
             until(partial(told, service, kind, words), f"all that was {kind} is told")
         other = service.client("ram0", mode)
         other.begin("words(b, [13])")
         assert other.status() == -signal.SIGBUS
         assert client.do("words(b, [1, 63])") == [word(PAGE), word(63 * PAGE)]
         assert service.status()["totals"]["restarts"] == 0, "nothing of this ends a worker"
+
+
+def test_a_child_of_a_function_serves_nobody(runtime_dir: Path, module: Path) -> None:
+    """A function forks; the child returns, or ends by an exception. Only its parent goes on as a worker."""
+    with Service(runtime_dir, source("mixed"), cwd=module, fault_around="4K") as service:
+        client = service.client()
+        assert client.do("words(b, [27, 28, 29])") == [word(page * PAGE) for page in (27, 28, 29)]
+        assert kind_of(client, 26) == "PageLost"
+        assert len([pid for pid in service.people() if called(pid).startswith("postcopy-w")]) == 1
+        assert not service.events("handler-failed") and service.status()["totals"]["restarts"] == 0
+
+
+def test_each_failure_is_reported_also_when_its_client_leaves_at_once(runtime_dir: Path, module: Path) -> None:
+    with Service(runtime_dir, source("mixed"), cwd=module, fault_around="4K") as service:
+        for count in range(1, 9):
+            client = service.client()
+            client.begin("words(b, [13])")
+            assert client.status() == -signal.SIGBUS
+            until(partial(reported, service, count), "it is reported once")
+        assert all("no such page, sorry" in text for text in service.events("handler-failed"))
+
+
+def reported(service: Service, count: int) -> bool:
+    return len(service.events("handler-failed")) == count
+
+
+def test_a_report_that_a_worker_cannot_send(runtime_dir: Path, module: Path) -> None:
+    """The worker is stopped before it sends, or killed: what it has counted is reported at its client's end."""
+    with Service(runtime_dir, source("mixed"), cwd=module, fault_around="4K") as service:
+        client = service.client()
+        worker = service.worker(client)
+        (runtime_dir / "private" / "router").unlink()  # its successor cannot send a word
+        end_by_pidfd(worker, signal.SIGKILL, "postcopy-w")
+        client.begin("words(b, [13])")
+        assert client.status() == -signal.SIGBUS
+        until(lambda: service.events("handler-failed"), "it is reported")
+        assert len(service.events("handler-failed")) == 1
 
 
 def test_fault_around_over_bad_pages_loses_no_good_one(runtime_dir: Path, module: Path) -> None:
@@ -123,9 +188,7 @@ def test_fault_around_over_bad_pages_loses_no_good_one(runtime_dir: Path, module
         assert [kind_of(client, page) for page in LOST] == ["PageLost"] * 2
 
 
-@pytest.mark.parametrize(
-    "page", [20, 21, 31, 32], ids=["KeyboardInterrupt", "sys.exit", "os._exit", "segmentation fault"]
-)
+@pytest.mark.parametrize("page", [31, 32], ids=["os._exit", "segmentation fault"])
 @pytest.mark.parametrize("mode", ["private", "shared"])
 def test_a_function_that_ends_its_worker(runtime_dir: Path, module: Path, page: int, mode: str) -> None:
     with Service(runtime_dir, source("mixed"), cwd=module, fault_around="4K", failing=True) as service:
@@ -186,18 +249,80 @@ def test_a_slow_function_holds_up_its_own_client_only(runtime_dir: Path, module:
 
 
 @pytest.mark.parametrize(
-    ("detail", "why"), [("nowhere:make", "nowhere"), ("pages:nothing", "nothing"), ("broken:make", "syntax")]
+    ("detail", "why"),
+    [
+        ("nowhere:make", "No module named 'nowhere'"),
+        ("pages:nothing", "pages.py has no function nothing"),
+        ("pages:PAGES", "has no function PAGES"),
+        ("broken:make", "SyntaxError"),
+        ("exits:make", "SystemExit: 3"),
+        ("ends:make", "status 3"),
+        ("hangs:make", "--handler-timeout"),
+    ],
 )
-def test_a_module_that_cannot_be_imported(runtime_dir: Path, module: Path, detail: str, why: str) -> None:
+def test_serve_with_a_module_that_cannot_be_imported(runtime_dir: Path, module: Path, detail: str, why: str) -> None:
+    """One line, before it is ready: no client waits for pages that cannot come."""
     (module / "broken.py").write_text("def make(:\n")
+    (module / "exits.py").write_text("import sys\nprint('printed')\nsys.exit(3)\n")
+    (module / "ends.py").write_text("import os\nos._exit(3)\n")
+    (module / "hangs.py").write_text("import time\ntime.sleep(3600)\n")
     blocks = (f"ram0=handler:{detail}?size=1M", "ram1=handler:pages:good?size=1M")
+    status, said = refused(runtime_dir, *blocks, options={"handler_timeout": 3.0}, cwd=module)
+    assert (status == 1 and why in said and str(module) in said) or "timeout" in why
+    assert said.count("\n") == said.count("printed"), said
+
+
+def test_a_module_that_cannot_be_imported_any_more(runtime_dir: Path, module: Path) -> None:
+    (module / "moved.py").write_text("from pages import good\n")
+    blocks = ("ram0=handler:moved:good?size=1M", "ram1=handler:pages:good?size=1M")
     with Service(runtime_dir, *blocks, cwd=module) as service:
+        (module / "moved.py").unlink()
         client = service.client()
         client.attach("ram1", "shared", "c")
         assert kind_of(client, 3) == "PageLost"
         assert client.do("words(c, [3])") == [word(3 * PAGE)], "the same worker serves its other block"
-        until(partial(told, service, "handler-failed", (why,)), "it is told")
+        until(partial(told, service, "handler-failed", ("moved",)), "it is told")
         assert service.status()["totals"]["restarts"] == 0
+
+
+def test_a_module_of_that_name_elsewhere_comes_first(runtime_dir: Path, module: Path) -> None:
+    """The directory of serve is the last on the path: what is in it replaces no module of Python's or ours."""
+    for name in ("random", "queue", "numpy", "msgpack", "prctl", "postcopy_workers", "sitecustomize"):
+        (module / f"{name}.py").write_text(
+            f"open({str(module / 'loaded')!r}, 'a').write({name!r})\nraise SystemExit(9)\n"
+        )
+    program = (sys.executable, "-P", "-m", "postcopy", "serve", source("good"), "--runtime-dir", str(runtime_dir))
+    with subprocess.Popen(program, cwd=module, stderr=subprocess.DEVNULL) as serve:
+        try:
+            until(lambda: (runtime_dir / "door").exists(), "it serves")
+            with postcopy.attach("ram0", runtime_dir) as block:
+                assert struct.unpack_from("<Q", block.buf, PAGE) == (word(PAGE),)
+        finally:
+            serve.terminate()
+    assert not (module / "loaded").exists(), (module / "loaded").read_text()
+
+
+def test_what_a_function_prints_is_in_the_log(runtime_dir: Path, module: Path) -> None:
+    """In events, with escapes and in bounds; what its programs print as it is."""
+    (module / "prints.py").write_text(
+        "import os, subprocess, sys\n"
+        "def make(offset, length):\n"
+        "    if offset == 0: print('from stdout\\x1b[31m'); print('from stderr', file=sys.stderr)\n"
+        "    if offset == 0: print('x' * 100_000)\n"
+        "    if offset == 4096: subprocess.run(['echo', 'from a program'])\n"
+        "    if offset == 8192: [print(f'line {n}') for n in range(10_000)]\n"
+        "    if offset == 12288: sys.stdout.buffer.write(b'raw bytes\\n'); sys.stdout.flush()\n"
+        "    return bytes(length)\n"
+    )
+    with Service(runtime_dir, "ram0=handler:prints:make?size=16K", cwd=module, fault_around="4K") as service:
+        client = service.client()
+        assert client.do("[b.buf[at] for at in range(0, 16384, 4096)]") == [0] * 4
+        until(lambda: len(service.events("handler-output")) > 5, "it is in the events")
+        until(lambda: "from a program" in service.log(), "and in the log")
+        found = service.events("handler-output")
+        assert any("from stdout\\x1b[31m" in text for text in found) and any("from stderr" in text for text in found)
+        assert len(found) < 40 and max(map(len, found)) < 2000
+        assert "\x1b" not in service.log() and len(service.log()) < 50_000
 
 
 @pytest.mark.parametrize("mode", ["private", "shared"])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import signal
 import stat
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -70,6 +72,41 @@ def test_the_directory_and_its_sockets(runtime_dir: Path, source_file: SourceFil
     with Service(runtime_dir, f"ram0={source_file(PAGE)}"):
         modes = {name: stat.S_IMODE((runtime_dir / name).stat().st_mode) for name in (".", "door", "private")}
         assert modes == {".": 0o711, "door": 0o666, "private": 0o700}
+
+
+def with_ptrace_only(barred: Path) -> Callable[[], None]:
+    """Before a program starts: no right but CAP_SYS_PTRACE, and a device that only other rights would open."""
+    newns, private, bind, drop, ptrace = 0x20000, 1 << 14 | 1 << 18, 1 << 12, 24, 19
+    libc = ctypes.CDLL(None)
+
+    def enter() -> None:
+        libc.unshare(newns)
+        libc.mount(None, b"/", None, private, None)
+        assert libc.mount(os.fsencode(barred), b"/dev/userfaultfd", None, bind, None) == 0
+        for capability in range(64):
+            if capability != ptrace:
+                libc.prctl(drop, capability, 0, 0, 0)
+
+    return enter
+
+
+def test_a_supervisor_with_ptrace_only(runtime_dir: Path, tmp_path: Path) -> None:
+    """It serves clients that have a right of their own, and says at its start that the others cannot attach."""
+    barred = tmp_path / "barred"
+    barred.touch(mode=0)
+    barred.chmod(0)
+    with Service(runtime_dir, "z=zero:1M", preexec=with_ptrace_only(barred), allow_uid=str(NOBODY)) as service:
+        assert "each client needs a right of its own" in service.log()
+        assert int(told(service.pid)["CapEff"], 16) == 1 << 19
+        client, other = service.client("z"), service.client(None)
+        assert client.do("b.buf[5]") == 0
+        assert int(told(service.worker(client))["CapPrm"], 16) == 0
+        service.kill_worker(client)
+        assert client.do("b.buf[9000]") == 0, "its successor needs the right too"
+        other.do(f"become({NOBODY})")
+        with pytest.raises(PuppetError, match="no open /dev/userfaultfd to pass on") as caught:
+            other.attach("z")
+        assert caught.value.kind == "UserfaultfdUnavailable"
 
 
 # --- other users ------------------------------------------------------------------------------------------------------

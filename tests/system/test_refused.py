@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -201,3 +202,53 @@ libc.prctl(24, {ptrace})"""
     command = arguments(runtime_dir, ("a=zero:1M",), {})
     one_line(without_rights(command, mount), FAILED, "userfaultfd", "vm.unprivileged_userfaultfd|/dev/userfaultfd")
     assert not (runtime_dir / "door").exists()
+
+
+# --- a machine that lacks something -----------------------------------------------------------------------------------
+
+NAMESPACE = """
+libc.unshare(0x20000)
+libc.mount(None, b"/", None, 1 << 14 | 1 << 18, None)
+"""
+FILTER = """
+import struct
+code = b"".join(struct.pack("HBBI", *line) for line in (
+    (0x20, 0, 0, 0), (0x15, 0, 1, {number}), (0x06, 0, 0, 0x50000 | 38), (0x06, 0, 0, 0x7FFF0000)))
+kept = ctypes.create_string_buffer(code)
+program = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", 4, ctypes.addressof(kept)))
+assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program, 0, 0) == 0
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the numbers of system calls are those of x86_64")
+@pytest.mark.parametrize(
+    ("number", "name"), [(319, "memfd"), (290, "eventfd"), (434, "pidfd_open")], ids=lambda one: str(one)
+)
+def test_without_a_system_call(runtime_dir: Path, number: int, name: str) -> None:
+    """A seccomp filter of a container: one line that names what is missing."""
+    said = without_rights(arguments(runtime_dir, ("a=zero:1M",), {}), FILTER.format(number=number))
+    one_line(said, FAILED, "not implemented", name, "seccomp")
+
+
+@pytest.mark.parametrize("path", ["/proc", "/dev/null"])
+def test_without_a_part_of_the_system(runtime_dir: Path, tmp_path: Path, path: str) -> None:
+    barred = tmp_path / "barred"
+    barred.mkdir() if path == "/proc" else barred.touch(mode=0)
+    mount = f"{NAMESPACE}assert libc.mount({os.fsencode(barred)!r}, {path.encode()!r}, None, 1 << 12, None) == 0"
+    one_line(without_rights(arguments(runtime_dir, ("a=zero:1M",), {}), mount), FAILED, path)
+
+
+@pytest.mark.parametrize("most", [8, 12, 16, 20, 24, 28, 32])
+def test_with_few_descriptors(runtime_dir: Path, most: int) -> None:
+    """Wherever the start stops, it says why. With a few more it stands."""
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({most}, {most}))"
+    blocks = tuple(f"b{number}=zero:1M" for number in range(4))
+    one_line(without_rights(arguments(runtime_dir, blocks, {}), limit), FAILED, "Too many open files|descriptors")
+
+
+def test_in_a_directory_that_is_gone(runtime_dir: Path, tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    gone = f"os.chdir({str(place)!r}); os.rmdir({str(place)!r})"
+    said = without_rights(arguments(runtime_dir, ("a=handler:pages:make?size=1M",), {}), gone)
+    one_line(said, USAGE, "the current directory does not exist")

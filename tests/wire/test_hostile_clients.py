@@ -106,6 +106,64 @@ def cpu_seconds(pid: int) -> float:
     return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e9
 
 
+LIES = {
+    # Page 1 of the memory is announced as page 11 of the block: placing that one never ends the fault.
+    "a false offset": ("private", "o.memory, 0", "announce(8192, 40960); touch(at + 4096)"),
+    # Its own memory, in which the page that is in the block long since never appears.
+    "its own memory": ("shared", "mine(), 0", "announce(8192, 0); touch(at)"),
+    "protected": (
+        "shared",
+        "o.memory, 0",
+        "announce(8192, 0); libc.madvise(at, 4096, 22); u.register(at, 4096, RegisterMode.MISSING | RegisterMode.WP);"
+        "fcntl.ioctl(u.fileno(), 0xC018AA06, struct.pack('QQQ', at, 4096, 1)); touch(at, 23)",
+    ),
+    "mapped over": (
+        "shared",
+        "o.memory, 0",
+        "announce(8192, 0); libc.munmap(at, 8192); remap(mine());u.register(at, 8192, RegisterMode.MISSING); touch(at)",
+    ),
+}
+SPIN = """
+from postcopy_kernel.userfaultfd import Userfaultfd, RegisterMode
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+def mine():
+    fd = os.memfd_create('mine'); os.ftruncate(fd, 8192); return fd
+def announce(length, offset):
+    session.connection.announce(o.number, at, length, offset, Deadline(20))
+def remap(fd):
+    libc.mmap(at, 8192, 3, mmap.MAP_SHARED | 0x10, fd, 0)
+def touch(where, how=22):
+    threading.Thread(target=libc.madvise, args=(where, 4096, how), daemon=True).start()
+"""
+
+
+@pytest.mark.parametrize("uid", [0, 65534])
+@pytest.mark.parametrize("lie", LIES)
+def test_a_fault_that_no_answer_ends(runtime_dir: Path, source_file: SourceFile, lie: str, uid: int) -> None:
+    """A thread that faults again after each answer: its worker reports and slows that client, and does not spin."""
+    mode, memory, act = LIES[lie]
+    path = source_file(PAGES * PAGE)
+    with Service(runtime_dir, f"ram0={path}", polluting=True, allow_uid="65534", fault_around="4K") as service:
+        honest, client = service.client(), service.client(None)
+        assert honest.do("words(b, [0, 2])") == [word(0), word(2 * PAGE)]
+        client.do(f"become({uid})" if uid else "None")
+        client.do(TOOLS + SPIN + f"session, o = opened({mode!r})")
+        flags = "mmap.MAP_PRIVATE" if mode == "private" else "mmap.MAP_SHARED"
+        client.do(f"at = libc.mmap(None, 8192, 3, {flags} | 0x4000, {memory}); u = Userfaultfd(own_userfaultfd())")
+        client.do(act)
+        until(lambda: service.events("repeating"), "it is reported")
+        worker = next(found["worker_pid"] for found in service.status()["clients"] if found["pid"] == client.pid)
+        before, begun = cpu_seconds(worker), time.monotonic()
+        time.sleep(2)
+        assert cpu_seconds(worker) - before < 0.15 * (time.monotonic() - begun)
+        assert honest.do("words(b, [1, 3])") == [word(PAGE), word(3 * PAGE)]
+        assert len(service.events("repeating")) == 1
+        client.kill()
+
+
 @pytest.mark.parametrize("mode", ["private", "shared"])
 @pytest.mark.parametrize("what", ["unregister", "minor", "protect", "unmap", "map over"])
 def test_its_registration_undone(served: tuple[Service, Puppet, Path], mode: str, what: str) -> None:

@@ -218,7 +218,9 @@ class Sockets:
         self._outbound: dict[bytes, OutboundSocket] = {}
 
     def listen(self, endpoint: str, prepare: PrepareSocket | None = None) -> str:
-        made = self._inbound = InboundSocket(self._context, self._on_message, self._queue, self._largest)
+        again = self._inbound is not None  # not unbound before: libzmq removes the path some time after that
+        made = self._inbound or InboundSocket(self._context, self._on_message, self._queue, self._largest)
+        self._inbound = made
         try:
             if not endpoint.startswith(IPC):
                 set_heartbeat(made.socket)
@@ -227,7 +229,8 @@ class Sockets:
             made.socket.bind(endpoint)
         except zmq.ZMQError as error:
             raise OSError(error.errno, error.strerror) from None
-        self._reactor.poll_socket(made)
+        if not again:
+            self._reactor.poll_socket(made)
         return made.socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def connect(

@@ -76,6 +76,9 @@ class NativeRouter(Reactor):
         except OSError:
             listener.close()
             raise
+        if self._listener is not None:  # its path was removed: what is connected goes on
+            self.forget(self._listener.fileno())
+            self._listener.close()
         self._listener = listener
         self.watch(listener.fileno(), self._accept)
         return endpoint

@@ -58,7 +58,8 @@ class Router(Protocol):
     """A ROUTER, and the one epoll of its thread. No send ever blocks."""
 
     def listen(self, endpoint: str, prepare: PrepareSocket | None = None) -> str:
-        """Accept peers at an endpoint; returns it as it was bound (a tcp port may have been chosen). Raises OSError."""
+        """Accept peers at an endpoint; returns it as it was bound (a tcp port may have been chosen). A second
+        call, for the same ipc endpoint, is for one whose path was removed. Raises OSError."""
 
     def connect(
         self,

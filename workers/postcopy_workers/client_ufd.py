@@ -70,16 +70,17 @@ class ClientUserfaultfd:
         """Wake every thread that waits for this page."""
         self.wake(region.address(page), 1 << region.block.shift)
 
-    def resume(self, region: Region, page: int, flags: int) -> None:
-        """Let the threads that wait for a present page run: by CONTINUE where every page is announced, else by WAKE.
-        Raises ClientGone."""
+    def resume(self, region: Region, page: int, flags: int) -> bool:
+        """Let the threads that wait for a present page run: by CONTINUE where every page is announced (True: it is
+        mapped now), else by WAKE. Raises ClientGone."""
         if flags & FAULT_MINOR or region.block.guarded:
             failed = self.map(region, page)
             if failed == errno.ESRCH:
                 raise ClientGone
             if failed == 0:
-                return
+                return True
         self.wake_page(region, page)
+        return False
 
     def map(self, region: Region, page: int, count: int = 1) -> int:
         """Map present pages for the client and wake its threads (CONTINUE); 0 or the errno. Takes a poison away."""
@@ -94,17 +95,20 @@ class ClientUserfaultfd:
         if count:
             self.map(region, first, count)
 
-    def poison(self, region: Region, page: int) -> None:
-        """Give this client SIGBUS at this page until it is unpoisoned. Raises ClientGone."""
+    def poison(self, region: Region, page: int) -> bool:
+        """Give this client SIGBUS at this page until it is unpoisoned. False: its threads were only woken. Raises
+        ClientGone."""
         failed = self._call(UFFDIO_POISON, region.address(page), 1 << region.block.shift)
         if failed == errno.ESRCH:
             raise ClientGone
         if failed in (errno.EEXIST, errno.EAGAIN, errno.ENOENT):
             # Mapped or poisoned already, an unread event, not registered any more: the thread's next fault shows it.
             self.wake_page(region, page)
-        elif failed:
+            return False
+        if failed:
             # Linux before 6.6 cannot poison. The threads wait: zeros would be wrong bytes.
             region.block.report("lost", page, "this kernel cannot poison a page: its readers wait")
+        return True
 
     def unpoison(self, region: Region, page: int) -> bool:
         """Replace the poison of a present page by its bytes; False when that must be tried again."""

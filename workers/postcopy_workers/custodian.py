@@ -368,6 +368,8 @@ def main() -> None:
     # moment, the kernel sends SIGHUP to all of them: the custodian and every worker would end.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     process.name_process("postcopy-cust")
+    with contextlib.suppress(OSError):
+        os.dup2(2, 1)  # what programs of a handler print belongs into the log
     descriptors.raise_descriptor_limit()
     if not options.keep_privileges:
         # Here instead of in every worker, which inherits it: the call would cost each of them 0.4 MB.

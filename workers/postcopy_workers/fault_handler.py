@@ -19,7 +19,6 @@ the tests run this code on a simulated kernel.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
 from time import monotonic_ns, perf_counter_ns
 
 from postcopy_protocol.counters import (
@@ -34,6 +33,7 @@ from postcopy_protocol.counters import (
     WINDOW_LIMIT,
     bucket,
     deny,
+    note_reason,
 )
 from postcopy_protocol.counters import LOST as LOST_PAGES
 from postcopy_protocol.errors import PageLost
@@ -47,6 +47,7 @@ from .fast_answers import Answer, fast_answer
 from .page_sources import Elsewhere, HandlerFailed, NoPages, RemotePages, SourceChanged
 from .placing import COPY_DONTWAKE, Calls
 from .recording import Recording
+from .repeats import Pause, Repeats
 from .reports import Reporter
 from .requests import Requests
 
@@ -56,9 +57,6 @@ MESSAGE_FIELDS = 4  # u64 fields of a message: event, flags, address, and one th
 
 class CannotContinue(Exception):
     """An answer of the kernel that our code does not provoke: the worker ends, a successor starts from scratch."""
-
-
-Pause = Callable[[float], None]  # sleeps
 
 
 class FaultHandler:
@@ -85,6 +83,7 @@ class FaultHandler:
         self._report = report
         self._pause = pause
         self._shortages = 0
+        self._repeats, self._only_woken, self._slowed = Repeats(pause), False, False
         answer = self._dispatcher(calls)
         self.answer = answer if recording is None else recording.recorded(answer, self.regions)
         """Resolves one page fault (flags, address): the loop calls it for the common message."""
@@ -179,10 +178,10 @@ class FaultHandler:
                 pages = self._resume_announced(region, page)
             elif state == RECEIVED and block.present(page):
                 counters[DEDUPLICATED] += 1
-                self.userfaultfd.resume(region, page, flags)
+                self._resume(region, page, flags)
                 self._follow(region, page)
             elif state == LOST and not block.present(page):
-                self.userfaultfd.poison(region, page)
+                self._poison(region, page)
             else:
                 pages = self._place(region, page, flags, begun, in_block=region.in_block or state == RECEIVED)
         except PageLost as lost:
@@ -203,13 +202,34 @@ class FaultHandler:
         region.stages[taken + WOKEN] += 1
         if pages > 1:
             self.widen(region, page, pages)
+        if self._only_woken:
+            self._only_woken = False
+            self._look_for_repeats(region, page)
+
+    def _resume(self, region: Region, page: int, flags: int) -> None:
+        self._only_woken = not self.userfaultfd.resume(region, page, flags)
+
+    def _poison(self, region: Region, page: int) -> None:
+        self._only_woken = not self.userfaultfd.poison(region, page)
+
+    def _wake(self, region: Region, page: int) -> None:
+        self.userfaultfd.wake_page(region, page)
+        self._only_woken = True
+
+    def _look_for_repeats(self, region: Region, page: int) -> None:
+        """Slow down a client whose thread faults at this page again and again, and report it once."""
+        address = region.address(page)
+        if self._repeats.seen(address, region.block.shift) and not self._slowed:
+            self._slowed = True
+            what = f"{address:#x} faults again and again though the page is there: that memory is not this block's, or "
+            region.block.report("repeating", page, what + "its client has protected it; its faults are answered slowly")
 
     def _resume_announced(self, region: Region, page: int) -> int:
         """The page is present but not mapped by this client: map it only if we placed it, or replaced it. Returns how
         many pages fault-around may fill."""
         block, state = region.block, region.block.received[page]
         if state == LOST:
-            self.userfaultfd.poison(region, page)
+            self._poison(region, page)
             return 1
         if state != RECEIVED:
             if self._requests is not None and isinstance(block.pages, RemotePages):
@@ -220,7 +240,7 @@ class FaultHandler:
             if failed:
                 self._not_placed(region, page, failed)
                 return 1
-        self.userfaultfd.resume(region, page, FAULT_MINOR)
+        self._resume(region, page, FAULT_MINOR)
         return region.around.window(page) if block.guarded else 1
 
     def _place(self, region: Region, page: int, flags: int, begun: int, *, in_block: bool) -> int:
@@ -260,9 +280,9 @@ class FaultHandler:
                 region.stale = True
                 what = f"{region.address(page):#x} is not registered any more; no thread can wait there"
                 block.report("stale-region", page, what)
-            self.userfaultfd.wake_page(region, page)
+            self._wake(region, page)
         elif failed == errno.EAGAIN:  # an event is unread: it is read next, then the fault comes again
-            self.userfaultfd.wake_page(region, page)
+            self._wake(region, page)
         elif failed == errno.EFAULT:
             block.pages.check()  # a cut file raises SourceChanged
             raise PageLost("its source cannot be read (input/output error)")
@@ -291,17 +311,18 @@ class FaultHandler:
             return
         self._counters[LOST_PAGES] += 1
         block.report(kind, page, reason)  # before the client may die of it, and this worker with it
-        self.userfaultfd.poison(region, page)
+        self._poison(region, page)
 
     def _deny(self, region: Region, page: int, reason: str) -> None:
         """A handler function failed: poison the page for this client only; another worker calls the function again."""
         block = region.block
+        note_reason(self._counters, reason)
         self._counters[FAILURES] += 1
         block.report("handler-failed", page, reason)
         if not self._resume_if_present(region, page):
             # Noted first: a poison that a successor does not know of would stay.
             deny(self._counters, block.grant.block, page)
-            self.userfaultfd.poison(region, page)
+            self._poison(region, page)
 
     def _resume_if_present(self, region: Region, page: int, *more_states: int) -> bool:
         """The source has nothing for this page: let the threads run if another worker has placed it. A present page
@@ -310,7 +331,7 @@ class FaultHandler:
         if not block.present(page) or block.received[page] not in (*block.believed, *more_states):
             return False
         block.received[page] = RECEIVED
-        self.userfaultfd.resume(region, page, 0)
+        self._resume(region, page, 0)
         return True
 
     def widen(self, region: Region, page: int, pages: int) -> None:

@@ -64,7 +64,6 @@ def _be_worker(assignment: Assignment, fds: list[int], waiting: int, privileged:
         serve = serve_worker_zero if assignment.worker == 0 else serve_client
         serve(assignment, fds, privileged=privileged)
     except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
+        traceback.print_exc(file=sys.__stderr__)  # not to the reports of what a handler prints
     finally:
         os._exit(status)

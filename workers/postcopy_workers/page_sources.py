@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from postcopy_kernel.memory import DONTNEED, RANDOM, Mapping
-from postcopy_protocol.errors import PageLost
+from postcopy_protocol.errors import PageLost, text_of
 from postcopy_protocol.messages import BlockGrant
 
 _BASE_PAGE = 4096
@@ -195,23 +195,35 @@ class HandlerPages(Unmapped):
         return self._staging.address
 
     def _made(self, offset: int, length: int) -> memoryview:
+        """What the function returns. Whatever it raises, SystemExit and KeyboardInterrupt too, costs this page only."""
+        process = os.getpid()
         try:
-            result = self._function(offset, length)
-        except PageLost:
+            return _bytes_of(self._function(offset, length), length)
+        except HandlerFailed:
             raise
-        except Exception as error:
-            raise HandlerFailed(f"{type(error).__name__}: {error}") from error
-        if isinstance(result, PageLost):
-            raise result
-        if result is None:
-            return memoryview(bytes(length))
-        try:
-            made = memoryview(result).cast("B")
-        except TypeError:
-            raise HandlerFailed(f"returned {type(result).__name__}; bytes, None or PageLost is needed") from None
-        if len(made) != length:
-            raise HandlerFailed(f"returned {len(made)} bytes, {length} are needed")
-        return made
+        except PageLost as error:
+            raise PageLost(text_of(error)) from error
+        except BaseException as error:
+            text = text_of(error)
+            raise HandlerFailed(f"{type(error).__name__}{': ' if text else ''}{text}") from error
+        finally:
+            if os.getpid() != process:  # a child that the function has forked: it must not serve the client, too
+                os._exit(os.EX_OK)
 
     def content(self, offset: int, length: int) -> bytes:
         return bytes(self._made(offset, min(length, self.size - offset))).ljust(length, b"\0")
+
+
+def _bytes_of(result: object, length: int) -> memoryview:
+    """The ``length`` bytes that a function has returned. Raises PageLost, and HandlerFailed for anything else."""
+    if isinstance(result, PageLost):
+        raise result
+    if result is None:
+        return memoryview(bytes(length))
+    try:
+        made = memoryview(result).cast("B")  # type: ignore[arg-type]
+    except TypeError:
+        raise HandlerFailed(f"returned {type(result).__name__}; bytes, None or PageLost is needed") from None
+    if len(made) != length:
+        raise HandlerFailed(f"returned {len(made)} bytes, {length} are needed")
+    return made

@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import importlib
 import mmap
 import os
 import resource
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from enum import IntEnum
@@ -28,7 +26,8 @@ from postcopy_wire.transport import Channel
 
 from .fault_handler import CannotContinue
 from .guarded_block import GuardedBlock
-from .page_sources import FilePages, Handler, HandlerPages, NoPages, PageSource, RemotePages, SourceChanged, ZeroPages
+from .handlers import CannotImport, load_handler, report_output
+from .page_sources import FilePages, HandlerPages, NoPages, PageSource, RemotePages, SourceChanged, ZeroPages
 from .placing import Block, OwnMapping, system_calls
 from .reports import Reports
 
@@ -90,7 +89,7 @@ class Worker:
         runs_handler = any(grant.kind == "handler" for grant in assignment.blocks)
         if assignment.sandbox == "all" or (assignment.sandbox == "auto" and not runs_handler):
             _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-            limit = min(hard, len(self.fds) + SPARE_DESCRIPTORS)
+            limit = min(hard, len(self.fds) + len(self.blocks) + SPARE_DESCRIPTORS)  # mmap duplicates each map's
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
             active |= self._restrict("Landlock", landlock.restrict, counters.LANDLOCK)
             if _FILTER is not None:
@@ -144,16 +143,12 @@ class Worker:
                 raise CannotContinue(f"block {grant.name}: kind {grant.kind} is unknown to this worker")
 
     def _handler_pages(self, grant: BlockGrant, stretch: int) -> PageSource:
-        module, _, function = grant.detail.partition(":")
-        if self.assignment.handler_path not in sys.path:
-            sys.path.insert(0, self.assignment.handler_path)
+        report_output(self.reports)
         try:
-            handler: Handler = getattr(importlib.import_module(module), function)
-            return HandlerPages(grant, handler, stretch)
-        except Exception as error:
-            reason = f"cannot import {grant.detail}: {type(error).__name__}: {error}"
-            self.reports("handler-failed", grant.block, 0, reason)
-            return NoPages(grant, reason)
+            return HandlerPages(grant, load_handler(grant.detail, self.assignment.handler_path), stretch)
+        except CannotImport as error:
+            self.reports("handler-failed", grant.block, 0, str(error))
+            return NoPages(grant, str(error))
 
     @property
     def remote(self) -> bool:

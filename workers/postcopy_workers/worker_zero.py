@@ -21,9 +21,9 @@ from postcopy_protocol.errors import BadMessage, PageLost
 from postcopy_protocol.messages import Assignment, Fetch, Fetched
 from postcopy_protocol.received_map import LOST, RECEIVED
 
-from .fault_handler import Pause
 from .page_sources import HandlerFailed, SourceChanged
 from .placing import COPY_DONTWAKE, Block
+from .repeats import Pause
 from .worker import Worker
 
 PIECE = 1 << 20

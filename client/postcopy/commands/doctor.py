@@ -73,7 +73,8 @@ def _userfaultfd() -> Iterator[Finding]:
     try:
         features = probe_features()
     except OSError as error:
-        yield Finding("userfaultfd", LIMITED, error.strerror or str(error), "a client can still attach to a supervisor")
+        remedy = "a client can still attach where the supervisor passes on the device"
+        yield Finding("userfaultfd", LIMITED, error.strerror or str(error), remedy)
         return
     names = [feature.name.lower() for feature in Feature if feature in features and feature.name]
     needed = Feature.MISSING_SHMEM
@@ -82,7 +83,8 @@ def _userfaultfd() -> Iterator[Finding]:
 
 
 def _device() -> Iterator[Finding]:
-    remedy = f"for a supervisor that is not root: chgrp and chmod {_DEVICE}, or setcap cap_sys_ptrace+ep"
+    remedy = f"for a supervisor that is not root, and for its clients: chgrp and chmod {_DEVICE}. With CAP_SYS_PTRACE "
+    remedy += "instead, each client needs that right too"
     if not os.path.exists(_DEVICE):
         yield Finding(_DEVICE, LIMITED, "not there", "no module to load: Linux 6.1 or newer has it built in")
         return
@@ -94,7 +96,7 @@ def _device() -> Iterator[Finding]:
 
 def _sysctl() -> Iterator[Finding]:
     allowed = _read("/proc/sys/vm/unprivileged_userfaultfd")
-    note = "matters only without the device" if allowed == "0" else ""
+    note = "without the device, supervisor and clients need root or CAP_SYS_PTRACE" if allowed == "0" else ""
     yield Finding("vm.unprivileged_userfaultfd", GOOD, allowed or "no such sysctl", note)
     overcommit = _read("/proc/sys/vm/overcommit_memory")
     strict = overcommit == "2"

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 from postcopy_kernel.descriptors import receive_message, send_message
 from postcopy_kernel.process import pidfd_exited, pidfd_signal
+from postcopy_kernel.programs import command, environment
 
 from ..errors import PostcopyError
 
@@ -94,7 +95,8 @@ class _Starter:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "postcopy.load.starter", str(theirs.fileno()), str(os.getpid())],
+                command("postcopy.load.starter", str(theirs.fileno()), str(os.getpid())),
+                env=environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

@@ -49,7 +49,7 @@ def _handler(text: str) -> ExpectedBytes:
     if not (module and colon and name):
         raise BadInput(f"--verify {text!r}: write handler:MODULE:FUNCTION")
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())  # last, as in a worker: a file there never replaces another module
     try:
         handler = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:

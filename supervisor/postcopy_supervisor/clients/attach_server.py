@@ -210,6 +210,7 @@ class AttachServer:
         page = self._map_figures(client)
         client.regions, client.released = list(note.regions), list(note.released)
         client.quarantined, client.back_end = note.quarantined, note.back_end
+        client.failures_reported = page[counters.FAILURES]
         self._clients.by_number[client.number] = client
         self._pool.skip_incarnations(client.number, page[counters.INCARNATION])
         self._clients.keep(client)

@@ -44,6 +44,8 @@ class Client:
     back_end: bool = False
     """A vhost-user back-end: ``pid``, ``pidfd`` and memory are its own, the connection is its front-end's."""
     quarantined: bool = False
+    failures_reported: int = 0
+    """Of the pages that could not be made for it (``counters.FAILURES``), those whose report has arrived."""
 
     @property
     def name(self) -> str:

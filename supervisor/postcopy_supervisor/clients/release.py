@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Mapping
 
 from postcopy_kernel import process
 from postcopy_kernel.userfaultfd import stuck_faults
@@ -15,6 +16,7 @@ from postcopy_protocol import counters
 from postcopy_protocol.messages import Message, RegionGrant, Released
 
 from ..blocks import RamBlock
+from ..event_log import RecordEvent
 from ..listener import Listener
 from ..paging.paging import RemotePaging
 from ..pool.worker_pool import WorkerPool
@@ -29,8 +31,17 @@ SILENCE_SECONDS = 10.0  # a client that has not offered a userfaultfd by then is
 class ClientRelease:
     """Removes clients and releases complete blocks. Only the main thread calls it."""
 
-    def __init__(self, clients: Clients, pool: WorkerPool, watcher: Listener, waiters: RemotePaging) -> None:
+    def __init__(
+        self,
+        blocks: Mapping[int, RamBlock],
+        clients: Clients,
+        pool: WorkerPool,
+        watcher: Listener,
+        waiters: RemotePaging,
+        event: RecordEvent,
+    ) -> None:
         self._clients, self._pool, self._watcher, self._waiters = clients, pool, watcher, waiters
+        self._blocks, self._event = blocks, event
 
     def send(self, client: Client, message: Message, fds: tuple[int, ...] = ()) -> None:
         """Send to a client; one that does not read is treated as disconnected, never waited for."""
@@ -81,8 +92,31 @@ class ClientRelease:
             client.connection.close()
             client.connection = None
 
+    def failure_reported(self, number: int) -> bool:
+        """Its worker reports a page that could not be made. False: the client has ended, and its end reported it."""
+        client = self._clients.by_number.get(number)
+        if client is not None:
+            client.failures_reported += 1
+        return client is not None
+
+    def _report_failures(self, client: Client) -> None:
+        """Report the failures whose reports have not arrived: a client may die of one, and its worker with it. Beyond
+        the first few a worker does not report each."""
+        page, number = client.counters, client.number
+        missing = page[counters.FAILURES] - client.failures_reported if page is not None else 0
+        if page is None or missing <= 0:
+            return
+        why = counters.reason(page)
+        where: dict[str, int | str] = {"client": number, "worker": number, "cause": why}
+        for block_number, first in counters.denied(page)[-1:]:
+            block = self._blocks[block_number]
+            where |= {"block": block.name, "offset": first * block.page_size, "length": block.page_size}
+        more = "more pages" if client.failures_reported else "pages"
+        self._event("handler-failed", f"worker {number}: {missing} {more} could not be made, the last: {why}", **where)
+
     def close(self, client: Client) -> None:
         """Close the descriptors of a client that has no worker any more."""
+        self._report_failures(client)
         self._waiters.left(client.number)
         self._clients.drop(client)
         self._watcher.forget_process(client.pidfd)

@@ -10,11 +10,10 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 
-from postcopy_kernel import crashpoints, descriptors, process
+from postcopy_kernel import crashpoints, descriptors, process, programs
 from postcopy_protocol.codec import encode
 from postcopy_protocol.messages import Adopt, Dismiss, Drop, ForkWorker, Keep, Message, WhenOrphaned
 
@@ -45,12 +44,12 @@ class CustodianClient:
         for end in (ours, theirs):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
         ours.setblocking(False)
-        command = [sys.executable, "-m", "postcopy_workers.custodian", "--channel", str(theirs.fileno())]
-        command += ["--directory", self._directory]
+        options = ["--channel", str(theirs.fileno()), "--directory", self._directory]
+        options += [] if self._device else ["--keep-privileges"]
         try:
             with theirs:
                 self._process = subprocess.Popen(
-                    command if self._device else [*command, "--keep-privileges"],
+                    programs.command("postcopy_workers.custodian", *options),
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,

@@ -34,7 +34,7 @@ def test_the_number_of_a_pidfd_is_used_again_by_the_next_client() -> None:
     pidfd = os.pidfd_open(os.getpid())
     try:
         clients.by_number[1] = client = Client(1, None, 0, os.getpid(), pidfd, AttachConversation(), 0.0)
-        ClientRelease(clients, ABSENT, ABSENT, ABSENT).on_process_ended(pidfd)
+        ClientRelease({}, clients, ABSENT, ABSENT, ABSENT, ABSENT).on_process_ended(pidfd)
         assert clients.by_number == {1: client} and not client.leaving
     finally:
         os.close(pidfd)
