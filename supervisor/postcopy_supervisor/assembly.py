@@ -175,7 +175,6 @@ def assemble(settings: Settings, runtime: RuntimeDirectory, plan: Plan, inherite
         answers,
         listener,
         router,
-        base.access,
         runtime,
         base.attach_socket,
         base.control_page,
