@@ -7,6 +7,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
+from postcopy_kernel.descriptors import raise_descriptor_limit
 from postcopy_kernel.process import die_with_parent
 from postcopy_protocol.errors import BadInput, PostcopyError
 
@@ -26,6 +27,7 @@ def main() -> int:
         )
         if settings.die_with_parent:
             die_with_parent(settings.die_with_parent, signal.SIGTERM)
+        raise_descriptor_limit()
         from .serving import serve
 
         serve(

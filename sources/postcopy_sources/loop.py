@@ -42,7 +42,8 @@ from .source import PageSource
 from .staging import Staging
 
 EXPECTED = frozenset(FROM_SUPERVISOR)
-MAX_CONNECTIONS = 256  # supervisors that are remembered; beyond it the one that has been silent longest is forgotten
+MAX_CONNECTIONS = 256  # supervisors that are remembered; beyond it a new one takes the place of one that is quiet
+QUIET_SECONDS = 10.0  # a supervisor pings every second
 SILENT_SECONDS = 600.0
 """A supervisor that has been silent for so long is forgotten: they ping every second. A connection that breaks while
 nothing is sent is not reported, and a thread that pushes to it would wait forever for its window."""
@@ -172,10 +173,10 @@ class Loop:
 
     def _advise(self, connection: Connection, message: Advise) -> None:
         advised, ended = connection.conversation.advise(message)
+        self._remember(connection)
         for old in ended:
             connection.end_stream(old)
         connection.unstage()  # messages about its slots may be in flight: another one is offered at the next Listen
-        self._remember(connection)
         log.info("%s is advised in pages of %d to %s", message.name, message.page_size, connection.name.hex())
         self.sender.send_note(connection, encode(advised))
 
@@ -229,8 +230,12 @@ class Loop:
         return pusher
 
     def _remember(self, connection: Connection) -> None:
+        """Raises SourceRefusal: those that are here stay, whoever else comes."""
         if connection.name not in self.connections and len(self.connections) >= MAX_CONNECTIONS:
-            self._forget(min(self.connections.values(), key=lambda one: one.last_message_at))
+            quiet = min(self.connections.values(), key=lambda one: one.last_message_at)
+            if connection.last_message_at - quiet.last_message_at < QUIET_SECONDS:
+                raise SourceRefusal("limit", f"this source serves {MAX_CONNECTIONS} supervisors already")
+            self._forget(quiet)
         self.connections[connection.name] = connection
 
     def _forget(self, connection: Connection) -> None:

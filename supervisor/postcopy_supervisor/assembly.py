@@ -8,7 +8,7 @@ A module imports only modules that stand before it here:
     pool.*, listener                            the custodian, the workers, events
     clients.*                                   client, identity, release, attach_server, worker_zero, client_zero
     exports, watchdog, adopt, assignment, parts
-    observe.*                                   recorder, audit, status, page_history, queries, metrics
+    observe.*                                   recorder, audit, status, page_history, queries, scrapes, metrics
     shutdown, periodic, main_loop, trace_points, assembly, __main__
 """
 
@@ -120,7 +120,7 @@ def serve(settings: Settings) -> None:
         custodian, plan = inventory.enter(runtime.custodian, settings)
         supervisor = assemble(settings, runtime, plan, custodian)
         if settings.metrics is not None:
-            metrics.start(supervisor.parts, settings.metrics)
+            metrics.start(supervisor.parts, settings.metrics, public=settings.metrics_public)
         recorder = supervisor.recorder
         if recorder is not None:
             recorder.start()

@@ -46,6 +46,7 @@ class Settings:
     poison_on_loss: bool = False
     source_timeout: float = 5.0
     metrics: tuple[str, int] | None = None
+    metrics_public: bool = False
     trace: frozenset[str] = frozenset()
     record: str = ""
     restart: RestartPolicy = field(default_factory=RestartPolicy)
@@ -81,6 +82,7 @@ def parse(arguments: list[str]) -> Settings:
         poison_on_loss=typed.on_source_loss == "poison",
         source_timeout=typed.source_timeout,
         metrics=typed.metrics,
+        metrics_public=typed.metrics_public,
         trace=typed.trace,
         record=typed.record,
         restart=RestartPolicy(
@@ -203,6 +205,7 @@ def _add_workers(parser: args.Parser) -> None:
 
 def _add_observation(parser: args.Parser) -> None:
     parser.option("--metrics", args.host_and_port, None, "HOST:PORT", "answer Prometheus there, as in 127.0.0.1:9464")
+    parser.flag("--metrics-public", "--metrics may be an address that other machines reach")
     parser.add_argument(
         "--record", default="", metavar="FILE", help="write every fault to FILE (read it with postcopy trace)"
     )

@@ -18,7 +18,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from postcopy_protocol.zmtp import LARGEST, Buffer
 
-from .backlog import CURVE_BYTES, Backlog, Link
+from .backlog import CURVE_BYTES, UNASKED_LIMIT, Backlog, Link
 from .reactor import Reactor
 from .transport import FULL, IPC, SENT, UNREACHABLE, Action, FramesHandler, MessageHandler, PrepareSocket
 
@@ -132,7 +132,9 @@ class InboundSocket:
         return frame.bytes
 
     def send(self, name: bytes, parts: Sequence[Buffer]) -> int:
-        send = self._send
+        send, link = self._send, self._links.get(name)
+        if link is not None and link.is_full():
+            return FULL
         try:
             # A peer that cannot be reached is known at the first frame; the others follow when that is accepted.
             send(name, _MORE)
@@ -145,7 +147,6 @@ class InboundSocket:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
             return UNREACHABLE
-        link = self._links.get(name)
         if link is not None:
             for part in parts:
                 link.gave(len(part))
@@ -300,9 +301,11 @@ class Sockets:
                 prepare(made.socket)
             if not endpoint.startswith(IPC):
                 set_heartbeat(made.socket)
+                self._backlog.limit = UNASKED_LIMIT
                 monitor = made.watch_connections()
                 self._reactor.watch(int(monitor.getsockopt(zmq.FD)), made.check_connections)
             made.socket.bind(endpoint)
+            made.check_connections()  # from now on its descriptor tells
         except zmq.ZMQError as error:
             raise OSError(error.errno, error.strerror) from None
         self._reactor.poll_socket(made)
