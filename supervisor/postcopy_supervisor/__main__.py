@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import logging
+import signal
 import sys
 from importlib.util import find_spec
 
+from postcopy_kernel import log_queue
 from postcopy_kernel.userfaultfd import UserfaultfdUnavailable
 from postcopy_protocol.errors import BadInput, PostcopyError
 
@@ -19,9 +20,8 @@ def main() -> int:
     except BadInput as error:
         print(f"postcopy serve: {error}", file=sys.stderr)
         return 2
-    logging.basicConfig(
-        level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
-    )
+    log_queue.set_up(settings.log_format, settings.log_level)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the end of a terminal is not the end of the service
     if find_spec("prctl") is None:  # workers drop their rights with it
         print(
             "postcopy serve: python-prctl is missing; install the supervisor: pip install 'postcopy[supervisor]' "

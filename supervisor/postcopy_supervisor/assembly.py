@@ -439,7 +439,7 @@ def _custodian(
     settings: Settings, runtime: RuntimeDirectory, own: Descriptors, inherited: Custodian | None
 ) -> CustodianClient:
     orphaned = WhenOrphaned(int(settings.orphan_timeout * 1000), settings.poison_orphans)
-    custodian = CustodianClient(runtime.path, orphaned, device=own.device >= 0)
+    custodian = CustodianClient(runtime.path, orphaned, device=own.device >= 0, log_format=settings.log_format)
     if inherited is not None:
         custodian.take_over(inherited.channel, inherited.pid, inherited.pidfd)
     return custodian

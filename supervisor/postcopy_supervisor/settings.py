@@ -6,6 +6,7 @@ import os
 from argparse import SUPPRESS
 from dataclasses import dataclass, field
 
+from postcopy_kernel.log_queue import FORMATS
 from postcopy_protocol import arguments as args
 from postcopy_protocol.errors import BadInput
 from postcopy_protocol.geometry import PAGE_2M, PAGE_4K
@@ -40,6 +41,7 @@ class Settings:
     handler_timeout: float = 30.0
     die_with_parent: int = 0
     log_level: str = "info"
+    log_format: str = "text"
     curve_secret: str = ""
     source_key: str = ""
     plain_tcp: bool = False
@@ -76,6 +78,7 @@ def parse(arguments: list[str]) -> Settings:
         handler_timeout=typed.handler_timeout,
         die_with_parent=typed.die_with_parent,
         log_level=typed.log_level,
+        log_format=typed.log_format,
         curve_secret=typed.curve_secret,
         source_key=typed.source_key,
         plain_tcp=typed.plain_tcp,
@@ -211,6 +214,8 @@ def _add_observation(parser: args.Parser) -> None:
     )
     parser.option("--trace", _points, "", "POINT,...", f"log these, one line each: {', '.join(POINTS)}, all")
     parser.choice("--log-level", args.LOG_LEVELS, "info", "the least important messages that are logged")
+    help = "lines for people, one JSON object a line, or lines with priorities for journald, which knows the time"
+    parser.choice("--log-format", FORMATS, "text", help)
 
 
 def _add_recovery(parser: args.Parser) -> None:

@@ -104,7 +104,7 @@ def _resolved(endpoint: str, flags: int) -> Place:
         port = "0"
     if not port.isdecimal() or int(port) > _MOST_PORT:
         raise OSError(errno.EINVAL, f"{port!r} is no port: write a number up to {_MOST_PORT}")
-    host = "0.0.0.0" if host == "*" else host  # noqa: S104 (what the user has written)
+    host = "0.0.0.0" if host == "*" else host
     family, _, _, _, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM, flags=flags)[0]
     return family, address
 

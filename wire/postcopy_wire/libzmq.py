@@ -293,9 +293,7 @@ class Sockets:
         self._outbound: dict[bytes, OutboundSocket] = {}
 
     def listen(self, endpoint: str, prepare: PrepareSocket | None = None) -> str:
-        made = self._inbound = InboundSocket(
-            self._context, self._on_message, self._queue, self._largest, self._backlog
-        )
+        made = self._inbound = InboundSocket(self._context, self._on_message, self._queue, self._largest, self._backlog)
         try:
             if prepare is not None:
                 prepare(made.socket)

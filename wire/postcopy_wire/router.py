@@ -149,8 +149,8 @@ class NativeRouter(Reactor):
                 return
             except OSError:  # no descriptor is free: the others wait in the backlog
                 self.forget(listener.fileno())
-                accept = partial(self._accept, listener)
-                return self.call_later(ACCEPT_AGAIN_SECONDS, lambda: self.watch(listener.fileno(), accept))
+                again = partial(self.watch, listener.fileno(), partial(self._accept, listener))
+                return self.call_later(ACCEPT_AGAIN_SECONDS, again)
             connection.setblocking(False)
             now = time.monotonic()
             while self.pending:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import traceback
 from dataclasses import dataclass
 from typing import NoReturn
 
-from postcopy_kernel import descriptors, process
+from postcopy_kernel import descriptors, log_queue, process
 from postcopy_protocol.messages import Assignment
 from postcopy_wire.factory import preload
 
@@ -65,6 +64,6 @@ def _be_worker(assignment: Assignment, fds: list[int], waiting: int, privileged:
         serve(assignment, fds, privileged=privileged)
     except BaseException:
         traceback.print_exc()
-        sys.stderr.flush()
+        log_queue.flush()
     finally:
         os._exit(status)

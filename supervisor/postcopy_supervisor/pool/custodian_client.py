@@ -27,9 +27,10 @@ class CustodianClient:
     """Remembers what ``keep`` and ``drop`` were given: a new custodian gets everything that the old one kept, and the
     workers that ``adopt`` names."""
 
-    def __init__(self, directory: str, orphans: WhenOrphaned, *, device: bool) -> None:
+    def __init__(self, directory: str, orphans: WhenOrphaned, *, device: bool, log_format: str = "text") -> None:
         """``device``: workers make their userfaultfd through /dev/userfaultfd, for which they need no privilege."""
         self._device, self._directory, self._orphans = device, directory, orphans
+        self._log_format = log_format
         self._kept: dict[str, tuple[bytes, tuple[int, ...]]] = {}
         self._unsent: collections.deque[tuple[bytes, tuple[int, ...]]] = collections.deque()
         self._process: subprocess.Popen[bytes] | None = None
@@ -46,7 +47,7 @@ class CustodianClient:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
         ours.setblocking(False)
         command = [sys.executable, "-m", "postcopy_workers.custodian", "--channel", str(theirs.fileno())]
-        command += ["--directory", self._directory]
+        command += ["--directory", self._directory, "--log-format", self._log_format]
         try:
             with theirs:
                 self._process = subprocess.Popen(
