@@ -156,7 +156,7 @@ class QueueHandler(logging.Handler):
             self._log(_left_out(key, count))
         if self.dropped and self._lines.qsize() < MOST_LINES // 2:
             dropped, self.dropped = self.dropped, 0
-            self._log(f"{dropped} lines are missing here: nobody read the log")
+            self._log(f"{dropped} lines are missing here: the log was not read")
 
     def _log(self, text: str) -> None:
         record = logging.LogRecord(_CONTEXT, logging.WARNING, __file__, 0, "%s", (text,), None)
