@@ -1,7 +1,7 @@
 """How many lines of one kind and one peer go into the log: pure, the caller gives the time.
 
-A peer can cause any number of lines. So the first few of a kind and peer are written, the others are counted, and the count
-is written when their time is over."""
+A peer can cause any number of lines. So the first few of a kind and peer are written, the others are counted, and the
+count is written when their time is over."""
 
 from __future__ import annotations
 

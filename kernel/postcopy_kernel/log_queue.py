@@ -50,8 +50,8 @@ class TextFormat(logging.Formatter):
 
 
 class JsonFormat(logging.Formatter):
-    """One object in one line: what an event has, then ``time`` (seconds since the epoch), ``level``, ``logger``, ``pid``
-    and ``message``."""
+    """One object in one line: what an event has, then ``time`` (seconds since the epoch), ``level``, ``logger``,
+    ``pid`` and ``message``."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry = {

@@ -236,7 +236,7 @@ class Loop:
         return pusher
 
     def _remember(self, connection: Connection) -> None:
-        """Raises SourceRefusal: those that are here stay, whoever else comes."""
+        """Raises SourceRefusal: those that are here stay, whichever others come."""
         if connection.name not in self.connections and len(self.connections) >= MAX_CONNECTIONS:
             quiet = min(self.connections.values(), key=lambda one: one.last_message_at)
             if connection.last_message_at - quiet.last_message_at < QUIET_SECONDS:

@@ -50,8 +50,8 @@ def prepare_connection(connection: socket.socket) -> None:
 
 
 class Target:
-    """An endpoint that is connected to, again and again. The name of a host is looked up by a thread, each time anew,
-    because its address may change."""
+    """An endpoint that is connected to, again and again. A thread looks up the name of a host, each time again, because
+    its address may change."""
 
     def __init__(self, endpoint: str) -> None:
         self._endpoint = endpoint
