@@ -31,6 +31,8 @@ LARGEST = 1 << 20
 """Default of the largest frame that is accepted, and of the frames of one message together, in bytes."""
 MOST_PARTS = 1024
 """Frames of one message."""
+AT_ONCE = 16
+"""Messages that a reader gives at once: the others of a peer that sends many wait until it is asked again."""
 _FLAGS = frozenset(range(8)) - {MORE | COMMAND, MORE | COMMAND | LONG}
 _LONG = bytes((LONG,))
 SHORT = [bytes((0, length)) for length in range(256)]
@@ -89,10 +91,13 @@ class Reader:
         self.largest = largest
         self.idle = False
         """The next bytes begin a message."""
+        self.more = False
+        """``feed`` is to be called again, with no data: more messages may be complete."""
         self._until_ready = until_ready
         self._greeted = False
         self._rest = b""
         self._parts: list[bytes] = []
+        self._held = 0  # bytes in the parts
 
     def feed(self, data: bytes) -> Sequence[Message]:
         """The messages that are complete now. Raises BadMessage on what is no ZMTP; the connection is then useless."""
@@ -103,8 +108,10 @@ class Reader:
         if not self._greeted and not self._take_greeting():
             return []
         messages: list[Message] = []
-        at = 0
+        at = frames = 0
+        self.more = False
         while (found := self._frame(at)) is not None:
+            frames += 1
             flags, body, at = found
             if flags & COMMAND:
                 if self._parts:
@@ -116,9 +123,17 @@ class Reader:
                 raise BadMessage("a message before READY")
             else:
                 messages += self._part(body, flags)
+            if len(messages) == AT_ONCE or frames == MOST_PARTS:
+                self.more = True
+                break
         self._rest = self._rest[at:]
         self.idle = self.ready and not self._rest and not self._parts
         return messages
+
+    @property
+    def held(self) -> int:
+        """Bytes of messages that are not complete, or not given yet."""
+        return len(self._rest) + self._held
 
     def take_answer(self) -> bytes:
         """Bytes to send back; they are returned once."""
@@ -135,11 +150,12 @@ class Reader:
         if not self._parts and not flags & MORE:
             return [body]
         self._parts.append(body)
-        if sum(map(len, self._parts)) > self.largest or len(self._parts) > MOST_PARTS:
+        self._held += len(body)
+        if self._held > self.largest or len(self._parts) > MOST_PARTS:
             raise BadMessage(f"a message of more than {self.largest} bytes, or {MOST_PARTS} frames")
         if flags & MORE:
             return []
-        parts, self._parts = self._parts, []
+        parts, self._parts, self._held = self._parts, [], 0
         return [parts]
 
     def _take_greeting(self) -> bool:
@@ -220,6 +236,8 @@ class PlacedReader:
         self._buffer = buffer
         self.ready = False
         """The peer has said READY."""
+        self.more = False
+        """``filled`` is to be called again, with 0: more messages may be complete."""
         self._begin = self._end = 0
         self.room: memoryview | None = buffer
         """Where the next bytes are to be received; None: ask ``space``."""
@@ -264,8 +282,9 @@ class PlacedReader:
         self._end = end
         messages: list[list[memoryview]] = []
         parts: list[memoryview] = []
-        at = self._begin
+        at, frames, self.more = self._begin, 0, False
         while (body := self._body(at, end)) is not None:
+            frames += 1
             flags, at = self._buffer[at], body[1]
             view = self._buffer[body[0] : at]
             if flags & COMMAND:
@@ -275,10 +294,15 @@ class PlacedReader:
             else:
                 parts.append(view)
                 if flags & MORE:
+                    if len(parts) > MOST_PARTS:
+                        break
                     continue
                 messages.append(parts)
                 parts = []
             self._begin = at
+            if len(messages) == AT_ONCE or frames >= MOST_PARTS:
+                self.more = True
+                break
         if len(parts) > MOST_PARTS or self._end - self._begin == len(self._buffer):
             raise BadMessage(f"a message of more than {len(self._buffer)} bytes, or {MOST_PARTS} frames")
         return messages

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import sys
 from typing import TYPE_CHECKING
 
+from postcopy_kernel import log_queue
+from postcopy_kernel.descriptors import raise_descriptor_limit
 from postcopy_kernel.process import die_with_parent
 from postcopy_protocol.errors import BadInput, PostcopyError
 
@@ -21,11 +22,11 @@ def main() -> int:
 
     try:
         settings = parse(sys.argv[1:])
-        logging.basicConfig(
-            level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
-        )
+        log_queue.set_up(settings.log_format, settings.log_level)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the end of a terminal is not the end of the service
         if settings.die_with_parent:
             die_with_parent(settings.die_with_parent, signal.SIGTERM)
+        raise_descriptor_limit()
         from .serving import serve
 
         serve(

@@ -10,6 +10,7 @@ from collections.abc import Collection
 import zmq
 from zmq.utils import z85
 
+from postcopy_kernel.log_queue import about
 from postcopy_protocol.curve_keys import KeyPair
 
 _ENDPOINT = "inproc://zeromq.zap.01"
@@ -55,5 +56,5 @@ class Authenticator:
         if known and z85.encode(request[6]) in self._allowed:
             return [b"1.0", request[1], b"200", b"OK", b"", b""]
         address = request[3].decode("ascii", "replace") if len(request) > 3 else "?"
-        log.warning("a supervisor at %s is refused: its key is not allowed", address)
+        log.warning("a supervisor at %s is refused: its key is not allowed", address, extra=about("refused", address))
         return [b"1.0", request[1] if len(request) > 1 else b"", b"400", b"this key is not allowed", b"", b""]

@@ -18,6 +18,9 @@ from .staging import Staging
 SEND_QUEUE = 128
 """Messages that are kept for one supervisor when it does not read; more than one has open (its flow_control.py)."""
 
+ALL_HELD_BYTES = 24 << 20
+"""Bytes of messages that are kept for all supervisors; beyond it the one with most is forgotten, and begins again."""
+
 
 @dataclass(slots=True, eq=False)
 class OpenRequest:
@@ -122,6 +125,8 @@ class Sender:
             connection.outbox.append((parts, request))
             connection.outbox_bytes += _weight(parts)
             self.held.add(connection)
+            if sum([one.outbox_bytes for one in self.held]) > ALL_HELD_BYTES:
+                self._forget(max(self.held, key=lambda one: one.outbox_bytes))
 
     def send_note(self, connection: Connection, data: bytes) -> None:
         """Send a message that may be lost: a refusal or a pong that has to wait is useless."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from postcopy_kernel import crashpoints
+from postcopy_kernel.log_queue import about
 from postcopy_protocol.codec import decode, encode
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.messages import Message
@@ -42,7 +43,8 @@ from .source import PageSource
 from .staging import Staging
 
 EXPECTED = frozenset(FROM_SUPERVISOR)
-MAX_CONNECTIONS = 256  # supervisors that are remembered; beyond it the one that has been silent longest is forgotten
+MAX_CONNECTIONS = 256  # supervisors that are remembered; beyond it a new one takes the place of one that is quiet
+QUIET_SECONDS = 10.0  # a supervisor pings every second
 SILENT_SECONDS = 600.0
 """A supervisor that has been silent for so long is forgotten: they ping every second. A connection that breaks while
 nothing is sent is not reported, and a thread that pushes to it would wait forever for its window."""
@@ -167,16 +169,19 @@ class Loop:
         return Connection(name, SourceConversation(self._offers, self._number, self._features))
 
     def _refuse(self, connection: Connection, refusal: SourceRefusal) -> None:
-        log.debug("refused %s: %s", refusal.code, refusal)
+        log.debug("refused %s: %s", refusal.code, refusal, extra=about("refused", connection.name.hex()))
         self.sender.send_note(connection, encode(refusal.message()))
 
     def _advise(self, connection: Connection, message: Advise) -> None:
         advised, ended = connection.conversation.advise(message)
+        self._remember(connection)
         for old in ended:
             connection.end_stream(old)
         connection.unstage()  # messages about its slots may be in flight: another one is offered at the next Listen
-        self._remember(connection)
-        log.info("%s is advised in pages of %d to %s", message.name, message.page_size, connection.name.hex())
+        who = connection.name.hex()
+        log.info(
+            "%s is advised in pages of %d to %s", message.name, message.page_size, who, extra=about("advised", who)
+        )
         self.sender.send_note(connection, encode(advised))
 
     def _listen(self, connection: Connection, message: Listen) -> None:
@@ -196,7 +201,8 @@ class Loop:
         connection.end_stream(stream)
         if not connection.conversation.streams:
             connection.unstage()
-        log.info("%s is complete at %s", stream.offer.name, connection.name.hex())
+        who = connection.name.hex()
+        log.info("%s is complete at %s", stream.offer.name, who, extra=about("complete", who))
 
     def _offer_staging(self, connection: Connection, slot_bytes: int) -> None:
         """It is used when the supervisor says that it has opened it. Without memory for it the socket is used."""
@@ -212,7 +218,8 @@ class Loop:
     def _use_staging(self, connection: Connection, number: int) -> None:
         if connection.staging is not None and connection.staging.number == number:
             connection.staging.used = True
-            log.info("background for %s goes through shared memory", connection.name.hex())
+            who = connection.name.hex()
+            log.info("background for %s goes through shared memory", who, extra=about("staging", who))
 
     def _push_from(self, connection: Connection, stream: Stream) -> PushStream | None:
         listening = getattr(self._sources[stream.offer.name], "listening", None)
@@ -229,12 +236,17 @@ class Loop:
         return pusher
 
     def _remember(self, connection: Connection) -> None:
+        """Raises SourceRefusal: those that are here stay, whichever others come."""
         if connection.name not in self.connections and len(self.connections) >= MAX_CONNECTIONS:
-            self._forget(min(self.connections.values(), key=lambda one: one.last_message_at))
+            quiet = min(self.connections.values(), key=lambda one: one.last_message_at)
+            if connection.last_message_at - quiet.last_message_at < QUIET_SECONDS:
+                raise SourceRefusal("limit", f"this source serves {MAX_CONNECTIONS} supervisors already")
+            self._forget(quiet)
         self.connections[connection.name] = connection
 
     def _forget(self, connection: Connection) -> None:
         """When it speaks again it is refused as out of phase, and begins with Advise."""
         if self.connections.pop(connection.name, None) is not None:
-            log.info("the supervisor %s is gone", connection.name.hex())
+            who = connection.name.hex()
+            log.info("the supervisor %s is gone", who, extra=about("gone", who))
         connection.abandon()

@@ -6,6 +6,7 @@ import os
 from argparse import SUPPRESS
 from dataclasses import dataclass
 
+from postcopy_kernel.log_queue import FORMATS
 from postcopy_protocol import arguments as args
 from postcopy_protocol.curve_keys import PUBLIC_ENDING, KeyPair, read_keys
 from postcopy_protocol.errors import BadInput
@@ -29,6 +30,7 @@ class Settings:
     read_timeout: float
     die_with_parent: int
     log_level: str
+    log_format: str
     transport: str
 
 
@@ -50,6 +52,7 @@ def parse(arguments: list[str]) -> Settings:
         read_timeout=typed.read_timeout,
         die_with_parent=typed.die_with_parent,
         log_level=typed.log_level,
+        log_format=typed.log_format,
         transport=chosen_transport(typed.transport, os.environ),
     )
 
@@ -103,6 +106,8 @@ def _parser() -> args.Parser:
     help = "ZeroMQ by native sockets or libzmq (default: $POSTCOPY_TRANSPORT, else native, which is faster)"
     add("--transport", choices=TRANSPORTS, help=help)
     parser.choice("--log-level", args.LOG_LEVELS, "info", "the least important messages that are logged")
+    help = "lines for people, one JSON object a line, or lines with priorities for journald, which knows the time"
+    parser.choice("--log-format", FORMATS, "text", help)
     # For tests and for embedding: the source ends when its parent, this process id, ends.
     parser.option("--die-with-parent", args.count(0, 1 << 31), 0, "PID", SUPPRESS)
     return parser

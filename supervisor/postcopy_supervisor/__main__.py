@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import logging
+import signal
 import sys
 import traceback
 from importlib.util import find_spec
 
+from postcopy_kernel import log_queue
 from postcopy_kernel.userfaultfd import UserfaultfdUnavailable
 from postcopy_protocol.errors import BadInput, PostcopyError
 
@@ -24,9 +26,8 @@ def main() -> int:
         return _fail(str(error), 2)
     except OSError as error:  # the current directory is gone
         return _fail(_reason(error))
-    logging.basicConfig(
-        level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
-    )
+    log_queue.set_up(settings.log_format, settings.log_level)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the end of a terminal is not the end of the service
     if find_spec("prctl") is None:  # workers drop their rights with it
         return _fail(
             "python-prctl is missing; install the supervisor: pip install 'postcopy[supervisor]' "

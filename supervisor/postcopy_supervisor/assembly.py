@@ -8,7 +8,7 @@ A module imports only modules that stand before it here:
     pool.*, listener                            the custodian, the workers, events
     clients.*                                   client, identity, release, attach_server, worker_zero, client_zero
     exports, watchdog, adopt, assignment, parts
-    observe.*                                   recorder, audit, status, page_history, queries, metrics
+    observe.*                                   recorder, audit, status, page_history, queries, scrapes, metrics
     shutdown, periodic, main_loop, trace_points, assembly, __main__
 """
 
@@ -125,7 +125,7 @@ def serve(settings: Settings) -> None:
         custodian, plan = inventory.enter(runtime.custodian, settings)
         supervisor = assemble(settings, runtime, plan, custodian)
         if settings.metrics is not None:
-            metrics.start(supervisor.parts, settings.metrics)
+            metrics.start(supervisor.parts, settings.metrics, public=settings.metrics_public)
         recorder = supervisor.recorder
         if recorder is not None:
             recorder.start()
@@ -181,7 +181,6 @@ def assemble(settings: Settings, runtime: RuntimeDirectory, plan: Plan, inherite
         answers,
         listener,
         router,
-        base.access,
         runtime,
         base.attach_socket,
         base.control_page,
@@ -442,7 +441,7 @@ def _custodian(
     settings: Settings, runtime: RuntimeDirectory, own: Descriptors, inherited: Custodian | None
 ) -> CustodianClient:
     orphaned = WhenOrphaned(int(settings.orphan_timeout * 1000), settings.poison_orphans)
-    custodian = CustodianClient(runtime.path, orphaned, device=own.device >= 0)
+    custodian = CustodianClient(runtime.path, orphaned, device=own.device >= 0, log_format=settings.log_format)
     if inherited is not None:
         custodian.take_over(inherited.channel, inherited.pid, inherited.pidfd)
     return custodian

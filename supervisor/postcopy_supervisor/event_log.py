@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from postcopy_kernel.log_queue import about
+
 log = logging.getLogger("postcopy")
 
 LENGTH = 512
@@ -65,6 +67,10 @@ class Event:
         fields = [f"{key}={field(self.where[key])}" for key in FIELDS if key in self.where]
         return " ".join([f"{self.kind}: {self.detail} event={field(self.kind)}", *fields])
 
+    def fields(self) -> dict[str, Any]:
+        """What a line of JSON has of it."""
+        return {"event": self.kind, "detail": self.detail, **self.where}
+
     def document(self) -> dict[str, Any]:
         """The entry in the status."""
         return {"number": self.number, "at": round(self.at, 3), "kind": self.kind, "detail": self.detail, **self.where}
@@ -96,7 +102,9 @@ class EventLog:
         clean = {key: readable(value) if isinstance(value, str) else value for key, value in where.items()}
         event = Event(self._number, time.time(), kind, readable(detail), clean)
         self._events.append(event)
-        log.log(logging.INFO if kind in QUIET else logging.WARNING, "%s", event.line())
+        peer = " ".join(f"{key} {where[key]}" for key in ("client", "source", "block") if key in where)
+        level = logging.INFO if kind in QUIET else logging.WARNING
+        log.log(level, "%s", event.line(), extra=about(kind, peer or "this supervisor", **event.fields()))
 
     def __iter__(self) -> Iterator[Event]:
         return iter(list(self._events))

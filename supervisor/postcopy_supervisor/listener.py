@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
-from postcopy_kernel import descriptors, process
+from postcopy_kernel import descriptors, log_queue, process
 from postcopy_kernel.filewatch import FileWatch
 from postcopy_kernel.userfaultfd import Userfaultfd
 from postcopy_protocol.attach_conversation import FROM_CLIENT
@@ -139,6 +139,7 @@ class Listener(threading.Thread):
                 return
             # Without this thread a supervisor hears no client, no custodian and no SIGTERM: a successor is better.
             log.exception("the listener thread has failed, the supervisor ends: serve --recover takes its clients over")
+            log_queue.flush()
             os._exit(FAILED)
 
     def _loop(self) -> None:

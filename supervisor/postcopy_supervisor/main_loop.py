@@ -14,6 +14,7 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from postcopy_kernel.log_queue import about
 from postcopy_kernel.userfaultfd import PageFault
 from postcopy_protocol import messages
 from postcopy_protocol.codec import decode, encode, unpack_offsets
@@ -107,7 +108,7 @@ class Replies:
 
     def report_bug(self, what: object, error: Exception) -> None:
         """An event that cannot be handled is a bug. It is logged, and must not end the service of other clients."""
-        log.error("cannot handle %s", what, exc_info=error)
+        log.error("cannot handle %.1000s", what, exc_info=error, extra=about("bug", type(error).__name__))
         self._event("bug", f"{type(error).__name__}: {error}")
 
 
@@ -231,7 +232,8 @@ class MainLoop:
                 case _:
                     replies.send_answer(identity, self._ports.answers.answer(message))
         except BadMessage as error:
-            log.warning("router: what %r sent is no message: %s", identity[:32], error)
+            what = "router: what %r sent is no message: %s"
+            log.warning(what, identity[:32], error, extra=about("router-nonsense", repr(identity[:32])))
             replies.send_answer(identity, messages.ControlRefused(f"not understood: {error}"))
         self._dispatch_worker_events()
 

@@ -6,6 +6,7 @@ import os
 from argparse import SUPPRESS
 from dataclasses import dataclass, field
 
+from postcopy_kernel.log_queue import FORMATS
 from postcopy_protocol import arguments as args
 from postcopy_protocol.errors import BadInput
 from postcopy_protocol.geometry import PAGE_2M, PAGE_4K
@@ -40,12 +41,14 @@ class Settings:
     handler_timeout: float = 30.0
     die_with_parent: int = 0
     log_level: str = "info"
+    log_format: str = "text"
     curve_secret: str = ""
     source_key: str = ""
     plain_tcp: bool = False
     poison_on_loss: bool = False
     source_timeout: float = 5.0
     metrics: tuple[str, int] | None = None
+    metrics_public: bool = False
     trace: frozenset[str] = frozenset()
     record: str = ""
     restart: RestartPolicy = field(default_factory=RestartPolicy)
@@ -79,12 +82,14 @@ def parse(arguments: list[str]) -> Settings:
         handler_timeout=typed.handler_timeout,
         die_with_parent=typed.die_with_parent,
         log_level=typed.log_level,
+        log_format=typed.log_format,
         curve_secret=typed.curve_secret,
         source_key=typed.source_key,
         plain_tcp=typed.plain_tcp,
         poison_on_loss=typed.on_source_loss == "poison",
         source_timeout=typed.source_timeout,
         metrics=typed.metrics,
+        metrics_public=typed.metrics_public,
         trace=typed.trace,
         record=typed.record,
         restart=RestartPolicy(
@@ -219,11 +224,14 @@ def _add_workers(parser: args.Parser) -> None:
 
 def _add_observation(parser: args.Parser) -> None:
     parser.option("--metrics", args.host_and_port, None, "HOST:PORT", "answer Prometheus there, as in 127.0.0.1:9464")
+    parser.flag("--metrics-public", "--metrics may be an address that other machines reach")
     parser.add_argument(
         "--record", default="", metavar="FILE", help="write every fault to FILE (read it with postcopy trace)"
     )
     parser.option("--trace", _points, "", "POINT,...", f"log these, one line each: {', '.join(POINTS)}, all")
     parser.choice("--log-level", args.LOG_LEVELS, "info", "the least important messages that are logged")
+    help = "lines for people, one JSON object a line, or lines with priorities for journald, which knows the time"
+    parser.choice("--log-format", FORMATS, "text", help)
 
 
 def _add_recovery(parser: args.Parser) -> None:

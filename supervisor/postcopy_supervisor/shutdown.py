@@ -33,7 +33,6 @@ from .observe.queries import LongAnswers
 from .parts import RunState
 from .pool.custodian_client import CustodianClient
 from .pool.worker_pool import Process, WorkerPool
-from .remote.advise import SourceAccess
 from .runtime import RuntimeDirectory, notify
 
 log = logging.getLogger("postcopy")
@@ -78,7 +77,6 @@ class Shutdown:
     answers: LongAnswers
     listener: Listener
     router: Router
-    access: SourceAccess
     runtime: RuntimeDirectory
     attach_socket: socket.socket
     control_page: memoryview
@@ -119,7 +117,6 @@ class Shutdown:
 
     def _close(self) -> None:
         self.router.close(LINGER_SECONDS)
-        self.access.close()
 
 
 def end_workers(pool: WorkerPool, quit_eventfd: int) -> None:

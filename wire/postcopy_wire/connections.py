@@ -1,4 +1,4 @@
-"""Connections of the native router: one Unix socket each, with the messages that it has not accepted yet."""
+"""Connections of the native router: one socket each, with the messages that it has not accepted yet."""
 
 from __future__ import annotations
 
@@ -12,23 +12,45 @@ from typing import Protocol
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.zmtp import Buffer, PlacedReader, Reader, opening
 
+from .endpoints import Target
 from .reactor import Reactor
 from .transport import FULL, SENT, UNREACHABLE, Action, FramesHandler, MessageHandler
 
 READ = 1 << 14  # bytes that are read from a peer at once
 KEPT_BYTES = 16 << 20  # of messages for one peer; a message is kept as long as there are fewer
+ALL_KEPT_BYTES = 32 << 20
+"""Of messages for all peers. From half of it on only one message is kept for a peer. Beyond it the peer with most is
+dropped: a peer that does not read costs itself, not us."""
+UNFINISHED_BYTES = 8 << 20  # of messages of all peers that are not complete; beyond it the peer with most is dropped
 RETRY_SECONDS, RETRY_MOST = 0.01, 0.1
 NOW = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _READABLE, _WRITABLE = select.EPOLLIN, select.EPOLLOUT
 _TOO_MANY_BUFFERS = 1000  # IOV_MAX is 1024
 
 
+class Budget:
+    """Bytes that all connections of one router may hold together. A connection that is dropped holds nothing."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.total = limit, 0
+        self._held: dict[Connection, int] = {}
+
+    def hold(self, connection: Connection, held: int) -> None:
+        """This connection holds so many bytes now. The one that holds most is dropped if that is too much."""
+        self.total += held - self._held.pop(connection, 0)
+        if held:
+            self._held[connection] = held
+        if self.total > self.limit:
+            max(self._held, key=self._held.__getitem__).lost()
+
+
 class Connection:
     """One connection and its outbox of at most ``queue`` messages."""
 
-    def __init__(self, reactor: Reactor, queue: int) -> None:
+    def __init__(self, reactor: Reactor, queue: int, kept: Budget) -> None:
         self.outbox: deque[bytes] = deque()
         self.kept = 0  # bytes in the outbox
+        self._all_kept = kept
         self.connection: socket.socket | None = None
         self.ready: socket.socket | None = None  # the same socket, once messages may be sent
         self._reactor = reactor
@@ -52,7 +74,11 @@ class Connection:
             finally:
                 connection.close()
         self.outbox.clear()
-        self.kept = 0
+        self._keeps(0)
+
+    def _keeps(self, count: int) -> None:
+        self.kept = count
+        self._all_kept.hold(self, count)
 
     def lost(self) -> None:
         """The peer is gone, or does not speak ZMTP."""
@@ -93,7 +119,10 @@ class Connection:
     @property
     def full(self) -> bool:
         """Is the outbox full?"""
-        return len(self.outbox) >= self._queue or self.kept >= KEPT_BYTES
+        if not self.outbox:
+            return False
+        many = len(self.outbox) >= self._queue or self.kept >= KEPT_BYTES
+        return many or self._all_kept.total >= self._all_kept.limit // 2
 
     def keep(self, data: bytes) -> int:
         """Put bytes into the outbox. They are a copy, because the caller may use its buffers again."""
@@ -102,8 +131,8 @@ class Connection:
         if not self.outbox:
             self._want(_READABLE | _WRITABLE)
         self.outbox.append(data)
-        self.kept += len(data)
-        return SENT
+        self._keeps(self.kept + len(data))
+        return SENT if self.connection is not None else UNREACHABLE
 
     def flush(self) -> None:
         """Send the outbox, as far as the socket accepts it."""
@@ -118,10 +147,9 @@ class Connection:
                 return self.lost()
             if sent < len(data):
                 outbox[0] = data[sent:]
-                self.kept -= sent
-                return
+                return self._keeps(self.kept - sent)
             outbox.popleft()
-            self.kept -= sent
+            self._keeps(self.kept - sent)
         self._want(_READABLE)
 
     def _want(self, events: int) -> None:
@@ -146,12 +174,16 @@ class Inbound(Connection):
         self,
         reactor: Reactor,
         queue: int,
+        kept: Budget,
+        unfinished: Budget,
         largest: int,
         connection: socket.socket,
         peers: InboundPeers,
         on_message: MessageHandler,
     ) -> None:
-        super().__init__(reactor, queue)
+        super().__init__(reactor, queue, kept)
+        self._unfinished = unfinished
+        self._holds = False
         self.name = b""
         self._peers = peers
         self._on_message = on_message
@@ -164,20 +196,26 @@ class Inbound(Connection):
         if mask & _WRITABLE:
             self.flush()
         connection, reader = self.connection, self._reader
-        if mask == _WRITABLE or connection is None:
+        if mask == _WRITABLE or connection is None or bool(mask) == reader.more:
             return
-        try:
-            data = connection.recv(READ)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        try:
+        data = b""
+        if not reader.more:
+            try:
+                data = connection.recv(READ)
+            except BlockingIOError:
+                return
+            except OSError:
+                pass
             if not data:
                 return self.lost()
+        try:
             messages = reader.feed(data)
         except BadMessage:
             return self.lost()
+        if not reader.idle or self._holds:
+            self._hold()
+            if self.connection is None:
+                return
         if not self.name:
             if reader.ready:
                 self._peers.named(self, reader.identity)
@@ -189,8 +227,17 @@ class Inbound(Connection):
         if reader.answer:
             self.send(reader.take_answer())
 
+    def _hold(self) -> None:
+        """Count what the reader holds, and come again for what it has not given."""
+        held = self._reader.held
+        self._holds = held > 0
+        if self._reader.more:
+            self._reactor.again(self.act)
+        self._unfinished.hold(self, held)
+
     def drop(self) -> None:
         super().drop()
+        self._unfinished.hold(self, 0)
         self._peers.left(self)
 
 
@@ -198,10 +245,17 @@ class Outbound(Connection):
     """A peer that the router connects to, and again whenever the connection ends."""
 
     def __init__(
-        self, reactor: Reactor, queue: int, path: str, on_frames: FramesHandler, on_connected: Action, capacity: int
+        self,
+        reactor: Reactor,
+        queue: int,
+        kept: Budget,
+        endpoint: str,
+        on_frames: FramesHandler,
+        on_connected: Action,
+        capacity: int,
     ) -> None:
-        super().__init__(reactor, queue)
-        self._path = path
+        super().__init__(reactor, queue, kept)
+        self._target = Target(endpoint)
         self._on_frames = on_frames
         self._on_connected = on_connected
         self._buffer = memoryview(mmap.mmap(-1, capacity))  # only what is used takes memory
@@ -213,33 +267,36 @@ class Outbound(Connection):
         with contextlib.ExitStack() as stack:
             stack.callback(self._connect_later)
             with contextlib.suppress(OSError):
-                connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+                connection = self._target.connect()
                 stack.callback(connection.close)
-                connection.setblocking(False)
-                connection.connect(self._path)
-                connection.send(opening(), NOW)  # a fresh socket has room for it
                 self._reader = PlacedReader(self._buffer)
                 self.open(connection)
                 stack.pop_all()
+                self.keep(opening())
+                self.flush()
 
     def act(self, mask: int) -> None:
         if mask & _WRITABLE:
             self.flush()
         connection, reader = self.connection, self._reader
-        if mask == _WRITABLE or connection is None:
+        if mask == _WRITABLE or connection is None or bool(mask) == reader.more:
             return
-        try:
-            count = connection.recv_into(reader.room or reader.space())
-        except BlockingIOError:
-            return
-        except OSError:
-            count = 0
-        try:
+        count = 0
+        if not reader.more:
+            try:
+                count = connection.recv_into(reader.room or reader.space())
+            except BlockingIOError:
+                return
+            except OSError:
+                pass
             if not count:
                 return self.lost()
+        try:
             messages = reader.filled(count)
         except BadMessage:
             return self.lost()
+        if reader.more:
+            self._reactor.again(self.act)
         if self.ready is None:
             if not reader.ready:
                 return

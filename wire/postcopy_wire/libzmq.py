@@ -18,6 +18,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from postcopy_protocol.zmtp import LARGEST, Buffer
 
+from .backlog import CURVE_BYTES, UNASKED_LIMIT, Backlog, Link
 from .reactor import Reactor
 from .transport import FULL, IPC, SENT, UNREACHABLE, Action, FramesHandler, MessageHandler, PrepareSocket
 
@@ -34,6 +35,7 @@ _LAST = int(zmq.DONTWAIT)
 _MORE = _LAST | int(zmq.SNDMORE)
 _EVENTS, _READABLE, _RCVMORE = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.RCVMORE)
 _HANDSHAKE, _DISCONNECTED = int(zmq.EVENT_HANDSHAKE_SUCCEEDED), int(zmq.EVENT_DISCONNECTED)
+_ACCEPTED, _CONNECTED, _SOURCE = int(zmq.EVENT_ACCEPTED), int(zmq.EVENT_CONNECTED), int(zmq.SRCFD)
 
 
 def can_receive(socket: Socket) -> bool:
@@ -56,11 +58,21 @@ def frame_sender(socket: Socket) -> FrameSender:
     return sender
 
 
+def added_bytes(socket: Socket) -> int:
+    """Bytes that the socket's security mechanism adds to each frame."""
+    return CURVE_BYTES if socket.getsockopt(zmq.MECHANISM) == zmq.CURVE else 0
+
+
 class InboundSocket:
     """The ROUTER that peers connect to. See ``reactor.PolledSocket``."""
 
-    def __init__(self, context: Context, on_message: MessageHandler, queue: int, largest: int) -> None:
+    def __init__(
+        self, context: Context, on_message: MessageHandler, queue: int, largest: int, backlog: Backlog
+    ) -> None:
         self.socket: Socket = context.socket(zmq.ROUTER)
+        self.monitor: Socket | None = None
+        self._backlog = backlog
+        self._links: dict[bytes, Link] = {}  # by routing id
         set_limits(self.socket, queue, largest)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a peer that is gone is noticed when it is answered
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a peer that comes back on a new connection is the same
@@ -73,23 +85,56 @@ class InboundSocket:
     def waiting(self) -> bool:
         return can_receive(self.socket)
 
+    def watch_connections(self) -> Socket:
+        """The monitor whose events ``check_connections`` is to be called for. To be called before ``bind``."""
+        self.monitor = self.socket.get_monitor_socket(_ACCEPTED | _DISCONNECTED)
+        return self.monitor
+
+    def check_connections(self) -> None:
+        """Handle what the monitor reports."""
+        while self.monitor is not None and can_receive(self.monitor):
+            event = recv_monitor_message(self.monitor)
+            if event["event"] == _ACCEPTED:
+                self._backlog.opened(event["value"], added_bytes(self.socket))
+            else:
+                self._backlog.closed(event["value"])
+                links = self._backlog.links.values()
+                self._links = {name: link for name, link in self._links.items() if link in links}
+
     def receive(self) -> None:
         """Handle messages, up to AT_ONCE of them."""
         socket, receive = self.socket, self.socket.recv
         for _ in range(AT_ONCE):
             if not can_receive(socket):
                 return
-            name, message = receive(), receive()
+            name = receive()
+            link = self._links.get(name)
+            message = receive() if link is not None or self.monitor is None else self._first(name)
+            if link is not None:
+                link.took(len(message))
             if not socket.get(_RCVMORE):
                 self._on_message(name, message)
                 continue
             parts = [message]
             while socket.get(_RCVMORE):
                 parts.append(receive())
+                if link is not None:
+                    link.took(len(parts[-1]))
             self._on_message(name, parts)
 
+    def _first(self, name: bytes) -> bytes:
+        """The first message of a peer: it shows which connection is its."""
+        frame = self.socket.recv(0, False)
+        link = self._backlog.links.get(int(frame.get(_SOURCE)))
+        if link is not None:
+            self._links[name] = link
+            link.took(len(frame.buffer))
+        return frame.bytes
+
     def send(self, name: bytes, parts: Sequence[Buffer]) -> int:
-        send = self._send
+        send, link = self._send, self._links.get(name)
+        if link is not None and link.is_full():
+            return FULL
         try:
             # A peer that cannot be reached is known at the first frame; the others follow when that is accepted.
             send(name, _MORE)
@@ -102,9 +147,15 @@ class InboundSocket:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
             return UNREACHABLE
+        if link is not None:
+            for part in parts:
+                link.gave(len(part))
         return SENT
 
     def close(self, linger: float) -> None:
+        if self.monitor is not None:
+            self.socket.disable_monitor()
+            self.monitor.close(0)
         self.socket.close(int(linger * 1000))
 
 
@@ -120,8 +171,13 @@ class Dealer:
         *,
         identity: bytes = b"",
         prepare: PrepareSocket | None = None,
+        backlog: Backlog | None = None,
     ) -> None:
+        """``backlog``: it watches the connection over a network."""
         self.connected = False
+        self.link: Link | None = None
+        self._backlog = backlog
+        self._fd = -1
         self.socket: Socket = context.socket(zmq.DEALER)
         set_limits(self.socket, queue, largest)
         for option, value in (
@@ -136,7 +192,8 @@ class Dealer:
             self.socket.setsockopt(zmq.ROUTING_ID, identity)
         if prepare is not None:
             prepare(self.socket)
-        self.monitor = self.socket.get_monitor_socket(_HANDSHAKE | _DISCONNECTED)
+        self._added = added_bytes(self.socket)
+        self.monitor = self.socket.get_monitor_socket(_HANDSHAKE | _DISCONNECTED | _CONNECTED)
         self.send = frame_sender(self.socket)
         self.socket.connect(endpoint)
 
@@ -144,11 +201,21 @@ class Dealer:
         """Read the monitor: has a connection been made since the last call? The newest event says what is now."""
         made = False
         while can_receive(self.monitor):
-            self.connected = recv_monitor_message(self.monitor)["event"] == _HANDSHAKE
-            made = self.connected
+            event = recv_monitor_message(self.monitor)
+            self.connected = made = event["event"] == _HANDSHAKE
+            if self._backlog is not None and not made:
+                self._watch(self._backlog, event["value"] if event["event"] == _CONNECTED else -1)
         if made:
             self.socket.get(_EVENTS)  # takes over the connection, so that a message can be sent at once
         return made
+
+    def _watch(self, backlog: Backlog, fd: int) -> None:
+        """This is its connection now; -1: it has none."""
+        backlog.closed(self._fd)
+        self._fd = fd
+        if fd >= 0:
+            backlog.opened(fd, self._added)
+        self.link = backlog.links.get(fd)
 
     def close(self, linger: float = 0.0) -> None:
         self.socket.disable_monitor()
@@ -184,7 +251,11 @@ class OutboundSocket:
             frames = [socket.recv(0, False)]
             while frames[-1].more:
                 frames.append(socket.recv(0, False))
-            self._on_frames([frame.buffer for frame in frames])
+            buffers = [frame.buffer for frame in frames]
+            if (link := self.dealer.link) is not None:
+                for buffer in buffers:
+                    link.took(len(buffer))
+            self._on_frames(buffers)
 
     def send(self, parts: Sequence[Buffer]) -> int:
         if not self.dealer.connected:
@@ -196,6 +267,9 @@ class OutboundSocket:
             send(parts[-1], _LAST)
         except zmq.Again:
             return FULL
+        if (link := self.dealer.link) is not None:
+            for part in parts:
+                link.gave(len(part))
         return SENT
 
 
@@ -214,19 +288,26 @@ class Sockets:
         self._queue = queue
         self._largest = largest
         self._context: Context = zmq.Context()
+        self._backlog = Backlog()
         self._inbound: InboundSocket | None = None
         self._outbound: dict[bytes, OutboundSocket] = {}
 
     def listen(self, endpoint: str, prepare: PrepareSocket | None = None) -> str:
         again = self._inbound is not None  # not unbound before: libzmq removes the path some time after that
-        made = self._inbound or InboundSocket(self._context, self._on_message, self._queue, self._largest)
+        made = self._inbound or InboundSocket(
+            self._context, self._on_message, self._queue, self._largest, self._backlog
+        )
         self._inbound = made
         try:
-            if not endpoint.startswith(IPC):
-                set_heartbeat(made.socket)
             if prepare is not None:
                 prepare(made.socket)
+            if not endpoint.startswith(IPC):
+                set_heartbeat(made.socket)
+                self._backlog.limit = UNASKED_LIMIT
+                monitor = made.watch_connections()
+                self._reactor.watch(int(monitor.getsockopt(zmq.FD)), made.check_connections)
             made.socket.bind(endpoint)
+            made.check_connections()  # from now on its descriptor tells
         except zmq.ZMQError as error:
             raise OSError(error.errno, error.strerror) from None
         if not again:
@@ -242,7 +323,8 @@ class Sockets:
         capacity: int,
         prepare: PrepareSocket | None = None,
     ) -> None:
-        dealer = Dealer(self._context, endpoint, self._queue, capacity, prepare=prepare)
+        backlog = None if endpoint.startswith(IPC) else self._backlog
+        dealer = Dealer(self._context, endpoint, self._queue, capacity, prepare=prepare, backlog=backlog)
         peer = self._outbound[name] = OutboundSocket(dealer, on_frames, on_connected)
         self._reactor.poll_socket(peer)
         self._reactor.watch(int(dealer.monitor.getsockopt(zmq.FD)), peer.check_connection)
@@ -260,6 +342,7 @@ class Sockets:
             peer.dealer.close(linger)
         if self._inbound is not None:
             self._inbound.close(linger)
+        self._backlog.close()
         self._context.term()
 
 

@@ -32,6 +32,7 @@ class Reactor:
         self._actions: dict[int, EventAction] = {}
         self._timers: list[tuple[float, Action]] = []
         self._polled: list[PolledSocket] = []
+        self._again: list[EventAction] = []
 
     def watch(self, fd: int, act: Action) -> None:
         """Call ``act`` in ``turn`` when the descriptor is readable."""
@@ -57,24 +58,32 @@ class Reactor:
         """Call ``act`` in ``turn`` after this time."""
         self._timers.append((time.monotonic() + seconds, act))
 
+    def again(self, act: EventAction) -> None:
+        """Call ``act`` with no event in the next turn: a peer's share of this one is used up."""
+        self._again.append(act)
+
     def turn(self, seconds: float = -1) -> None:
         """Wait for events, at most ``seconds`` (below 0: no limit), and handle them."""
         if self._timers:
             seconds = self._run_timers(seconds)
-        polled = self._polled
-        if polled and self._any_waits():
+        polled, again = self._polled, self._again
+        if again:
+            self._again, seconds = [], 0
+        elif polled and self._any_waits():
             seconds = 0
         actions = self._actions
         for fd, mask in self.epoll.poll(seconds, AT_ONCE):
             act = actions.get(fd)
             if act is not None:  # else an action before it has closed it
                 act(mask)
+        for act in again:
+            act(0)
         for socket in polled:
             socket.receive()
 
     def waiting(self) -> bool:
         """Would ``turn`` find an event without waiting?"""
-        return bool(self.epoll.poll(0, 1)) or (bool(self._polled) and self._any_waits())
+        return bool(self._again) or bool(self.epoll.poll(0, 1)) or (bool(self._polled) and self._any_waits())
 
     def _any_waits(self) -> bool:
         """Asks every socket, because asking re-arms its descriptor."""

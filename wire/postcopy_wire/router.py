@@ -1,9 +1,8 @@
-"""The native ROUTER: many connections over Unix sockets, where a message is one ``recv`` or one ``send``.
+"""The native ROUTER: many connections over Unix and tcp sockets, where a message is one ``recv`` or one ``send``.
 
 A peer that connects gets the routing id that it asks for. A later peer with the same id takes its place, as with
 ROUTER_HANDOVER; the names of peers that the router connects to cannot be taken. No send waits: what a socket does not
-accept is kept, up to ``queue`` messages. Endpoints other than ``ipc://``, which may need CURVE, are served by libzmq
-sockets in the same turns.
+accept is kept, up to ``queue`` messages. Only CURVE is left to libzmq, whose sockets are served in the same turns.
 """
 
 from __future__ import annotations
@@ -11,14 +10,15 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from postcopy_protocol.zmtp import LARGEST, SHORT, Buffer, frame, framed
 
-from .connections import NOW, Connection, Inbound, Outbound
+from .connections import ALL_KEPT_BYTES, NOW, UNFINISHED_BYTES, Budget, Connection, Inbound, Outbound
+from .endpoints import listening_socket, prepare_connection
 from .reactor import AT_ONCE, Reactor
 from .transport import (
-    IPC,
     SENT,
     UNREACHABLE,
     Action,
@@ -61,27 +61,21 @@ class NativeRouter(Reactor):
         self._queue = queue
         self._largest = largest
         self._libzmq: Sockets | None = None
-        self._listener: socket.socket | None = None
+        self._listeners: dict[str, socket.socket] = {}  # by endpoint
         self._names = 0
+        self._kept, self._unfinished = Budget(ALL_KEPT_BYTES), Budget(UNFINISHED_BYTES)
 
     def listen(self, endpoint: str, prepare: PrepareSocket | None = None) -> str:
-        """See ``transport.Router``. An ipc endpoint with ``prepare`` is libzmq's: it may want CURVE."""
-        if prepare is not None or not endpoint.startswith(IPC):
+        """See ``transport.Router``. An endpoint with ``prepare`` is libzmq's: it wants CURVE."""
+        if prepare is not None:
             return self._sockets().listen(endpoint, prepare)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        try:
-            listener.setblocking(False)
-            listener.bind(endpoint.removeprefix(IPC))
-            listener.listen(1024)
-        except OSError:
-            listener.close()
-            raise
-        if self._listener is not None:  # its path was removed: what is connected goes on
-            self.forget(self._listener.fileno())
-            self._listener.close()
-        self._listener = listener
-        self.watch(listener.fileno(), self._accept)
-        return endpoint
+        listener, bound = listening_socket(endpoint)
+        if (before := self._listeners.pop(endpoint, None)) is not None:  # its path was removed: connections go on
+            self.forget(before.fileno())
+            before.close()
+        self._listeners[endpoint] = listener
+        self.watch(listener.fileno(), partial(self._accept, listener))
+        return bound
 
     def connect(
         self,
@@ -92,9 +86,9 @@ class NativeRouter(Reactor):
         capacity: int,
         prepare: PrepareSocket | None = None,
     ) -> None:
-        if not endpoint.startswith(IPC):
+        if prepare is not None:
             return self._sockets().connect(endpoint, name, on_frames, on_connected, capacity, prepare)
-        peer = Outbound(self, self._queue, endpoint.removeprefix(IPC), on_frames, on_connected, capacity)
+        peer = Outbound(self, self._queue, self._kept, endpoint, on_frames, on_connected, capacity)
         self.outbound[name] = peer
         peer.connect()
 
@@ -108,8 +102,8 @@ class NativeRouter(Reactor):
                     connection.flush()
         for peer in [*self.inbound.values(), *self.pending, *self.outbound.values()]:
             peer.drop()
-        if self._listener is not None:
-            self._listener.close()
+        for listener in self._listeners.values():
+            listener.close()
         if self._libzmq is not None:
             self._libzmq.close(linger)
         self.epoll.close()
@@ -150,9 +144,7 @@ class NativeRouter(Reactor):
             return SENT if sent == whole else peer.keep(b"".join(buffers)[sent:])
         return self._libzmq.send(name, parts) if self._libzmq is not None else UNREACHABLE
 
-    def _accept(self) -> None:
-        listener = self._listener
-        assert listener is not None
+    def _accept(self, listener: socket.socket) -> None:
         for _ in range(AT_ONCE):
             try:
                 connection, _ = listener.accept()
@@ -160,7 +152,8 @@ class NativeRouter(Reactor):
                 return
             except OSError:  # no descriptor is free: the others wait in the backlog
                 self.forget(listener.fileno())
-                return self.call_later(ACCEPT_AGAIN_SECONDS, lambda: self.watch(listener.fileno(), self._accept))
+                again = partial(self.watch, listener.fileno(), partial(self._accept, listener))
+                return self.call_later(ACCEPT_AGAIN_SECONDS, again)
             connection.setblocking(False)
             now = time.monotonic()
             while self.pending:
@@ -169,7 +162,10 @@ class NativeRouter(Reactor):
                     break
                 oldest.drop()
             try:
-                peer = Inbound(self, self._queue, self._largest, connection, self, self._on_message)
+                prepare_connection(connection)
+                peer = Inbound(
+                    self, self._queue, self._kept, self._unfinished, self._largest, connection, self, self._on_message
+                )
             except OSError:  # the kernel watches no more descriptors for us
                 connection.close()
                 continue

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 NATIVE, LIBZMQ = "native", "libzmq"
 TRANSPORTS = (NATIVE, LIBZMQ)
 VARIABLE = "POSTCOPY_TRANSPORT"
-IPC = "ipc://"
+IPC, TCP = "ipc://", "tcp://"
 
 SENT, FULL, UNREACHABLE = 1, 0, -1
 """Result of a send: accepted; not accepted, because the peer has not read for long; no such peer is connected.

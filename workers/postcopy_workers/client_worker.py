@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from postcopy_kernel import crashpoints
+from postcopy_kernel import crashpoints, log_queue
 from postcopy_kernel.userfaultfd import MESSAGE_BYTES
 from postcopy_protocol.codec import decode
 from postcopy_protocol.errors import BadMessage
@@ -148,6 +148,7 @@ def _leave(worker: Worker, kind: str, detail: str, status: ExitStatus) -> NoRetu
     worker.reports(kind, -1, -1, detail)
     log.error("worker %d (%s) ends: %s", worker.assignment.worker, worker.assignment.name, detail)
     time.sleep(LEAVE_SECONDS)
+    log_queue.flush()
     os._exit(status)
 
 
@@ -167,6 +168,7 @@ class MonitorThread(threading.Thread):
         except Exception:
             # Without this thread a worker would notice neither quit nor its client's end: a successor is better.
             log.exception("worker %d has lost its monitor thread", self._worker.assignment.worker)
+            log_queue.flush()
             os._exit(ExitStatus.FAILED)
 
     def _monitor(self) -> NoReturn:
@@ -229,4 +231,5 @@ class WakerThread(threading.Thread):
                     os._exit(ExitStatus.CLIENT_GONE)
                 except OSError:
                     log.exception("worker %d cannot wake its client", self._number)
+                    log_queue.flush()
                     os._exit(ExitStatus.FAILED)

@@ -21,11 +21,10 @@ import select
 import signal
 import socket
 import struct
-import sys
 import time
 from dataclasses import dataclass, replace
 
-from postcopy_kernel import crashpoints, descriptors, process
+from postcopy_kernel import crashpoints, descriptors, log_queue, process
 from postcopy_protocol import messages
 from postcopy_protocol.codec import decode, encode
 from postcopy_protocol.errors import BadInput, BadMessage
@@ -356,10 +355,11 @@ def main() -> None:
         "--directory", required=True, help="the runtime directory: the next supervisor takes over there"
     )
     parser.add_argument("--keep-privileges", action="store_true", help="workers need them once (no /dev/userfaultfd)")
+    parser.add_argument("--log-format", choices=log_queue.FORMATS, default="text")
     options = parser.parse_args()
     channel = socket.socket(fileno=options.channel)
     channel.setblocking(True)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    log_queue.set_up(options.log_format)
     # A Ctrl-C at the supervisor's terminal is for the supervisor. Not setsid(): a session is a scheduling group of its
     # own (autogroup), and each switch between client and worker would cross groups: 1.44 x C instead of 1.23 x.
     os.setpgid(0, 0)

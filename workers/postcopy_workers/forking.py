@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-import sys
-import traceback
 from dataclasses import dataclass
 from typing import NoReturn
 
-from postcopy_kernel import descriptors, process
+from postcopy_kernel import descriptors, log_queue, process
 from postcopy_protocol.messages import Assignment
 from postcopy_wire.factory import preload
 
 from .client_worker import serve_client
 from .worker_zero import serve_worker_zero
+
+log = logging.getLogger("postcopy.worker")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ def _be_worker(assignment: Assignment, fds: list[int], waiting: int, privileged:
         serve = serve_worker_zero if assignment.worker == 0 else serve_client
         serve(assignment, fds, privileged=privileged)
     except BaseException:
-        traceback.print_exc(file=sys.__stderr__)  # not to the reports of what a handler prints
+        log.critical("worker %d failed", assignment.worker, exc_info=True)
+        log_queue.flush()
     finally:
         os._exit(status)

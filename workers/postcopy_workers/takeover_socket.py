@@ -14,7 +14,7 @@ import socket
 import time
 from dataclasses import dataclass
 
-from postcopy_kernel import descriptors
+from postcopy_kernel import descriptors, log_queue
 from postcopy_protocol.codec import decode, encode
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.messages import CustodianReady, TakeOver
@@ -80,7 +80,8 @@ class TakeoverSocket:
             return -1
         who = descriptors.peer_credentials(connection)
         if who.uid != os.geteuid() or len(self._pending) >= MAX_PENDING:
-            log.warning("a connection of process %d of user %d is refused", who.pid, who.uid)
+            what = "a connection of process %d of user %d is refused"
+            log.warning(what, who.pid, who.uid, extra=log_queue.about("refused", f"user {who.uid}"))
             connection.close()
             return -1
         connection.setblocking(False)

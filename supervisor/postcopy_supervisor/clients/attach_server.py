@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from postcopy_kernel import crashpoints, descriptors, memory
+from postcopy_kernel.log_queue import about
 from postcopy_kernel.userfaultfd import Userfaultfd, is_userfaultfd
 from postcopy_protocol import counters, messages
 from postcopy_protocol.attach_conversation import AttachConversation, Refusal
@@ -126,7 +127,8 @@ class AttachServer:
             kept = self._dispatch(client, message, fds)
         except Refusal as refusal:
             assert client is not None
-            log.info("client %d (%s, pid %d) is refused: %s", client.number, client.name, client.pid, refusal)
+            what, peer = "client %d (%s, pid %d) is refused: %s", about("refused", f"process {client.pid}")
+            log.info(what, client.number, client.name, client.pid, refusal, extra=peer)
             self._send(client, refusal.message())
             if refusal.fatal and client.userfaultfd is None:
                 self._release.remove(client, "does not follow the protocol")

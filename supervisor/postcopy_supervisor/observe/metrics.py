@@ -6,7 +6,9 @@ conventions: seconds, bytes, ``_total`` for what only grows."""
 
 from __future__ import annotations
 
+import ipaddress
 import logging
+import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +18,7 @@ from postcopy_protocol.errors import BadInput, PostcopyError
 from ..blocks import RamBlock
 from ..clients.client import Client
 from ..parts import Parts
+from .scrapes import Answer, ScrapeServer
 
 log = logging.getLogger(__name__)
 
@@ -32,20 +35,46 @@ COUNTERS: tuple[tuple[str, str, int | Callable[[Sequence[int]], int]], ...] = (
 STATES = ("starting", "running", "paused", "ending")
 
 
-def start(parts: Parts, address: tuple[str, int]) -> None:
-    """Answer scrapes until the process ends. Raises PostcopyError, BadInput."""
+def start(parts: Parts, address: tuple[str, int], *, public: bool = False) -> None:
+    """Answer scrapes until the process ends. ``public``: other machines may reach the address. Raises PostcopyError,
+    BadInput."""
     try:
-        from prometheus_client import CollectorRegistry, start_http_server
+        from prometheus_client import CollectorRegistry
+        from prometheus_client.exposition import choose_encoder
     except ImportError:
         raise PostcopyError("--metrics needs prometheus_client: pip install 'postcopy[supervisor]'") from None
     registry = CollectorRegistry(auto_describe=False)
     registry.register(Collector(parts))
-    host, port = address
+
+    def scrape(accept: str) -> Answer:
+        encode, kind = choose_encoder(accept)
+        return kind, encode(registry)
+
+    listener = _listen(*address, public=public)
+    ScrapeServer(listener, scrape).start()
+    host, port = listener.getsockname()[:2]
+    log.info("metrics on http://%s:%d/metrics", f"[{host}]" if ":" in host else host, port)
+
+
+def _listen(host: str, port: int, *, public: bool) -> socket.socket:
     try:
-        server, _ = start_http_server(port, addr=host, registry=registry)
+        family, kind, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        if not public and not ipaddress.ip_address(str(place[0]).partition("%")[0]).is_loopback:
+            raise BadInput(
+                f"--metrics {host}:{port}: other machines reach this address, and metrics name blocks, clients and "
+                "sources to anyone who asks: use 127.0.0.1, or add --metrics-public"
+            )
+        listener = socket.socket(family, kind)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(place)
+            listener.listen(64)
+        except OSError:
+            listener.close()
+            raise
     except OSError as error:
         raise BadInput(f"--metrics {host}:{port}: {error.strerror or error}") from error
-    log.info("metrics on http://%s:%d/metrics", host, server.server_port)
+    return listener
 
 
 class Collector:

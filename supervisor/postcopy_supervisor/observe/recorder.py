@@ -32,6 +32,7 @@ from ..blocks import RamBlock
 log = logging.getLogger(__name__)
 
 ROUND_SECONDS = 0.05
+END_SECONDS = 2.0  # a file that accepts nothing, such as a full pipe, holds up the end no longer
 
 
 @dataclass(slots=True)
@@ -78,7 +79,11 @@ class Recorder(threading.Thread):
         """Empty all rings a last time and close the file."""
         self._end.set()
         if self.is_alive():
-            self.join()
+            self.join(END_SECONDS)
+        if self.is_alive():
+            return log.error(
+                "recording to %s ends: the file accepts nothing; %d faults are in it", self.path, self.records
+            )
         self._round()
         os.close(self._file)
         log.info("recorded: %d faults in %s, %d lost", self.records, self.path, self.lost)

@@ -36,7 +36,7 @@ PING_SECONDS = 1.0
 FIRST_PING_SECONDS = 0.02
 FIRST_PINGS = 50  # frequent at the start: the connection may not exist yet, and clients of a predecessor may be waiting
 REFUSALS = 16  # different refusals that are reported between two times of being up
-PUSH_WINDOW = 16 << 20
+PUSH_WINDOW = 8 << 20
 UNKNOWN_PEER_CODES = ("out-of-phase", "bad-range", "bad-message")
 
 

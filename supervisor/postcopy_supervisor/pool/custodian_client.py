@@ -26,9 +26,10 @@ class CustodianClient:
     """Remembers what ``keep`` and ``drop`` were given: a new custodian gets everything that the old one kept, and the
     workers that ``adopt`` names."""
 
-    def __init__(self, directory: str, orphans: WhenOrphaned, *, device: bool) -> None:
+    def __init__(self, directory: str, orphans: WhenOrphaned, *, device: bool, log_format: str = "text") -> None:
         """``device``: workers make their userfaultfd through /dev/userfaultfd, for which they need no privilege."""
         self._device, self._directory, self._orphans = device, directory, orphans
+        self._log_format = log_format
         self._kept: dict[str, tuple[bytes, tuple[int, ...]]] = {}
         self._unsent: collections.deque[tuple[bytes, tuple[int, ...]]] = collections.deque()
         self._process: subprocess.Popen[bytes] | None = None
@@ -44,7 +45,7 @@ class CustodianClient:
         for end in (ours, theirs):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
         ours.setblocking(False)
-        options = ["--channel", str(theirs.fileno()), "--directory", self._directory]
+        options = ["--channel", str(theirs.fileno()), "--directory", self._directory, "--log-format", self._log_format]
         options += [] if self._device else ["--keep-privileges"]
         try:
             with theirs:

@@ -9,8 +9,8 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import zmq
@@ -20,6 +20,8 @@ from postcopy_protocol.curve_keys import KeyPair, read_keys
 from postcopy_protocol.errors import BadInput, BadMessage
 from postcopy_protocol.return_path import MAX_RANGE_BYTES, Advise, Advised, SourceRefused, features_at
 from postcopy_protocol.sources import Advice, RemoteSource, Source
+from postcopy_wire.factory import open_router
+from postcopy_wire.transport import TCP, PrepareSocket, Router
 
 from ..settings import Settings
 
@@ -28,6 +30,8 @@ log = logging.getLogger(__name__)
 ASK_SECONDS = 0.5
 WARN_SECONDS = 5.0
 FRAME_LIMIT = MAX_RANGE_BYTES + (64 << 10)
+ADVICE_LIMIT = 64 << 10  # bytes of an answer here
+SOURCE = b"source"
 
 
 Stopped = Callable[[], str]  # why not to wait for a source any longer; empty: wait
@@ -61,11 +65,10 @@ def _read(path: str, *, secret: bool) -> KeyPair:
 
 
 class SourceAccess:
-    """How sources are reached: the ZeroMQ context, and the keys for tcp."""
+    """How sources are reached: the keys for tcp."""
 
     def __init__(self, settings: Settings) -> None:
         """Raises BadInput for keys that cannot be loaded."""
-        self.context: zmq.Context[Any] = zmq.Context()
         self._settings = settings
         self._keys = load_keys(settings.curve_secret, settings.source_key) if settings.curve_secret else None
 
@@ -79,37 +82,37 @@ class SourceAccess:
             advice |= {name: found[theirs] for name, theirs in blocks.items()}
         return advice
 
-    def secure(self, channel: zmq.Socket[Any], endpoint: str) -> None:
-        """Set up a socket for its next connect. Raises BadInput for a tcp endpoint without keys or ``--plain-tcp``."""
-        channel.curve_server = 0  # sets the mechanism back to none: a tcp source may have been connected before
-        if not endpoint.startswith("tcp://"):
-            return
+    def preparation(self, endpoint: str) -> PrepareSocket | None:
+        """What makes a libzmq socket ready for this endpoint; None where no keys are needed. Raises BadInput for a tcp
+        endpoint without keys or ``--plain-tcp``."""
+        if not endpoint.startswith(TCP):
+            return None
         if self._keys is not None:
-            channel.curve_publickey, channel.curve_secretkey = self._keys.public, self._keys.secret
-            channel.curve_serverkey = self._keys.source
-        elif not self._settings.plain_tcp:
+            return partial(_use_keys, self._keys)
+        if not self._settings.plain_tcp:
             raise BadInput(
                 f"{endpoint}: tcp needs keys (--curve-secret FILE --source-key FILE, made by postcopy keygen), "
                 "or --plain-tcp on a network that you trust with every byte"
             )
-
-    def close(self) -> None:
-        """After all sockets are closed."""
-        self.context.term()
+        return None
 
     def _ask(self, endpoint: str, names: Sequence[str], stopped: Stopped) -> dict[str, Advice]:
-        channel = self.context.socket(zmq.DEALER)
-        channel.setsockopt(zmq.LINGER, 0)
-        channel.setsockopt(zmq.IMMEDIATE, 1)  # queue nothing for an absent source, or it is asked many times at once
-        channel.setsockopt(zmq.MAXMSGSIZE, FRAME_LIMIT)
+        prepare = self.preparation(endpoint)
+        asking = Asking(endpoint, names, self._settings.page_size)
+        router = open_router(self._settings.transport, lambda name, message: None)
         try:
-            self.secure(channel, endpoint)
-            channel.connect(endpoint)
-            return _ask_until_advised(channel, endpoint, names, self._settings.page_size, stopped)
+            router.connect(endpoint, SOURCE, asking.on_frames, asking.on_connected, ADVICE_LIMIT, prepare)
+            # A handshake that fails looks like an absent source: CURVE says nothing to a peer with the wrong key.
+            return asking.run(router, ", or one of us has the wrong key" if prepare is not None else "", stopped)
         except zmq.ZMQError as error:
             raise BadInput(f"source {endpoint}: {error.strerror}") from None
         finally:
-            channel.close()
+            router.close()
+
+
+def _use_keys(keys: Keys, channel: zmq.Socket[Any]) -> None:
+    channel.curve_publickey, channel.curve_secretkey = keys.public, keys.secret
+    channel.curve_serverkey = keys.source
 
 
 def by_endpoint(sources: Mapping[str, Source]) -> dict[str, dict[str, str]]:
@@ -121,35 +124,50 @@ def by_endpoint(sources: Mapping[str, Source]) -> dict[str, dict[str, str]]:
     return found
 
 
-def _ask_until_advised(
-    channel: zmq.Socket[Any], endpoint: str, names: Sequence[str], page_size: int, stopped: Stopped
-) -> dict[str, Advice]:
-    known: dict[str, Advice] = {}
-    # A handshake that fails looks like an absent source: CURVE says nothing to a peer with the wrong key.
-    doubt = ", or one of us has the wrong key" if channel.mechanism == zmq.CURVE else ""
-    warned, asked = time.monotonic() - WARN_SECONDS + 0.5, -ASK_SECONDS
-    while len(known) < len(names):
-        if why := stopped():
-            raise BadInput(f"the source at {endpoint} does not answer: {why}")
-        now = time.monotonic()
-        if now - warned >= WARN_SECONDS:
-            warned = now
-            log.warning("waiting for the source at %s: it does not answer yet%s", endpoint, doubt)
-        # With IMMEDIATE only an existing connection can be written to, and it may end at any moment.
-        events = channel.poll(100, zmq.POLLIN | (zmq.POLLOUT if now - asked >= ASK_SECONDS else 0))
-        if events & zmq.POLLOUT:
-            asked = now
-            with suppress(zmq.Again):
-                for name in names:
-                    if name not in known:
-                        channel.send(encode(Advise(name, page_size, features_at(endpoint))), zmq.DONTWAIT)
-        if events & zmq.POLLIN:
-            message = _advised(channel.recv_multipart()[0], endpoint, names)
-            known[message.name] = Advice(message.size, message.identity)
-    return known
+class Asking:
+    """The question to one source: what are these blocks?"""
+
+    def __init__(self, endpoint: str, names: Sequence[str], page_size: int) -> None:
+        self._endpoint, self._names, self._page_size = endpoint, names, page_size
+        self._known: dict[str, Advice] = {}
+        self._wrong: BadInput | None = None
+        self._due = -1e9
+
+    def on_connected(self) -> None:
+        """Ask at once."""
+        self._due = -1e9
+
+    def on_frames(self, frames: Sequence[memoryview]) -> None:
+        """An answer; a wrong one ends the question."""
+        try:
+            message = _advised(frames[0], self._endpoint, self._names)
+            self._known[message.name] = Advice(message.size, message.identity)
+        except BadInput as error:
+            self._wrong = error
+
+    def run(self, router: Router, doubt: str, stopped: Stopped) -> dict[str, Advice]:
+        """Ask, and ask again, until all is known. Raises BadInput."""
+        warned = time.monotonic() - WARN_SECONDS + 0.5
+        while len(self._known) < len(self._names):
+            if why := stopped():
+                raise BadInput(f"the source at {self._endpoint} does not answer: {why}")
+            now = time.monotonic()
+            if now - warned >= WARN_SECONDS:
+                warned = now
+                log.warning("waiting for the source at %s: it does not answer yet%s", self._endpoint, doubt)
+            if now - self._due >= ASK_SECONDS:
+                self._due = now
+                for name in self._names:
+                    if name not in self._known:
+                        advise = Advise(name, self._page_size, features_at(self._endpoint))
+                        router.send(SOURCE, encode(advise))  # while there is no connection it is dropped
+            router.turn(0.1)
+            if self._wrong is not None:
+                raise self._wrong
+        return self._known
 
 
-def _advised(frame: bytes, endpoint: str, names: Sequence[str]) -> Advised:
+def _advised(frame: bytes | memoryview, endpoint: str, names: Sequence[str]) -> Advised:
     try:
         message = decode(frame, expect=(Advised, SourceRefused))
     except BadMessage as error:

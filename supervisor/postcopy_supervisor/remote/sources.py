@@ -1,6 +1,6 @@
 """All page sources: their links over the one router, their messages, and the staging memories of local ones.
 
-The router connects to all of them. Sources behind tcp come over libzmq, which has CURVE."""
+The router connects to all of them. Those with keys come over libzmq, which has CURVE."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Sources:
             link = paging.add_source(endpoint, advised, settings.source_timeout, partial(router.send, name))
             self.links[name] = link
             self.fast_paths[name] = source_fast_path(paging, link, ours)
-            connected, prepare = partial(_connected, link), partial(access.secure, endpoint=endpoint)
+            connected, prepare = partial(_connected, link), access.preparation(endpoint)
             router.connect(endpoint, name, partial(on_message, name), connected, MESSAGE_LIMIT, prepare)
 
     def on_message(self, name: bytes, frames: Sequence[memoryview]) -> bool:
