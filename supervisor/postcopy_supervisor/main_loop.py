@@ -33,6 +33,7 @@ from .events import (
     CoreFaults,
     CustodianMessage,
     ListenerEvent,
+    PeersRefused,
     ProcessEnded,
     StopRequested,
     Tick,
@@ -171,6 +172,8 @@ class MainLoop:
             router.turn()
             while queue:
                 self.on_event(queue.popleft())
+                if queue and router.waiting():  # many clients that come and go must not keep a fault waiting
+                    break
 
     def on_wakeup(self) -> None:
         """The listener has queued something; ``run`` looks after each turn."""
@@ -294,8 +297,11 @@ class MainLoop:
             case ProcessEnded(pidfd):
                 if not ports.pool.on_process_ended(pidfd):
                     ports.release.on_process_ended(pidfd)
-            case ClientConnected(connection, at):
-                ports.attach.on_connect(connection, at)
+            case ClientConnected(connection, peer, at):
+                ports.attach.on_connect(connection, peer, at)
+            case PeersRefused(uid, reason, count):
+                times = f" ({count} times)" if count > 1 else ""
+                ports.event("denied", f"attach socket: {reason}{times}", uid=uid)
             case ClientMessage(connection, message, fds):
                 ports.attach.on_message(connection, message, fds)
             case Tick(at):
