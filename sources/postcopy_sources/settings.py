@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from postcopy_protocol import arguments as args
 from postcopy_protocol.curve_keys import PUBLIC_ENDING, KeyPair, read_keys
 from postcopy_protocol.errors import BadInput
-from postcopy_protocol.runtime_paths import runtime_directory
+from postcopy_protocol.runtime_paths import runtime_directory, trusted_users
 from postcopy_protocol.sources import FileSource, parse_block_name, parse_named
 from postcopy_wire.transport import TRANSPORTS, chosen_transport
 
@@ -30,6 +30,7 @@ class Settings:
     die_with_parent: int
     log_level: str
     transport: str
+    trust_uids: frozenset[int] = frozenset()
 
 
 def parse(arguments: list[str]) -> Settings:
@@ -51,6 +52,7 @@ def parse(arguments: list[str]) -> Settings:
         die_with_parent=typed.die_with_parent,
         log_level=typed.log_level,
         transport=chosen_transport(typed.transport, os.environ),
+        trust_uids=frozenset(typed.trust_uid) | trusted_users(os.environ),
     )
 
 
@@ -92,6 +94,8 @@ def _parser() -> args.Parser:
     add = parser.add_argument
     add("blocks", nargs="+", metavar="NAME=FILE", help="a block and its file (with --from: NAME)")
     add("--from", dest="runtime_dir", metavar="RUNTIME_DIR", help="serve blocks of the supervisor there")
+    help = "with --from: a user whose supervisor is trusted, beside this one and root (repeat)"
+    parser.option("--trust-uid", args.user_id, [], "UID", help, repeat=True)
     add("--listen", required=True, metavar="ENDPOINT", help="ipc:///PATH or tcp://HOST:PORT")
     add("--curve-secret", metavar="FILE", help="own CURVE keys, the file that ends in .key_secret")
     help = "public CURVE key of a supervisor that may connect, or a directory of such keys (repeat)"

@@ -85,6 +85,13 @@ class Client:
         """The custodian's key of its descriptors."""
         return f"client/{self.number}"
 
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The descriptors that the custodian keeps."""
+        userfaultfd = self.userfaultfd.fd if self.userfaultfd is not None else -1
+        fds = userfaultfd, self.pidfd, self.figures_fd
+        return fds if self.front_end < 0 else (*fds, self.front_end)
+
     def note(self) -> bytes:
         """What a later supervisor has to know of it."""
         return encode(
@@ -137,8 +144,7 @@ class Clients:
         """Renew the custodian's note. Done before a change is answered, and before a worker is forked for it."""
         assert client.userfaultfd is not None
         self.pending.pop(client.number, None)
-        fds = (client.userfaultfd.fd, client.pidfd, client.figures_fd)
-        self._custodian.keep(client.key, client.note(), fds if client.front_end < 0 else (*fds, client.front_end))
+        self._custodian.keep(client.key, client.note(), client.kept)
 
     def set_quarantined(self, number: int, quarantined: bool) -> None:
         """Note for a later supervisor that a client is quarantined, or no longer."""

@@ -67,7 +67,7 @@ class ClientRelease:
         if client.leaving:
             return
         client.leaving = True
-        level = logging.INFO if client.userfaultfd is not None else logging.DEBUG  # any visitor would write lines
+        level = logging.INFO if client.userfaultfd is not None else logging.DEBUG  # else every connection writes lines
         log.log(level, "client %d (%s, pid %d): %s", client.number, client.name or "unnamed", client.pid, why)
         self.disconnect(client)
         if client.number in self._pool.slots:
