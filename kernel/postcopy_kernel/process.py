@@ -168,6 +168,20 @@ def unmapped_ids() -> tuple[int, int]:
     return found[0], found[1]
 
 
+def lock_holder(path: str) -> int:
+    """The pid of the process that holds a file's lock (flock); 0: none is seen here. Takes no lock itself, so that
+    another process that tries at this moment is not refused."""
+    try:
+        found = os.stat(path)
+        with open("/proc/locks", "rb") as locks:
+            lines = [line.split() for line in locks]
+    except OSError:
+        return 0
+    place = b"%02x:%02x:%d" % (os.major(found.st_dev), os.minor(found.st_dev), found.st_ino)
+    holders = (int(words[4]) for words in lines if words[1:3] == [b"FLOCK", b"ADVISORY"] and words[5] == place)
+    return max(0, next(holders, 0))
+
+
 def is_stopped(pid: int) -> bool:
     """Whether a process is stopped, by SIGSTOP or a tracer. Hold its pidfd, so that ``pid`` is not reused."""
     try:
