@@ -71,9 +71,9 @@ def _attach_again(name: str, directory: str, mode: str, trust: frozenset[int]) -
 class Client:
     """This process as a client of the supervisor in ``directory``. Thread-safe."""
 
-    def __init__(self, directory: str) -> None:
-        self.directory = directory
-        self.trust: frozenset[int] = frozenset()  # users whose supervisor is trusted
+    def __init__(self, directory: str, trust: frozenset[int] = frozenset()) -> None:
+        """``trust``: users whose supervisor is trusted."""
+        self.directory, self.trust = directory, trust
         self.blocks: list[Block] = []
         self._conversation = threading.Lock()
         self._session: Session | None = None
