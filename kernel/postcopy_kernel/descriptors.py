@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 MOST_DESCRIPTORS: Final = 253  # SCM_MAX_FD: a message that carries more is refused by the kernel (EINVAL)
 
@@ -35,6 +35,8 @@ _CLOSE_RANGE: Final = 436  # Linux 5.9, the same number on every architecture
 _LAST_DESCRIPTOR: Final = 2**32 - 1
 _CREDENTIALS: Final = struct.Struct("=iII")
 _MOST_UNREAD: Final = 1024  # messages; the kernel keeps net.unix.max_dgram_qlen of them, 10 by default
+_SOL_SOCKET, _NOW = int(socket.SOL_SOCKET), int(socket.MSG_DONTWAIT)  # an "or" of enums costs 2 us
+_SEND, _SEND_NOW = int(socket.MSG_NOSIGNAL), int(socket.MSG_NOSIGNAL) | _NOW
 _MSG_CMSG_CLOEXEC: Final = socket.MSG_CMSG_CLOEXEC
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -53,8 +55,7 @@ class Received:
     fds: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Credentials:
+class Credentials(NamedTuple):
     """Credentials of a peer, as the kernel recorded them when it connected."""
 
     pid: int
@@ -69,9 +70,11 @@ def send_message(sock: socket.socket, data: bytes, fds: Sequence[int] = (), *, w
     timeout (Python waits for a timeout itself). Raises BlockingIOError (full), ConnectionError (peer gone: EPIPE, or
     ECONNRESET if it left messages unread), OSError EMSGSIZE (too long), EINVAL (more than MOST_DESCRIPTORS).
     """
-    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-    flags = socket.MSG_NOSIGNAL | (0 if wait else socket.MSG_DONTWAIT)
-    sock.sendmsg([data], ancillary, flags)
+    flags = _SEND if wait else _SEND_NOW
+    if fds:
+        sock.sendmsg([data], [(_SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))], flags)
+    else:
+        sock.send(data, flags)
 
 
 def receive_message(sock: socket.socket, max_bytes: int = 65536, max_fds: int = 64, *, wait: bool = False) -> Received:
@@ -108,7 +111,7 @@ def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> tuple[int, ...]:
 
 def peer_credentials(sock: socket.socket) -> Credentials:
     """Pid, uid and gid of the process that connected (SO_PEERCRED). The pid may be reused: see peer_pidfd."""
-    return Credentials(*_CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)))
+    return Credentials(*_CREDENTIALS.unpack(sock.getsockopt(_SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)))
 
 
 def peer_groups(sock: socket.socket) -> frozenset[int]:
@@ -169,11 +172,13 @@ def close_drained(sock: socket.socket) -> None:
     A close with unread messages of the peer would be ECONNRESET there, in place of the last message. So the peer may
     send no more first (EPIPE), then what it has sent is dropped. Never waits.
     """
-    with suppress(OSError):
+    try:
         sock.shutdown(socket.SHUT_RDWR)
         for _ in range(_MOST_UNREAD):
-            if not sock.recvmsg(1, 0, socket.MSG_DONTWAIT)[0]:
+            if not sock.recv(1, _NOW):
                 break
+    except OSError:
+        pass  # the peer has gone
     sock.close()
 
 

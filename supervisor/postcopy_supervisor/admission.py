@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import socket
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from postcopy_kernel import descriptors
-from postcopy_protocol.attach_conversation import Refusal
-from postcopy_protocol.messages import Mapped, Message, OfferBackEnd, OfferUserfaultfd, Unmap
+from postcopy_protocol.codec import encode
+from postcopy_protocol.messages import Mapped, Message, OfferBackEnd, OfferUserfaultfd, Refused, Unmap
 
 EVERY_BLOCK = ""
 """In place of a block's name."""
@@ -58,20 +59,25 @@ class AllowList:
     shared_gids: BlockRights = frozenset()
     unmapped: tuple[int, int] = (-1, -1)
 
-    def check(self, connection: socket.socket) -> Peer:
-        """The peer. Raises Refusal for one that may not attach, OSError when the kernel does not name it."""
-        peer = descriptors.peer_credentials(connection)
+    def check(self, connection: socket.socket, peer: descriptors.Credentials) -> Peer | None:
+        """The peer; None for one that may not attach. Raises OSError."""
         if peer.uid == self.unmapped[0]:
-            text = f"user {peer.uid} stands for every user without a number in this user namespace"
-            raise Refusal("denied", f"{text} (serve --allow-unmapped allows them all)")
+            return None
         if peer.uid == self.own:
             return Peer(peer.uid, peer.pid, frozenset((EVERY_BLOCK,)))
         groups = self._groups(connection, peer.gid)
         writable = {block for block, uid in self.shared_uids if uid == peer.uid}
         writable |= {block for block, gid in self.shared_gids if gid in groups}
         if not (writable or peer.uid in self.uids or not self.gids.isdisjoint(groups)):
-            raise Refusal("denied", f"user {peer.uid} may not attach here (serve --allow-uid {peer.uid} allows it)")
+            return None
         return Peer(peer.uid, peer.pid, frozenset(writable))
+
+    def reason(self, uid: int) -> str:
+        """Why a user may not attach, and the remedy."""
+        if uid == self.unmapped[0]:
+            text = f"user {uid} stands for every user without a number in this user namespace"
+            return f"{text} (serve --allow-unmapped allows them all)"
+        return f"user {uid} may not attach here (serve --allow-uid {uid} allows it)"
 
     def _groups(self, connection: socket.socket, own: int) -> frozenset[int]:
         """The groups that it had when it connected; empty where no group matters."""
@@ -120,16 +126,26 @@ class Admission:
     _work: dict[int, Allowance] = field(default_factory=dict)
     _refusals: dict[int, Refusals] = field(default_factory=dict)
 
-    def admit(self, connection: socket.socket, now: float) -> Peer:
-        """The peer of a new connection. Raises Refusal, OSError."""
-        peer = self.allow.check(connection)
+    def admit(self, connection: socket.socket, now: float) -> Peer | bytes:
+        """The peer of a new connection, or the refusal to send to it, which is counted."""
+        named = descriptors.peer_credentials(connection)
+        try:
+            peer = self.allow.check(connection, named)
+        except OSError as error:
+            return self._refuse(named.uid, "failed", f"the connecting process cannot be identified: {error.strerror}")
+        if peer is None:
+            return self._refuse(named.uid, "denied", self.allow.reason(named.uid))
         if peer.uid != self.allow.own:
             allowance = _allowance(self._connects, peer.uid, CONNECTS_PER_SECOND, MOST_CONNECTS, now)
             if allowance.left < 1:
                 text = f"user {peer.uid} connects more often than {CONNECTS_PER_SECOND:.0f} times a second"
-                raise Refusal("limit", f"{text}; try again in a moment")
+                return self._refuse(peer.uid, "limit", f"{text}; try again in a moment")
             allowance.left -= 1
         return peer
+
+    def _refuse(self, uid: int, code: str, reason: str) -> bytes:
+        self.refused(uid, reason)
+        return _encoded(code, reason)
 
     def hold(self, uid: int, now: float) -> float:
         """Until when a connection of this user is not read; 0: it may be read now."""
@@ -162,6 +178,11 @@ class Admission:
             entry.wait = min(LONGEST_WAIT, 2 * entry.wait)
             entry.count, entry.due = 0, now + entry.wait
         return reports
+
+
+@lru_cache(MOST_USERS)
+def _encoded(code: str, reason: str) -> bytes:
+    return encode(Refused(code, reason))
 
 
 def _allowance(known: dict[int, Allowance], uid: int, rate: float, most: int, now: float) -> Allowance:

@@ -432,7 +432,7 @@ def _attach_socket(runtime: RuntimeDirectory) -> socket.socket:
     with binding(runtime.door):
         listening.bind(runtime.door)
         os.chmod(runtime.door, 0o666)
-    listening.listen(4096)  # a connect that does not wait fails when it is full
+    listening.listen(1024)
     return listening
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Container, Mapping
@@ -54,6 +55,9 @@ FROM_ROUTER = (messages.WorkerHello, messages.Report, messages.Fetched, messages
 LARGE = 31 << 20  # bytes; just below the largest allocation from which glibc (64 bit) learns its threshold
 GC_THRESHOLD = 20_000
 """New objects after which Python collects garbage. Nothing here is made of cycles, so it need not look often."""
+SWITCH_SECONDS = 0.0002
+"""How long another thread may keep the interpreter's lock while this one wants it. Python's own 5 ms would be added to
+faults while many clients connect."""
 TURNS = 16  # turns of the router after which pages in a staging slot have waited long enough
 
 
@@ -158,6 +162,7 @@ class MainLoop:
         # glibc returns every freed buffer to the kernel, and faults it in again for the next one, until a block of this
         # size has been freed once. None of it is touched.
         bytearray(LARGE)
+        sys.setswitchinterval(SWITCH_SECONDS)
         gc.freeze()
         gc.set_threshold(GC_THRESHOLD)
         parked, answers, turns = self._sources.parked, ports.long_answers, 0
