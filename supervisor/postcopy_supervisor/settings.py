@@ -190,7 +190,7 @@ def _add_access(parser: args.Parser) -> None:
     parser.option("--shared-uid", _block_right, [], "[BLOCK=]UID", help, repeat=True)
     help = "a group whose members may attach, also shared (repeat)"
     parser.option("--shared-gid", _block_right, [], "[BLOCK=]GID", help, repeat=True)
-    help = "in a user namespace: allow all users who have no number in it, whoever they are"
+    help = "in a user namespace: allow all users who have no number in it"
     parser.flag("--allow-unmapped", help)
 
 
