@@ -19,10 +19,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from postcopy_kernel.descriptors import Received, TruncatedMessage, close_all, receive_message, send_message
+from postcopy_kernel.descriptors import (
+    Received,
+    TruncatedMessage,
+    close_all,
+    receive_message,
+    send_message,
+    socket_owners,
+)
 from postcopy_protocol.attach_conversation import AttachClient, Question
 from postcopy_protocol.messages import Message
-from postcopy_protocol.runtime_paths import door_path
+from postcopy_protocol.runtime_paths import check_owners, door_path, trusted_users
 
 from .deadline import Deadline
 from .errors import AttachDenied, AttachTimeout, BadMessage, NoSupervisor, PostcopyError
@@ -65,9 +72,11 @@ class OpenedBlock:
 class AttachConnection:
     """A connection to the supervisor in ``directory``. Not thread-safe; ``client.Client`` serializes its users."""
 
-    def __init__(self, directory: str, deadline: Deadline) -> None:
+    def __init__(self, directory: str, deadline: Deadline, trust: frozenset[int] = frozenset()) -> None:
+        """``trust``: users whose supervisor is trusted, beside those of $POSTCOPY_TRUST_UID."""
         self.directory = directory
         self.usable = True
+        self._trust = trust
         self._conversation = AttachClient(directory)
         self._socket = _connect(directory, deadline)
 
@@ -91,8 +100,20 @@ class AttachConnection:
     # ended), BadMessage.
 
     def greet(self, name: str, kind: str, deadline: Deadline) -> tuple[int, ...]:
-        """Say Hello. Returns a /dev/userfaultfd descriptor if the supervisor sent one."""
-        return self._ask(self._conversation.hello(name, kind), deadline)[1]
+        """Say Hello. Returns a /dev/userfaultfd descriptor if the supervisor sent one.
+
+        Raises AttachDenied for a supervisor that is not trusted: after its answer, because its own refusal says more,
+        and before it gets a userfaultfd, which is a right over this process's memory."""
+        fds = self._ask(self._conversation.hello(name, kind), deadline)[1]
+        try:
+            owners = socket_owners(self._socket, door_path(self.directory))
+            check_owners(self.directory, owners, os.geteuid(), self._trust | trusted_users(os.environ))
+        except BaseException as error:
+            close_all(fds)
+            if isinstance(error, OSError):
+                raise _unreachable(error, self.directory, deadline) from error
+            raise
+        return fds
 
     def offer_userfaultfd(self, userfaultfd: int, deadline: Deadline) -> None:
         """Send the client's own userfaultfd."""
@@ -106,7 +127,7 @@ class AttachConnection:
         """A new connection to the supervisor that has taken over this client and its regions.
 
         Raises NoSupervisor (not yet started), AttachDenied (it does not know the client)."""
-        successor = AttachConnection(self.directory, deadline)
+        successor = AttachConnection(self.directory, deadline, self._trust)
         try:
             close_all(successor.greet(name, kind, deadline))
             successor._ask(successor._conversation.resume(self.client), deadline)

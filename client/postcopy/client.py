@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 from postcopy_kernel.memory import DOFORK, DONTFORK, NOHUGEPAGE, Mapping
@@ -33,9 +33,17 @@ _registry = threading.RLock()
 
 
 def attach(
-    name: str, runtime_dir: str | os.PathLike[str] | None = None, mode: str = "private", timeout: float | None = TIMEOUT
+    name: str,
+    runtime_dir: str | os.PathLike[str] | None = None,
+    mode: str = "private",
+    timeout: float | None = TIMEOUT,
+    *,
+    trust_uid: int | Iterable[int] = (),
 ) -> Block:
     """Attach the RAM block ``name`` of the supervisor in ``runtime_dir``.
+
+    A supervisor can read and change the memory of its clients. It must run as this process's user, as root, or as a
+    user in ``trust_uid`` or ``$POSTCOPY_TRUST_UID``; another's is AttachDenied.
 
     Raises NoSupervisor, NoSuchBlock, AttachDenied, AttachTimeout (after ``timeout`` seconds; None: no limit),
     UserfaultfdUnavailable, and other PostcopyErrors; OSError when the kernel has no memory or descriptor left.
@@ -51,14 +59,21 @@ def attach(
     directory = os.path.abspath(runtime_directory(explicit, os.environ))
     with _registry:
         client = _clients.setdefault(directory, Client(directory))
+        client.trust |= frozenset((trust_uid,) if isinstance(trust_uid, int) else trust_uid)
     return client.attach(name, mode, Deadline(timeout))
+
+
+def _attach_again(name: str, directory: str, mode: str, trust: frozenset[int]) -> Block:
+    """What a pickled block becomes."""
+    return attach(name, directory, mode, trust_uid=trust)
 
 
 class Client:
     """This process as a client of the supervisor in ``directory``. Thread-safe."""
 
-    def __init__(self, directory: str) -> None:
-        self.directory = directory
+    def __init__(self, directory: str, trust: frozenset[int] = frozenset()) -> None:
+        """``trust``: users whose supervisor is trusted."""
+        self.directory, self.trust = directory, trust
         self.blocks: list[Block] = []
         self._conversation = threading.Lock()
         self._session: Session | None = None
@@ -95,7 +110,7 @@ class Client:
 
     def reduce(self, block: Block) -> tuple[object, ...]:
         """A pickle of ``block``: unpickling attaches."""
-        return attach, (block.name, self.directory, block.mode)
+        return _attach_again, (block.name, self.directory, block.mode, self.trust)
 
     @contextmanager
     def _turn(self, deadline: Deadline) -> Iterator[None]:
@@ -110,7 +125,7 @@ class Client:
     def _current(self, deadline: Deadline) -> Session:
         """The session for a new region. A session that is no longer usable keeps the regions that it has."""
         if self._session is None or not self._reachable(self._session, deadline):
-            self._session = Session(self.directory, deadline)
+            self._session = Session(self.directory, deadline, self.trust)
         return self._session
 
     def _reachable(self, session: Session, deadline: Deadline) -> bool:

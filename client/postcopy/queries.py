@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import zmq
 
-from postcopy_kernel.process import pidfd_open
+from postcopy_kernel.process import lock_holder, pidfd_open
 from postcopy_protocol.codec import decode, encode
 from postcopy_protocol.messages import (
     AskEvents,
@@ -35,7 +35,7 @@ from postcopy_protocol.messages import (
     StopAnswer,
     StoryAnswer,
 )
-from postcopy_protocol.runtime_paths import router_endpoint, runtime_directory
+from postcopy_protocol.runtime_paths import LOCK, router_endpoint, runtime_directory
 
 from .errors import AttachDenied, BadMessage, NoSupervisor, PostcopyError
 
@@ -165,6 +165,11 @@ def _check_listening(path: str, directory: str, timeout: float) -> None:
             if error.errno in (errno.EACCES, errno.EPERM):
                 raise AttachDenied(f"{path}: only the user who runs the supervisor may send requests") from error
             if error.errno in (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR):
+                if pid := lock_holder(f"{directory}/{LOCK}"):
+                    raise NoSupervisor(
+                        f"the supervisor in {directory} (process {pid}) is starting and not ready yet: "
+                        "it may be waiting for a page source (see its log)"
+                    ) from error
                 raise NoSupervisor(
                     f"no supervisor is running in {directory}; start one: "
                     f"postcopy serve NAME=FILE --runtime-dir {directory}"

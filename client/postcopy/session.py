@@ -23,8 +23,8 @@ class Session:
     """One conversation from Hello to Goodbye. It continues with a successor that takes over from a dead supervisor.
     Not thread-safe; see ``client.Client``."""
 
-    def __init__(self, directory: str, deadline: Deadline) -> None:
-        self.connection = AttachConnection(directory, deadline)
+    def __init__(self, directory: str, deadline: Deadline, trust: frozenset[int] = frozenset()) -> None:
+        self.connection = AttachConnection(directory, deadline, trust)
         self.regions = 0
         self._resumable = True
         self._unmaps: list[tuple[int, int]] = []

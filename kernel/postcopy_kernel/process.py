@@ -133,6 +133,56 @@ def pidfd_exited(pidfd: int, within: float = 0.0) -> bool:
     return bool(poll.poll(within * 1000))
 
 
+def is_same_process(one: int, other: int) -> bool:
+    """Whether two pidfds name the same process, and it lives. Numbers are not compared: a process in another pid
+    namespace has none here. On kernels before 6.9, where pidfds have no inode of their own, such a process is never
+    the same."""
+    facts, others = os.fstat(one), os.fstat(other)
+    if (facts.st_dev, facts.st_ino) != (others.st_dev, others.st_ino):
+        return False
+    if not _has_own_inode(facts):
+        with open(f"/proc/self/fdinfo/{one}", "rb") as mine, open(f"/proc/self/fdinfo/{other}", "rb") as theirs:
+            pids = {line for file in (mine, theirs) for line in file if line.startswith(b"Pid:")}
+        if len(pids) != 1 or int(pids.pop().split()[1]) <= 0:
+            return False
+    return not (pidfd_exited(one) or pidfd_exited(other))
+
+
+def _has_own_inode(pidfd: os.stat_result) -> bool:
+    """Whether it is on pidfs (Linux 6.9): before that all pidfds share one inode with eventfds."""
+    event = os.eventfd(0, os.EFD_CLOEXEC)
+    try:
+        return os.fstat(event).st_dev != pidfd.st_dev
+    finally:
+        os.close(event)
+
+
+def unmapped_ids() -> tuple[int, int]:
+    """The user and group that the kernel reports for ids without a number in this user namespace (overflowuid); -1
+    where every id has one, as on the host."""
+    found = []
+    for kind in ("uid", "gid"):
+        with open(f"/proc/self/{kind}_map", "rb") as lines:
+            whole = sum(int(line.split()[2]) for line in lines) >= (1 << 32) - 1
+        with open(f"/proc/sys/kernel/overflow{kind}", "rb") as number:
+            found.append(-1 if whole else int(number.read()))
+    return found[0], found[1]
+
+
+def lock_holder(path: str) -> int:
+    """The pid of the process that holds a file's lock (flock); 0: none is seen here. Takes no lock itself, so that
+    another process that tries at this moment is not refused."""
+    try:
+        found = os.stat(path)
+        with open("/proc/locks", "rb") as locks:
+            lines = [line.split() for line in locks]
+    except OSError:
+        return 0
+    place = b"%02x:%02x:%d" % (os.major(found.st_dev), os.minor(found.st_dev), found.st_ino)
+    holders = (int(words[4]) for words in lines if words[1:3] == [b"FLOCK", b"ADVISORY"] and words[5] == place)
+    return max(0, next(holders, 0))
+
+
 def is_stopped(pid: int) -> bool:
     """Whether a process is stopped, by SIGSTOP or a tracer. Hold its pidfd, so that ``pid`` is not reused."""
     try:

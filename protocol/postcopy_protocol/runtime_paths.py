@@ -6,9 +6,9 @@ protects the ZeroMQ socket and the lock, because the mode of an ipc socket depen
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
-from .errors import BadInput
+from .errors import AttachDenied, BadInput
 
 DOOR = "door"
 """The attach socket: Unix SEQPACKET, for clients."""
@@ -39,6 +39,29 @@ def runtime_directory(explicit: str | None, environ: Mapping[str, str]) -> str:
     if session := environ.get("XDG_RUNTIME_DIR"):
         return f"{session}/postcopy"
     return "/run/postcopy"
+
+
+TRUST_UID = "POSTCOPY_TRUST_UID"
+"""Environment variable: users, separated by commas, whose supervisors a client trusts beside its own and root's."""
+
+
+def trusted_users(environ: Mapping[str, str]) -> frozenset[int]:
+    """The users of TRUST_UID. Raises BadInput."""
+    words = [word.strip() for word in environ.get(TRUST_UID, "").split(",") if word.strip()]
+    if not all(word.isascii() and word.isdigit() for word in words):
+        raise BadInput(f"{TRUST_UID}={environ[TRUST_UID]}: write user ids, separated by commas")
+    return frozenset(map(int, words))
+
+
+def check_owners(directory: str, owners: Collection[int], own: int, trusted: Collection[int]) -> None:
+    """Raise AttachDenied unless all ``owners`` of an attach socket may have this process's userfaultfd, and with it its
+    memory: its own user, root, and users that it trusts."""
+    for uid in sorted(owners):
+        if uid not in (own, 0) and uid not in trusted:
+            raise AttachDenied(
+                f"the attach socket in {directory} is user {uid}'s, who could read and change this process's memory; "
+                f"if you trust that user: --trust-uid {uid}, trust_uid={uid} or {TRUST_UID}={uid}"
+            )
 
 
 def door_path(directory: str) -> str:

@@ -55,7 +55,7 @@ def _sources(settings: Settings) -> list[PageSource]:
     if settings.runtime_dir:
         from .supervisor_source import SupervisorSource
 
-        return [SupervisorSource(settings.runtime_dir, name) for name in settings.files]
+        return [SupervisorSource(settings.runtime_dir, name, settings.trust_uids) for name in settings.files]
     from .file_source import FileSource
 
     return [FileSource(name, path) for name, path in settings.files.items()]

@@ -10,7 +10,7 @@ from postcopy_kernel.log_queue import FORMATS
 from postcopy_protocol import arguments as args
 from postcopy_protocol.curve_keys import PUBLIC_ENDING, KeyPair, read_keys
 from postcopy_protocol.errors import BadInput
-from postcopy_protocol.runtime_paths import runtime_directory
+from postcopy_protocol.runtime_paths import runtime_directory, trusted_users
 from postcopy_protocol.sources import FileSource, parse_block_name, parse_named
 from postcopy_wire.transport import TRANSPORTS, chosen_transport
 
@@ -32,6 +32,7 @@ class Settings:
     log_level: str
     log_format: str
     transport: str
+    trust_uids: frozenset[int] = frozenset()
 
 
 def parse(arguments: list[str]) -> Settings:
@@ -54,6 +55,7 @@ def parse(arguments: list[str]) -> Settings:
         log_level=typed.log_level,
         log_format=typed.log_format,
         transport=chosen_transport(typed.transport, os.environ),
+        trust_uids=frozenset(typed.trust_uid) | trusted_users(os.environ),
     )
 
 
@@ -95,6 +97,8 @@ def _parser() -> args.Parser:
     add = parser.add_argument
     add("blocks", nargs="+", metavar="NAME=FILE", help="a block and its file (with --from: NAME)")
     add("--from", dest="runtime_dir", metavar="RUNTIME_DIR", help="serve blocks of the supervisor there")
+    help = "with --from: a user whose supervisor is trusted, beside this one and root (repeat)"
+    parser.option("--trust-uid", args.user_id, [], "UID", help, repeat=True)
     add("--listen", required=True, metavar="ENDPOINT", help="ipc:///PATH or tcp://HOST:PORT")
     add("--curve-secret", metavar="FILE", help="own CURVE keys, the file that ends in .key_secret")
     help = "public CURVE key of a supervisor that may connect, or a directory of such keys (repeat)"

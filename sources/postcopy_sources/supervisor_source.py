@@ -18,10 +18,10 @@ from postcopy_kernel import descriptors
 from postcopy_kernel.memory import DONTFORK, DONTNEED, POPULATE_READ, Mapping, advise
 from postcopy_kernel.userfaultfd import Userfaultfd, open_userfaultfd
 from postcopy_protocol.attach_conversation import AttachClient, Question, mapping_length
-from postcopy_protocol.errors import NoSupervisor, PageLost
+from postcopy_protocol.errors import NoSupervisor, PageLost, PostcopyError
 from postcopy_protocol.messages import Message
 from postcopy_protocol.received_map import RECEIVED
-from postcopy_protocol.runtime_paths import door_path
+from postcopy_protocol.runtime_paths import check_owners, door_path
 
 ANSWER_SECONDS = 30.0
 EHWPOISON = 133
@@ -31,12 +31,13 @@ Answer = TypeVar("Answer", bound=Message)
 
 
 class SupervisorSource:
-    """See PageSource. Raises NoSupervisor when no supervisor serves in that runtime directory, and what stands for a
-    refusal (NoSuchBlock, AttachDenied, PostcopyError)."""
+    """See PageSource. ``trust``: users whose supervisor is trusted, beside this one and root. Raises NoSupervisor when
+    no supervisor serves in that runtime directory, and what stands for a refusal (NoSuchBlock, AttachDenied,
+    PostcopyError)."""
 
-    def __init__(self, directory: str, name: str) -> None:
+    def __init__(self, directory: str, name: str, trust: frozenset[int] = frozenset()) -> None:
         self.name = name
-        self._directory = directory
+        self._directory, self._trust = directory, trust
         self._conversation = AttachClient(directory)
         self._socket = self._connect()
         self._userfaultfd = self._offer_userfaultfd()
@@ -95,9 +96,14 @@ class SupervisorSource:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         connection.settimeout(ANSWER_SECONDS)
         try:
-            connection.connect(door_path(self._directory))
-        except OSError as error:
+            path = door_path(self._directory)
+            connection.connect(path)
+            owners = descriptors.socket_owners(connection, path)
+            check_owners(self._directory, owners, os.geteuid(), self._trust)
+        except (OSError, PostcopyError) as error:
             connection.close()
+            if isinstance(error, PostcopyError):
+                raise
             raise NoSupervisor(f"no supervisor is running in {self._directory}: {error.strerror}") from None
         return connection
 

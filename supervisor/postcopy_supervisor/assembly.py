@@ -2,7 +2,7 @@
 
 A module imports only modules that stand before it here:
 
-    memory_budget, runtime, event_log, events, pool.lifecycle, settings
+    memory_budget, runtime, event_log, admission, events, pool.lifecycle, settings
     remote.advise, recovery.*, blocks           what is served, and what is taken over
     paging.*, remote.staging, remote.sources    faults of remote blocks
     pool.*, listener                            the custodian, the workers, events
@@ -35,13 +35,13 @@ from postcopy_wire.factory import open_router
 from postcopy_wire.transport import MessageHandler, Router
 
 from . import trace_points
+from .admission import Admission, AllowList
 from .adopt import PendingWorkers, adopt
 from .assignment import WorkerAssignments
 from .blocks import RamBlock
 from .clients.attach_server import AttachServer
 from .clients.client import Clients
 from .clients.client_zero import ClientZero, OwnMapping
-from .clients.identity import AllowList
 from .clients.release import ClientRelease
 from .clients.worker_zero import WorkerZero
 from .entrances import Entrances, listen_for_clients, listen_for_workers
@@ -217,7 +217,8 @@ def _base(
     control_page = _control_page(settings, own)
     router, attach_socket = _router(settings, runtime, main_loop.on_message), listen_for_clients(runtime)
     custodian = _custodian(settings, runtime, own, inherited)
-    listener = Listener(own.core, own.stop, attach_socket, FileWatches(blocks.values()))
+    admission = Admission(_allow_list(settings))
+    listener = Listener(own.core, own.stop, attach_socket, FileWatches(blocks.values()), admission)
     return Base(
         state,
         EventLog(),
@@ -265,9 +266,8 @@ def _service(settings: Settings, runtime: RuntimeDirectory, plan: Plan, base: Ba
     zero = ClientZero(blocks, paging, worker_zero, own_mapping, event)
     release = ClientRelease(blocks, clients, pool, listener, paging, event)
     recorder = Recorder(settings.record, blocks.values(), clients.by_number.keys()) if settings.record else None
-    allow = AllowList(frozenset({os.geteuid()}) | settings.allow_uids, settings.allow_gids)
     figures = trace.FIGURES_BYTES if recorder is not None else stages.END
-    attach = AttachServer(base.blocks, clients, pool, listener, release, allow, own.device, figures, recorder)
+    attach = AttachServer(base.blocks, clients, pool, listener, release, own.device, figures, recorder)
     receive = main_loop.on_source_message
     sources = Sources(settings, base.access, base.router, base.advice, base.blocks, paging, receive, event)
     return Service(clients, pool, paging, zero, release, attach, sources, recorder)
@@ -411,7 +411,7 @@ def _blocks(
     signal.signal(signal.SIGIO, yield_leases)  # before the first lease: without a handler the signal ends the process
     access = SourceAccess(settings)
     advice = access.ask(plan.advice, give_up)
-    guarded = bool(settings.allow_gids or settings.allow_uids - {os.geteuid()})
+    guarded = settings.foreign_clients
     new = [source for name, source in settings.sources.items() if name not in plan.blocks]
     check_handlers(new, settings.handler_path, settings.handler_timeout)
     for name, source in settings.sources.items():
@@ -435,6 +435,19 @@ def _router(settings: Settings, runtime: RuntimeDirectory, on_message: MessageHa
     router = open_router(settings.transport, on_message)
     listen_for_workers(router, runtime)
     return router
+
+
+def _allow_list(settings: Settings) -> AllowList:
+    """Who may attach."""
+    unmapped = (-1, -1) if settings.allow_unmapped else process.unmapped_ids()
+    return AllowList(
+        os.geteuid(),
+        settings.allow_uids,
+        settings.allow_gids,
+        settings.shared_uids,
+        settings.shared_gids,
+        unmapped,
+    )
 
 
 def _custodian(

@@ -38,7 +38,8 @@ class WorkerAssignments:
         else:
             record = self._clients.by_number[worker]
             keys.append(record.key)
-            name, ufd, client, figures, place = record.name, place, place + 1, place + 2, place + 3
+            name, ufd, client, figures = record.name, place, place + 1, place + 2
+            place += len(record.kept)
             numbers, regions = sorted({region.block for region in record.regions}), record.regions
         grants: list[BlockGrant] = []
         for number in numbers:

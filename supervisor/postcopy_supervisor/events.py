@@ -9,6 +9,8 @@ from postcopy_kernel.userfaultfd import Event
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.messages import Message
 
+from .admission import Peer
+
 
 @dataclass(frozen=True, slots=True)
 class CoreFaults:
@@ -39,10 +41,20 @@ class ProcessEnded:
 
 @dataclass(frozen=True, slots=True)
 class ClientConnected:
-    """A new connection on the attach socket, accepted ``at`` this monotonic time."""
+    """A new connection on the attach socket of a peer that may attach, accepted ``at`` this monotonic time."""
 
     connection: socket.socket
+    peer: Peer
     at: float
+
+
+@dataclass(frozen=True, slots=True)
+class PeersRefused:
+    """Connections of a user (-1: of several) were refused, ``count`` since the last of these events."""
+
+    uid: int
+    reason: str
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +73,9 @@ class Tick:
     at: float
 
 
-ListenerEvent = CoreFaults | StopRequested | CustodianMessage | ProcessEnded | ClientConnected | ClientMessage | Tick
+ListenerEvent = (
+    CoreFaults | StopRequested | CustodianMessage | ProcessEnded | ClientConnected | PeersRefused | ClientMessage | Tick
+)
 
 
 @dataclass(frozen=True, slots=True)

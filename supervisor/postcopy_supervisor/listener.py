@@ -1,13 +1,19 @@
 """The listener: one thread that sleeps on every descriptor except the router's, and queues events for the main thread.
 
 It handles a wake-up in this order: the core userfaultfd, the stop eventfd, then everything else (custodian, processes
-that end, the attach socket and its connections). It reads and decodes, and decides nothing. All state belongs to the
-main thread, which waits in a turn of the router. An eventfd wakes that when the queue has something."""
+that end), and last the attach socket and its connections. It reads and decodes; it decides only which peers are let in
+and when their messages are read (``admission``). All other state belongs to the main thread, which waits in a turn of
+the router. An eventfd wakes that when the queue has something.
+
+Clients get at most half of this thread's time, because each step of it holds the interpreter's lock, which a fault of
+another client needs. What clients send meanwhile waits in the kernel."""
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import heapq
+import itertools
 import logging
 import os
 import select
@@ -25,13 +31,20 @@ from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.messages import CustodianReady, ForkFailed, Message, WorkerExited, WorkerForked
 
 from . import events
+from .admission import Admission
 from .blocks import RamBlock
 
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.25
-ACCEPT_AT_ONCE = 64
-QUEUE_LIMIT = 4096
+CLIENTS_AT_ONCE = 16
+"""Connections that are accepted, and connections that are read, before anything else is looked at."""
+CLIENTS_SHARE, CLIENTS_BURST = 0.5, 0.004
+"""Share of this thread's time for clients, and the seconds of it that may be used at once."""
+QUEUE_LIMIT = 64
+"""Events in the queue beyond which clients wait: so one that floods does not delay those that follow it for long."""
+QUEUE_PAUSE = 0.001
+_FAMILY, _KIND = int(socket.AF_UNIX), int(socket.SOCK_SEQPACKET)
 FAILED = 1  # exit status
 FROM_CUSTODIAN = (CustodianReady, WorkerForked, ForkFailed, WorkerExited)
 
@@ -66,20 +79,33 @@ class FileWatches:
 class Listener(threading.Thread):
     """``watch_*`` and ``forget_*`` may be called from the main thread at any time; epoll allows it."""
 
-    def __init__(self, core: Userfaultfd, stop_eventfd: int, attach_socket: socket.socket, files: FileWatches) -> None:
+    def __init__(
+        self,
+        core: Userfaultfd,
+        stop_eventfd: int,
+        attach_socket: socket.socket,
+        files: FileWatches,
+        admission: Admission,
+    ) -> None:
         super().__init__(name="listener", daemon=True)
         self.queue: collections.deque[events.ListenerEvent] = collections.deque()
         self.wakeup = descriptors.create_eventfd()  # readable when something has been queued
         self._jobs: collections.deque[Job] = collections.deque()
         self._core, self._stop_eventfd, self._attach_socket, self._files = core, stop_eventfd, attach_socket, files
+        self._admission = admission
         self._alarm = descriptors.create_eventfd()
         self._stopping = False
         self._due: float | None = None
         self._pidfds: set[int] = set()
         self._custodian: socket.socket | None = None
-        self._connections: dict[int, socket.socket] = {}
-        self._epoll = select.epoll()
-        for fd in (core.fileno(), stop_eventfd, attach_socket.fileno(), self._alarm):
+        self._connections: dict[int, tuple[socket.socket, int]] = {}  # with the peer's user
+        self._held: list[tuple[float, int, socket.socket]] = []  # not read before this time; a heap
+        self._order = itertools.count()
+        self._epoll, self._clients_epoll = select.epoll(), select.epoll()
+        self._clients_used, self._clients_at = 0.0, 0.0  # time used by clients, and when it was counted
+        self._paused_until = 0.0
+        self._clients_epoll.register(attach_socket.fileno(), select.EPOLLIN)
+        for fd in (core.fileno(), stop_eventfd, self._clients_epoll.fileno(), self._alarm):
             self._epoll.register(fd, select.EPOLLIN)
         if files.fileno() >= 0:
             self._epoll.register(files.fileno(), select.EPOLLIN)
@@ -100,16 +126,20 @@ class Listener(threading.Thread):
 
     def watch_attach_socket(self) -> None:
         """Its descriptor is another socket since: the kernel has forgotten the old one."""
-        self._epoll.register(self._attach_socket.fileno(), select.EPOLLIN)
+        self._clients_epoll.register(self._attach_socket.fileno(), select.EPOLLIN)
 
-    def watch_connection(self, connection: socket.socket) -> None:
-        self._connections[connection.fileno()] = connection
-        self._epoll.register(connection.fileno(), select.EPOLLIN)
+    def watch_connection(self, connection: socket.socket, uid: int) -> None:
+        self._connections[connection.fileno()] = connection, uid
+        self._clients_epoll.register(connection.fileno(), select.EPOLLIN)
 
     def forget_connection(self, connection: socket.socket) -> None:
         if self._connections.pop(connection.fileno(), None) is not None:
             with contextlib.suppress(OSError):
-                self._epoll.unregister(connection.fileno())
+                self._clients_epoll.unregister(connection.fileno())
+
+    def count_refusal(self, uid: int, reason: str) -> None:
+        """Report a refusal, with others of this user."""
+        self.call_soon(lambda: self._admission.refused(uid, reason))
 
     def tick_at(self, due: float | None) -> None:
         """Queue a Tick no later than this monotonic time, besides the regular ones."""
@@ -129,6 +159,7 @@ class Listener(threading.Thread):
         descriptors.signal_eventfd(self._alarm)
         self.join(5)
         self._epoll.close()
+        self._clients_epoll.close()
         os.close(self._alarm)
 
     def run(self) -> None:
@@ -151,8 +182,10 @@ class Listener(threading.Thread):
             while self._jobs and not self._stopping:
                 self._jobs.popleft()()
             now = time.monotonic()
+            self._resume_clients(now)
             if now - ticked >= TICK_SECONDS or (self._due is not None and now >= self._due):
                 ticked, self._due = now, None
+                self.queue.extend(events.PeersRefused(*report) for report in self._admission.reports(now))
                 self.queue.append(events.Tick(now))
             if self.queue:
                 descriptors.signal_eventfd(self.wakeup)
@@ -160,11 +193,17 @@ class Listener(threading.Thread):
     def _timeout(self, ticked: float) -> float:
         now = time.monotonic()
         due = ticked + TICK_SECONDS if self._due is None else min(self._due, ticked + TICK_SECONDS)
+        if self._paused_until:
+            due = min(due, self._paused_until)
+        if self._held:
+            due = min(due, self._held[0][0])
         return max(0.0, due - now)
 
     def _priority(self, fd: int) -> int:
         if fd == self._core.fileno():
             return 0
+        if fd == self._clients_epoll.fileno():
+            return 3
         return 1 if fd == self._stop_eventfd else 2
 
     def _on_readable(self, fd: int) -> None:
@@ -182,24 +221,65 @@ class Listener(threading.Thread):
                 return  # the number was closed and used again while this wake-up was on its way
             self.forget_process(fd)
             self.queue.append(events.ProcessEnded(fd))
-        elif fd == self._attach_socket.fileno():
-            self._accept()
         elif self._custodian is not None and fd == self._custodian.fileno():
             self._read_custodian(self._custodian)
-        elif (connection := self._connections.get(fd)) is not None:  # one step: the main thread removes some, too
-            self._read_client(connection)
+        elif fd == self._clients_epoll.fileno():
+            self._serve_clients()
 
-    def _accept(self) -> None:
-        for _ in range(ACCEPT_AT_ONCE):
+    def _serve_clients(self) -> None:
+        """Accept and read for a bounded time, and pause when clients have used up their share."""
+        began, used = time.monotonic(), time.thread_time()
+        for fd, _ in self._clients_epoll.poll(0, CLIENTS_AT_ONCE):
+            if fd == self._attach_socket.fileno():
+                self._accept(began)
+            elif (known := self._connections.get(fd)) is not None:  # one step: the main thread removes some, too
+                self._read_client(*known, began)
+        ended, used = time.monotonic(), time.thread_time() - used
+        self._clients_used = max(0.0, self._clients_used - (ended - self._clients_at) * CLIENTS_SHARE) + used
+        self._clients_at = ended
+        if self._clients_used > CLIENTS_BURST:
+            self._pause_clients(ended + (self._clients_used - CLIENTS_BURST) / CLIENTS_SHARE)
+        elif len(self.queue) > QUEUE_LIMIT:
+            self._pause_clients(ended + QUEUE_PAUSE)
+
+    def _pause_clients(self, until: float) -> None:
+        self._paused_until = until
+        self._epoll.modify(self._clients_epoll.fileno(), 0)
+
+    def _resume_clients(self, now: float) -> None:
+        """Look at clients again, and at the connections that were held, whose time has come."""
+        while self._held and self._held[0][0] <= now:
+            _, _, connection = heapq.heappop(self._held)
+            with contextlib.suppress(OSError, ValueError):  # it has been closed
+                if self._connections.get(connection.fileno(), (None,))[0] is connection:
+                    self._clients_epoll.register(connection.fileno(), select.EPOLLIN)
+        if not self._paused_until or now < self._paused_until:
+            return
+        if len(self.queue) > QUEUE_LIMIT:
+            self._paused_until = now + QUEUE_PAUSE
+            return
+        self._paused_until = 0.0
+        self._epoll.modify(self._clients_epoll.fileno(), select.EPOLLIN)
+
+    def _accept(self, now: float) -> None:
+        """A refusal takes 20 us, less than the connection that it answers. So a flood does not fill the backlog."""
+        for _ in range(CLIENTS_AT_ONCE):
             try:
-                connection, _ = self._attach_socket.accept()
+                fd, _address = self._attach_socket._accept()  # type: ignore[attr-defined]  # accept() costs twice that
             except BlockingIOError:
                 return
             except OSError:
-                time.sleep(0.05)  # no descriptor is left: clients wait in the backlog, and this thread does not spin
+                self._pause_clients(now + 0.05)  # no descriptor is left: clients wait in the backlog
                 return
+            connection = socket.socket(_FAMILY, _KIND, 0, fd)
             connection.setblocking(False)
-            self.queue.append(events.ClientConnected(connection, time.monotonic()))
+            admitted = self._admission.admit(connection, now)
+            if not isinstance(admitted, bytes):
+                self.queue.append(events.ClientConnected(connection, admitted, now))
+                continue
+            with contextlib.suppress(OSError):
+                descriptors.send_message(connection, admitted)
+            descriptors.close_drained(connection)
 
     def _read_custodian(self, channel: socket.socket) -> None:
         if not _descriptor_is_free():
@@ -217,9 +297,13 @@ class Listener(threading.Thread):
             self._custodian = None
         self.queue.append(events.CustodianMessage(message, tuple(received.fds)))
 
-    def _read_client(self, connection: socket.socket) -> None:
-        if len(self.queue) > QUEUE_LIMIT:
-            time.sleep(0.005)  # a client that sends faster than the main thread reads waits in the kernel's buffer
+    def _read_client(self, connection: socket.socket, uid: int, now: float) -> None:
+        until = self._admission.hold(uid, now)
+        if until:
+            with contextlib.suppress(OSError):  # the main thread was faster
+                self._clients_epoll.unregister(connection.fileno())
+                heapq.heappush(self._held, (until, next(self._order), connection))
+            return
         fds: tuple[int, ...] = ()
         message: Message | BadMessage | None
         try:
@@ -236,6 +320,7 @@ class Listener(threading.Thread):
             message = None
         if message is None:
             self.forget_connection(connection)
+        self._admission.count(uid, message)
         self.queue.append(events.ClientMessage(connection, message, fds))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Container, Mapping
@@ -34,6 +35,7 @@ from .events import (
     CoreFaults,
     CustodianMessage,
     ListenerEvent,
+    PeersRefused,
     ProcessEnded,
     StopRequested,
     Tick,
@@ -54,6 +56,9 @@ FROM_ROUTER = (messages.WorkerHello, messages.Report, messages.Fetched, messages
 LARGE = 31 << 20  # bytes; just below the largest allocation from which glibc (64 bit) learns its threshold
 GC_THRESHOLD = 20_000
 """New objects after which Python collects garbage. Nothing here is made of cycles, so it need not look often."""
+SWITCH_SECONDS = 0.0002
+"""How long another thread may keep the interpreter's lock while this one wants it. Python's own 5 ms would be added to
+faults while many clients connect."""
 TURNS = 16  # turns of the router after which pages in a staging slot have waited long enough
 
 
@@ -159,6 +164,7 @@ class MainLoop:
         # glibc returns every freed buffer to the kernel, and faults it in again for the next one, until a block of this
         # size has been freed once. None of it is touched.
         bytearray(LARGE)
+        sys.setswitchinterval(SWITCH_SECONDS)
         gc.freeze()
         gc.set_threshold(GC_THRESHOLD)
         parked, answers, turns = self._sources.parked, ports.long_answers, 0
@@ -173,6 +179,8 @@ class MainLoop:
             router.turn()
             while queue:
                 self.on_event(queue.popleft())
+                if queue and router.waiting():  # many clients that come and go must not keep a fault waiting
+                    break
 
     def on_wakeup(self) -> None:
         """The listener has queued something; ``run`` looks after each turn."""
@@ -300,8 +308,11 @@ class MainLoop:
             case ProcessEnded(pidfd):
                 if not ports.pool.on_process_ended(pidfd):
                     ports.release.on_process_ended(pidfd)
-            case ClientConnected(connection, at):
-                ports.attach.on_connect(connection, at)
+            case ClientConnected(connection, peer, at):
+                ports.attach.on_connect(connection, peer, at)
+            case PeersRefused(uid, reason, count):
+                times = f" ({count} times)" if count > 1 else ""
+                ports.event("denied", f"attach socket: {reason}{times}", uid=uid)
             case ClientMessage(connection, message, fds):
                 ports.attach.on_message(connection, message, fds)
             case Tick(at):

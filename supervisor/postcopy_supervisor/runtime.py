@@ -11,9 +11,21 @@ import stat
 from collections.abc import Iterator
 
 from postcopy_protocol.errors import BadInput
-from postcopy_protocol.runtime_paths import DOOR, LOCK, PRIVATE, ROUTER, custodian_path, door_path, router_endpoint
+from postcopy_protocol.runtime_paths import (
+    CUSTODIAN,
+    DOOR,
+    LOCK,
+    PRIVATE,
+    ROUTER,
+    custodian_path,
+    door_path,
+    router_endpoint,
+)
 
 log = logging.getLogger(__name__)
+
+OUR_MODE, PRIVATE_MODE = 0o711, 0o700
+OUR_NAMES = frozenset({DOOR, PRIVATE})
 
 
 class RuntimeDirectory:
@@ -30,8 +42,8 @@ class RuntimeDirectory:
         self._clean()
 
     def _make(self) -> None:
-        _make(self.path, 0o711)
-        _make(os.path.join(self.path, PRIVATE), 0o700)
+        _make(self.path, OUR_MODE)
+        _make(os.path.join(self.path, PRIVATE), PRIVATE_MODE)
 
     def claim_again(self) -> None:
         """Make the directory again, without sockets, and claim it: it was removed or renamed. Raises BadInput when that
@@ -75,20 +87,30 @@ class RuntimeDirectory:
 
     def _clean(self) -> None:
         """Remove the sockets of a dead supervisor; the lock is ours."""
-        for name in (DOOR, ROUTER):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(self.path, name))
+        for name in (DOOR, ROUTER, CUSTODIAN):
+            path = os.path.join(self.path, name)
+            if os.path.isdir(path):
+                text = f"{name} is a directory; remove it, or choose another with --runtime-dir"
+                raise BadInput(f"runtime directory {self.path}: {text}")
+            if name == CUSTODIAN:  # it may live
+                continue
+            try:
+                os.unlink(path)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise BadInput(f"runtime directory {self.path}: cannot remove {name}: {error.strerror}") from None
 
     def remove_custodian_socket(self) -> None:
         """After the end of the custodian; one that was killed while ending leaves its socket behind."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             os.unlink(self.custodian)
 
     def close(self) -> None:
         """Remove the sockets and give up the claim. The directory stays if other files are in it."""
-        self._clean()
-        with contextlib.suppress(OSError):
-            os.unlink(os.path.join(self.path, LOCK))
+        for name in (DOOR, ROUTER, LOCK):
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(self.path, name))
         os.close(self._lock)
         self._remove_directories()
 
@@ -108,18 +130,33 @@ def binding(path: str) -> Iterator[None]:
 
 
 def _make(path: str, mode: int) -> None:
+    """Make a directory of this mode, or take one that is there, if it is ours alone. Raises BadInput for others, and
+    leaves them as they are."""
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with contextlib.suppress(FileExistsError):
             os.mkdir(path, mode)
-        found = os.lstat(path)
-        if not stat.S_ISDIR(found.st_mode):
-            raise BadInput(f"runtime directory {path} is not a directory")
-        if found.st_uid != os.geteuid():
-            raise BadInput(f"runtime directory {path} belongs to user {found.st_uid}, and this is user {os.geteuid()}")
-        os.chmod(path, mode)
+        _check_ours(path)
+        if mode == PRIVATE_MODE or not set(os.listdir(path)) - OUR_NAMES:
+            os.chmod(path, mode)  # mkdir obeys the umask; a directory with other files in it keeps its mode
     except OSError as error:
         raise BadInput(f"runtime directory {path}: {error.strerror}; choose another with --runtime-dir") from None
+
+
+def _check_ours(path: str) -> None:
+    """Raise BadInput unless only this user may make and remove files in the directory, and all in it are its own."""
+    found, own = os.lstat(path), os.geteuid()
+    another = "choose another with --runtime-dir"
+    if not stat.S_ISDIR(found.st_mode):
+        raise BadInput(f"runtime directory {path} is not a directory")
+    if found.st_uid != own:
+        raise BadInput(f"runtime directory {path} belongs to user {found.st_uid}, and this is user {own}; {another}")
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        mode = stat.S_IMODE(found.st_mode)
+        raise BadInput(f"runtime directory {path} is shared: other users may write to it (mode {mode:o}); {another}")
+    for entry in os.scandir(path):
+        if (owner := entry.stat(follow_symlinks=False).st_uid) != own:
+            raise BadInput(f"runtime directory {path} has a file of user {owner}: {entry.name}; {another}")
 
 
 def cgroup_procs(directory: str) -> int:

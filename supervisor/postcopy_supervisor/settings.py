@@ -38,6 +38,9 @@ class Settings:
     max_memory: int = 0
     allow_uids: frozenset[int] = frozenset()
     allow_gids: frozenset[int] = frozenset()
+    shared_uids: frozenset[tuple[str, int]] = frozenset()
+    shared_gids: frozenset[tuple[str, int]] = frozenset()
+    allow_unmapped: bool = False
     handler_timeout: float = 30.0
     die_with_parent: int = 0
     log_level: str = "info"
@@ -63,12 +66,21 @@ class Settings:
     """The directory in which serve was started, where there are handler blocks: their modules may be in it. Looked up
     once, because every worker gets it and the directory may be removed meanwhile."""
 
+    @property
+    def foreign_clients(self) -> bool:
+        """May users other than the supervisor's own attach?"""
+        uids = self.allow_uids | {uid for _, uid in self.shared_uids}
+        return bool(uids - {os.geteuid()} or self.allow_gids or self.shared_gids or self.allow_unmapped)
+
 
 def parse(arguments: list[str]) -> Settings:
     """Settings of a command line. Exits with status 2 and one line on wrong usage. Raises BadInput for blocks that
     contradict one another."""
     typed = _parser().parse_args(arguments)
     sources = _sources(typed.blocks)
+    for block, _ in (*typed.shared_uid, *typed.shared_gid):
+        if block and block not in sources:
+            raise BadInput(f"--shared-uid and --shared-gid: there is no block {block}")
     return Settings(
         directory=os.path.abspath(runtime_directory(typed.runtime_dir, os.environ)),
         sources=sources,
@@ -79,6 +91,9 @@ def parse(arguments: list[str]) -> Settings:
         max_memory=typed.max_memory,
         allow_uids=frozenset(typed.allow_uid),
         allow_gids=frozenset(typed.allow_gid),
+        shared_uids=frozenset(typed.shared_uid),
+        shared_gids=frozenset(typed.shared_gid),
+        allow_unmapped=typed.allow_unmapped,
         handler_timeout=typed.handler_timeout,
         die_with_parent=typed.die_with_parent,
         log_level=typed.log_level,
@@ -132,6 +147,12 @@ def _sources(blocks: list[str]) -> dict[str, Source]:
             raise BadInput(f"{source} is named twice: one block of it is enough, any number of clients may attach it")
         sources[name] = source
     return sources
+
+
+def _block_right(text: str) -> tuple[str, int]:
+    """Block (empty: every block) and user or group."""
+    block, _, number = text.rpartition("=")
+    return block, args.user_id(number)
 
 
 def _points(text: str) -> frozenset[str]:
@@ -191,6 +212,12 @@ def _add_access(parser: args.Parser) -> None:
     parser.option("--allow-uid", args.user_id, [], "UID", "another user who may attach (repeat)", repeat=True)
     help = "a group whose members may attach (repeat)"
     parser.option("--allow-gid", args.user_id, [], "GID", help, repeat=True)
+    help = "another user who may attach, also shared: it may write all blocks, or this one (repeat)"
+    parser.option("--shared-uid", _block_right, [], "[BLOCK=]UID", help, repeat=True)
+    help = "a group whose members may attach, also shared (repeat)"
+    parser.option("--shared-gid", _block_right, [], "[BLOCK=]GID", help, repeat=True)
+    help = "in a user namespace: allow all users who have no number in it"
+    parser.flag("--allow-unmapped", help)
 
 
 def _add_sources(parser: args.Parser) -> None:

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from postcopy_kernel.descriptors import (
     Received,
     TruncatedMessage,
     close_all,
+    close_drained,
     close_others,
     count_descriptors,
     create_eventfd,
@@ -27,6 +29,7 @@ from postcopy_kernel.descriptors import (
     receive_message,
     send_message,
     signal_eventfd,
+    socket_owners,
 )
 from postcopy_kernel.process import pidfd_exited
 from tests.kernel.touching import PATIENCE, Child, readable, use_up_descriptors
@@ -228,6 +231,50 @@ def test_without_so_peerpidfd_the_pid_is_opened(pair: Pair, monkeypatch: pytest.
     os.close(pidfd)
 
 
+@pytest.mark.parametrize(("age", "refused"), [(0.0, False), (1e6, True)])
+def test_a_pid_that_another_process_has_by_now_is_refused(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, age: float, refused: bool
+) -> None:
+    """The connection is older than the process that has its pid."""
+    monkeypatch.setattr("postcopy_kernel.descriptors._SO_PEERPIDFD", 9999)
+    before = count_descriptors()
+    try:
+        os.close(peer_pidfd(pair[0], time.monotonic() - age))
+        assert not refused
+    except ProcessLookupError:
+        assert refused
+    assert count_descriptors() == before
+
+
+def test_the_last_message_is_read_whatever_the_peer_has_sent(pair: Pair, event: int) -> None:
+    """A plain close with unread messages makes ECONNRESET of it."""
+    left, right = pair
+    before = count_descriptors()
+    for _ in range(5):
+        send_message(right, b"unread", [event])
+    send_message(left, b"the last words")
+    close_drained(left)
+    with pytest.raises(BrokenPipeError):
+        send_message(right, b"more")
+    right.settimeout(PATIENCE)
+    assert right.recv(100) == b"the last words"
+    assert right.recv(100) == b""
+    assert count_descriptors() == before - 1
+
+
+def test_whose_a_socket_is(runtime_dir: Path) -> None:
+    path = str(runtime_dir / "door")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener, Child(lambda sock: sock.recv(1)):
+        listener.bind(path)
+        listener.listen()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.connect(path)
+            assert socket_owners(sock, path) == {os.geteuid()}
+            os.chown(path, 4711, 4711)
+            assert socket_owners(sock, path) == {os.geteuid(), 4711}
+    Path(path).unlink()
+
+
 def test_an_eventfd_is_signalled_once_and_for_all(event: int) -> None:
     assert not readable(event, 0)
     os.eventfd_write(event, 2**64 - 2)
@@ -263,6 +310,18 @@ def test_a_child_closes_what_is_not_its_own(
     with Child(body) as child:
         assert child.socket.recv(100) == b"still connected"
         assert child.exit_code() == 0
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["stat", "before Linux 6.2"])
+def test_counting_descriptors(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not fast:
+        real = os.stat
+        monkeypatch.setattr(os, "stat", lambda path: real("/dev/null") if path == "/proc/self/fd" else real(path))
+    before = count_descriptors()
+    more = [create_eventfd() for _ in range(7)]
+    assert count_descriptors() == before + 7
+    close_all(more)
+    assert count_descriptors() == before
 
 
 def test_the_soft_limit_becomes_the_hard_one() -> None:

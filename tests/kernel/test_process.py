@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import socket
@@ -18,18 +19,52 @@ from postcopy_kernel.process import (
     PageTables,
     die_with_parent,
     drop_privileges,
+    is_same_process,
+    lock_holder,
     memory_figures,
     name_process,
     pidfd_exited,
     pidfd_open,
     pidfd_signal,
     privileges,
+    unmapped_ids,
 )
 from postcopy_kernel.userfaultfd import Status, open_userfaultfd
 from tests.kernel.touching import Child, Page, readable, store
 
 NOTHING = {"inheritable": 0, "permitted": 0, "effective": 0, "bounding": 0, "ambient": 0, "no_new_privs": 1}
 NOBODY = 65534
+
+
+@pytest.mark.parametrize("own_inodes", [True, False], ids=["pidfs", "before Linux 6.9"])
+def test_two_pidfds_of_one_process(own_inodes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not own_inodes:
+        one_inode = Path("/dev/null").stat()
+        monkeypatch.setattr("postcopy_kernel.process.os.fstat", lambda _: one_inode)
+    with Child(lambda sock: sock.recv(1)) as child:
+        pidfds = [os.pidfd_open(pid) for pid in (child.pid, child.pid, os.getpid())]
+        one, again, other = pidfds
+        assert is_same_process(one, again)
+        assert not is_same_process(one, other)
+        child.kill()
+        assert pidfd_exited(one, 5.0)
+        assert not is_same_process(one, again), "its pid may be another's by now"
+        for pidfd in pidfds:
+            os.close(pidfd)
+
+
+def test_who_holds_a_lock(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    path.touch()
+    assert lock_holder(str(path)) == 0 == lock_holder(str(tmp_path / "none"))
+    with path.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert lock_holder(str(path)) == os.getpid()
+    assert lock_holder(str(path)) == 0
+
+
+def test_every_id_has_a_number_on_the_host() -> None:
+    assert unmapped_ids() == (-1, -1)
 
 
 def test_a_name_is_cut_at_fifteen() -> None:

@@ -286,7 +286,7 @@ def as_nobody(directory: Path, mode: str) -> list[str]:
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
 @pytest.mark.parametrize("mode", ["private", "shared"])
 def test_an_allowed_user_without_any_right(serve: Serve, runtime_dir: Path, path: Path, mode: str) -> None:
-    serve({"ram0": path}, allow_uid=[NOBODY])
+    serve({"ram0": path}, **{"allow_uid" if mode == "private" else "shared_uid": [NOBODY]})
     data = path.read_bytes()
     assert as_nobody(runtime_dir, mode) == [data[:8].hex(), data[200_000:200_016].hex()]
 

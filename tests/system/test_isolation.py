@@ -118,7 +118,8 @@ def test_a_client_without_rights_of_an_allowed_user(runtime_dir: Path, source_fi
     path.parent.chmod(0o755)
     for parent in path.parents:
         parent.chmod(parent.stat().st_mode | 0o011) if str(parent).startswith("/tmp/pytest") else None
-    with Service(runtime_dir, f"ram0={path}", allow_uid=[NOBODY]) as service:
+    shared = [NOBODY] if mode == "shared" else []
+    with Service(runtime_dir, f"ram0={path}", allow_uid=[NOBODY], shared_uid=shared) as service:
         client, root = as_nobody(service, mode), service.client("ram0", mode)
         assert service.record(client)["uid"] == NOBODY
         pages = list(range(0, 512, 3))

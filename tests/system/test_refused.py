@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from postcopy.errors import NoSupervisor
+from postcopy.queries import Control
+from postcopy_kernel.process import lock_holder
 from tests.conftest import SourceFile
 from tests.system.service import END_WITHIN, PAGE, Option, Service, alive, arguments, environment, refused, until, word
 
@@ -140,6 +143,52 @@ def test_a_runtime_directory_of_somebody_else(runtime_dir: Path) -> None:
     os.chown(place, 4711, 4711)
     one_line(refused(place, "a=zero:1M"), FAILED, "belongs to user 4711")
     assert place.stat().st_mode & 0o777 != 0o711
+
+
+@pytest.mark.leaves_files("of others")
+@pytest.mark.parametrize(
+    ("mode", "owner", "complaint"),
+    [(0o1777, 0, "shared: other users may write"), (0o770, 0, "shared"), (0o755, 4711, "file of user 4711: theirs")],
+)
+def test_a_runtime_directory_that_is_shared(runtime_dir: Path, mode: int, owner: int, complaint: str) -> None:
+    place = runtime_dir / "shared"
+    place.mkdir()
+    (place / "theirs").touch()
+    os.chown(place / "theirs", owner, owner)
+    place.chmod(mode)
+    one_line(refused(place, "a=zero:1M"), FAILED, complaint, "--runtime-dir")
+    assert place.stat().st_mode & 0o7777 == mode and list(place.iterdir()) == [place / "theirs"]
+
+
+@pytest.mark.leaves_files("ours")
+def test_a_runtime_directory_with_other_files_of_ours_keeps_its_mode(runtime_dir: Path) -> None:
+    (runtime_dir / "more").touch()
+    runtime_dir.chmod(0o750)
+    with Service(runtime_dir, "ram0=zero:1M") as service:
+        assert runtime_dir.stat().st_mode & 0o777 == 0o750
+        assert service.client().do("words(b, [0])") == [0]
+    runtime_dir.chmod(0o700)
+
+
+@pytest.mark.leaves_files("the directories in the way")
+@pytest.mark.parametrize("name", ["door", "private/router", "private/custodian", "private/lock"])
+def test_a_directory_in_the_place_of_a_socket(runtime_dir: Path, name: str) -> None:
+    (runtime_dir / name).mkdir(parents=True)
+    one_line(refused(runtime_dir, "a=zero:1M"), FAILED, f"{name}.*directory", re.escape(str(runtime_dir)))
+    assert (runtime_dir / name).is_dir()
+
+
+def test_a_supervisor_that_waits_for_its_source_is_not_missing(runtime_dir: Path) -> None:
+    nowhere = runtime_dir / "nowhere"
+    with subprocess.Popen(arguments(runtime_dir, (f"a=ipc://{nowhere}/a",), {}), env=environment()) as process:
+        try:
+            until(lambda: lock_holder(str(runtime_dir / "private/lock")) == process.pid, "it has begun")
+            with pytest.raises(NoSupervisor, match=rf"process {process.pid}\) is starting"):
+                Control(runtime_dir)
+        finally:
+            process.terminate()
+    with pytest.raises(NoSupervisor, match="no supervisor is running"):
+        Control(runtime_dir)
 
 
 def test_a_runtime_directory_that_cannot_be_made(runtime_dir: Path) -> None:

@@ -25,12 +25,13 @@ from postcopy_protocol.messages import (
     OpenBlock,
     Refused,
     Released,
+    Resumed,
     Unmapped,
     UserfaultfdAccepted,
     Welcome,
 )
 
-FROM_SUPERVISOR = (Welcome, UserfaultfdAccepted, BlockOpened, Attached, Unmapped, Refused, Ending, Released)
+FROM_SUPERVISOR = (Welcome, UserfaultfdAccepted, BlockOpened, Attached, Unmapped, Refused, Ending, Released, Resumed)
 PATIENCE = 15.0
 Wanted = TypeVar("Wanted", bound=Message)
 

@@ -20,6 +20,8 @@ import msgpack  # type: ignore[import-untyped, unused-ignore]
 import pytest
 
 import postcopy
+from postcopy.client import Client
+from postcopy.deadline import Deadline
 from postcopy_kernel.descriptors import close_all, count_descriptors, receive_message, send_message
 from postcopy_kernel.memory import create_memfd
 from postcopy_protocol.codec import encode
@@ -34,6 +36,7 @@ from postcopy_protocol.messages import (
     UserfaultfdAccepted,
     Welcome,
 )
+from tests.kernel.touching import Child
 
 pytestmark = [pytest.mark.usefixtures("require_userfaultfd"), pytest.mark.leaves_files("the liar does not tidy up")]
 
@@ -262,6 +265,43 @@ def test_a_stale_socket_is_no_supervisor(runtime_dir: Path) -> None:
         stale.bind(str(runtime_dir / "door"))
     with pytest.raises(postcopy.NoSupervisor, match="has ended"):
         postcopy.attach("ram0", runtime_dir)
+
+
+def another_users(directory: Path, uid: int) -> Callable[[socket.socket], None]:
+    """Listens as this user; sends home how many descriptors came after Welcome."""
+
+    def listen(home: socket.socket) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            os.setresuid(uid, uid, uid)
+            listener.bind(str(directory / "door"))
+            listener.listen()
+            while True:
+                home.send(b"listening")
+                sock, _ = listener.accept()
+                with sock:
+                    receive_message(sock, wait=True)
+                    send_message(sock, encode(Welcome(1)))
+                    home.send(b"%d" % len(receive_message(sock, wait=True).fds))
+
+    return listen
+
+
+def test_another_users_supervisor_gets_no_userfaultfd(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The right over this process's memory. Unless that user is trusted."""
+    os.chown(runtime_dir, 4711, 4711)
+    with Child(another_users(runtime_dir, 4711)) as child:
+        child.socket.recv(100)
+        before = count_descriptors()
+        with pytest.raises(postcopy.AttachDenied, match=r"user 4711's.*trust_uid=4711"):
+            postcopy.attach("ram0", runtime_dir, timeout=20.0)
+        assert count_descriptors() == before
+        assert child.socket.recv(100) == b"0"
+        for argument, variable in (((4711,), ""), ((), "1,4711")):
+            child.socket.recv(100)
+            monkeypatch.setenv("POSTCOPY_TRUST_UID", variable)
+            with pytest.raises(postcopy.NoSupervisor):  # it hangs up
+                Client(str(runtime_dir), frozenset(argument)).attach("ram0", "private", Deadline(20.0))
+            assert child.socket.recv(100) == b"1"
 
 
 def test_a_full_backlog_is_a_timeout(runtime_dir: Path) -> None:

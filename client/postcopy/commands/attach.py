@@ -14,7 +14,7 @@ from postcopy_protocol.sizes import format_size
 from postcopy_protocol.sources import parse_block_name
 
 from ..errors import BackEndGone, BadInput, NoSupervisor, PostcopyError
-from .options import RuntimeDir, Timeout
+from .options import RuntimeDir, Timeout, TrustUid
 
 if TYPE_CHECKING:
     from ..vhost_user import BackEnd, GuestMemory
@@ -61,6 +61,7 @@ def attach_vhost_user(
         bool, typer.Option("--reconnect", help="When the back-end ends, wait for the next one.")
     ] = False,
     timeout: Timeout = 30.0,
+    trust_uid: TrustUid = None,
     runtime_dir: RuntimeDir = None,
 ) -> None:
     """Give a vhost-user back-end guest memory made of blocks; pages arrive when it touches them.

@@ -13,7 +13,7 @@ from postcopy_protocol.sources import parse_block_name
 
 from ..client import attach
 from ..errors import BadInput
-from .options import Mode, RuntimeDir, Timeout, mode_of
+from .options import Mode, RuntimeDir, Timeout, TrustUid, mode_of
 
 PIECE = 1 << 20
 """Bytes that are populated and written at once."""
@@ -25,6 +25,7 @@ def cat(
     length: Annotated[str | None, typer.Option("--length", metavar="N", help="Bytes [default: to the end].")] = None,
     mode: Mode = "private",
     timeout: Timeout = 30.0,
+    trust_uid: TrustUid = None,
     runtime_dir: RuntimeDir = None,
 ) -> None:
     """Attach a block and write its bytes to stdout."""

@@ -15,7 +15,7 @@ from postcopy_protocol.sources import parse_block_name
 from ..block import Block
 from ..client import attach
 from ..errors import BadInput, PostcopyError
-from .options import Mode, RuntimeDir, Timeout, mode_of
+from .options import Mode, RuntimeDir, Timeout, TrustUid, mode_of
 
 PIECE = 1 << 20
 """Bytes that are populated and compared at once."""
@@ -31,6 +31,7 @@ def verify(
         float, typer.Option("--sample", metavar="FRACTION", help="Compare this share of the pages, chosen at random.")
     ] = 1.0,
     timeout: Timeout = 30.0,
+    trust_uid: TrustUid = None,
     runtime_dir: RuntimeDir = None,
 ) -> None:
     """Attach a block and compare it with FILE; print the first difference and exit 1 when there is one."""

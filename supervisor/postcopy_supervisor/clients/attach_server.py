@@ -23,12 +23,13 @@ from postcopy_protocol.attach_conversation import AttachConversation, Refusal
 from postcopy_protocol.codec import pack_offsets
 from postcopy_protocol.errors import BadMessage
 
+from ..admission import Peer, may_write
 from ..blocks import RamBlock
 from ..listener import Listener
 from ..pool.worker_pool import WorkerPool
 from ..recovery.plan import KeptClient
 from .client import Client, Clients, send
-from .identity import AllowList, check_back_end, is_same_process, unidentified
+from .identity import check_back_end, may_resume, unidentified
 from .release import ClientRelease
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ silent is closed for the next."""
 SILENT_SECONDS = 1.0
 """Counted from our last answer: honest clients in a crowd wait for the supervisor, and must not be closed for that."""
 DESCRIPTORS_PER_CLIENT = 8
+LEAST_CLIENTS = 16  # of one user, however few descriptors there are
 SPARE_DESCRIPTORS = 24
 """Reserved for the supervisor itself: an export, a new custodian, questions, libzmq for sources behind tcp."""
 
@@ -60,53 +62,51 @@ class AttachServer:
         pool: WorkerPool,
         watcher: Listener,
         release: ClientRelease,
-        allow: AllowList,
         device: int,
         figures_bytes: int,
         recorder: FiguresReader | None,
     ) -> None:
         self._blocks = blocks
         self._by_number = {block.number: block for block in blocks.values()}
-        self._clients, self._pool, self._watcher, self._release, self._allow = clients, pool, watcher, release, allow
+        self._clients, self._pool, self._watcher, self._release = clients, pool, watcher, release
         self._device, self._figures_bytes, self._recorder = device, figures_bytes, recorder
         self._limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._estimate = self._limit  # of descriptors in use; so high that the first client makes it count them
 
-    def on_connect(self, connection: socket.socket, at: float) -> None:
+    def on_connect(self, connection: socket.socket, peer: Peer, at: float) -> None:
         """A peer had connected ``at`` this time. Messages sent before that have been handled."""
         try:
-            peer = self._allow.check(connection)
             self._close_a_silent_one(at)
-            if not self._has_room():
-                raise Refusal("limit", f"no room for another client: {self._limit} descriptors (ulimit -n)")
-            pidfd = descriptors.peer_pidfd(connection)
+            self._check_room(peer.uid)
+            pidfd = descriptors.peer_pidfd(connection, at)
         except (Refusal, OSError) as error:
             refusal = error if isinstance(error, Refusal) else unidentified(error)
+            self._watcher.count_refusal(peer.uid, str(refusal))
             send(connection, refusal.message())
-            connection.close()
-            return
-        number = self._clients.take_number()
-        client = Client(number, connection, peer.uid, peer.pid, pidfd, AttachConversation(), time.monotonic())
-        self._clients.by_number[number] = self._clients.by_connection[connection] = client
+            return descriptors.close_drained(connection)
+        number, now = self._clients.take_number(), time.monotonic()
+        client = Client(number, connection, peer.uid, peer.pid, pidfd, AttachConversation(), now, peer.writable)
+        self._clients.add(client)
         self._watcher.watch_process(pidfd)
-        self._watcher.watch_connection(connection)
+        self._watcher.watch_connection(connection, peer.uid)
 
     def _close_a_silent_one(self, at: float) -> None:
-        pending = [client for client in self._clients.by_number.values() if client.userfaultfd is None]
+        pending = self._clients.pending
         if len(pending) >= max(MOST_PENDING, self._limit // 8):
-            oldest = min(pending, key=lambda client: client.since)
+            oldest = next(iter(pending.values()))
             if at - oldest.since > SILENT_SECONDS:
                 self._release.remove(oldest, "silent while others connect")
 
-    def _has_room(self) -> bool:
-        """Do one more client's descriptors fit? Counting is expensive, so an estimate is tried first."""
+    def _check_room(self, uid: int) -> None:
+        """Do one more client's descriptors fit, and does its user leave room for others? Raises Refusal."""
         self._limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # prlimit may have changed it
-        self._estimate += DESCRIPTORS_PER_CLIENT
-        if self._estimate + SPARE_DESCRIPTORS <= self._limit:
-            return True
-        unfinished = sum(number not in self._pool.slots for number in self._clients.by_number) + 1
-        self._estimate = descriptors.count_descriptors() + unfinished * DESCRIPTORS_PER_CLIENT
-        return self._estimate + SPARE_DESCRIPTORS <= self._limit
+        unfinished = len(self._clients.by_number) - len(self._pool.slots) + 1  # they will take more than they have
+        used = descriptors.count_descriptors() + max(1, unfinished + 1) * DESCRIPTORS_PER_CLIENT
+        if used + SPARE_DESCRIPTORS > self._limit:
+            raise Refusal("limit", f"no room for another client: {self._limit} descriptors (ulimit -n)")
+        most = max(LEAST_CLIENTS, self._limit // (2 * DESCRIPTORS_PER_CLIENT))
+        if uid != os.geteuid() and self._clients.by_user[uid] >= most:
+            text = f"user {uid} has {most} clients and connections, which is half of what fits"
+            raise Refusal("limit", f"{text} into {self._limit} descriptors (ulimit -n)")
 
     def on_message(
         self, connection: socket.socket, message: messages.Message | BadMessage | None, fds: tuple[int, ...]
@@ -122,13 +122,15 @@ class AttachServer:
             if isinstance(message, BadMessage):
                 raise Refusal.of(message)
             client.conversation.on_message(message, len(fds))
-            client.since = time.monotonic()
+            self._clients.heard(client, time.monotonic())
             crashpoints.at("door." + type(message).__name__)
             kept = self._dispatch(client, message, fds)
         except Refusal as refusal:
             assert client is not None
             what, peer = "client %d (%s, pid %d) is refused: %s", about("refused", f"process {client.pid}")
             log.info(what, client.number, client.name, client.pid, refusal, extra=peer)
+            if refusal.code == "denied":
+                self._watcher.count_refusal(client.uid, str(refusal))
             self._send(client, refusal.message())
             if refusal.fatal and client.userfaultfd is None:
                 self._release.remove(client, "does not follow the protocol")
@@ -184,8 +186,9 @@ class AttachServer:
             client.conversation.refuse_userfaultfd()
             raise
         self._watcher.forget_process(client.pidfd)
-        os.close(client.pidfd)
-        client.pid, client.pidfd, client.back_end = pid, pidfd, True
+        del self._clients.by_pidfd[client.pidfd]
+        client.pid, client.pidfd, client.front_end, client.back_end = pid, pidfd, client.pidfd, True
+        self._clients.by_pidfd[pidfd] = client
         self._watcher.watch_process(pidfd)
         self._accept(client, Userfaultfd(fd))
 
@@ -204,7 +207,7 @@ class AttachServer:
 
     def adopt(self, kept: KeptClient) -> None:
         """Continue a client without a connection, until it resumes or its process ends."""
-        note, (fd, pidfd, figures) = kept.note, kept.fds
+        note, (fd, pidfd, figures, *front_end) = kept.note, kept.fds
         conversation = AttachConversation()
         conversation.name, conversation.kind = note.name, note.kind
         client = Client(note.client, None, note.uid, note.pid, pidfd, conversation, time.monotonic())
@@ -213,7 +216,8 @@ class AttachServer:
         client.regions, client.released = list(note.regions), list(note.released)
         client.quarantined, client.back_end = note.quarantined, note.back_end
         client.failures_reported = page[counters.FAILURES]
-        self._clients.by_number[client.number] = client
+        client.front_end = front_end[0] if front_end else -1
+        self._clients.add(client)
         self._pool.skip_incarnations(client.number, page[counters.INCARNATION])
         self._clients.keep(client)
         self._watcher.watch_process(pidfd)
@@ -236,13 +240,14 @@ class AttachServer:
     def _resume(self, peer: Client, message: messages.Resume) -> None:
         """The same process has connected again: its connection becomes that of the client it was before."""
         client = self._clients.by_number.get(message.client)
-        if client is None or client is peer or client.leaving or not is_same_process(client, peer):
+        if client is None or client is peer or client.leaving or not may_resume(client, peer):
             peer.conversation.refuse_resume()
             raise Refusal("denied", f"client {message.client} is not known here, or is another process")
         connection, conversation = peer.connection, peer.conversation
         assert connection is not None
         self._release.disconnect(client)
         client.connection, client.conversation, peer.connection = connection, conversation, None
+        client.writable = peer.writable
         self._clients.by_connection[connection] = client
         for region in client.all_regions:
             if (block := self._by_number.get(region.block)) is not None:
@@ -255,10 +260,13 @@ class AttachServer:
         block = self._blocks.get(message.name)
         if block is None:
             raise Refusal("no-such-block", f"no block {message.name} here; there are {', '.join(sorted(self._blocks))}")
-        client.conversation.opened(block.number, message.mode, block.pages, block.page_size)
         shared = message.mode == "shared"
         if shared:
+            if not may_write(client.writable, block.name):
+                text = f"user {client.uid} may attach block {block.name} only private"
+                raise Refusal("denied", f"{text} (serve --shared-uid {client.uid} allows shared)")
             block.shared_granted()
+        client.conversation.opened(block.number, message.mode, block.pages, block.page_size)
         answer = messages.BlockOpened(block.number, block.name, block.size, block.page_size, block.pages)
         self._send(client, answer, (block.read_write if shared else block.read_only, block.map_read_only))
 

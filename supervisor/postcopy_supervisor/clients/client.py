@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import socket
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -29,6 +30,7 @@ class Client:
     pidfd: int
     conversation: AttachConversation
     since: float  # when it connected, or when its last message was handled (monotonic)
+    writable: frozenset[str] = frozenset()  # see ``admission.Peer``
     userfaultfd: Userfaultfd | None = None
     figures_fd: int = -1
     figures: memoryview | None = None
@@ -43,9 +45,15 @@ class Client:
     leaving: bool = False
     back_end: bool = False
     """A vhost-user back-end: ``pid``, ``pidfd`` and memory are its own, the connection is its front-end's."""
+    front_end: int = -1  # a pidfd of that
     quarantined: bool = False
     failures_reported: int = 0
     """Of the pages that could not be made for it (``counters.FAILURES``), those whose report has arrived."""
+
+    @property
+    def speaker(self) -> int:
+        """A pidfd of the process whose connection it is, or was; -1 if it is not known."""
+        return self.front_end if self.back_end else self.pidfd
 
     @property
     def name(self) -> str:
@@ -79,6 +87,13 @@ class Client:
         """The custodian's key of its descriptors."""
         return f"client/{self.number}"
 
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The descriptors that the custodian keeps."""
+        userfaultfd = self.userfaultfd.fd if self.userfaultfd is not None else -1
+        fds = userfaultfd, self.pidfd, self.figures_fd
+        return fds if self.front_end < 0 else (*fds, self.front_end)
+
     def note(self) -> bytes:
         """What a later supervisor has to know of it."""
         return encode(
@@ -102,6 +117,9 @@ class Clients:
     def __init__(self, blocks: Iterable[int], custodian: CustodianClient, first_number: int = 1) -> None:
         self.by_number: dict[int, Client] = {}
         self.by_connection: dict[socket.socket, Client] = {}
+        self.by_pidfd: dict[int, Client] = {}
+        self.by_user: Counter[int] = Counter()  # how many each user has
+        self.pending: dict[int, Client] = {}  # without a userfaultfd; the one that was silent for longest is first
         self.past = counters.merge(())
         self.past_stages = {number: stages.scratch() for number in blocks}
         self._custodian, self._next_number = custodian, first_number
@@ -110,10 +128,25 @@ class Clients:
         number, self._next_number = self._next_number, self._next_number + 1
         return number
 
+    def add(self, client: Client) -> None:
+        self.by_number[client.number] = self.by_pidfd[client.pidfd] = client
+        self.by_user[client.uid] += 1
+        if client.connection is not None:
+            self.by_connection[client.connection] = client
+        if client.userfaultfd is None:
+            self.pending[client.number] = client
+
+    def heard(self, client: Client, now: float) -> None:
+        """Note that a message of it is handled."""
+        client.since = now
+        if self.pending.pop(client.number, None) is not None:
+            self.pending[client.number] = client
+
     def keep(self, client: Client) -> None:
         """Renew the custodian's note. Done before a change is answered, and before a worker is forked for it."""
         assert client.userfaultfd is not None
-        self._custodian.keep(client.key, client.note(), (client.userfaultfd.fd, client.pidfd, client.figures_fd))
+        self.pending.pop(client.number, None)
+        self._custodian.keep(client.key, client.note(), client.kept)
 
     def set_quarantined(self, number: int, quarantined: bool) -> None:
         """Note for a later supervisor that a client is quarantined, or no longer."""
@@ -132,7 +165,13 @@ class Clients:
 
     def drop(self, client: Client) -> None:
         """Forget a client, and add its figures to those of the clients that have left."""
-        self.by_number.pop(client.number, None)
+        if self.by_number.pop(client.number, None) is None:
+            return
+        self.pending.pop(client.number, None)
+        self.by_pidfd.pop(client.pidfd, None)
+        self.by_user -= Counter((client.uid,))
+        if client.userfaultfd is None:
+            return  # the custodian has nothing of it
         self._custodian.drop(client.key)
         if client.counters is None:
             return

@@ -1,4 +1,4 @@
-"""Who a peer is: its user and groups by the kernel's word, and the checks on descriptors that name a process.
+"""Which process a peer is by the kernel's word, and the checks on descriptors that name a process.
 
 A client's false statements harm only that client. The kernel names it (SO_PEERCRED, SO_PEERPIDFD), and its descriptors
 are examined before any ioctl."""
@@ -8,35 +8,12 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import socket
-from dataclasses import dataclass
 
-from postcopy_kernel import address_space, descriptors, process
+from postcopy_kernel import address_space, process
 from postcopy_kernel.userfaultfd import Userfaultfd, is_userfaultfd
 from postcopy_protocol.attach_conversation import Refusal
 
 from .client import Client
-
-
-@dataclass(frozen=True, slots=True)
-class AllowList:
-    """Users and groups that may attach."""
-
-    uids: frozenset[int]
-    gids: frozenset[int]
-
-    def check(self, connection: socket.socket) -> descriptors.Credentials:
-        """The peer's credentials. Raises Refusal for a peer that may not attach, OSError when it cannot be asked."""
-        peer = descriptors.peer_credentials(connection)
-        if peer.uid not in self.uids and not self._by_group(connection, peer.gid):
-            raise Refusal("denied", f"user {peer.uid} may not attach here (serve --allow-uid {peer.uid} allows it)")
-        return peer
-
-    def _by_group(self, connection: socket.socket, own: int) -> bool:
-        """Groups are those of the time when it connected; later changes have no effect."""
-        if not self.gids:
-            return False
-        return own in self.gids or not self.gids.isdisjoint(descriptors.peer_groups(connection))
 
 
 def unidentified(error: OSError) -> Refusal:
@@ -69,13 +46,14 @@ def check_back_end(uid: int, fd: int, pidfd: int) -> int:
     return pid
 
 
-def is_same_process(client: Client, peer: Client) -> bool:
-    """Is ``peer`` a new connection of this client? The pid of a process that lives is unique. For a back-end, whose pid
-    is not its front-end's, any front-end of the same user may resume while none is connected."""
-    same = (client.pid, client.uid) == (peer.pid, peer.uid)
-    if client.back_end:
-        same = client.uid == peer.uid and client.connection is None and peer.conversation.kind == "vhost-user"
-    return same and client.userfaultfd is not None and not process.pidfd_exited(client.pidfd)
+def may_resume(client: Client, peer: Client) -> bool:
+    """Is ``peer`` a new connection of the process that spoke for this client? Pids are not compared: processes in other
+    pid namespaces all have 0 here."""
+    if client.back_end and (client.connection is not None or peer.conversation.kind != "vhost-user"):
+        return False
+    if client.userfaultfd is None or client.speaker < 0 or process.pidfd_exited(client.pidfd):
+        return False
+    return client.uid == peer.uid and process.is_same_process(client.speaker, peer.pidfd)
 
 
 def back_end_has_unmapped(client: Client) -> bool:

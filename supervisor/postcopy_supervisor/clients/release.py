@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Mapping
 
-from postcopy_kernel import process
+from postcopy_kernel import descriptors, process
 from postcopy_kernel.userfaultfd import stuck_faults
 from postcopy_protocol import counters
 from postcopy_protocol.messages import Message, RegionGrant, Released
@@ -50,9 +50,9 @@ class ClientRelease:
 
     def on_process_ended(self, pidfd: int) -> None:
         """A pidfd was readable. Its client may have left since, and the number may be the next client's."""
-        for client in list(self._clients.by_number.values()):
-            if client.pidfd == pidfd and process.pidfd_exited(pidfd):
-                return self.remove(client, "its process has ended")
+        client = self._clients.by_pidfd.get(pidfd)
+        if client is not None and process.pidfd_exited(pidfd):
+            self.remove(client, "its process has ended")
 
     def on_hang_up(self, client: Client) -> None:
         """The connection has ended. If the process is ending, its pidfd reports that in a moment. If it lives, its
@@ -78,7 +78,8 @@ class ClientRelease:
         if client.leaving:
             return
         client.leaving = True
-        log.info("client %d (%s, pid %d): %s", client.number, client.name or "unnamed", client.pid, why)
+        level = logging.INFO if client.userfaultfd is not None else logging.DEBUG  # else every connection writes lines
+        log.log(level, "client %d (%s, pid %d): %s", client.number, client.name or "unnamed", client.pid, why)
         self.disconnect(client)
         if client.number in self._pool.slots:
             self._pool.leave(client.number)
@@ -89,7 +90,7 @@ class ClientRelease:
         if client.connection is not None:
             self._watcher.forget_connection(client.connection)
             self._clients.by_connection.pop(client.connection, None)
-            client.connection.close()
+            descriptors.close_drained(client.connection)
             client.connection = None
 
     def failure_reported(self, number: int) -> bool:
@@ -121,6 +122,8 @@ class ClientRelease:
         self._clients.drop(client)
         self._watcher.forget_process(client.pidfd)
         os.close(client.pidfd)
+        if client.front_end >= 0:
+            os.close(client.front_end)
         if client.figures_fd >= 0:
             os.close(client.figures_fd)
         if client.userfaultfd is not None:

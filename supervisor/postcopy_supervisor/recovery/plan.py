@@ -55,7 +55,8 @@ class KeptBlock:
 
 @dataclass(frozen=True, slots=True)
 class KeptClient:
-    """A client of the previous supervisor. ``fds``: userfaultfd, pidfd, statistics page."""
+    """A client of the previous supervisor. ``fds``: userfaultfd, pidfd, statistics page; of a back-end also a pidfd of
+    its front-end."""
 
     note: ClientNote
     fds: tuple[int, ...]
@@ -140,7 +141,7 @@ def _block(meta: bytes, fds: tuple[int, ...]) -> KeptBlock:
 
 def _client(meta: bytes, fds: tuple[int, ...]) -> KeptClient:
     note = _note(meta, ClientNote)
-    if len(fds) != 3:
+    if len(fds) not in ((3, 4) if note.back_end else (3,)):  # a release before this one kept three
         raise BadInput(f"{OTHER_VERSION}: client {note.client} with {len(fds)} descriptors")
     return KeptClient(note, fds)
 

@@ -49,6 +49,29 @@ def test_a_socket_path_may_have_107_bytes() -> None:
         runtime_paths.door_path("/" + "d" * 107)
 
 
+@pytest.mark.parametrize(
+    ("text", "users"), [("", set()), ("7", {7}), (" 7, 8,", {7, 8}), (",", set())], ids=["none", "one", "two", "comma"]
+)
+def test_users_that_are_trusted(text: str, users: set[int]) -> None:
+    assert runtime_paths.trusted_users({"POSTCOPY_TRUST_UID": text}) == users
+    assert runtime_paths.trusted_users({}) == set()
+
+
+def test_users_that_cannot_be() -> None:
+    for text in ("root", "-1", "7;8", "\u0663"):
+        with pytest.raises(BadInput, match="POSTCOPY_TRUST_UID"):
+            runtime_paths.trusted_users({"POSTCOPY_TRUST_UID": text})
+
+
+def test_whose_attach_socket_is_trusted() -> None:
+    """Each of the two owners, the listener's user and the file's, must be trusted."""
+    for owners, trusted in (({7}, ()), ({0}, ()), ({0, 7}, ()), ({8, 0}, {8}), ({7, 8}, {8, 9})):
+        runtime_paths.check_owners("/run/x", owners, 7, trusted)
+    for owners, trusted in (({8}, ()), ({7, 8}, ()), ({0, 8}, {9})):
+        with pytest.raises(errors.AttachDenied, match=r"/run/x is user 8's.*--trust-uid 8"):
+            runtime_paths.check_owners("/run/x", owners, 7, trusted)
+
+
 def test_errors_of_the_project_have_one_base() -> None:
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     assert all(issubclass(kind, PostcopyError) for kind in kinds) and len(kinds) == 10
