@@ -215,6 +215,8 @@ class AttachConnection:
             except BlockingIOError:
                 continue
             except TruncatedMessage as error:
+                if error.errno == errno.EMFILE:
+                    raise OSError(errno.EMFILE, error.strerror) from error
                 raise BadMessage(
                     f"the supervisor in {self.directory} sent a message that is too long: {error.strerror}"
                 ) from error
