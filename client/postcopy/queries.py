@@ -63,7 +63,8 @@ class Control:
     def _connect(self) -> zmq.Socket[bytes]:
         sock = self._context.socket(zmq.DEALER)
         sock.setsockopt(zmq.LINGER, 0)
-        sock.connect(router_endpoint(self.directory))
+        address: Any = os.fsencode(router_endpoint(self.directory))  # a path may be no UTF-8
+        sock.connect(address)
         return sock
 
     def check_listening(self) -> None:

@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from postcopy_kernel.process import die_with_parent
+from postcopy_kernel.stdio import prepare
 from postcopy_protocol.errors import BadInput, PostcopyError
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ def main() -> int:
     """Exit status: 0 ended in order, 1 could not serve, 2 usage."""
     from .settings import parse
 
+    prepare()
     try:
         settings = parse(sys.argv[1:])
         logging.basicConfig(
@@ -57,7 +59,7 @@ def _sources(settings: Settings) -> list[PageSource]:
         return [SupervisorSource(settings.runtime_dir, name) for name in settings.files]
     from .file_source import FileSource
 
-    return [FileSource(name, path) for name, path in settings.files.items()]
+    return [FileSource(name, path, copy=settings.copy_on_serve) for name, path in settings.files.items()]
 
 
 def _fail(text: str, status: int) -> int:

@@ -30,6 +30,7 @@ class Settings:
     die_with_parent: int
     log_level: str
     transport: str
+    copy_on_serve: bool
 
 
 def parse(arguments: list[str]) -> Settings:
@@ -51,6 +52,7 @@ def parse(arguments: list[str]) -> Settings:
         die_with_parent=typed.die_with_parent,
         log_level=typed.log_level,
         transport=chosen_transport(typed.transport, os.environ),
+        copy_on_serve=typed.copy_on_serve,
     )
 
 
@@ -97,6 +99,7 @@ def _parser() -> args.Parser:
     help = "public CURVE key of a supervisor that may connect, or a directory of such keys (repeat)"
     add("--allow-key", action="append", default=[], metavar="FILE", help=help)
     parser.flag("--plain-tcp", "allow tcp without keys: anyone who reaches the port may read everything")
+    parser.flag("--copy-on-serve", args.COPY_HELP)
     add("--identity", default="", metavar="TEXT", help="identifies this content (default: a hash of 64 samples)")
     parser.option("--readers", args.count(1, 64), 4, "N", "threads for reads that wait")
     parser.option("--read-timeout", args.seconds(), 30.0, "SECONDS", "the pages of a read that takes longer are lost")

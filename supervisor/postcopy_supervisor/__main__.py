@@ -6,6 +6,7 @@ import logging
 import sys
 from importlib.util import find_spec
 
+from postcopy_kernel.stdio import prepare
 from postcopy_kernel.userfaultfd import UserfaultfdUnavailable
 from postcopy_protocol.errors import BadInput, PostcopyError
 
@@ -14,6 +15,7 @@ def main() -> int:
     """Returns the exit status: 0 ended in order, 1 failed, 2 usage."""
     from .settings import parse
 
+    prepare()
     try:
         settings = parse(sys.argv[1:])
     except BadInput as error:

@@ -404,7 +404,8 @@ def _blocks(
     advice = access.ask(plan.advice, give_up)
     for name, source in settings.sources.items():
         number, kept = plan.numbers[name], plan.blocks.get(name)
-        blocks[name] = RamBlock(number, name, source, settings.page_size, advice.get(name), kept)
+        copy = settings.copy_on_serve
+        blocks[name] = RamBlock(number, name, source, settings.page_size, advice.get(name), kept, copy=copy)
     yield_leases()
     for block in blocks.values():
         block.register(own.core)

@@ -56,6 +56,7 @@ class Settings:
     orphan_timeout: float = 60.0
     poison_orphans: bool = False
     transport: str = NATIVE
+    copy_on_serve: bool = False
 
 
 def parse(arguments: list[str]) -> Settings:
@@ -98,6 +99,7 @@ def parse(arguments: list[str]) -> Settings:
         orphan_timeout=typed.orphan_timeout,
         poison_orphans=typed.on_orphan == "poison",
         transport=chosen_transport(typed.transport, os.environ),
+        copy_on_serve=typed.copy_on_serve,
     )
 
 
@@ -162,6 +164,7 @@ def _add_paging(parser: args.Parser) -> None:
     parser.option("--fault-around", _window, "auto", "auto|SIZE", help)
     help = "bytes a second streamed ahead of faults; 0: none; auto: remote blocks at full rate, local blocks not at all"
     parser.option("--background-rate", _rate, "auto", "auto|RATE", help)
+    parser.flag("--copy-on-serve", args.COPY_HELP)
     help = "no fault-around and no background stream beyond this much memory; 0: no limit"
     parser.option("--max-memory", args.size_or_zero, "0", "SIZE", help)
 

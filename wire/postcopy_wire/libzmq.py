@@ -12,12 +12,14 @@ import select
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from postcopy_protocol.zmtp import LARGEST, Buffer
 
+from .addresses import use_family
 from .reactor import Reactor
 from .transport import FULL, IPC, SENT, UNREACHABLE, Action, FramesHandler, MessageHandler, PrepareSocket
 
@@ -39,6 +41,11 @@ _HANDSHAKE, _DISCONNECTED = int(zmq.EVENT_HANDSHAKE_SUCCEEDED), int(zmq.EVENT_DI
 def can_receive(socket: Socket) -> bool:
     """Is there a message? Asking also re-arms the socket's descriptor."""
     return bool(int(socket.get(_EVENTS)) & _READABLE)
+
+
+def _address(endpoint: str) -> Any:
+    """An endpoint for bind and connect: as bytes, because the path of an ipc socket may be no UTF-8."""
+    return os.fsencode(endpoint)
 
 
 def set_limits(socket: Socket, queue: int, largest: int) -> None:
@@ -138,7 +145,8 @@ class Dealer:
             prepare(self.socket)
         self.monitor = self.socket.get_monitor_socket(_HANDSHAKE | _DISCONNECTED)
         self.send = frame_sender(self.socket)
-        self.socket.connect(endpoint)
+        use_family(self.socket, endpoint)
+        self.socket.connect(_address(endpoint))
 
     def new_connection(self) -> bool:
         """Read the monitor: has a connection been made since the last call? The newest event says what is now."""
@@ -224,11 +232,12 @@ class Sockets:
                 set_heartbeat(made.socket)
             if prepare is not None:
                 prepare(made.socket)
-            made.socket.bind(endpoint)
+            use_family(made.socket, endpoint, listening=True)
+            made.socket.bind(_address(endpoint))
         except zmq.ZMQError as error:
             raise OSError(error.errno, error.strerror) from None
         self._reactor.poll_socket(made)
-        return made.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        return os.fsdecode(made.socket.getsockopt(zmq.LAST_ENDPOINT)).removesuffix("\0")
 
     def connect(
         self,

@@ -116,13 +116,13 @@ class Worker:
         self._own.register(mapping.address, length, RegisterMode.MISSING)
         received = memoryview(mmap.mmap(self.fds[grant.received], 0))
         own = OwnMapping(self._own.fileno(), mapping.address, partial(mapping.advise, DONTNEED))
-        return Block(grant, memory, received, self._pages(grant), own, self.reports, system_calls())
+        return Block(grant, memory, received, self._pages(grant, received), own, self.reports, system_calls())
 
-    def _pages(self, grant: BlockGrant) -> PageSource:
+    def _pages(self, grant: BlockGrant, received: memoryview) -> PageSource:
         stretch = max(grant.page_size, self.assignment.fault_around)
         match grant.kind:
             case "file":
-                return FilePages(grant, self.fds[grant.source])
+                return FilePages(grant, self.fds[grant.source], received)
             case "zero":
                 return ZeroPages(grant, stretch)
             case "handler":

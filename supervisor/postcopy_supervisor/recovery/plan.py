@@ -30,6 +30,10 @@ Note = TypeVar("Note", BlockNote, ClientNote)
 OTHER_VERSION = "what the custodian keeps is another version's"
 
 
+COPY = "copy"
+"""``detail`` of a block of kind ``file`` that serves a copy: its file is nobody else's."""
+
+
 @dataclass(frozen=True, slots=True)
 class FileFacts:
     """What identifies a file; ``mtime_ns`` and ``size`` (bytes) show whether it was changed."""
@@ -231,6 +235,8 @@ def _difference(kept: KeptBlock, source: Source, page_size: int, was: FileFacts 
     if note.page_size != page_size:
         return f"has pages of {format_size(note.page_size)}, not of {format_size(page_size)}"
     match source:
+        case FileSource(path) if note.kind == "file" and note.detail == COPY:
+            return "" if note.source == str(source) else f"is a copy of {note.source}, not of {source}"
         case FileSource(path) if note.kind == "file":
             return _other_file(path, was, now)
         case HandlerSource(module, function, size) if note.kind == "handler":

@@ -21,6 +21,8 @@ from postcopy_protocol.errors import BadInput, BadMessage
 from postcopy_protocol.return_path import MAX_RANGE_BYTES, Advise, Advised, SourceRefused, features_at
 from postcopy_protocol.sources import Advice, RemoteSource, Source
 
+from postcopy_wire.addresses import unknown_host, use_family
+
 from ..settings import Settings
 
 log = logging.getLogger(__name__)
@@ -104,7 +106,9 @@ class SourceAccess:
         channel.setsockopt(zmq.MAXMSGSIZE, FRAME_LIMIT)
         try:
             self.secure(channel, endpoint)
-            channel.connect(endpoint)
+            use_family(channel, endpoint)
+            address: Any = os.fsencode(endpoint)  # a path may be no UTF-8
+            channel.connect(address)
             return _ask_until_advised(channel, endpoint, names, self._settings.page_size, stopped)
         except zmq.ZMQError as error:
             raise BadInput(f"source {endpoint}: {error.strerror}") from None
@@ -134,7 +138,8 @@ def _ask_until_advised(
         now = time.monotonic()
         if now - warned >= WARN_SECONDS:
             warned = now
-            log.warning("waiting for the source at %s: it does not answer yet%s", endpoint, doubt)
+            reason = unknown_host(endpoint) or f"it does not answer yet{doubt}"
+            log.warning("waiting for the source at %s: %s", endpoint, reason)
         # With IMMEDIATE only an existing connection can be written to, and it may end at any moment.
         events = channel.poll(100, zmq.POLLIN | (zmq.POLLOUT if now - asked >= ASK_SECONDS else 0))
         if events & zmq.POLLOUT:
