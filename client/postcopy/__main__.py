@@ -8,7 +8,7 @@ import os
 import sys
 from importlib.util import find_spec
 
-from postcopy_kernel.stdio import drop_output, prepare
+from postcopy_kernel.program_start import drop_output, prepare
 
 DONE, FAILED, USAGE, NO_SUPERVISOR, INTERRUPTED = 0, 1, 2, 3, 130
 

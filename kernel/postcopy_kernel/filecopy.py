@@ -1,8 +1,8 @@
 """Files that others write to: make their stores visible, or take a copy that only we hold.
 
 A store through a shared mapping sets a file's times only at the first store into a clean page. So the pages are written
-back once, after which the next store is seen. Files in memory (tmpfs, hugetlbfs) are never written back: no store
-through a mapping is ever seen there."""
+back once, after which the next store is seen. Files in memory (tmpfs, hugetlbfs) are never written back: a store
+through a mapping leaves no trace there, so their pages are compared with digests."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
+from .filedigest import PageDigests
 from .filestamp import Stamp
 from .filewatch import lease
 from .memory import data_runs, reopen
@@ -47,25 +48,25 @@ def watched_stamp(fd: int) -> Stamp:
 
 @dataclass(frozen=True, slots=True)
 class ServedFile:
-    """An open file and its stamp. ``leased``: a lease is held; ``copied``: it is a copy that no other program has."""
+    """An open file and its stamp. ``leased``: a lease is held; ``digests``: for a file in memory."""
 
     fd: int
     stamp: Stamp
     leased: bool
-    copied: bool
+    digests: PageDigests | None = None
 
 
 def settle(fd: int, path: str, *, copy: bool) -> ServedFile:
-    """Prepare the regular file ``fd`` so that a change of it is seen: by a lease if possible, else by its stamp. A file
-    in memory without a lease is copied, as one is with ``copy``. Takes ``fd`` over. Raises OSError."""
+    """Prepare the regular file ``fd`` so that a change of it is seen: by a lease if possible, else by its stamp, for a
+    file in memory by digests. ``copy``: take a copy that no other program has. Takes ``fd`` over. Raises OSError."""
     try:
-        leased = lease(fd)
-        copied = copy or (not leased and in_memory(fd))
-        if copied:
+        if copy:
             original, fd = fd, private_copy(fd, path)
             os.close(original)
-            leased = lease(fd)
-        return ServedFile(fd, Stamp.of(fd) if leased else watched_stamp(fd), leased, copied)
+        if lease(fd):
+            return ServedFile(fd, Stamp.of(fd), leased=True)
+        stamp = watched_stamp(fd)
+        return ServedFile(fd, stamp, leased=False, digests=PageDigests.of(fd, stamp.size) if in_memory(fd) else None)
     except BaseException:
         os.close(fd)
         raise

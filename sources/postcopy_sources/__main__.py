@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from postcopy_kernel.process import die_with_parent
-from postcopy_kernel.stdio import prepare
+from postcopy_kernel.program_start import prepare
 from postcopy_protocol.errors import BadInput, PostcopyError
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ import os
 import stat
 
 from postcopy_kernel.filecopy import settle
+from postcopy_kernel.filedigest import PageDigests
 from postcopy_kernel.filestamp import Stamp
 from postcopy_kernel.filewatch import give_up_lease
 from postcopy_protocol.errors import BadInput, PageLost
@@ -35,6 +36,7 @@ class FileSource:
         except BaseException:
             os.close(self._fd)
             raise
+        self._digests: PageDigests | None = None
         if stat.S_ISREG(status.st_mode):
             self._settle(copy)
         else:
@@ -45,7 +47,7 @@ class FileSource:
         served = settle(self._fd, self.path, copy=copy)
         if served.leased:
             give_up_lease(served.fd)  # it shows that no program can write now; later writes are seen by the stamp
-        self._fd, self._stamp, self.size = served.fd, served.stamp, served.stamp.size
+        self._fd, self._stamp, self.size, self._digests = served.fd, served.stamp, served.stamp.size, served.digests
 
     def read(self, offset: int, length: int) -> bytes | None:
         """See PageSource. Waits for the disk."""
@@ -53,17 +55,17 @@ class FileSource:
             data = None
         else:
             data = os.pread(self._fd, length, offset)
-        self._check_unchanged(data, length)
+        self._check_unchanged(data, offset, length)
         return data
 
     def read_now(self, offset: int, length: int) -> bytearray | None:
         """As ``read``, without waiting. Raises BlockingIOError unless all of it is in the page cache (Linux 4.14)."""
         if self._sparse and self._is_hole(offset, length):
-            self._check_unchanged(None, length)
+            self._check_unchanged(None, offset, length)
             return None
         data = bytearray(length)
         self._read_at_once(data, offset)
-        self._check_unchanged(data, length)
+        self._check_unchanged(data, offset, length)
         return data
 
     def read_into(self, offset: int, view: memoryview) -> bool:
@@ -72,7 +74,7 @@ class FileSource:
         hole = self._sparse and self._is_hole(offset, length)
         if not hole:
             self._read_at_once(view, offset)
-        self._check_unchanged(None, length)
+        self._check_unchanged(None if hole else view, offset, length)
         return not hole
 
     def _read_at_once(self, data: bytearray | memoryview, offset: int) -> None:
@@ -93,7 +95,9 @@ class FileSource:
         except OSError:  # ENXIO: no data behind offset
             return True
 
-    def _check_unchanged(self, data: bytes | bytearray | None, length: int) -> None:
+    def _check_unchanged(self, data: bytes | bytearray | memoryview | None, offset: int, length: int) -> None:
         reason = self._stamp.change(self._fd)
+        if self._digests is not None and self._digests.differs(memoryview(data or bytes(length)), offset):
+            reason = "the file was written to through a mapping since it is served"
         if reason or (data is not None and len(data) != length):
             raise PageLost(f"{self.path}: {reason or 'it was truncated'}: start the source again")

@@ -6,7 +6,7 @@ import logging
 import sys
 from importlib.util import find_spec
 
-from postcopy_kernel.stdio import prepare
+from postcopy_kernel.program_start import prepare
 from postcopy_kernel.userfaultfd import UserfaultfdUnavailable
 from postcopy_protocol.errors import BadInput, PostcopyError
 

@@ -15,6 +15,7 @@ A module imports only modules that stand before it here:
 from __future__ import annotations
 
 import contextlib
+import logging
 import mmap
 import os
 import select
@@ -63,12 +64,14 @@ from .pool.worker_pool import WorkerPool
 from .recovery import inventory
 from .recovery.inventory import Custodian
 from .recovery.plan import CGROUPS, SHARED, Plan
-from .remote.advise import SourceAccess
+from .remote.advise import AskedToEnd, SourceAccess
 from .remote.sources import Sources
 from .runtime import Heartbeat, RuntimeDirectory, binding, cgroup_procs
 from .settings import Settings
 from .shutdown import Shutdown, StopRequest
 from .watchdog import Watchdog
+
+log = logging.getLogger(__name__)
 
 NEW_SOURCE_SECONDS = 5.0
 """Timeout for asking new sources during a take-over. Dead workers are not replaced until it is done, so it is short."""
@@ -129,6 +132,8 @@ def serve(settings: Settings) -> None:
         finally:
             if recorder is not None:
                 recorder.close()
+    except AskedToEnd:
+        log.info("ended while waiting for a source")
     finally:
         runtime.close()
 
@@ -259,13 +264,20 @@ def _service(settings: Settings, runtime: RuntimeDirectory, plan: Plan, base: Ba
     paging = _paging(settings, base, clients, pool, worker_zero, own_mapping)
     zero = ClientZero(blocks, paging, worker_zero, own_mapping, event)
     release = ClientRelease(clients, pool, listener, paging)
-    recorder = Recorder(settings.record, blocks.values(), clients.by_number.keys()) if settings.record else None
+    recorder = _recorder(settings, blocks, clients)
     allow = AllowList(frozenset({os.geteuid()}) | settings.allow_uids, settings.allow_gids)
     figures = trace.FIGURES_BYTES if recorder is not None else stages.END
     attach = AttachServer(base.blocks, clients, pool, listener, release, allow, own.device, figures, recorder)
     receive = main_loop.on_source_message
     sources = Sources(settings, base.access, base.router, base.advice, base.blocks, paging, receive, event)
     return Service(clients, pool, paging, zero, release, attach, sources, recorder)
+
+
+def _recorder(settings: Settings, blocks: Mapping[int, RamBlock], clients: Clients) -> Recorder | None:
+    if not settings.record:
+        return None
+    present, overwrite = clients.by_number.keys(), settings.record_overwrite
+    return Recorder(settings.record, blocks.values(), present, overwrite=overwrite)
 
 
 def _paging(
@@ -394,7 +406,7 @@ def _blocks(
     def give_up() -> str:
         """Why a source that does not answer is waited for no longer, or nothing."""
         if select.select([own.stop], [], [], 0)[0]:
-            return "the supervisor is asked to end"
+            raise AskedToEnd
         if plan.recovers and time.monotonic() - state.started > NEW_SOURCE_SECONDS:
             return "the clients that are taken over cannot wait for a new block; nothing is changed: start it first"
         return ""

@@ -13,6 +13,7 @@ from itertools import islice
 
 from postcopy_kernel import memory
 from postcopy_kernel.filecopy import settle
+from postcopy_kernel.filedigest import PageDigests
 from postcopy_kernel.filestamp import Stamp
 from postcopy_kernel.filewatch import give_up_lease, hear_of_lease, lease_wanted
 from postcopy_kernel.memory import DONTFORK, DONTNEED, Mapping
@@ -24,7 +25,7 @@ from postcopy_protocol.messages import BlockGrant, BlockNote
 from postcopy_protocol.sizes import format_size
 from postcopy_protocol.sources import Advice, FileSource, HandlerSource, RemoteSource, Source, ZeroSource
 
-from .recovery.plan import COPY, KeptBlock
+from .recovery.plan import COPY, DIGESTS, KeptBlock
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +36,12 @@ SHORT_RUNS = 100  # ... and in a step of an audit on demand, which has no pause 
 TALLY_PAGES = 128 << 10  # pages counted in one step
 COPY_SECONDS = 0.002
 """After this time a worker that did not see the new mark has finished its COPY of the unchanged file."""
+
+
 @dataclass(frozen=True, slots=True)
 class Opened:
     """A source as it was when first served: its exact ``size``, and for a file its descriptor, its stamp and whether we
-    hold a lease. ``detail`` is COPY for the copy of a file."""
+    hold a lease. ``detail`` is COPY for the copy of a file, DIGESTS where pages are compared with digests."""
 
     kind: str
     detail: str
@@ -46,6 +49,7 @@ class Opened:
     descriptor: int = -1
     stamp: Stamp | None = None
     leased: bool = False
+    digests: PageDigests | None = None
 
 
 def open_source(name: str, source: Source, *, copy: bool = False) -> Opened:
@@ -83,9 +87,11 @@ def _open_file(name: str, path: str, copy: bool) -> Opened:
         served = settle(descriptor, path, copy=copy)
     except OSError as error:
         raise BadInput(f"block {name}: cannot copy {path}: {error.strerror}") from None
-    if served.copied and not copy:
-        log.info("block %s: %s is in memory and open for writing: a copy of it is served", name, path)
-    return Opened("file", COPY if served.copied else "", served.stamp.size, served.fd, served.stamp, served.leased)
+    detail = COPY if copy else ""
+    if served.digests is not None:
+        detail = DIGESTS
+        log.info("block %s: %s is in memory and open for writing: each page is compared with its digest", name, path)
+    return Opened("file", detail, served.stamp.size, served.fd, served.stamp, served.leased, served.digests)
 
 
 class RamBlock:
@@ -102,13 +108,15 @@ class RamBlock:
         *,
         copy: bool = False,
     ) -> None:
-        """``copy``: serve a copy of a file; ``advice``: the advice of a remote block's source; ``kept``: what the previous supervisor left."""
+        """``advice``: the advice of a remote block's source; ``kept``: what the previous supervisor left; ``copy``:
+        serve a copy of a file."""
         self.number, self.name, self.source, self.page_size = number, name, source, page_size
         self.identity = advice.identity if advice else ""
         if kept is not None:
             note = kept.note
             stamp = Stamp.from_bytes(note.source_stamp) if kept.file >= 0 else None
-            self.opened = Opened(note.kind, note.detail, note.size, kept.file, stamp)
+            digests = PageDigests(kept.fds[3]) if note.detail == DIGESTS else None
+            self.opened = Opened(note.kind, note.detail, note.size, kept.file, stamp, digests=digests)
         else:
             self.opened = Opened("remote", "", advice.size) if advice else open_source(name, source, copy=copy)
         self.size = self.opened.size
@@ -208,6 +216,7 @@ class RamBlock:
     def grant(self, first: int) -> tuple[BlockGrant, tuple[int, ...]]:
         """A worker's grant, and its descriptors, which begin at place ``first`` of the worker's list."""
         fds = (self.memory, self.map_fd) + ((self.opened.descriptor,) if self.opened.descriptor >= 0 else ())
+        fds += (self.opened.digests.fd,) if self.opened.digests is not None else ()
         opened = self.opened
         return (
             BlockGrant(
@@ -366,3 +375,5 @@ class RamBlock:
             os.close(fd)
         if self.opened.descriptor >= 0:
             os.close(self.opened.descriptor)
+        if self.opened.digests is not None:
+            os.close(self.opened.digests.fd)

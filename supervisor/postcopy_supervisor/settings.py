@@ -48,6 +48,7 @@ class Settings:
     metrics: tuple[str, int] | None = None
     trace: frozenset[str] = frozenset()
     record: str = ""
+    record_overwrite: bool = False
     restart: RestartPolicy = field(default_factory=RestartPolicy)
     walls: str = "auto"
     worker_cgroups: tuple[str, ...] = ()
@@ -84,6 +85,7 @@ def parse(arguments: list[str]) -> Settings:
         metrics=typed.metrics,
         trace=typed.trace,
         record=typed.record,
+        record_overwrite=typed.record_overwrite,
         restart=RestartPolicy(
             limit=typed.restart_limit,
             interval=typed.restart_interval,
@@ -209,6 +211,7 @@ def _add_observation(parser: args.Parser) -> None:
     parser.add_argument(
         "--record", default="", metavar="FILE", help="write every fault to FILE (read it with postcopy trace)"
     )
+    parser.flag("--record-overwrite", "--record may overwrite an older trace, as after a restart")
     parser.option("--trace", _points, "", "POINT,...", f"log these, one line each: {', '.join(POINTS)}, all")
     parser.choice("--log-level", args.LOG_LEVELS, "info", "the least important messages that are logged")
 

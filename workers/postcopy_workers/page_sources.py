@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 from typing import Protocol
 
+from postcopy_kernel.filedigest import PageDigests
 from postcopy_kernel.filestamp import Stamp
 from postcopy_kernel.memory import DONTNEED, Mapping
 from postcopy_protocol.errors import PageLost
@@ -57,10 +58,13 @@ class FilePages:
     """The bytes of a file, copied straight from its mapping while a lease is held. Without a lease they are read first,
     and placed only if the file's stamp shows no change after that. A file that cannot be mapped is always read."""
 
-    def __init__(self, grant: BlockGrant, descriptor: int, received: memoryview) -> None:
+    def __init__(
+        self, grant: BlockGrant, descriptor: int, received: memoryview, digests: PageDigests | None = None
+    ) -> None:
         self.descriptor = descriptor
         self.size = grant.source_size
         self._stamp = Stamp.from_bytes(grant.source_stamp)
+        self._digests = digests
         self._received, self._trust_at = received, grant.pages + TRUST
         mapped = -(-self.size // _BASE_PAGE) * _BASE_PAGE
         self._mapping = _mapping_of(descriptor, mapped)
@@ -90,7 +94,12 @@ class FilePages:
             raise PageLost(f"its source cannot be read: {error.strerror}") from error
         view[wanted:] = bytes(length - wanted)
         self.check()
+        self._compare(view[:wanted], offset)
         return self._staging.address
+
+    def _compare(self, data: memoryview, offset: int) -> None:
+        if self._digests is not None and self._digests.differs(data, offset):
+            raise SourceChanged("the file was written to through a mapping since it is served")
 
     def check(self) -> None:
         try:
@@ -105,6 +114,7 @@ class FilePages:
         data = os.pread(self.descriptor, wanted, offset)
         if len(data) != wanted:
             raise SourceChanged(f"the file ends at {offset + len(data)}, it had {self.size} bytes")
+        self._compare(memoryview(data), offset)
         return data.ljust(length, b"\0")
 
     def forget(self) -> None:

@@ -15,6 +15,7 @@ from enum import IntEnum
 from functools import partial
 
 from postcopy_kernel import descriptors, landlock, process, seccomp
+from postcopy_kernel.filedigest import PageDigests
 from postcopy_kernel.filewatch import give_up_lease, lease_wanted
 from postcopy_kernel.memory import DONTFORK, DONTNEED, Mapping
 from postcopy_kernel.userfaultfd import RegisterMode, Userfaultfd, open_userfaultfd
@@ -122,7 +123,8 @@ class Worker:
         stretch = max(grant.page_size, self.assignment.fault_around)
         match grant.kind:
             case "file":
-                return FilePages(grant, self.fds[grant.source], received)
+                digests = PageDigests(self.fds[grant.source + 1]) if grant.detail == "digests" else None
+                return FilePages(grant, self.fds[grant.source], received, digests)
             case "zero":
                 return ZeroPages(grant, stretch)
             case "handler":

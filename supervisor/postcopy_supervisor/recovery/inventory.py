@@ -171,7 +171,9 @@ def judge(found: Inventory, settings: Settings, alive: set[int]) -> Plan:
 def _kept_file(kept: KeptBlock) -> FileFacts:
     """The file behind the descriptor, with size and time as when it was first served."""
     found = os.fstat(kept.file)
-    return FileFacts(found.st_dev, found.st_ino, kept.note.source_size, Stamp.from_bytes(kept.note.source_stamp).mtime_ns)
+    return FileFacts(
+        found.st_dev, found.st_ino, kept.note.source_size, Stamp.from_bytes(kept.note.source_stamp).mtime_ns
+    )
 
 
 def _named_files(sources: Mapping[str, Source]) -> dict[str, FileFacts]:

@@ -32,6 +32,8 @@ OTHER_VERSION = "what the custodian keeps is another version's"
 
 COPY = "copy"
 """``detail`` of a block of kind ``file`` that serves a copy: its file is nobody else's."""
+DIGESTS = "digests"
+"""``detail`` of a block whose file leaves no trace of a change: its fourth descriptor has digests of the pages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ class FileFacts:
 
 @dataclass(frozen=True, slots=True)
 class KeptBlock:
-    """A block of the previous supervisor. ``fds``: memory, received map, and the file of a local block."""
+    """A block of the previous supervisor. ``fds``: memory, received map, the file of a local block, and its digests."""
 
     note: BlockNote
     fds: tuple[int, ...]
@@ -137,7 +139,7 @@ def read(kept: Mapping[str, tuple[bytes, tuple[int, ...]]], workers: Sequence[Ke
 
 def _block(meta: bytes, fds: tuple[int, ...]) -> KeptBlock:
     note = _note(meta, BlockNote)
-    if len(fds) != (3 if note.kind == "file" else 2):
+    if len(fds) != (2 if note.kind != "file" else 4 if note.detail == DIGESTS else 3):
         raise BadInput(f"{OTHER_VERSION}: block {note.name} with {len(fds)} descriptors")
     return KeptBlock(note, fds)
 

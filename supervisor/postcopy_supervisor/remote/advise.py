@@ -20,7 +20,6 @@ from postcopy_protocol.curve_keys import KeyPair, read_keys
 from postcopy_protocol.errors import BadInput, BadMessage
 from postcopy_protocol.return_path import MAX_RANGE_BYTES, Advise, Advised, SourceRefused, features_at
 from postcopy_protocol.sources import Advice, RemoteSource, Source
-
 from postcopy_wire.addresses import unknown_host, use_family
 
 from ..settings import Settings
@@ -32,7 +31,12 @@ WARN_SECONDS = 5.0
 FRAME_LIMIT = MAX_RANGE_BYTES + (64 << 10)
 
 
-Stopped = Callable[[], str]  # why not to wait for a source any longer; empty: wait
+Stopped = Callable[[], str]
+"""Why not to wait for a source any longer; empty: wait. It may raise AskedToEnd."""
+
+
+class AskedToEnd(Exception):
+    """The supervisor is to end in order while it waits for a source: that is no failure."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from postcopy_protocol.sources import FileSource, HandlerSource, RemoteSource, S
 from postcopy_supervisor.recovery import plan
 from postcopy_supervisor.recovery.plan import FileFacts, Inventory, KeptBlock, KeptClient, KeptWorker, Plan
 
-FILE = FileFacts(1, 2, 8192, b"")
+FILE = FileFacts(1, 2, 8192, 99)
 REGION = RegionGrant(7, "private", 1 << 30, 8192, 0, False)
 NOTE = BlockNote(7, "ram0", "/a", 8192, 4096, "file", "", "", 8192, b"")
 REMOTE = replace(NOTE, kind="remote", source="ipc:///s/ram0", identity="abc")

@@ -1,4 +1,4 @@
-"""Standard descriptors as a program needs them: open, and able to show any name.
+"""What a program needs of those who start it: standard descriptors that are open and can show any name, and a umask.
 
 A program that is started with 0, 1 or 2 closed gets its next files and sockets under these numbers, and messages for
 people go into them. Python has no stream for a closed one: ``print(file=sys.stderr)`` then writes to stdout."""
@@ -12,7 +12,9 @@ import sys
 
 
 def prepare() -> None:
-    """Open what is closed of 0, 1 and 2 on /dev/null, and let stdout and stderr escape what they cannot encode."""
+    """Open what is closed of 0, 1 and 2 on /dev/null, let stdout and stderr escape what they cannot encode, and let the
+    owner use the files and sockets that we make (under umask 0777 nobody could)."""
+    os.umask(os.umask(0o077) & 0o077)
     for number in (0, 1, 2):
         try:
             os.fstat(number)
