@@ -1,7 +1,8 @@
 """Turns at the conversation with a supervisor: one thread at a time, and a call inside a call of the same thread.
 
 A finalizer, which the garbage collector may run at any instruction, or a signal handler can attach or close a block
-in the middle of an exchange of its own thread. It must not wait for that exchange, which cannot go on before it returns."""
+in the middle of an exchange of its own thread. It must not wait for that exchange, which cannot go on before it
+returns."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def encode(message: Message) -> bytes:
     except (ValueError, OverflowError, TypeError) as error:
         raise BadInput(f"{type(message).__name__} cannot be sent: {error}") from error
     for position in shape.texts:
-        if not values[2 + position].isascii() and not _is_valid(values[2 + position]):  # type: ignore[attr-defined]
+        if not _is_valid(values[2 + position]):
             raise BadInput(f"{type(message).__name__} cannot be sent: {shape.names[position]} is not valid UTF-8")
     if len(data) > MAX_TEXT:
         _measure(type(message).__name__, values)
@@ -165,8 +165,10 @@ def _mended(shape: _Shape, values: tuple[object, ...], skip: int) -> tuple[objec
     return tuple(mended)
 
 
-def _is_valid(text: str) -> bool:
+def _is_valid(text: Any) -> bool:
     """Whether the text can be encoded: no surrogates."""
+    if text.isascii():
+        return True
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -227,8 +229,7 @@ def _build(kind: type[Message], values: tuple[object, ...]) -> Message:
         if values[position] < lowest:  # type: ignore[operator]  # it is an int
             raise ValueError(f"{shape.names[position]} is below {lowest}")
     for position in shape.texts:
-        text: Any = values[position]
-        if not text.isascii() and not _is_valid(text):
+        if not _is_valid(values[position]):
             raise ValueError(f"{shape.names[position]} is not valid UTF-8")
     return kind(*(_unnested(shape, values) if shape.lists else values))
 

@@ -76,7 +76,8 @@ def arguments(directory: Path | str, blocks: tuple[str, ...], options: dict[str,
     words = [*blocks, "--runtime-dir", str(directory)]
     for name, value in options.items():
         for one in value if isinstance(value, list) else [value]:
-            words += ["--" + name.replace("_", "-"), *([] if one is True else [str(one)])]
+            if one is not False:
+                words += ["--" + name.replace("_", "-"), *([] if one is True else [str(one)])]
     return [sys.executable, "-m", "postcopy_supervisor", *words]
 
 

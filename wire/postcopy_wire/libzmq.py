@@ -237,7 +237,8 @@ class Sockets:
         except zmq.ZMQError as error:
             raise OSError(error.errno, error.strerror) from None
         self._reactor.poll_socket(made)
-        return os.fsdecode(made.socket.getsockopt(zmq.LAST_ENDPOINT)).removesuffix("\0")
+        bound: Any = made.socket.getsockopt(zmq.LAST_ENDPOINT)
+        return os.fsdecode(bound).removesuffix("\0")
 
     def connect(
         self,

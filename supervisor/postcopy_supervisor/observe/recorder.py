@@ -142,15 +142,13 @@ def _created(path: str) -> int:
 
 def _overwritten(path: str, blocks: Iterable[RamBlock]) -> int:
     """An older trace, emptied. Raises BadInput for a file that is none, or that is served."""
-    file = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # for writing only when it is not leased by us
     try:
         if os.pread(file, len(trace.MAGIC), 0) not in (trace.MAGIC, b""):
             raise BadInput(f"--record {path}: the file is no trace, so it is not overwritten")
         served = [block.opened.descriptor for block in blocks if block.opened.descriptor >= 0]
         if any(os.path.sameopenfile(file, descriptor) for descriptor in served):
             raise BadInput(f"--record {path}: the file is served")
-        os.ftruncate(file, 0)
-        return file
-    except BaseException:
+        return os.open(f"/proc/self/fd/{file}", os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
+    finally:
         os.close(file)
-        raise

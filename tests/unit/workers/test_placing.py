@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
@@ -192,7 +193,7 @@ def test_without_a_lease_bytes_are_read_and_then_the_file_is_looked_at(source_fi
         for offset, length in ((0, 8192), (8192, 8192)):
             at = pages.locate(offset, length)
             assert ctypes.string_at(at, length) == data[offset : offset + length].ljust(length, b"\0")
-        facts = os.stat(path)
+        facts = path.stat()
         with path.open("r+b") as file:
             file.write(b"new")
         os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
@@ -204,7 +205,7 @@ def test_without_a_lease_bytes_are_read_and_then_the_file_is_looked_at(source_fi
 
 def test_a_file_that_cannot_be_mapped_is_read() -> None:
     path = "/sys/kernel/btf/vmlinux"
-    if not os.path.exists(path):
+    if not Path(path).exists():
         pytest.skip("no file that cannot be mapped")
     descriptor = os.open(path, os.O_RDONLY)
     try:
