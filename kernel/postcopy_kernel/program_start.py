@@ -13,7 +13,7 @@ import sys
 
 def prepare() -> None:
     """Open what is closed of 0, 1 and 2 on /dev/null, let stdout and stderr escape what they cannot encode, and let the
-    owner use the files and sockets that we make (under umask 0777 nobody could)."""
+    owner use the files and sockets that we make (under umask 0777 not even they could)."""
     os.umask(os.umask(0o077) & 0o077)
     for number in (0, 1, 2):
         try:
@@ -29,7 +29,7 @@ def prepare() -> None:
 
 
 def drop_output() -> None:
-    """Nobody can read our output: what is in the buffer must not cause a second error at the end of the program."""
+    """Our output cannot be written: what is in the buffer must not cause a second error at the end of the program."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):

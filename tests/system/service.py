@@ -363,7 +363,8 @@ class Service:
             dealer.setsockopt(zmq.LINGER, 0)
             if identity:
                 dealer.setsockopt(zmq.ROUTING_ID, identity)
-            dealer.connect(f"ipc://{self.directory}/private/router")
+            address: Any = os.fsencode(f"ipc://{self.directory}/private/router")  # a path may be no UTF-8
+            dealer.connect(address)
             yield dealer
         finally:
             dealer.close()

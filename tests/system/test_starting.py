@@ -41,7 +41,7 @@ def test_commands_with_closed_streams(runtime_dir: Path, source_file: SourceFile
             assert (done.returncode, done.stderr) == (0, b""), words
     for words in (["--version"], ["--help"], ["doctor"]):
         assert b"Traceback" not in run(*words, redirection=redirection).stderr
-    failed = run("status", "--json", "--runtime-dir", "/tmp/pc-nobody", redirection="2>&-")
+    failed = run("status", "--json", "--runtime-dir", "/tmp/pc-none", redirection="2>&-")
     assert (failed.returncode, failed.stdout) == (3, b""), "an error is not shown where JSON is expected"
 
 

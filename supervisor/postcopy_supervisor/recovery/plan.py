@@ -31,7 +31,7 @@ OTHER_VERSION = "what the custodian keeps is another version's"
 
 
 COPY = "copy"
-"""``detail`` of a block of kind ``file`` that serves a copy: its file is nobody else's."""
+"""``detail`` of a block of kind ``file`` that serves a copy: no other program has its file."""
 DIGESTS = "digests"
 """``detail`` of a block whose file leaves no trace of a change: its fourth descriptor has digests of the pages."""
 
