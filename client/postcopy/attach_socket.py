@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from postcopy_kernel import polling
 from postcopy_kernel.descriptors import Received, TruncatedMessage, close_all, receive_message, send_message
 from postcopy_protocol.attach_conversation import AttachClient, Question
 from postcopy_protocol.messages import Message
@@ -187,7 +188,7 @@ class AttachConnection:
         """Whether the supervisor has closed the connection, or died."""
         if self._socket.fileno() < 0:
             return False
-        poll = select.poll()
+        poll = polling.poll()
         poll.register(self._socket, 0)
         return bool(poll.poll(0))  # poll() reports POLLHUP even for an empty mask
 
@@ -225,7 +226,7 @@ class AttachConnection:
             return received
 
     def _wait(self, event: int, deadline: Deadline) -> None:
-        poll = select.poll()
+        poll = polling.poll()
         poll.register(self._socket, event)
         if not poll.poll(deadline.milliseconds()):
             raise AttachTimeout(

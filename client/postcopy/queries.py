@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import zmq
 
+from postcopy_kernel import polling
 from postcopy_kernel.process import pidfd_open
 from postcopy_protocol.codec import decode, encode
 from postcopy_protocol.messages import (
@@ -93,7 +94,7 @@ class Control:
             raise NoSupervisor(f"the supervisor in {self.directory} has just ended") from error
         try:
             self._ask(AskStop(keep_workers), StopAnswer)
-            poll = select.poll()
+            poll = polling.poll()
             poll.register(pidfd, select.POLLIN)
             if not poll.poll(int(timeout * 1000)):
                 raise PostcopyError(f"the supervisor in {self.directory} (pid {pid}) has not ended after {timeout} s")

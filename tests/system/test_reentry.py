@@ -80,6 +80,11 @@ holder = Holder()
 holder.block.prefetch()
 threading.Thread(target=holder.block.ensure, daemon=True).start()
 """,
+    "the select module has no poll, as under eventlet": """
+import select
+del select.poll
+with postcopy.attach("ram0", D) as block: block.ensure()
+""",
     "threads end with what they were for": """
 with postcopy.attach("ram0", D) as block:
     block.prefetch()
