@@ -8,6 +8,7 @@ import os
 import sys
 from importlib.util import find_spec
 
+from postcopy_kernel.program_start import drop_output, prepare
 from postcopy_kernel.programs import command, environment
 
 DONE, FAILED, USAGE, NO_SUPERVISOR, INTERRUPTED = 0, 1, 2, 3, 130
@@ -15,6 +16,7 @@ DONE, FAILED, USAGE, NO_SUPERVISOR, INTERRUPTED = 0, 1, 2, 3, 130
 
 def main() -> None:
     """Run the command line of ``sys.argv`` and exit with its status."""
+    prepare()
     arguments = sys.argv[1:]
     if arguments[:1] == ["serve"]:  # before anything is imported, so that the supervisor starts fast
         sys.exit(_serve(arguments[1:]))
@@ -25,10 +27,12 @@ def main() -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         status = FAILED
+    except OSError as error:
+        status = _complain(f"cannot write to stdout: {error.strerror}", FAILED)
     except KeyboardInterrupt:
         status = INTERRUPTED
     if status in (FAILED, INTERRUPTED):
-        _drop_output()
+        drop_output()
     sys.exit(status)
 
 
@@ -85,14 +89,6 @@ def _message(error: Exception) -> str:
 def _complain(text: str, status: int) -> int:
     print(f"postcopy: {' '.join(text.split())}", file=sys.stderr)
     return status
-
-
-def _drop_output() -> None:
-    """The reader of our output may be gone: text in the buffer must not cause a second error at exit."""
-    try:
-        sys.stdout.flush()
-    except (BrokenPipeError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from postcopy_kernel import polling
 from postcopy_kernel.descriptors import (
     Received,
     TruncatedMessage,
@@ -208,7 +209,7 @@ class AttachConnection:
         """Whether the supervisor has closed the connection, or died."""
         if self._socket.fileno() < 0:
             return False
-        poll = select.poll()
+        poll = polling.poll()
         poll.register(self._socket, 0)
         return bool(poll.poll(0))  # poll() reports POLLHUP even for an empty mask
 
@@ -236,6 +237,8 @@ class AttachConnection:
             except BlockingIOError:
                 continue
             except TruncatedMessage as error:
+                if error.errno == errno.EMFILE:
+                    raise OSError(errno.EMFILE, error.strerror) from error
                 raise BadMessage(
                     f"the supervisor in {self.directory} sent a message that is too long: {error.strerror}"
                 ) from error
@@ -244,7 +247,7 @@ class AttachConnection:
             return received
 
     def _wait(self, event: int, deadline: Deadline) -> None:
-        poll = select.poll()
+        poll = polling.poll()
         poll.register(self._socket, event)
         if not poll.poll(deadline.milliseconds()):
             raise AttachTimeout(

@@ -237,7 +237,7 @@ class Block:
     def reset_locks(self) -> None:
         """New locks: in the constructor, and in a forked child, where the holders of the old locks do not exist."""
         self._closing = threading.RLock()
-        self._steps = threading.Condition(threading.Lock())
+        self._steps = threading.Condition()
         self._busy = 0
 
     def adopt(self, session: Session, opened: OpenedBlock) -> None:

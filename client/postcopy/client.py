@@ -1,16 +1,21 @@
 """One client per process and runtime directory: several blocks share one connection, one userfaultfd, one worker.
 
-Two locks, always taken in this order. ``Client._conversation`` is held through a whole exchange with the supervisor,
-for seconds if that is slow. ``_registry`` guards the list of attached blocks and is held briefly. A fork takes only the
-registry, so it never waits for an exchange. A block is in the list exactly while it may be touched."""
+Two locks, always taken in this order. ``Client._turns`` is held through a whole exchange with the supervisor, for
+seconds if that is slow. ``_registry`` guards the list of attached blocks and is held briefly. A fork takes only the
+registry, so it never waits for an exchange. A block is in the list exactly while it may be touched.
+
+Both locks let their own thread in again, because a finalizer or a signal handler may attach or close at any
+instruction: see ``turns``. At the end of the interpreter nothing is told to the supervisor, which sees the process
+end."""
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 
 from postcopy_kernel.memory import DOFORK, DONTFORK, NOHUGEPAGE, Mapping
 from postcopy_protocol.geometry import PAGE_4K
@@ -22,6 +27,7 @@ from .block import Block
 from .deadline import Deadline
 from .errors import AttachTimeout, BadInput, PostcopyError
 from .session import Session
+from .turns import Turns
 
 log = logging.getLogger("postcopy")
 
@@ -75,52 +81,47 @@ class Client:
         """``trust``: users whose supervisor is trusted."""
         self.directory, self.trust = directory, trust
         self.blocks: list[Block] = []
-        self._conversation = threading.Lock()
+        self._turns = Turns(directory)
         self._session: Session | None = None
 
     def attach(self, name: str, mode: str, deadline: Deadline) -> Block:
         """See ``postcopy.attach``."""
-        with self._turn(deadline):
-            session = self._current(deadline)
+        with self._turns.take(deadline) as nested:
+            session = Session(self.directory, deadline) if nested else self._current(deadline)
             try:
                 return self._open(session, name, mode, deadline)
             finally:
                 self._end_if_unused(session)
 
     def detach(self, block: Block) -> None:
-        """Unmap ``block``, also when the supervisor cannot be informed of it."""
+        """Unmap ``block``, also when the supervisor cannot be informed of it. At the end of the interpreter the kernel
+        does it: helper threads stand still then, and no module can be imported."""
+        if sys.is_finalizing():
+            return
         with _registry:  # from now on a forked child does not inherit it
             self.blocks.remove(block)
         block.withdraw()
+        deadline = Deadline(TIMEOUT)
         try:
-            with self._turn(Deadline(TIMEOUT)):
-                self._unmap(block, Deadline(TIMEOUT))
+            with self._turns.take(deadline) as nested:
+                if nested:
+                    self._turns.later(lambda: self._unmap(block, Deadline(TIMEOUT)))
+                else:
+                    self._unmap(block, deadline)
         except AttachTimeout as error:
             log.warning("block %s is closed, but the supervisor was not informed: %s", block.name, error)
             block.mapping.close()
 
     def ending_of(self, block: Block) -> str | None:
         """Why the supervisor of ``block`` ended, if it gave a reason."""
-        if self._conversation.acquire(blocking=False):
-            try:
+        with self._turns.take_now() as ours:
+            if ours:
                 block.session.connection.take_notices()
-            finally:
-                self._conversation.release()
         return block.session.connection.ending
 
     def reduce(self, block: Block) -> tuple[object, ...]:
         """A pickle of ``block``: unpickling attaches."""
         return _attach_again, (block.name, self.directory, block.mode, self.trust)
-
-    @contextmanager
-    def _turn(self, deadline: Deadline) -> Iterator[None]:
-        lock = self._conversation
-        if not lock.acquire(timeout=deadline.lock_timeout()):
-            raise AttachTimeout(f"another thread is still waiting for the supervisor in {self.directory}")
-        try:
-            yield
-        finally:
-            lock.release()
 
     def _current(self, deadline: Deadline) -> Session:
         """The session for a new region. A session that is no longer usable keeps the regions that it has."""
@@ -194,7 +195,7 @@ class Client:
 
         A new mapping would lose private writes. A block that cannot be attached is made inaccessible, also when this
         method is interrupted."""
-        self._conversation = threading.Lock()
+        self._turns = Turns(self.directory)
         parents = {id(session): session for session in (self._session, *(block.session for block in self.blocks))}
         self._session, inherited = None, list(self.blocks)
         deadline, reason = Deadline(TIMEOUT), "interrupted"

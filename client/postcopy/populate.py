@@ -9,8 +9,8 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import queue
 import threading
+from collections import deque
 from typing import Protocol
 
 from .deadline import Deadline
@@ -80,7 +80,8 @@ class PopulateJob:
 
 def wait_for(job: PopulateJob, deadline: Deadline) -> None:
     """Run ``job`` in a helper thread and wait for it. Raises the job's error, or PageTimeout."""
-    threading.Thread(target=job.run, name="postcopy-ensure", daemon=True).start()
+    thread = threading.Thread(target=job.run, name="postcopy-ensure", daemon=True)
+    thread.start()
     try:
         done = job.finished.wait(deadline.remaining())
     except BaseException:
@@ -91,32 +92,40 @@ def wait_for(job: PopulateJob, deadline: Deadline) -> None:
         raise PageTimeout(
             f"block {job.block.name}: bytes {job.start} to {job.stop} did not all arrive within {deadline.seconds} s"
         )
+    thread.join()  # so that a fork after this call finds one thread less (Python 3.12 warns of threads)
     if job.error is not None:
         raise job.error
 
 
 class Prefetcher:
-    """One daemon thread in a process that runs the jobs of prefetch() in order."""
+    """One daemon thread in a process that runs the jobs of prefetch() in order. It ends when no job is left: a fork
+    beside a thread is a warning from Python 3.12 on."""
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[PopulateJob] = queue.SimpleQueue()
-        self._starting = threading.Lock()
+        self._jobs: deque[PopulateJob] = deque()
+        self._changing = threading.RLock()  # a signal handler may call prefetch() in the middle of a prefetch()
         self._thread: threading.Thread | None = None
 
     def submit(self, job: PopulateJob) -> None:
-        self._jobs.put(job)
-        with self._starting:
+        with self._changing:
+            self._jobs.append(job)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="postcopy-prefetch", daemon=True)
                 self._thread.start()
 
     def _work(self) -> None:
-        while True:
-            job = self._jobs.get()
+        while job := self._take():
             job.run()
             if job.error is not None:  # a read of the page reports the error; prefetch() promises nothing
                 log.debug("prefetch: %s", job.error)
             del job  # otherwise this thread would keep the last block alive
+
+    def _take(self) -> PopulateJob | None:
+        with self._changing:
+            if self._jobs:
+                return self._jobs.popleft()
+            self._thread = None
+            return None
 
 
 prefetcher = Prefetcher()

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import zmq
 
+from postcopy_kernel import polling
 from postcopy_kernel.process import lock_holder, pidfd_open
 from postcopy_protocol.codec import decode, encode
 from postcopy_protocol.messages import (
@@ -63,7 +64,8 @@ class Control:
     def _connect(self) -> zmq.Socket[bytes]:
         sock = self._context.socket(zmq.DEALER)
         sock.setsockopt(zmq.LINGER, 0)
-        sock.connect(router_endpoint(self.directory))
+        address: Any = os.fsencode(router_endpoint(self.directory))  # a path may be no UTF-8
+        sock.connect(address)
         return sock
 
     def check_listening(self) -> None:
@@ -92,7 +94,7 @@ class Control:
             raise NoSupervisor(f"the supervisor in {self.directory} has just ended") from error
         try:
             self._ask(AskStop(keep_workers), StopAnswer)
-            poll = select.poll()
+            poll = polling.poll()
             poll.register(pidfd, select.POLLIN)
             if not poll.poll(int(timeout * 1000)):
                 raise PostcopyError(f"the supervisor in {self.directory} (pid {pid}) has not ended after {timeout} s")

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 
+from postcopy_kernel import polling
 from postcopy_kernel.programs import command, environment
 
 from .deadline import Deadline
@@ -126,7 +127,7 @@ class Supervisor:
             self._wait(notices, pidfd, deadline)
 
     def _wait(self, notices: socket.socket, pidfd: int, deadline: Deadline) -> None:
-        poll = select.poll()
+        poll = polling.poll()
         poll.register(notices, select.POLLIN)
         poll.register(pidfd, select.POLLIN)
         while ready := [fd for fd, _ in poll.poll(deadline.milliseconds())]:

@@ -44,7 +44,8 @@ _libc.syscall.restype = ctypes.c_long
 
 
 class TruncatedMessage(OSError):
-    """A message was too long, or its descriptors did not all fit. Those that came have been closed."""
+    """A message was too long, or its descriptors did not all fit. Those that came have been closed. ``errno`` is EMFILE
+    when this process may not open that many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,11 @@ def receive_message(sock: socket.socket, max_bytes: int = 65536, max_fds: int = 
     # CMSG_SPACE is padded: one descriptor more than max_fds may fit.
     if seen & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(fds) > max_fds:
         close_all(fds)
+        if not seen & socket.MSG_TRUNC and len(fds) < max_fds:  # there was room: RLIMIT_NOFILE is reached
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            raise TruncatedMessage(
+                errno.EMFILE, f"this process may have {limit} open files, and needs more: raise it with ulimit -n"
+            )
         raise TruncatedMessage(errno.EMSGSIZE, f"a message of more than {max_bytes} bytes or {max_fds} descriptors")
     if not data:
         close_all(fds)

@@ -6,7 +6,7 @@ file description, so duplicates in other processes keep it and can release it. I
 for writing, on file systems without leases, or for a file of another user without CAP_LEASE.
 
 inotify(7) is a hint, not a proof: it does not report changes on another host of a network file system, or through a
-shared mapping.
+shared mapping. For those see ``filestamp``.
 """
 
 from __future__ import annotations
@@ -65,16 +65,16 @@ class FileWatch:
         path = b"/proc/self/fd/%d" % fd
         return _checked(_libc.inotify_add_watch(self.fd, path, ctypes.c_uint32(_IN_MODIFY | _IN_ATTRIB)))
 
-    def read(self) -> set[int]:
-        """Numbers of the files that have changed since the last call."""
+    def read(self) -> dict[int, bool]:
+        """Numbers of the files with events since the last call; True: written or truncated, False: times, or links."""
         try:
             events = os.read(self.fd, 65536)
         except BlockingIOError:
-            return set()
-        changed, at = set[int](), 0
+            return {}
+        changed, at = dict[int, bool](), 0
         while at + _EVENT.size <= len(events):
-            watch, _, _, length = _EVENT.unpack_from(events, at)
-            changed.add(watch)
+            watch, mask, _, length = _EVENT.unpack_from(events, at)
+            changed[watch] = changed.get(watch, False) or bool(mask & _IN_MODIFY)
             at += _EVENT.size + length
         return changed
 

@@ -20,6 +20,8 @@ import select
 import signal as signals
 from typing import Final
 
+from . import polling
+
 NAME_LENGTH: Final = 15  # what the kernel keeps of a name (TASK_COMM_LEN - 1)
 
 _PR_SET_PDEATHSIG: Final = 1
@@ -128,7 +130,7 @@ def pidfd_signal(pidfd: int, signal: int) -> None:
 
 def pidfd_exited(pidfd: int, within: float = 0.0) -> bool:
     """Whether the process has ended, reaped or not. Waits up to ``within`` seconds."""
-    poll = select.poll()
+    poll = polling.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(within * 1000))
 

@@ -20,6 +20,10 @@ RUNTIME_DIR_HELP = (
     "directory of the supervisor's sockets (default: $POSTCOPY_RUNTIME_DIR, else $RUNTIME_DIRECTORY, "
     "else $XDG_RUNTIME_DIR/postcopy, else /run/postcopy)"
 )
+COPY_HELP = (
+    "serve a copy of each file that no other program has (a reflink where the file system can): a later change of the "
+    "file is then certain to have no effect"
+)
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MODES = ("private", "shared")
 LONGEST_SECONDS = 86400.0

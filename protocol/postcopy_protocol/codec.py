@@ -34,8 +34,7 @@ MAX_ITEMS = 4096
 MAX_OFFSETS = MAX_BYTES // 8
 """Offsets in one packed batch."""
 
-# Positions of descriptors are -1 for "none", as are block and offset of a report about neither. A file may be older
-# than 1970.
+# Positions of descriptors are -1 for "none", as are block and offset of a report about neither.
 _NONE = -1
 _ASSIGNMENT_PLACES = (
     "userfaultfd",
@@ -47,14 +46,15 @@ _ASSIGNMENT_PLACES = (
     "cgroup",
 )
 _LOWEST = {
-    "BlockGrant": {"memory": _NONE, "received": _NONE, "source": _NONE, "source_mtime_ns": -(1 << 63)},
+    "BlockGrant": {"memory": _NONE, "received": _NONE, "source": _NONE},
     "Assignment": dict.fromkeys(_ASSIGNMENT_PLACES, _NONE),
-    "BlockNote": {"source_mtime_ns": -(1 << 63)},
     "Report": {"block": _NONE, "offset": _NONE},
 }
 
 # Text for people: shortened and made valid by encode, instead of refused by decode.
 _PROSE = frozenset({"reason", "detail", "Hello.name"})
+# Paths may have bytes that are no UTF-8: these are surrogates in Python, and travel as those bytes.
+_PATHS = frozenset({"AskExport.path", "BlockNote.source", "Assignment.endpoint", "Assignment.handler_path"})
 
 MessageType = TypeVar("MessageType", bound=Message)
 
@@ -78,6 +78,8 @@ class _Shape:
     lists: tuple[tuple[int, type], ...]
     """Position and type of the items: str, or a nested message."""
     prose: tuple[int, ...]
+    texts: tuple[int, ...]
+    """Positions of texts that must be valid UTF-8."""
     read: Callable[[Message], tuple[object, ...]]
 
 
@@ -102,6 +104,7 @@ def _shape(kind: type[Message]) -> _Shape:
         types=tuple(hints[name] if item is None else tuple for name, item in zip(names, items, strict=True)),
         integers=tuple((position, lowest.get(name, 0)) for position, name in enumerate(names) if hints[name] is int),
         lists=tuple((position, item) for position, item in enumerate(items) if item is not None),
+        texts=tuple(p for p, n in enumerate(names) if hints[n] is str and f"{kind.__name__}.{n}" not in _PATHS),
         prose=tuple(p for p, name in enumerate(names) if not _PROSE.isdisjoint((name, f"{kind.__name__}.{name}"))),
         read=attrgetter(*names) if len(names) > 1 else lambda message: tuple(getattr(message, name) for name in names),
     )
@@ -126,9 +129,12 @@ def encode(message: Message) -> bytes:
         values = _mended(shape, values, 2)
     try:
         # A new packer costs 60 ns more than a shared one, and two threads share no state.
-        data: bytes = msgpack.Packer().pack(values)
+        data: bytes = msgpack.Packer(unicode_errors="surrogateescape").pack(values)
     except (ValueError, OverflowError, TypeError) as error:
         raise BadInput(f"{type(message).__name__} cannot be sent: {error}") from error
+    for position in shape.texts:
+        if not _is_valid(values[2 + position]):
+            raise BadInput(f"{type(message).__name__} cannot be sent: {shape.names[position]} is not valid UTF-8")
     if len(data) > MAX_TEXT:
         _measure(type(message).__name__, values)
     return data
@@ -137,7 +143,7 @@ def encode(message: Message) -> bytes:
 def _measure(name: str, values: Iterable[object]) -> None:
     """Raise BadInput for a field that the receiver would refuse as too long."""
     for value in values:
-        if isinstance(value, str) and len(value.encode()) > MAX_TEXT:
+        if isinstance(value, str) and len(value.encode("utf-8", "surrogateescape")) > MAX_TEXT:
             raise BadInput(f"{name} cannot be sent: it has a text of more than {MAX_TEXT} bytes")
         if isinstance(value, bytes) and len(value) > MAX_BYTES:
             raise BadInput(f"{name} cannot be sent: it has {len(value)} bytes in one field, {MAX_BYTES} may be")
@@ -159,6 +165,17 @@ def _mended(shape: _Shape, values: tuple[object, ...], skip: int) -> tuple[objec
     return tuple(mended)
 
 
+def _is_valid(text: Any) -> bool:
+    """Whether the text can be encoded: no surrogates."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _fit(text: str) -> str:
     """Text as valid UTF-8 of at most MAX_TEXT bytes."""
     if text.isascii() and len(text) <= MAX_TEXT:
@@ -173,6 +190,7 @@ def decode(data: bytes | memoryview, *, expect: Collection[type[MessageType]]) -
             data,
             use_list=False,
             raw=False,
+            unicode_errors="surrogateescape",
             strict_map_key=True,
             ext_hook=_no_extension,
             max_str_len=MAX_TEXT,
@@ -210,6 +228,9 @@ def _build(kind: type[Message], values: tuple[object, ...]) -> Message:
     for position, lowest in shape.integers:
         if values[position] < lowest:  # type: ignore[operator]  # it is an int
             raise ValueError(f"{shape.names[position]} is below {lowest}")
+    for position in shape.texts:
+        if not _is_valid(values[position]):
+            raise ValueError(f"{shape.names[position]} is not valid UTF-8")
     return kind(*(_unnested(shape, values) if shape.lists else values))
 
 
@@ -218,7 +239,7 @@ def _unnested(shape: _Shape, values: tuple[object, ...]) -> list[Any]:
     converted: list[Any] = list(values)
     for position, item in shape.lists:
         wanted = str if item is str else tuple
-        if any(type(part) is not wanted for part in converted[position]):
+        if any(type(part) is not wanted or (item is str and not _is_valid(part)) for part in converted[position]):
             raise ValueError(f"{shape.names[position]} is no list of {item.__name__}")
         if issubclass(item, Message):
             converted[position] = tuple([_build(item, part) for part in converted[position]])

@@ -470,7 +470,8 @@ class BlockGrant(Message, tag=100):
     Positions in the worker's list of descriptors (-1: none): ``memory`` (read-write), ``received`` (read-write),
     ``source`` (the file). ``kind`` is ``file``, ``handler``, ``zero`` or ``remote``. Without a source it is
     ``quarantined`` or ``orphaned``, and missing pages are poisoned. ``detail`` is ``module:function`` of a handler, or
-    the reason. ``source_size`` and ``source_mtime_ns`` are the file's when serving began."""
+    the reason; of a file ``copy``, or ``digests``, which are in the descriptor after ``source``. ``source_size`` and
+    ``source_stamp`` (see ``postcopy_kernel.filestamp``) are the file's when serving began."""
 
     block: int
     name: str
@@ -480,7 +481,7 @@ class BlockGrant(Message, tag=100):
     kind: str
     detail: str
     source_size: int
-    source_mtime_ns: int
+    source_stamp: bytes
     memory: int
     received: int
     source: int
@@ -540,7 +541,7 @@ class BlockNote(Message, tag=103):
     detail: str
     identity: str
     source_size: int
-    source_mtime_ns: int
+    source_stamp: bytes
 
 
 class ClientNote(Message, tag=104):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from postcopy_kernel import log_queue
 from postcopy_kernel.descriptors import raise_descriptor_limit
 from postcopy_kernel.process import die_with_parent
+from postcopy_kernel.program_start import prepare
 from postcopy_protocol.errors import BadInput, PostcopyError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ def main() -> int:
     """Exit status: 0 ended in order, 1 could not serve, 2 usage."""
     from .settings import parse
 
+    prepare()
     try:
         settings = parse(sys.argv[1:])
         log_queue.set_up(settings.log_format, settings.log_level)
@@ -58,7 +60,7 @@ def _sources(settings: Settings) -> list[PageSource]:
         return [SupervisorSource(settings.runtime_dir, name, settings.trust_uids) for name in settings.files]
     from .file_source import FileSource
 
-    return [FileSource(name, path) for name, path in settings.files.items()]
+    return [FileSource(name, path, copy=settings.copy_on_serve) for name, path in settings.files.items()]
 
 
 def _fail(text: str, status: int) -> int:

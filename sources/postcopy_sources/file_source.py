@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 import stat
 
+from postcopy_kernel.filecopy import settle
+from postcopy_kernel.filedigest import PageDigests
+from postcopy_kernel.filestamp import Stamp
+from postcopy_kernel.filewatch import give_up_lease
 from postcopy_protocol.errors import BadInput, PageLost
 from postcopy_protocol.geometry import PAGE_4K
 
@@ -13,12 +17,12 @@ _PIECES = 512  # unit of st_blocks, in bytes
 
 class FileSource:
     """A regular file or a block device. Raises BadInput for what is neither, or empty; OSError when it does not open.
-    When the file is cut or written while it is served, its pages are lost: new and old pages cannot be told apart. Size
-    and time of change are checked after every read; after a change ``read`` always raises PageLost."""
+    When the file is cut or written while it is served, its pages are lost: new and old pages cannot be told apart. Its
+    stamp is checked after every read; after a change ``read`` always raises PageLost. ``copy``: serve a copy."""
 
     page_size = PAGE_4K
 
-    def __init__(self, name: str, path: str) -> None:
+    def __init__(self, name: str, path: str, *, copy: bool = False) -> None:
         self.name = name
         self.path = path
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -32,8 +36,18 @@ class FileSource:
         except BaseException:
             os.close(self._fd)
             raise
-        self._was = (status.st_size, status.st_mtime_ns)
+        self._digests: PageDigests | None = None
+        if stat.S_ISREG(status.st_mode):
+            self._settle(copy)
+        else:
+            self._stamp = Stamp.of(self._fd)
         self._sparse = stat.S_ISREG(status.st_mode) and status.st_blocks * _PIECES < self.size
+
+    def _settle(self, copy: bool) -> None:
+        served = settle(self._fd, self.path, copy=copy)
+        if served.leased:
+            give_up_lease(served.fd)  # it shows that no program can write now; later writes are seen by the stamp
+        self._fd, self._stamp, self.size, self._digests = served.fd, served.stamp, served.stamp.size, served.digests
 
     def read(self, offset: int, length: int) -> bytes | None:
         """See PageSource. Waits for the disk."""
@@ -41,17 +55,17 @@ class FileSource:
             data = None
         else:
             data = os.pread(self._fd, length, offset)
-        self._check_unchanged(data, length)
+        self._check_unchanged(data, offset, length)
         return data
 
     def read_now(self, offset: int, length: int) -> bytearray | None:
         """As ``read``, without waiting. Raises BlockingIOError unless all of it is in the page cache (Linux 4.14)."""
         if self._sparse and self._is_hole(offset, length):
-            self._check_unchanged(None, length)
+            self._check_unchanged(None, offset, length)
             return None
         data = bytearray(length)
         self._read_at_once(data, offset)
-        self._check_unchanged(data, length)
+        self._check_unchanged(data, offset, length)
         return data
 
     def read_into(self, offset: int, view: memoryview) -> bool:
@@ -60,7 +74,7 @@ class FileSource:
         hole = self._sparse and self._is_hole(offset, length)
         if not hole:
             self._read_at_once(view, offset)
-        self._check_unchanged(None, length)
+        self._check_unchanged(None if hole else view, offset, length)
         return not hole
 
     def _read_at_once(self, data: bytearray | memoryview, offset: int) -> None:
@@ -81,7 +95,9 @@ class FileSource:
         except OSError:  # ENXIO: no data behind offset
             return True
 
-    def _check_unchanged(self, data: bytes | bytearray | None, length: int) -> None:
-        status = os.fstat(self._fd)
-        if (status.st_size, status.st_mtime_ns) != self._was or (data is not None and len(data) != length):
-            raise PageLost(f"{self.path} was cut or written while it is served: start the source again")
+    def _check_unchanged(self, data: bytes | bytearray | memoryview | None, offset: int, length: int) -> None:
+        reason = self._stamp.change(self._fd)
+        if self._digests is not None and self._digests.differs(memoryview(data or bytes(length)), offset):
+            reason = "the file was written to through a mapping since it is served"
+        if reason or (data is not None and len(data) != length):
+            raise PageLost(f"{self.path}: {reason or 'it was truncated'}: start the source again")

@@ -91,6 +91,8 @@ def check_endpoint(listen: str, curve: KeyPair | None, allow: Sequence[bytes], p
             raise BadInput(f"{listen!r} is too long: a socket path may have {SOCKET_PATH_BYTES} bytes")
     elif scheme != "tcp" or ":" not in place:
         raise BadInput(f"{listen!r} is no endpoint: write ipc:///PATH or tcp://HOST:PORT")
+    elif not _is_port(place.rpartition(":")[2]):
+        raise BadInput(f"{listen!r}: write tcp://HOST:PORT with a port up to 65535 (0 or *: one that is free)")
     elif curve is None and not plain_tcp:
         raise BadInput(
             f"{listen}: any program that reaches it could read everything; give --curve-secret and --allow-key "
@@ -100,6 +102,10 @@ def check_endpoint(listen: str, curve: KeyPair | None, allow: Sequence[bytes], p
         raise BadInput("--plain-tcp and --curve-secret exclude each other")
     if (curve is None) != (not allow):
         raise BadInput("--curve-secret and --allow-key belong together: which supervisors may connect, and our own key")
+
+
+def _is_port(text: str) -> bool:
+    return text == "*" or (text.isascii() and text.isdigit() and int(text) < 1 << 16)
 
 
 class Endpoint:

@@ -32,6 +32,7 @@ class Settings:
     log_level: str
     log_format: str
     transport: str
+    copy_on_serve: bool
     trust_uids: frozenset[int] = frozenset()
 
 
@@ -55,6 +56,7 @@ def parse(arguments: list[str]) -> Settings:
         log_level=typed.log_level,
         log_format=typed.log_format,
         transport=chosen_transport(typed.transport, os.environ),
+        copy_on_serve=typed.copy_on_serve,
         trust_uids=frozenset(typed.trust_uid) | trusted_users(os.environ),
     )
 
@@ -104,6 +106,7 @@ def _parser() -> args.Parser:
     help = "public CURVE key of a supervisor that may connect, or a directory of such keys (repeat)"
     add("--allow-key", action="append", default=[], metavar="FILE", help=help)
     parser.flag("--plain-tcp", "allow tcp without keys: anyone who reaches the port may read everything")
+    parser.flag("--copy-on-serve", args.COPY_HELP)
     add("--identity", default="", metavar="TEXT", help="identifies this content (default: a hash of 64 samples)")
     parser.option("--readers", args.count(1, 64), 4, "N", "threads for reads that wait")
     parser.option("--read-timeout", args.seconds(), 30.0, "SECONDS", "the pages of a read that takes longer are lost")

@@ -10,6 +10,7 @@ import traceback
 from importlib.util import find_spec
 
 from postcopy_kernel import log_queue
+from postcopy_kernel.program_start import prepare
 from postcopy_kernel.userfaultfd import UserfaultfdUnavailable
 from postcopy_protocol.errors import BadInput, PostcopyError
 
@@ -20,6 +21,7 @@ def main() -> int:
     """Returns the exit status: 0 ended in order, 1 failed, 2 usage."""
     from .settings import parse
 
+    prepare()
     try:
         settings = parse(sys.argv[1:])
     except BadInput as error:

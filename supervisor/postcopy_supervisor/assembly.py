@@ -66,7 +66,7 @@ from .pool.worker_pool import WorkerPool
 from .recovery import inventory
 from .recovery.inventory import Custodian
 from .recovery.plan import CGROUPS, SHARED, Plan
-from .remote.advise import SourceAccess
+from .remote.advise import AskedToEnd, SourceAccess
 from .remote.sources import Sources
 from .runtime import Heartbeat, RuntimeDirectory, cgroup_procs
 from .settings import Settings
@@ -134,6 +134,8 @@ def serve(settings: Settings) -> None:
         finally:
             if recorder is not None:
                 recorder.close()
+    except AskedToEnd:
+        log.info("ended while waiting for a source")
     finally:
         runtime.close()
 
@@ -265,12 +267,19 @@ def _service(settings: Settings, runtime: RuntimeDirectory, plan: Plan, base: Ba
     paging = _paging(settings, base, clients, pool, worker_zero, own_mapping)
     zero = ClientZero(blocks, paging, worker_zero, own_mapping, event)
     release = ClientRelease(blocks, clients, pool, listener, paging, event)
-    recorder = Recorder(settings.record, blocks.values(), clients.by_number.keys()) if settings.record else None
+    recorder = _recorder(settings, blocks, clients)
     figures = trace.FIGURES_BYTES if recorder is not None else stages.END
     attach = AttachServer(base.blocks, clients, pool, listener, release, own.device, figures, recorder)
     receive = main_loop.on_source_message
     sources = Sources(settings, base.access, base.router, base.advice, base.blocks, paging, receive, event)
     return Service(clients, pool, paging, zero, release, attach, sources, recorder)
+
+
+def _recorder(settings: Settings, blocks: Mapping[int, RamBlock], clients: Clients) -> Recorder | None:
+    if not settings.record:
+        return None
+    present, overwrite = clients.by_number.keys(), settings.record_overwrite
+    return Recorder(settings.record, blocks.values(), present, overwrite=overwrite)
 
 
 def _paging(
@@ -403,7 +412,7 @@ def _blocks(
     def give_up() -> str:
         """Why a source that does not answer is waited for no longer, or nothing."""
         if select.select([own.stop], [], [], 0)[0]:
-            return "the supervisor is asked to end"
+            raise AskedToEnd
         if plan.recovers and time.monotonic() - state.started > NEW_SOURCE_SECONDS:
             return "the clients that are taken over cannot wait for a new block; nothing is changed: start it first"
         return ""
@@ -416,7 +425,10 @@ def _blocks(
     check_handlers(new, settings.handler_path, settings.handler_timeout)
     for name, source in settings.sources.items():
         number, kept = plan.numbers[name], plan.blocks.get(name)
-        blocks[name] = RamBlock(number, name, source, settings.page_size, advice.get(name), kept, guarded=guarded)
+        copy = settings.copy_on_serve
+        blocks[name] = RamBlock(
+            number, name, source, settings.page_size, advice.get(name), kept, guarded=guarded, copy=copy
+        )
     yield_leases()
     for block in blocks.values():
         block.register(own.core)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import stat
@@ -11,7 +12,10 @@ from dataclasses import dataclass
 from itertools import islice
 
 from postcopy_kernel import memory
-from postcopy_kernel.filewatch import give_up_lease, hear_of_lease, lease, lease_wanted
+from postcopy_kernel.filecopy import settle
+from postcopy_kernel.filedigest import PageDigests
+from postcopy_kernel.filestamp import Stamp
+from postcopy_kernel.filewatch import give_up_lease, hear_of_lease, lease_wanted
 from postcopy_kernel.memory import DONTFORK, DONTNEED, Mapping
 from postcopy_kernel.userfaultfd import RegisterMode, Userfaultfd
 from postcopy_protocol import received_map
@@ -21,7 +25,9 @@ from postcopy_protocol.messages import BlockGrant, BlockNote
 from postcopy_protocol.sizes import format_size
 from postcopy_protocol.sources import Advice, FileSource, HandlerSource, RemoteSource, Source, ZeroSource
 
-from .recovery.plan import KeptBlock
+from .recovery.plan import COPY, DIGESTS, KeptBlock
+
+log = logging.getLogger(__name__)
 
 LARGEST_BLOCK = 16 << 40  # bytes: what a process can map several times over (47 bits of addresses)
 MAP_PIECE = 1 << 20
@@ -34,20 +40,23 @@ COPY_SECONDS = 0.002
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A source as it was when first served: its exact ``size``, and for a file its descriptor and time."""
+    """A source as it was when first served: its exact ``size``, and for a file its descriptor, its stamp and whether we
+    hold a lease. ``detail`` is COPY for the copy of a file, DIGESTS where pages are compared with digests."""
 
     kind: str
     detail: str
     size: int
     descriptor: int = -1
-    mtime_ns: int = 0
+    stamp: Stamp | None = None
+    leased: bool = False
+    digests: PageDigests | None = None
 
 
-def open_source(name: str, source: Source) -> Opened:
+def open_source(name: str, source: Source, *, copy: bool = False) -> Opened:
     """Open what SOURCE names. Raises BadInput with one line that says what is wrong with it."""
     match source:
         case FileSource(path):
-            return _open_file(name, path)
+            return _open_file(name, path, copy)
         case HandlerSource(module, function, size):
             return Opened("handler", f"{module}:{function}", size)
         case ZeroSource(size):
@@ -56,7 +65,7 @@ def open_source(name: str, source: Source) -> Opened:
             raise BadInput(f"block {name}: its source {source} has not been asked")
 
 
-def _open_file(name: str, path: str) -> Opened:
+def _open_file(name: str, path: str, copy: bool) -> Opened:
     try:
         descriptor = os.open(
             path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
@@ -74,7 +83,15 @@ def _open_file(name: str, path: str) -> Opened:
     if wrong:
         os.close(descriptor)
         raise BadInput(f"block {name}: {path} {wrong}")
-    return Opened("file", "", found.st_size, descriptor, found.st_mtime_ns)
+    try:
+        served = settle(descriptor, path, copy=copy)
+    except OSError as error:
+        raise BadInput(f"block {name}: cannot copy {path}: {error.strerror}") from None
+    detail = COPY if copy else ""
+    if served.digests is not None:
+        detail = DIGESTS
+        log.info("block %s: %s is in memory and open for writing: each page is compared with its digest", name, path)
+    return Opened("file", detail, served.stamp.size, served.fd, served.stamp, served.leased, served.digests)
 
 
 class RamBlock:
@@ -90,16 +107,19 @@ class RamBlock:
         kept: KeptBlock | None = None,
         *,
         guarded: bool = False,
+        copy: bool = False,
     ) -> None:
         """``advice``: the advice of a remote block's source; ``kept``: what the previous supervisor left; ``guarded``:
-        users may attach whom we do not trust."""
+        users may attach whom we do not trust; ``copy``: serve a copy of a file."""
         self.number, self.name, self.source, self.page_size = number, name, source, page_size
         self.identity = advice.identity if advice else ""
         if kept is not None:
             note = kept.note
-            self.opened = Opened(note.kind, note.detail, note.size, kept.file, note.source_mtime_ns)
+            stamp = Stamp.from_bytes(note.source_stamp) if kept.file >= 0 else None
+            digests = PageDigests(kept.fds[3]) if note.detail == DIGESTS else None
+            self.opened = Opened(note.kind, note.detail, note.size, kept.file, stamp, digests=digests)
         else:
-            self.opened = Opened("remote", "", advice.size) if advice else open_source(name, source)
+            self.opened = Opened("remote", "", advice.size) if advice else open_source(name, source, copy=copy)
         self.size = self.opened.size
         self.pages = page_count(self.size, page_size)
         self.length = self.pages * page_size
@@ -157,7 +177,7 @@ class RamBlock:
         if descriptor < 0:
             return
         if not kept:
-            if not lease(descriptor):
+            if not self.opened.leased:
                 self.received[self.pages + received_map.TRUST] = received_map.WATCHED
             return
         hear_of_lease(descriptor)
@@ -188,14 +208,13 @@ class RamBlock:
         """A client may write from now on, so page contents no longer prove where a page came from."""
         self.received[self.pages + received_map.SHARED] = 1
 
-    def look_at_source(self) -> None:
+    def look_at_source(self, *, written: bool) -> None:
         """Mark a file that was truncated or written since it is served; workers check the mark before every page. The
-        listener's thread calls this, so only its wake-up lies between the change and the mark."""
+        listener's thread calls this, so only its wake-up lies between the change and the mark. ``written``: inotify
+        says so, which is certain even where size and times are as before."""
         opened = self.opened
-        if opened.descriptor >= 0:
-            now = os.fstat(opened.descriptor)
-            if (now.st_size, now.st_mtime_ns) != (opened.size, opened.mtime_ns):
-                self.received[self.pages + received_map.TRUST] = received_map.CHANGED
+        if opened.stamp is not None and (written or opened.stamp.change(opened.descriptor)):
+            self.received[self.pages + received_map.TRUST] = received_map.CHANGED
 
     def yield_lease(self) -> None:
         """A program wants to write to the file: let it, and check the file's size before every page from now on."""
@@ -213,6 +232,7 @@ class RamBlock:
     def grant(self, first: int) -> tuple[BlockGrant, tuple[int, ...]]:
         """A worker's grant, and its descriptors, which begin at place ``first`` of the worker's list."""
         fds = (self.memory, self.map_fd) + ((self.opened.descriptor,) if self.opened.descriptor >= 0 else ())
+        fds += (self.opened.digests.fd,) if self.opened.digests is not None else ()
         opened = self.opened
         return (
             BlockGrant(
@@ -224,7 +244,7 @@ class RamBlock:
                 kind=opened.kind,
                 detail=opened.detail,
                 source_size=opened.size,
-                source_mtime_ns=opened.mtime_ns,
+                source_stamp=bytes(opened.stamp or b""),
                 memory=first,
                 received=first + 1,
                 source=first + 2 if opened.descriptor >= 0 else -1,
@@ -245,7 +265,7 @@ class RamBlock:
             detail=opened.detail,
             identity=self.identity,
             source_size=opened.size,
-            source_mtime_ns=opened.mtime_ns,
+            source_stamp=bytes(opened.stamp or b""),
         )
 
     def _map_pieces(self) -> Iterator[tuple[int, bytes]]:
@@ -370,3 +390,5 @@ class RamBlock:
             os.close(fd)
         if self.opened.descriptor >= 0:
             os.close(self.opened.descriptor)
+        if self.opened.digests is not None:
+            os.close(self.opened.digests.fd)

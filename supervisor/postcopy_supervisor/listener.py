@@ -71,9 +71,9 @@ class FileWatches:
         return self._watch.fileno() if self._watch else -1
 
     def check(self) -> None:
-        for number in self._watch.read() & self._blocks.keys() if self._watch else ():
-            for block in self._blocks[number]:
-                block.look_at_source()
+        for number, written in self._watch.read().items() if self._watch else ():
+            for block in self._blocks.get(number, ()):
+                block.look_at_source(written=written)
 
 
 class Listener(threading.Thread):

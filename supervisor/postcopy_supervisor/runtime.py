@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -68,7 +69,13 @@ class RuntimeDirectory:
             raise BadInput(f"runtime directory {self.path}: cannot make {LOCK}: {error.strerror}") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                os.close(lock)
+                raise BadInput(
+                    f"runtime directory {self.path}: its file system has no locks ({error.strerror}); "
+                    "choose a --runtime-dir on a local one, such as /run"
+                ) from None
             owner = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
             os.close(lock)
             raise BadInput(

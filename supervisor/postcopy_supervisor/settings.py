@@ -54,6 +54,7 @@ class Settings:
     metrics_public: bool = False
     trace: frozenset[str] = frozenset()
     record: str = ""
+    record_overwrite: bool = False
     restart: RestartPolicy = field(default_factory=RestartPolicy)
     walls: str = "auto"
     worker_cgroups: tuple[str, ...] = ()
@@ -62,6 +63,7 @@ class Settings:
     orphan_timeout: float = 60.0
     poison_orphans: bool = False
     transport: str = NATIVE
+    copy_on_serve: bool = False
     handler_path: str = ""
     """The directory in which serve was started, where there are handler blocks: their modules may be in it. Looked up
     once, because every worker gets it and the directory may be removed meanwhile."""
@@ -107,6 +109,7 @@ def parse(arguments: list[str]) -> Settings:
         metrics_public=typed.metrics_public,
         trace=typed.trace,
         record=typed.record,
+        record_overwrite=typed.record_overwrite,
         restart=RestartPolicy(
             limit=typed.restart_limit,
             interval=typed.restart_interval,
@@ -122,6 +125,7 @@ def parse(arguments: list[str]) -> Settings:
         orphan_timeout=typed.orphan_timeout,
         poison_orphans=typed.on_orphan == "poison",
         transport=chosen_transport(typed.transport, os.environ),
+        copy_on_serve=typed.copy_on_serve,
         handler_path=_handler_path(sources),
     )
 
@@ -204,6 +208,7 @@ def _add_paging(parser: args.Parser) -> None:
     parser.option("--fault-around", _window, "auto", "auto|SIZE", help)
     help = "bytes a second streamed ahead of faults; 0: none; auto: remote blocks at full rate, local blocks not at all"
     parser.option("--background-rate", _rate, "auto", "auto|RATE", help)
+    parser.flag("--copy-on-serve", args.COPY_HELP)
     help = "no fault-around and no background stream beyond this much memory; 0: no limit"
     parser.option("--max-memory", args.size_or_zero, "0", "SIZE", help)
 
@@ -255,6 +260,7 @@ def _add_observation(parser: args.Parser) -> None:
     parser.add_argument(
         "--record", default="", metavar="FILE", help="write every fault to FILE (read it with postcopy trace)"
     )
+    parser.flag("--record-overwrite", "--record may overwrite an older trace, as after a restart")
     parser.option("--trace", _points, "", "POINT,...", f"log these, one line each: {', '.join(POINTS)}, all")
     parser.choice("--log-level", args.LOG_LEVELS, "info", "the least important messages that are logged")
     help = "lines for people, one JSON object a line, or lines with priorities for journald, which knows the time"

@@ -375,7 +375,7 @@ class SimulatedService:
         self.map[COUNT + GUARDED] = guarded
         self.page_words = memoryview(bytearray(counters.PAGE_BYTES)).cast("Q")
         self.page_words[counters.WINDOW_LIMIT] = 1 << 30
-        self.grant = BlockGrant(BLOCK, "one", SIZES[BLOCK], PAGE, COUNT, "remote", "", 0, 0, self.descriptor, 1, -1)
+        self.grant = BlockGrant(BLOCK, "one", SIZES[BLOCK], PAGE, COUNT, "remote", "", 0, b"", self.descriptor, 1, -1)
         self.kernel.readable(SOURCE_AT, COUNT * PAGE, lambda at, size: b"".join(map(content, _pages(at, size))))
         self.source = Source()
         self.source.start(RIGHT)

@@ -87,7 +87,7 @@ class World:
         self.guarded = self.map[pages + GUARDED] = any(kind.guarded for kind in kinds)
         self.service = memoryview(bytearray(counters.PAGE_BYTES)).cast("Q")
         self.service[counters.WINDOW_LIMIT] = 1 << 30
-        self.grant = BlockGrant(0, "ram0", size, page_size, pages, kind, "", size, 0, self.descriptor, 1, 2)
+        self.grant = BlockGrant(0, "ram0", size, page_size, pages, kind, "", size, b"", self.descriptor, 1, 2)
         self.truth = {page: self.source.page(page) for page in range(pages)}
         self.reports: list[tuple[str, int, int, str]] = []
         self.paused: list[float] = []

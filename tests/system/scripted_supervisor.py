@@ -26,6 +26,7 @@ import zmq
 
 from postcopy_kernel import memory
 from postcopy_kernel.descriptors import close_all, close_others, create_eventfd, receive_message, send_message
+from postcopy_kernel.filestamp import Stamp
 from postcopy_kernel.memory import Mapping, create_memfd
 from postcopy_kernel.userfaultfd import RegisterMode, Userfaultfd, open_device, open_userfaultfd
 from postcopy_protocol import counters
@@ -265,8 +266,9 @@ class Script:
 
     def _assignment(self, number: int, incarnation: int) -> Assignment:
         kind, source = ("remote", -1) if self.remote else ("file", 8)
-        facts = self.path.stat()
-        block = BlockGrant(1, "ram0", self.size, PAGE, self.pages, kind, "", self.size, facts.st_mtime_ns, 6, 7, source)
+        with self.path.open("rb") as file:
+            stamp = bytes(Stamp.of(file.fileno()))
+        block = BlockGrant(1, "ram0", self.size, PAGE, self.pages, kind, "", self.size, stamp, 6, 7, source)
         return Assignment(
             worker=number,
             incarnation=incarnation,

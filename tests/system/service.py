@@ -76,7 +76,8 @@ def arguments(directory: Path | str, blocks: tuple[str, ...], options: dict[str,
     words = [*blocks, "--runtime-dir", str(directory)]
     for name, value in options.items():
         for one in value if isinstance(value, list) else [value]:
-            words += ["--" + name.replace("_", "-"), *([] if one is True else [str(one)])]
+            if one is not False:
+                words += ["--" + name.replace("_", "-"), *([] if one is True else [str(one)])]
     return [sys.executable, "-m", "postcopy_supervisor", *words]
 
 
@@ -362,7 +363,8 @@ class Service:
             dealer.setsockopt(zmq.LINGER, 0)
             if identity:
                 dealer.setsockopt(zmq.ROUTING_ID, identity)
-            dealer.connect(f"ipc://{self.directory}/private/router")
+            address: Any = os.fsencode(f"ipc://{self.directory}/private/router")  # a path may be no UTF-8
+            dealer.connect(address)
             yield dealer
         finally:
             dealer.close()

@@ -157,7 +157,7 @@ def pasted(page: str, heading: str, directory: Path) -> subprocess.CompletedProc
 
 
 def test_the_quick_start_of_the_readme(tmp_path: Path) -> None:
-    done = pasted("README.md", "## Quick start", tmp_path)
+    done = pasted("README.md", "## Use", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "0000000" in done.stdout, "od has shown what cat has read"
 

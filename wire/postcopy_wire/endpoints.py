@@ -8,6 +8,7 @@ import threading
 from contextlib import suppress
 from typing import Any
 
+from .addresses import host_and_port
 from .transport import IPC, TCP
 
 SILENT_SECONDS = 20  # over a network: a peer that acknowledges nothing for so long is gone
@@ -22,6 +23,9 @@ Place = tuple[int, Any]
 def listening_socket(endpoint: str) -> tuple[socket.socket, str]:
     """A socket that listens there, and the endpoint as it was bound. Raises OSError."""
     family, address = _unix(endpoint) or _resolved(endpoint, socket.AI_PASSIVE)
+    every = family != socket.AF_UNIX and host_and_port(endpoint)[0] == "*"
+    if every and (both := _both_families(address[1])) is not None:
+        return both, f"{TCP}*:{both.getsockname()[1]}"
     listener = socket.socket(family, _STREAM)
     try:
         if family != socket.AF_UNIX:
@@ -32,6 +36,20 @@ def listening_socket(endpoint: str) -> tuple[socket.socket, str]:
     except OSError:
         listener.close()
         raise
+
+
+def _both_families(port: int) -> socket.socket | None:
+    """A listening socket for IPv6 and IPv4; None on a machine without IPv6. Raises OSError."""
+    try:
+        listener = socket.create_server(("", port), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True)
+    except OSError as error:
+        if error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+            return None
+        raise
+    except ValueError:  # no dual stack
+        return None
+    listener.setblocking(False)
+    return listener
 
 
 def prepare_connection(connection: socket.socket) -> None:
@@ -98,14 +116,15 @@ def _unix(endpoint: str) -> Place | None:
 
 def _resolved(endpoint: str, flags: int) -> Place:
     """Of a tcp endpoint; a host of ``*`` is every address. Raises OSError."""
-    host, _, port = endpoint.removeprefix(TCP).rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
+    host, port = host_and_port(endpoint)
     if port == "*":
         port = "0"
     if not port.isdecimal() or int(port) > _MOST_PORT:
         raise OSError(errno.EINVAL, f"{port!r} is no port: write a number up to {_MOST_PORT}")
     host = "0.0.0.0" if host == "*" else host
-    family, _, _, _, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM, flags=flags)[0]
+    found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM, flags=flags)
+    # Of a name IPv4 first: a program that listens on IPv4 only does not answer at the other address.
+    family, _, _, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
     return family, address
 
 

@@ -12,12 +12,14 @@ import select
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from postcopy_protocol.zmtp import LARGEST, Buffer
 
+from .addresses import use_family
 from .backlog import CURVE_BYTES, UNASKED_LIMIT, Backlog, Link
 from .reactor import Reactor
 from .transport import FULL, IPC, SENT, UNREACHABLE, Action, FramesHandler, MessageHandler, PrepareSocket
@@ -41,6 +43,11 @@ _ACCEPTED, _CONNECTED, _SOURCE = int(zmq.EVENT_ACCEPTED), int(zmq.EVENT_CONNECTE
 def can_receive(socket: Socket) -> bool:
     """Is there a message? Asking also re-arms the socket's descriptor."""
     return bool(int(socket.get(_EVENTS)) & _READABLE)
+
+
+def _address(endpoint: str) -> Any:
+    """An endpoint for bind and connect: as bytes, because the path of an ipc socket may be no UTF-8."""
+    return os.fsencode(endpoint)
 
 
 def set_limits(socket: Socket, queue: int, largest: int) -> None:
@@ -195,7 +202,8 @@ class Dealer:
         self._added = added_bytes(self.socket)
         self.monitor = self.socket.get_monitor_socket(_HANDSHAKE | _DISCONNECTED | _CONNECTED)
         self.send = frame_sender(self.socket)
-        self.socket.connect(endpoint)
+        use_family(self.socket, endpoint)
+        self.socket.connect(_address(endpoint))
 
     def new_connection(self) -> bool:
         """Read the monitor: has a connection been made since the last call? The newest event says what is now."""
@@ -306,13 +314,15 @@ class Sockets:
                 self._backlog.limit = UNASKED_LIMIT
                 monitor = made.watch_connections()
                 self._reactor.watch(int(monitor.getsockopt(zmq.FD)), made.check_connections)
-            made.socket.bind(endpoint)
+            use_family(made.socket, endpoint, listening=True)
+            made.socket.bind(_address(endpoint))
             made.check_connections()  # from now on its descriptor tells
         except zmq.ZMQError as error:
             raise OSError(error.errno, error.strerror) from None
         if not again:
             self._reactor.poll_socket(made)
-        return made.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        bound: Any = made.socket.getsockopt(zmq.LAST_ENDPOINT)
+        return os.fsdecode(bound).removesuffix("\0")
 
     def connect(
         self,

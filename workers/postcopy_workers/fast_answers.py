@@ -13,7 +13,7 @@ from typing import Protocol
 
 from postcopy_kernel.userfaultfd import UFFDIO_CONTINUE, UFFDIO_COPY, UFFDIO_WAKE
 from postcopy_protocol.counters import FAULTS, PLAIN, bucket
-from postcopy_protocol.received_map import CHANGED, PLACING, RECEIVED
+from postcopy_protocol.received_map import PLACING, RECEIVED
 from postcopy_protocol.stages import PLACED as PLACED_STAGE
 from postcopy_protocol.stages import WOKEN
 
@@ -22,7 +22,6 @@ from .page_sources import RemotePages
 from .placing import COPY_DONTWAKE, Calls, Structure
 from .requests import Requests
 
-SEEK_END = 2
 BASE_SHIFT = 12
 TIMED = 17
 """One common fault in so many is timed and counts for as many: clocks and histograms cost 2 us each time. The first
@@ -94,7 +93,6 @@ def _remote(region: Region, counters: memoryview, slow: SlowPath, requests: Requ
 def _shared(region: Region, userfaultfd: int, counters: memoryview, calls: Calls, slow: SlowPath) -> Answer:
     block, base, clock = region.block, region.base, perf_counter_ns
     ioctl, received, trust_at = calls.ioctl, block.received, block.trust_at
-    lseek, descriptor, size = calls.lseek, block.pages.descriptor, block.pages.size
     source = block.pages.linear - base  # from an address of the client to the bytes that belong there
     structure = Structure(5, 0, 0, 1 << BASE_SHIFT)
     copy, buffer = structure.fields, structure.buffer
@@ -110,7 +108,7 @@ def _shared(region: Region, userfaultfd: int, counters: memoryview, calls: Calls
         begun = 0 if plain % TIMED else clock()
         if received[page] or flags & FAULT_MINOR:
             return resolve(region, page, flags, begun or clock())
-        if received[trust_at] and (received[trust_at] == CHANGED or lseek(descriptor, 0, SEEK_END) != size):
+        if received[trust_at]:  # no lease: read and checked before it is placed
             return resolve(region, page, flags, begun or clock())
         copy[0] = address
         copy[1] = address + source
@@ -137,7 +135,6 @@ def _shared(region: Region, userfaultfd: int, counters: memoryview, calls: Calls
 def _private(region: Region, userfaultfd: int, counters: memoryview, calls: Calls, slow: SlowPath) -> Answer:
     block, base, clock = region.block, region.base, perf_counter_ns
     ioctl, received, trust_at = calls.ioctl, block.received, block.trust_at
-    lseek, descriptor, size = calls.lseek, block.pages.descriptor, block.pages.size
     own_fd, own = block.own.userfaultfd, block.own.address - base
     source = block.pages.linear - base
     copy_structure = Structure(5, 0, 0, 1 << BASE_SHIFT, COPY_DONTWAKE)
@@ -156,7 +153,7 @@ def _private(region: Region, userfaultfd: int, counters: memoryview, calls: Call
         begun = 0 if plain % TIMED else clock()
         if received[page] or flags & FAULT_MINOR:
             return resolve(region, page, flags, begun or clock())
-        if received[trust_at] and (received[trust_at] == CHANGED or lseek(descriptor, 0, SEEK_END) != size):
+        if received[trust_at]:  # no lease: read and checked before it is placed
             return resolve(region, page, flags, begun or clock())
         copy[0] = address + own
         copy[1] = address + source

@@ -1,9 +1,9 @@
 """Where a worker takes the bytes of a block from: a file, a function, zeros, or the supervisor (remote).
 
 A source answers one question: at which address of this process are the bytes of a range of whole pages, ready for
-UFFDIO_COPY? Python never touches the bytes of a file. COPY reads them from the mapping, and a file that was cut gives
-EFAULT there instead of a SIGBUS here. A cut *inside* a page is copied as data followed by zeros without any error
-(measured on Linux 6.18). So the file's size is checked before every page, its size and time before every window.
+UFFDIO_COPY? Under a lease COPY reads the bytes of a file from its mapping. Without a lease the file may change at any
+time, and a cut *inside* a page would be copied as data followed by zeros without any error (measured on Linux 6.18). So
+they are read into memory of our own, and the file's stamp is checked after that, before they are placed.
 
 A file that is not cached is read as the faults ask for it: one page for a fault, a window and the next one for a
 window. Left to itself the kernel reads the device's read-ahead around every page of a mapping: 8 MiB on some machines,
@@ -12,13 +12,17 @@ which takes 2 to 10 ms instead of 20 us.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from typing import Protocol
 
+from postcopy_kernel.filedigest import PageDigests
+from postcopy_kernel.filestamp import Stamp
 from postcopy_kernel.memory import DONTNEED, RANDOM, Mapping
 from postcopy_protocol.errors import PageLost, text_of
 from postcopy_protocol.messages import BlockGrant
+from postcopy_protocol.received_map import TRUST
 
 _BASE_PAGE = 4096
 
@@ -55,27 +59,34 @@ class PageSource(Protocol):
 
 
 class FilePages:
-    """The bytes of a file, copied straight from its mapping."""
+    """The bytes of a file, copied straight from its mapping while a lease is held. Without a lease they are read first,
+    and placed only if the file's stamp shows no change after that. A file that cannot be mapped is always read."""
 
-    def __init__(self, grant: BlockGrant, descriptor: int) -> None:
+    def __init__(
+        self, grant: BlockGrant, descriptor: int, received: memoryview, digests: PageDigests | None = None
+    ) -> None:
         self.descriptor = descriptor
         self.size = grant.source_size
-        self._time = grant.source_mtime_ns
+        self._stamp = Stamp.from_bytes(grant.source_stamp)
+        self._digests = digests
+        self._received, self._trust_at = received, grant.pages + TRUST
         mapped = -(-self.size // _BASE_PAGE) * _BASE_PAGE
-        self._mapping = Mapping.of(descriptor, mapped, shared=True, writable=False)
-        self._mapping.advise(RANDOM)
+        self._mapping = _mapping_of(descriptor, mapped)
+        if self._mapping is not None:
+            self._mapping.advise(RANDOM)
         self._probe = (bytearray(1),)
         # The mapping ends before the end of a last huge page that the file fills only in part: that page is staged.
         self._staged_from = grant.size - grant.size % grant.page_size if mapped % grant.page_size else 1 << 62
         self._staging: Mapping | None = None
-        self.linear = 0 if mapped % grant.page_size else self._mapping.address
+        self.linear = 0 if self._mapping is None or mapped % grant.page_size else self._mapping.address
 
     def locate(self, offset: int, length: int) -> int:
-        if offset + length <= self._staged_from:
-            if length > _BASE_PAGE:
-                self._read_ahead(offset, length)
-            return self._mapping.address + offset
-        return self._staged(offset, length)
+        mapping = self._mapping
+        if mapping is None or self._received[self._trust_at] or offset + length > self._staged_from:
+            return self._staged(offset, length)
+        if length > _BASE_PAGE:
+            self._read_ahead(offset, length)
+        return mapping.address + offset
 
     def _read_ahead(self, offset: int, length: int) -> None:
         """Start reading a window and the one behind it, in large pieces, unless they are in the page cache."""
@@ -90,32 +101,52 @@ class FilePages:
             self._staging = Mapping.anonymous(length)
         view = self._staging.view(length, writable=True)
         wanted, done = min(length, self.size - offset), 0
-        while done < wanted:
-            got = os.preadv(self.descriptor, [view[done:wanted]], offset + done)
-            if not got:
-                raise SourceChanged(f"the file ends at {offset + done}, it had {self.size} bytes")
-            done += got
+        try:
+            while done < wanted:
+                got = os.preadv(self.descriptor, [view[done:wanted]], offset + done)
+                if not got:
+                    raise SourceChanged(f"the file ends at {offset + done}, it had {self.size} bytes")
+                done += got
+        except OSError as error:
+            raise PageLost(f"its source cannot be read: {error.strerror}") from error
+        view[wanted:] = bytes(length - wanted)
+        self.check()
+        self._compare(view[:wanted], offset)
         return self._staging.address
+
+    def _compare(self, data: memoryview, offset: int) -> None:
+        if self._digests is not None and self._digests.differs(data, offset):
+            raise SourceChanged("the file was written to through a mapping since it is served")
 
     def check(self) -> None:
         try:
-            now = os.fstat(self.descriptor)
+            reason = self._stamp.change(self.descriptor)
         except OSError as error:  # ESTALE: a network file system has lost it
-            raise SourceChanged(f"its size cannot be read: {error.strerror}") from None
-        if now.st_size != self.size:
-            raise SourceChanged(f"the file has {now.st_size} bytes, it had {self.size}")
-        if now.st_mtime_ns != self._time:
-            raise SourceChanged("the file was written to since it is served")
+            reason = f"its size cannot be read: {error.strerror}"
+        if reason:
+            raise SourceChanged(reason)
 
     def content(self, offset: int, length: int) -> bytes:
         wanted = max(0, min(length, self.size - offset))
         data = os.pread(self.descriptor, wanted, offset)
         if len(data) != wanted:
             raise SourceChanged(f"the file ends at {offset + len(data)}, it had {self.size} bytes")
+        self._compare(memoryview(data), offset)
         return data.ljust(length, b"\0")
 
     def forget(self) -> None:
-        self._mapping.advise(DONTNEED)
+        if self._mapping is not None:
+            self._mapping.advise(DONTNEED)
+
+
+def _mapping_of(descriptor: int, length: int) -> Mapping | None:
+    """A read-only mapping of a file; None where its file system cannot map it (ENODEV: FUSE with direct_io, sysfs)."""
+    try:
+        return Mapping.of(descriptor, length, shared=True, writable=False)
+    except OSError as error:
+        if error.errno in (errno.ENODEV, errno.EACCES):
+            return None
+        raise
 
 
 class Unmapped:

@@ -14,6 +14,7 @@ from enum import IntEnum
 from functools import partial
 
 from postcopy_kernel import descriptors, landlock, process, seccomp
+from postcopy_kernel.filedigest import PageDigests
 from postcopy_kernel.filewatch import give_up_lease, lease_wanted
 from postcopy_kernel.memory import DONTFORK, DONTNEED, Mapping
 from postcopy_kernel.userfaultfd import RegisterMode, Userfaultfd, open_userfaultfd
@@ -119,16 +120,17 @@ class Worker:
         received = memoryview(mmap.mmap(self.fds[grant.received], 0))
         own = OwnMapping(self._own.fileno(), mapping.address, partial(mapping.advise, DONTNEED))
         calls = replace(system_calls(), page_tables=self._page_tables.size)
-        parts = grant, memory, received, self._pages(grant), own, self.reports, calls
+        parts = grant, memory, received, self._pages(grant, received), own, self.reports, calls
         if received[grant.pages + GUARDED]:
             return GuardedBlock(*parts, locks=self.fds[self.assignment.control_page])
         return Block(*parts)
 
-    def _pages(self, grant: BlockGrant) -> PageSource:
+    def _pages(self, grant: BlockGrant, received: memoryview) -> PageSource:
         stretch = max(grant.page_size, self.assignment.fault_around)
         match grant.kind:
             case "file":
-                return FilePages(grant, self.fds[grant.source])
+                digests = PageDigests(self.fds[grant.source + 1]) if grant.detail == "digests" else None
+                return FilePages(grant, self.fds[grant.source], received, digests)
             case "zero":
                 return ZeroPages(grant, stretch)
             case "handler":

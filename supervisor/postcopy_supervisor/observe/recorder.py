@@ -48,7 +48,9 @@ class Recorder(threading.Thread):
     """``present``: numbers of the clients. The ring of one that has left is emptied once more and dropped. Raises
     BadInput for a file that cannot be written."""
 
-    def __init__(self, path: str, blocks: Iterable[RamBlock], present: Collection[int]) -> None:
+    def __init__(
+        self, path: str, blocks: Iterable[RamBlock], present: Collection[int], *, overwrite: bool = False
+    ) -> None:
         super().__init__(name="recorder", daemon=True)
         self.path = path
         self.records = self.lost = 0
@@ -57,11 +59,16 @@ class Recorder(threading.Thread):
         self._rings: dict[int, Ring] = {}
         self._end = threading.Event()
         self._monotonic = time.monotonic_ns()
+        blocks = tuple(blocks)
         traced = tuple(trace.Traced(block.number, block.name, block.size, block.page_size) for block in blocks)
         try:
             # It shows which client read what, so only the supervisor's user may read it.
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            self._file = _overwritten(path, blocks) if overwrite and os.path.exists(path) else _created(path)
             os.write(self._file, trace.Header(time.time(), self._monotonic, traced).encode())
+        except FileExistsError:
+            raise BadInput(
+                f"--record {path}: the file exists already; remove it, name another one, or say --record-overwrite"
+            ) from None
         except OSError as error:
             raise BadInput(f"--record {path}: {error.strerror}") from error
 
@@ -132,3 +139,21 @@ class Recorder(threading.Thread):
         except OSError as error:  # a full disk must not stop any fault
             self.failed, self.lost = str(error.strerror), self.lost + count
             log.error("recording to %s ends: %s", self.path, error.strerror)
+
+
+def _created(path: str) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+
+
+def _overwritten(path: str, blocks: Iterable[RamBlock]) -> int:
+    """An older trace, emptied. Raises BadInput for a file that is none, or that is served."""
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # for writing only when it is not leased by us
+    try:
+        if os.pread(file, len(trace.MAGIC), 0) not in (trace.MAGIC, b""):
+            raise BadInput(f"--record {path}: the file is no trace, so it is not overwritten")
+        served = [block.opened.descriptor for block in blocks if block.opened.descriptor >= 0]
+        if any(os.path.sameopenfile(file, descriptor) for descriptor in served):
+            raise BadInput(f"--record {path}: the file is served")
+        return os.open(f"/proc/self/fd/{file}", os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
+    finally:
+        os.close(file)

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from postcopy_kernel import crashpoints, descriptors, process
+from postcopy_kernel.filestamp import Stamp
 from postcopy_protocol.codec import decode, encode
 from postcopy_protocol.errors import BadInput, BadMessage, BadVersion
 from postcopy_protocol.messages import Dismiss, InventoryEnd, Kept, TakeOver, WorkerForked
@@ -22,7 +23,7 @@ from postcopy_protocol.sources import FileSource, Source
 
 from ..settings import Settings
 from . import plan
-from .plan import FileFacts, Inventory, KeptBlock, KeptWorker, Plan
+from .plan import COPY, FileFacts, Inventory, KeptBlock, KeptWorker, Plan
 
 log = logging.getLogger("postcopy")
 
@@ -161,14 +162,18 @@ def _enter(custodian: Custodian, settings: Settings) -> tuple[Custodian | None, 
 
 def judge(found: Inventory, settings: Settings, alive: set[int]) -> Plan:
     """``plan.judge`` with facts about the files."""
-    kept_files = {kept.note.block: _kept_file(kept) for kept in found.blocks if kept.file >= 0}
+    kept_files = {
+        kept.note.block: _kept_file(kept) for kept in found.blocks if kept.file >= 0 and kept.note.detail != COPY
+    }
     return plan.judge(found, settings.sources, settings.page_size, alive, kept_files, _named_files(settings.sources))
 
 
 def _kept_file(kept: KeptBlock) -> FileFacts:
     """The file behind the descriptor, with size and time as when it was first served."""
     found = os.fstat(kept.file)
-    return FileFacts(found.st_dev, found.st_ino, kept.note.source_size, kept.note.source_mtime_ns)
+    return FileFacts(
+        found.st_dev, found.st_ino, kept.note.source_size, Stamp.from_bytes(kept.note.source_stamp).mtime_ns
+    )
 
 
 def _named_files(sources: Mapping[str, Source]) -> dict[str, FileFacts]:

@@ -30,6 +30,12 @@ Note = TypeVar("Note", BlockNote, ClientNote)
 OTHER_VERSION = "what the custodian keeps is another version's"
 
 
+COPY = "copy"
+"""``detail`` of a block of kind ``file`` that serves a copy: no other program has its file."""
+DIGESTS = "digests"
+"""``detail`` of a block whose file leaves no trace of a change: its fourth descriptor has digests of the pages."""
+
+
 @dataclass(frozen=True, slots=True)
 class FileFacts:
     """What identifies a file; ``mtime_ns`` and ``size`` (bytes) show whether it was changed."""
@@ -42,7 +48,7 @@ class FileFacts:
 
 @dataclass(frozen=True, slots=True)
 class KeptBlock:
-    """A block of the previous supervisor. ``fds``: memory, received map, and the file of a local block."""
+    """A block of the previous supervisor. ``fds``: memory, received map, the file of a local block, and its digests."""
 
     note: BlockNote
     fds: tuple[int, ...]
@@ -134,7 +140,7 @@ def read(kept: Mapping[str, tuple[bytes, tuple[int, ...]]], workers: Sequence[Ke
 
 def _block(meta: bytes, fds: tuple[int, ...]) -> KeptBlock:
     note = _note(meta, BlockNote)
-    if len(fds) != (3 if note.kind == "file" else 2):
+    if len(fds) != (2 if note.kind != "file" else 4 if note.detail == DIGESTS else 3):
         raise BadInput(f"{OTHER_VERSION}: block {note.name} with {len(fds)} descriptors")
     return KeptBlock(note, fds)
 
@@ -232,6 +238,8 @@ def _difference(kept: KeptBlock, source: Source, page_size: int, was: FileFacts 
     if note.page_size != page_size:
         return f"has pages of {format_size(note.page_size)}, not of {format_size(page_size)}"
     match source:
+        case FileSource(path) if note.kind == "file" and note.detail == COPY:
+            return "" if note.source == str(source) else f"is a copy of {note.source}, not of {source}"
         case FileSource(path) if note.kind == "file":
             return _other_file(path, was, now)
         case HandlerSource(module, function, size) if note.kind == "handler":

@@ -20,6 +20,7 @@ from postcopy_protocol.curve_keys import KeyPair, read_keys
 from postcopy_protocol.errors import BadInput, BadMessage
 from postcopy_protocol.return_path import MAX_RANGE_BYTES, Advise, Advised, SourceRefused, features_at
 from postcopy_protocol.sources import Advice, RemoteSource, Source
+from postcopy_wire.addresses import unknown_host
 from postcopy_wire.factory import open_router
 from postcopy_wire.transport import TCP, PrepareSocket, Router
 
@@ -34,7 +35,12 @@ ADVICE_LIMIT = 64 << 10  # bytes of an answer here
 SOURCE = b"source"
 
 
-Stopped = Callable[[], str]  # why not to wait for a source any longer; empty: wait
+Stopped = Callable[[], str]
+"""Why not to wait for a source any longer; empty: wait. It may raise AskedToEnd."""
+
+
+class AskedToEnd(Exception):
+    """The supervisor is to end in order while it waits for a source: that is no failure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +160,8 @@ class Asking:
             now = time.monotonic()
             if now - warned >= WARN_SECONDS:
                 warned = now
-                log.warning("waiting for the source at %s: it does not answer yet%s", self._endpoint, doubt)
+                reason = unknown_host(self._endpoint) or f"it does not answer yet{doubt}"
+                log.warning("waiting for the source at %s: %s", self._endpoint, reason)
             if now - self._due >= ASK_SECONDS:
                 self._due = now
                 for name in self._names:

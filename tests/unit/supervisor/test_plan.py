@@ -15,7 +15,7 @@ from postcopy_supervisor.recovery.plan import FileFacts, Inventory, KeptBlock, K
 
 FILE = FileFacts(1, 2, 8192, 99)
 REGION = RegionGrant(7, "private", 1 << 30, 8192, 0)
-NOTE = BlockNote(7, "ram0", "/a", 8192, 4096, "file", "", "", 8192, 99)
+NOTE = BlockNote(7, "ram0", "/a", 8192, 4096, "file", "", "", 8192, b"")
 REMOTE = replace(NOTE, kind="remote", source="ipc:///s/ram0", identity="abc")
 CLIENT = ClientNote(3, "somebody", "native", 0, 100, False, False, (REGION,), ())
 WORKER = KeptWorker(3, 5, 101, 55)

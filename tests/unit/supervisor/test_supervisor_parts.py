@@ -90,9 +90,9 @@ def test_an_export_is_over_when_nothing_of_it_is_left(
     block = SimpleNamespace(name="ram0", size=8, mapping=SimpleNamespace(view=view))
     export, unlink, running = Export(1, cast(Any, block), str(tmp_path / "out")), os.unlink, list[bool]()
 
-    def unlinking(path: str) -> None:
+    def unlinking(path: str, *, dir_fd: int) -> None:
         running.append(export.running)
-        unlink(path)
+        unlink(path, dir_fd=dir_fd)
 
     monkeypatch.setattr(os, "unlink", unlinking)
     if state == "cancelled":

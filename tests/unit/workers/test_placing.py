@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
+from postcopy_kernel.filestamp import Stamp
 from postcopy_protocol.messages import BlockGrant
-from postcopy_protocol.received_map import FLAGS, LOST, MISSING, PLACING, RECEIVED, SHARED
+from postcopy_protocol.received_map import FLAGS, LEASED, LOST, MISSING, PLACING, RECEIVED, SHARED, WATCHED
 from postcopy_workers.page_sources import FilePages, HandlerFailed, NoPages, SourceChanged
 from postcopy_workers.placing import COPY_DONTWAKE, Block, Calls
 from tests.conftest import SourceFile
@@ -159,9 +162,7 @@ def test_a_shrinking_file_is_never_padded_with_zeros(source_file: SourceFile) ->
     path = source_file(3 * 4096 + 100)
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        found = os.fstat(descriptor)
-        grant = BlockGrant(0, "ram0", found.st_size, 4096, 4, "file", "", found.st_size, found.st_mtime_ns, 0, 1, 2)
-        pages = FilePages(grant, descriptor)
+        pages = _file_pages(descriptor)
         data = path.read_bytes()
         pages.check()
         assert pages.content(3 * 4096, 4096) == data[3 * 4096 :].ljust(4096, b"\0")
@@ -176,7 +177,47 @@ def test_a_shrinking_file_is_never_padded_with_zeros(source_file: SourceFile) ->
         os.close(descriptor)
 
 
+def _file_pages(descriptor: int, trust: int = LEASED) -> FilePages:
+    stamp = Stamp.of(descriptor)
+    pages = -(-stamp.size // 4096)
+    grant = BlockGrant(0, "ram0", stamp.size, 4096, pages, "file", "", stamp.size, bytes(stamp), 0, 1, 2)
+    return FilePages(grant, descriptor, memoryview(bytearray((*bytes(pages + 1), trust))))
+
+
+def test_without_a_lease_bytes_are_read_and_then_the_file_is_looked_at(source_file: SourceFile) -> None:
+    path = source_file(3 * 4096 + 100)
+    data = path.read_bytes()
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        pages = _file_pages(descriptor, WATCHED)
+        for offset, length in ((0, 8192), (8192, 8192)):
+            at = pages.locate(offset, length)
+            assert ctypes.string_at(at, length) == data[offset : offset + length].ljust(length, b"\0")
+        facts = path.stat()
+        with path.open("r+b") as file:
+            file.write(b"new")
+        os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+        with pytest.raises(SourceChanged, match="put back"):
+            pages.locate(4096, 4096)
+    finally:
+        os.close(descriptor)
+
+
+def test_a_file_that_cannot_be_mapped_is_read() -> None:
+    path = "/sys/kernel/btf/vmlinux"
+    if not Path(path).exists():
+        pytest.skip("no file that cannot be mapped")
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        pages = _file_pages(descriptor)
+        assert pages.linear == 0 or ctypes.string_at(pages.locate(0, 4096), 4096)
+        assert ctypes.string_at(pages.locate(4096, 4096), 4096) == os.pread(descriptor, 4096, 4096)
+        pages.forget()
+    finally:
+        os.close(descriptor)
+
+
 def test_no_pages_are_no_zeros_either() -> None:
-    pages = NoPages(BlockGrant(0, "ram0", 4096, 4096, 1, "quarantined", "", 0, 0, 0, 1, -1), "why")
+    pages = NoPages(BlockGrant(0, "ram0", 4096, 4096, 1, "quarantined", "", 0, b"", 0, 1, -1), "why")
     with pytest.raises(HandlerFailed, match="why"):
         pages.locate(0, 4096)

@@ -160,7 +160,7 @@ def test_after_half_a_take_over_workers_that_poison_go_on() -> None:
 
 # --- what a custodian understands -------------------------------------------------------------------------------------
 
-GRANT = BlockGrant(1, "ram0", 4096, 4096, 1, "remote", "", 4096, 0, 6, 7, -1)
+GRANT = BlockGrant(1, "ram0", 4096, 4096, 1, "remote", "", 4096, b"", 6, 7, -1)
 REGION = RegionGrant(1, "private", 4096, 4096, 0)
 
 
