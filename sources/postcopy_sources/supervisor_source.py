@@ -11,6 +11,7 @@ import errno
 import mmap
 import os
 import socket
+import struct
 import threading
 from typing import TypeVar
 
@@ -93,10 +94,12 @@ class SupervisorSource:
 
     def _connect(self) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        connection.settimeout(ANSWER_SECONDS)
+        # Waits for room in the backlog; a connect with Python's timeout fails at once without it.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@qq", int(ANSWER_SECONDS), 0))
         try:
             path = door_path(self._directory)
             connection.connect(path)
+            connection.settimeout(ANSWER_SECONDS)
             owners = descriptors.socket_owners(connection, path)
             check_owners(self._directory, owners, os.geteuid(), self._trust)
         except (OSError, PostcopyError) as error:
