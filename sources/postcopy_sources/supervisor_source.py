@@ -13,6 +13,7 @@ import os
 import socket
 import struct
 import threading
+from contextlib import suppress
 from typing import TypeVar
 
 from postcopy_kernel import descriptors
@@ -121,7 +122,8 @@ class SupervisorSource:
     def _ask(self, question: Question[Answer], fds: tuple[int, ...] = ()) -> tuple[Answer, tuple[int, ...]]:
         """The answer and its descriptors."""
         try:
-            descriptors.send_message(self._socket, question.data, fds)
+            with suppress(BrokenPipeError, ConnectionResetError):  # a refusal may be waiting
+                descriptors.send_message(self._socket, question.data, fds)
             while True:
                 received = descriptors.receive_message(self._socket, wait=True)
                 if not received.data:
