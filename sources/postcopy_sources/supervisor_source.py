@@ -11,7 +11,9 @@ import errno
 import mmap
 import os
 import socket
+import struct
 import threading
+from contextlib import suppress
 from typing import TypeVar
 
 from postcopy_kernel import descriptors
@@ -94,10 +96,12 @@ class SupervisorSource:
 
     def _connect(self) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        connection.settimeout(ANSWER_SECONDS)
+        # Waits for room in the backlog; a connect with Python's timeout fails at once without it.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@qq", int(ANSWER_SECONDS), 0))
         try:
             path = door_path(self._directory)
             connection.connect(path)
+            connection.settimeout(ANSWER_SECONDS)
             owners = descriptors.socket_owners(connection, path)
             check_owners(self._directory, owners, os.geteuid(), self._trust)
         except (OSError, PostcopyError) as error:
@@ -119,7 +123,8 @@ class SupervisorSource:
     def _ask(self, question: Question[Answer], fds: tuple[int, ...] = ()) -> tuple[Answer, tuple[int, ...]]:
         """The answer and its descriptors."""
         try:
-            descriptors.send_message(self._socket, question.data, fds)
+            with suppress(BrokenPipeError, ConnectionResetError):  # a refusal may be waiting
+                descriptors.send_message(self._socket, question.data, fds)
             while True:
                 received = descriptors.receive_message(self._socket, wait=True)
                 if not received.data:

@@ -169,7 +169,9 @@ class Clients:
             return
         self.pending.pop(client.number, None)
         self.by_pidfd.pop(client.pidfd, None)
-        self.by_user -= Counter((client.uid,))
+        self.by_user[client.uid] -= 1
+        if not self.by_user[client.uid]:
+            del self.by_user[client.uid]
         if client.userfaultfd is None:
             return  # the custodian has nothing of it
         self._custodian.drop(client.key)
