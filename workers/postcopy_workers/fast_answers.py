@@ -196,15 +196,13 @@ def _guarded(
     base, clock, received, trust_at = region.base, perf_counter_ns, block.received, block.trust_at
     ioctl, lseek, lockf, locks = calls.ioctl, calls.lseek, calls.lockf, block.locks
     descriptor, size, lock_at = block.pages.descriptor, block.pages.size, block.lock_at
-    own_fd, own = block.own.userfaultfd, block.own.address - base
-    source = block.pages.linear - base
+    own_fd, own, source = block.own.userfaultfd, block.own.address - base, block.pages.linear - base
     copy_structure = Structure(5, 0, 0, 1 << BASE_SHIFT, COPY_DONTWAKE)
     copy, copy_buffer = copy_structure.fields, copy_structure.buffer
     resume_structure = Structure(4, 0, 1 << BASE_SHIFT)
     resume, resume_buffer = resume_structure.fields, resume_structure.buffer
     window, resolve, widen, tidy = region.around.window, slow.resolve, slow.widen, block.tidy
-    first, end, outside = region.first_page, region.end_page, slow.outside
-    stages = region.stages
+    first, end, outside, stages = region.first_page, region.end_page, slow.outside, region.stages
 
     def answer(flags: int, address: int) -> None:
         page = address - base >> BASE_SHIFT
@@ -218,12 +216,10 @@ def _guarded(
         if missing:
             if received[trust_at] and (received[trust_at] == CHANGED or lseek(descriptor, 0, SEEK_END) != size):
                 return resolve(region, page, flags, begun or clock())
-            copy[0] = address + own
-            copy[1] = address + source
-            placed = False
+            copy[0], copy[1], placed = address + own, address + source, False
             lockf(locks, LOCK_EX, 1, lock_at + page)
             try:
-                if received[page] == MISSING:  # still: nobody had the turn before
+                if received[page] == MISSING:  # still: no worker had the turn before
                     received[page] = PLACING
                     ioctl(own_fd, UFFDIO_COPY, copy_buffer)
                     received[page] = RECEIVED
@@ -241,10 +237,7 @@ def _guarded(
             ioctl(userfaultfd, UFFDIO_CONTINUE, resume_buffer)
         except OSError:
             return resolve(region, page, flags, begun or clock())
-        if missing:
-            counters[PLAIN] = plain + 1
-        else:
-            counters[FAULTS] += 1
+        counters[PLAIN if missing else FAULTS] += 1
         if begun:
             taken, weight = bucket(clock() - begun), TIMED if plain else 1
             counters[taken] += weight
