@@ -304,8 +304,8 @@ class RamBlock:
 
     def promote_interrupted(self) -> None:
         """Pages that are present and still marked PLACING: a worker ended between its COPY and its mark. The kernel
-        shows a page only when it is filled, so they are received. Those of a guarded block may be a foreign user's:
-        they are replaced when they are touched."""
+        shows a page only when it is filled, so they are received. Those of a guarded block may be a foreign user's, and
+        are replaced when they are touched."""
         if self.page_size == PAGE_2M or self.guarded:
             return
         for at, piece in self._map_pieces():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import signal
@@ -13,7 +14,15 @@ import pytest
 from postcopy_kernel import memory
 from postcopy_kernel.memory import PAGE_4K as PAGE
 from postcopy_kernel.memory import Mapping
-from postcopy_kernel.userfaultfd import EHWPOISON, FaultFlag, Outcome, RegisterMode, Status, stuck_faults
+from postcopy_kernel.userfaultfd import (
+    EHWPOISON,
+    FaultFlag,
+    Outcome,
+    RegisterMode,
+    Status,
+    open_userfaultfd,
+    stuck_faults,
+)
 from tests.kernel.clients import Client
 from tests.kernel.touching import Arena, Child, Page, Reader, Toucher, fetch, next_fault, readable
 
@@ -207,6 +216,36 @@ def test_an_announced_client_is_told_of_such_a_page_before_it_sees_it(block: int
         os.pwrite(block, page.bytes, 0)
         client.ufd.continue_(client.page(0), PAGE)
         assert client.answer() == b"data"
+
+
+def test_registering_again_for_less_takes_nothing_away(block: int) -> None:
+    """A back-end registers MISSING what the supervisor has registered MISSING|MINOR through a duplicate."""
+    with Client(block, PAGES, mode=RegisterMode.MISSING | RegisterMode.MINOR) as client:
+        client.ufd.register(client.page(0), PAGES * PAGE, RegisterMode.MISSING)
+        os.pwrite(block, bytes(PAGE), 0)
+        client.begin("read", 0)
+        assert next_fault(client.ufd).flags == FaultFlag.MINOR
+        client.ufd.continue_(client.page(0), PAGE)
+        assert client.answer() == bytes(4)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_process_that_locks_its_memory_populates_what_it_maps_with_access(block: int, shared: bool) -> None:
+    """But not what it maps without; and giving access to registered memory waits for nothing."""
+
+    def locks(_: object) -> None:
+        assert ctypes.CDLL(None).mlockall(3) == 0
+        mapping = Mapping.of(block, PAGES * PAGE, shared=shared, inaccessible=True)
+        with open_userfaultfd() as ufd:
+            ufd.handshake()
+            ufd.register(mapping.address, mapping.length)
+            mapping.allow()
+            assert not list(memory.data_runs(block, 0, PAGES * PAGE)) and ufd.read() == []
+            Mapping.of(block, PAGES * PAGE, shared=shared)
+            assert list(memory.data_runs(block, 0, PAGES * PAGE)) == [(0, PAGES * PAGE)]
+
+    with Child(locks) as child:
+        assert child.exit_code() == 0
 
 
 def test_a_placing_mapping_can_be_dropped_and_the_data_stays(block: int, page: Page) -> None:

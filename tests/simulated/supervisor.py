@@ -100,11 +100,13 @@ class Client:
 
 
 class SimulatedPlacer(Placer):
-    """A predecessor's page is compared with its source in real memory, which is not here: nobody pollutes here."""
+    """The source's bytes are in real memory, which is not here: what they are is known."""
 
     there: dict[int, bytes]
 
     def _accept_present(self, block: RamBlock, page: int, source: int) -> bool:
+        if block.received[block.pages + GUARDED]:
+            self.there[page] = content(page)
         block.received[page] = RECEIVED
         return True
 
@@ -387,6 +389,8 @@ class SimulatedService:
         self.births = self.worker_births = 0
         self.custodian = True
         self.supervisor: Supervisor | None = None
+        self.rogue = self.kernel.space("rogue")
+        self.rogue.areas.append(Area(1 << 32, (1 << 32) + COUNT * PAGE, self.memory, 0, True))
         self.clients = [self._client(number, mode) for number, mode in enumerate(modes, 1)]
         self.start_supervisor()
         for client in self.clients:
@@ -515,6 +519,14 @@ class SimulatedService:
         self.out.clear()
         self.back.clear()  # sent to the routing id of the dead one
 
+    def pollute(self, page: int) -> None:
+        """A foreign user's unregistered mapping touches the page of a guarded block."""
+        if self.map[COUNT + GUARDED]:
+            self.kernel.touch(self.rogue, (1 << 32) + page * PAGE)
+
+    def _strange(self, page: int) -> bool:
+        return bool(self.map[COUNT + GUARDED]) and self.memory.pages.get(page) == bytes(PAGE)
+
     def kill_client(self, client: Client) -> None:
         self.kernel.die(client.space)
         self.kill_worker(client, "before")
@@ -621,11 +633,13 @@ class SimulatedService:
     def check(self) -> None:
         """Holds at every moment."""
         for page in range(COUNT):
-            state, present = self.map[page], page in self.memory.pages
+            state, present = self.map[page], page in self.memory.pages and not self._strange(page)
             assert state != RECEIVED or present, f"page {page} is marked and was never placed"
             assert state != MISSING or not present, f"page {page} is present, and is marked missing"
             assert state != LOST or (page in self.lossy and not present), f"page {page} is given up"
         for page, found in self.memory.pages.items():
+            if self._strange(page) and self.map[page] != RECEIVED:
+                continue
             assert found[1:] == content(page)[1:], f"page {page} of the block is not what it should be"
 
     def check_rest(self) -> None:

@@ -41,6 +41,10 @@ class History(RuleBasedStateMachine):
         if client.space.alive and sum(thread.outcome is None for thread in client.threads) < MOST_SLEEPERS:
             self.service.touch(client, page, 7 if write else None)
 
+    @rule(page=pages)
+    def pollute(self, page: int) -> None:
+        self.service.pollute(page)
+
     @precondition(lambda self: self.service.kernel.woken)
     @rule(number=which)
     def run_on(self, number: int) -> None:

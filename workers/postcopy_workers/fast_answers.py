@@ -8,16 +8,18 @@ common one. Fault-around begins in ``SlowPath.widen``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from fcntl import LOCK_EX, LOCK_UN
 from time import perf_counter_ns
 from typing import Protocol
 
 from postcopy_kernel.userfaultfd import UFFDIO_CONTINUE, UFFDIO_COPY, UFFDIO_WAKE
 from postcopy_protocol.counters import FAULTS, PLAIN, bucket
-from postcopy_protocol.received_map import PLACING, RECEIVED
+from postcopy_protocol.received_map import MISSING, PLACING, RECEIVED
 from postcopy_protocol.stages import PLACED as PLACED_STAGE
 from postcopy_protocol.stages import WOKEN
 
 from .client_ufd import FAULT_MINOR, FAULT_WRITE, Region
+from .guarded_block import GuardedBlock
 from .page_sources import RemotePages
 from .placing import COPY_DONTWAKE, Calls, Structure
 from .requests import Requests
@@ -54,13 +56,15 @@ def fast_answer(
     if isinstance(pages, RemotePages):
         assert requests is not None
         return _remote(region, counters, slow, requests)
-    if not pages.linear or region.block.shift != BASE_SHIFT or region.block.guarded:
-        return _slow(region, slow)
+    if not pages.linear or region.block.shift != BASE_SHIFT:
+        return _not_linear(region, slow)
+    if isinstance(region.block, GuardedBlock):
+        return _guarded(region, region.block, userfaultfd, counters, calls, slow)
     local = _private if region.in_block else _shared
     return local(region, userfaultfd, counters, calls, slow)
 
 
-def _slow(region: Region, slow: SlowPath) -> Answer:
+def _not_linear(region: Region, slow: SlowPath) -> Answer:
     base, shift, resolve = region.base, region.block.shift, slow.resolve
     first, end, outside = region.first_page, region.end_page, slow.outside
 
@@ -172,6 +176,66 @@ def _private(region: Region, userfaultfd: int, counters: memoryview, calls: Call
         counters[PLAIN] = plain + 1
         if begun:
             taken = bucket(clock() - begun)
+            counters[taken] += weight
+            stages[taken + WOKEN] += weight
+            tidy(TIMED)
+        pages = window(page)
+        if pages > 1:
+            widen(region, page, pages)
+
+    return answer
+
+
+def _guarded(
+    region: Region, block: GuardedBlock, userfaultfd: int, counters: memoryview, calls: Calls, slow: SlowPath
+) -> Answer:
+    """Private or shared: as ``_private``, in turn with other workers, and CONTINUE also for a page that is there."""
+    base, clock, received, trust_at = region.base, perf_counter_ns, block.received, block.trust_at
+    ioctl, lockf, locks, lock_at = calls.ioctl, calls.lockf, block.locks, block.lock_at
+    own_fd, own, source = block.own.userfaultfd, block.own.address - base, block.pages.linear - base
+    copy_structure = Structure(5, 0, 0, 1 << BASE_SHIFT, COPY_DONTWAKE)
+    copy, copy_buffer = copy_structure.fields, copy_structure.buffer
+    resume_structure = Structure(4, 0, 1 << BASE_SHIFT)
+    resume, resume_buffer = resume_structure.fields, resume_structure.buffer
+    window, resolve, widen, tidy = region.around.window, slow.resolve, slow.widen, block.tidy
+    first, end, outside, stages = region.first_page, region.end_page, slow.outside, region.stages
+
+    def answer(flags: int, address: int) -> None:
+        page = address - base >> BASE_SHIFT
+        if not first <= page < end:
+            return outside(address)
+        plain = counters[PLAIN]
+        begun = 0 if plain % TIMED else clock()
+        missing = not flags & FAULT_MINOR
+        if received[page] != (MISSING if missing else RECEIVED):
+            return resolve(region, page, flags, begun or clock())
+        if missing:
+            if received[trust_at]:  # no lease: read and checked before it is placed
+                return resolve(region, page, flags, begun or clock())
+            copy[0], copy[1], placed = address + own, address + source, False
+            lockf(locks, LOCK_EX, 1, lock_at + page)
+            try:
+                if received[page] == MISSING:  # still: no worker had the turn before
+                    received[page] = PLACING
+                    ioctl(own_fd, UFFDIO_COPY, copy_buffer)
+                    received[page] = RECEIVED
+                    placed = True
+                    if begun:
+                        stages[bucket(clock() - begun) + PLACED_STAGE] += TIMED if plain else 1
+            except OSError:
+                pass  # ``resolve`` meets the same error
+            finally:
+                lockf(locks, LOCK_UN, 1, lock_at + page)
+            if not placed:
+                return resolve(region, page, flags, begun or clock())
+        resume[0] = address
+        try:
+            ioctl(userfaultfd, UFFDIO_CONTINUE, resume_buffer)
+        except OSError:
+            return resolve(region, page, flags, begun or clock())
+        counters[PLAIN if missing else FAULTS] += 1
+        if begun:
+            taken, weight = bucket(clock() - begun), TIMED if plain else 1
             counters[taken] += weight
             stages[taken + WOKEN] += weight
             tidy(TIMED)

@@ -50,17 +50,17 @@ class GuardedBlock(Block):
         locks: int,
     ) -> None:
         super().__init__(grant, memory, received, pages, own, report, calls)
-        self._locks = locks
+        self.locks, self.lock_at = locks, grant.block << BLOCK_SHIFT
 
     @contextmanager
     def _turn(self, first: int, count: int) -> Iterator[None]:
         """No other worker places these pages meanwhile, or loses them."""
-        start = (self.grant.block << BLOCK_SHIFT) + first
-        self.calls.lockf(self._locks, fcntl.LOCK_EX, count, start)
+        start = self.lock_at + first
+        self.calls.lockf(self.locks, fcntl.LOCK_EX, count, start)
         try:
             yield
         finally:
-            self.calls.lockf(self._locks, fcntl.LOCK_UN, count, start)
+            self.calls.lockf(self.locks, fcntl.LOCK_UN, count, start)
 
     def fill(self, userfaultfd: int, base: int, first: int, count: int, mode: int) -> int:
         """As ``Block.fill``, always through the worker's own mapping."""

@@ -491,6 +491,23 @@ def test_what_a_shared_client_wrote_survives_a_slow_worker(make: Make) -> None:
     assert touched(world, slow, 2) == bytes((77,)) + world.source.page(2)[1:]
 
 
+def test_what_a_shared_client_wrote_survives_a_worker_that_believed_the_page_missing(make: Make) -> None:
+    world = make(Kind("shared", guarded=True), Kind("shared", guarded=True))
+    world.map[PAGES + TRUST] = WATCHED  # a call between its look at the mark and its turn
+    slow, fast = world.clients
+    world.touch(slow, 2)
+    assert slow.life is not None
+    while slow.life.at != "lseek":
+        world.step(slow)
+    world.pollute(2)
+    thread = world.touch(fast, 2, 77)
+    while thread.outcome is None:
+        world.step(fast)
+        for woken in list(world.kernel.woken):
+            world.kernel.run(woken)
+    assert touched(world, slow, 2) == bytes((77,)) + world.source.page(2)[1:]
+
+
 def test_a_strangers_page_that_nothing_can_replace_is_sigbus(make: Make) -> None:
     world = make(Kind("private", guarded=True), Kind("shared", guarded=True))
     world.pollute(2)
