@@ -68,9 +68,10 @@ class Reactor:
             seconds = self._run_timers(seconds)
         polled, again = self._polled, self._again
         if again:
-            self._again, seconds = [], 0
+            seconds = 0
         elif polled and self._any_waits():
             seconds = 0
+        self._again = []
         actions = self._actions
         for fd, mask in self.epoll.poll(seconds, AT_ONCE):
             act = actions.get(fd)
