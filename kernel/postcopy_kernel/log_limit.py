@@ -35,7 +35,7 @@ class LogLimit:
 
     def __init__(self, burst: int = BURST, kind_burst: int = KIND_BURST, seconds: float = SECONDS) -> None:
         self._burst, self._kind_burst, self._seconds = burst, kind_burst, seconds
-        self._windows: dict[Key, Window] = {}  # the oldest first
+        self._windows: dict[Key, Window] = {}  # used last: last
         self._missing = 0
 
     @property
@@ -45,16 +45,18 @@ class LogLimit:
 
     def admits(self, kind: str, peer: str, now: float) -> bool:
         """May this line be written? If not, it is counted."""
-        bounds = [(self._window((kind, ""), now), self._kind_burst)]
-        if peer:
-            bounds.append((self._window((kind, peer), now), self._burst))
-        full = [window for window, most in bounds if window.written >= most]
-        if full:
-            full[-1].left_out += 1
+        ours, theirs = self._window((kind, ""), now), None
+        full = ours if ours.written >= self._kind_burst else None
+        if peer and full is None:
+            theirs = self._window((kind, peer), now)
+            full = theirs if theirs.written >= self._burst else None
+        if full is not None:
+            full.left_out += 1
             self._missing += 1
             return False
-        for window, _ in bounds:
-            window.written += 1
+        ours.written += 1
+        if theirs is not None:
+            theirs.written += 1
         return True
 
     def over(self, now: float) -> list[tuple[Key, int]]:
@@ -73,11 +75,11 @@ class LogLimit:
 
     def _window(self, key: Key, now: float) -> Window:
         """The window of a key. One that is over is kept as long as its count was not returned."""
-        window = self._windows.get(key)
+        window = self._windows.pop(key, None)
         if window is not None and now - window.begun < self._seconds:
+            self._windows[key] = window  # the last to be forgotten
             return window
         left_out = window.left_out if window is not None else 0
-        self._windows.pop(key, None)
         if len(self._windows) >= MOST_KEYS:
             self._missing -= self._windows.pop(next(iter(self._windows))).left_out
         made = self._windows[key] = Window(now, 0, left_out)

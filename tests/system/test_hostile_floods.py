@@ -23,7 +23,8 @@ from tests.system.remote import Source, kinds
 from tests.system.service import PAGE, Service, environment, until, word
 from tests.wire.raw_source import RawSource
 
-MOST_GROWTH = 64 << 20
+MOST_GROWTH = {"native": 64 << 20, "libzmq": 640 << 20}
+"""With keys libzmq has the same bound. Without, it is so fast, and a frame of 2 bytes takes it 64, that it has this."""
 FLOOD_SECONDS = 3.0
 SIZE = 4 << 20
 FLOODS = {
@@ -88,7 +89,7 @@ def test_a_source_that_sends_without_end(
         took = time.monotonic() - begun
         growth.look()
         source.flood = b""
-        assert growth.bytes < MOST_GROWTH, growth.bytes >> 20
+        assert growth.bytes < MOST_GROWTH[transport], growth.bytes >> 20
         assert took < 8, took  # half a second, on a machine with time
         assert remote.do("words(b, [9])", 40) == [word(9 * PAGE)]
 
@@ -111,10 +112,10 @@ def test_a_source_that_sends_without_end_before_the_start(
             while growth is not None and asking.poll() is None and time.monotonic() < deadline:
                 with suppress(StopIteration, OSError):  # it has just ended
                     growth.look()
-            assert growth is None or growth.bytes < MOST_GROWTH
+            assert growth is None or growth.bytes < MOST_GROWTH["native"]
         finally:
-            asking.kill()
-            said = asking.communicate()[1]
+            asking.terminate()
+            said = asking.communicate(timeout=40)[1]
         assert b"Traceback" not in said, said
 
 
@@ -167,7 +168,7 @@ def test_a_peer_that_sends_to_a_source_without_end(
             for page in (7, 70, 700):
                 assert client.do(f"words(b, [{page}])", 20) == [word(page * PAGE)]
         growth.look()
-        assert growth.bytes < MOST_GROWTH, growth.bytes >> 20
+        assert growth.bytes < MOST_GROWTH[transport], growth.bytes >> 20
         assert not kinds(service, "pause")
 
 
@@ -206,7 +207,7 @@ def test_a_peer_with_a_key_that_sends_without_end(source_file: SourceFile, tmp_p
             growth.look()
             assert time.monotonic() < deadline, growth.bytes >> 20
         growth.watch(0.5)
-        assert growth.bytes < MOST_GROWTH, growth.bytes >> 20
+        assert growth.bytes < MOST_GROWTH["native"], growth.bytes >> 20
         honest.send(encode(Advise("ram0", PAGE, ())))
         assert honest.poll(20_000)
         evil.disable_monitor()

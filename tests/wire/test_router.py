@@ -19,7 +19,7 @@ import zmq
 
 from postcopy_protocol.zmtp import GREETING, LARGEST, MORE, Message, Reader, command, frame, opening
 from postcopy_wire import router as module
-from postcopy_wire.connections import KEPT_BYTES
+from postcopy_wire.connections import ALL_KEPT_BYTES, KEPT_BYTES, UNFINISHED_BYTES
 from postcopy_wire.factory import open_router
 from postcopy_wire.router import NativeRouter
 from postcopy_wire.transport import FULL, NATIVE, SENT, TRANSPORTS, UNREACHABLE, Router
@@ -492,6 +492,7 @@ def test_messages_in_pieces(service: Service, path: Path) -> None:
             theirs.sendall(piece)
             at += len(piece)
             service.until(lambda: not service.router.waiting())
+        service.until(lambda: len(found.received) >= len(sent))  # libzmq's thread may be late
         assert found.received == sent
         theirs.close()
     there.unlink()
@@ -593,3 +594,104 @@ def test_the_transports_speak_with_one_another(runtime_dir: Path, ours: str, the
     supervisor.close()
     source.close()
     (runtime_dir / "source").unlink()
+
+
+def test_unfinished_messages_of_many_peers_are_bounded(native_service: Service) -> None:
+    """The peer that holds most is dropped; those that hold little stay."""
+    service = native_service
+    honest = service.known(b"honest")
+    honest.sendall(frame(b"begun", MORE))
+    peers = [service.known(b"p%d" % number) for number in range(UNFINISHED_BYTES // (LARGEST // 2) + 3)]
+    data = frame(bytes(LARGEST // 2), MORE)
+    for peer in peers:
+        peer.settimeout(0)
+        left = memoryview(data)
+        while left:
+            with suppress(BlockingIOError):
+                left = left[peer.send(left) :]
+            service.router.turn(0)
+    service.until(lambda: len(service.gone) >= 2)
+    assert b"honest" not in service.gone and len(service.gone) < len(peers)
+    honest.sendall(frame(b"end"))
+    assert service.next() == (b"honest", [b"begun", b"end"])
+
+
+def test_a_peer_that_does_not_read_is_dropped_when_all_keep_too_much(native_service: Service) -> None:
+    service = native_service
+    for number in range(ALL_KEPT_BYTES // KEPT_BYTES * 40):
+        name = b"p%d" % number
+        service.known(name)
+        while service.router.send_parts(name, [b"head", bytes(1 << 20)]) == SENT:
+            pass
+        if service.gone:
+            break
+    assert service.gone
+    assert service.native._kept.total <= ALL_KEPT_BYTES
+
+
+def test_a_peer_that_sends_many_messages_has_its_share_of_a_turn(native_service: Service) -> None:
+    service = native_service
+    flood, other = service.known(b"flood"), service.known(b"other")
+    flood.sendall(frame(b"x") * 5000)
+    other.sendall(frame(b"y"))
+    service.until(lambda: (b"other", b"y") in service.received)
+    assert len(service.received) < 3000
+    service.until(lambda: len(service.received) == 5001)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_tcp_message_without_end_is_ended(runtime_dir: Path, transport: str) -> None:
+    received: list[Message] = []
+    router = open_router(transport, lambda name, message: received.append(message))
+    try:
+        port = int(router.listen("tcp://127.0.0.1:0").rpartition(":")[2])
+        with (
+            socket.create_connection(("127.0.0.1", port)) as peer,
+            socket.create_connection(("127.0.0.1", port)) as two,
+        ):
+            for connection in (peer, two):
+                connection.sendall(opening())
+            peer.settimeout(0)
+            data, sent = frame(bytes(60_000), MORE), 0
+            deadline = time.monotonic() + PATIENCE
+            with suppress(ConnectionError):
+                while time.monotonic() < deadline:
+                    with suppress(BlockingIOError):
+                        sent += peer.send(data)  # a part of a frame, at times: it is cut all the same
+                    router.turn(0)
+                raise AssertionError(sent)
+            two.sendall(frame(b"hello"))
+            while b"hello" not in received:
+                assert time.monotonic() < deadline
+                router.turn(0.01)
+    finally:
+        router.close()
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("native", "libzmq"), ("libzmq", "native"), ("native", "native")])
+def test_both_transports_speak_tcp_with_one_another(runtime_dir: Path, ours: str, theirs: str) -> None:
+    answers: list[list[bytes]] = []
+    source = open_router(theirs, lambda name, message: source.send_parts(name, [b"head", bytes(3 << 20)]))
+    asker = open_router(ours, lambda name, message: None)
+    try:
+        endpoint = source.listen("tcp://127.0.0.1:*")
+        connected: list[bool] = []
+        asker.connect(
+            endpoint.replace("127.0.0.1", "localhost"),
+            b"s",
+            lambda frames: answers.append([bytes(one) for one in frames]),
+            lambda: connected.append(True),
+            4 << 20,
+        )
+        deadline = time.monotonic() + PATIENCE
+        asked = False
+        while not answers:
+            assert time.monotonic() < deadline
+            if connected and not asked:
+                asked = asker.send(b"s", b"please") == SENT
+            asker.turn(0.005)
+            source.turn(0.005)
+        assert answers == [[b"head", bytes(3 << 20)]]
+    finally:
+        asker.close()
+        source.close()

@@ -147,7 +147,9 @@ class NativeChannel:
         try:
             if not data:
                 raise BadMessage("the connection has ended")
-            messages = self._reader.feed(data)
+            messages = list(self._reader.feed(data))
+            while self._reader.more:
+                messages += self._reader.feed(b"")
         except BadMessage:
             self._lost(connection)
             return []

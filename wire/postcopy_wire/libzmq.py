@@ -17,7 +17,7 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from postcopy_protocol.zmtp import LARGEST, Buffer
+from postcopy_protocol.zmtp import LARGEST, MOST_PARTS, Buffer
 
 from .addresses import use_family
 from .backlog import CURVE_BYTES, UNASKED_LIMIT, Backlog, Link
@@ -124,9 +124,11 @@ class InboundSocket:
                 continue
             parts = [message]
             while socket.get(_RCVMORE):
-                parts.append(receive())
+                part = receive()
+                if len(parts) <= MOST_PARTS:  # no message has more: it is refused without them
+                    parts.append(part)
                 if link is not None:
-                    link.took(len(parts[-1]))
+                    link.took(len(part))
             self._on_message(name, parts)
 
     def _first(self, name: bytes) -> bytes:
@@ -256,11 +258,17 @@ class OutboundSocket:
         for _ in range(AT_ONCE):
             if not can_receive(socket):
                 return
-            frames = [socket.recv(0, False)]
+            frames, link = [socket.recv(0, False)], self.dealer.link
             while frames[-1].more:
-                frames.append(socket.recv(0, False))
+                frame = socket.recv(0, False)
+                if len(frames) <= MOST_PARTS:
+                    frames.append(frame)
+                else:  # no message has so many: it is refused without them
+                    frames[-1] = frame
+                    if link is not None:
+                        link.took(len(frame.buffer))
             buffers = [frame.buffer for frame in frames]
-            if (link := self.dealer.link) is not None:
+            if link is not None:
                 for buffer in buffers:
                     link.took(len(buffer))
             self._on_frames(buffers)

@@ -67,10 +67,9 @@ class Reactor:
         if self._timers:
             seconds = self._run_timers(seconds)
         polled, again = self._polled, self._again
-        if again:
-            self._again, seconds = [], 0
-        elif polled and self._any_waits():
+        if again or (polled and self._any_waits()):
             seconds = 0
+        self._again = []
         actions = self._actions
         for fd, mask in self.epoll.poll(seconds, AT_ONCE):
             act = actions.get(fd)

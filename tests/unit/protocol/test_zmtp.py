@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.zmtp import (
+    AT_ONCE,
     COMMAND,
     GREETING,
     GREETING_BYTES,
@@ -158,3 +159,35 @@ def test_a_name_is_asked_for() -> None:
     for properties in (b"\x08Identity\0\0\0\2a", b"\x08Ident", b"\x08Identity\0\0\1\0" + bytes(256), b"\xff"):
         with pytest.raises(BadMessage):
             Reader().feed(GREETING + command(b"READY", properties))
+
+
+def test_a_reader_gives_few_messages_at_once() -> None:
+    taken, heard = reader(), list[Message]()
+    heard += taken.feed(frame(b"") * 1000)
+    assert (len(heard), taken.more, taken.idle) == (AT_ONCE, True, False)
+    while len(heard) < 1000:
+        more = taken.feed(b"")
+        assert 0 < len(more) <= AT_ONCE
+        heard += more
+    assert taken.feed(b"") == [] and heard == [b""] * 1000
+    assert (taken.more, taken.idle, taken.held) == (False, True, 0)
+
+
+def test_a_placed_reader_gives_few_messages_at_once() -> None:
+    taken = PlacedReader(memoryview(bytearray(1 << 16)))
+    assert placed(taken, ROUTERS + READY) == []
+    heard = placed(taken, frame(b"a") * 1000 + frame(b"b", MORE))
+    assert len(heard) == AT_ONCE
+    while len(heard) < 1000:
+        assert taken.more
+        heard += [list(map(bytes, message)) for message in taken.filled(0)]
+    assert taken.filled(0) == [] and heard == [[b"a"]] * 1000
+    assert placed(taken, frame(b"c")) == [[b"b", b"c"]]
+
+
+def test_what_a_reader_holds() -> None:
+    taken = reader()
+    taken.feed(frame(b"12345", MORE) + frame(b"6", MORE) + b"\0\x09rest")
+    assert (taken.held, taken.idle) == (12, False)
+    taken.feed(b"12345")
+    assert (taken.held, taken.idle) == (0, True)
