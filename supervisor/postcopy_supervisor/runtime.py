@@ -50,16 +50,18 @@ class RuntimeDirectory:
         """Make the directory again, without sockets, and claim it: it was removed or renamed. Raises BadInput when that
         fails, or another supervisor has claimed it since."""
         self._make()
-        mine = os.fstat(self._lock)
-        try:
-            ours = os.path.samestat(mine, os.lstat(os.path.join(self.path, LOCK)))
-        except FileNotFoundError:
-            ours = False
-        if not ours:
+        if not self._is_ours():
             fresh = self._claim()
             os.close(self._lock)
             self._lock = fresh
         self._clean()
+
+    def _is_ours(self) -> bool:
+        """Is the lock at our path the one that we hold? The directory may have been renamed, and made by another."""
+        try:
+            return os.path.samestat(os.fstat(self._lock), os.lstat(os.path.join(self.path, LOCK)))
+        except OSError:
+            return False
 
     def _claim(self) -> int:
         path = os.path.join(self.path, LOCK)
@@ -110,16 +112,20 @@ class RuntimeDirectory:
 
     def remove_custodian_socket(self) -> None:
         """After the end of the custodian; one that was killed while ending leaves its socket behind."""
+        if not self._is_ours():
+            return
         with contextlib.suppress(OSError):
             os.unlink(self.custodian)
 
     def close(self) -> None:
         """Remove the sockets and give up the claim. The directory stays if other files are in it."""
-        for name in (DOOR, ROUTER, LOCK):
+        ours = self._is_ours()
+        for name in (DOOR, ROUTER, LOCK) if ours else ():
             with contextlib.suppress(OSError):
                 os.unlink(os.path.join(self.path, name))
         os.close(self._lock)
-        self._remove_directories()
+        if ours:
+            self._remove_directories()
 
     def _remove_directories(self) -> None:
         for directory in (os.path.join(self.path, PRIVATE), self.path):

@@ -90,3 +90,20 @@ def test_a_handlers_directory_with_its_module(runtime_dir: Path, tmp_path: Path)
         until(lambda: any("made" in text for text in service.events("handler-failed")), "an event names the module")
         assert client.do("b.buf[12288]") == 4
         assert service.status()["totals"]["restarts"] == 0
+
+
+def test_renamed_and_made_by_another_supervisor(runtime_dir: Path, source_file: SourceFile, tmp_path: Path) -> None:
+    """The path is the other's now: the first says so, goes on for its clients, and takes nothing away at its end."""
+    path = source_file(64 * PAGE)
+    with Service(runtime_dir, f"ram0={path}", fault_around="4K") as first:
+        client = first.client()
+        first.process.send_signal(signal.SIGSTOP)  # or it makes its sockets again before the other comes
+        runtime_dir.rename(tmp_path / "moved")
+        with Service(runtime_dir, "z=zero:64K") as second:
+            first.process.send_signal(signal.SIGCONT)
+            until(lambda: "already served by process" in first.log(), "it says why")
+            assert pages(client, 5)
+            client.close()
+            first.process.send_signal(signal.SIGTERM)
+            assert first.wait() == 0
+            assert second.client("z").do("b.buf[5]") == 0, "its sockets are there"

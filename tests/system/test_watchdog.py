@@ -19,11 +19,13 @@ def make(offset, length):
     return b"".join((at // 8).to_bytes(8, "little") for at in range(offset, offset + length, 8))
 
 mark = Path(__file__).with_name("stopped")
+worker = Path("/proc/self/comm").read_text().startswith("postcopy-w")  # not the process that serve asks at its start
 try:
-    mark.touch(exist_ok=False)
+    if worker:
+        mark.touch(exist_ok=False)
 except FileExistsError:
-    pass
-else:
+    worker = False
+if worker:
     mark.write_text(str(os.getpid()))
     os.kill(os.getpid(), signal.SIGSTOP)
 """
@@ -71,7 +73,7 @@ def test_worker_zero_that_is_stopped(runtime_dir: Path, source_file: SourceFile,
 
 
 def test_a_worker_that_is_stopped_before_its_first_word(runtime_dir: Path, tmp_path: Path) -> None:
-    """A module that stops its process while it is imported, the first time."""
+    """A module that stops the first worker that imports it."""
     (tmp_path / "stopping.py").write_text(STOPPING)
     source = f"ram0=handler:stopping:make?size={64 * PAGE}"
     with Service(runtime_dir, source, cwd=tmp_path, start_timeout=3) as service:
