@@ -27,6 +27,7 @@ from postcopy_protocol.runtime_paths import door_path
 
 from .deadline import Deadline
 from .errors import AttachDenied, AttachTimeout, BadMessage, NoSupervisor, PostcopyError
+from .interrupts import allowed
 
 Answer = TypeVar("Answer", bound=Message)
 
@@ -228,7 +229,9 @@ class AttachConnection:
     def _wait(self, event: int, deadline: Deadline) -> None:
         poll = polling.poll()
         poll.register(self._socket, event)
-        if not poll.poll(deadline.milliseconds()):
+        with allowed():
+            ready = poll.poll(deadline.milliseconds())
+        if not ready:
             raise AttachTimeout(
                 f"the supervisor in {self.directory} did not answer within {deadline.seconds} s; is it stopped or busy?"
             )
@@ -242,7 +245,8 @@ def _connect(directory: str, deadline: Deadline) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         _limit_connect(sock, deadline)
-        sock.connect(path)
+        with allowed():
+            sock.connect(path)
         return sock
     except BaseException as error:
         sock.close()

@@ -80,6 +80,24 @@ holder = Holder()
 holder.block.prefetch()
 threading.Thread(target=holder.block.ensure, daemon=True).start()
 """,
+    "an attach that is interrupted leaves no descriptor": """
+import random
+class Stop(KeyboardInterrupt): pass
+def stop(*_): raise Stop
+signal.signal(signal.SIGALRM, stop)
+with postcopy.attach("ram0", D): pass
+before, times = os.listdir("/proc/self/fd"), random.Random(3)
+for _ in range(400):
+    try:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, times.uniform(1e-4, 4e-3))
+            block = postcopy.attach("ram0", D)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        block.close()
+    except Stop: pass
+assert os.listdir("/proc/self/fd") == before
+""",
     "the select module has no poll, as under eventlet": """
 import select
 del select.poll
