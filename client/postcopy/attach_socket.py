@@ -34,6 +34,7 @@ from postcopy_protocol.runtime_paths import check_owners, door_path, trusted_use
 
 from .deadline import Deadline
 from .errors import AttachDenied, AttachTimeout, BadMessage, NoSupervisor, PostcopyError
+from .interrupts import allowed
 
 Answer = TypeVar("Answer", bound=Message)
 
@@ -249,7 +250,9 @@ class AttachConnection:
     def _wait(self, event: int, deadline: Deadline) -> None:
         poll = polling.poll()
         poll.register(self._socket, event)
-        if not poll.poll(deadline.milliseconds()):
+        with allowed():
+            ready = poll.poll(deadline.milliseconds())
+        if not ready:
             raise AttachTimeout(
                 f"the supervisor in {self.directory} did not answer within {deadline.seconds} s; is it stopped or busy?"
             )
@@ -263,7 +266,8 @@ def _connect(directory: str, deadline: Deadline) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         _limit_connect(sock, deadline)
-        sock.connect(path)
+        with allowed():
+            sock.connect(path)
         return sock
     except BaseException as error:
         sock.close()

@@ -26,6 +26,7 @@ from .attach_socket import OpenedBlock
 from .block import Block
 from .deadline import Deadline
 from .errors import AttachTimeout, BadInput, PostcopyError
+from .interrupts import held
 from .session import Session
 from .turns import Turns
 
@@ -86,12 +87,19 @@ class Client:
 
     def attach(self, name: str, mode: str, deadline: Deadline) -> Block:
         """See ``postcopy.attach``."""
-        with self._turns.take(deadline) as nested:
-            session = Session(self.directory, deadline) if nested else self._current(deadline)
-            try:
-                return self._open(session, name, mode, deadline)
-            finally:
-                self._end_if_unused(session)
+        block = None
+        try:
+            with self._turns.take(deadline) as nested, held():
+                session = Session(self.directory, deadline) if nested else self._current(deadline)
+                try:
+                    block = self._open(session, name, mode, deadline)
+                finally:
+                    self._end_if_unused(session)
+            return block
+        except BaseException:
+            if block is not None:
+                block.close()
+            raise
 
     def detach(self, block: Block) -> None:
         """Unmap ``block``, also when the supervisor cannot be informed of it. At the end of the interpreter the kernel

@@ -100,4 +100,5 @@ class FileSource:
         if self._digests is not None and self._digests.differs(memoryview(data or bytes(length)), offset):
             reason = "the file was written to through a mapping since it is served"
         if reason or (data is not None and len(data) != length):
-            raise PageLost(f"{self.path}: {reason or 'it was truncated'}: start the source again")
+            why = f" ({reason})" if reason else ""
+            raise PageLost(f"{self.path} was cut or written while it is served{why}: start the source again")
