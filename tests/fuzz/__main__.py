@@ -111,6 +111,7 @@ class Fuzzer:
             paging=SimpleNamespace(links={}, engine=Engine(), placed=0),
             event_log=EventLog(),
             recorder=None,
+            transport="native",
         )
         exports, auditor = SimpleNamespace(get=void), SimpleNamespace(now=lambda: iter(()))
         stopper = SimpleNamespace(ask=void)

@@ -219,7 +219,7 @@ def test_with_a_wrong_key_nobody_gets_a_byte(
                 until(lambda: "is refused: its key is not allowed" in source.log(), "the source says so too")
             assert "ready" not in service.log() and "advised" not in source.log()
             service.process.send_signal(signal.SIGTERM)
-            assert service.wait() == 1
+            assert service.wait() == 0
         finally:
             service._drop()
 
