@@ -146,7 +146,7 @@ def test_a_fault_that_no_answer_ends(runtime_dir: Path, source_file: SourceFile,
     """A thread that faults again after each answer: its worker reports and slows that client, and does not spin."""
     mode, memory, act = LIES[lie]
     path = source_file(PAGES * PAGE)
-    with Service(runtime_dir, f"ram0={path}", polluting=True, allow_uid="65534", fault_around="4K") as service:
+    with Service(runtime_dir, f"ram0={path}", polluting=True, shared_uid="65534", fault_around="4K") as service:
         honest, client = service.client(), service.client(None)
         assert honest.do("words(b, [0, 2])") == [word(0), word(2 * PAGE)]
         client.do(f"become({uid})" if uid else "None")

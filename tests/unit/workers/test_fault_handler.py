@@ -493,11 +493,10 @@ def test_what_a_shared_client_wrote_survives_a_slow_worker(make: Make) -> None:
 
 def test_what_a_shared_client_wrote_survives_a_worker_that_believed_the_page_missing(make: Make) -> None:
     world = make(Kind("shared", guarded=True), Kind("shared", guarded=True))
-    world.map[PAGES + TRUST] = WATCHED  # a call between its look at the mark and its turn
     slow, fast = world.clients
     world.touch(slow, 2)
     assert slow.life is not None
-    while slow.life.at != "lseek":
+    while slow.life.at != "lock":  # between its look at the mark and its turn
         world.step(slow)
     world.pollute(2)
     thread = world.touch(fast, 2, 77)
