@@ -30,7 +30,7 @@ from tests.attack.scene import MIB, Scene, Touches
 GROWTH = 64 * MIB
 LOG = 256 << 10
 SLOWER = 3.0
-NOISE_US = 250_000.0
+NOISE_US = 1_000_000.0
 """A p99 below this may be a scheduler's delay where all processors are busy. On a quiet machine read the figures."""
 
 
