@@ -223,7 +223,7 @@ def test_an_attach_that_would_not_fit_is_refused(
         service.kill_worker(clients[0])
         assert clients[0].do("words(b, [60])") == [word(60 * PAGE)]
         clients[0].kill()
-        until(lambda: not service.record(clients[0]), "one has left", 5)
+        until(lambda: not service.record(clients[0]), "one has left", 20)
         clients[-1].attach()
         assert clients[-1].do(f"check(b, {str(path)!r})") == -1
 
