@@ -63,14 +63,11 @@ class Growth:
 
 
 @pytest.mark.parametrize(
-    ("flood", "tcp", "transport"),
-    [(flood, True, "native") for flood in FLOODS]
-    + [(flood, False, "native") for flood in WORST]
-    + [(flood, True, "libzmq") for flood in WORST],
+    ("flood", "tcp"),
+    [(flood, True) for flood in FLOODS] + [(flood, False) for flood in WORST],
 )
-def test_a_source_that_sends_without_end(
-    runtime_dir: Path, source_file: SourceFile, flood: str, tcp: bool, transport: str
-) -> None:
+def test_a_source_that_sends_without_end(runtime_dir: Path, source_file: SourceFile, flood: str, tcp: bool) -> None:
+    """Over native sockets: with libzmq a connection that ends inside a message may end the program (docs/security.md)."""
     path = source_file(SIZE)
     with (
         RawSource(path, tcp=tcp) as source,
@@ -79,7 +76,6 @@ def test_a_source_that_sends_without_end(
             f"ram0={source.endpoint}/ram0",
             f"ram1={path}",
             plain_tcp=True,
-            transport=transport,
             background_rate="0",
             fault_around="4K",
         ) as service,
@@ -96,7 +92,7 @@ def test_a_source_that_sends_without_end(
         took = time.monotonic() - begun
         growth.look()
         source.flood = b""
-        assert growth.bytes < MOST_GROWTH[transport], growth.bytes >> 20
+        assert growth.bytes < MOST_GROWTH["native"], growth.bytes >> 20
         assert took < 8, took  # half a second, on a machine with time
         assert remote.do("words(b, [9])", 40) == [word(9 * PAGE)]
 
