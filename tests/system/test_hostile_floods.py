@@ -67,7 +67,7 @@ class Growth:
     [(flood, True) for flood in FLOODS] + [(flood, False) for flood in WORST],
 )
 def test_a_source_that_sends_without_end(runtime_dir: Path, source_file: SourceFile, flood: str, tcp: bool) -> None:
-    """Over native sockets: with libzmq a connection that ends inside a message may end the program (docs/security.md)."""
+    """Over native sockets: libzmq may abort when a connection ends inside a message (docs/security.md)."""
     path = source_file(SIZE)
     with (
         RawSource(path, tcp=tcp) as source,
