@@ -408,13 +408,14 @@ def test_a_supervisor_that_does_not_read_delays_no_other(source_file: SourceFile
             assert len(other.fetch(theirs, (offset, PAGE))) == 1
         assert program.memory() - before < 2 * MAX_OPEN_BYTES + (48 << 20)
         came: dict[int, int] = {}
-        while sum(came.values()) < MAX_OPEN_BYTES:  # at least what was taken is answered
+        while sum(came.values()) < MAX_OPEN_BYTES:
             heard = lazy.hear()
-            assert heard is not None, came
+            if heard is None:
+                break  # it was ended: of all supervisors it held most
             message, frames = heard
             if not isinstance(message, SourceRefused):
                 came[message.request] = came.get(message.request, 0) + sum(map(len, frames))  # type: ignore[attr-defined]
-        assert all(length <= MAX_RANGE_BYTES for length in came.values())
+        assert came and all(length <= MAX_RANGE_BYTES for length in came.values())
 
 
 # --- sources of one's own ---------------------------------------------------------------------------------------------
