@@ -5,7 +5,7 @@ seconds if that is slow. ``_registry`` guards the list of attached blocks and is
 registry, so it never waits for an exchange. A block is in the list exactly while it may be touched.
 
 Both locks let their own thread in again, because a finalizer or a signal handler may attach or close at any
-instruction: see ``turns``. At the end of the interpreter nothing is told to the supervisor, which sees the process
+instruction: see ``turns``. At the end of the interpreter the supervisor gets no message, and sees the process
 end."""
 
 from __future__ import annotations

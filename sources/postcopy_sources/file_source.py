@@ -17,7 +17,7 @@ _PIECES = 512  # unit of st_blocks, in bytes
 
 class FileSource:
     """A regular file or a block device. Raises BadInput for what is neither, or empty; OSError when it does not open.
-    When the file is cut or written while it is served, its pages are lost: new and old pages cannot be told apart. Its
+    When the file is cut or written while it is served, its pages are lost: new and old pages look alike. Its
     stamp is checked after every read; after a change ``read`` always raises PageLost. ``copy``: serve a copy."""
 
     page_size = PAGE_4K

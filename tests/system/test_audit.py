@@ -88,7 +88,7 @@ def test_a_client_of_another_user_is_announced_and_mended(runtime_dir: Path, sou
         other.attach()
         assert stranger.do("pollute('private', [9])") == [ZEROS]
         assert other.do("words(b, [9, 10])") == [word(9 * PAGE), word(10 * PAGE)]
-        until(lambda: service.status()["totals"]["repaired"] == 1, "the repair is told")
+        until(lambda: service.status()["totals"]["repaired"] == 1, "the repair is counted")
         assert service.status(audit=True)["totals"]["polluted"] == 0
         assert service.client().do("words(b, [9])") == [word(9 * PAGE)]
 

@@ -93,7 +93,7 @@ def test_no_client_gets_a_strangers_zeros(
         for client in (early, reader(service, uid, mode)):
             client.do(f"content = bytes.fromhex({path.read_bytes().hex()!r})")
             assert client.do("bytes(b.buf) == content")
-        until(lambda: service.status()["totals"]["repaired"] > 0, "the repair is told")
+        until(lambda: service.status()["totals"]["repaired"] > 0, "the repair is counted")
         assert service.status(audit=True)["totals"]["polluted"] == 0
 
 

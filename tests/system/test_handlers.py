@@ -281,7 +281,7 @@ def test_a_module_that_cannot_be_imported_any_more(runtime_dir: Path, module: Pa
         client.attach("ram1", "shared", "c")
         assert kind_of(client, 3) == "PageLost"
         assert client.do("words(c, [3])") == [word(3 * PAGE)], "the same worker serves its other block"
-        until(partial(told, service, "handler-failed", ("moved",)), "it is told")
+        until(partial(told, service, "handler-failed", ("moved",)), "it is reported")
         assert service.status()["totals"]["restarts"] == 0
 
 

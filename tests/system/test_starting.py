@@ -130,7 +130,7 @@ def test_record_keeps_files_that_are_there(runtime_dir: Path, source_file: Sourc
         with Service(runtime_dir, f"ram0={path}", record=str(trace), record_overwrite=overwrite) as service:
             service.client().do("words(b, [0])")
         size = trace.stat().st_size
-    assert 0 < size < 4096, "the second one begins anew"
+    assert 0 < size < 4096, "the second one starts again"
     again = tmp_path / "link"
     again.hardlink_to(trace)
     status, said = refused(runtime_dir, f"t={trace}", options={"record": str(again), "record_overwrite": True})
