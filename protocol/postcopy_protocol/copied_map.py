@@ -1,8 +1,8 @@
 """The copied map of a client whose memory is its own: what has become of each page there.
 
 Pages of such a client (a virtual machine's anonymous memory) are copied from the block into its memory. It may give
-them back (MADV_DONTNEED: a balloon, virtio-mem). From then on they are zeros: a page that came back from the block would be
-old data, and nothing would complain. So each page has a state, one byte, in memory that outlives the worker:
+them back (MADV_DONTNEED: a balloon, virtio-mem). From then on they are zeros: a page that came back from the block
+would be old data, and nothing would complain. So each page has a state, one byte, in memory that outlives the worker:
 
     FRESH      as the block has it: a fault copies the page
     COPYING    a worker is copying it, or died in that moment: as FRESH

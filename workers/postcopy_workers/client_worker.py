@@ -154,8 +154,8 @@ def _read_events_first(userfaultfd: int, handler: FaultHandler) -> NoReturn:
         length = readinto(buffer)
         if length:
             count = length // (8 * MESSAGE_FIELDS)
+            crashpoints.at("machine.read")
             own.note_removals(handler.regions, fields, count)
-            crashpoints.at("worker.removed")
             handler.messages(fields, count)
         else:
             idle()
