@@ -164,6 +164,8 @@ class AttachConversation:
         match message:
             case Hello():
                 self._greet(message)
+            case OfferUserfaultfd() if self.kind == "vm":
+                raise Refusal("bad-message", "a client of kind vm offers the userfaultfd of another process")
             case OfferBackEnd() if self.kind not in FOREIGN:
                 raise Refusal("bad-message", f"only a client of kind {' or '.join(FOREIGN)} may offer another process")
             case OpenBlock():
