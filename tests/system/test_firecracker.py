@@ -9,8 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,70 @@ def test_a_wrong_block_or_socket_is_one_line(runtime_dir: Path, image: Path, tmp
             done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
             assert done.returncode == status and reason in done.stderr, done.stderr
             assert len(done.stderr.splitlines()) == 1
+
+
+class Api(threading.Thread):
+    """Firecracker's API socket, which answers one PUT /snapshot/load: ``load`` does it and returns status and body."""
+
+    def __init__(self, path: Path, load: Callable[[dict[str, Any]], tuple[int, bytes]]) -> None:
+        super().__init__(daemon=True)
+        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.listener.bind(str(path))
+        self.listener.listen()
+        self.load = load
+
+    def run(self) -> None:
+        connection, _ = self.listener.accept()
+        self.listener.close()
+        with connection:
+            data = b""
+            while b"}}" not in data.replace(b" ", b"") and b"resume_vm" not in data:
+                data += connection.recv(4096)
+            head, _, body = data.partition(b"\r\n\r\n")
+            assert head.startswith(b"PUT /snapshot/load HTTP/1.1\r\n")
+            status, answer = self.load(json.loads(body))
+            connection.sendall(b"HTTP/1.1 %d x\r\nContent-Length: %d\r\n\r\n%s" % (status, len(answer), answer))
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["a file", "a block"])
+def test_restore(runtime_dir: Path, image: Path, tmp_path: Path, own: bool) -> None:
+    with ExitStack() as stack:
+        guests: list[Program] = []
+
+        def load(body: dict[str, Any]) -> tuple[int, bytes]:
+            assert body["snapshot_path"] == str(image) and body["resume_vm"] is True
+            guests.append(stack.enter_context(machine(Path(body["mem_backend"]["backend_path"]), image)))
+            assert guests[0].do("touch1 3")  # before the answer
+            return 204, b""
+
+        Api(tmp_path / "api", load).start()
+        words = ["--snapshot", str(image), "--api", str(tmp_path / "api"), "--runtime-dir", str(runtime_dir)]
+        if not own:
+            stack.enter_context(Service(runtime_dir, f"ram0={image}"))
+        memory = str(image) if own else "ram0"
+        face = Program(sys.executable, "-m", "postcopy", "restore", "firecracker", "--memory", memory, *words)
+        try:
+            face.until_line("is loaded")
+            assert guests[0].do("touch 2 1") == 0
+            guests[0].end()
+            face.until_line("has ended")
+            assert face.process.wait(PATIENCE) == 0
+        finally:
+            face.end()
+
+
+def test_restore_that_fails_is_one_line(image: Path, tmp_path: Path) -> None:
+    Api(tmp_path / "api", lambda body: (400, b'{"fault_message": "no\\nsuch snapshot"}')).start()
+    for api, memory, reason, status in (
+        ("api", image, "no such snapshot", 1),
+        ("none", image, "No such file or directory", 1),
+        ("api", tmp_path / "absent", "there is no such file", 2),
+    ):
+        command = [sys.executable, "-m", "postcopy", "restore", "firecracker", "--snapshot", str(image)]
+        command += ["--memory", str(memory), "--api", str(tmp_path / api)]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
+        assert done.returncode == status and reason in done.stderr, done.stderr
+        assert len(done.stderr.splitlines()) == 1
 
 
 def test_death_of_a_machine_frees_it(runtime_dir: Path, image: Path, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from contextlib import closing
 from typing import TYPE_CHECKING, Annotated
 
@@ -51,10 +52,10 @@ def attach_firecracker(
     from ..firecracker.listener import Listener
 
     directory = os.path.abspath(runtime_directory(runtime_dir, os.environ))
-    _find_block(directory, parse_block_name(block))
+    find_block(directory, parse_block_name(block))
     with closing(Listener(socket, _owner(owner), frozenset(allow_uid or ()))) as listener:
         print(f"listening at {socket} for machines with the memory of block {block}", flush=True)
-        _serve(listener, directory, block, name, vms, timeout)
+        serve_machines(listener, directory, block, name, vms, timeout)
 
 
 def _owner(text: str) -> tuple[int, int] | None:
@@ -64,7 +65,7 @@ def _owner(text: str) -> tuple[int, int] | None:
     return user_id(user), user_id(group) if group else -1
 
 
-def _find_block(directory: str, block: str) -> None:
+def find_block(directory: str, block: str) -> None:
     """A wrong name is better known now than when a machine has come. Raises PostcopyError."""
     from ..queries import Control
 
@@ -74,11 +75,21 @@ def _find_block(directory: str, block: str) -> None:
         raise BadInput(f"no block {block} here; there are {', '.join(sorted(names))}")
 
 
-def _serve(listener: Listener, directory: str, block: str, name: str, vms: int, timeout: float) -> None:
+def serve_machines(
+    listener: Listener,
+    directory: str,
+    block: str,
+    name: str,
+    vms: int,
+    timeout: float,
+    over: threading.Event | None = None,
+) -> None:
+    """Attach every machine that comes, until ``vms`` of them have ended (0: for ever), or until ``over`` is set while
+    there is none. Raises NoSupervisor when the supervisor has ended in order."""
     machines: list[Machine] = []
     come = 0
     try:
-        while not (vms and come >= vms and not machines):
+        while machines or not ((vms and come >= vms) or (over is not None and over.is_set())):
             for one in listener.newcomers(_CHECK_EVERY):
                 if isinstance(one, str):
                     print(one, flush=True)
