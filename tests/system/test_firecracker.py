@@ -45,7 +45,7 @@ class Program:
         ready = select.select([stdout], [], [], within)[0]
         assert ready, f"no line within {within:g} s after {self.lines}"
         line = stdout.readline().decode().rstrip()
-        assert line, f"it has ended: {self.process.stderr.read().decode() if self.process.stderr else ''}"
+        assert line, f"it has ended after {self.lines}: {self.process.stderr.read().decode() if self.process.stderr else ''}"
         self.lines.append(line)
         return line
 

@@ -54,8 +54,13 @@ def attach_firecracker(
     directory = os.path.abspath(runtime_directory(runtime_dir, os.environ))
     find_block(directory, parse_block_name(block))
     with closing(Listener(socket, _owner(owner), frozenset(allow_uid or ()))) as listener:
-        print(f"listening at {socket} for machines with the memory of block {block}", flush=True)
+        say(f"listening at {socket} for machines with the memory of block {block}")
         serve_machines(listener, directory, block, name, vms, timeout)
+
+
+def say(text: str) -> None:
+    """Print a line in one piece: two threads do."""
+    print(f"{text}\n", end="", flush=True)
 
 
 def _owner(text: str) -> tuple[int, int] | None:
@@ -92,14 +97,14 @@ def serve_machines(
         while machines or not ((vms and come >= vms) or (over is not None and over.is_set())):
             for one in listener.newcomers(_CHECK_EVERY):
                 if isinstance(one, str):
-                    print(one, flush=True)
+                    say(one)
                 elif (machine := _attach(one, directory, block, name, timeout)) is not None:
                     machines.append(machine)
                     come += 1
             for machine in [machine for machine in machines if machine.ended]:
                 machines.remove(machine)
                 machine.close()
-                print(f"{machine.name} (pid {machine.pid}) has ended", flush=True)
+                say(f"{machine.name} (pid {machine.pid}) has ended")
             for machine in machines:
                 if (reason := machine.ending) is not None:
                     raise NoSupervisor(f"the supervisor has ended ({reason}): missing pages are SIGBUS in the machines")
@@ -115,8 +120,8 @@ def _attach(newcomer: Newcomer, directory: str, block: str, name: str, timeout: 
     try:
         machine = Machine(newcomer, directory, block, name, timeout)
     except (PostcopyError, OSError) as error:
-        print(f"process {pid} is refused: {error}", flush=True)
+        say(f"process {pid} is refused: {error}")
         return None
     regions = len(newcomer.regions)
-    print(f"attached {machine.name} (pid {pid}): {format_size(machine.size)} in {regions} regions", flush=True)
+    say(f"attached {machine.name} (pid {pid}): {format_size(machine.size)} in {regions} regions")
     return machine

@@ -14,7 +14,7 @@ from postcopy_protocol.runtime_paths import runtime_directory
 from postcopy_protocol.sources import is_block_name
 
 from ..errors import BadInput, PostcopyError
-from .attach_firecracker import find_block, serve_machines
+from .attach_firecracker import find_block, say, serve_machines
 from .options import RuntimeDir, Timeout
 
 BLOCK = "memory"
@@ -61,7 +61,7 @@ def restore_firecracker(
 
             try:
                 load_snapshot(api, os.path.abspath(snapshot), path, resume=not paused, timeout=timeout)
-                print(f"{snapshot} is loaded", flush=True)
+                say(f"{snapshot} is loaded")
             except PostcopyError as error:
                 failures.append(error)
                 over.set()
