@@ -7,6 +7,7 @@ order a line on stdin and answers one line of JSON on stdout:
     touch1 PAGE     read one page: is it right?
     balloon FIRST COUNT   give pages back (MADV_DONTNEED): from now on they must be zeros
     write PAGE      write to one page: from now on it must be that
+    kvm             run a guest of KVM in the memory (see examples/kvm_clones.py); what it has found
 
 The JSON has the profile: "regions" (sizes in pages, by offset), "version" of the body, "keep" (whether it keeps its own
 userfaultfd), "close" (the socket, right after sending), "pieces" (of the body), "huge".
@@ -117,13 +118,24 @@ class Machine:
         ctypes.memset(self.addresses[page], 0x55, PAGE)
         return True
 
+    def kvm(self) -> int:
+        from examples.kvm_clones import run
+
+        return run(self.memory[0].address, self.memory[0].length)
+
 
 def main() -> None:
     machine = Machine(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         order, *words = line.split()
-        orders = {"touch": machine.touch, "touch1": machine.right, "balloon": machine.balloon, "write": machine.write}
+        orders = {
+            "kvm": machine.kvm,
+            "touch": machine.touch,
+            "touch1": machine.right,
+            "balloon": machine.balloon,
+            "write": machine.write,
+        }
         print(json.dumps(orders[order](*map(int, words))), flush=True)  # type: ignore[operator]
 
 

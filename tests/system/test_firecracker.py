@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from examples import kvm_clones
 from postcopy_kernel.crashpoints import VARIABLE
 from tests.conftest import SourceFile
 from tests.system.remote import Source
@@ -45,7 +46,8 @@ class Program:
         ready = select.select([stdout], [], [], within)[0]
         assert ready, f"no line within {within:g} s after {self.lines}"
         line = stdout.readline().decode().rstrip()
-        assert line, f"it has ended after {self.lines}: {self.process.stderr.read().decode() if self.process.stderr else ''}"
+        errors = self.process.stderr.read().decode() if self.process.stderr and not line else ""
+        assert line, f"it has ended after {self.lines}: {errors}"
         self.lines.append(line)
         return line
 
@@ -261,6 +263,23 @@ def test_a_wrong_block_or_socket_is_one_line(runtime_dir: Path, image: Path, tmp
             done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
             assert done.returncode == status and reason in done.stderr, done.stderr
             assert len(done.stderr.splitlines()) == 1
+
+
+def test_guests_of_kvm_while_workers_die(runtime_dir: Path, path: Path, tmp_path: Path) -> None:
+    image = tmp_path / "guest.mem"
+    expected = kvm_clones.make_image(image, PAGES * PAGE)
+    with (
+        Service(runtime_dir, f"ram0={image}", fault_around="4K") as service,
+        handler(service, path),
+        machine(path, image) as one,
+        machine(path, image) as other,
+    ):
+        until(lambda: len(service.status()["clients"]) == 2, "both are there")
+        one.begin("kvm")
+        other.begin("kvm")
+        for _ in range(3):
+            kill_workers(service)
+        assert [json.loads(guest.line()) for guest in (one, other)] == [expected, expected]
 
 
 class Api(threading.Thread):
