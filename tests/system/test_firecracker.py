@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 
 from examples import kvm_clones
-from postcopy_kernel.crashpoints import VARIABLE
 from tests.conftest import SourceFile
 from tests.system.remote import Source
 from tests.system.service import Service, end_by_pidfd, environment, until
@@ -150,21 +149,6 @@ def test_what_was_given_back_stays_zeros(runtime_dir: Path, image: Path, path: P
             client = service.status()["clients"][0]
             assert (client["kind"], client["blocks"][0]["mode"]) == ("vm", "own")
             assert client["name"].startswith("firecracker-")
-
-
-def test_a_removal_that_a_dead_worker_had_read(
-    runtime_dir: Path, image: Path, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(VARIABLE, "machine.read:3")
-    with Service(runtime_dir, f"ram0={image}", fault_around="4K") as service:
-        monkeypatch.delenv(VARIABLE)
-        with handler(service, path) as face, machine(path, image) as guest:
-            face.until_line("attached")
-            assert guest.do("touch1 1") and guest.do("touch1 2")
-            assert guest.do("balloon 300 1")  # its worker dies with this message in its hand
-            until(lambda: service.status()["totals"]["restarts"] == 1, "the worker has died there")
-            assert guest.do("touch1 300")
-            assert guest.do("touch 2 1") == 0
 
 
 def test_workers_and_supervisor_are_killed(runtime_dir: Path, image: Path, path: Path) -> None:
