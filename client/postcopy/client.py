@@ -35,6 +35,9 @@ log = logging.getLogger("postcopy")
 TIMEOUT = 30.0
 """Seconds for one exchange with the supervisor, by default."""
 
+CAUSE_WITHIN = 5.0
+"""Seconds to ask why a page is lost."""
+
 _clients: dict[str, Client] = {}
 _registry = threading.RLock()
 
@@ -126,6 +129,18 @@ class Client:
             if ours:
                 block.session.connection.take_notices()
         return block.session.connection.ending
+
+    def cause_of(self, block: Block, offset: int) -> str:
+        """Why a page of ``block`` is lost, in the words of its source; empty when the supervisor does not know."""
+        deadline = Deadline(CAUSE_WITHIN)
+        try:
+            with self._turns.take(deadline) as nested:
+                if nested or not self._reachable(block.session, deadline):
+                    return ""
+                return block.session.connection.ask_loss(0, block.number, offset, deadline).reason
+        except (PostcopyError, OSError) as error:
+            log.debug("block %s: the cause of a lost page is not known: %s", block.name, error)
+            return ""
 
     def reduce(self, block: Block) -> tuple[object, ...]:
         """A pickle of ``block``: unpickling attaches."""

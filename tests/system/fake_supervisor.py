@@ -194,6 +194,10 @@ class FakeHouse:
             say(Attached(message.block, message.address))
         elif isinstance(message, Unmap):
             say(Unmapped(message.block, message.address))
+        elif isinstance(message, AskLoss):
+            say(Loss("ram0", message.offset, self.cause))
+        elif isinstance(message, ListBlocks):
+            say(Blocks(tuple(Listed(name, block.size, PAGE, False) for name, block in self.blocks.items())))
         elif isinstance(message, Goodbye) and client.userfaultfd is not None:
             client.userfaultfd.close()
             client.userfaultfd = None

@@ -22,7 +22,7 @@ from postcopy.deadline import Deadline
 from postcopy.errors import PageLost, PageTimeout, PostcopyError
 from postcopy.load.client_group import ClientProcess
 from postcopy.load.patterns import PATTERNS, Place, order
-from postcopy.populate import STEP, PopulateJob, Prefetcher, wait_for
+from postcopy.populate import STEP, PopulateJob, Populator, wait_for
 from postcopy.supervisor import _options
 
 PAGE = 4096
@@ -112,7 +112,7 @@ def test_a_fill_that_is_given_up_stops_at_the_next_step() -> None:
 
 
 def test_prefetches_run_one_after_the_other_in_one_thread_and_swallow_errors() -> None:
-    prefetcher = Prefetcher()
+    prefetcher = Populator("postcopy-prefetch")
     bad, good = PopulateJob(FakeMemory({0: 133}), 0, PAGE), PopulateJob(FakeMemory(), 0, PAGE)
     prefetcher.submit(bad)
     prefetcher.submit(good)
