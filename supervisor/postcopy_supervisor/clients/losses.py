@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from postcopy_protocol import counters, messages
 
 from ..blocks import RamBlock
-from ..event_log import EventLog
+from ..event_log import EventLog, readable
 from .client import Client, Clients
 
 KINDS = ("handler-failed", "source-changed", "lost")
@@ -41,7 +41,7 @@ class Losses:
         reason = self._reported(block, page, number)
         if not reason and noted[counters.EXPLAINED] == counters.entry(block.number, page):
             reason = counters.reason(noted)
-        return messages.Loss(block.name, page * block.page_size, reason)
+        return messages.Loss(block.name, page * block.page_size, readable(reason))
 
     def _reported(self, block: RamBlock, page: int, client: int) -> str:
         """The cause in the latest event about a page. A function that failed for another client may not have for this
