@@ -84,7 +84,8 @@ def directory_of(runtime_dir: str | os.PathLike[str] | None) -> str:
 
 def users_of(trust_uid: int | Iterable[int]) -> frozenset[int]:
     """The users that are trusted. Raises TypeError for what is no number."""
-    return frozenset(map(index, (trust_uid,) if isinstance(trust_uid, int) else trust_uid))
+    several = isinstance(trust_uid, Iterable) and not isinstance(trust_uid, str)
+    return frozenset(map(index, trust_uid if several else (trust_uid,)))  # type: ignore[arg-type]
 
 
 def _attach_again(name: str, directory: str, mode: str, trust: frozenset[int]) -> Block:

@@ -281,7 +281,7 @@ def test_where_an_import_fails_is_shown_on_request(
     assert status == 1 and "ZeroDivisionError: division by zero (POSTCOPY_TRACEBACK=1 shows where)" in said
     monkeypatch.setenv("POSTCOPY_TRACEBACK", "1")
     status, said = refused(runtime_dir, block, cwd=module)
-    assert status == 1 and "broken.py\", line 2, in helper" in said and "importlib" not in said
+    assert status == 1 and 'broken.py", line 2, in helper' in said and "importlib" not in said
     assert "cannot import broken:make: ZeroDivisionError" in said.splitlines()[-1]
 
 

@@ -9,13 +9,16 @@ import threading
 import time
 from itertools import islice
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import postcopy
 from postcopy.block import Block
+from postcopy.client import users_of
 from postcopy.commands.demo import default_file
 from postcopy.commands.verify import compare, first_difference, pieces
 from postcopy.deadline import Deadline
@@ -46,6 +49,28 @@ def test_a_deadline_passes() -> None:
     for long in (float("inf"), 1e300):  # what no system call takes
         assert Deadline(long).lock_timeout() <= threading.TIMEOUT_MAX
         assert Deadline(long).remaining() is None
+
+
+@pytest.mark.parametrize("seconds", ["5", b"5", [1]])
+def test_a_timeout_is_a_number(seconds: Any) -> None:
+    with pytest.raises(TypeError, match="a timeout is a number of seconds or None, not"):
+        Deadline(seconds)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert isinstance(Deadline(numpy.float32(5)).remaining(), float)
+    assert users_of(numpy.int64(5)) == users_of((5, 5)) == {5}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("users", ["15", None, 1.5, ["a"]])
+def test_users_are_numbers(users: Any) -> None:
+    with pytest.raises(TypeError):
+        users_of(users)
+
+
+def test_blocks_of_a_supervisor_are_a_mapping() -> None:
+    with pytest.raises(TypeError, match="a mapping of names to SOURCEs, not list"):
+        postcopy.Supervisor(["ram0=file"])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("seconds", [-1, float("nan")])
