@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from numbers import Real
 
 FOREVER = 1e9
 """As many seconds, or more, are no limit: such numbers (infinity too) do not fit into the kernel's arguments."""
@@ -16,7 +15,7 @@ class Deadline:
     __slots__ = ("_at", "seconds")
 
     def __init__(self, seconds: float | None) -> None:
-        if seconds is not None and not isinstance(seconds, Real):
+        if seconds is not None and not hasattr(seconds, "__float__"):
             raise TypeError(f"a timeout is a number of seconds or None, not {type(seconds).__name__}")
         if seconds is not None and not seconds >= 0:
             raise ValueError(f"a timeout of {seconds} seconds makes no sense")

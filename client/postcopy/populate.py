@@ -139,7 +139,12 @@ async def wait_async(job: PopulateJob, deadline: Deadline, *, present: bool) -> 
 
 def _finish_soon(loop: asyncio.AbstractEventLoop, finished: asyncio.Future[None]) -> None:
     with suppress(RuntimeError):  # the loop is closed, and no task waits
-        loop.call_soon_threadsafe(lambda: finished.done() or finished.set_result(None))
+        loop.call_soon_threadsafe(_finish, finished)
+
+
+def _finish(finished: asyncio.Future[None]) -> None:
+    if not finished.done():
+        finished.set_result(None)
 
 
 class Populator:

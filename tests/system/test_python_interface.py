@@ -71,7 +71,7 @@ def test_a_lost_page_has_the_words_of_its_source(runtime_dir: Path, tmp_path: Pa
 
 def test_a_lost_page_has_the_words_of_a_remote_source(runtime_dir: Path) -> None:
     endpoint = f"ipc://{runtime_dir}/source"
-    command, options = [sys.executable, ROOT / "examples" / "page_source.py", endpoint], {"fault_around": "4K"}
+    command, options = [sys.executable, str(ROOT / "examples" / "page_source.py"), endpoint], {"fault_around": "4K"}
     with subprocess.Popen(command, env=environment()) as source:
         try:
             with Service(runtime_dir, f"ram0={endpoint}/squares", **options):  # type: ignore[arg-type]

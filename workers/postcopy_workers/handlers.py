@@ -50,9 +50,10 @@ def load_handler(detail: str, directory: str) -> Handler:
     return handler
 
 
-def show(error: BaseException | None) -> None:
-    """Print the traceback of an import, from the user's module on."""
-    trace = error.__traceback__ if error is not None else None
+def show(failed: CannotImport) -> None:
+    """Print the traceback of an import that failed, from the user's module on."""
+    error = failed.__cause__ or failed
+    trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename.startswith((__file__, importlib.__file__, "<frozen")):
         trace = trace.tb_next
     traceback.print_exception(type(error), error, trace)
@@ -96,7 +97,7 @@ def main() -> None:
     except CannotImport as error:
         reason = str(error)
         if os.environ.get(TRACEBACK, "0") not in ("", "0"):
-            show(error.__cause__)
+            show(error)
         elif error.__cause__ is not None:
             reason += f" ({TRACEBACK}=1 shows where)"
     os.write(answer, reason.encode("utf-8", "replace"))

@@ -58,7 +58,7 @@ def test_a_timeout_is_a_number(seconds: Any) -> None:
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
-    assert isinstance(Deadline(numpy.float32(5)).remaining(), float)
+    assert isinstance(Deadline(cast(float, numpy.float32(5))).remaining(), float)
     assert users_of(numpy.int64(5)) == users_of((5, 5)) == {5}  # type: ignore[arg-type]
 
 
