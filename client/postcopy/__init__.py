@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         AttachTimeout,
         BadInput,
         BadMessage,
+        BadVersion,
         NoSuchBlock,
         NoSupervisor,
         PageLost,
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
         PostcopyError,
         UserfaultfdUnavailable,
     )
+    from .listing import BlockInfo, blocks
+    from .sigbus import explain_sigbus
     from .supervisor import Supervisor
 
 __version__ = "0.1.0"
@@ -41,7 +44,9 @@ __all__ = [
     "AttachTimeout",
     "BadInput",
     "BadMessage",
+    "BadVersion",
     "Block",
+    "BlockInfo",
     "NoSuchBlock",
     "NoSupervisor",
     "PageLost",
@@ -50,9 +55,18 @@ __all__ = [
     "Supervisor",
     "UserfaultfdUnavailable",
     "attach",
+    "blocks",
+    "explain_sigbus",
 ]
 
-_MODULES = {"attach": ".client", "Block": ".block", "Supervisor": ".supervisor"}
+_MODULES = {
+    "attach": ".client",
+    "Block": ".block",
+    "BlockInfo": ".listing",
+    "Supervisor": ".supervisor",
+    "blocks": ".listing",
+    "explain_sigbus": ".sigbus",
+}
 
 
 def __getattr__(name: str) -> object:

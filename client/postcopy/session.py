@@ -30,7 +30,7 @@ class Session:
         self._unmaps: list[tuple[int, int]] = []
         self._userfaultfd: Userfaultfd | None = None
         try:
-            device = self.connection.greet(_program_name(), "native", deadline)
+            device = self.connection.greet(program_name(), "native", deadline)
             self._userfaultfd = _make_userfaultfd(device)
             self.connection.offer_userfaultfd(self._userfaultfd.fd, deadline)
         except BaseException:
@@ -50,7 +50,7 @@ class Session:
         if not self._resumable or not self.regions or self.connection.ending is not None or not self.connection.hung_up:
             return False
         try:
-            successor = self.connection.resume(_program_name(), "native", deadline)
+            successor = self.connection.resume(program_name(), "native", deadline)
         except NoSupervisor:  # not yet started
             return False
         except AttachDenied:  # not a successor of our supervisor: our regions stay with our worker
@@ -112,7 +112,7 @@ class Session:
             self._userfaultfd = None
 
 
-def _program_name() -> str:
+def program_name() -> str:
     """The program's name without its path, for the status."""
     path = sys.argv[0] if sys.argv else ""
     program = os.path.basename(os.path.dirname(path) if path.endswith("/__main__.py") else path)

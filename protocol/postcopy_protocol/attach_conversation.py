@@ -11,6 +11,8 @@
     OpenBlock          ready             BlockOpened           ready
     Mapped             ready             Attached              ready
     Unmap              ready             Unmapped              ready
+    ListBlocks         greeted, ready    Blocks                -
+    AskLoss            greeted, ready    Loss                  -
     Goodbye            greeted, ready    -                     gone
 
 ``Refused`` may come in place of any answer and changes nothing: the conversation stays where it was.
@@ -33,11 +35,15 @@ from .errors import AttachDenied, BadMessage, BadVersion, NoSuchBlock, NoSupervi
 from .geometry import PAGE_SIZES, AddressSpace, Region, page_count
 from .messages import (
     REFUSALS,
+    AskLoss,
     Attached,
     BlockOpened,
+    Blocks,
     Ending,
     Goodbye,
     Hello,
+    ListBlocks,
+    Loss,
     Mapped,
     Message,
     OfferBackEnd,
@@ -78,11 +84,12 @@ class Stage(Enum):
 
 
 class Rule(NamedTuple):
-    """Stages in which a message may be sent, its answer (None: there is none), and the stage after it."""
+    """Stages in which a message may be sent, its answer (None: there is none), and the stage after it (None: it stays
+    as it is)."""
 
     allowed: tuple[Stage, ...]
     answer: type[Message] | None
-    after: Stage
+    after: Stage | None
 
 
 RULES: dict[type[Message], Rule] = {
@@ -94,6 +101,8 @@ RULES: dict[type[Message], Rule] = {
     Goodbye: Rule((Stage.GREETED, Stage.READY), None, Stage.GONE),
     Resume: Rule((Stage.GREETED,), Resumed, Stage.READY),
     OfferBackEnd: Rule((Stage.GREETED,), UserfaultfdAccepted, Stage.READY),
+    ListBlocks: Rule((Stage.GREETED, Stage.READY), Blocks, None),
+    AskLoss: Rule((Stage.GREETED, Stage.READY), Loss, None),
 }
 """The table above. Both halves walk it."""
 
@@ -176,7 +185,7 @@ class AttachConversation:
                 self._forget(message.block, message.address)
             case Goodbye():
                 self.regions = AddressSpace()
-        self.stage = rule.after
+        self.stage = rule.after or self.stage
 
     def _greet(self, message: Hello) -> None:
         if message.kind not in KINDS:
@@ -328,6 +337,14 @@ class AttachClient:
         """Give up a region. When the answer is there, it may be unmapped."""
         return self._ask(Unmap(block, address), Unmapped)
 
+    def list_blocks(self) -> Question[Blocks]:
+        """Ask for the blocks that may be opened."""
+        return self._ask(ListBlocks(), Blocks)
+
+    def ask_loss(self, client: int, block: int, offset: int) -> Question[Loss]:
+        """Ask why a page is lost; see AskLoss."""
+        return self._ask(AskLoss(client, block, offset), Loss)
+
     def goodbye(self) -> bytes:
         """The bytes to send before closing. Nothing answers."""
         self._check_order(Goodbye())
@@ -377,7 +394,7 @@ class AttachClient:
         assert question is not None
         self._check(question.message, message)
         self._question = None
-        self.stage = RULES[type(question.message)].after
+        self.stage = RULES[type(question.message)].after or self.stage
         return message
 
     def _check(self, asked: Message, answer: Message) -> None:

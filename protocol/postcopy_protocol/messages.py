@@ -132,6 +132,19 @@ class OfferBackEnd(Message, tag=8, descriptors=2):
     that process, which registers them."""
 
 
+class ListBlocks(Message, tag=12):
+    """Ask which blocks there are."""
+
+
+class AskLoss(Message, tag=13):
+    """Ask why the page of ``block`` at ``offset`` is lost for client ``client`` (0: who asks). Block 0: why the page
+    is, for which that client's worker made SIGBUS last; the client may have ended since."""
+
+    client: int
+    block: int
+    offset: int
+
+
 # attach socket: supervisor -> client
 class Welcome(Message, tag=20, descriptors=1):
     """Answer to Hello: the client's number; 1 descriptor: an open /dev/userfaultfd, or none if there is no device."""
@@ -191,6 +204,30 @@ class Resumed(Message, tag=28):
     """Answer to Resume: all regions are as before. ``released``: numbers of complete blocks (packed u64)."""
 
     released: bytes
+
+
+class Listed(Message, tag=105):
+    """A block in the answer to ListBlocks. ``shared``: the user who asks may attach it in that mode, too."""
+
+    name: str
+    size: int
+    page_size: int
+    shared: bool
+
+
+class Blocks(Message, tag=32):
+    """Answer to ListBlocks."""
+
+    blocks: tuple[Listed, ...]
+
+
+class Loss(Message, tag=33):
+    """Answer to AskLoss: a block's name, a page's offset, and the words of its source or handler function. Empty where
+    that is not known."""
+
+    block: str
+    offset: int
+    reason: str
 
 
 REFUSALS = ("no-such-block", "denied", "bad-message", "bad-version", "bad-descriptor", "bad-range", "limit", "failed")

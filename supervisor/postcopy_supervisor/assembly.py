@@ -6,7 +6,7 @@ A module imports only modules that stand before it here:
     remote.advise, recovery.*, blocks           what is served, and what is taken over
     paging.*, remote.staging, remote.sources    faults of remote blocks
     pool.*, listener                            the custodian, the workers, events
-    clients.*                                   client, identity, release, attach_server, worker_zero, client_zero
+    clients.*                                   client, identity, losses, release, attach_server, worker_zero, ...
     exports, watchdog, adopt, assignment, parts
     observe.*                                   recorder, audit, status, page_history, queries, scrapes, metrics
     shutdown, periodic, main_loop, trace_points, assembly, __main__
@@ -42,6 +42,7 @@ from .blocks import RamBlock
 from .clients.attach_server import AttachServer
 from .clients.client import Clients
 from .clients.client_zero import ClientZero, OwnMapping
+from .clients.losses import Losses
 from .clients.release import ClientRelease
 from .clients.worker_zero import WorkerZero
 from .entrances import Entrances, listen_for_clients, listen_for_workers
@@ -269,7 +270,8 @@ def _service(settings: Settings, runtime: RuntimeDirectory, plan: Plan, base: Ba
     release = ClientRelease(blocks, clients, pool, listener, paging, event)
     recorder = _recorder(settings, blocks, clients)
     figures = trace.FIGURES_BYTES if recorder is not None else stages.END
-    attach = AttachServer(base.blocks, clients, pool, listener, release, own.device, figures, recorder)
+    losses = Losses(blocks, clients, base.event_log)
+    attach = AttachServer(base.blocks, clients, pool, listener, release, losses, own.device, figures, recorder)
     receive = main_loop.on_source_message
     sources = Sources(settings, base.access, base.router, base.advice, base.blocks, paging, receive, event)
     return Service(clients, pool, paging, zero, release, attach, sources, recorder)

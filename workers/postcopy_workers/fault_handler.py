@@ -320,13 +320,14 @@ class FaultHandler:
         if block.lose(page) and not block.guarded and self._resume_if_present(region, page, LOST):
             return
         self._counters[LOST_PAGES] += 1
+        note_reason(self._counters, reason, block.grant.block, page)
         block.report(kind, page, reason)  # before the client may die of it, and this worker with it
         self._poison(region, page)
 
     def _deny(self, region: Region, page: int, reason: str) -> None:
         """A handler function failed: poison the page for this client only; another worker calls the function again."""
         block = region.block
-        note_reason(self._counters, reason)
+        note_reason(self._counters, reason, block.grant.block, page)
         self._counters[FAILURES] += 1
         block.report("handler-failed", page, reason)
         if not self._resume_if_present(region, page):

@@ -12,7 +12,8 @@ import os
 import resource
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Protocol
 
 from postcopy_kernel import crashpoints, descriptors, memory
@@ -31,6 +32,7 @@ from ..pool.worker_pool import WorkerPool
 from ..recovery.plan import KeptClient
 from .client import Client, Clients, send
 from .identity import check_back_end, may_resume, unidentified
+from .losses import Losses
 from .release import ClientRelease
 
 log = logging.getLogger(__name__)
@@ -41,6 +43,7 @@ silent is closed for the next."""
 SILENT_SECONDS = 1.0
 """Counted from our last answer: honest clients in a crowd wait for the supervisor, and must not be closed for that."""
 DESCRIPTORS_PER_CLIENT = 8
+MOST_LISTED = 700  # blocks in the answer to ListBlocks: as many as fit into a packet with names of 64 characters
 LEAST_CLIENTS = 16  # of one user, however few descriptors there are
 SPARE_DESCRIPTORS = 24
 """Reserved for the supervisor itself: an export, a new custodian, questions, libzmq for sources behind tcp."""
@@ -63,6 +66,7 @@ class AttachServer:
         pool: WorkerPool,
         watcher: Listener,
         release: ClientRelease,
+        losses: Losses,
         device: int,
         figures_bytes: int,
         recorder: FiguresReader | None,
@@ -70,6 +74,7 @@ class AttachServer:
         self._blocks = blocks
         self._by_number = {block.number: block for block in blocks.values()}
         self._clients, self._pool, self._watcher, self._release = clients, pool, watcher, release
+        self._losses = losses
         self._device, self._figures_bytes, self._recorder = device, figures_bytes, recorder
         self._limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
@@ -158,6 +163,10 @@ class AttachServer:
                 self._map(client, message)
             case messages.Unmap():
                 self._unmap(client, message)
+            case messages.ListBlocks():
+                self._send(client, messages.Blocks(tuple(self._listed(client))))
+            case messages.AskLoss():
+                self._send(client, self._losses.answer(client, message))
             case messages.Goodbye():
                 self._release.remove(client, "left")
         return False
@@ -274,6 +283,11 @@ class AttachServer:
         client.conversation.opened(block.number, message.mode, block.pages, block.page_size)
         answer = messages.BlockOpened(block.number, block.name, block.size, block.page_size, block.pages)
         self._send(client, answer, (block.read_write if shared else block.read_only, block.map_read_only))
+
+    def _listed(self, client: Client) -> Iterator[messages.Listed]:
+        for block in islice(self._blocks.values(), MOST_LISTED):
+            shared = may_write(client.writable, block.name)
+            yield messages.Listed(block.name, block.size, block.page_size, shared)
 
     def _map(self, client: Client, message: messages.Mapped) -> None:
         block = self._by_number[message.block]

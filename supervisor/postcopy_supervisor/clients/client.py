@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import socket
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -113,6 +113,10 @@ class Client:
         )
 
 
+MOST_ENDED = 64
+"""Clients that have ended of which the first figures are kept."""
+
+
 class Clients:
     """All clients, by number and by connection, and the figures of those that have left."""
 
@@ -122,6 +126,7 @@ class Clients:
         self.by_pidfd: dict[int, Client] = {}
         self.by_user: Counter[int] = Counter()  # how many each user has
         self.pending: dict[int, Client] = {}  # without a userfaultfd; the one that was silent for longest is first
+        self._ended: OrderedDict[int, tuple[int, bytes]] = OrderedDict()
         self.past = counters.merge(())
         self.past_stages = {number: stages.scratch() for number in blocks}
         self._custodian, self._next_number = custodian, first_number
@@ -179,11 +184,22 @@ class Clients:
         self._custodian.drop(client.key)
         if client.counters is None:
             return
+        self._ended[client.number] = client.uid, client.counters[: counters.HISTOGRAM].tobytes()
+        if len(self._ended) > MOST_ENDED:
+            self._ended.popitem(last=False)
         self.past = counters.merge((self.past, client.counters.tolist()))
         for block in client.touches:
             staged = client.stages(block)
             if staged is not None:
                 self.past_stages[block] = stages.merged((self.past_stages[block], staged))
+
+    def figures_of(self, number: int) -> tuple[int, memoryview | None]:
+        """The user of a client that lives or has just ended, and its counters before the histogram, if known."""
+        client = self.by_number.get(number)
+        if client is not None:
+            return client.uid, client.counters
+        uid, figures = self._ended.get(number, (-1, b""))
+        return uid, memoryview(figures).cast("Q") if figures else None
 
     def tell_all(self, message: Message) -> None:
         for client in list(self.by_number.values()):

@@ -29,11 +29,15 @@ from postcopy_protocol.errors import AttachDenied, BadMessage, BadVersion, NoSuc
 from postcopy_protocol.geometry import PAGE_2M, PAGE_4K
 from postcopy_protocol.messages import (
     REFUSALS,
+    AskLoss,
     Attached,
     BlockOpened,
+    Blocks,
     Ending,
     Goodbye,
     Hello,
+    Listed,
+    Loss,
     Mapped,
     Message,
     OfferBackEnd,
@@ -179,6 +183,7 @@ class Door(RuleBasedStateMachine):
             OpenBlock: OpenBlock("a", "private"),
             Mapped: Mapped(0, 0, 0, 0),
             Resume: Resume(1),
+            AskLoss: AskLoss(0, 1, 0),
         }
         message = messages.get(kind) or (Unmap(0, 0) if kind is Unmap else kind())
         assert code_of(self.door, message, type(message).DESCRIPTORS + more) == "bad-descriptor"
@@ -317,7 +322,7 @@ def test_the_table_in_the_text_is_the_table_that_both_halves_walk() -> None:
         kind.__name__: [
             ", ".join(stage.value for stage in rule.allowed),
             rule.answer.__name__ if rule.answer else "-",
-            rule.after.value,
+            rule.after.value if rule.after else "-",
         ]
         for kind, rule in RULES.items()
     }
@@ -415,6 +420,15 @@ class Pair(RuleBasedStateMachine):
             self.ask(lambda: self.client.unmap(1, address), Unmapped(1, address), refuse and not known)
         else:
             self.ask(lambda: self.client.mapped(1, address, PAGE_4K, 0), Attached(1, address), refuse)
+
+    @precondition(lambda self: not self.dead)
+    @rule(refuse=st.booleans(), loss=st.booleans())
+    def look(self, refuse: bool, loss: bool) -> None:
+        """Questions that leave the conversation where it is."""
+        if loss:
+            self.ask(lambda: self.client.ask_loss(0, 1, PAGE_4K), Loss("ram1", PAGE_4K, "fire"), refuse)
+        else:
+            self.ask(self.client.list_blocks, Blocks((Listed("ram1", 7, PAGE_4K, False),)), refuse)
 
     @precondition(lambda self: not self.dead)
     @rule(sure=st.integers(0, 5))
