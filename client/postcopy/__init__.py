@@ -17,6 +17,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from postcopy_protocol.version import PACKAGE
+
 if TYPE_CHECKING:
     from .block import Block
     from .client import attach
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     )
     from .supervisor import Supervisor
 
-__version__ = "0.1.0"
+__version__ = PACKAGE
 
 __all__ = [
     "AttachDenied",

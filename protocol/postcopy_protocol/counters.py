@@ -25,7 +25,7 @@ WAKES = 2  # wake or continue calls
 REQUESTS = 3  # pages requested from the supervisor
 DEDUPLICATED = 4  # messages for a page that was already requested or present
 AROUND = 5  # pages placed by fault-around, beyond the faulting one
-LOST = 6  # pages that their source could not supply
+LOST = 6  # faults at pages that their source could not supply
 FAILURES = 7  # calls that failed and were reported
 # 8 is free: it was used by older workers.
 PLAIN = 9  # faults answered by placing one page: counts as fault and as page, with one store
@@ -211,6 +211,12 @@ def join(total: list[int], values: Sequence[int]) -> None:
     add_up(total, 0, (0, values[: LAST_COUNTER + 1]))
     add_up(total, HISTOGRAM, in_use(values[HISTOGRAM : LAST_BUCKET + 1]))
     total[LONGEST_NS] = max(total[LONGEST_NS], values[LONGEST_NS])
+
+
+def subtract(total: list[int], values: Sequence[int]) -> None:
+    """Take one page's counters and histogram out of ``total`` again."""
+    for at in (*range(LAST_COUNTER + 1), *range(HISTOGRAM, LAST_BUCKET + 1)):
+        total[at] -= values[at]
 
 
 def add_up(total: list[int], at: int, stretch: BucketRun) -> None:

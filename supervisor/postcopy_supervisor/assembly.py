@@ -7,7 +7,7 @@ A module imports only modules that stand before it here:
     paging.*, remote.staging, remote.sources    faults of remote blocks
     pool.*, listener                            the custodian, the workers, events
     clients.*                                   client, identity, release, attach_server, worker_zero, client_zero
-    exports, watchdog, adopt, assignment, parts
+    exports, waits, watchdog, adopt, assignment, parts
     observe.*                                   recorder, audit, status, page_history, queries, scrapes, metrics
     shutdown, periodic, main_loop, trace_points, assembly, __main__
 """
@@ -71,6 +71,7 @@ from .remote.sources import Sources
 from .runtime import Heartbeat, RuntimeDirectory, cgroup_procs
 from .settings import Settings
 from .shutdown import Shutdown, StopRequest
+from .waits import Waits
 from .watchdog import Watchdog
 
 log = logging.getLogger("postcopy")
@@ -156,6 +157,8 @@ def assemble(settings: Settings, runtime: RuntimeDirectory, plan: Plan, inherite
         service.zero,
         service.paging,
         base.event_log,
+        Waits(base.by_number, clients, service.paging.engine),
+        base.admission.refusals,
         base.control_page,
         service.recorder,
         settings.transport,
@@ -206,6 +209,7 @@ class Base:
     router: Router
     attach_socket: socket.socket
     custodian: CustodianClient
+    admission: Admission
     listener: Listener
 
 
@@ -233,6 +237,7 @@ def _base(
         router,
         attach_socket,
         custodian,
+        admission,
         listener,
     )
 
@@ -329,6 +334,7 @@ def _periodic(
             service.clients,
             service.zero,
             service.paging.engine,
+            parts.waits,
             settings.handler_timeout,
             base.event_log.record,
         ),

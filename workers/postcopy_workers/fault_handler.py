@@ -181,6 +181,7 @@ class FaultHandler:
                 self._resume(region, page, flags)
                 self._follow(region, page)
             elif state == LOST and not block.present(page):
+                counters[LOST_PAGES] += 1
                 self._poison(region, page)
             else:
                 pages = self._place(region, page, flags, begun, in_block=region.in_block or state == RECEIVED)
@@ -229,6 +230,7 @@ class FaultHandler:
         many pages fault-around may fill."""
         block, state = region.block, region.block.received[page]
         if state == LOST:
+            self._counters[LOST_PAGES] += 1
             self._poison(region, page)
             return 1
         if state != RECEIVED:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import socket
+import threading
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -47,6 +48,7 @@ class Client:
     """A vhost-user back-end: ``pid``, ``pidfd`` and memory are its own, the connection is its front-end's."""
     front_end: int = -1  # a pidfd of that
     quarantined: bool = False
+    restarts: int = 0  # of its workers, once it has left
     failures_reported: int = 0
     """Of the pages that could not be made for it (``counters.FAILURES``), those whose report has arrived."""
 
@@ -121,6 +123,11 @@ class Clients:
         self.by_user: Counter[int] = Counter()  # how many each user has
         self.pending: dict[int, Client] = {}  # without a userfaultfd; the one that was silent for longest is first
         self.past = counters.merge(())
+        self.past_restarts = self.left = 0
+        """``left``: clients that were attached and are not any more."""
+        self.figures_turn = threading.Lock()
+        """Held while figures move from the clients to ``past``. A scrape that reads both meanwhile would count them
+        twice or not at all, and a counter that goes down is a restart to Prometheus."""
         self.past_stages = {number: stages.scratch() for number in blocks}
         self._custodian, self._next_number = custodian, first_number
 
@@ -163,25 +170,29 @@ class Clients:
             if any(region.block == block for region in client.regions)
         ]
 
-    def drop(self, client: Client) -> None:
+    def drop(self, client: Client, restarts: int = 0) -> None:
         """Forget a client, and add its figures to those of the clients that have left."""
-        if self.by_number.pop(client.number, None) is None:
+        if client.number not in self.by_number:
             return
+        figures = client.counters.tolist() if client.counters is not None else ()
+        with self.figures_turn:
+            del self.by_number[client.number]
+            client.restarts = restarts
+            self.past_restarts += restarts
+            self.left += client.userfaultfd is not None
+            if figures:
+                self.past = counters.merge((self.past, figures))
+                for block in client.touches:
+                    staged = client.stages(block)
+                    if staged is not None:
+                        self.past_stages[block] = stages.merged((self.past_stages[block], staged))
         self.pending.pop(client.number, None)
         self.by_pidfd.pop(client.pidfd, None)
         self.by_user[client.uid] -= 1
         if not self.by_user[client.uid]:
             del self.by_user[client.uid]
-        if client.userfaultfd is None:
-            return  # the custodian has nothing of it
-        self._custodian.drop(client.key)
-        if client.counters is None:
-            return
-        self.past = counters.merge((self.past, client.counters.tolist()))
-        for block in client.touches:
-            staged = client.stages(block)
-            if staged is not None:
-                self.past_stages[block] = stages.merged((self.past_stages[block], staged))
+        if client.userfaultfd is not None:
+            self._custodian.drop(client.key)
 
     def tell_all(self, message: Message) -> None:
         for client in list(self.by_number.values()):
