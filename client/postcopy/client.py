@@ -19,7 +19,7 @@ from contextlib import suppress
 
 from postcopy_kernel.memory import DOFORK, DONTFORK, NOHUGEPAGE, Mapping
 from postcopy_protocol.geometry import PAGE_4K
-from postcopy_protocol.runtime_paths import runtime_directory
+from postcopy_protocol.runtime_paths import client_name, runtime_directory
 
 from . import populate
 from .attach_socket import OpenedBlock
@@ -40,14 +40,18 @@ _registry = threading.RLock()
 
 
 def attach(
-    name: str,
+    block: str,
     runtime_dir: str | os.PathLike[str] | None = None,
     mode: str = "private",
     timeout: float | None = TIMEOUT,
     *,
     trust_uid: int | Iterable[int] = (),
+    name: str | None = None,
 ) -> Block:
-    """Attach the RAM block ``name`` of the supervisor in ``runtime_dir``.
+    """Attach the RAM block ``block`` of the supervisor in ``runtime_dir``.
+
+    ``name`` is what operators see of this process in status, metrics and events: at most 64 printable characters; by
+    default ``$POSTCOPY_CLIENT_NAME``, else the program's. It counts when the process attaches its first block.
 
     A supervisor can read and change the memory of its clients. It must run as this process's user, as root, or as a
     user in ``trust_uid`` or ``$POSTCOPY_TRUST_UID``; another's is AttachDenied.
@@ -64,10 +68,12 @@ def attach(
         raise BadInput(f"mode {mode!r} is neither 'private' nor 'shared'")
     explicit = None if runtime_dir is None else os.fspath(runtime_dir)
     directory = os.path.abspath(runtime_directory(explicit, os.environ))
+    shown = client_name(name, os.environ)
     with _registry:
         client = _clients.setdefault(directory, Client(directory))
+        client.name = shown or client.name
         client.trust |= frozenset((trust_uid,) if isinstance(trust_uid, int) else trust_uid)
-    return client.attach(name, mode, Deadline(timeout))
+    return client.attach(block, mode, Deadline(timeout))
 
 
 def _attach_again(name: str, directory: str, mode: str, trust: frozenset[int]) -> Block:
@@ -81,6 +87,7 @@ class Client:
     def __init__(self, directory: str, trust: frozenset[int] = frozenset()) -> None:
         """``trust``: users whose supervisor is trusted."""
         self.directory, self.trust = directory, trust
+        self.name = ""
         self.blocks: list[Block] = []
         self._turns = Turns(directory)
         self._session: Session | None = None
@@ -90,7 +97,7 @@ class Client:
         block = None
         try:
             with self._turns.take(deadline) as nested, held():
-                session = Session(self.directory, deadline) if nested else self._current(deadline)
+                session = Session(self.directory, deadline, name=self.name) if nested else self._current(deadline)
                 try:
                     block = self._open(session, name, mode, deadline)
                 finally:
@@ -134,7 +141,7 @@ class Client:
     def _current(self, deadline: Deadline) -> Session:
         """The session for a new region. A session that is no longer usable keeps the regions that it has."""
         if self._session is None or not self._reachable(self._session, deadline):
-            self._session = Session(self.directory, deadline, self.trust)
+            self._session = Session(self.directory, deadline, self.trust, self.name)
         return self._session
 
     def _reachable(self, session: Session, deadline: Deadline) -> bool:

@@ -118,6 +118,7 @@ class Supervisor:
 def serve(settings: Settings) -> None:
     """Build the supervisor and run it. Raises BadInput or UserfaultfdUnavailable when it cannot be built."""
     process.name_process("postcopy-superv")
+    process.title_process(f"postcopy_supervisor in {settings.directory}")
     if settings.die_with_parent:
         process.die_with_parent(settings.die_with_parent, signal.SIGTERM)
     runtime = RuntimeDirectory(settings.directory)
@@ -264,7 +265,7 @@ def _service(settings: Settings, runtime: RuntimeDirectory, plan: Plan, base: Ba
         base.listener,
         base.event_log.record,
     )
-    clients = Clients(blocks, custodian, plan.first_client)
+    clients = Clients(blocks, custodian, plan.first_client, base.event_log.names)
     assignments = WorkerAssignments(settings, runtime.endpoint, own.device >= 0, blocks, clients)
     pool = WorkerPool(settings.restart, custodian, listener, base.router, assignments, clients, event)
     _keep_for_workers(settings, custodian, own, blocks)

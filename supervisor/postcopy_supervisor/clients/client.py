@@ -116,7 +116,15 @@ class Client:
 class Clients:
     """All clients, by number and by connection, and the figures of those that have left."""
 
-    def __init__(self, blocks: Iterable[int], custodian: CustodianClient, first_number: int = 1) -> None:
+    def __init__(
+        self,
+        blocks: Iterable[int],
+        custodian: CustodianClient,
+        first_number: int = 1,
+        names: dict[int, str] | None = None,
+    ) -> None:
+        """``names``: gets the name of each client that is attached."""
+        self._names = names if names is not None else {}
         self.by_number: dict[int, Client] = {}
         self.by_connection: dict[socket.socket, Client] = {}
         self.by_pidfd: dict[int, Client] = {}
@@ -153,6 +161,7 @@ class Clients:
         """Renew the custodian's note. Done before a change is answered, and before a worker is forked for it."""
         assert client.userfaultfd is not None
         self.pending.pop(client.number, None)
+        self._names[client.number] = client.name
         self._custodian.keep(client.key, client.note(), client.kept)
 
     def set_quarantined(self, number: int, quarantined: bool) -> None:
@@ -187,6 +196,7 @@ class Clients:
                     if staged is not None:
                         self.past_stages[block] = stages.merged((self.past_stages[block], staged))
         self.pending.pop(client.number, None)
+        self._names.pop(client.number, None)
         self.by_pidfd.pop(client.pidfd, None)
         self.by_user[client.uid] -= 1
         if not self.by_user[client.uid]:
