@@ -24,9 +24,7 @@ class Session:
     """One conversation from Hello to Goodbye. It continues with a successor that takes over from a dead supervisor.
     Not thread-safe; see ``client.Client``."""
 
-    def __init__(
-        self, directory: str, deadline: Deadline, trust: frozenset[int] = frozenset(), name: str = ""
-    ) -> None:
+    def __init__(self, directory: str, deadline: Deadline, trust: frozenset[int] = frozenset(), name: str = "") -> None:
         """``name``: of this process in the status; by default the program's."""
         self._name = name or _program_name()
         self.connection = AttachConnection(directory, deadline, trust)

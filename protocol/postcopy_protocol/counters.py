@@ -38,6 +38,7 @@ WORKER_PID = 18
 INCARNATION = 19
 OUTSIDE = 20  # faults outside all regions, left waiting on purpose
 SANDBOX = 21  # rights that the worker has given up, as bits (see sandbox_names)
+BUSY_BLOCK = 22  # number of its block, where it is no common fault of a file
 
 REASON = 32
 """Bytes of the text that follows: why the last page could not be made. A report of it may be lost with its worker."""

@@ -27,7 +27,20 @@ LENGTH = 512
 MOST_TEXT = 1000  # characters of a text that are kept: reasons come from sources and from users' functions
 QUIET = frozenset({"complete", "memory", "source", "recover", "healed", "resumed", "handler-output"})
 """Kinds that are logged as information and not as warnings."""
-FIELDS = ("client", "name", "worker", "incarnation", "pid", "uid", "block", "offset", "length", "source", "restarts", "cause")
+FIELDS = (
+    "client",
+    "name",
+    "worker",
+    "incarnation",
+    "pid",
+    "uid",
+    "block",
+    "offset",
+    "length",
+    "source",
+    "restarts",
+    "cause",
+)
 """Fields of an event, in this order: numbers of client and worker, the names of client and block, offset and length in bytes."""
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.:/+-]+", re.ASCII)

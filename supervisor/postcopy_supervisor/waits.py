@@ -131,7 +131,8 @@ class Waits:
         stall = self._stall(client.number, page, now)
         busy = page[counters.BUSY_SINCE_NS] / 1e9
         since = min(stall.since, busy) if busy else stall.since
-        block = self._stalled_at(client, stall, requested, now)
+        known = page[counters.BUSY_BLOCK] if busy else 0
+        block = known if known in self._blocks else self._stalled_at(client, stall, requested, now)
         waits = [*requested, BlockWait(block, rest, since)] if block else requested
         return Wait(faults, unread, min(since, *(wait.since for wait in waits)) if waits else since, _by_block(waits))
 

@@ -56,8 +56,17 @@ def test_prometheus_sees_what_status_says(runtime_dir: Path, source_file: Source
         assert samples["postcopy_fault_latency_seconds_count"][()] > 0
         assert samples["postcopy_fault_latency_seconds_bucket"][("le", "+Inf"),] > 0
         assert samples["postcopy_worker_restarts_total"][()] == 0
-        (labels,) = samples["postcopy_client_faults_total"]
-        assert dict(labels)["client"] == str(row["id"])
+        others, labels = sorted(
+            samples["postcopy_client_faults_total"], key=lambda one: dict(one)["client"] != "others"
+        )
+        assert dict(labels)["client"] == str(row["id"]) and samples["postcopy_client_faults_total"][others] == 0
+        assert samples["postcopy_faults_total"][()] == row["faults"]
+        (build,) = samples["postcopy_build_info"]
+        assert dict(build) == {
+            "version": postcopy.__version__,
+            "protocol": str(status["protocol"]),
+            "transport": "native",
+        }
         for name, key in (("faults", "faults"), ("placed_pages", "placed"), ("around_pages", "placed_around")):
             assert samples[f"postcopy_client_{name}_total"][labels] == row[key]
         assert samples["postcopy_client_blocked_seconds_total"][labels] == pytest.approx(row["blocked_s"], abs=1e-5)

@@ -24,6 +24,7 @@ from time import monotonic_ns, perf_counter_ns
 from postcopy_protocol.counters import (
     AROUND,
     AROUND_USED,
+    BUSY_BLOCK,
     BUSY_SINCE_NS,
     DEDUPLICATED,
     FAILURES,
@@ -171,6 +172,7 @@ class FaultHandler:
         block, counters = region.block, self._counters
         state = block.received[page]
         counters[FAULTS] += 1
+        counters[BUSY_BLOCK] = block.grant.block
         counters[BUSY_SINCE_NS] = monotonic_ns()
         pages = 1
         try:

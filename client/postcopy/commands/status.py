@@ -75,7 +75,20 @@ def _wait_for(runtime_dir: str | None, wait: float | None, audit: bool) -> dict[
 
 
 _BLOCKS = ("block", "kind", "size", "pages", "received", "lost", "waiting", "source")
-_CLIENTS = ("client", "name", "pid", "worker", "state", "blocks", "faults", "placed", "restarts", "waiting", "p50 us", "p99 us")
+_CLIENTS = (
+    "client",
+    "name",
+    "pid",
+    "worker",
+    "state",
+    "blocks",
+    "faults",
+    "placed",
+    "restarts",
+    "waiting",
+    "p50 us",
+    "p99 us",
+)
 
 
 def _show(document: dict[str, Any]) -> None:
@@ -118,4 +131,7 @@ def _client_row(client: dict[str, Any]) -> list[str]:
     latency = client.get("latency_us", {})
     figures = [client.get(name, 0) for name in ("faults", "placed", "restarts")]
     texts = [client.get(name, "-") for name in ("id", "name", "pid", "worker_pid", "state")]
-    return [str(cell) for cell in (*texts, blocks, *figures, waiting(client), latency.get("p50", "-"), latency.get("p99", "-"))]
+    return [
+        str(cell)
+        for cell in (*texts, blocks, *figures, waiting(client), latency.get("p50", "-"), latency.get("p99", "-"))
+    ]

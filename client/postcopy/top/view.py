@@ -59,7 +59,20 @@ class Row:
 
 
 COLUMNS = ("id", "client", "pid", "state", "blocks", "fault/s", "page/s", "p50", "p99", "waits", "deaths", "oldest")
-KEYS = ("number", "name", "pid", "state", "blocks", "fault_rate", "placed_rate", "p50", "p99", "blocked", "restarts", "oldest")
+KEYS = (
+    "number",
+    "name",
+    "pid",
+    "state",
+    "blocks",
+    "fault_rate",
+    "placed_rate",
+    "p50",
+    "p99",
+    "blocked",
+    "restarts",
+    "oldest",
+)
 """Fields of Row that the columns sort by."""
 LARGEST_FIRST = frozenset({"fault_rate", "placed_rate", "p50", "p99", "blocked", "restarts", "oldest"})
 
