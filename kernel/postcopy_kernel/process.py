@@ -142,7 +142,8 @@ def die_with_parent(expected_parent_pid: int, signal: int = signals.SIGKILL) -> 
     """Receive ``signal`` when the parent dies, or at once if it is dead already.
 
     Traps: it follows the *thread* that forked, not the process. A change of uid or an exec of a set-uid program clears
-    it, so call it last. A parent that died before the call would not be noticed, hence ``expected_parent_pid``. Raises OSError for an unknown signal.
+    it, so call it last. A parent that died before the call would not be noticed, hence ``expected_parent_pid``.
+    Raises OSError for an unknown signal.
     """
     code = _prctl(_PR_SET_PDEATHSIG, signal)
     if code:

@@ -41,7 +41,7 @@ FIELDS = (
     "restarts",
     "cause",
 )
-"""Fields of an event, in this order: numbers of client and worker, the names of client and block, offset and length in bytes."""
+"""Fields of an event, in this order: a client and its name, a worker, a block's name, offset and length in bytes."""
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.:/+-]+", re.ASCII)
 

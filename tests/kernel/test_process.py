@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from postcopy_kernel import process
 from postcopy_kernel.memory import DONTNEED, Mapping, create_memfd
 from postcopy_kernel.memory import PAGE_4K as PAGE
 from postcopy_kernel.process import (

@@ -34,7 +34,8 @@ class ForkedWorker:
 
 
 def fork_worker(assignment: Assignment, fds: list[int], title: str, *, privileged: bool) -> ForkedWorker:
-    """Fork a worker that keeps ``fds`` and no other descriptor; raises OSError. ``title``: what ``ps`` shows; ``privileged``: see ``Worker``."""
+    """Fork a worker that keeps ``fds`` and no other descriptor; raises OSError. ``title``: what ``ps`` shows of it;
+    ``privileged``: see ``Worker``."""
     preload(assignment.transport)  # here, or every worker would import it into memory of its own
     waiting, gate = os.pipe()
     try:
