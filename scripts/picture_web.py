@@ -18,7 +18,16 @@ sys.path.insert(0, str(ROOT))
 from tests.system.browser import Browser, link_of  # noqa: E402
 
 POSTCOPY = [sys.executable, "-P", "-m", "postcopy"]
-MIB = 512
+HANDLER = """
+import time
+def make(offset, length):
+    time.sleep(0.0005)
+    return bytes(length)
+def slowly(offset, length):
+    time.sleep(0.02)
+    return bytes(length)
+"""
+BLOCKS = ("weights=handler:slowly:make?size=128M", "slow=handler:slowly:slowly?size=16M")
 PAUSE_SECONDS = 6.0  # of the load, after which the picture is taken
 
 
@@ -33,11 +42,7 @@ async def take(link: str, target: Path) -> None:
 def main() -> None:
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs" / "top-web.png"
     with tempfile.TemporaryDirectory(prefix="pcp-", dir="/tmp") as directory:
-        file, handler = Path(directory, "weights.bin"), Path(directory, "slowly.py")
-        with file.open("wb") as out:
-            for _ in range(MIB):
-                out.write(os.urandom(1 << 20))
-        handler.write_text("import time\ndef make(offset, length):\n    time.sleep(0.002)\n    return bytes(length)\n")
+        Path(directory, "slowly.py").write_text(HANDLER)
         environ = {**os.environ, "POSTCOPY_RUNTIME_DIR": f"{directory}/run"}
 
         def start(*words: str, **more: str) -> subprocess.Popen[str]:
@@ -51,12 +56,12 @@ def main() -> None:
                 text=True,
             )
 
-        running = [start("serve", f"weights={file}", "made=handler:slowly:make?size=64M", "--fault-around", "4K")]
+        running = [start("serve", *BLOCKS, "--fault-around", "4K")]
         try:
             subprocess.run([*POSTCOPY, "status", "--wait", "30"], env=environ, check=True, stdout=subprocess.DEVNULL)
-            for mode in ("private", "shared", "private"):
+            for mode in ("private", "shared") * 3:
                 running.append(start("cat", "weights", "--mode", mode, POSTCOPY_CLIENT_NAME=f"loader {len(running)}"))
-            running.append(start("cat", "made", POSTCOPY_CLIENT_NAME="slow reader"))
+            running.append(start("cat", "slow", POSTCOPY_CLIENT_NAME="slow reader"))
             running.append(start("top", "--web", "127.0.0.1:0", "--interval", "0.5"))
             out = running[-1].stdout
             assert out is not None

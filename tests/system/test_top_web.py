@@ -41,6 +41,7 @@ def ask(link: str, path: str = "/", **headers: str) -> http.client.HTTPResponse:
     connection.request("GET", path, headers=headers)
     answer = connection.getresponse()
     answer.read()
+    connection.close()
     return answer
 
 
