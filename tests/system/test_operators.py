@@ -37,11 +37,11 @@ def refused(client: Puppet, order: str) -> str:
     return f"{caught.value.kind}: {caught.value}"
 
 
-def waits(service: Service, client: Puppet) -> dict[str, Any] | None:
+def waits(service: Service, client: Puppet) -> dict[str, Any]:
     """The status, once it says for how long this client has waited."""
     status = service.status()
     (row,) = [one for one in status["clients"] if one["pid"] == client.pid]
-    return status if row["oldest_wait_s"] > STUCK else None
+    return status if row["oldest_wait_s"] > STUCK else {}
 
 
 def check_waiting(service: Service, client: Puppet, block: str, count: int = 1) -> None:

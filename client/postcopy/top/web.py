@@ -79,7 +79,7 @@ class TopServer(Server):  # type: ignore[misc, unused-ignore]
             raise web.HTTPServiceUnavailable(text=f"{MOST_WINDOWS} windows are open: close one\n")
         self._windows += 1
         try:
-            return await handler(request)  # type: ignore[no-any-return]
+            return await handler(request)
         finally:
             self._windows -= 1
 
