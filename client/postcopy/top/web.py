@@ -79,7 +79,7 @@ class TopServer(Server):  # type: ignore[misc, unused-ignore]
             raise web.HTTPServiceUnavailable(text=f"{MOST_WINDOWS} windows are open: close one\n")
         self._windows += 1
         try:
-            return await handler(request)
+            return await handler(request)  # type: ignore[no-any-return]
         finally:
             self._windows -= 1
 
@@ -95,7 +95,7 @@ class TopServer(Server):  # type: ignore[misc, unused-ignore]
 
     async def handle_index(self, request: web.Request) -> web.StreamResponse:
         self.public_url = f"http://{request.host}"  # the name by which this browser knows us
-        return await super().handle_index(request)  # type: ignore[no-any-return]
+        return await super().handle_index(request)
 
 
 def _same(given: str, wanted: str) -> bool:
