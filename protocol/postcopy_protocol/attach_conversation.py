@@ -56,8 +56,11 @@ from .messages import (
 from .runtime_paths import MAX_NAME
 from .sources import is_block_name
 
-KINDS = ("native", "vhost-user")
-MODES = ("private", "shared")
+KINDS = ("native", "vhost-user", "vm")
+FOREIGN = KINDS[1:]
+"""Kinds of clients whose memory is that of another process, for which a face of ours speaks."""
+MODES = ("private", "shared", "own")
+"""``own``: the client's own anonymous memory, into which the pages are copied. Only for the kind ``vm``."""
 MAX_REGIONS = 64
 
 FATAL = frozenset({"bad-message", "bad-version", "bad-descriptor"})
@@ -160,10 +163,12 @@ class AttachConversation:
         match message:
             case Hello():
                 self._greet(message)
-            case OfferBackEnd() if self.kind != "vhost-user":
-                raise Refusal("bad-message", "only a client of kind vhost-user may offer a back-end")
+            case OfferUserfaultfd() if self.kind == "vm":
+                raise Refusal("bad-message", "a client of kind vm offers the userfaultfd of another process")
+            case OfferBackEnd() if self.kind not in FOREIGN:
+                raise Refusal("bad-message", f"only a client of kind {' or '.join(FOREIGN)} may offer another process")
             case OpenBlock():
-                _check_open(message)
+                self._check_open(message)
             case Mapped():
                 self._map(message)
             case Unmap():
@@ -190,6 +195,8 @@ class AttachConversation:
             raise Refusal("bad-range", f"the block ends at {end}, before the region does")
         region = Region(message.block, grant.mode, message.address, message.length, message.offset)
         try:
+            if grant.mode == "own" and any(region.shares_pages(other) for other in self.regions):
+                raise BadMessage(f"the region at {message.address:#x} has pages that another region has too")
             self.regions.add(region, grant.page_size)
         except BadMessage as error:
             raise Refusal("bad-range", str(error)) from None
@@ -225,12 +232,15 @@ class AttachConversation:
         """Forget a region whose Mapped was in order, but that the supervisor refuses, as the kernel did."""
         return self._forget(block, address)
 
-
-def _check_open(message: OpenBlock) -> None:
-    if message.mode not in MODES:
-        raise Refusal("bad-message", f"the mode of a block is {' or '.join(MODES)}")
-    if not is_block_name(message.name):
-        raise Refusal("no-such-block", "no block can have that name")
+    def _check_open(self, message: OpenBlock) -> None:
+        if message.mode not in MODES:
+            raise Refusal("bad-message", f"the mode of a block is {' or '.join(MODES)}")
+        if (message.mode == "own") != (self.kind == "vm"):
+            raise Refusal("bad-message", f"a client of kind {self.kind} cannot open a block {message.mode}")
+        if self.kind == "vm" and self.blocks:
+            raise Refusal("limit", "the memory of a vm is one block")
+        if not is_block_name(message.name):
+            raise Refusal("no-such-block", "no block can have that name")
 
 
 Answer = TypeVar("Answer", bound=Message)

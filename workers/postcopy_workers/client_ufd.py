@@ -35,7 +35,8 @@ class Region:
         self.base = grant.address - grant.offset  # address that offset 0 of the block has, or would have, in the client
         self.first_page = grant.offset >> block.shift
         self.end_page = min(block.grant.pages, (grant.offset + grant.length) >> block.shift)
-        self.in_block = grant.mode == "private" or block.guarded
+        self.own = grant.mode == "own"  # see ``own_memory``
+        self.in_block = grant.mode != "shared" or block.guarded
         """Pages are placed through the worker's own mapping: COPY on the client's userfaultfd would fill its copy, or
         show it a page before that is marked received."""
         self.stale = False  # a page of it is not registered any more, and that was reported

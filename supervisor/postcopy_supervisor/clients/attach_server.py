@@ -17,10 +17,11 @@ from typing import Protocol
 
 from postcopy_kernel import crashpoints, descriptors, memory
 from postcopy_kernel.log_queue import about
-from postcopy_kernel.userfaultfd import Userfaultfd, is_userfaultfd
+from postcopy_kernel.userfaultfd import RegisterMode, Userfaultfd, is_userfaultfd
 from postcopy_protocol import counters, messages
 from postcopy_protocol.attach_conversation import AttachConversation, Refusal
 from postcopy_protocol.codec import pack_offsets
+from postcopy_protocol.copied_map import size_of
 from postcopy_protocol.errors import BadMessage
 
 from ..admission import Peer, may_write
@@ -206,7 +207,7 @@ class AttachServer:
 
     def adopt(self, kept: KeptClient) -> None:
         """Continue a client without a connection, until it resumes or its process ends."""
-        note, (fd, pidfd, figures, *front_end) = kept.note, kept.fds
+        note, (fd, pidfd, figures, *more) = kept.note, kept.fds
         conversation = AttachConversation()
         conversation.name, conversation.kind = note.name, note.kind
         client = Client(note.client, None, note.uid, note.pid, pidfd, conversation, time.monotonic())
@@ -215,7 +216,7 @@ class AttachServer:
         client.regions, client.released = list(note.regions), list(note.released)
         client.quarantined, client.back_end = note.quarantined, note.back_end
         client.failures_reported = page[counters.FAILURES]
-        client.front_end = front_end[0] if front_end else -1
+        client.front_end, client.copied_map = [*more, -1, -1][:2]
         self._clients.add(client)
         self._pool.skip_incarnations(client.number, page[counters.INCARNATION])
         self._clients.keep(client)
@@ -225,7 +226,9 @@ class AttachServer:
                 client.userfaultfd.register(region.address, region.length, self._by_number[region.block].register_mode)
 
     def _newly_guarded(self, client: Client) -> list[messages.RegionGrant]:
-        return [region for region in client.regions if self._by_number[region.block].guard_raised]
+        return [
+            region for region in client.regions if region.mode != "own" and self._by_number[region.block].guard_raised
+        ]
 
     def start_workers(self) -> None:
         """Start workers for adopted clients whose workers ended while there was no supervisor, and replace those that
@@ -265,6 +268,8 @@ class AttachServer:
                 text = f"user {client.uid} may attach block {block.name} only private"
                 raise Refusal("denied", f"{text} (serve --shared-uid {client.uid} allows shared)")
             block.shared_granted()
+        if message.mode == "own" and client.copied_map < 0:
+            client.copied_map = memory.create_memfd(f"postcopy-m{client.number}", size_of(block.pages))
         client.conversation.opened(block.number, message.mode, block.pages, block.page_size)
         answer = messages.BlockOpened(block.number, block.name, block.size, block.page_size, block.pages)
         self._send(client, answer, (block.read_write if shared else block.read_only, block.map_read_only))
@@ -273,7 +278,7 @@ class AttachServer:
         block = self._by_number[message.block]
         mode = client.conversation.blocks[message.block].mode
         region = messages.RegionGrant(message.block, mode, message.address, message.length, message.offset)
-        if block.complete:
+        if block.complete and mode != "own":
             client.released.append(region)
             self._clients.keep(client)
             self._send(client, messages.Attached(region.block, region.address))
@@ -281,7 +286,9 @@ class AttachServer:
         assert client.userfaultfd is not None
         try:
             # A back-end registers its memory itself, MISSING only: that does not take MINOR away (Linux 6.18).
-            if not client.back_end or block.guarded:
+            if mode == "own":  # its registration again: the kernel then checks what the range is
+                client.userfaultfd.register(region.address, region.length, RegisterMode.MISSING)
+            elif not client.back_end or block.guarded:
                 client.userfaultfd.register(region.address, region.length, block.register_mode)
         except OSError as error:
             client.conversation.withdraw(message.block, message.address)

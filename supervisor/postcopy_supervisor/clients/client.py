@@ -45,8 +45,10 @@ class Client:
     unmapping: list[Unmap] = field(default_factory=list)  # answered when the worker that served the region has ended
     leaving: bool = False
     back_end: bool = False
-    """A vhost-user back-end: ``pid``, ``pidfd`` and memory are its own, the connection is its front-end's."""
+    """A vhost-user back-end or a VM: ``pid``, ``pidfd`` and memory are its own, the connection is its front-end's."""
     front_end: int = -1  # a pidfd of that
+    copied_map: int = -1
+    """Where its memory is its own: what has become of its pages, see ``copied_map`` in the protocol."""
     quarantined: bool = False
     restarts: int = 0  # of its workers, once it has left
     failures_reported: int = 0
@@ -94,7 +96,7 @@ class Client:
         """The descriptors that the custodian keeps."""
         userfaultfd = self.userfaultfd.fd if self.userfaultfd is not None else -1
         fds = userfaultfd, self.pidfd, self.figures_fd
-        return fds if self.front_end < 0 else (*fds, self.front_end)
+        return (*fds, *(fd for fd in (self.front_end, self.copied_map) if fd >= 0))
 
     def note(self) -> bytes:
         """What a later supervisor has to know of it."""

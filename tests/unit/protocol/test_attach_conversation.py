@@ -99,8 +99,15 @@ class Door(RuleBasedStateMachine):
 
     @rule()
     def offer(self) -> None:
-        fine = self.in_order(Stage.GREETED)
+        fine = self.in_order(Stage.GREETED) and self.door.kind != "vm"
         assert code_of(self.door, OfferUserfaultfd()) == ("" if fine else "bad-message")
+        if fine:
+            self.stage = Stage.READY
+
+    @rule()
+    def offer_another_process(self) -> None:
+        fine = self.in_order(Stage.GREETED) and self.door.kind != "native"
+        assert code_of(self.door, OfferBackEnd()) == ("" if fine else "bad-message")
         if fine:
             self.stage = Stage.READY
 
@@ -112,8 +119,11 @@ class Door(RuleBasedStateMachine):
 
     @rule(block=st.sampled_from(sorted(BLOCKS)), mode=st.sampled_from((*MODES, "")), granted=st.booleans())
     def open(self, block: int, mode: str, granted: bool) -> None:
-        fine = self.in_order(Stage.READY) and mode in MODES
-        assert code_of(self.door, OpenBlock(f"ram{block}", mode)) == ("" if fine else "bad-message")
+        vm = self.door.kind == "vm"
+        fine = self.in_order(Stage.READY) and mode in MODES and (mode == "own") == vm
+        refused = "bad-message" if not fine else "limit" if vm and self.opened else ""
+        assert code_of(self.door, OpenBlock(f"ram{block}", mode)) == refused
+        fine = not refused
         if fine and granted:
             self.door.opened(block, mode, *BLOCKS[block])
             self.opened[block] = mode
@@ -137,6 +147,11 @@ class Door(RuleBasedStateMachine):
         pages, size = BLOCKS[message.block]
         aligned = not any(value % size for value in (message.address, message.length, message.offset))
         inside = message.address > 0 and message.length > 0 and message.offset + message.length <= pages * size
+        if self.opened[message.block] == "own" and any(
+            message.offset < other.offset + other.length and other.offset < message.offset + message.length
+            for other in self.regions.values()
+        ):
+            return "bad-range"
         free = all(
             message.address + message.length <= other.address or other.address + other.length <= message.address
             for other in self.regions.values()
