@@ -17,6 +17,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from postcopy_protocol.version import PACKAGE
+
 if TYPE_CHECKING:
     from .block import Block
     from .client import attach
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from .sigbus import explain_sigbus
     from .supervisor import Supervisor
 
-__version__ = "0.1.0"
+__version__ = PACKAGE
 
 __all__ = [
     "AttachDenied",

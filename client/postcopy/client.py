@@ -21,7 +21,7 @@ from operator import index
 
 from postcopy_kernel.memory import DOFORK, DONTFORK, NOHUGEPAGE, Mapping, huge_pages
 from postcopy_protocol.geometry import PAGE_4K
-from postcopy_protocol.runtime_paths import runtime_directory
+from postcopy_protocol.runtime_paths import client_name, runtime_directory
 
 from . import populate, sigbus
 from .attach_socket import OpenedBlock
@@ -45,14 +45,18 @@ _registry = threading.RLock()
 
 
 def attach(
-    name: str,
+    block: str,
     runtime_dir: str | os.PathLike[str] | None = None,
     mode: str = "private",
     timeout: float | None = TIMEOUT,
     *,
     trust_uid: int | Iterable[int] = (),
+    name: str | None = None,
 ) -> Block:
-    """Attach the RAM block ``name`` of the supervisor in ``runtime_dir``.
+    """Attach the RAM block ``block`` of the supervisor in ``runtime_dir``.
+
+    ``name`` is what operators see of this process in status, metrics and events: at most 64 printable characters; by
+    default ``$POSTCOPY_CLIENT_NAME``, else the program's. It counts when the process attaches its first block.
 
     A supervisor can read and change the memory of its clients. It must run as this process's user, as root, or as a
     user in ``trust_uid`` or ``$POSTCOPY_TRUST_UID``; another's is AttachDenied.
@@ -67,13 +71,15 @@ def attach(
     """
     if mode not in ("private", "shared"):
         raise BadInput(f"mode {mode!r} is neither 'private' nor 'shared'")
-    if not isinstance(name, str):
-        raise TypeError(f"the name of a block is a str, not {type(name).__name__}")
+    if not isinstance(block, str):
+        raise TypeError(f"the name of a block is a str, not {type(block).__name__}")
     directory, trust, deadline = directory_of(runtime_dir), users_of(trust_uid), Deadline(timeout)
+    shown = client_name(name, os.environ)
     with _registry:
         client = _clients.setdefault(directory, Client(directory))
+        client.name = shown or client.name
         client.trust |= trust
-    return client.attach(name, mode, deadline)
+    return client.attach(block, mode, deadline)
 
 
 def directory_of(runtime_dir: str | os.PathLike[str] | None) -> str:
@@ -99,6 +105,7 @@ class Client:
     def __init__(self, directory: str, trust: frozenset[int] = frozenset()) -> None:
         """``trust``: users whose supervisor is trusted."""
         self.directory, self.trust = directory, trust
+        self.name = ""
         self.blocks: list[Block] = []
         self._turns = Turns(directory)
         self._session: Session | None = None
@@ -108,7 +115,7 @@ class Client:
         block = None
         try:
             with self._turns.take(deadline) as nested, held():
-                session = Session(self.directory, deadline) if nested else self._current(deadline)
+                session = Session(self.directory, deadline, name=self.name) if nested else self._current(deadline)
                 try:
                     block = self._open(session, name, mode, deadline)
                 finally:
@@ -164,7 +171,7 @@ class Client:
     def _current(self, deadline: Deadline) -> Session:
         """The session for a new region. A session that is no longer usable keeps the regions that it has."""
         if self._session is None or not self._reachable(self._session, deadline):
-            self._session = Session(self.directory, deadline, self.trust)
+            self._session = Session(self.directory, deadline, self.trust, self.name)
             sigbus.introduce(self.directory, self._session.connection.client)
         return self._session
 

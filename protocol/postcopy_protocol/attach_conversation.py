@@ -59,6 +59,7 @@ from .messages import (
     UserfaultfdAccepted,
     Welcome,
 )
+from .runtime_paths import MAX_NAME
 from .sources import is_block_name
 
 KINDS = ("native", "vhost-user", "vm")
@@ -67,8 +68,6 @@ FOREIGN = KINDS[1:]
 MODES = ("private", "shared", "own")
 """``own``: the client's own anonymous memory, into which the pages are copied. Only for the kind ``vm``."""
 MAX_REGIONS = 64
-MAX_NAME = 64
-"""Characters of a client's name that are kept."""
 
 FATAL = frozenset({"bad-message", "bad-version", "bad-descriptor"})
 """Refusals after which the supervisor closes the connection, unless it serves memory of this client already."""

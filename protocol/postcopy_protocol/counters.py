@@ -25,7 +25,7 @@ WAKES = 2  # wake or continue calls
 REQUESTS = 3  # pages requested from the supervisor
 DEDUPLICATED = 4  # messages for a page that was already requested or present
 AROUND = 5  # pages placed by fault-around, beyond the faulting one
-LOST = 6  # pages that their source could not supply
+LOST = 6  # faults at pages that their source could not supply
 FAILURES = 7  # calls that failed and were reported
 # 8 is free: it was used by older workers.
 PLAIN = 9  # faults answered by placing one page: counts as fault and as page, with one store
@@ -40,6 +40,7 @@ OUTSIDE = 20  # faults outside all regions, left waiting on purpose
 SANDBOX = 21  # rights that the worker has given up, as bits (see sandbox_names)
 POISONED = 22  # the page that this client got SIGBUS for last (see ``place_of``); 0: none
 EXPLAINED = 23  # the page that REASON is about
+BUSY_BLOCK = 24  # number of the block of BUSY_SINCE_NS, where it is no common fault of a file
 
 REASON = 32
 """Bytes of the text that follows: why the last page could not be supplied. A report may be lost with its worker."""
@@ -213,6 +214,12 @@ def join(total: list[int], values: Sequence[int]) -> None:
     add_up(total, 0, (0, values[: LAST_COUNTER + 1]))
     add_up(total, HISTOGRAM, in_use(values[HISTOGRAM : LAST_BUCKET + 1]))
     total[LONGEST_NS] = max(total[LONGEST_NS], values[LONGEST_NS])
+
+
+def subtract(total: list[int], values: Sequence[int]) -> None:
+    """Take one page's counters and histogram out of ``total`` again."""
+    for at in (*range(LAST_COUNTER + 1), *range(HISTOGRAM, LAST_BUCKET + 1)):
+        total[at] -= values[at]
 
 
 def add_up(total: list[int], at: int, stretch: BucketRun) -> None:

@@ -24,6 +24,7 @@ from time import monotonic_ns, perf_counter_ns
 from postcopy_protocol.counters import (
     AROUND,
     AROUND_USED,
+    BUSY_BLOCK,
     BUSY_SINCE_NS,
     DEDUPLICATED,
     FAILURES,
@@ -178,6 +179,7 @@ class FaultHandler:
         block, counters = region.block, self._counters
         state = block.received[page]
         counters[FAULTS] += 1
+        counters[BUSY_BLOCK] = block.grant.block
         counters[BUSY_SINCE_NS] = monotonic_ns()
         pages = 1
         try:
@@ -191,6 +193,7 @@ class FaultHandler:
                 else:
                     self._follow(region, page)
             elif state == LOST and not block.present(page):
+                counters[LOST_PAGES] += 1
                 self._poison(region, page)
             else:
                 pages = self._place(region, page, flags, begun, in_block=region.in_block or state == RECEIVED)
@@ -239,6 +242,7 @@ class FaultHandler:
         many pages fault-around may fill."""
         block, state = region.block, region.block.received[page]
         if state == LOST:
+            self._counters[LOST_PAGES] += 1
             self._poison(region, page)
             return 1
         if state != RECEIVED:

@@ -86,7 +86,7 @@ class AttachServer:
             pidfd = descriptors.peer_pidfd(connection, at)
         except (Refusal, OSError) as error:
             refusal = error if isinstance(error, Refusal) else unidentified(error)
-            self._watcher.count_refusal(peer.uid, str(refusal))
+            self._watcher.count_refusal(peer.uid, refusal)
             send(connection, refusal.message())
             return descriptors.close_drained(connection)
         number, now = self._clients.take_number(), time.monotonic()
@@ -135,8 +135,7 @@ class AttachServer:
             assert client is not None
             what, peer = "client %d (%s, pid %d) is refused: %s", about("refused", f"process {client.pid}")
             log.info(what, client.number, client.name, client.pid, refusal, extra=peer)
-            if refusal.code == "denied":
-                self._watcher.count_refusal(client.uid, str(refusal))
+            self._watcher.count_refusal(client.uid, refusal)
             self._send(client, refusal.message())
             if refusal.fatal and client.userfaultfd is None:
                 self._release.remove(client, "does not follow the protocol")

@@ -119,7 +119,8 @@ class ClientRelease:
         """Close the descriptors of a client that has no worker any more."""
         self._report_failures(client)
         self._waiters.left(client.number)
-        self._clients.drop(client)
+        self._clients.drop(client, self._pool.restarts_of(client.number))
+        self._pool.forget(client.number)
         self._watcher.forget_process(client.pidfd)
         os.close(client.pidfd)
         if client.front_end >= 0:

@@ -91,11 +91,10 @@ def test_output_that_nobody_reads_is_no_second_error(letters: int) -> None:
 
 def test_serve_without_the_extra_is_one_line() -> None:
     program = (
-        "import sys\nsys.modules['prctl'] = None\n"
-        "import importlib.util as u\nfind = u.find_spec\n"
-        "u.find_spec = lambda name, *more: None if name == 'prctl' else find(name, *more)\n"
+        "import sys\nimport importlib.util as u\nfind = u.find_spec\n"
+        "u.find_spec = lambda name, *more: None if name == 'postcopy_supervisor' else find(name, *more)\n"
         "sys.argv = ['postcopy', 'serve', 'ram0=x']\nimport postcopy.__main__ as m\nm.main()"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    assert done.stderr == "postcopy: serve needs prctl: pip install 'postcopy[supervisor]'\n"
+    assert done.stderr == "postcopy: serve needs postcopy_supervisor: pip install 'postcopy[supervisor]'\n"
