@@ -124,8 +124,16 @@ def attacked(scene: Scene, attack: Attack, seed: int, seconds: float) -> Outcome
         broken.append(f"stuck: {', '.join(stuck)}")
     count = sum(map(len, touches[UNDER].took.values()))
     return Outcome(
-        attack.name, attack.who, under.attempts, count, **figures, growth=growth, descriptors=most - fds, log=written, broken=broken
-    )  # fmt: skip
+        attack.name,
+        attack.who,
+        under.attempts,
+        count,
+        **figures,
+        growth=growth,
+        descriptors=most - fds,
+        log=written,
+        broken=broken,
+    )
 
 
 class Attacker:
@@ -219,16 +227,13 @@ def show(outcomes: list[Outcome], seed: int, wrong: int) -> None:
     for one in outcomes:
         grown = max(one.growth.values()) >> 10
         figures = "".join(f"{_row(one, block):27}{_ratio(one, block):<5.1f}" for block in BLOCKS)
-        print(
-            f"{one.attack:25}{one.user:18}{one.attempts:9}{one.touches:8}  {figures}{grown:6} K{one.descriptors:6}{one.log:8} B"
-        )
+        print(f"{one.attack:25}{one.user:18}{one.attempts:9}{one.touches:8}  {figures}{grown:6} K", end="")
+        print(f"{one.descriptors:6}{one.log:8} B")
         for finding in one.broken:
             print(f"    BROKEN: {finding}")
     hurt = sum(bool(one.broken) for one in outcomes)
     slow = sum(_ratio(one, block) > SLOWER for one in outcomes for block in BLOCKS)
-    print(
-        f"\n{wrong} blocks with wrong or missing bytes; {hurt} attacks that hurt others; {slow} figures over {SLOWER:g} x"
-    )
+    print(f"\n{wrong} blocks with wrong or missing bytes; {hurt} attacks hurt others; {slow} figures over {SLOWER:g} x")
 
 
 def _row(one: Outcome, block: str) -> str:

@@ -14,15 +14,17 @@ def open_router(
     *,
     queue: int = 1000,
     largest: int = LARGEST,
+    strangers: bool = False,
 ) -> Router:
-    """``queue``: messages that are kept for one peer; ``largest``: bytes of the largest message that peers may send."""
+    """``queue``: messages that are kept for one peer; ``largest``: bytes of the largest message that peers may send;
+    ``strangers``: peers that connect are strangers until ``trust`` is called for them."""
     if transport == LIBZMQ:
         from .libzmq import LibzmqRouter
 
         return LibzmqRouter(on_message, queue=queue, largest=largest)
     from .router import NativeRouter
 
-    return NativeRouter(on_message, on_gone, queue=queue, largest=largest)
+    return NativeRouter(on_message, on_gone, queue=queue, largest=largest, strangers=strangers)
 
 
 def preload(transport: str) -> None:

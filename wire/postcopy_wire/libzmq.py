@@ -379,9 +379,12 @@ class LibzmqRouter(Reactor):
     def send(self, name: bytes, data: bytes) -> int:
         return self._sockets.send(name, (data,))
 
+    def trust(self, name: bytes, trusted: bool = True) -> None:
+        """libzmq reads from all peers alike."""
+
     def close(self, linger: float = 0.0) -> None:
         self._sockets.close(linger)
-        self.epoll.close()
+        self.close_epolls()
 
 
 class LibzmqChannel:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import select
 import time
-from collections.abc import Callable
 from typing import Protocol
 
+from .strangers import EventAction, Strangers
 from .transport import Action
 
 AT_ONCE = 64  # events that are handled before epoll is asked again
-
-EventAction = Callable[[int], object]  # receives epoll's event mask of a descriptor
 
 
 class PolledSocket(Protocol):
@@ -33,15 +31,30 @@ class Reactor:
         self._timers: list[tuple[float, Action]] = []
         self._polled: list[PolledSocket] = []
         self._again: list[EventAction] = []
+        self._strangers: Strangers | None = None
+        self._strangers_ready = self._strangers_paused = False
 
     def watch(self, fd: int, act: Action) -> None:
         """Call ``act`` in ``turn`` when the descriptor is readable."""
         self.register(fd, lambda mask: act())
 
-    def register(self, fd: int, act: EventAction) -> None:
-        """As ``watch``; ``act`` receives the event mask."""
-        self.epoll.register(fd, select.EPOLLIN)
-        self._actions[fd] = act
+    def register(self, fd: int, act: EventAction, *, stranger: bool = False) -> None:
+        """As ``watch``; ``act`` receives epoll's event mask. A stranger gets a small share of the thread's time."""
+        if not stranger:
+            self.epoll.register(fd, select.EPOLLIN)
+            self._actions[fd] = act
+            return
+        strangers = self._strangers
+        if strangers is None:
+            strangers = self._strangers = Strangers(self._pause_strangers)
+            self.watch(strangers.epoll.fileno(), self._note_strangers)
+        strangers.epoll.register(fd, select.EPOLLIN)
+        strangers.actions[fd] = act
+
+    def modify(self, fd: int, events: int) -> None:
+        """Wait for these events of epoll from now on."""
+        epoll = self.epoll if self._strangers is None or fd in self._actions else self._strangers.epoll
+        epoll.modify(fd, events)
 
     def poll_socket(self, socket: PolledSocket) -> None:
         """Receive from this socket in ``turn``."""
@@ -50,24 +63,30 @@ class Reactor:
 
     def forget(self, fd: int) -> None:
         """Undo ``watch``; to be called before the descriptor is closed."""
-        self._actions.pop(fd, None)
+        epoll = self.epoll
+        if self._actions.pop(fd, None) is None and self._strangers is not None:
+            epoll = self._strangers.epoll
+            self._strangers.forget(fd)
         with contextlib.suppress(OSError):
-            self.epoll.unregister(fd)
+            epoll.unregister(fd)
 
     def call_later(self, seconds: float, act: Action) -> None:
         """Call ``act`` in ``turn`` after this time."""
         self._timers.append((time.monotonic() + seconds, act))
 
-    def again(self, act: EventAction) -> None:
+    def again(self, fd: int, act: EventAction) -> None:
         """Call ``act`` with no event in the next turn: a peer's share of this one is used up."""
-        self._again.append(act)
+        if self._strangers is not None and fd in self._strangers.actions:
+            self._strangers.again(fd, act)
+        else:
+            self._again.append(act)
 
     def turn(self, seconds: float = -1) -> None:
         """Wait for events, at most ``seconds`` (below 0: no limit), and handle them."""
         if self._timers:
             seconds = self._run_timers(seconds)
         polled, again = self._polled, self._again
-        if again or (polled and self._any_waits()):
+        if again or (polled and self._any_waits()) or (self._strangers is not None and self._stranger_waits()):
             seconds = 0
         self._again = []
         actions = self._actions
@@ -79,10 +98,21 @@ class Reactor:
             act(0)
         for socket in polled:
             socket.receive()
+        if self._strangers is not None and (self._strangers_ready or self._stranger_waits()):
+            self._strangers_ready = False
+            self._strangers.serve()
 
     def waiting(self) -> bool:
         """Would ``turn`` find an event without waiting?"""
-        return bool(self._again) or bool(self.epoll.poll(0, 1)) or (bool(self._polled) and self._any_waits())
+        if self._again or self.epoll.poll(0, 1) or (self._polled and self._any_waits()):
+            return True
+        return self._stranger_waits()
+
+    def close_epolls(self) -> None:
+        """Close the descriptors of the reactor itself."""
+        self.epoll.close()
+        if self._strangers is not None:
+            self._strangers.epoll.close()
 
     def _any_waits(self) -> bool:
         """Asks every socket, because asking re-arms its descriptor."""
@@ -90,6 +120,24 @@ class Reactor:
         for socket in self._polled:
             waits |= socket.waiting()
         return waits
+
+    def _note_strangers(self) -> None:
+        self._strangers_ready = True  # they are served after all others of this turn
+
+    def _stranger_waits(self) -> bool:
+        """Is there a stranger to be called again now?"""
+        return self._strangers is not None and self._strangers.waits and not self._strangers_paused
+
+    def _pause_strangers(self, seconds: float) -> None:
+        assert self._strangers is not None
+        self._strangers_paused = True
+        self.epoll.modify(self._strangers.epoll.fileno(), 0)
+        self.call_later(seconds, self._resume_strangers)
+
+    def _resume_strangers(self) -> None:
+        assert self._strangers is not None
+        self._strangers_paused = False
+        self.epoll.modify(self._strangers.epoll.fileno(), select.EPOLLIN)
 
     def _run_timers(self, seconds: float) -> float:
         """Run what is due; returns how long ``turn`` may wait then."""
