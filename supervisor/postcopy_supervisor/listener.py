@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
-from postcopy_kernel import descriptors, log_queue, process
+from postcopy_kernel import access_list, descriptors, log_queue, process
 from postcopy_kernel.filewatch import FileWatch
 from postcopy_kernel.userfaultfd import Userfaultfd
 from postcopy_protocol.attach_conversation import FROM_CLIENT
@@ -86,13 +86,15 @@ class Listener(threading.Thread):
         attach_socket: socket.socket,
         files: FileWatches,
         admission: Admission,
+        door: str,
     ) -> None:
+        """``door``: the path of the attach socket."""
         super().__init__(name="listener", daemon=True)
         self.queue: collections.deque[events.ListenerEvent] = collections.deque()
         self.wakeup = descriptors.create_eventfd()  # readable when something has been queued
         self._jobs: collections.deque[Job] = collections.deque()
         self._core, self._stop_eventfd, self._attach_socket, self._files = core, stop_eventfd, attach_socket, files
-        self._admission = admission
+        self._admission, self._door = admission, door
         self._alarm = descriptors.create_eventfd()
         self._stopping = False
         self._due: float | None = None
@@ -127,6 +129,7 @@ class Listener(threading.Thread):
     def watch_attach_socket(self) -> None:
         """Its descriptor is another socket since: the kernel has forgotten the old one."""
         self._clients_epoll.register(self._attach_socket.fileno(), select.EPOLLIN)
+        self._admission.bans.changed = True  # the new one has no list
 
     def watch_connection(self, connection: socket.socket, uid: int) -> None:
         self._connections[connection.fileno()] = connection, uid
@@ -185,6 +188,8 @@ class Listener(threading.Thread):
             self._resume_clients(now)
             if now - ticked >= TICK_SECONDS or (self._due is not None and now >= self._due):
                 ticked, self._due = now, None
+                self._admission.bans.check(now)
+                self._ban(now)
                 self.queue.extend(events.PeersRefused(*report) for report in self._admission.reports(now))
                 self.queue.append(events.Tick(now))
             if self.queue:
@@ -280,6 +285,12 @@ class Listener(threading.Thread):
             with contextlib.suppress(OSError):
                 descriptors.send_message(connection, admitted)
             descriptors.close_drained(connection)
+            self._ban(now)
+
+    def _ban(self, now: float) -> None:
+        if self._admission.bans.changed:
+            with contextlib.suppress(OSError):  # a file system without access lists: they are refused one by one
+                access_list.refuse_users(self._door, self._admission.bans.take(now))
 
     def _read_custodian(self, channel: socket.socket) -> None:
         if not _descriptor_is_free():
