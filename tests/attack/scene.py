@@ -74,31 +74,31 @@ class Installation:
         self.directory = Path(tempfile.mkdtemp(prefix="attack-", dir="/tmp"))
         self._stack.callback(shutil.rmtree, self.directory, ignore_errors=True)
         self.directory.chmod(0o711)
-        self.network = {"source": _free_port(), "metrics": _free_port()}
+        self.network = {name: _free_port() for name in ("source", "metrics", "rogue")}
         self._source_log = self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
-        endpoint = f"tcp://127.0.0.1:{self.network['source']}"
-        command = [
-            sys.executable,
-            "-m",
-            "postcopy_sources",
-            f"remote={self._file}",
-            "--listen",
-            endpoint,
-            "--plain-tcp",
-        ]
-        self.source = subprocess.Popen(command, stderr=self._source_log, env=environment())
-        self._stack.callback(self._end_source)
+        self.source, rogue = self._serve("source", "remote"), self._serve("rogue", "rogue")
         self.service = self._stack.enter_context(
             Service(
                 self.directory,
                 f"local={self._file}",
-                f"remote={endpoint}/remote",
+                f"remote=tcp://127.0.0.1:{self.network['source']}/remote",
+                f"rogue=tcp://127.0.0.1:{self.network['rogue']}/rogue",
                 allow_uid=ALLOWED,
                 metrics=f"127.0.0.1:{self.network['metrics']}",
                 background_rate=0,
                 plain_tcp=True,
             )
         )
+        rogue.kill()  # in its place come those who attack as a source
+        rogue.wait()
+
+    def _serve(self, port: str, block: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "postcopy_sources", f"{block}={self._file}", "--plain-tcp"]
+        command += ["--listen", f"tcp://127.0.0.1:{self.network[port]}"]
+        program = subprocess.Popen(command, stderr=self._source_log, env=environment())
+        self._stack.callback(program.wait, 20)
+        self._stack.callback(program.terminate)
+        return program
 
     def descriptors(self) -> int:
         """Open in supervisor and source."""
@@ -106,10 +106,6 @@ class Installation:
 
     def log_bytes(self) -> int:
         return len(self.service.log()) + os.fstat(self._source_log.fileno()).st_size
-
-    def _end_source(self) -> None:
-        self.source.terminate()
-        self.source.wait(20)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
