@@ -30,7 +30,7 @@ def open_router(
 def preload(transport: str) -> None:
     """Import what a channel of this transport needs, in a process that forks its users."""
     if transport == LIBZMQ:
-        from . import libzmq  # noqa: F401
+        from . import libzmq_channel  # noqa: F401
     else:
         from . import channel  # noqa: F401
 
@@ -40,7 +40,7 @@ def open_channel(transport: str, endpoint: str, identity: bytes, hello: bytes, o
     message of every connection. ``on_held`` is called in the sending thread when a message is held: another thread is
     to call ``flush`` until none is."""
     if transport == LIBZMQ:
-        from .libzmq import LibzmqChannel
+        from .libzmq_channel import LibzmqChannel
 
         return LibzmqChannel(endpoint, identity, hello, on_held)
     from .channel import NativeChannel

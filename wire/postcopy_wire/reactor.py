@@ -17,7 +17,6 @@ class PolledSocket(Protocol):
     """A socket that must be asked whether it has messages: the descriptor of a libzmq socket is readable only once when
     something changed, and any send or receive may consume that."""
 
-    def fileno(self) -> int: ...
     def waiting(self) -> bool: ...
     def receive(self) -> None: ...
 
@@ -57,8 +56,7 @@ class Reactor:
         epoll.modify(fd, events)
 
     def poll_socket(self, socket: PolledSocket) -> None:
-        """Receive from this socket in ``turn``."""
-        self.watch(socket.fileno(), lambda: None)  # it only ends the wait
+        """Receive from this socket in ``turn``. The caller watches its descriptors."""
         self._polled.append(socket)
 
     def forget(self, fd: int) -> None:
