@@ -229,6 +229,10 @@ class Dealer:
         """Has a connection ended, as far as the monitor was read?"""
         return self._ended
 
+    def end(self) -> None:
+        """The connection is not used from now on."""
+        self.connected, self._ended = False, True
+
     def _watch(self, backlog: Backlog, fd: int) -> None:
         """This is its connection now; -1: it has none."""
         backlog.closed(self._fd)
@@ -271,9 +275,7 @@ class OutboundSocket:
             return
         made = self.dealer.new_connection()
         if self.dealer.ended():
-            self._close()
-            self._reactor.call_later(self._retry_ms / 1000, self._open)
-            self._retry_ms = min(2 * self._retry_ms, RETRY_MOST_MS)
+            self._begin_again()
         elif made:
             self._on_connected()
 
@@ -286,12 +288,14 @@ class OutboundSocket:
         self._reactor.watch(int(self.dealer.monitor.getsockopt(zmq.FD)), self.check_connection)
         self.check_connection()
 
-    def _close(self) -> None:
-        """Between two messages: what came and was not received is dropped."""
-        self.dealer.connected = False
+    def _begin_again(self) -> None:
+        """Close, which drops what came and was not received, and connect later."""
+        self.dealer.end()
         for socket in (self.dealer.socket, self.dealer.monitor):
             self._reactor.forget(int(socket.getsockopt(zmq.FD)))
         self.dealer.close()
+        self._reactor.call_later(self._retry_ms / 1000, self._open)
+        self._retry_ms = min(2 * self._retry_ms, RETRY_MOST_MS)
 
     def close(self, linger: float) -> None:
         if not self.dealer.ended():
@@ -306,12 +310,9 @@ class OutboundSocket:
             frames, link = [socket.recv(0, False)], self.dealer.link
             while frames[-1].more:
                 frame = socket.recv(0, False)
-                if len(frames) <= MOST_PARTS:
-                    frames.append(frame)
-                else:  # no message has so many: it is refused without them
-                    frames[-1] = frame
-                    if link is not None:
-                        link.took(len(frame.buffer))
+                if len(frames) > MOST_PARTS:  # no message has so many, and to receive millions takes seconds
+                    return self._begin_again()
+                frames.append(frame)
             buffers = [frame.buffer for frame in frames]
             if link is not None:
                 for buffer in buffers:
