@@ -60,7 +60,9 @@ def test_connections_that_end_while_messages_come() -> None:
         return made
 
     source = peer("tcp://127.0.0.1:*")
-    endpoint = source.getsockopt(zmq.LAST_ENDPOINT).decode().removesuffix("\0")
+    bound = source.getsockopt(zmq.LAST_ENDPOINT)
+    assert isinstance(bound, bytes)
+    endpoint = bound.decode().removesuffix("\0")
     child = subprocess.Popen(
         [sys.executable, "-c", ROUTER, endpoint, public.decode(), str(SECONDS), str(ENDS)],
         env=environment(),

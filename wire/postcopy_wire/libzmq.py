@@ -261,7 +261,6 @@ class OutboundSocket:
         self._on_connected = on_connected
         self._retry_ms = RETRY_MS
         self.dealer = make()
-        self._watch()
 
     def fileno(self) -> int:
         return int(self.dealer.socket.getsockopt(zmq.FD))
@@ -281,9 +280,10 @@ class OutboundSocket:
 
     def _open(self) -> None:
         self.dealer = self._make()
-        self._watch()
+        self.watch()
 
-    def _watch(self) -> None:
+    def watch(self) -> None:
+        """Wait for events of its connection; it may stand already."""
         self._reactor.watch(self.fileno(), lambda: None)  # it only ends the wait
         self._reactor.watch(int(self.dealer.monitor.getsockopt(zmq.FD)), self.check_connection)
         self.check_connection()
@@ -396,6 +396,7 @@ class Sockets:
 
         peer = self._outbound[name] = OutboundSocket(self._reactor, make, on_frames, on_connected)
         self._reactor.poll_socket(peer)
+        peer.watch()
 
     def send(self, name: bytes, parts: Sequence[Buffer]) -> int:
         peer = self._outbound.get(name)
