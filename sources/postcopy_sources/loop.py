@@ -48,7 +48,7 @@ QUIET_SECONDS = 10.0  # a supervisor pings every second
 SILENT_SECONDS = 600.0
 """A supervisor that has been silent for so long is forgotten: they ping every second. A connection that breaks while
 nothing is sent is not reported, and a thread that pushes to it would wait forever for its window."""
-MOST_REFUSED = 16  # messages of a supervisor; beyond it the router reads it as it reads strangers
+MOST_REFUSED = 16  # messages of a supervisor; beyond it the router reads it as it reads newcomers
 MAX_STAGINGS = 16  # supervisors that have a staging memory; the others get everything over their sockets
 STAGING_SILENT_SECONDS = 10.0  # a supervisor that has been silent for so long needs no staging memory
 LARGE = 31 << 20  # bytes; just below the largest that glibc (any, 64 bit) learns its threshold from

@@ -136,9 +136,10 @@ class Listener(threading.Thread):
         self._clients_epoll.register(connection.fileno(), select.EPOLLIN)
 
     def forget_connection(self, connection: socket.socket) -> None:
-        if self._connections.pop(connection.fileno(), None) is not None:
+        fd = connection.fileno()  # once: the other thread may close it, and then it is -1
+        if self._connections.pop(fd, None) is not None:
             with contextlib.suppress(OSError):
-                self._clients_epoll.unregister(connection.fileno())
+                self._clients_epoll.unregister(fd)
 
     def count_refusal(self, uid: int, reason: str) -> None:
         """Report a refusal, with others of this user."""
@@ -311,7 +312,7 @@ class Listener(threading.Thread):
     def _read_client(self, connection: socket.socket, uid: int, now: float) -> None:
         until = self._admission.hold(uid, now)
         if until:
-            with contextlib.suppress(OSError):  # the main thread was faster
+            with contextlib.suppress(OSError, ValueError):  # the main thread was faster
                 self._clients_epoll.unregister(connection.fileno())
                 heapq.heappush(self._held, (until, next(self._order), connection))
             return

@@ -31,7 +31,7 @@ READY = command(b"READY", b"\x0bSocket-Type\0\0\0\6ROUTER")
 class Service:
     """A router, and the messages that it received."""
 
-    def __init__(self, path: Path, transport: str, *, strangers: bool = False, **limits: int) -> None:
+    def __init__(self, path: Path, transport: str, *, newcomers: bool = False, **limits: int) -> None:
         self.received: list[tuple[bytes, Message]] = []
         self.gone: list[bytes] = []
         self.path = path
@@ -41,7 +41,7 @@ class Service:
             transport,
             lambda name, message: self.received.append((name, message)),
             self.gone.append,
-            strangers=strangers,
+            newcomers=newcomers,
             **limits,
         )
         assert self.router.listen(self.endpoint) == self.endpoint

@@ -17,7 +17,7 @@ from .reactor import Reactor
 from .transport import FULL, SENT, UNREACHABLE, Action, FramesHandler, MessageHandler
 
 READ = 1 << 14  # bytes that are read from a peer at once
-STRANGER_READ, STRANGER_AT_ONCE, STRANGER_FRAMES = 1 << 12, 4, 128  # ... bytes, messages, frames of a stranger
+NEWCOMER_READ, NEWCOMER_AT_ONCE, NEWCOMER_FRAMES = 1 << 12, 4, 128  # ... bytes, messages, frames of a newcomer
 KEPT_BYTES = 16 << 20  # of messages for one peer; a message is kept as long as there are fewer
 ALL_KEPT_BYTES = 32 << 20
 """Of messages for all peers. From half of it on only one message is kept for a peer. Beyond it the peer with most is
@@ -57,9 +57,9 @@ class Connection:
         self._reactor = reactor
         self._queue = queue
 
-    def open(self, connection: socket.socket, *, stranger: bool = False) -> None:
+    def open(self, connection: socket.socket, *, newcomer: bool = False) -> None:
         """Raises OSError."""
-        self._reactor.register(connection.fileno(), self.act, stranger=stranger)
+        self._reactor.register(connection.fileno(), self.act, newcomer=newcomer)
         self.connection = connection
 
     def act(self, mask: int) -> None:
@@ -182,9 +182,9 @@ class Inbound(Connection):
         peers: InboundPeers,
         on_message: MessageHandler,
         *,
-        stranger: bool,
+        newcomer: bool,
     ) -> None:
-        """``stranger``: the peer has little time until it is trusted."""
+        """``newcomer``: the peer has little time until it is trusted."""
         super().__init__(reactor, queue, kept)
         self._unfinished = unfinished
         self._holds = False
@@ -192,8 +192,8 @@ class Inbound(Connection):
         self._peers = peers
         self._on_message = on_message
         self._reader = Reader(largest)
-        self.open(connection, stranger=stranger)
-        self._limit_reads(stranger)
+        self.open(connection, newcomer=newcomer)
+        self._limit_reads(newcomer)
         self.ready = connection  # the router knows it by name only when messages may be sent
         self.send(opening(kind=b"ROUTER"))
 
@@ -233,13 +233,13 @@ class Inbound(Connection):
             self.send(reader.take_answer())
 
     def trust(self, trusted: bool) -> None:
-        """Read what it sends as it comes, or in a stranger's share of the thread's time."""
+        """Read what it sends as it comes, or in a newcomer's share of the thread's time."""
         connection = self.connection
         if connection is None or trusted == self.trusted:
             return
         self._reactor.forget(connection.fileno())
         try:
-            self._reactor.register(connection.fileno(), self.act, stranger=not trusted)
+            self._reactor.register(connection.fileno(), self.act, newcomer=not trusted)
         except OSError:  # the kernel watches no more descriptors for us
             return self.lost()
         self._limit_reads(not trusted)
@@ -248,11 +248,11 @@ class Inbound(Connection):
         if self._reader.more:
             self._reactor.again(connection.fileno(), self.act)
 
-    def _limit_reads(self, stranger: bool) -> None:
-        self.trusted = not stranger
-        self._read = STRANGER_READ if stranger else READ
-        self._reader.at_once = STRANGER_AT_ONCE if stranger else AT_ONCE
-        self._reader.frames_at_once = STRANGER_FRAMES if stranger else MOST_PARTS
+    def _limit_reads(self, newcomer: bool) -> None:
+        self.trusted = not newcomer
+        self._read = NEWCOMER_READ if newcomer else READ
+        self._reader.at_once = NEWCOMER_AT_ONCE if newcomer else AT_ONCE
+        self._reader.frames_at_once = NEWCOMER_FRAMES if newcomer else MOST_PARTS
 
     def _hold(self) -> None:
         """Count what the reader holds, and come again for what it has not given."""

@@ -14,17 +14,17 @@ def open_router(
     *,
     queue: int = 1000,
     largest: int = LARGEST,
-    strangers: bool = False,
+    newcomers: bool = False,
 ) -> Router:
     """``queue``: messages that are kept for one peer; ``largest``: bytes of the largest message that peers may send;
-    ``strangers``: peers that connect are strangers until ``trust`` is called for them."""
+    ``newcomers``: peers that connect are newcomers until ``trust`` is called for them."""
     if transport == LIBZMQ:
         from .libzmq import LibzmqRouter
 
         return LibzmqRouter(on_message, queue=queue, largest=largest)
     from .router import NativeRouter
 
-    return NativeRouter(on_message, on_gone, queue=queue, largest=largest, strangers=strangers)
+    return NativeRouter(on_message, on_gone, queue=queue, largest=largest, newcomers=newcomers)
 
 
 def preload(transport: str) -> None:

@@ -7,7 +7,7 @@ import select
 import time
 from typing import Protocol
 
-from .strangers import EventAction, Strangers
+from .newcomers import EventAction, Newcomers
 from .transport import Action
 
 AT_ONCE = 64  # events that are handled before epoll is asked again
@@ -30,29 +30,29 @@ class Reactor:
         self._timers: list[tuple[float, Action]] = []
         self._polled: list[PolledSocket] = []
         self._again: list[EventAction] = []
-        self._strangers: Strangers | None = None
-        self._strangers_ready = self._strangers_paused = False
+        self._newcomers: Newcomers | None = None
+        self._newcomers_ready = self._newcomers_paused = False
 
     def watch(self, fd: int, act: Action) -> None:
         """Call ``act`` in ``turn`` when the descriptor is readable."""
         self.register(fd, lambda mask: act())
 
-    def register(self, fd: int, act: EventAction, *, stranger: bool = False) -> None:
-        """As ``watch``; ``act`` receives epoll's event mask. A stranger gets a small share of the thread's time."""
-        if not stranger:
+    def register(self, fd: int, act: EventAction, *, newcomer: bool = False) -> None:
+        """As ``watch``; ``act`` receives epoll's event mask. A newcomer gets a small share of the thread's time."""
+        if not newcomer:
             self.epoll.register(fd, select.EPOLLIN)
             self._actions[fd] = act
             return
-        strangers = self._strangers
-        if strangers is None:
-            strangers = self._strangers = Strangers(self._pause_strangers)
-            self.watch(strangers.epoll.fileno(), self._note_strangers)
-        strangers.epoll.register(fd, select.EPOLLIN)
-        strangers.actions[fd] = act
+        newcomers = self._newcomers
+        if newcomers is None:
+            newcomers = self._newcomers = Newcomers(self._pause_newcomers)
+            self.watch(newcomers.epoll.fileno(), self._note_newcomers)
+        newcomers.epoll.register(fd, select.EPOLLIN)
+        newcomers.actions[fd] = act
 
     def modify(self, fd: int, events: int) -> None:
         """Wait for these events of epoll from now on."""
-        epoll = self.epoll if self._strangers is None or fd in self._actions else self._strangers.epoll
+        epoll = self.epoll if self._newcomers is None or fd in self._actions else self._newcomers.epoll
         epoll.modify(fd, events)
 
     def poll_socket(self, socket: PolledSocket) -> None:
@@ -62,9 +62,9 @@ class Reactor:
     def forget(self, fd: int) -> None:
         """Undo ``watch``; to be called before the descriptor is closed."""
         epoll = self.epoll
-        if self._actions.pop(fd, None) is None and self._strangers is not None:
-            epoll = self._strangers.epoll
-            self._strangers.forget(fd)
+        if self._actions.pop(fd, None) is None and self._newcomers is not None:
+            epoll = self._newcomers.epoll
+            self._newcomers.forget(fd)
         with contextlib.suppress(OSError):
             epoll.unregister(fd)
 
@@ -74,8 +74,8 @@ class Reactor:
 
     def again(self, fd: int, act: EventAction) -> None:
         """Call ``act`` with no event in the next turn: a peer's share of this one is used up."""
-        if self._strangers is not None and fd in self._strangers.actions:
-            self._strangers.again(fd, act)
+        if self._newcomers is not None and fd in self._newcomers.actions:
+            self._newcomers.again(fd, act)
         else:
             self._again.append(act)
 
@@ -84,7 +84,7 @@ class Reactor:
         if self._timers:
             seconds = self._run_timers(seconds)
         polled, again = self._polled, self._again
-        if again or (polled and self._any_waits()) or (self._strangers is not None and self._stranger_waits()):
+        if again or (polled and self._any_waits()) or (self._newcomers is not None and self._newcomer_waits()):
             seconds = 0
         self._again = []
         actions = self._actions
@@ -96,21 +96,21 @@ class Reactor:
             act(0)
         for socket in polled:
             socket.receive()
-        if self._strangers is not None and (self._strangers_ready or self._stranger_waits()):
-            self._strangers_ready = False
-            self._strangers.serve()
+        if self._newcomers is not None and (self._newcomers_ready or self._newcomer_waits()):
+            self._newcomers_ready = False
+            self._newcomers.serve()
 
     def waiting(self) -> bool:
         """Would ``turn`` find an event without waiting?"""
         if self._again or self.epoll.poll(0, 1) or (self._polled and self._any_waits()):
             return True
-        return self._stranger_waits()
+        return self._newcomer_waits()
 
     def close_epolls(self) -> None:
         """Close the descriptors of the reactor itself."""
         self.epoll.close()
-        if self._strangers is not None:
-            self._strangers.epoll.close()
+        if self._newcomers is not None:
+            self._newcomers.epoll.close()
 
     def _any_waits(self) -> bool:
         """Asks every socket, because asking re-arms its descriptor."""
@@ -119,23 +119,23 @@ class Reactor:
             waits |= socket.waiting()
         return waits
 
-    def _note_strangers(self) -> None:
-        self._strangers_ready = True  # they are served after all others of this turn
+    def _note_newcomers(self) -> None:
+        self._newcomers_ready = True  # they are served after all others of this turn
 
-    def _stranger_waits(self) -> bool:
-        """Is there a stranger to be called again now?"""
-        return self._strangers is not None and self._strangers.waits and not self._strangers_paused
+    def _newcomer_waits(self) -> bool:
+        """Is there a newcomer to be called again now?"""
+        return self._newcomers is not None and self._newcomers.waits and not self._newcomers_paused
 
-    def _pause_strangers(self, seconds: float) -> None:
-        assert self._strangers is not None
-        self._strangers_paused = True
-        self.epoll.modify(self._strangers.epoll.fileno(), 0)
-        self.call_later(seconds, self._resume_strangers)
+    def _pause_newcomers(self, seconds: float) -> None:
+        assert self._newcomers is not None
+        self._newcomers_paused = True
+        self.epoll.modify(self._newcomers.epoll.fileno(), 0)
+        self.call_later(seconds, self._resume_newcomers)
 
-    def _resume_strangers(self) -> None:
-        assert self._strangers is not None
-        self._strangers_paused = False
-        self.epoll.modify(self._strangers.epoll.fileno(), select.EPOLLIN)
+    def _resume_newcomers(self) -> None:
+        assert self._newcomers is not None
+        self._newcomers_paused = False
+        self.epoll.modify(self._newcomers.epoll.fileno(), select.EPOLLIN)
 
     def _run_timers(self, seconds: float) -> float:
         """Run what is due; returns how long ``turn`` may wait then."""

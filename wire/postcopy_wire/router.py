@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 PENDING = 1024  # connections that may be open before they have said a routing id
 PENDING_SECONDS = 30.0  # ... and for how long.
-STRANGERS_AT_ONCE = 4  # connections that are accepted at once
+NEWCOMERS_AT_ONCE = 4  # connections that are accepted at once
 LINGER_STEP = 0.002
 ACCEPT_AGAIN_SECONDS = 0.05  # between two tries to accept a connection while no descriptor is free
 
@@ -49,12 +49,12 @@ class NativeRouter(Reactor):
         *,
         queue: int = 1000,
         largest: int = LARGEST,
-        strangers: bool = False,
+        newcomers: bool = False,
     ) -> None:
         """``queue``: messages that are kept for one peer; ``largest``: bytes of the largest message of a peer that
-        connects; ``strangers``: a peer that connects is one until ``trust`` is called for it."""
+        connects; ``newcomers``: a peer that connects is one until ``trust`` is called for it."""
         super().__init__()
-        self._strangers_come = strangers
+        self._newcomers_come = newcomers
         self.inbound: dict[bytes, Inbound] = {}
         self.outbound: dict[bytes, Outbound] = {}
         self.pending: dict[Inbound, float] = {}
@@ -153,10 +153,10 @@ class NativeRouter(Reactor):
             peer.trust(trusted)
 
     def _watch_listener(self, listener: socket.socket) -> None:
-        self.register(listener.fileno(), lambda mask: self._accept(listener), stranger=self._strangers_come)
+        self.register(listener.fileno(), lambda mask: self._accept(listener), newcomer=self._newcomers_come)
 
     def _accept(self, listener: socket.socket) -> None:
-        for _ in range(STRANGERS_AT_ONCE if self._strangers_come else AT_ONCE):
+        for _ in range(NEWCOMERS_AT_ONCE if self._newcomers_come else AT_ONCE):
             try:
                 connection, _ = listener.accept()
             except BlockingIOError:
@@ -182,7 +182,7 @@ class NativeRouter(Reactor):
                     connection,
                     self,
                     self._on_message,
-                    stranger=self._strangers_come,
+                    newcomer=self._newcomers_come,
                 )
             except OSError:  # the kernel watches no more descriptors for us
                 connection.close()

@@ -96,7 +96,7 @@ class Router(Protocol):
         """Send a message of these frames."""
 
     def trust(self, name: bytes, trusted: bool = True) -> None:
-        """A peer that connected is wanted here, or is a stranger: strangers get a small share of the thread's time.
+        """A peer that connected is wanted here, or is a newcomer: newcomers get a small share of the thread's time.
         libzmq makes no difference."""
 
     def close(self, linger: float = 0.0) -> None:

@@ -1,4 +1,4 @@
-"""Connections of peers that are strangers get a small share of a router's thread; trusted ones do not wait for them."""
+"""Connections of peers that are newcomers get a small share of a router's thread; trusted ones do not wait for them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from postcopy_protocol.zmtp import Message, command, frame, opening
+from postcopy_wire.newcomers import SHARE
 from postcopy_wire.router import NativeRouter
-from postcopy_wire.strangers import SHARE
 
 PATIENCE = 20.0
 WORK = 0.0005  # seconds of the thread for each message
@@ -24,7 +24,7 @@ class House:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.got: Counter[bytes] = Counter()
-        self.router = NativeRouter(self.on_message, strangers=True)
+        self.router = NativeRouter(self.on_message, newcomers=True)
         self.router.listen(f"ipc://{path}")
         self.peers: list[socket.socket] = []
 
@@ -78,14 +78,14 @@ def flood(house: House, *names: bytes) -> None:
                 peer.send(frame(b"x") * 64)
 
 
-def test_strangers_get_a_share(house: House) -> None:
+def test_newcomers_get_a_share(house: House) -> None:
     flood(house, b"a", b"b", b"c")
     share = house.busy_share(1.0)
     assert 0 < share < 2 * SHARE
     assert all(house.got[name] for name in (b"a", b"b", b"c")), house.got
 
 
-def test_a_trusted_peer_does_not_wait_for_strangers(house: House) -> None:
+def test_a_trusted_peer_does_not_wait_for_newcomers(house: House) -> None:
     honest = house.peer(b"honest")
     honest.send(frame(b"trust me"))
     house.until(b"honest", 1)
@@ -98,7 +98,7 @@ def test_a_trusted_peer_does_not_wait_for_strangers(house: House) -> None:
         assert house.got.total() - before < 8, "one slice at most is before it"
 
 
-def test_a_stranger_becomes_trusted_in_a_flood(house: House) -> None:
+def test_a_newcomer_becomes_trusted_in_a_flood(house: House) -> None:
     flood(house, *(b"s%d" % number for number in range(16)))
     honest = house.peer(b"honest")
     honest.send(frame(b"trust me"))
@@ -106,10 +106,10 @@ def test_a_stranger_becomes_trusted_in_a_flood(house: House) -> None:
     honest.send(frame(b"question") * 200)
     began = house.got.total()
     house.until(b"honest", 201)
-    assert house.got.total() - began < 400, "it is read before all strangers"
+    assert house.got.total() - began < 400, "it is read before all newcomers"
 
 
-def test_one_that_sends_nonsense_is_a_stranger_again(house: House) -> None:
+def test_one_that_sends_nonsense_is_a_newcomer_again(house: House) -> None:
     """Also with messages that have been read already, and answers that wait."""
     peer = house.peer(b"once good")
     peer.send(frame(b"trust me") + frame(b"nonsense") + frame(b"x") * 300 + command(b"PING", b"\0\0"))
@@ -119,7 +119,7 @@ def test_one_that_sends_nonsense_is_a_stranger_again(house: House) -> None:
 
 
 def test_silence_and_leaving_cost_nothing(house: House) -> None:
-    """Descriptors are used again: nothing of a stranger that left is kept."""
+    """Descriptors are used again: nothing of a newcomer that left is kept."""
     for _ in range(50):
         peer = house.peer(b"x")
         peer.send(frame(b"y") * 20)

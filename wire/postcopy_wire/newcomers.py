@@ -1,8 +1,8 @@
-"""The share of a router's thread that strangers get: connections of peers that have not shown that they are wanted.
+"""The share of a router's thread that newcomers get: connections of peers that have not shown that they are wanted.
 
 They are in an epoll of their own, which is looked at after all others of a turn, one connection after the other, for a
 bounded time. When they have used up their share it is not looked at for a while: what they send waits in the kernel. So
-the messages of other peers wait for one slice at most, however many strangers there are and whatever they send."""
+the messages of other peers wait for one slice at most, however many newcomers there are and whatever they send."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BURST_SECONDS = 0.002  # of the thread's time that may be used at once
 EventAction = Callable[[int], object]
 
 
-class Strangers:
+class Newcomers:
     """Only ``Reactor`` uses it."""
 
     def __init__(self, pause: Callable[[float], object]) -> None:
