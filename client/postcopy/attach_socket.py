@@ -296,7 +296,10 @@ def _unreachable(error: OSError, directory: str, deadline: Deadline) -> Postcopy
     if error.errno == errno.EAGAIN:
         return AttachTimeout(f"the supervisor in {directory} did not accept the connection within {deadline.seconds} s")
     if error.errno in (errno.EACCES, errno.EPERM):
-        return AttachDenied(f"no permission for the attach socket in {directory}: {error.strerror}")
+        return AttachDenied(
+            f"no permission for the attach socket in {directory}: {error.strerror} (a user who connects "
+            "without end is kept out for up to a minute: the supervisor's log says so)"
+        )
     reasons = {
         errno.ENOENT: "no attach socket",
         errno.ECONNREFUSED: "the process that made its attach socket has ended",

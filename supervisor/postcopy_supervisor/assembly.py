@@ -226,7 +226,7 @@ def _base(
     router, attach_socket = _router(settings, runtime, main_loop.on_message), listen_for_clients(runtime)
     custodian = _custodian(settings, runtime, own, inherited)
     admission = Admission(_allow_list(settings))
-    listener = Listener(own.core, own.stop, attach_socket, FileWatches(blocks.values()), admission)
+    listener = Listener(own.core, own.stop, attach_socket, FileWatches(blocks.values()), admission, runtime.door)
     return Base(
         state,
         EventLog(),
