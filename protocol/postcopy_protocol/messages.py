@@ -556,3 +556,28 @@ class ClientNote(Message, tag=104):
     back_end: bool
     regions: tuple[RegionGrant, ...]
     released: tuple[RegionGrant, ...]
+
+
+# what a supervisor leaves in the runtime directory for the case that every process of the service dies at once
+class BlockRecord(Message, tag=105):
+    """The file ``block-N`` of the directory ``private/rescue``. ``note`` is an encoded BlockNote. Memory, received map
+    and the file of a local block (0: none) by device and inode. ``original``: stamp of the file behind a copy."""
+
+    note: bytes
+    boot: str
+    memory_device: int
+    memory_inode: int
+    map_device: int
+    map_inode: int
+    file_device: int
+    file_inode: int
+    original: bytes
+
+
+class ClientRecord(Message, tag=106):
+    """The file ``client-N``. ``note`` is an encoded ClientNote; ``started`` is when its process was started, in clock
+    ticks since ``boot`` (0: not known here, as in another pid namespace)."""
+
+    note: bytes
+    boot: str
+    started: int

@@ -66,6 +66,7 @@ from .pool.worker_pool import WorkerPool
 from .recovery import inventory
 from .recovery.inventory import Custodian
 from .recovery.plan import CGROUPS, SHARED, Plan
+from .recovery.records import Records
 from .remote.advise import AskedToEnd, SourceAccess
 from .remote.sources import Sources
 from .runtime import Heartbeat, RuntimeDirectory, cgroup_procs
@@ -168,6 +169,7 @@ def assemble(settings: Settings, runtime: RuntimeDirectory, plan: Plan, inherite
     main_loop.start(ports)
     router.watch(listener.wakeup, main_loop.on_wakeup)
     adopt(plan, custodian, pool, clients, service.attach)
+    custodian.tidy_stores()
     pending.expect({number for block in service.paging.links for number in clients.with_block(block)})
     if plan.recovers:
         crashpoints.at("takeover.moved")
@@ -218,7 +220,7 @@ def _base(
     by_number = {block.number: block for block in blocks.values()}
     control_page = _control_page(settings, own)
     router, attach_socket = _router(settings, runtime, main_loop.on_message), listen_for_clients(runtime)
-    custodian = _custodian(settings, runtime, own, inherited)
+    custodian = _custodian(settings, runtime, plan, own, by_number, inherited)
     admission = Admission(_allow_list(settings))
     listener = Listener(own.core, own.stop, attach_socket, FileWatches(blocks.values()), admission)
     return Base(
@@ -463,12 +465,23 @@ def _allow_list(settings: Settings) -> AllowList:
 
 
 def _custodian(
-    settings: Settings, runtime: RuntimeDirectory, own: Descriptors, inherited: Custodian | None
+    settings: Settings,
+    runtime: RuntimeDirectory,
+    plan: Plan,
+    own: Descriptors,
+    blocks: Mapping[int, RamBlock],
+    inherited: Custodian | None,
 ) -> CustodianClient:
     orphaned = WhenOrphaned(int(settings.orphan_timeout * 1000), settings.poison_orphans)
-    custodian = CustodianClient(runtime.path, orphaned, device=own.device >= 0, log_format=settings.log_format)
+    originals = {f"block/{n}": bytes(block.opened.original) for n, block in blocks.items() if block.opened.original}
+    stores = [Records(runtime.path, originals)]
+    custodian = CustodianClient(
+        runtime.path, orphaned, device=own.device >= 0, log_format=settings.log_format, stores=stores
+    )
     if inherited is not None:
         custodian.take_over(inherited.channel, inherited.pid, inherited.pidfd)
+    elif plan.recovers:
+        custodian.start()  # it died with the supervisor; the first orders are for it
     return custodian
 
 

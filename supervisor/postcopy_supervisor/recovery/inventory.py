@@ -1,5 +1,7 @@
 """Taking over: the custodian of a dead supervisor hands over everything that it keeps, and a plan is made from it.
 
+Clients that no custodian knows, because that died too, are found by the records in the runtime directory (``rescue``).
+
 Nothing is changed before the plan is made. A supervisor that gives up before closes the connection, and the custodian
 is an orphan again with all it had. So a refusal, a crash or another version costs nothing."""
 
@@ -14,16 +16,19 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from postcopy_kernel import crashpoints, descriptors, process
+from postcopy_kernel import crashpoints, descriptors, memory, process
 from postcopy_kernel.filestamp import Stamp
+from postcopy_kernel.userfaultfd import UserfaultfdUnavailable, open_device
+from postcopy_protocol import counters, stages, trace
 from postcopy_protocol.codec import decode, encode
 from postcopy_protocol.errors import BadInput, BadMessage, BadVersion
 from postcopy_protocol.messages import Dismiss, InventoryEnd, Kept, TakeOver, WorkerForked
 from postcopy_protocol.sources import FileSource, Source
 
 from ..settings import Settings
-from . import plan
+from . import plan, records, rescue
 from .plan import COPY, FileFacts, Inventory, KeptBlock, KeptWorker, Plan
+from .records import Left
 
 log = logging.getLogger("postcopy")
 
@@ -111,27 +116,47 @@ def _collect(custodian: Custodian) -> None:
 
 
 def enter(path: str, settings: Settings) -> tuple[Custodian | None, Plan]:
-    """Look for a custodian at ``path`` and decide what to do with it by ``settings``; None: start afresh. Raises
-    BadInput, and then has changed nothing."""
+    """Look for a custodian at ``path``, and for clients of a service that has died altogether, and decide what to do
+    with them by ``settings``; None: there is no custodian. Raises BadInput, and then has changed nothing."""
     try:
+        left = records.read(settings.directory)
         custodian = find(path)
     except BadInput as error:
         if not settings.abandon:
             raise
         return _abandon(path, settings, FAR, str(error))
-    if custodian is None:
-        if settings.recover:
-            log.info("nothing to recover in %s: starting afresh", settings.directory)
-        return None, plan.fresh(settings.sources)
     if settings.abandon:
-        custodian.leave()
-        first_client = plan.numbers_after(custodian.kept, custodian.workers)
-        return _abandon(path, settings, first_client, f"{len(custodian.workers)} workers go on with their clients")
+        return _leave(path, settings, left, custodian)
+    orphans = rescue.living(left, custodian.kept if custodian is not None else ())
     try:
-        return _enter(custodian, settings)
-    except BadInput:
-        custodian.leave()
+        if orphans and not settings.recover:
+            raise BadInput(
+                f"{len(orphans)} clients in {settings.directory} wait for a service whose processes have all died: "
+                "rescue them with --recover, or leave them with --abandon (their missing pages wait for ever)"
+            )
+        if custodian is None and not orphans:
+            if settings.recover:
+                log.info("nothing to recover in %s: starting afresh", settings.directory)
+            rescue.end_survivors(left, ())  # of clients that have ended
+            return None, plan.fresh(settings.sources)
+        return custodian, _enter(custodian, settings, left, orphans)
+    except BaseException:
+        if custodian is not None:
+            custodian.leave()
         raise
+    finally:
+        descriptors.close_all(orphan.pidfd for orphan in orphans)
+
+
+def _leave(path: str, settings: Settings, left: Left, custodian: Custodian | None) -> tuple[None, Plan]:
+    """--abandon, with what is there."""
+    kept, workers = (custodian.kept, custodian.workers) if custodian is not None else ({}, [])
+    if custodian is not None:
+        custodian.leave()
+    if custodian is None and not left.clients:
+        return None, plan.fresh(settings.sources)
+    first_client = plan.numbers_after((*kept, *left.clients), workers)
+    return _abandon(path, settings, first_client, f"{len(workers)} workers go on with their clients")
 
 
 def _abandon(path: str, settings: Settings, first_client: int, why: str) -> tuple[None, Plan]:
@@ -141,23 +166,48 @@ def _abandon(path: str, settings: Settings, first_client: int, why: str) -> tupl
     return None, plan.fresh(settings.sources, first_client)
 
 
-def _enter(custodian: Custodian, settings: Settings) -> tuple[Custodian | None, Plan]:
-    found = plan.read(custodian.kept, custodian.workers)
-    descriptors.close_all(custodian.kept.pop(plan.CGROUPS, (b"", ()))[1])  # the settings name those of this supervisor
+def _enter(custodian: Custodian | None, settings: Settings, left: Left, orphans: list[rescue.Found]) -> Plan:
+    kept, workers = (dict(custodian.kept), custodian.workers) if custodian is not None else ({}, [])
+    if orphans:
+        kept |= _rescued(kept, settings, left, orphans)
+    found = plan.read(kept, workers)
+    descriptors.close_all(kept.pop(plan.CGROUPS, (b"", ()))[1])  # the settings name those of this supervisor
     alive = {client.note.client for client in found.clients if not process.pidfd_exited(client.fds[1])}
     if settings.recover and found.shared:
         chosen = judge(found, settings, alive)
         crashpoints.at("takeover.judged")
+        rescue.end_survivors(left, [worker.pid for worker in workers])
+        crashpoints.at("rescue.alone")
         for key in chosen.forgotten:
-            descriptors.close_all(custodian.kept[key][1])
-        return custodian, chosen
+            descriptors.close_all(kept[key][1])
+        return chosen
     if alive:
         raise BadInput(
             f"{len(alive)} clients of a dead supervisor are still served in {settings.directory}: take them over "
             "with --recover, or do not with --abandon (their workers go on with local blocks)"
         )
+    assert custodian is not None
     custodian.dismiss()
-    return None, plan.fresh(settings.sources, plan.numbers_after(custodian.kept, custodian.workers))
+    return plan.fresh(settings.sources, plan.numbers_after(kept, workers))
+
+
+def _rescued(kept: rescue.Kept, settings: Settings, left: Left, orphans: list[rescue.Found]) -> rescue.Kept:
+    """What is fetched from living clients, with descriptors that no client has."""
+    log.warning("%d clients wait for a service whose processes have all died: they are rescued", len(orphans))
+    figures = trace.FIGURES_BYTES if settings.record else stages.END
+    found = rescue.fetch(left, orphans, kept, settings.sources, figures, bool(settings.foreign_clients))
+    crashpoints.at("rescue.fetched")
+    if plan.SHARED not in kept:
+        control = memory.create_memfd("postcopy-control", counters.PAGE_BYTES)
+        found[plan.SHARED] = b"", (descriptors.create_eventfd(), control, *_device())
+    return found
+
+
+def _device() -> tuple[int, ...]:
+    try:
+        return (open_device(),)
+    except UserfaultfdUnavailable:
+        return ()  # the system call may work
 
 
 def judge(found: Inventory, settings: Settings, alive: set[int]) -> Plan:

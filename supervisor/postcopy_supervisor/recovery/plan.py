@@ -27,7 +27,7 @@ WITHOUT_DEVICE, WITH_DEVICE = 2, 3
 """Number of descriptors under the key SHARED: quit eventfd, control page, and the device where there is one."""
 
 Note = TypeVar("Note", BlockNote, ClientNote)
-OTHER_VERSION = "what the custodian keeps is another version's"
+OTHER_VERSION = "what the last supervisor left is another version's"
 
 
 COPY = "copy"
