@@ -193,10 +193,10 @@ def _enter(custodian: Custodian | None, settings: Settings, left: Left, orphans:
 
 def _rescued(kept: rescue.Kept, settings: Settings, left: Left, orphans: list[rescue.Found]) -> rescue.Kept:
     """What is fetched from living clients, with descriptors that no client has."""
-    log.warning("%d clients wait for a service whose processes have all died: they are rescued", len(orphans))
     figures = trace.FIGURES_BYTES if settings.record else stages.END
     found = rescue.fetch(left, orphans, kept, settings.sources, figures, bool(settings.foreign_clients))
     crashpoints.at("rescue.fetched")
+    log.warning("%d clients waited for a service whose processes have all died: they are rescued", len(orphans))
     if plan.SHARED not in kept:
         control = memory.create_memfd("postcopy-control", counters.PAGE_BYTES)
         found[plan.SHARED] = b"", (descriptors.create_eventfd(), control, *_device())
