@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,12 +27,13 @@ from tests.system.service import (
     until,
     word,
 )
+from tests.system.service_manager import ServiceManager
 from tests.system.test_custodian import custodian
 
 PAGES = 256
 SIZE = PAGES * PAGE
 STRANGER = 65534
-PLAIN = {"fault_around": "4K", "background_rate": "0"}
+PLAIN: dict[str, Any] = {"fault_around": "4K", "background_rate": "0"}
 
 
 @pytest.fixture
@@ -305,3 +307,59 @@ def test_killed_at_once_while_all_clients_read(runtime_dir: Path, path: Path) ->
             kill_all(service)
             service.recover()
         assert [client.answer(60) for client in clients] == [-1] * 4
+
+
+def test_descriptors_of_the_service_manager_need_no_right(
+    runtime_dir: Path, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the protocol's text, with a manager of this test: nothing is fetched from the clients."""
+    manager = ServiceManager(tmp_path)
+    for name, value in manager.environment().items():
+        monkeypatch.setenv(name, value)
+    house, block = [f"house.{n}" for n in range(3)], [f"block-1.{n}" for n in range(3)]
+    with Service(runtime_dir, f"ram0={path}", **PLAIN) as service:
+        clients = [service.client(mode=mode) for mode in ("private", "shared")]
+        one, two = ([f"client-{number}.{n}" for n in range(3)] for number in (1, 2))
+        manager.has(*house, *block, *one, *two)
+        for round_ in (1, 2):
+            kill_all(service)
+            for client in clients:
+                begin(client, 10 * round_)
+            service.start(program=manager.program(unprivileged=True), recover=True)
+            service.await_ready()
+            assert "they were stored" in service.last_log()
+            for client in clients:
+                ends(client, 10 * round_)
+            manager.has(*house, *block, *one, *two)
+        clients[0].kill()
+        manager.has(*house, *block, *two)
+        kill_all(service)
+        clients[1].kill()
+        clients[1].status()
+        service.start(program=manager.program(unprivileged=False), recover=True)
+        service.await_ready()
+        manager.has(*house, *block)
+    manager.has()
+    manager.close()
+
+
+def test_half_a_store_is_completed_from_the_clients(
+    runtime_dir: Path, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = ServiceManager(tmp_path)
+    for name, value in manager.environment().items():
+        monkeypatch.setenv(name, value)
+    with Service(runtime_dir, f"ram0={path}", **PLAIN) as service:
+        clients = [service.client(mode=mode) for mode in ("private", "shared")]
+        until(lambda: "client-2.2" in manager.stored, "all is stored")
+        kill_all(service)
+        for name in ("client-1.1", "client-2.0", "block-1.1"):
+            os.close(manager.stored.pop(name))
+        for client in clients:
+            begin(client, 5)
+        service.start(program=manager.program(unprivileged=False), recover=True)
+        service.await_ready()
+        for client in clients:
+            ends(client, 5)
+    manager.has()
+    manager.close()

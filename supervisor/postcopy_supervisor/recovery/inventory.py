@@ -38,6 +38,9 @@ FAR = 1 << 20  # first client number where those of the predecessor cannot be kn
 ADVICE = "nothing is changed; recover with the version that served here before, or start afresh with --abandon"
 
 
+Stored = dict[str, tuple[int, ...]]
+
+
 @dataclass(slots=True)
 class Custodian:
     """A custodian that has answered: its channel, its process, and what it keeps."""
@@ -115,9 +118,10 @@ def _collect(custodian: Custodian) -> None:
                 return
 
 
-def enter(path: str, settings: Settings) -> tuple[Custodian | None, Plan]:
+def enter(path: str, settings: Settings, stored: Stored) -> tuple[Custodian | None, Plan]:
     """Look for a custodian at ``path``, and for clients of a service that has died altogether, and decide what to do
-    with them by ``settings``; None: there is no custodian. Raises BadInput, and then has changed nothing."""
+    with them by ``settings``; None: there is no custodian. ``stored``: descriptors of the service manager's store, by
+    key. Raises BadInput, and then has changed nothing."""
     try:
         left = records.read(settings.directory)
         custodian = find(path)
@@ -126,6 +130,7 @@ def enter(path: str, settings: Settings) -> tuple[Custodian | None, Plan]:
             raise
         return _abandon(path, settings, FAR, str(error))
     if settings.abandon:
+        _close(stored)
         return _leave(path, settings, left, custodian)
     orphans = rescue.living(left, custodian.kept if custodian is not None else ())
     try:
@@ -135,11 +140,12 @@ def enter(path: str, settings: Settings) -> tuple[Custodian | None, Plan]:
                 "rescue them with --recover, or leave them with --abandon (their missing pages wait for ever)"
             )
         if custodian is None and not orphans:
+            _close(stored)
             if settings.recover:
                 log.info("nothing to recover in %s: starting afresh", settings.directory)
             rescue.end_survivors(left, ())  # of clients that have ended
             return None, plan.fresh(settings.sources)
-        return custodian, _enter(custodian, settings, left, orphans)
+        return custodian, _enter(custodian, settings, left, orphans, stored)
     except BaseException:
         if custodian is not None:
             custodian.leave()
@@ -166,10 +172,23 @@ def _abandon(path: str, settings: Settings, first_client: int, why: str) -> tupl
     return None, plan.fresh(settings.sources, first_client)
 
 
-def _enter(custodian: Custodian | None, settings: Settings, left: Left, orphans: list[rescue.Found]) -> Plan:
+def _close(stored: Stored) -> None:
+    for fds in stored.values():
+        descriptors.close_all(fds)
+
+
+def _enter(
+    custodian: Custodian | None, settings: Settings, left: Left, orphans: list[rescue.Found], stored: Stored
+) -> Plan:
     kept, workers = (dict(custodian.kept), custodian.workers) if custodian is not None else ({}, [])
-    if orphans:
-        kept |= _rescued(kept, settings, left, orphans)
+    if custodian is None:
+        kept = from_store(stored, left)
+    else:
+        _close(stored)  # the same descriptors
+    if lost := [orphan for orphan in orphans if orphan.key not in kept]:
+        kept |= _rescued(kept, settings, left, lost)
+    elif orphans:
+        log.warning("%d clients waited for a service whose processes have all died: they were stored", len(orphans))
     found = plan.read(kept, workers)
     descriptors.close_all(kept.pop(plan.CGROUPS, (b"", ()))[1])  # the settings name those of this supervisor
     alive = {client.note.client for client in found.clients if not process.pidfd_exited(client.fds[1])}
@@ -189,6 +208,26 @@ def _enter(custodian: Custodian | None, settings: Settings, left: Left, orphans:
     assert custodian is not None
     custodian.dismiss()
     return plan.fresh(settings.sources, plan.numbers_after(kept, workers))
+
+
+def from_store(stored: Stored, left: Left) -> rescue.Kept:
+    """What the service manager had stored, with the notes of the records. A key without its record, or with another
+    number of descriptors, is left out."""
+    kept: rescue.Kept = {}
+    for key, fds in stored.items():
+        if key in left.clients and len(fds) in (3, 4):
+            kept[key] = left.clients[key].record.note, fds
+        elif key in left.blocks and len(fds) == plan.descriptors_of(left.blocks[key].note):
+            kept[key] = left.blocks[key].record.note, fds
+        elif key in (plan.SHARED, plan.ZERO, plan.CGROUPS):
+            kept[key] = b"", fds
+        else:
+            descriptors.close_all(fds)
+    if len(kept.get(plan.SHARED, (b"", ()))[1]) not in (plan.WITHOUT_DEVICE, plan.WITH_DEVICE):
+        for _, fds in kept.values():
+            descriptors.close_all(fds)
+        return {}
+    return kept
 
 
 def _rescued(kept: rescue.Kept, settings: Settings, left: Left, orphans: list[rescue.Found]) -> rescue.Kept:

@@ -140,9 +140,14 @@ def read(kept: Mapping[str, tuple[bytes, tuple[int, ...]]], workers: Sequence[Ke
 
 def _block(meta: bytes, fds: tuple[int, ...]) -> KeptBlock:
     note = _note(meta, BlockNote)
-    if len(fds) != (2 if note.kind != "file" else 4 if note.detail == DIGESTS else 3):
+    if len(fds) != descriptors_of(note):
         raise BadInput(f"{OTHER_VERSION}: block {note.name} with {len(fds)} descriptors")
     return KeptBlock(note, fds)
+
+
+def descriptors_of(note: BlockNote) -> int:
+    """How many descriptors are kept of a block: memory, received map, a file, its digests."""
+    return 2 if note.kind != "file" else 4 if note.detail == DIGESTS else 3
 
 
 def _client(meta: bytes, fds: tuple[int, ...]) -> KeptClient:
