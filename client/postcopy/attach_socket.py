@@ -161,6 +161,14 @@ class AttachConnection:
         """Announce that a region is no longer touched. After that it may be unmapped."""
         self._ask(self._conversation.unmap(number, address), deadline)
 
+    def ask_orphan_policy(self, deadline: Deadline) -> tuple[int, int]:
+        """Timeout in milliseconds and lifeline, which the caller owns; (0, -1) where missing pages are to wait."""
+        answer, fds = self._ask(self._conversation.ask_orphan_policy(), deadline)
+        if answer.poison and fds:
+            return answer.timeout_ms, fds[0]
+        close_all(fds)
+        return 0, -1
+
     def say_goodbye(self) -> None:
         """End the conversation, if the connection still exists."""
         if self.usable:

@@ -11,6 +11,7 @@
     OpenBlock          ready             BlockOpened           ready
     Mapped             ready             Attached              ready
     Unmap              ready             Unmapped              ready
+    AskOrphanPolicy    ready             OrphanPolicy          ready
     Goodbye            greeted, ready    -                     gone
 
 ``Refused`` may come in place of any answer and changes nothing: the conversation stays where it was.
@@ -33,6 +34,7 @@ from .errors import AttachDenied, BadMessage, BadVersion, NoSuchBlock, NoSupervi
 from .geometry import PAGE_SIZES, AddressSpace, Region, page_count
 from .messages import (
     REFUSALS,
+    AskOrphanPolicy,
     Attached,
     BlockOpened,
     Ending,
@@ -43,6 +45,7 @@ from .messages import (
     OfferBackEnd,
     OfferUserfaultfd,
     OpenBlock,
+    OrphanPolicy,
     Refused,
     RegionGrant,
     Released,
@@ -91,6 +94,7 @@ RULES: dict[type[Message], Rule] = {
     Goodbye: Rule((Stage.GREETED, Stage.READY), None, Stage.GONE),
     Resume: Rule((Stage.GREETED,), Resumed, Stage.READY),
     OfferBackEnd: Rule((Stage.GREETED,), UserfaultfdAccepted, Stage.READY),
+    AskOrphanPolicy: Rule((Stage.READY,), OrphanPolicy, Stage.READY),
 }
 """The table above. Both halves walk it."""
 
@@ -317,6 +321,10 @@ class AttachClient:
     def unmap(self, block: int, address: int) -> Question[Unmapped]:
         """Give up a region. When the answer is there, it may be unmapped."""
         return self._ask(Unmap(block, address), Unmapped)
+
+    def ask_orphan_policy(self) -> Question[OrphanPolicy]:
+        """The answer's descriptor, if any, is the lifeline of the service."""
+        return self._ask(AskOrphanPolicy(), OrphanPolicy)
 
     def goodbye(self) -> bytes:
         """The bytes to send before closing. Nothing answers."""

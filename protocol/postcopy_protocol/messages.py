@@ -130,6 +130,10 @@ class OfferBackEnd(Message, tag=8, descriptors=2):
     and a pidfd of the back-end's process (2 descriptors). Regions are now the back-end's, which registers them."""
 
 
+class AskOrphanPolicy(Message, tag=9):
+    """Ask what is to become of missing pages when every process of the service has died (``--on-orphan``)."""
+
+
 # attach socket: supervisor -> client
 class Welcome(Message, tag=20, descriptors=1):
     """Answer to Hello: the client's number; 1 descriptor: an open /dev/userfaultfd, or none if there is no device."""
@@ -189,6 +193,15 @@ class Resumed(Message, tag=28):
     """Answer to Resume: all regions are as before. ``released``: numbers of complete blocks (packed u64)."""
 
     released: bytes
+
+
+class OrphanPolicy(Message, tag=29, descriptors=1):
+    """Answer to AskOrphanPolicy. ``poison``: the client is to have a watcher, which poisons missing pages
+    ``timeout_ms`` after the last process of the service has died. Then 1 descriptor: the lifeline, the reading end of a
+    pipe whose writing end every process of the service holds."""
+
+    timeout_ms: int
+    poison: bool
 
 
 REFUSALS = ("no-such-block", "denied", "bad-message", "bad-version", "bad-descriptor", "bad-range", "limit", "failed")

@@ -62,10 +62,11 @@ from .parts import Parts, RunState
 from .periodic import PeriodicWork
 from .pool.custodian_client import CustodianClient
 from .pool.worker_pool import WorkerPool
-from .recovery import inventory
+from .recovery import inventory, watchers
 from .recovery.descriptor_store import DescriptorStore, taken
 from .recovery.inventory import Custodian
 from .recovery.plan import Plan
+from .recovery.watchers import Orphans
 from .remote.advise import AskedToEnd, SourceAccess
 from .remote.sources import Sources
 from .runtime import Heartbeat, RuntimeDirectory
@@ -81,13 +82,15 @@ NEW_SOURCE_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Descriptors:
-    """The supervisor's own. ``device``: /dev/userfaultfd, or -1; ``stop``: readable when it is asked to end."""
+    """The supervisor's own. ``device``: /dev/userfaultfd, or -1; ``stop``: readable when it is asked to end;
+    ``lifeline``: see ``plan.LIFELINE``."""
 
     core: Userfaultfd
     quit: int
     control: int
     device: int
     stop: int
+    lifeline: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +179,7 @@ def assemble(
     ports = _ports(runtime, base, service, periodic, queries, answers, replies)
     main_loop.start(ports)
     router.watch(listener.wakeup, main_loop.on_wakeup)
-    adopt(plan, custodian, pool, clients, service.attach)
+    adopt(plan, custodian, pool, clients, service.attach, service.orphans)
     custodian.tidy_stores()
     pending.expect({number for block in service.paging.links for number in clients.with_block(block)})
     if plan.recovers:
@@ -264,6 +267,7 @@ class Service:
     attach: AttachServer
     sources: Sources
     recorder: Recorder | None
+    orphans: Orphans
 
 
 def _service(settings: Settings, runtime: RuntimeDirectory, plan: Plan, base: Base, main_loop: MainLoop) -> Service:
@@ -284,10 +288,11 @@ def _service(settings: Settings, runtime: RuntimeDirectory, plan: Plan, base: Ba
     release = ClientRelease(blocks, clients, pool, listener, paging, event)
     recorder = _recorder(settings, blocks, clients)
     figures = trace.FIGURES_BYTES if recorder is not None else stages.END
-    attach = AttachServer(base.blocks, clients, pool, listener, release, own.device, figures, recorder)
+    orphans = Orphans(settings.orphan_timeout if settings.poison_orphans else None, own.lifeline)
+    attach = AttachServer(base.blocks, clients, pool, listener, release, own.device, figures, recorder, orphans)
     receive = main_loop.on_source_message
     sources = Sources(settings, base.access, base.router, base.advice, base.blocks, paging, receive, event)
-    return Service(clients, pool, paging, zero, release, attach, sources, recorder)
+    return Service(clients, pool, paging, zero, release, attach, sources, recorder, orphans)
 
 
 def _recorder(settings: Settings, blocks: Mapping[int, RamBlock], clients: Clients) -> Recorder | None:
@@ -410,7 +415,8 @@ def _descriptors(plan: Plan) -> Descriptors:
     stop = descriptors.create_eventfd()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: descriptors.signal_eventfd(stop))
-    return Descriptors(core, quit_eventfd, control, device, stop)
+    lifeline = plan.lifeline[0] if plan.lifeline else watchers.new_lifeline()
+    return Descriptors(core, quit_eventfd, control, device, stop, lifeline)
 
 
 def _blocks(

@@ -12,7 +12,7 @@ from .blocks import RamBlock
 from .pool.custodian_client import CustodianClient, Store
 from .recovery.descriptor_store import DescriptorStore
 from .recovery.inventory import Custodian
-from .recovery.plan import CGROUPS, SHARED, Plan
+from .recovery.plan import CGROUPS, LIFELINE, SHARED, Plan
 from .recovery.records import Records
 from .runtime import RuntimeDirectory, cgroup_procs
 from .settings import Settings
@@ -27,6 +27,8 @@ class OwnDescriptors(Protocol):
     def control(self) -> int: ...
     @property
     def device(self) -> int: ...
+    @property
+    def lifeline(self) -> int: ...
 
 
 def _stores(runtime: RuntimeDirectory, blocks: Mapping[int, RamBlock], store: DescriptorStore | None) -> list[Store]:
@@ -63,6 +65,7 @@ def keep_for_workers(
 ) -> None:
     """Give the custodian what every worker gets."""
     custodian.keep(SHARED, b"", (own.quit, own.control) + ((own.device,) if own.device >= 0 else ()))
+    custodian.keep(LIFELINE, b"", (own.lifeline,))
     if settings.worker_cgroups:
         custodian.keep(CGROUPS, b"", [cgroup_procs(path) for path in settings.worker_cgroups])
     for number, block in blocks.items():

@@ -28,6 +28,7 @@ from ..blocks import RamBlock
 from ..listener import Listener
 from ..pool.worker_pool import WorkerPool
 from ..recovery.plan import KeptClient
+from ..recovery.watchers import Orphans
 from .client import Client, Clients, send
 from .identity import check_back_end, may_resume, unidentified
 from .release import ClientRelease
@@ -65,11 +66,13 @@ class AttachServer:
         device: int,
         figures_bytes: int,
         recorder: FiguresReader | None,
+        orphans: Orphans,
     ) -> None:
         self._blocks = blocks
         self._by_number = {block.number: block for block in blocks.values()}
         self._clients, self._pool, self._watcher, self._release = clients, pool, watcher, release
         self._device, self._figures_bytes, self._recorder = device, figures_bytes, recorder
+        self._orphans = orphans
         self._limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
     def on_connect(self, connection: socket.socket, peer: Peer, at: float) -> None:
@@ -157,6 +160,9 @@ class AttachServer:
                 self._map(client, message)
             case messages.Unmap():
                 self._unmap(client, message)
+            case messages.AskOrphanPolicy():
+                with self._orphans.policy() as (policy, lifeline):
+                    self._send(client, policy, lifeline)
             case messages.Goodbye():
                 self._release.remove(client, "left")
         return False

@@ -16,6 +16,8 @@ from collections.abc import Collection, MutableMapping, Sequence
 
 from postcopy_kernel import descriptors
 
+from .plan import LIFELINE
+
 log = logging.getLogger("postcopy")
 
 FIRST = 3  # SD_LISTEN_FDS_START
@@ -73,7 +75,7 @@ class DescriptorStore:
 
     def keep(self, key: str, meta: bytes, fds: Sequence[int]) -> None:
         """Store the descriptors of a key, unless they are stored."""
-        if self._stored.get(key) == tuple(fds):
+        if self._stored.get(key) == tuple(fds) or key == LIFELINE:  # the manager would keep that alive for ever
             return
         self._remove(key, len(self._stored.get(key, ())))
         if sum(map(len, self._stored.values())) + len(fds) > self._limit:

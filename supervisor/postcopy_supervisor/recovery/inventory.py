@@ -14,7 +14,7 @@ import select
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from postcopy_kernel import crashpoints, descriptors, memory, process
 from postcopy_kernel.filestamp import Stamp
@@ -199,7 +199,7 @@ def _enter(
         crashpoints.at("rescue.alone")
         for key in chosen.forgotten:
             descriptors.close_all(kept[key][1])
-        return chosen
+        return replace(chosen, rescued=frozenset(orphan.note.client for orphan in orphans))
     if alive:
         raise BadInput(
             f"{len(alive)} clients of a dead supervisor are still served in {settings.directory}: take them over "
