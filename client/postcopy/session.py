@@ -88,10 +88,13 @@ class Session:
                 timeout_ms, lifeline = self.connection.ask_orphan_policy(deadline)
                 if lifeline >= 0:
                     self._start_watcher(timeout_ms, lifeline)
-        except (PostcopyError, OSError) as error:
+        except OSError as error:
+            text = "this process has no watcher (%s): its missing pages wait if every process of the service dies"
+            log.warning(text, error)
+        except PostcopyError as error:
             if not self.connection.usable:
                 raise
-            log.debug("there is no watcher for this process: %s", error)
+            log.debug("the supervisor has no policy for orphans: %s", error)
         if self._watcher is not None:
             self._watcher.add(opened.number, address, opened.length, opened.page_size, opened.received)
 
