@@ -4,7 +4,7 @@
 touches a missing page holds its interpreter until the page has come.
 
 Options: ``lost`` (byte offsets that are poisoned when touched), ``slow`` (offsets that never come), ``deaf`` (names of
-messages that are not answered). SIGTERM ends it in order: holes poisoned, Ending said.
+messages that are not answered), ``old`` (it knows nothing of watchers). SIGTERM ends it in order: holes poisoned, Ending said.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from postcopy_protocol.attach_conversation import FROM_CLIENT, AttachConversatio
 from postcopy_protocol.codec import decode, encode
 from postcopy_protocol.geometry import page_count
 from postcopy_protocol.messages import (
+    AskOrphanPolicy,
     Attached,
     BlockOpened,
     Ending,
@@ -38,6 +39,7 @@ from postcopy_protocol.messages import (
     Message,
     OfferUserfaultfd,
     OpenBlock,
+    OrphanPolicy,
     Unmap,
     Unmapped,
     UserfaultfdAccepted,
@@ -109,6 +111,7 @@ class FakeHouse:
         self.blocks = {name: FakeBlock(n, path) for n, (name, path) in enumerate(settings["blocks"].items())}
         self.lost, self.slow = set(settings.get("lost", ())), set(settings.get("slow", ()))
         self.deaf = set(settings.get("deaf", ()))
+        self.old = bool(settings.get("old"))
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.listener.bind(str(Path(settings["directory"]) / "door"))
         self.listener.listen(64)
@@ -194,6 +197,10 @@ class FakeHouse:
             say(Attached(message.block, message.address))
         elif isinstance(message, Unmap):
             say(Unmapped(message.block, message.address))
+        elif isinstance(message, AskOrphanPolicy):
+            if self.old:
+                raise Refusal("bad-message", "unknown tag 9")
+            say(OrphanPolicy(0, False))
         elif isinstance(message, Goodbye) and client.userfaultfd is not None:
             client.userfaultfd.close()
             client.userfaultfd = None

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from postcopy_kernel import other_process
+from postcopy_kernel.crashpoints import VARIABLE
 from postcopy_protocol.runtime_paths import RESCUE
 from tests.conftest import SourceFile
 from tests.system.remote import Source
@@ -363,3 +364,25 @@ def test_half_a_store_is_completed_from_the_clients(
             ends(client, 5)
     manager.has()
     manager.close()
+
+
+@pytest.mark.parametrize("point", ["takeover.moved", "takeover.ready", "custodian.kept"])
+def test_a_rescue_that_is_interrupted(
+    runtime_dir: Path, path: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    """The supervisor, or its new custodian, dies half way: what the custodian has not got is in the records still."""
+    with Service(runtime_dir, f"ram0={path}", **PLAIN) as service:
+        clients = [service.client(mode=mode) for mode in ("private", "shared")]
+        kill_all(service)
+        for client in clients:
+            begin(client, 5)
+        monkeypatch.setenv(VARIABLE, f"{point}:3" if point == "custodian.kept" else point)
+        service.start(recover=True)
+        if point == "custodian.kept":
+            until(service._ready, "it is ready", 40)
+        else:
+            assert service.wait(30) == -signal.SIGKILL
+            monkeypatch.delenv(VARIABLE)
+            service.recover()
+        for client in clients:
+            ends(client, 5)
