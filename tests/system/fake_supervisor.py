@@ -4,7 +4,8 @@
 touches a missing page holds its interpreter until the page has come.
 
 Options: ``lost`` (byte offsets that are poisoned when touched), ``slow`` (offsets that never come), ``deaf`` (names of
-messages that are not answered), ``old`` (it knows nothing of watchers). SIGTERM ends it in order: holes poisoned, Ending said.
+messages that are not answered), ``old`` (it knows no watchers). SIGTERM ends it in order: holes poisoned,
+Ending said.
 """
 
 from __future__ import annotations
