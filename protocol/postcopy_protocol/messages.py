@@ -589,8 +589,10 @@ class BlockRecord(Message, tag=105):
 
 class ClientRecord(Message, tag=106):
     """The file ``client-N``. ``note`` is an encoded ClientNote; ``started`` is when its process was started, in clock
-    ticks since ``boot`` (0: not known here, as in another pid namespace)."""
+    ticks since ``boot`` (0: not known here, as in another pid namespace). The same of a back-end's front-end."""
 
     note: bytes
     boot: str
     started: int
+    front_end: int
+    front_end_started: int

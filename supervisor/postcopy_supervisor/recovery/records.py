@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from postcopy_kernel import other_process
+from postcopy_kernel.address_space import pid_of
 from postcopy_protocol.codec import decode, encode
 from postcopy_protocol.errors import BadInput, BadMessage
 from postcopy_protocol.messages import BlockNote, BlockRecord, ClientNote, ClientRecord
@@ -26,6 +27,7 @@ BLOCK, CLIENT, WORKER, DIGEST = "block", "client", "worker", "digests"
 MOST_BYTES = 1 << 20
 MOST_DIGESTS = 64 << 20  # bytes of them that are copied into the runtime directory
 FILE = 2  # where in the descriptors of a block its file is
+FRONT_END = 3  # where in those of a back-end the pidfd of its front-end is
 
 
 Note = TypeVar("Note", BlockNote, ClientNote, BlockRecord, ClientRecord)
@@ -72,21 +74,21 @@ class Records:
         kind, _, _ = key.partition("/")
         try:
             if kind == CLIENT and len(fds) > 1:
-                self._write(key, encode(self._client(meta)))
+                self._write(key, encode(self._client(meta, fds)))
             elif kind == BLOCK:
                 self._write(key, encode(self._block(key, meta, fds)))
                 self._keep_digests(key, meta, fds)
         except (OSError, BadMessage) as error:
             self._report(f"{error}")
 
-    def _client(self, meta: bytes) -> ClientRecord:
+    def _client(self, meta: bytes, fds: Sequence[int]) -> ClientRecord:
         note = decode(meta, expect=(ClientNote,))
         assert isinstance(note, ClientNote)
-        try:
-            started = other_process.start_time(note.pid) if note.pid > 0 else 0
-        except OSError:  # it ends, or /proc hides it
-            started = 0
-        return ClientRecord(meta, self._boot, started)
+        front_end = 0
+        if len(fds) > FRONT_END:
+            with contextlib.suppress(OSError, ValueError):  # it has ended, or is in another pid namespace
+                front_end = pid_of(fds[FRONT_END])
+        return ClientRecord(meta, self._boot, _started(note.pid), front_end, _started(front_end))
 
     def _block(self, key: str, meta: bytes, fds: Sequence[int]) -> BlockRecord:
         facts = [os.fstat(fd) for fd in fds[: FILE + 1]]
@@ -158,6 +160,14 @@ class Records:
         self.retain(())
         with contextlib.suppress(OSError):
             os.rmdir(self._directory)
+
+
+def _started(pid: int) -> int:
+    """When a process was started; 0: it is not known."""
+    try:
+        return other_process.start_time(pid) if pid > 0 else 0
+    except OSError:  # it ends, or /proc hides it
+        return 0
 
 
 def read(directory: str) -> Left:

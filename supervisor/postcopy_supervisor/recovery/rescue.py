@@ -46,12 +46,13 @@ NOTHING = "nothing is changed, they wait on"
 
 @dataclass(slots=True)
 class Found:
-    """A living client of a dead service: its note, a pidfd, and what it maps."""
+    """A living client of a dead service: its note, a pidfd, what it maps, and a pidfd of a back-end's front-end."""
 
     key: str
     note: ClientNote
     pidfd: int
     maps: list[MappedRange] = field(default_factory=list)
+    front_end: tuple[int, ...] = ()
 
 
 def living(left: Left, known: Collection[str]) -> list[Found]:
@@ -89,6 +90,8 @@ class _Rescue:
         self.kept: Kept = {}
         self._left, self._sources, self._foreign, self._undo = left, sources, foreign, undo
         self._clients: list[Found] = []
+        self._places: list[tuple[ClientNote, int, list[MappedRange]]] = []
+        """What can be looked for files: the client, a process (its own or its front-end's), what that maps."""
 
     def look_at(self, client: Found) -> None:
         """Read what a client maps, and forget the regions that it has unmapped since."""
@@ -108,10 +111,20 @@ class _Rescue:
         client.note = replace(client.note, regions=regions, released=released)
         if regions or released:
             self._clients.append(client)
+            self._places.append((client.note, client.note.pid, client.maps))
+            self._look_at_front_end(client)
         else:
             log.warning(
                 "client %d (pid %d) is not rescued: it maps no block that is known", client.note.client, client.note.pid
             )
+
+    def _look_at_front_end(self, client: Found) -> None:
+        """The front-end of a back-end maps the received map, which the back-end does not."""
+        for pidfd in self._front_end(client):
+            pid = self._left.clients[client.key].record.front_end
+            with suppress(OSError):
+                self._places.append((client.note, pid, mapped_ranges(pid)))
+            client.front_end = (pidfd,)
 
     def _is_mapped(self, client: Found, region: RegionGrant) -> bool:
         block = self._left.blocks.get(f"block/{region.block}")
@@ -152,16 +165,16 @@ class _Rescue:
 
     def _open(self, file: File) -> int:
         """Open a file of ours that some client maps; -1: none does."""
-        for client in self._clients:
-            for mapped in client.maps:
+        for note, pid, maps in self._places:
+            for mapped in maps:
                 if mapped.file != file:
                     continue
                 try:
-                    return self._hold(other_process.open_mapped(client.note.pid, mapped, file))
+                    return self._hold(other_process.open_mapped(pid, mapped, file))
                 except PermissionError:
-                    raise _not_permitted(client.note, "its mapped files cannot be opened") from None
+                    raise _not_permitted(note, "its mapped files cannot be opened") from None
                 except OSError as error:  # it ends, or maps something else by now
-                    log.debug("client %d: %s", client.note.client, error)
+                    log.debug("client %d: %s", note.client, error)
         return -1
 
     def _map_again(self, note: BlockNote, memory_fd: int, pages: int) -> int:
@@ -264,8 +277,14 @@ class _Rescue:
                 note.pid,
             )
         figures = self._hold(memory.create_memfd(f"postcopy-c{note.client}", figures_bytes))
-        self.kept[client.key] = encode(note), (fds, os.dup(client.pidfd), figures)
-        self._hold(self.kept[client.key][1][1])
+        self.kept[client.key] = encode(note), (fds, self._hold(os.dup(client.pidfd)), figures, *client.front_end)
+
+    def _front_end(self, client: Found) -> tuple[int, ...]:
+        """A pidfd of the front-end of a back-end, while it lives: it may resume."""
+        record = self._left.clients[client.key].record
+        with suppress(ProcessLookupError):
+            return (self._hold(other_process.open_process(record.front_end, record.front_end_started)),)
+        return ()
 
     def _userfaultfd(self, client: Found, kept: Kept) -> int:
         """A duplicate of the userfaultfd that has registered the client's regions; -1: it has none."""
