@@ -145,7 +145,7 @@ def enter(path: str, settings: Settings, stored: Stored) -> tuple[Custodian | No
                 log.info("nothing to recover in %s: starting afresh", settings.directory)
             rescue.end_survivors(left, ())  # of clients that have ended
             return None, plan.fresh(settings.sources)
-        return custodian, _enter(custodian, settings, left, orphans, stored)
+        return _enter(custodian, settings, left, orphans, stored)
     except BaseException:
         if custodian is not None:
             custodian.leave()
@@ -179,7 +179,7 @@ def _close(stored: Stored) -> None:
 
 def _enter(
     custodian: Custodian | None, settings: Settings, left: Left, orphans: list[rescue.Found], stored: Stored
-) -> Plan:
+) -> tuple[Custodian | None, Plan]:
     kept, workers = (dict(custodian.kept), custodian.workers) if custodian is not None else ({}, [])
     if custodian is None:
         kept = from_store(stored, left)
@@ -199,7 +199,7 @@ def _enter(
         crashpoints.at("rescue.alone")
         for key in chosen.forgotten:
             descriptors.close_all(kept[key][1])
-        return replace(chosen, rescued=frozenset(orphan.note.client for orphan in orphans))
+        return custodian, replace(chosen, rescued=frozenset(orphan.note.client for orphan in orphans))
     if alive:
         raise BadInput(
             f"{len(alive)} clients of a dead supervisor are still served in {settings.directory}: take them over "
@@ -207,7 +207,7 @@ def _enter(
         )
     assert custodian is not None
     custodian.dismiss()
-    return plan.fresh(settings.sources, plan.numbers_after(kept, workers))
+    return None, plan.fresh(settings.sources, plan.numbers_after(kept, workers))
 
 
 def from_store(stored: Stored, left: Left) -> rescue.Kept:
