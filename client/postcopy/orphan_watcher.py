@@ -92,6 +92,7 @@ class Watcher:
         self.watch = Watch()
         self.regions: list[Region] = []
         self.poisoned: list[tuple[int, int]] = []
+        self.reported = False
         self.lifeline = -1
         self.inbox = socket.socket(fileno=INBOX)
         self.client = os.pidfd_open(client_pid)
@@ -144,6 +145,7 @@ class Watcher:
         if self.watch.acting:
             self.poll.unregister(USERFAULTFD)
         self.watch.served(timeout_ms)
+        self.reported = False
         if lifeline >= 0:
             self.lifeline = lifeline
             self.poll.register(lifeline, 0)  # its end is reported all the same
@@ -156,8 +158,6 @@ class Watcher:
 
     def begin(self) -> None:
         """Wake all waiters: those that still miss a page fault again, and are reported here."""
-        text = f"postcopy: no supervisor came back within {self.watch.timeout_ms / 1000:g} s: missing pages of process "
-        os.write(2, f"{text}{self.client_pid} are SIGBUS from now on\n".encode())
         os.set_blocking(USERFAULTFD, False)
         self.poll.register(USERFAULTFD, select.POLLIN)
         for region in self.regions:
@@ -179,8 +179,18 @@ class Watcher:
         page = region.address + place
         if region.received[offset // region.page_size] == RECEIVED and self.act(CONTINUE, page, region.page_size):
             return
-        if self.act(POISON, page, region.page_size) and len(self.poisoned) < MOST_NOTED:
+        if not self.act(POISON, page, region.page_size):
+            return
+        self.report()
+        if len(self.poisoned) < MOST_NOTED:
             self.poisoned.append((region.block, offset))
+
+    def report(self) -> None:
+        """Say once that pages are poisoned, and why. After an orderly end they all are already, and nothing is said."""
+        if not self.reported:
+            self.reported = True
+            text = f"postcopy: no supervisor came back within {self.watch.timeout_ms / 1000:g} s: missing pages of "
+            os.write(2, f"{text}process {self.client_pid} are SIGBUS from now on\n".encode())
 
     def act(self, request: int, page: int, length: int) -> bool:
         """Whether it is done; a page that is mapped already needs no more than a wake."""
@@ -197,6 +207,8 @@ def main() -> None:
     client = int(sys.argv[1])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # they are for the client, whose end ends this process
+    with open("/proc/self/comm", "w") as name:
+        name.write("postcopy-orphan")
     os.closerange(FIRST_FREE, os.sysconf("SC_OPEN_MAX"))
     if os.getppid() == client:  # it lives, so its pid is its own
         Watcher(client).run()

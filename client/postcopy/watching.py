@@ -34,10 +34,11 @@ class OrphanWatcher:
             with theirs:
                 for fd in (ours.fileno(), theirs.fileno(), userfaultfd):
                     high.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _HIGH))
+                python = sys.executable or ""
                 pid = os.posix_spawn(
-                    sys.executable,
-                    [sys.executable, "-I", "-S", _PROGRAM, str(os.getpid())],
-                    {},
+                    python,
+                    [python, "-I", "-S", _PROGRAM, str(os.getpid())],
+                    os.environ,
                     file_actions=[
                         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDWR, 0),
                         (os.POSIX_SPAWN_DUP2, 0, 1),

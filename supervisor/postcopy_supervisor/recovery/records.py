@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -25,6 +26,7 @@ log = logging.getLogger("postcopy")
 
 BLOCK, CLIENT, WORKER, DIGEST = "block", "client", "worker", "digests"
 MOST_BYTES = 1 << 20
+RETRY_SECONDS = 1.0
 MOST_DIGESTS = 64 << 20  # bytes of them that are copied into the runtime directory
 FILE = 2  # where in the descriptors of a block its file is
 FRONT_END = 3  # where in those of a back-end the pidfd of its front-end is
@@ -68,10 +70,13 @@ class Records:
         self._boot = other_process.boot_id()
         self._failed = ""
         self._originals = originals
+        self._unwritten: dict[str, tuple[bytes, tuple[int, ...]]] = {}
+        self._retry_at = 0.0
 
     def keep(self, key: str, meta: bytes, fds: Sequence[int]) -> None:
         """Write the record of a key. Keys that are neither a block nor a client have none."""
         kind, _, _ = key.partition("/")
+        self._unwritten.pop(key, None)
         try:
             if kind == CLIENT and len(fds) > 1:
                 self._write(key, encode(self._client(meta, fds)))
@@ -79,6 +84,8 @@ class Records:
                 self._write(key, encode(self._block(key, meta, fds)))
                 self._keep_digests(key, meta, fds)
         except (OSError, BadMessage) as error:
+            self._unwritten[key] = meta, tuple(fds)
+            self._retry_at = time.monotonic() + RETRY_SECONDS
             self._report(f"{error}")
 
     def _client(self, meta: bytes, fds: Sequence[int]) -> ClientRecord:
@@ -138,6 +145,7 @@ class Records:
     def drop(self, key: str) -> None:
         """Remove the record of a key, with that of its worker."""
         kind, _, number = key.partition("/")
+        self._unwritten.pop(key, None)
         for name in (key, f"{WORKER}/{number}" if kind == CLIENT else f"{DIGEST}/{number}"):
             with contextlib.suppress(OSError):
                 os.unlink(self._path(name))
@@ -153,7 +161,11 @@ class Records:
                         os.unlink(os.path.join(self._directory, name))
 
     def flush(self) -> None:
-        """Nothing waits: what is written is written at once."""
+        """Write what could not be written before, as on a full disk; once a second at most."""
+        if not self._unwritten or time.monotonic() < self._retry_at:
+            return
+        for key, (meta, fds) in list(self._unwritten.items()):
+            self.keep(key, meta, fds)
 
     def clear(self) -> None:
         """Remove all records and their directory: the service ends in order, or leaves its clients behind."""

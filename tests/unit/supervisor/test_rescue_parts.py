@@ -67,6 +67,24 @@ def test_a_record_is_read_as_it_was_written_and_only_in_this_boot(tmp_path: Path
     assert not (tmp_path / RESCUE).exists()
 
 
+def test_a_record_that_could_not_be_written_is_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / RESCUE
+    place.parent.mkdir()
+    place.touch()  # a file in its place: no record can be made
+    written = Records(str(tmp_path), {})
+    monkeypatch.setattr(records, "RETRY_SECONDS", 0.0)
+    written.keep("client/3", encode(CLIENT), (0, 1, 2))
+    written.keep("block/7", encode(BLOCK), (0, 1))
+    written.drop("block/7")
+    place.unlink()
+    written.keep("client/4", encode(CLIENT), (0, 1, 2))
+    assert set(records.read(str(tmp_path)).clients) == {"client/4"}
+    written._retry_at = 0.0
+    written.flush()
+    left = records.read(str(tmp_path))
+    assert set(left.clients) == {"client/3", "client/4"} and left.blocks == {}
+
+
 def test_a_record_of_another_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / RESCUE).mkdir(parents=True)
     (tmp_path / RESCUE / "client-3").write_bytes(b"\x93\x09\x6a\xc0")
