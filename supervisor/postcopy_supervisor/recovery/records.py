@@ -72,9 +72,14 @@ class Records:
         self._originals = originals
         self._unwritten: dict[str, tuple[bytes, tuple[int, ...]]] = {}
         self._retry_at = 0.0
+        self._begun = False
 
     def keep(self, key: str, meta: bytes, fds: Sequence[int]) -> None:
-        """Write the record of a key. Keys that are neither a block nor a client have none."""
+        """Write the record of a key. Keys that are neither a block nor a client have none. Nothing is written before
+        ``retain``: until a supervisor has taken everything over, what its predecessor left is true."""
+        if not self._begun:
+            self._unwritten[key] = meta, tuple(fds)
+            return
         kind, _, _ = key.partition("/")
         self._unwritten.pop(key, None)
         try:
@@ -151,7 +156,9 @@ class Records:
                 os.unlink(self._path(name))
 
     def retain(self, keys: Collection[str]) -> None:
-        """Remove the records of all other keys: they were left by an earlier supervisor."""
+        """Write the records of these keys, and remove all others: an earlier supervisor has left them."""
+        self._begun = True
+        self.flush()
         wanted = {key.replace("/", "-") for key in keys}
         wanted |= {name.replace(BLOCK, DIGEST) for name in wanted} | {name.replace(CLIENT, WORKER) for name in wanted}
         with contextlib.suppress(FileNotFoundError):
@@ -162,13 +169,14 @@ class Records:
 
     def flush(self) -> None:
         """Write what could not be written before, as on a full disk; once a second at most."""
-        if not self._unwritten or time.monotonic() < self._retry_at:
+        if not self._begun or not self._unwritten or time.monotonic() < self._retry_at:
             return
         for key, (meta, fds) in list(self._unwritten.items()):
             self.keep(key, meta, fds)
 
     def clear(self) -> None:
-        """Remove all records and their directory: the service ends in order, or leaves its clients behind."""
+        """Remove all records and their directory: the service ends in order."""
+        self._unwritten.clear()
         self.retain(())
         with contextlib.suppress(OSError):
             os.rmdir(self._directory)

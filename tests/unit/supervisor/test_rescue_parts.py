@@ -46,6 +46,8 @@ def test_nothing_is_believed_that_is_not_proved(pages: int, data: st.DataObject)
 def test_a_record_is_read_as_it_was_written_and_only_in_this_boot(tmp_path: Path) -> None:
     written = Records(str(tmp_path), {"block/7": b"stamp"})
     written.keep("client/3", encode(CLIENT), (0, 1, 2))
+    assert records.read(str(tmp_path)).clients == {}, "nothing is written before everything is taken over"
+    written.retain(["client/3", "block/7"])
     written.keep("block/7", encode(BLOCK), (0, 1))
     written.keep("house", b"", (0, 1))
     left = records.read(str(tmp_path))
@@ -55,10 +57,12 @@ def test_a_record_is_read_as_it_was_written_and_only_in_this_boot(tmp_path: Path
     os.close(found.pidfd)
     assert found.note == CLIENT and living(left, {"client/3"}) == []
     again = Records(str(tmp_path), {})
+    again.retain(["client/3", "block/7"])
     again.keep("block/7", encode(BLOCK), (0, 1))
     assert records.read(str(tmp_path)).blocks["block/7"].record.original == b"stamp", "a later supervisor keeps it"
     later = Records(str(tmp_path), {})
     later._boot = "another boot"
+    later.retain(["client/3", "block/7"])
     later.keep("client/3", encode(CLIENT), (0, 1, 2))
     assert records.read(str(tmp_path)).clients == {}
     later.retain(["block/7"])
@@ -72,6 +76,7 @@ def test_a_record_that_could_not_be_written_is_written_later(tmp_path: Path, mon
     place.parent.mkdir()
     place.touch()  # a file in its place: no record can be made
     written = Records(str(tmp_path), {})
+    written._begun = True
     monkeypatch.setattr(records, "RETRY_SECONDS", 0.0)
     written.keep("client/3", encode(CLIENT), (0, 1, 2))
     written.keep("block/7", encode(BLOCK), (0, 1))
