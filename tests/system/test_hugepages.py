@@ -14,7 +14,8 @@ from postcopy_kernel.memory import REMOVE, Mapping, create_memfd, huge_pages
 from tests.conftest import SourceFile
 from tests.kernel.huge_pool import reserved
 from tests.system.remote import Source
-from tests.system.service import PAGE, Service, end_by_pidfd, refused, until, word
+from tests.system.service import PAGE, PuppetError, Service, end_by_pidfd, refused, until, word
+from tests.system.test_rescue import kill_all
 
 pytestmark = pytest.mark.hugetlb
 HUGE = 2 << 20
@@ -52,6 +53,21 @@ def test_one_touch_brings_one_huge_page(runtime_dir: Path, source_file: SourceFi
         service.await_received(1)
         client.do(f"write(b, {HUGE}, 'ffff')")  # a copy of its own: one more page of the pool
         assert service.client().do(f"words(b, [{HUGE // PAGE}])") == [word(HUGE)]
+
+
+def test_everything_dies_and_clients_of_huge_pages_are_rescued(runtime_dir: Path, source_file: SourceFile) -> None:
+    path = source_file(3 * HUGE)
+    with Service(runtime_dir, f"ram0={path}", page_size="2M", on_orphan="poison", orphan_timeout=1) as service:
+        clients = [service.client("ram0", mode) for mode in ("private", "shared")]
+        assert [client.do("words(b, [0])") for client in clients] == [[word(0)]] * 2
+        kill_all(service)
+        with pytest.raises(PuppetError, match="Bad address"):
+            clients[0].do(f"syscall_read(b, {HUGE})")
+        assert [client.do("words(b, [1])") for client in clients] == [[word(PAGE)]] * 2
+        service.recover()
+        assert clients[1].do(f"words(b, [{2 * HUGE // PAGE}])") == [word(2 * HUGE)]
+        late = service.client()
+        assert late.do(f"check(b, {str(path)!r}, 'random')") == -1
 
 
 def test_a_worker_killed_over_a_huge_page(runtime_dir: Path, source_file: SourceFile) -> None:
