@@ -161,12 +161,18 @@ class Watcher:
         os.set_blocking(USERFAULTFD, False)
         self.poll.register(USERFAULTFD, select.POLLIN)
         for region in self.regions:
-            fcntl.ioctl(USERFAULTFD, WAKE, RANGE.pack(region.address, region.length))
+            self.wake(region.address, region.length)
+
+    def wake(self, address: int, length: int) -> None:
+        try:  # noqa: SIM105  contextlib would be one more import
+            fcntl.ioctl(USERFAULTFD, WAKE, RANGE.pack(address, length))
+        except OSError:  # the client's memory is gone
+            pass
 
     def answer_faults(self) -> None:
         try:
             data = os.read(USERFAULTFD, MESSAGE.size * MESSAGES_AT_ONCE)
-        except BlockingIOError:
+        except OSError:  # another process has answered; or the client's memory is gone
             return
         for event, _, address, _ in MESSAGE.iter_unpack(data):
             region = next((region for region in self.regions if region.has(address)), None)
@@ -197,7 +203,7 @@ class Watcher:
         try:
             fcntl.ioctl(USERFAULTFD, request, bytearray(RANGE_MODE.pack(page, length, 0, 0)))
         except FileExistsError:
-            fcntl.ioctl(USERFAULTFD, WAKE, RANGE.pack(page, length))
+            self.wake(page, length)
         except OSError:
             return False
         return True

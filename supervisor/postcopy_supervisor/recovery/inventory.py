@@ -143,7 +143,6 @@ def enter(path: str, settings: Settings, stored: Stored) -> tuple[Custodian | No
             _close(stored)
             if settings.recover:
                 log.info("nothing to recover in %s: starting afresh", settings.directory)
-            rescue.end_survivors(left, ())  # of clients that have ended
             return None, plan.fresh(settings.sources)
         return _enter(custodian, settings, left, orphans, stored)
     except BaseException:

@@ -27,6 +27,7 @@ log = logging.getLogger("postcopy")
 BLOCK, CLIENT, WORKER, DIGEST = "block", "client", "worker", "digests"
 MOST_BYTES = 1 << 20
 RETRY_SECONDS = 1.0
+ADVICE = "recover with that version, or start afresh with --abandon"
 MOST_DIGESTS = 64 << 20  # bytes of them that are copied into the runtime directory
 FILE = 2  # where in the descriptors of a block its file is
 FRONT_END = 3  # where in those of a back-end the pidfd of its front-end is
@@ -227,7 +228,7 @@ def _decode(data: bytes, kind: type[Note]) -> Note:
     try:
         message = decode(data, expect=(kind,))
     except BadMessage as error:
-        raise BadInput(f"{OTHER_VERSION}: {error}") from None
+        raise BadInput(f"{OTHER_VERSION} ({error}); {ADVICE}") from None
     assert isinstance(message, kind)
     return message
 

@@ -59,7 +59,10 @@ def living(left: Left, known: Collection[str]) -> list[Found]:
     """The clients of these records that live, without the ``known`` keys. The caller closes the pidfds."""
     found = []
     for key, client in left.clients.items():
-        if key in known or not client.record.started:
+        if key in known:
+            continue
+        if not client.record.started:  # it may live in a pid namespace that we do not see
+            log.warning("client %d cannot be found again: its process has no pid here", client.note.client)
             continue
         with suppress(ProcessLookupError):
             found.append(Found(key, client.note, other_process.open_process(client.note.pid, client.record.started)))

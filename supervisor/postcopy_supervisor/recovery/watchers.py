@@ -99,10 +99,7 @@ class _Watcher:
                     return list(POISONED.iter_unpack(data[1:]))
         except OSError as error:
             log.debug("the watcher of client %d: %s", self.client, error)
-        log.warning("the watcher of client %d does not answer: it is killed", self.client)
-        with contextlib.suppress(ProcessLookupError):
-            process.pidfd_signal(self._pidfd, signal.SIGKILL)
-        process.pidfd_exited(self._pidfd, ANSWER_SECONDS)
+        _kill(self.client, self._pidfd)
         return []
 
     def close(self) -> None:
@@ -115,28 +112,52 @@ def _watchers_of(number: int, pid: int, uid: int) -> Iterator[_Watcher]:
     with contextlib.suppress(OSError):  # it has just ended
         for task in Path(f"/proc/{pid}/task").iterdir():
             for child in map(int, (task / "children").read_text().split()):
-                found = _watcher(number, child, uid)
-                if found is not None:
-                    yield found
+                with contextlib.suppress(OSError):  # that child has
+                    found = _watcher(number, child, uid)
+                    if found is not None:
+                        yield found
 
 
 def _watcher(number: int, pid: int, uid: int) -> _Watcher | None:
-    pidfd = -1
+    """The watcher with this pid; None if it is another program. One that cannot be reached is killed."""
+    pidfd = other_process.open_process(pid, other_process.start_time(pid))
     try:
-        pidfd = other_process.open_process(pid, other_process.start_time(pid))
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         if owner_of(pid) == uid and any(os.path.basename(word) == PROGRAM for word in words[:5]):
-            fetched = other_process.fetch_descriptor(pidfd, INBOX)
-            try:
-                inbox = socket.socket(fileno=fetched)
-            except OSError:  # it is no socket
-                os.close(fetched)
-                raise
-            if (inbox.family, inbox.type) == (socket.AF_UNIX, socket.SOCK_SEQPACKET):
-                return _Watcher(number, pidfd, inbox)
-            inbox.close()
-    except OSError as error:
-        log.debug("process %d of client %d: %s", pid, number, error)
-    if pidfd >= 0:
+            inbox = _inbox(pidfd)
+            if inbox is not None:
+                return _Watcher(number, os.dup(pidfd), inbox)
+            _kill(number, pidfd)
+    finally:
         os.close(pidfd)
     return None
+
+
+def _inbox(pidfd: int) -> socket.socket | None:
+    """The watcher's end for us. None: we have no right to fetch it, or it is not what it should be."""
+    try:
+        fetched = other_process.fetch_descriptor(pidfd, INBOX)
+    except OSError:
+        return None
+    try:
+        inbox = socket.socket(fileno=fetched)
+    except OSError:  # it is no socket
+        os.close(fetched)
+        return None
+    if (inbox.family, inbox.type) == (socket.AF_UNIX, socket.SOCK_SEQPACKET):
+        return inbox
+    inbox.close()
+    return None
+
+
+def _kill(number: int, pidfd: int) -> None:
+    """End a watcher that would go on reading the userfaultfd."""
+    try:
+        process.pidfd_signal(pidfd, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    except PermissionError:
+        text = "the watcher of client %d cannot be ended (no permission): it may poison pages that could be placed"
+        return log.error(text, number)
+    process.pidfd_exited(pidfd, ANSWER_SECONDS)
+    log.warning("the watcher of client %d does not answer: it is killed", number)

@@ -21,7 +21,7 @@ events = st.lists(
 )
 
 
-@effort(200)
+@effort(60)
 @given(events)
 def test_it_acts_only_after_the_whole_timeout_without_a_service(history: list[tuple[float, str, int]]) -> None:
     watch, now, lost, timeout, acting = Watch(), 0.0, None, FOREVER, False

@@ -25,7 +25,7 @@ CLIENT = ClientNote(3, "somebody", "native", 0, os.getpid(), False, False, (REGI
 BLOCK = BlockNote(7, "ram0", "/a", 8192, 4096, "zero", "", "", 8192, b"")
 
 
-@effort(200)
+@effort(60)
 @given(st.integers(1, 60), st.data())
 def test_nothing_is_believed_that_is_not_proved(pages: int, data: st.DataObject) -> None:
     present = data.draw(st.sets(st.integers(0, pages - 1)))
