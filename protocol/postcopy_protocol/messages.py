@@ -572,7 +572,7 @@ class ClientNote(Message, tag=104):
 
 
 # what a supervisor leaves in the runtime directory for the case that every process of the service dies at once
-class BlockRecord(Message, tag=105):
+class BlockRecord(Message, tag=106):
     """The file ``block-N`` of the directory ``private/rescue``. ``note`` is an encoded BlockNote. Memory, received map
     and the file of a local block (0: none) by device and inode. ``original``: stamp of the file behind a copy."""
 
@@ -587,7 +587,7 @@ class BlockRecord(Message, tag=105):
     original: bytes
 
 
-class ClientRecord(Message, tag=106):
+class ClientRecord(Message, tag=107):
     """The file ``client-N``. ``note`` is an encoded ClientNote; ``started`` is when its process was started, in clock
     ticks since ``boot`` (0: not known here, as in another pid namespace). The same of a back-end's front-end."""
 
