@@ -86,5 +86,6 @@ class Entrances:
             os.dup2(fresh.fileno(), self._attach_socket.fileno(), inheritable=False)  # every holder has the new one
         self._listener.watch_attach_socket()
         listen_for_workers(self._router, self._runtime)
+        self._custodian.fill_stores()
         if self._custodian.channel is not None and not os.path.lexists(self._runtime.custodian):
             self._custodian.kill()  # its successor, which gets everything that it keeps, makes its socket again

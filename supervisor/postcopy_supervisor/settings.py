@@ -270,13 +270,18 @@ def _add_observation(parser: args.Parser) -> None:
 def _add_recovery(parser: args.Parser) -> None:
     """What happens to the clients of a supervisor that died."""
     takeover = parser.add_mutually_exclusive_group()
-    help = "take over clients and workers of a dead supervisor, if there are any"
+    help = "take over clients and workers of a dead supervisor, if there are any; rescue clients if all processes died"
     takeover.add_argument("--recover", action="store_true", help=help)
     help = "do not take over clients of a dead supervisor; their workers keep serving local blocks"
     takeover.add_argument("--abandon", action="store_true", help=help)
     help = "how long clients go on without a supervisor before --on-orphan applies"
     parser.option("--orphan-timeout", args.seconds(), 60.0, "SECONDS", help)
-    parser.choice("--on-orphan", ("wait", "poison"), "wait", "what missing pages of remote blocks do then")
+    parser.choice(
+        "--on-orphan",
+        ("wait", "poison"),
+        "wait",
+        "what missing pages of remote blocks do then, and all missing pages if every process died",
+    )
 
 
 def _add_hidden(parser: args.Parser) -> None:

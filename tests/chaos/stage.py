@@ -315,5 +315,6 @@ def descriptors(pid: int) -> Counter[str]:
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(OSError):
             target = str(entry.readlink())
-            found["socket" if target.startswith("socket:") else target] += 1
+            kind, _, _ = target.partition(":[")
+            found[kind if kind in ("socket", "pipe") else target] += 1
     return found
