@@ -33,7 +33,7 @@ from postcopy_wire.factory import open_router
 from postcopy_wire.transport import MessageHandler, Router
 
 from . import trace_points
-from .admission import Admission, AllowList
+from .admission import Admission, allow_list
 from .adopt import PendingWorkers, adopt
 from .assignment import WorkerAssignments
 from .blocks import RamBlock
@@ -243,7 +243,7 @@ def _base(
     control_page = _control_page(settings, own)
     router, attach_socket = _router(settings, runtime, main_loop.on_message), listen_for_clients(runtime)
     custodian = open_custodian(settings, runtime, plan, own, by_number, store, inherited)
-    admission = Admission(_allow_list(settings))
+    admission = Admission(allow_list(settings))
     listener = Listener(own.core, own.stop, attach_socket, FileWatches(blocks.values()), admission, runtime.door)
     return Base(
         state,
@@ -297,8 +297,7 @@ def _service(settings: Settings, runtime: RuntimeDirectory, plan: Plan, base: Ba
     figures = trace.FIGURES_BYTES if recorder is not None else stages.END
     losses = Losses(blocks, clients, base.event_log)
     orphans = Orphans(settings.orphan_timeout if settings.poison_orphans else None, own.lifeline)
-    device = own.device
-    attach = AttachServer(base.blocks, clients, pool, listener, release, losses, device, figures, recorder, orphans)
+    attach = AttachServer(base.blocks, clients, pool, listener, release, losses, own.device, figures, recorder, orphans)
     receive = main_loop.on_source_message
     sources = Sources(settings, base.access, base.router, base.advice, base.blocks, paging, receive, event)
     return Service(clients, pool, paging, zero, release, attach, sources, recorder, orphans)
@@ -478,19 +477,6 @@ def _router(settings: Settings, runtime: RuntimeDirectory, on_message: MessageHa
     router = open_router(settings.transport, on_message)
     listen_for_workers(router, runtime)
     return router
-
-
-def _allow_list(settings: Settings) -> AllowList:
-    """Who may attach."""
-    unmapped = (-1, -1) if settings.allow_unmapped else process.unmapped_ids()
-    return AllowList(
-        os.geteuid(),
-        settings.allow_uids,
-        settings.allow_gids,
-        settings.shared_uids,
-        settings.shared_gids,
-        unmapped,
-    )
 
 
 def _recovered(plan: Plan, parts: Parts, sources: Sources) -> None:
