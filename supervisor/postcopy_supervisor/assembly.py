@@ -2,7 +2,7 @@
 
 A module imports only modules that stand before it here:
 
-    memory_budget, runtime, event_log, admission, events, pool.lifecycle, settings
+    memory_budget, runtime, event_log, events, pool.lifecycle, settings, admission
     remote.advise, recovery.*, blocks           what is served, and what is taken over
     paging.*, remote.staging, remote.sources    faults of remote blocks
     pool.*, listener                            the custodian, the workers, events
