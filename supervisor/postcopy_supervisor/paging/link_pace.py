@@ -133,7 +133,7 @@ class LinkPace:
             self.rate = max(self.rate, came / seconds)
 
     def _follow(self, late: float) -> None:
-        factor = 2.0 if self._starting else min(2.0, (1.0 + (self.empty + TARGET) / (self.empty + late)) / 2)
+        factor = 2.0 if self._starting else min(1.25, (1.0 + (self.empty + TARGET) / (self.empty + late)) / 2)
         if factor < 1.0 or self._limited:
             self.window = min(float(self.largest), max(SMALLEST_WINDOW, self.window * factor))
 
@@ -144,3 +144,12 @@ class LinkPace:
 def _piece(most: float, largest: int) -> int:
     """The power of two that is at most ``most``, within the bounds."""
     return min(largest, max(SMALLEST_PIECE, 1 << max(0, int(most).bit_length() - 1)))
+
+import os as _os, sys as _sys
+if _os.environ.get("PACE_DEBUG"):
+    _old = LinkPace.pong
+    def _pong(self, busy, now):
+        sent = self._probe_sent
+        _old(self, busy, now)
+        print(f"{now:.3f} took {1e3*(now-sent):.2f} empty {1e3*self.empty:.2f} w {self.window/1024:.0f}K rate {self.rate/1e6:.1f} busy {busy} lim {self._limited} start {self._starting}", file=open("/tmp/pace.log","a"))
+    LinkPace.pong = _pong
