@@ -104,7 +104,8 @@ def _urgent(
             time.sleep(SETTLED_WITHIN)
             share = _rate(supervisor, bench.scale.of(int(STREAM_SECONDS), 1))
         count = bench.scale.of(40 if delay else 400, 10)
-        answer = client.ask(do="touch_missing", seed=1, count=count, rate=10_000)
+        # An open loop: each fault is due at its time, so they must be rarer than they take.
+        answer = client.ask(do="touch_missing", seed=1, count=count, rate=12 if delay else 200)
         if len(answer["ns"]) < count:
             raise BenchmarkFailed("the stream was over before the client had touched its pages")
         return answer["ns"], share

@@ -247,7 +247,7 @@ class FlowControl:
 
     def busy(self, now: float) -> bool:
         """Was an urgent request sent a moment ago?"""
-        return now - self.urgent_at < self.pace.busy_seconds(self.limits.calm)
+        return self.pace.busy(now - self.urgent_at, self.limits.calm, now)
 
     def piece(self, now: float) -> int:
         """Bytes of the next background request."""

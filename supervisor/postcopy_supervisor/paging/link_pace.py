@@ -12,13 +12,16 @@ take. Reads that are slow at the source do not delay it, so they do not make the
 The window follows FAST TCP: times (empty + TARGET) / measured, from Pong to Pong; it doubles until the first Pong is
 late. What the empty link takes is the quickest Pong of the last two periods of PERIOD seconds. A stream that never ends
 would hide it behind its own queue. So at the end of a period nothing is requested until the link is empty; then a Ping
-goes first. A source answers it before it sends what is requested behind it."""
+goes first. A source answers it before it sends what is requested behind it.
+
+A piece now and then does not show the rate: a link that rests carries the first bytes at once (token buckets do). So
+each period begins with a calibration, for which clients count as calm: some 20 ms of the whole window."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-TARGET = 0.004  # seconds that the background may delay an urgent answer that comes out of the blue
+TARGET = 0.006  # seconds that the background may delay an urgent answer that comes out of the blue
 BUSY_PIECE = 0.0015  # seconds of the link that one piece takes while clients wait
 BUSY_REST = 3  # pause behind a piece while clients wait, in times of that piece
 BUSY_WINDOW = 0.001
@@ -28,7 +31,8 @@ SMALLEST_WINDOW, SMALLEST_PIECE = 64 << 10, 16 << 10
 BUSY_LARGEST, CALM_LARGEST = 256 << 10, 1 << 20
 """Bytes of the largest pieces. The cost of a request is paid once for 1 MiB and not four times; both sizes are what a
 source sends in one message (its answering.py)."""
-PERIOD = 10.0
+PERIOD = 5.0
+FIRST_CALIBRATION, CALIBRATION = 0.1, 0.02  # seconds, beside some times of the empty link
 PROBE_SECONDS, FIRST_PROBE_SECONDS = 0.02, 0.002  # between two Pings while the background streams; while it starts
 PROBE_PATIENCE = 1.0  # seconds after which a Pong is lost: a source that is congested drops it
 LONGEST_BUSY = 1.0
@@ -49,6 +53,7 @@ class LinkPace:
     _bytes_came: int = 0
     _quickest: float = 0.0  # Pong of this period; 0.0: none
     _period_ends: float = NEVER
+    _calibrating_until: float = NEVER
     _draining: bool = False
     _starting: bool = True
     _limited: bool = False  # was the window in the way since the last Pong?
@@ -65,9 +70,12 @@ class LinkPace:
         """Would the small window of ``Limits`` be felt by a client that waits?"""
         return self.rate < FAST
 
-    def busy_seconds(self, shortest: float) -> float:
-        """How long after an urgent request clients count as waiting: the longer, the more the next one would meet."""
-        return min(LONGEST_BUSY, max(shortest, 50 * BUSY_LARGEST / self.rate)) if self.rate else LONGEST_BUSY
+    def busy(self, since_urgent: float, shortest: float, now: float) -> bool:
+        """Do clients count as waiting, so many seconds after the last urgent request? The more the next one would meet,
+        the longer they do; never less than ``shortest`` seconds."""
+        if since_urgent >= LONGEST_BUSY or now < self._calibrating_until:
+            return False
+        return since_urgent < (max(shortest, 50 * BUSY_LARGEST / self.rate) if self.rate else LONGEST_BUSY)
 
     def piece(self, busy: bool) -> int:
         """Bytes of the next request."""
@@ -91,8 +99,7 @@ class LinkPace:
         """A request of ``length`` bytes took so long; ``alone``: nothing else of the background is in flight."""
         self._bytes_came += length
         if busy and alone and self.slow:
-            if took > self.empty:
-                self._learn(length / (took - self.empty))
+            self._learn(min(length / max(took - self.empty, 1e-6), self.rate or FAST))
             self.resume_at = now + (BUSY_REST * length / self.rate if self.rate else 0.0)
 
     def probe(self, in_flight: int, now: float) -> bool:
@@ -103,22 +110,28 @@ class LinkPace:
             self._draining = in_flight > 0
             if self._draining:
                 return False
-        elif not in_flight or now - self._ponged_at < (FIRST_PROBE_SECONDS if self._starting else PROBE_SECONDS):
+        elif not in_flight or now - self._ponged_at < (
+            FIRST_PROBE_SECONDS if self._starting or now < self._calibrating_until else PROBE_SECONDS
+        ):
             return False
         self._probe_sent = now
         return True
 
     def pong(self, busy: bool, now: float) -> None:
         """The answer to the Ping that ``probe`` granted."""
-        took, self._probe_sent = now - self._probe_sent, 0.0
-        if now >= self._period_ends:
+        sent, self._probe_sent = self._probe_sent, 0.0
+        took = now - sent
+        if sent >= self._period_ends:  # it met an empty link
+            seconds, times = (CALIBRATION, 2) if self._quickest else (FIRST_CALIBRATION, 8)
             self.empty, self._quickest, self._period_ends = min(took, self._quickest or took), took, now + PERIOD
+            self._calibrating_until = now + seconds + times * self.empty
         self._quickest, self.empty = min(took, self._quickest), min(took, self.empty)
         # One late Pong may be the fault of a busy processor, two are a queue.
         late, self._delayed = min(took - self.empty, self._delayed), took - self.empty
         self._measure_rate(late, busy, now)
         if not busy:
-            self._starting = self._starting and self._delayed < TARGET / 2
+            if self._starting and self._delayed > TARGET / 2:
+                self._starting, self._calibrating_until = False, now
             self._follow(late)
         self._limited = False
 
@@ -144,12 +157,3 @@ class LinkPace:
 def _piece(most: float, largest: int) -> int:
     """The power of two that is at most ``most``, within the bounds."""
     return min(largest, max(SMALLEST_PIECE, 1 << max(0, int(most).bit_length() - 1)))
-
-import os as _os, sys as _sys
-if _os.environ.get("PACE_DEBUG"):
-    _old = LinkPace.pong
-    def _pong(self, busy, now):
-        sent = self._probe_sent
-        _old(self, busy, now)
-        print(f"{now:.3f} took {1e3*(now-sent):.2f} empty {1e3*self.empty:.2f} w {self.window/1024:.0f}K rate {self.rate/1e6:.1f} busy {busy} lim {self._limited} start {self._starting}", file=open("/tmp/pace.log","a"))
-    LinkPace.pong = _pong

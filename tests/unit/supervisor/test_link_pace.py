@@ -23,10 +23,12 @@ PROCESSING = 0.0003  # seconds of every answer, in the programs at both ends
 
 class Link:
     """A source behind a link of ``rate`` bytes a second and ``delay`` seconds each way; its answers are sent in order.
-    ``reading``: seconds until a piece of background is read."""
+    ``burst``: bytes that pass at once after a rest. ``reading``: seconds until a piece of background is read."""
 
-    def __init__(self, rate: float, delay: float = 0.0, reading: Callable[[], float] = lambda: 0.0) -> None:
-        self.rate, self.delay, self.reading = rate, delay, reading
+    def __init__(
+        self, rate: float, delay: float = 0.0, burst: int = 0, reading: Callable[[], float] = lambda: 0.0
+    ) -> None:
+        self.rate, self.delay, self.burst, self.reading = rate, delay, burst, reading
         self.flow = FlowControl(up=True)
         self.now, self._free, self._order, self._asked = 0.0, 0.0, 0, 0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
@@ -41,8 +43,8 @@ class Link:
         """The answer to what is sent now."""
 
         def send() -> None:
-            self._free = max(self.now, self._free) + (length + HEAD) / self.rate
-            self.at(self._free + self.delay + PROCESSING, act)
+            self._free = max(self.now - self.burst / self.rate, self._free) + (length + HEAD) / self.rate
+            self.at(max(self.now, self._free) + self.delay + PROCESSING, act)
 
         self.at(self.now + self.delay + reading, send)
 
@@ -108,13 +110,14 @@ def alone(link: Link) -> float:
 
 
 rates = st.floats(5 * MB, 800 * MB)
+bursts = st.sampled_from([0, 65536])
 delays = st.sampled_from([0.0, 0.001, 0.005, 0.02])
 
 
-@given(rate=rates, delay=delays)
+@given(rate=rates, delay=delays, burst=bursts)
 @effort(20)
-def test_the_background_fills_the_link_and_its_queue_is_short(rate: float, delay: float) -> None:
-    link = Link(rate, delay)
+def test_the_background_fills_the_link_and_its_queue_is_short(rate: float, delay: float, burst: int) -> None:
+    link = Link(rate, delay, burst)
     link.run(4.0)
     most = link.flow.limits.background_calm / (2 * delay + PROCESSING) / rate  # a window is bounded in bytes, too
     assert share(link, 11.0) > min(0.8, 0.7 * most), link.flow.pace
@@ -125,13 +128,13 @@ def test_the_background_fills_the_link_and_its_queue_is_short(rate: float, delay
     assert median(queues) < max(2 * TARGET, 1.5 * 65536 / rate), link.flow.pace
 
 
-@given(rate=st.floats(5 * MB, 240 * MB), delay=delays, pause=st.sampled_from([0.0, 0.001, 0.02]))
+@given(rate=st.floats(5 * MB, 240 * MB), delay=delays, burst=bursts, pause=st.sampled_from([0.0, 0.001, 0.02]))
 @effort(20)
-def test_urgent_answers_find_little_before_them(rate: float, delay: float, pause: float) -> None:
-    link = Link(rate, delay)
+def test_urgent_answers_find_little_before_them(rate: float, delay: float, burst: int, pause: float) -> None:
+    link = Link(rate, delay, burst)
     link.run(3.0)
     link.touch(pause=pause)
-    link.run(3.0)
+    link.run(6.0)
     del link.waited[:3]
     assert median(link.waited) < 1.5 * alone(link) + PAGE / rate, link.flow.pace
 
