@@ -51,6 +51,7 @@ from .handlers import check_handlers
 from .listener import FileWatches, Listener
 from .main_loop import MainLoop, Ports, Replies
 from .memory_budget import MemoryBudget
+from .memory_cgroup import own_cgroups
 from .observe import metrics
 from .observe.audit import Auditor
 from .observe.queries import LongAnswers, Queries
@@ -318,7 +319,7 @@ def _periodic(
     memories = [block.memory for block in base.blocks.values()]
     return PeriodicWork(
         parts,
-        MemoryBudget(memories, settings.max_memory, settings.fault_around),
+        MemoryBudget(memories, settings.max_memory, settings.fault_around, own_cgroups()),
         settings.fault_around,
         service.sources,
         pending,

@@ -8,11 +8,13 @@ import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.conftest import SourceFile
 from tests.system.broken_disk import BrokenDisk
+from tests.system.remote import Source
 from tests.system.service import PAGE, PuppetError, Service, called, until, word
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -155,3 +157,36 @@ def test_a_disk_that_cannot_be_read(runtime_dir: Path, tmp_path: Path, mode: str
             assert service.status()["totals"]["restarts"] == 0
             for one in (client, other):
                 one.do("b.close()")
+
+
+def test_a_cgroup_without_memory_lets_remote_pages_wait(
+    runtime_dir: Path, source_file: SourceFile, memory: Path
+) -> None:
+    """Fault-around and background stop first, then missing pages wait, and come when the limit is raised. The kernel
+    ends none of the cgroup's processes."""
+    path = source_file(96 << 20)
+    enter = f"import os, sys; open({str(memory / 'cgroup.procs')!r}, 'w').write(str(os.getpid())); "
+    run = "from postcopy_supervisor.__main__ import main; sys.exit(main())"
+    (memory / "memory.limit_in_bytes").write_text(str(96 << 20))
+    with Source(f"ram0={path}") as source, InCgroup(runtime_dir, source.block(), enter=enter + run) as service:
+        until(lambda: any("scarce in cgroup" in text for text in service.events("memory")), "background stops", 30)
+        client = service.client()
+        client.begin(f"check(b, {str(path)!r})")
+        until(lambda: any("none left in cgroup" in text for text in service.events("memory")), "pages wait", 60)
+        assert not client.answered(0.5), "it waits"
+        assert killed(memory) == 0
+        (memory / "memory.limit_in_bytes").write_text(str(512 << 20))
+        assert client.answer(60) == -1
+        until(lambda: "enough again" in service.events("memory")[-1], "it is said")
+        assert service.status()["totals"]["lost"] == 0 and killed(memory) == 0
+
+
+class InCgroup(Service):
+    """Its supervisor, and what that starts, are in a cgroup."""
+
+    def __init__(self, directory: Path, *blocks: str, enter: str) -> None:
+        self._enter = enter
+        super().__init__(directory, *blocks)
+
+    def start(self, *, program: tuple[str, ...] = (), **more: Any) -> None:
+        super().start(program=("-c", self._enter), **more)

@@ -103,6 +103,8 @@ class FlowControl:
     queues: defaultdict[int, deque[RangeRequest]] = field(default_factory=lambda: defaultdict(deque))
     """By client, in the order of their turns."""
     deferred: deque[RangeRequest] = field(default_factory=deque)
+    held: bool = False
+    """While held nothing is sent: there is no memory for what would come."""
     retry_at: float = -1e9
     _pause: float = 0.0
     bytes_in_flight: int = 0
@@ -200,6 +202,11 @@ class FlowControl:
         self.up = True
         return self._fill(now)
 
+    def hold(self, held: bool, now: float) -> list[Effect]:
+        """Begin or end to hold everything back."""
+        self.held = held
+        return self._fill(now)
+
     def tick(self, now: float) -> list[Effect]:
         """Send again what was not answered in time; give up what never is."""
         if not self.up:
@@ -265,7 +272,7 @@ class FlowControl:
         """Bytes of background that may be requested now; 0 while urgent requests are queued or memory is short, and
         between two pieces on a slow link."""
         urgent = any(queue for client, queue in self.queues.items() if client != BACKGROUND)
-        if urgent or not self.up or self.deferred or now < self.retry_at:
+        if urgent or self.held or not self.up or self.deferred or now < self.retry_at:
             return 0
         queued = sum(request.length for request in self.queues.get(BACKGROUND, ()))
         return self.pace.room(self._background_bytes + queued, self.limits.background_busy, self.busy(now), now)
@@ -321,7 +328,8 @@ class FlowControl:
     @property
     def _room_for_urgent(self) -> bool:
         return (
-            len(self.outstanding) - self.background_in_flight < self.limits.requests
+            not self.held
+            and len(self.outstanding) - self.background_in_flight < self.limits.requests
             and self.bytes_in_flight - self._background_bytes < self.limits.bytes
         )
 
@@ -344,7 +352,8 @@ class FlowControl:
                 self.queues[client] = queue  # behind the others: its next turn comes after theirs
             return request
         background = self.queues.get(BACKGROUND)
-        return background.popleft() if background and self.background_in_flight < self.limits.requests else None
+        room = not self.held and self.background_in_flight < self.limits.requests
+        return background.popleft() if background and room else None
 
 
 def _less(ranges: list[tuple[int, int]], start: int, stop: int) -> list[tuple[int, int]]:

@@ -129,6 +129,10 @@ class SourceLink:
         """A client waits for what is requested already."""
         self._do(self.flow.promote(client, block, offset, length, now))
 
+    def hold(self, held: bool, now: float) -> None:
+        """Send no requests while ``held``; then all that have waited."""
+        self._do(self.flow.hold(held, now))
+
     def complete(self, block: int) -> None:
         """Nothing more will be requested of this block."""
         self._complete.add(block)
