@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from postcopy_protocol import counters
 
 from .adopt import PendingWorkers
@@ -18,6 +20,7 @@ from .runtime import Heartbeat
 from .watchdog import Watchdog
 
 RARE_SECONDS = 1.0
+SCARCE_SECONDS = 0.02  # between two looks at scarce memory: faults alone fill some MiB in the usual time
 PAGE = 4096  # pages of 2 MiB are not charged to a memory cgroup
 SUPPLY_TEXTS = {
     Supply.ENOUGH: "enough again",
@@ -84,6 +87,8 @@ class PeriodicWork:
         blocks wait: the kernel would end a process of the cgroup, perhaps this one."""
         parts, (supply, cgroup) = self._parts, self._budget.supply(self._in_flight())
         self._placed = parts.paging.placed
+        if supply:
+            self._timer.tick_at(time.monotonic() + SCARCE_SECONDS)
         if supply == self._supply:
             return
         self._supply = supply

@@ -90,7 +90,7 @@ def test_no_more_memory_for_workers(runtime_dir: Path, source_file: SourceFile, 
     """What a private client's worker places is charged to the worker. At the limit its client waits. A shared client's
     pages are charged to that client, but its worker is in the same cgroup, and may wait there for a page table of its
     own: it goes on or waits, and nothing is lost, poisoned or given up. Who needs no worker notices nothing."""
-    path = source_file(96 << 20)
+    path = source_file(160 << 20)
     (memory / "memory.limit_in_bytes").write_text(str(64 << 20))
     (memory / "memory.oom_control").write_text("1")
     with Service(
@@ -114,7 +114,7 @@ def test_no_more_memory_for_workers(runtime_dir: Path, source_file: SourceFile, 
 def test_a_worker_that_the_oom_killer_ends(runtime_dir: Path, source_file: SourceFile, memory: Path) -> None:
     """The kernel's own answer to the limit: workers are killed, and replaced as often as it takes. Their clients wait
     no longer than there is no memory, one whose pages are there notices nothing, nobody gets a wrong byte."""
-    path = source_file(96 << 20)
+    path = source_file(160 << 20)
     (memory / "memory.limit_in_bytes").write_text(str(64 << 20))
     with Service(
         runtime_dir, f"ram0={path}", worker_cgroup=str(memory), restart_limit=1000, fault_around="4K"
@@ -164,10 +164,10 @@ def test_a_cgroup_without_memory_lets_remote_pages_wait(
 ) -> None:
     """Fault-around and background stop first, then missing pages wait, and come when the limit is raised. The kernel
     ends none of the cgroup's processes."""
-    path = source_file(96 << 20)
+    path = source_file(160 << 20)
     enter = f"import os, sys; open({str(memory / 'cgroup.procs')!r}, 'w').write(str(os.getpid())); "
     run = "from postcopy_supervisor.__main__ import main; sys.exit(main())"
-    (memory / "memory.limit_in_bytes").write_text(str(96 << 20))
+    (memory / "memory.limit_in_bytes").write_text(str(160 << 20))
     with Source(f"ram0={path}") as source, InCgroup(runtime_dir, source.block(), enter=enter + run) as service:
         until(lambda: any("scarce in cgroup" in text for text in service.events("memory")), "background stops", 30)
         client = service.client()

@@ -98,11 +98,11 @@ def test_the_tightest_ancestor_decides(tmp_path: Path, monkeypatch: pytest.Monke
     groups = [MemoryCgroup(2, str(inner)), MemoryCgroup(2, str(outer))]
     budget = MemoryBudget([], 0, 1 * MB, groups)
     assert budget.supply(0) == (Supply.ENOUGH, "")
-    for used, expected in ((100, Supply.ENOUGH), (460, Supply.SCARCE), (500, Supply.TIGHT)):
+    for used, expected in ((100, Supply.ENOUGH), (400, Supply.SCARCE), (500, Supply.TIGHT)):
         write(inner, memory__max=f"{900 * MB}\n", memory__current=f"{used * MB}\n")
         write(outer, memory__max=f"{512 * MB}\n", memory__current=f"{used * MB}\n")
         assert budget.supply(0) == (expected, str(outer) if expected else "")
-        assert budget.unasked == 512 * MB - used * MB - 64 * MB, "until it is scarce"
+        assert budget.unasked == 512 * MB - used * MB - 128 * MB, "until it is scarce"
     assert budget.supply(100 * MB)[0] is Supply.TIGHT, "what is in flight counts"
     monkeypatch.setattr(memory_budget, "available_memory", lambda: 1)
     write(outer, memory__max="max\n")
