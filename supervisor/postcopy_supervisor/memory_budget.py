@@ -9,7 +9,9 @@ from enum import IntEnum
 
 from .memory_cgroup import UNLIMITED, MemoryCgroup, left_in
 
-SCARCE = 128 << 20  # bytes left on the machine, or in a cgroup, below which only pages that a client waits for are placed
+SCARCE = (
+    128 << 20
+)  # bytes left on the machine, or in a cgroup, below which only pages that a client waits for are placed
 TIGHT = 24 << 20
 """Bytes left in a cgroup below which no page of a remote block is requested. What is in flight still fits."""
 SCARCE_SHARE, TIGHT_SHARE = 4, 16  # ... but no more than these parts of a cgroup's limit

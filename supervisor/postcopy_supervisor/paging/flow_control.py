@@ -41,9 +41,9 @@ BACKGROUND = -1  # the "client" of background requests
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Bytes and seconds. ``requests`` bounds the urgent requests in flight, and also those of the background. ``calm``:
-    how long after an urgent request the background window stays small at least. ``patience`` times ``attempts`` exceeds a
-    source's own ``--read-timeout`` (30 s by default), so that a read that hangs is reported by the source, with its
-    reason, before it is given up here."""
+    how long after an urgent request the background window stays small, at least. ``patience`` times ``attempts``
+    exceeds a source's own ``--read-timeout`` (30 s by default), so that a read that hangs is reported by the source,
+    with its reason, before it is given up here."""
 
     requests: int = 64
     bytes: int = 8 << 20

@@ -58,6 +58,7 @@ class LinkPace:
     _starting: bool = True
     _limited: bool = False  # was the window in the way since the last Pong?
     _delayed: float = 0.0  # how much later than over the empty link the last Pong came
+    _delayed_before: float = 0.0  # and the one before
     _probe_sent: float = 0.0  # of the Ping whose Pong is awaited; 0.0: none
     _ponged_at: float = NEVER
     _came_before: int = 0  # ``_bytes_came`` at the last Pong
@@ -126,8 +127,9 @@ class LinkPace:
             self.empty, self._quickest, self._period_ends = min(took, self._quickest or took), took, now + PERIOD
             self._calibrating_until = now + seconds + times * self.empty
         self._quickest, self.empty = min(took, self._quickest), min(took, self.empty)
-        # One late Pong may be the fault of a busy processor, two are a queue.
-        late, self._delayed = min(took - self.empty, self._delayed), took - self.empty
+        # One late Pong, or two, may be the fault of a busy processor, three are a queue.
+        late = min(took - self.empty, self._delayed, self._delayed_before)
+        self._delayed_before, self._delayed = self._delayed, took - self.empty
         self._measure_rate(late, busy, now)
         if not busy:
             if self._starting and self._delayed > TARGET / 2:

@@ -64,9 +64,7 @@ class Bench:
         self.room, self.now = 1 << 40, 0.0
         self.piece, self.probes = MB, 0
         self.pace = SimpleNamespace(resume_at=-1.0)
-        flow = SimpleNamespace(
-            room_for_background=lambda now: self.room, piece=lambda now: self.piece, pace=self.pace
-        )
+        flow = SimpleNamespace(room_for_background=lambda now: self.room, piece=lambda now: self.piece, pace=self.pace)
         links: Any = {REMOTE: SimpleNamespace(flow=flow, probe=self.probe)}
         self.background = Background(self.engine, cast(Any, self.blocks), links, rate, 0.0, self)
 
