@@ -86,8 +86,9 @@ def _served(bench: Bench, networks: Networks, file: str, delay: float, rate: str
                 relay = stack.enter_context(Relay("tcp:127.0.0.1:0", f"tcp:{HERE}:{PORT}"))
                 relay.delay(delay)
                 endpoint = relay.endpoint
-            options = {"background_rate": rate, "plain_tcp": True, "fault_around": "4K"}
-            yield stack.enter_context(bench.supervisor({"ram": f"{endpoint}/ram"}, **options))
+            block = {"ram": f"{endpoint}/ram"}
+            supervisor = bench.supervisor(block, background_rate=rate, plain_tcp=True, fault_around="4K")
+            yield stack.enter_context(supervisor)
 
 
 def _urgent(

@@ -34,17 +34,17 @@ def memory_cgroups(cgroup: str, mountinfo: str) -> list[MemoryCgroup]:
     >>> memory_cgroups("0::/a/b\\n", "31 23 0:28 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\\n")[0].path
     '/sys/fs/cgroup/a/b'
     """
-    places = {}
+    places: dict[int, str] = {}
     for line in cgroup.splitlines():
-        number, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        number, controllers, path = [*line.split(":", 2), "", ""][:3]
         if number == "0" and not controllers:
             places[2] = path
         elif "memory" in controllers.split(","):
             places[1] = path
     found: list[MemoryCgroup] = []
     for version, root, mounted in _mounts(mountinfo):
-        path = places.get(version)
-        if not path or not path.startswith("/") or "/.." in path:  # none, or outside this namespace
+        path = places.get(version, "")
+        if not path.startswith("/") or "/.." in path:  # none, or outside this namespace
             continue
         inside = os.path.relpath(path, root)
         if inside.startswith(".."):  # the mount shows another part of the tree, as in some containers: its root is ours
