@@ -23,6 +23,7 @@ from . import (
     compare,
     growth,
     limits,
+    links,
     local,
     machine,
     observing,
@@ -48,6 +49,7 @@ BENCHMARKS: Mapping[str, Measure] = {
     "recovery": recovery.run,
     "remote": remote.run,
     "transport": transport.run,
+    "links": links.run,
     "back-end": back_end.run,
     "observing": observing.run,
 }

@@ -129,6 +129,7 @@ class Reader:
                 self.more = True
                 break
         self._rest = self._rest[at:]
+        self.more = self.more and bool(self._rest)
         self.idle = self.ready and not self._rest and not self._parts
         return messages
 

@@ -5,18 +5,16 @@ has no limits: it may do all that the supervisor may."""
 
 from __future__ import annotations
 
-import os
 import socket
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from postcopy_kernel import access_list, descriptors, process
+from postcopy_kernel import access_list, descriptors
 from postcopy_protocol.codec import encode
 from postcopy_protocol.messages import Mapped, Message, OfferBackEnd, OfferUserfaultfd, Refused, Unmap
 
 from .bans import Bans
-from .settings import Settings
 
 EVERY_BLOCK = ""
 """In place of a block's name."""
@@ -89,13 +87,6 @@ class AllowList:
         if not (self.gids or self.shared_gids):
             return frozenset()
         return (descriptors.peer_groups(connection) | {own}) - {self.unmapped[1]}
-
-
-def allow_list(settings: Settings) -> AllowList:
-    """Who may attach."""
-    unmapped = (-1, -1) if settings.allow_unmapped else process.unmapped_ids()
-    users, groups = (settings.allow_uids, settings.allow_gids), (settings.shared_uids, settings.shared_gids)
-    return AllowList(os.geteuid(), *users, *groups, unmapped)
 
 
 @dataclass(slots=True)

@@ -2,7 +2,7 @@
 
 A module imports only modules that stand before it here:
 
-    memory_budget, runtime, event_log, events, pool.lifecycle, settings, admission
+    memory_budget, runtime, event_log, admission, events, pool.lifecycle, settings
     remote.advise, recovery.*, blocks           what is served, and what is taken over
     paging.*, remote.staging, remote.sources    faults of remote blocks
     pool.*, listener                            the custodian, the workers, events
@@ -33,7 +33,7 @@ from postcopy_wire.factory import open_router
 from postcopy_wire.transport import MessageHandler, Router
 
 from . import trace_points
-from .admission import Admission, allow_list
+from .admission import Admission
 from .adopt import PendingWorkers, adopt
 from .assignment import WorkerAssignments
 from .blocks import RamBlock
@@ -51,6 +51,7 @@ from .keeping import keep_for_workers, open_custodian
 from .listener import FileWatches, Listener
 from .main_loop import MainLoop, Ports, Replies
 from .memory_budget import MemoryBudget
+from .memory_cgroup import own_cgroups
 from .observe import metrics
 from .observe.audit import Auditor
 from .observe.queries import LongAnswers, Queries
@@ -243,7 +244,7 @@ def _base(
     control_page = _control_page(settings, own)
     router, attach_socket = _router(settings, runtime, main_loop.on_message), listen_for_clients(runtime)
     custodian = open_custodian(settings, runtime, plan, own, by_number, store, inherited)
-    admission = Admission(allow_list(settings))
+    admission = Admission(settings.allow_list())
     listener = Listener(own.core, own.stop, attach_socket, FileWatches(blocks.values()), admission, runtime.door)
     return Base(
         state,
@@ -346,7 +347,7 @@ def _periodic(
     memories = [block.memory for block in base.blocks.values()]
     return PeriodicWork(
         parts,
-        MemoryBudget(memories, settings.max_memory, settings.fault_around),
+        MemoryBudget(memories, settings.max_memory, settings.fault_around, own_cgroups()),
         settings.fault_around,
         service.sources,
         pending,

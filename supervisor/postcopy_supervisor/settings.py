@@ -7,6 +7,7 @@ from argparse import SUPPRESS
 from dataclasses import dataclass, field
 
 from postcopy_kernel.log_queue import FORMATS
+from postcopy_kernel.process import unmapped_ids
 from postcopy_protocol import arguments as args
 from postcopy_protocol.errors import BadInput
 from postcopy_protocol.geometry import PAGE_2M, PAGE_4K
@@ -14,6 +15,7 @@ from postcopy_protocol.runtime_paths import runtime_directory
 from postcopy_protocol.sources import HandlerSource, RemoteSource, Source, parse_named
 from postcopy_wire.transport import NATIVE, TRANSPORTS, chosen_transport
 
+from .admission import AllowList
 from .pool.lifecycle import LONGEST_BACKOFF, RestartPolicy
 
 LARGEST_WINDOW = 1 << 20
@@ -73,6 +75,12 @@ class Settings:
         """May users other than the supervisor's own attach?"""
         uids = self.allow_uids | {uid for _, uid in self.shared_uids}
         return bool(uids - {os.geteuid()} or self.allow_gids or self.shared_gids or self.allow_unmapped)
+
+    def allow_list(self) -> AllowList:
+        """Who may attach."""
+        unmapped = (-1, -1) if self.allow_unmapped else unmapped_ids()
+        users, groups = (self.allow_uids, self.allow_gids), (self.shared_uids, self.shared_gids)
+        return AllowList(os.geteuid(), *users, *groups, unmapped)
 
 
 def parse(arguments: list[str]) -> Settings:

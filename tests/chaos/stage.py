@@ -24,7 +24,7 @@ from typing import IO, Any
 from postcopy.errors import PostcopyError
 from postcopy.queries import Control
 from tests.system.service import alive, environment
-from tests.system.test_networks import HERE, Networks, inside, ip, two_networks
+from tests.wire.networks import HERE, Networks, inside, ip, two_networks
 from tests.wire.relay import Relay
 
 ROOT = Path(__file__).resolve().parents[2]
