@@ -10,7 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import postcopy
-from postcopy_workers.fast_answers import TIMED
+from postcopy_workers.fault_loop import TIMED
 from tests.conftest import SourceFile
 from tests.system.remote import Source
 from tests.system.service import Puppet, Service, until

@@ -21,7 +21,6 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable
 from typing import NoReturn
 
 from postcopy_kernel import crashpoints, log_queue
@@ -34,14 +33,14 @@ from postcopy_protocol.window import FaultAround
 from postcopy_wire.transport import Channel
 
 from .client_ufd import ClientGone, ClientUserfaultfd, Region
-from .fault_handler import EVENT_PAGEFAULT, MESSAGE_FIELDS, CannotContinue, FaultHandler
+from .fault_handler import CannotContinue, FaultHandler, Idle
+from .fault_loop import BATCH, EVENT_PAGEFAULT, MESSAGE_FIELDS
 from .page_waker import PageWaker
 from .placing import system_calls
 from .recording import Recording
 from .requests import Requests, Send
 from .worker import SOURCE_CHECK_SECONDS, ExitStatus, Worker
 
-BATCH = 16
 LEAVE_SECONDS = 0.05  # time for the monitor thread to send the last report
 
 log = logging.getLogger(__name__)
@@ -68,6 +67,8 @@ def serve_client(assignment: Assignment, fds: list[int], *, privileged: bool) ->
         if requests is not None:
             waker = _page_waker(worker, handler, requests, channel, recording)
             WakerThread(assignment.worker, waker, channel).start()
+        if handler.reads:
+            handler.serve(_idle(userfaultfd))
         _read_forever(userfaultfd, handler)
     except ClientGone:
         _leave(worker, "client-gone", "its memory is gone", ExitStatus.CLIENT_GONE)
@@ -106,9 +107,6 @@ def _page_waker(
     userfaultfd = ClientUserfaultfd(handler.userfaultfd.descriptor, worker.counters, calls)
     own_requests = _requests(worker, channel.send)
     return PageWaker(handler.regions, userfaultfd, worker.counters, calls, requests, own_requests, recording)
-
-
-Idle = Callable[[], None]  # waits for a fault after a read gave nothing
 
 
 def _read_forever(userfaultfd: int, handler: FaultHandler) -> NoReturn:
