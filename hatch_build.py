@@ -68,14 +68,23 @@ def _run(command: list[str], folder: str) -> None:
         raise CannotCompile(f"{command[0]}: {error}") from None
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"status {done.returncode}"]
-        raise CannotCompile(f"{' '.join(command[:3])}: {lines[-1].strip()}" if not os.environ.get("POSTCOPY_COMPILE") else done.stderr)
+        if _asked_for():
+            sys.stderr.write(done.stderr)
+        raise CannotCompile(f"{' '.join(command[:3])}: {lines[-1].strip()}")
+
+
+def _asked_for() -> bool:
+    return os.environ.get("POSTCOPY_COMPILE") == "1"
 
 
 class CustomBuildHook(BuildHookInterface):  # type: ignore[type-arg]
     """Puts the twin into a wheel if POSTCOPY_COMPILE=1."""
 
+    def dependencies(self) -> list[str]:
+        return ["cython>=3.1"] if _asked_for() else []
+
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        if self.target_name != "wheel" or version == "editable" or os.environ.get("POSTCOPY_COMPILE") != "1":
+        if version == "editable" or not _asked_for():
             return
         twin = compile_twin(Path(self.directory))
         build_data["force_include"][str(twin)] = f"{FOLDER.name}/{twin.name}"

@@ -38,6 +38,7 @@ WORKER_PID = 18
 INCARNATION = 19
 OUTSIDE = 20  # faults outside all regions, left waiting on purpose
 SANDBOX = 21  # rights that the worker has given up, as bits (see sandbox_names)
+FAULT_LOOP = 31  # which of FAULT_LOOPS answers; 0: a worker that has none, or is of an older version
 
 REASON = 32
 """Bytes of the text that follows: why the last page could not be made. A report of it may be lost with its worker."""
@@ -73,6 +74,14 @@ _SANDBOX = {
     SECCOMP: "seccomp",
     CGROUP: "cgroup",
 }
+
+
+FAULT_LOOPS = ("", "python", "compiled")
+
+
+def fault_loop_name(value: int) -> str:
+    """The name of what a worker has noted as FAULT_LOOP."""
+    return FAULT_LOOPS[value] if value < len(FAULT_LOOPS) else ""
 
 
 def sandbox_names(bits: int) -> list[str]:

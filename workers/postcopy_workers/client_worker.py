@@ -25,6 +25,7 @@ from typing import NoReturn
 
 from postcopy_kernel import crashpoints, log_queue
 from postcopy_kernel.userfaultfd import MESSAGE_BYTES
+from postcopy_protocol import counters
 from postcopy_protocol.codec import decode
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.messages import Assignment, Lost, Wake
@@ -32,6 +33,7 @@ from postcopy_protocol.templates import OFFSET_BYTES
 from postcopy_protocol.window import FaultAround
 from postcopy_wire.transport import Channel
 
+from . import twin
 from .client_ufd import ClientGone, ClientUserfaultfd, Region
 from .fault_handler import CannotContinue, FaultHandler, Idle
 from .fault_loop import BATCH, EVENT_PAGEFAULT, MESSAGE_FIELDS
@@ -87,6 +89,7 @@ def _fault_handler(worker: Worker, requests: Requests | None, recording: Recordi
         block = worker.blocks[grant.block]
         around = FaultAround(max(1, assignment.fault_around >> block.shift), assignment.adaptive)
         regions.append(Region(grant, block, around, worker.stages[grant.block]))
+    worker.counters[counters.FAULT_LOOP] = counters.FAULT_LOOPS.index("compiled" if twin.COMPILED else "python")
     return FaultHandler(
         worker.fds[assignment.userfaultfd],
         regions,

@@ -91,6 +91,9 @@ class Collector:
         pages = [(client, client.counters.tolist()) for client in clients if client.counters is not None]
         yield from _supervisor_metrics(parts)
         yield from _block_metrics(blocks)
+        loops = [counters.fault_loop_name(page[counters.FAULT_LOOP]) for _, page in pages]
+        yield _gauge("postcopy_fault_loops", "Clients whose worker runs this fault loop.", "loop",
+                     [(name, loops.count(name)) for name in counters.FAULT_LOOPS if name])  # fmt: skip
         yield from _client_metrics(pages, parts.pool.restarts_of)
         total = counters.merge([parts.clients.past, parts.zero.counters.tolist(), *(page for _, page in pages)])
         yield histogram("postcopy_fault_latency_seconds", "From a fault's message to its release.", [((), (), total)])

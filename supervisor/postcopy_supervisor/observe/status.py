@@ -211,6 +211,7 @@ def _client(
         "failures": page[counters.FAILURES],
         "restarts": slot.restarts if slot is not None else 0,
         "denied": page[counters.DENIED] + page[counters.UNNOTED],
+        "fault_loop": counters.fault_loop_name(page[counters.FAULT_LOOP]),
         "walls": counters.sandbox_names(page[counters.SANDBOX]),
         "latency_us": counters.summary(page),
     }
