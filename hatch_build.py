@@ -22,7 +22,14 @@ ROOT = Path(__file__).resolve().parent
 FOLDER = ROOT / "workers" / "postcopy_workers"
 SOURCE, TYPES, TWIN = FOLDER / "fault_loop.py", FOLDER / "fault_loop.pxd", "compiled_fault_loop"
 STAND_IN = "from . import cython_stand_in as cython"
-DIRECTIVES = "language_level=3", "infer_types=True", "boundscheck=False", "wraparound=False", "cdivision=True", "annotation_typing=False"
+DIRECTIVES = (
+    "language_level=3",
+    "infer_types=True",
+    "boundscheck=False",
+    "wraparound=False",
+    "cdivision=True",
+    "annotation_typing=False",
+)
 
 
 class CannotCompile(Exception):

@@ -7,7 +7,6 @@ worker: its main thread): on a busy machine it says more.
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -48,7 +47,8 @@ def run(bench: Bench) -> list[Row]:
                 times.setdefault((side, mode), []).append((p50, floor[0]))
                 spent.setdefault((side, mode), []).append((cpu, floor[1]))
     rows = [
-        ratio_row(f"local fault p50, {mode}, {side}", pairs, *GOALS[side][mode]) for (side, mode), pairs in times.items()
+        ratio_row(f"local fault p50, {mode}, {side}", pairs, *GOALS[side][mode])
+        for (side, mode), pairs in times.items()
     ]
     return rows + [
         ratio_row(f"handler's processor time for a fault, {mode}, {side}", pairs)

@@ -78,7 +78,7 @@ def test_every_wing_in_the_checkout_is_packed(names: set[str]) -> None:
 
 def test_only_source_is_packed(names: set[str]) -> None:
     endings = {Path(name).suffix for name in names if ".dist-info/" not in name}
-    assert endings <= {".py", ".typed", ".md", ".html", ".css", ".js"}
+    assert endings <= {".py", ".pxd", ".typed", ".md", ".html", ".css", ".js"}
 
 
 def test_every_place_that_lists_the_wings_agrees() -> None:

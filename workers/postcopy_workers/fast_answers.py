@@ -12,7 +12,7 @@ from fcntl import LOCK_EX, LOCK_UN
 from time import perf_counter_ns
 from typing import Protocol
 
-from postcopy_kernel.userfaultfd import UFFDIO_CONTINUE, UFFDIO_COPY, UFFDIO_WAKE
+from postcopy_kernel.userfaultfd import UFFDIO_CONTINUE, UFFDIO_COPY
 from postcopy_protocol.counters import FAULTS, PLAIN, bucket
 from postcopy_protocol.received_map import MISSING, PLACING, RECEIVED
 from postcopy_protocol.stages import PLACED as PLACED_STAGE

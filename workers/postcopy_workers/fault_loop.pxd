@@ -119,6 +119,7 @@ cdef class LocalRegion:
     cdef unsigned char *received
     cdef pc_ioctl ioctl
 
+    cdef void note_time(self, long long taken, int weight) noexcept nogil
     cdef take_streams(self)
     cdef give_streams(self)
     @cython.locals(at=int)

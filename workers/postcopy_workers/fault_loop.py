@@ -78,6 +78,15 @@ class LocalRegion:
             self.expected = [0] * STREAMS
             self.window = region.around.window
 
+    def note_time(self, taken: int, weight: int) -> None:
+        """A timed fault is answered, after so many ns, and counts for so many."""
+        index = bucket(taken)
+        self.counters[index] += weight
+        self.stages[index + WOKEN] += weight
+        if not self.private:  # placed and woken are one call
+            self.stages[index + PLACED_STAGE] += weight
+        self.placed += TIMED
+
     def take_streams(self) -> None:
         """Before the compiled loop: a copy of what ``FaultAround`` expects."""
         expected, self.behind = self.region.around.expected()
@@ -178,7 +187,12 @@ class FaultLoop:
         ioctl, received, trust_at, counters = region.ioctl, region.received, region.trust_at, region.counters
         base, first, end, private = region.base, region.first, region.end, region.private
         target, source, copy, copy_buffer = region.target, region.source, region.copy, region.copy_buffer
-        place_on, resume_on, resume, resume_buffer = region.place_on, region.resume_on, region.resume, region.resume_buffer
+        place_on, resume_on, resume, resume_buffer = (
+            region.place_on,
+            region.resume_on,
+            region.resume,
+            region.resume_buffer,
+        )
         fields, stages, at, count = self.fields, region.stages, self.at, self.count
         if not cython.compiled:
             readinto, buffer, window = self.read, self.buffer, region.window
@@ -213,22 +227,16 @@ class FaultLoop:
             if ioctl(place_on, UFFDIO_COPY, copy_buffer):
                 return FAILED
             received[page] = RECEIVED
-            weight = TIMED if plain else 1
             if private:
                 if begun:
-                    stages[bucket(clock() - begun) + PLACED_STAGE] += weight
+                    stages[bucket(clock() - begun) + PLACED_STAGE] += TIMED if plain else 1
                 resume[0] = address
                 # A writer faults again after a WAKE, straight into its own copy; CONTINUE would map it read-only.
                 if ioctl(resume_on, UFFDIO_WAKE if flags & FAULT_WRITE else UFFDIO_CONTINUE, resume_buffer):
                     return FAILED
             counters[PLAIN] = plain + 1
             if begun:
-                taken = bucket(clock() - begun)
-                counters[taken] += weight
-                stages[taken + WOKEN] += weight
-                if not private:  # placed and woken are one call
-                    stages[taken + PLACED_STAGE] += weight
-                region.placed += TIMED
+                region.note_time(clock() - begun, TIMED if plain else 1)
                 if region.placed << BASE_SHIFT >= TIDY_AFTER:
                     self.pages = 0
                     return BEHIND

@@ -35,7 +35,7 @@ def _choose() -> tuple[Any, str]:
         compiled = importlib.import_module(f"{__package__}.compiled_fault_loop")
     except ImportError:
         return fault_loop, "it is not compiled: scripts/install does that where a C compiler is"
-    if compiled.HASH_OF_SOURCE != hash_of_source():
+    if hash_of_source() != compiled.HASH_OF_SOURCE:
         return fault_loop, "the compiled one is of another source: run scripts/install again"
     return compiled, ""
 

@@ -51,7 +51,18 @@ def doctor(as_json: Json = False) -> None:
 def examine() -> list[Finding]:
     """All findings. A check that raises an error is a finding too."""
     findings: list[Finding] = []
-    for check in (_kernel, _userfaultfd, _device, _sysctl, _memory, _limits, _processes, _walls, _packages, _fault_loop):
+    for check in (
+        _kernel,
+        _userfaultfd,
+        _device,
+        _sysctl,
+        _memory,
+        _limits,
+        _processes,
+        _walls,
+        _packages,
+        _fault_loop,
+    ):
         try:
             findings += check()
         except Exception as error:
@@ -164,7 +175,9 @@ def _fault_loop() -> Iterator[Finding]:
     """Does a worker run the compiled loop? A program of its wing says so: workers may be of another installation."""
     if find_spec("postcopy_workers") is None:
         return
-    done = subprocess.run(command("postcopy_workers.twin"), env=environment(), capture_output=True, text=True, timeout=30)
+    done = subprocess.run(
+        command("postcopy_workers.twin"), env=environment(), capture_output=True, text=True, timeout=30
+    )
     found = done.stdout.strip() or f"not usable: {done.stderr.strip()[-200:]}"
     if found == "compiled":
         yield Finding("fault loop", GOOD, found)
