@@ -40,13 +40,15 @@ TIMED = 17
 fault, for which no cache is warm, is timed too and counts for itself alone. The number is a prime, because programs
 cycle through two, three, four or eight arrays or threads: each of them gets its share of the samples."""
 
+TIDY_PAGES = TIDY_AFTER >> BASE_SHIFT
+
 # What the loop returns. But for the first two its message is ``FaultLoop.at`` - 1.
 ANSWERED = 0  # the one message of ``answer``
 NOTHING_READ = 1
 BEHIND = 2  # answered, but something is to be done behind it: fault-around, or page tables to drop
-UNCOMMON = 3  # untouched: somebody else answers it
+UNCOMMON = 3  # untouched: its caller answers it
 ELSEWHERE = 4  # the same, and its address is in no region of the loop
-FAILED = 5  # a system call failed: somebody else answers it
+FAILED = 5  # a system call failed: its caller answers it
 READING = -1
 
 
@@ -187,12 +189,8 @@ class FaultLoop:
         ioctl, received, trust_at, counters = region.ioctl, region.received, region.trust_at, region.counters
         base, first, end, private = region.base, region.first, region.end, region.private
         target, source, copy, copy_buffer = region.target, region.source, region.copy, region.copy_buffer
-        place_on, resume_on, resume, resume_buffer = (
-            region.place_on,
-            region.resume_on,
-            region.resume,
-            region.resume_buffer,
-        )
+        place_on, resume_on = region.place_on, region.resume_on
+        resume, resume_buffer = region.resume, region.resume_buffer
         fields, stages, at, count = self.fields, region.stages, self.at, self.count
         if not cython.compiled:
             readinto, buffer, window = self.read, self.buffer, region.window
@@ -203,11 +201,10 @@ class FaultLoop:
                 self.begun = READING
                 length = read(self.userfaultfd, fields) if cython.compiled else readinto(buffer) or 0
                 if length <= 0:
-                    self.at = self.count = 0
-                    self.failed = -length
+                    self.at, self.count, self.failed = 0, 0, -length
                     return NOTHING_READ
-                at, self.count = 0, length // MESSAGE_BYTES
-                count = self.count
+                at, count = 0, length // MESSAGE_BYTES
+                self.count = count
             place = at * MESSAGE_FIELDS
             at += 1
             self.at = at
@@ -237,10 +234,7 @@ class FaultLoop:
             counters[PLAIN] = plain + 1
             if begun:
                 region.note_time(clock() - begun, TIMED if plain else 1)
-                if region.placed << BASE_SHIFT >= TIDY_AFTER:
-                    self.pages = 0
-                    return BEHIND
             pages = region.alone(page) if cython.compiled else window(page)
-            if pages != 1:
+            if pages != 1 or (begun and region.placed >= TIDY_PAGES):
                 self.pages = pages
                 return BEHIND
