@@ -87,16 +87,23 @@ def _asked_for() -> bool:
 class CustomBuildHook(BuildHookInterface):  # type: ignore[type-arg]
     """Puts the twin into a wheel if POSTCOPY_COMPILE=1."""
 
+    _folder: tempfile.TemporaryDirectory[str] | None = None
+
     def dependencies(self) -> list[str]:
         return ["cython>=3.1"] if _asked_for() else []
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if version == "editable" or not _asked_for():
             return
-        twin = compile_twin(Path(self.directory))
+        self._folder = tempfile.TemporaryDirectory(prefix="postcopy-twin-")
+        twin = compile_twin(Path(self._folder.name))
         build_data["force_include"][str(twin)] = f"{FOLDER.name}/{twin.name}"
         build_data["pure_python"] = False
         build_data["infer_tag"] = True
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        if self._folder is not None:
+            self._folder.cleanup()
 
 
 def main() -> int:
