@@ -1,4 +1,5 @@
-"""Answers to the common page faults: closures over what never changes while a worker lives.
+"""Answers to the common page faults of remote and guarded blocks: closures over what never changes while a worker lives.
+Those of other local blocks are answered by ``fault_loop``.
 
 Every fault runs one of them while its client waits. One flat closure over local names costs 16 % of the latency of a C
 handler; methods and attribute reads would cost 30 %. Each closure leaves to ``SlowPath`` as soon as a case is not the
@@ -51,8 +52,8 @@ def is_for_loop(region: Region) -> bool:
 def fast_answer(
     region: Region, userfaultfd: int, counters: memoryview, calls: Calls, slow: SlowPath, requests: Requests | None
 ) -> Answer:
-    """The closure that answers the faults of one region. Local blocks have lean closures only for 4 KiB pages that are
-    copied from a file: a huge page, or one that a function makes, costs far more than the way to it."""
+    """The closure that answers the faults of a region that is not for the loop. It is lean only where a page is
+    requested, or copied from a file: a huge page, or one that a function makes, costs far more than the way to it."""
     pages = region.block.pages
     if isinstance(pages, RemotePages):
         assert requests is not None

@@ -50,7 +50,7 @@ cdef extern from *:
 
     static long long pc_read(int fd, pc_word *fields)
     {
-        ssize_t length = read(fd, fields, 512);
+        ssize_t length = read(fd, fields, 512); /* BATCH messages */
         if (length >= 0)
             return length;
         return errno == EAGAIN || errno == EINTR ? 0 : -errno;
