@@ -1,4 +1,4 @@
-"""Answers to the common page faults of remote and guarded blocks: closures over what never changes while a worker lives.
+"""Answers to the common page faults of remote and guarded blocks: closures over what never changes in a worker.
 Those of other local blocks are answered by ``fault_loop``.
 
 Every fault runs one of them while its client waits. One flat closure over local names costs 16 % of the latency of a C
