@@ -29,6 +29,7 @@ MODULES = {"python": fault_loop}
 if find_spec(COMPILED) is not None:
     MODULES["compiled"] = importlib.import_module(COMPILED)
 needs_compiled = pytest.mark.skipif("compiled" not in MODULES, reason="the fault loop is not compiled here")
+chosen: Any = fault_handler  # it has the names of the loop that runs here
 Log = list[tuple[int, int, bytes]]
 
 
@@ -55,12 +56,12 @@ def history(module: Any, kind: Kind, touches: list[tuple[int, bool, bool]], refu
     """All that a handler with this loop has done, and what it knows, after these touches: page, write, lease lost."""
     world = World([kind], PAGES)
     client, recorded = world.clients[0], Recorded(world, dict(refused))
-    before = fault_handler.FaultLoop, fault_handler.LocalRegion
-    fault_handler.FaultLoop, fault_handler.LocalRegion = module.FaultLoop, module.LocalRegion
+    before = chosen.FaultLoop, chosen.LocalRegion
+    chosen.FaultLoop, chosen.LocalRegion = module.FaultLoop, module.LocalRegion
     try:
         handler = world.fault_handler(client, recorded.calls())
     finally:
-        fault_handler.FaultLoop, fault_handler.LocalRegion = before
+        chosen.FaultLoop, chosen.LocalRegion = before
     for page, write, unleased in touches:
         world.map[PAGES + TRUST] = WATCHED if unleased else 0
         world.touch(client, page, 7 if write else None)
