@@ -10,7 +10,9 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from .bench import Bench, ClientProcess, worker_of
+from postcopy.queries import Control
+
+from .bench import Bench, BenchmarkFailed, ClientProcess, worker_of
 from .compare import environment
 from .figures import Pair, Row, percentile, ratio_row
 from .growth import MODES
@@ -65,6 +67,10 @@ def _in_turns(bench: Bench, mode: str, number: int) -> dict[str, Pair]:
                 supervisor = stack.enter_context(bench.supervisor(["ram"], pinned=True))
             client = stack.enter_context(bench.product_client(supervisor, "ram", mode, pinned=True))
             runners[side] = Runner(client, worker_of(supervisor, client.pid))
+            with Control(supervisor.runtime_dir) as control:
+                loop = control.status()["clients"][0]["fault_loop"]
+            if loop != side.lower():
+                raise BenchmarkFailed(f"the worker runs the fault loop {loop!r}, not {side!r}: run scripts/install")
         client = stack.enter_context(bench.client(pinned=True, handler=[*bench.floor, *MODES[mode]], mode=mode))
         runners["C"] = Runner(client, _child_of(client.pid))
         step = bench.pages // SLICES
