@@ -46,7 +46,7 @@ class SlowPath(Protocol):
 def is_for_loop(region: Region) -> bool:
     """Are the common faults of a region answered by ``FaultLoop``, and not by a closure?"""
     block = region.block
-    return bool(block.pages.linear) and block.shift == BASE_SHIFT and not block.guarded
+    return bool(block.pages.linear) and block.shift == BASE_SHIFT and not (block.guarded or region.own)
 
 
 def fast_answer(
@@ -58,11 +58,10 @@ def fast_answer(
     if isinstance(pages, RemotePages):
         assert requests is not None
         return _remote(region, counters, slow, requests)
-    if not pages.linear or region.block.shift != BASE_SHIFT:
-        return _not_linear(region, slow)
-    if isinstance(region.block, GuardedBlock):
+    linear = pages.linear and region.block.shift == BASE_SHIFT and not region.own
+    if linear and isinstance(region.block, GuardedBlock):
         return _guarded(region, region.block, userfaultfd, counters, calls, slow)
-    raise AssertionError("the fault loop answers this region")
+    return _not_linear(region, slow)
 
 
 def _not_linear(region: Region, slow: SlowPath) -> Answer:
