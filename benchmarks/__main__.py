@@ -32,6 +32,7 @@ from . import (
     scaling,
     sequential,
     transport,
+    twin,
 )
 from .bench import Bench, BenchmarkFailed, Measure, Scale
 from .docs import write_docs
@@ -40,6 +41,7 @@ from .figures import HEADINGS, Row, as_document
 BENCHMARKS: Mapping[str, Measure] = {
     "local": local.run,
     "clients8": clients8.run,
+    "twin": twin.run,
     "growth": growth.run,
     "limits": limits.run,
     "scaling": scaling.run,

@@ -41,6 +41,7 @@ SANDBOX = 21  # rights that the worker has given up, as bits (see sandbox_names)
 POISONED = 22  # the page that this client got SIGBUS for last (see ``place_of``); 0: none
 EXPLAINED = 23  # the page that REASON is about
 BUSY_BLOCK = 24  # number of the block of BUSY_SINCE_NS, where it is no common fault of a file
+FAULT_LOOP = 31  # which of FAULT_LOOPS answers; 0: a worker that has none, or is of an older version
 
 REASON = 32
 """Bytes of the text that follows: why the last page could not be supplied. A report may be lost with its worker."""
@@ -76,6 +77,14 @@ _SANDBOX = {
     SECCOMP: "seccomp",
     CGROUP: "cgroup",
 }
+
+
+FAULT_LOOPS = ("", "python", "compiled")
+
+
+def fault_loop_name(value: int) -> str:
+    """The name of what a worker has noted as FAULT_LOOP."""
+    return FAULT_LOOPS[value] if value < len(FAULT_LOOPS) else ""
 
 
 def sandbox_names(bits: int) -> list[str]:

@@ -65,6 +65,11 @@ class FaultAround:
         expected[page + width] = width
         return width
 
+    def expected(self) -> tuple[tuple[int, ...], int]:
+        """At which pages streams go on, the least recently continued first; and the page behind what another client
+        had placed. A page that is none of them, nor behind that, has a window of one."""
+        return tuple(self._expected), self._behind
+
     def follow(self, page: int, end: int) -> None:
         """A fault found that another client has, or is having, the pages from ``page`` up to ``end`` placed."""
         width = self._expected.pop(page, 0)

@@ -44,7 +44,8 @@ from postcopy_supervisor.paging.source_link import AdvisedBlock, SourceLink
 from postcopy_supervisor.paging.wakers import Wakers
 from postcopy_supervisor.parts import RunState
 from postcopy_workers.client_ufd import ClientGone, ClientUserfaultfd, Region
-from postcopy_workers.fault_handler import MESSAGE_FIELDS, FaultHandler
+from postcopy_workers.fault_handler import FaultHandler
+from postcopy_workers.fault_loop import MESSAGE_FIELDS
 from postcopy_workers.guarded_block import GuardedBlock
 from postcopy_workers.page_sources import RemotePages
 from postcopy_workers.page_waker import PageWaker

@@ -14,7 +14,8 @@ from postcopy_protocol.messages import BlockGrant, RegionGrant
 from postcopy_protocol.received_map import CHANGED, FLAGS, GUARDED, LOST, MISSING, RECEIVED, SHARED, TRUST, WATCHED
 from postcopy_protocol.window import FaultAround
 from postcopy_workers.client_ufd import ClientGone, Region
-from postcopy_workers.fault_handler import MESSAGE_FIELDS, FaultHandler
+from postcopy_workers.fault_handler import FaultHandler
+from postcopy_workers.fault_loop import MESSAGE_FIELDS
 from postcopy_workers.guarded_block import GuardedBlock
 from postcopy_workers.page_sources import NoPages, PageSource
 from postcopy_workers.placing import Block, Calls, OwnMapping

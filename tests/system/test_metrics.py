@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import postcopy
 from postcopy.commands.service_files import ALERTS, DASHBOARD, text_of
-from postcopy_workers.fast_answers import TIMED
+from postcopy_workers.fault_loop import TIMED
 from tests.conftest import SourceFile
 from tests.system.remote import Source
 from tests.system.service import Puppet, Service, until

@@ -81,7 +81,7 @@ def test_every_wing_in_the_checkout_is_packed(names: set[str]) -> None:
 
 def test_only_source_is_packed(names: set[str]) -> None:
     endings = {Path(name).suffix for name in names if ".dist-info/" not in name}
-    assert endings <= {".py", ".typed", ".md", ".html", ".css", ".js", ".service", ".json", ".yaml"}
+    assert endings <= {".py", ".pxd", ".typed", ".md", ".html", ".css", ".js", ".service", ".json", ".yaml"}
 
 
 def test_what_an_operator_installs_is_packed(names: set[str]) -> None:

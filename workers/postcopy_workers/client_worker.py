@@ -22,11 +22,11 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable
 from typing import NoReturn
 
 from postcopy_kernel import crashpoints, log_queue
 from postcopy_kernel.userfaultfd import MESSAGE_BYTES
+from postcopy_protocol import counters
 from postcopy_protocol.codec import decode
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.messages import Assignment, Lost, Wake
@@ -34,8 +34,10 @@ from postcopy_protocol.templates import OFFSET_BYTES
 from postcopy_protocol.window import FaultAround
 from postcopy_wire.transport import Channel
 
+from . import twin
 from .client_ufd import ClientGone, ClientUserfaultfd, Region
-from .fault_handler import EVENT_PAGEFAULT, MESSAGE_FIELDS, CannotContinue, FaultHandler
+from .fault_handler import CannotContinue, FaultHandler, Idle
+from .fault_loop import BATCH, EVENT_PAGEFAULT, MESSAGE_FIELDS
 from .own_memory import OnlyWakes, OwnMemory
 from .page_waker import PageWaker
 from .placing import system_calls
@@ -43,7 +45,6 @@ from .recording import Recording
 from .requests import Requests, Send
 from .worker import SOURCE_CHECK_SECONDS, ExitStatus, Worker
 
-BATCH = 16
 LEAVE_SECONDS = 0.05  # time for the monitor thread to send the last report
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,8 @@ def serve_client(assignment: Assignment, fds: list[int], *, privileged: bool) ->
             WakerThread(assignment.worker, waker, channel).start()
         if handler.own is not None:
             _read_events_first(userfaultfd, handler)
+        if handler.reads:
+            handler.serve(_idle(userfaultfd))
         _read_forever(userfaultfd, handler)
     except ClientGone:
         _leave(worker, "client-gone", "its memory is gone", ExitStatus.CLIENT_GONE)
@@ -90,6 +93,7 @@ def _fault_handler(worker: Worker, requests: Requests | None, recording: Recordi
         block = worker.blocks[grant.block]
         around = FaultAround(max(1, assignment.fault_around >> block.shift), assignment.adaptive)
         regions.append(Region(grant, block, around, worker.stages[grant.block]))
+    worker.counters[counters.FAULT_LOOP] = counters.FAULT_LOOPS.index("compiled" if twin.COMPILED else "python")
     return FaultHandler(
         worker.fds[assignment.userfaultfd],
         regions,
@@ -120,9 +124,6 @@ def _page_waker(
     userfaultfd = kind(handler.userfaultfd.descriptor, worker.counters, calls)
     own_requests = _requests(worker, channel.send)
     return PageWaker(handler.regions, userfaultfd, worker.counters, calls, requests, own_requests, recording)
-
-
-Idle = Callable[[], None]  # waits for a fault after a read gave nothing
 
 
 def _read_forever(userfaultfd: int, handler: FaultHandler) -> NoReturn:

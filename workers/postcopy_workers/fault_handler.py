@@ -19,7 +19,9 @@ the tests run this code on a simulated kernel.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from time import monotonic_ns, perf_counter_ns
+from typing import NoReturn
 
 from postcopy_protocol.counters import (
     AROUND,
@@ -44,7 +46,8 @@ from postcopy_protocol.stages import WOKEN
 from postcopy_protocol.window import placed_until
 
 from .client_ufd import FAULT_MINOR, ClientGone, ClientUserfaultfd, Region, unpoison_denied
-from .fast_answers import Answer, fast_answer
+from .fast_answers import Answer, fast_answer, is_for_loop
+from .fault_loop import ANSWERED, BASE_SHIFT, BEHIND, ELSEWHERE, EVENT_PAGEFAULT, MESSAGE_FIELDS, NOTHING_READ
 from .own_memory import OwnMemory, own_answer
 from .page_sources import Elsewhere, HandlerFailed, NoPages, RemotePages, SourceChanged
 from .placing import COPY_DONTWAKE, Calls
@@ -52,9 +55,9 @@ from .recording import Recording
 from .repeats import Pause, Repeats
 from .reports import Reporter
 from .requests import Requests
+from .twin import FaultLoop, LocalRegion
 
-EVENT_PAGEFAULT = 0x12
-MESSAGE_FIELDS = 4  # u64 fields of a message: event, flags, address, and one that we do not use
+Idle = Callable[[], None]  # waits for a fault after a read gave nothing
 
 
 class CannotContinue(Exception):
@@ -88,19 +91,30 @@ class FaultHandler:
         self._pause = pause
         self._shortages = 0
         self._repeats, self._only_woken, self._slowed = Repeats(pause), False, False
-        answer = self._dispatcher(calls)
+        common = [] if own is not None else [region for region in self.regions if is_for_loop(region)]
+        local = [LocalRegion(region, userfaultfd, counters, calls) for region in common]
+        self._loop = FaultLoop(userfaultfd, local, calls) if local else None
+        self._elsewhere = self._dispatcher(calls)
+        answer = self._elsewhere if self._loop is None else self._answer_by_loop
         self.answer = answer if recording is None else recording.recorded(answer, self.regions)
-        """Resolves one page fault (flags, address): the loop calls it for the common message."""
+        """Resolves one page fault (flags, address)."""
+        self.reads = self._loop is not None and recording is None
+        """Does ``serve`` read the messages? Else the caller does, and gives them to ``answer`` or ``messages``."""
 
     def _dispatcher(self, calls: Calls) -> Answer:
-        """One region is the rule; its own answer checks whether the fault is inside."""
+        """The closures of the regions that the loop does not answer. One region is the rule; its own answer checks
+        whether the fault is inside."""
         ufd, requests = self.userfaultfd.descriptor, self._requests
         answers: list[tuple[int, int, Answer]] = []
         for region in self.regions:
+            if self._loop is not None and is_for_loop(region):
+                continue
             inside = fast_answer(region, ufd, self._counters, calls, self, requests)
             if self.own is not None:
                 inside = own_answer(region, self.own, self._counters, inside)
             answers.append((region.start, region.end, inside))
+        if not answers:
+            return lambda flags, address: self.outside(address)
         if len(answers) == 1:
             return answers[0][2]
 
@@ -111,6 +125,46 @@ class FaultHandler:
             return self.outside(address)
 
         return answer
+
+    def serve(self, idle: Idle) -> NoReturn:
+        """Read and answer for ever, where ``reads`` is true. Raises ClientGone, CannotContinue or OSError."""
+        loop = self._loop
+        assert loop is not None
+        fields = loop.messages
+        while True:
+            outcome = loop.run()
+            if outcome == NOTHING_READ:
+                idle()
+                continue
+            at, left = (loop.at - 1) * MESSAGE_FIELDS, loop.count - loop.at
+            if outcome == BEHIND or (not left and fields[at] == EVENT_PAGEFAULT):
+                self._go_on(outcome, fields[at + 1], fields[at + 2])
+            else:
+                loop.at = loop.count
+                self.messages(fields[at:], left + 1)
+
+    def _answer_by_loop(self, flags: int, address: int) -> None:
+        assert self._loop is not None
+        outcome = self._loop.answer(flags, address)
+        if outcome != ANSWERED:
+            self._go_on(outcome, flags, address)
+
+    def _go_on(self, outcome: int, flags: int, address: int) -> None:
+        """Do what the loop has left to us of a page fault."""
+        if outcome == ELSEWHERE:
+            return self._elsewhere(flags, address)
+        loop = self._loop
+        assert loop is not None
+        local = loop.current
+        region: Region = local.region
+        page = address - region.base >> BASE_SHIFT
+        if outcome != BEHIND:
+            return self.resolve(region, page, flags, loop.begun or perf_counter_ns())
+        pages = loop.pages or region.around.window(page)
+        placed, local.placed = local.placed, 0
+        region.block.tidy(placed)
+        if pages > 1:
+            self.widen(region, page, pages)
 
     def wake_everything(self) -> None:
         """First act of every worker: threads that waited for a dead predecessor fault again, and are read again."""

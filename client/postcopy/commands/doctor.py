@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import resource
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from importlib.util import find_spec
+
+from postcopy_kernel.programs import command, environment
 
 from ..errors import PostcopyError
 from .options import Json
@@ -48,7 +51,18 @@ def doctor(as_json: Json = False) -> None:
 def examine() -> list[Finding]:
     """All findings. A check that raises an error is a finding too."""
     findings: list[Finding] = []
-    for check in (_kernel, _userfaultfd, _device, _sysctl, _memory, _limits, _processes, _walls, _packages):
+    for check in (
+        _kernel,
+        _userfaultfd,
+        _device,
+        _sysctl,
+        _memory,
+        _limits,
+        _processes,
+        _walls,
+        _packages,
+        _fault_loop,
+    ):
         try:
             findings += check()
         except Exception as error:
@@ -156,6 +170,20 @@ def _packages() -> Iterator[Finding]:
         yield Finding("supervisor", GOOD, "prctl(2) by ctypes, without python-prctl")
     else:
         yield Finding("supervisor", GOOD, f"python-prctl {metadata.version('python-prctl')}")
+
+
+def _fault_loop() -> Iterator[Finding]:
+    """Does a worker run the compiled loop? A program of its wing says so: workers may be of another installation."""
+    if find_spec("postcopy_workers") is None:
+        return
+    done = subprocess.run(
+        command("postcopy_workers.twin"), env=environment(), capture_output=True, text=True, timeout=30
+    )
+    found = done.stdout.strip() or f"not usable: {done.stderr.strip()[-200:]}"
+    if found == "compiled":
+        yield Finding("fault loop", GOOD, found)
+    else:
+        yield Finding("fault loop", LIMITED, found, "compiled, a local fault costs about half of the processor time")
 
 
 def _read(path: str) -> str:

@@ -236,6 +236,10 @@ def _supervisor_metrics(parts: Parts) -> Iterator[Any]:
     kinds = list(parts.event_log.counts.items())
     rest = sum(count for _, count in kinds[MOST_KINDS:])
     kinds[MOST_KINDS:] = [("others", rest)] if rest else []
+    pages = [client.counters for client in list(parts.clients.by_number.values()) if client.counters is not None]
+    loops = [counters.fault_loop_name(page[counters.FAULT_LOOP]) for page in pages]
+    yield _gauge("postcopy_fault_loops", "Clients whose worker runs this fault loop.", "loop",
+                 [(name, loops.count(name)) for name in counters.FAULT_LOOPS if name])  # fmt: skip
     yield _counter("postcopy_events", "Events by kind.", "kind", kinds)
 
 

@@ -223,6 +223,7 @@ def _client(
         "released": sorted({names[region.block] for region in client.released}),
         **figures.of_clients(page, pool.restarts_of(client.number)),
         "denied": page[counters.DENIED] + page[counters.UNNOTED],
+        "fault_loop": counters.fault_loop_name(page[counters.FAULT_LOOP]),
         "walls": counters.sandbox_names(page[counters.SANDBOX]),
         "latency_us": counters.summary(page),
     }

@@ -13,8 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from postcopy_protocol import counters
 from postcopy_protocol.received_map import LEASED, LOST, MISSING, PLACING, RECEIVED, TRUST, WATCHED
 from postcopy_workers.client_ufd import ClientGone
-from postcopy_workers.fast_answers import TIMED
 from postcopy_workers.fault_handler import CannotContinue
+from postcopy_workers.fault_loop import TIMED
 from postcopy_workers.placing import Calls
 from tests.simulated.effort import effort
 from tests.simulated.kernel import POISON, SIGBUS, failure
