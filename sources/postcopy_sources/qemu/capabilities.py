@@ -50,10 +50,9 @@ class Borrowed:
         self._monitor.execute("migrate-set-parameters", values)
 
     def _set(self, wanted: dict[str, bool]) -> None:
-        # One by one, what goes off first: some exclude one another, and some need another.
-        for name, state in sorted(wanted.items(), key=lambda one: one[1]):
-            asked = [{"capability": name, "state": state}]
-            self._monitor.execute("migrate-set-capabilities", {"capabilities": asked})
+        # All in one command: some exclude one another, some need another, and QEMU judges what results.
+        asked = [{"capability": name, "state": state} for name, state in wanted.items()]
+        self._monitor.execute("migrate-set-capabilities", {"capabilities": asked})
 
     def restore(self) -> None:
         """Set everything as it was, when no migration is under way. It must not raise."""

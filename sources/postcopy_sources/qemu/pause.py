@@ -147,7 +147,8 @@ class PauseFeed(VmFeed):
             self._look_complete()
 
     def _look_complete(self) -> None:
-        if self._stopped and not self._done and self._ended and self.memory.complete:
+        # A QEMU that still may run the VM does not end the stream, and sends no page twice.
+        if self._stopped and not self._done and self.memory.complete and (self._ended or self._revocable):
             self._done = True
             size, seconds = self.memory.pages * 4096, time.monotonic() - self._began
             log.info("pause: all %s are here, after %.2f s", format_size(size), seconds)
