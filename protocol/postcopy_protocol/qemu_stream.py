@@ -9,8 +9,9 @@ Source of the layout: QEMU's ``migration/`` (savevm.c, ram.c, vmstate.c), versio
 
 from __future__ import annotations
 
+import re
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -165,6 +166,19 @@ class EndOfStream:
 
 
 Event = OpenReturnPath | Ping | Advise | Package | AskBitmap | Resume | EndOfRam | Devices | EndOfStream
+
+
+def offered_names(blocks: Iterable[QemuBlock]) -> list[str]:
+    """The names under which blocks are offered: QEMU's own, with ``_`` for what no block name may have."""
+    names: list[str] = []
+    for block in blocks:
+        name = plain = re.sub(r"[^A-Za-z0-9._-]", "_", block.name.lstrip("/_.-"))[:40] or "ram"
+        number = 1
+        while name in names:
+            number += 1
+            name = f"{plain}-{number}"
+        names.append(name)
+    return names
 
 
 def read_header(cursor: Cursor) -> frozenset[str]:

@@ -11,9 +11,10 @@ from postcopy_protocol import arguments as args
 from postcopy_protocol.errors import BadInput
 from postcopy_protocol.geometry import PAGE_2M, PAGE_4K
 from postcopy_protocol.runtime_paths import runtime_directory
-from postcopy_protocol.sources import HandlerSource, RemoteSource, Source, parse_named
+from postcopy_protocol.sources import HandlerSource, QemuRamSource, RemoteSource, Source, parse_named
 from postcopy_wire.transport import NATIVE, TRANSPORTS, chosen_transport
 
+from . import qemu_ram
 from .pool.lifecycle import LONGEST_BACKOFF, RestartPolicy
 
 LARGEST_WINDOW = 1 << 20
@@ -145,6 +146,9 @@ def _sources(blocks: list[str]) -> dict[str, Source]:
     sources: dict[str, Source] = {}
     for text in blocks:
         name, source = parse_named(text)
+        if isinstance(source, QemuRamSource) and not source.block:
+            sources.update(qemu_ram.sources_of(name, source, sources))
+            continue
         if name in sources:
             raise BadInput(f"the name {name} is used twice: every block needs a name of its own")
         if isinstance(source, RemoteSource) and source in sources.values():

@@ -7,31 +7,17 @@ counts as zeros. A read that finds a page missing waits at that page, and goes o
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from postcopy_kernel.memory import create_memfd, punch
 from postcopy_protocol.errors import BadInput, PageLost
-from postcopy_protocol.qemu_stream import PAGE, QemuBlock
+from postcopy_protocol.qemu_stream import PAGE, QemuBlock, offered_names
 
 MISSING, DATA, ZEROS = 0, 1, 2
 _ZERO_MARK = bytes([ZEROS])
 
 Call = Callable[[], object]
 Wanted = Callable[[int, int, bool], object]  # receives offset, length, urgency
-
-
-def offered_names(blocks: Iterable[QemuBlock]) -> list[str]:
-    """The names under which blocks are offered: QEMU's own, with ``_`` for what no block name may have."""
-    names: list[str] = []
-    for block in blocks:
-        name = plain = re.sub(r"[^A-Za-z0-9._-]", "_", block.name.lstrip("/_.-"))[:60] or "ram"
-        number = 1
-        while name in names:
-            number += 1
-            name = f"{plain}-{number}"
-        names.append(name)
-    return names
 
 
 class StagedBlock:

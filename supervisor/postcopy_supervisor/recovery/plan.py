@@ -18,7 +18,7 @@ from postcopy_protocol.codec import decode
 from postcopy_protocol.errors import BadInput, BadMessage
 from postcopy_protocol.messages import BlockNote, ClientNote
 from postcopy_protocol.sizes import format_size
-from postcopy_protocol.sources import Advice, FileSource, HandlerSource, RemoteSource, Source, ZeroSource
+from postcopy_protocol.sources import Advice, FileSource, HandlerSource, QemuRamSource, RemoteSource, Source, ZeroSource
 
 SHARED = "house"
 ZERO = "client/0"
@@ -33,6 +33,7 @@ OTHER_VERSION = "what the custodian keeps is another version's"
 COPY = "copy"
 """``detail`` of a block of kind ``file`` that serves a copy: no other program has its file."""
 DIGESTS = "digests"
+QEMU_RAM = "qemu-ram"  # the kind of a block that is a part of a file
 """``detail`` of a block whose file leaves no trace of a change: its fourth descriptor has digests of the pages."""
 
 
@@ -140,7 +141,7 @@ def read(kept: Mapping[str, tuple[bytes, tuple[int, ...]]], workers: Sequence[Ke
 
 def _block(meta: bytes, fds: tuple[int, ...]) -> KeptBlock:
     note = _note(meta, BlockNote)
-    if len(fds) != (2 if note.kind != "file" else 4 if note.detail == DIGESTS else 3):
+    if len(fds) != (2 if note.kind not in ("file", QEMU_RAM) else 4 if has_digests(note) else 3):
         raise BadInput(f"{OTHER_VERSION}: block {note.name} with {len(fds)} descriptors")
     return KeptBlock(note, fds)
 
@@ -232,6 +233,16 @@ def _number(sources: Mapping[str, Source], adopted: Mapping[str, KeptBlock], las
     return numbers
 
 
+def has_digests(note: BlockNote) -> bool:
+    """Are pages of this block's file compared with digests?"""
+    return note.detail.endswith(DIGESTS) and note.kind in ("file", QEMU_RAM)
+
+
+def is_copy(note: BlockNote) -> bool:
+    """Is a copy of its file served?"""
+    return note.detail.endswith(COPY) and note.kind in ("file", QEMU_RAM)
+
+
 def _difference(kept: KeptBlock, source: Source, page_size: int, was: FileFacts | None, now: FileFacts | None) -> str:
     """What has changed, or nothing."""
     note = kept.note
@@ -241,6 +252,10 @@ def _difference(kept: KeptBlock, source: Source, page_size: int, was: FileFacts 
         case FileSource(path) if note.kind == "file" and note.detail == COPY:
             return "" if note.source == str(source) else f"is a copy of {note.source}, not of {source}"
         case FileSource(path) if note.kind == "file":
+            return _other_file(path, was, now)
+        case QemuRamSource(path, block) if note.kind == QEMU_RAM and note.source.endswith(f"?block={block}"):
+            if is_copy(note):
+                return "" if note.source == str(source) else f"is a copy of {note.source}, not of {source}"
             return _other_file(path, was, now)
         case HandlerSource(module, function, size) if note.kind == "handler":
             wanted, had = (f"{module}:{function}", size), (note.detail, note.size)
