@@ -20,6 +20,7 @@ from .errors import BadMessage
 MAGIC, VERSION = 0x5145564D, 3
 PAGE = 4096  # the only target page size that is understood
 MAX_BLOCKS = 4096
+UNKNOWN_SECTION = -1  # of a migration that another reader began: it is the first one that goes on
 MAX_BLOCK_BYTES = 16 << 40
 MAX_PIECE = 66 << 10  # bytes: more than the longest that must be there at once, a command
 MAX_RUN = 512  # pages that a sink gets at once; fewer than IOV_MAX
@@ -295,7 +296,10 @@ class StreamParser:
         if kind == COMMAND:
             self._command(cursor)
         elif kind in (PART, END):
-            if (number := cursor.number(4)) != self.section or not self.blocks:
+            number = cursor.number(4)
+            if self.section == UNKNOWN_SECTION:
+                self.section = number
+            if number != self.section or not self.blocks:
                 raise BadMessage(f"section {number} goes on, which has not begun")
             self._ending, self._step = kind == END, self._ram
         elif kind in (START, FULL):

@@ -44,6 +44,12 @@ class Borrowed:
         self._changed = {name: self.capabilities[name] for name in wanted if self.capabilities[name] != wanted[name]}
         self._set(wanted)
 
+    def forget_postcopy(self) -> None:
+        """What an earlier source has switched on is to be off at the end."""
+        for name in ("postcopy-ram", "postcopy-preempt"):
+            if self.capabilities.get(name):
+                self._changed[name] = False
+
     def parameters(self, values: dict[str, Any]) -> None:
         before = self._monitor.execute("query-migrate-parameters")
         self._parameters = {name: before[name] for name in values if name in before}

@@ -40,7 +40,7 @@ class VmFeed:
     def await_blocks(self) -> None:
         """Wait until QEMU has connected and sent the list of its RAM blocks. Raises PostcopyError."""
         deadline = time.monotonic() + CONNECT_SECONDS
-        while not self.memory.blocks:
+        while not self.ready:
             watched = self._listener.socket if self._channel is None else self._channel.socket
             if select.select([watched], [], [], LOOK_SECONDS)[0]:
                 self._step_to_blocks()
@@ -53,7 +53,7 @@ class VmFeed:
         if self._channel is None:
             connection = self._listener.accept()
             if connection is not None:
-                self._channel = Channel(connection, StreamParser(self.memory))
+                self._channel = Channel(connection, self.parser())
                 self.accepted()
             return
         try:
@@ -65,6 +65,15 @@ class VmFeed:
         if events is None:
             raise PostcopyError(self.failure() or "QEMU has closed the connection before it sent any memory")
         self.on_events(self._channel, events)
+
+    def parser(self) -> StreamParser:
+        """The parser of the first connection."""
+        return StreamParser(self.memory)
+
+    @property
+    def ready(self) -> bool:
+        """Are the blocks known?"""
+        return bool(self.memory.blocks)
 
     def failure(self) -> str:
         """Why the migration has failed, in QEMU's words; empty: it has not, or QEMU says nothing."""
@@ -144,7 +153,11 @@ class VmFeed:
         raise NotImplementedError
 
     def finish(self) -> None:
-        """Give the VM back; called in the main thread when the source ends, however it ends."""
+        """Give the VM back, when the source ends, however it ends: the loop runs no more."""
+        self._router = None
+        self.give_back()
+
+    def give_back(self) -> None:
         raise NotImplementedError
 
 

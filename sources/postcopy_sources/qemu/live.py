@@ -56,7 +56,7 @@ class LiveFeed(VmFeed):
         self._borrowed: Borrowed | None = None
         self._done = False
 
-    def begin(self, uri: str) -> None:
+    def begin(self, uri: str, rate: int) -> None:
         """Let QEMU begin, by its monitor. Raises PostcopyError."""
         assert self.monitor is not None
         check(self.monitor)
@@ -98,7 +98,7 @@ class LiveFeed(VmFeed):
             log.error("%s; they are lost", reason)
             self.memory.lose(reason)
 
-    def finish(self) -> None:
+    def give_back(self) -> None:
         if self._channel is not None:
             # A reader that leaves early makes the migration fail, so read to the end if that is near.
             if self._done and self._channel.socket.fileno() >= 0:

@@ -7,7 +7,7 @@ counts as zeros. A read that finds a page missing waits at that page, and goes o
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 from postcopy_kernel.memory import create_memfd, punch
 from postcopy_protocol.errors import BadInput, PageLost
@@ -39,6 +39,7 @@ class StagedBlock:
         self.received = 0
         self.usable = True
         """False: the VM still runs, and what is here may change."""
+        self.offered = True
         self.lost = ""  # why missing pages never come
         self._stale: set[int] = set()  # missing or zero pages with old bytes
         self._waiting: dict[int, list[tuple[int, Call]]] = {}  # by page: end of the range, and what to call
@@ -175,6 +176,12 @@ class VmMemory:
 
     def discard(self, block: int, offset: int, length: int) -> None:
         self.received -= self.blocks[block].discard(offset, length)
+
+    def keep_only(self, names: Container[str]) -> None:
+        """Other blocks of QEMU do not belong to the migration: nothing comes, and they are not offered."""
+        for block in self.blocks:
+            block.offered = block.qemu.name in names
+        self.pages = sum(block.pages for block in self.blocks if block.offered)
 
     @property
     def complete(self) -> bool:

@@ -9,6 +9,7 @@ answer that, so whatever ends the connection makes the VM run on. Before 10.2 th
 from __future__ import annotations
 
 import logging
+import re
 import select
 import socket
 import threading
@@ -25,6 +26,8 @@ from postcopy_protocol.qemu_stream import (
     Event,
     Package,
     Ping,
+    UNKNOWN_SECTION,
+    QemuBlock,
     Resume,
     StreamParser,
 )
@@ -63,23 +66,54 @@ class PauseFeed(VmFeed):
         self._done = False
         self._section = 0
         self._resuming: threading.Thread | None = None
+        self._was_paused = False
+        self._inherited: tuple[QemuBlock, ...] = ()
+        """RAM blocks of a migration that an earlier source began."""
+        self._asked_for: set[str] = set()  # those of them that belong to the migration
+        self._resumed = False
 
-    def begin(self, uri: str) -> None:
-        """Let QEMU begin, by its monitor. Raises PostcopyError."""
+    def begin(self, uri: str, rate: int) -> None:
+        """Let QEMU begin, by its monitor, or go on with what an earlier source began. ``rate``: bytes a second of
+        QEMU's scan, 0 for no limit. Raises PostcopyError."""
         assert self.monitor is not None
         self._uri = uri
         status, migration = self.monitor.execute("query-status")["status"], migration_status(self.monitor)
+        if migration == "postcopy-paused":
+            return self._take_over(rate)
         if migration in UNDER_WAY or migration in POSTCOPY:
-            hint = " (to recover it, continue it with the program that began it)" if migration in POSTCOPY else ""
-            raise PostcopyError(f"another migration of this VM is under way ({migration}): end it first{hint}")
+            raise PostcopyError(f"another migration of this VM is under way ({migration}): end it first")
         if status not in ("running", "paused"):
             raise PostcopyError(f"the VM is in the state {status}: start it (cont) first")
+        self._was_paused = status == "paused"
         self._borrowed = Borrowed(self.monitor)
         preempt = ["postcopy-preempt"] if "postcopy-preempt" in self._borrowed.capabilities else []
         self._borrowed.switch(["postcopy-ram", *preempt], [*ALWAYS_OFF, "background-snapshot", "release-ram"])
-        self._borrowed.parameters({"max-bandwidth": SLOW, "max-postcopy-bandwidth": 0})
+        self._borrowed.parameters({"max-bandwidth": SLOW, "max-postcopy-bandwidth": rate})
         self.monitor.execute("migrate", {"uri": uri}, seconds=PREPARE_SECONDS)
         self.monitor.execute("migrate-start-postcopy")
+
+    def _take_over(self, rate: int) -> None:
+        """The source before this one was killed: QEMU sends everything again, as we say that nothing is here."""
+        assert self.monitor is not None
+        log.info("an earlier source was killed: its migration goes on")
+        self._borrowed = Borrowed(self.monitor)
+        self._borrowed.forget_postcopy()
+        self.monitor.execute("migrate-set-parameters", {"max-postcopy-bandwidth": rate})
+        self._inherited = blocks_of(self.monitor.execute("human-monitor-command", {"command-line": "info ramblock"}))
+        self._section = UNKNOWN_SECTION
+        self.monitor.execute("migrate", {"uri": self._uri, "resume": True}, seconds=PREPARE_SECONDS)
+
+    def parser(self) -> StreamParser:
+        if not self._inherited:
+            return super().parser()
+        self.memory.begin(self._inherited)
+        self._stopped = True
+        self.memory.use()
+        return StreamParser(self.memory, self._inherited, self._section)
+
+    @property
+    def ready(self) -> bool:
+        return self._resumed if self._inherited else super().ready
 
     def start(self, router: Router) -> None:
         super().start(router)
@@ -114,9 +148,13 @@ class PauseFeed(VmFeed):
                     staged = next((block for block in self.memory.blocks if block.qemu.name == name), None)
                     if staged is None:
                         raise BadMessage(f"QEMU asks for the bitmap of the unknown RAM block {name}")
+                    self._asked_for.add(name)
                     channel.send(answers.bitmap(name, staged.bitmap()))
                 case Resume():
                     channel.send(answers.resumed())
+                    if self._inherited and not self._resumed:
+                        self.memory.keep_only(self._asked_for)
+                    self._resumed = True
                     log.info("the migration goes on")
                     self._request_waiting()
                 case EndOfStream():
@@ -152,7 +190,7 @@ class PauseFeed(VmFeed):
             self._done = True
             size, seconds = self.memory.pages * 4096, time.monotonic() - self._began
             log.info("pause: all %s are here, after %.2f s", format_size(size), seconds)
-            self._give_back()
+            self._complete()
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -234,7 +272,7 @@ class PauseFeed(VmFeed):
         except PostcopyError as error:
             log.error("the migration cannot go on: %s", error)
 
-    def _give_back(self) -> None:
+    def _complete(self) -> None:
         """Everything is here: the VM runs on."""
         channel, self._channel = self._channel, None
         assert channel is not None
@@ -261,7 +299,7 @@ class PauseFeed(VmFeed):
             if not wait_for(lambda: migration_status(monitor) in ("completed", "failed"), END_SECONDS):
                 log.error("QEMU does not end the migration (%s)", migration_status(monitor))
             wait_for(lambda: _status(monitor) in ("running", "paused", "postmigrate"), END_SECONDS)
-            if _status(monitor) == "postmigrate":
+            if _status(monitor) == "postmigrate" and not self._was_paused:
                 monitor.execute("cont")
             log.info("the VM is %s", _status(monitor))
         except PostcopyError as error:
@@ -270,7 +308,7 @@ class PauseFeed(VmFeed):
             self._borrowed.restore()
             self._borrowed = None
 
-    def finish(self) -> None:
+    def give_back(self) -> None:
         if self._resuming is None and self._channel is not None and not self._done:
             if self._stopped and not self._revocable:
                 log.info("taking the rest of the memory, so that the VM can run on")
@@ -289,7 +327,6 @@ class PauseFeed(VmFeed):
             self._continue()
 
     def _drain(self) -> None:
-        self._router = None
         while not self._done and self._channel is not None:
             channels = [one for one in (self._channel, self._preempt) if one is not None]
             ready, _, _ = select.select([one.socket for one in channels], [], [], END_SECONDS)
@@ -299,6 +336,15 @@ class PauseFeed(VmFeed):
             for channel in channels:
                 if channel.socket in ready:
                     self.read(channel)
+
+
+def blocks_of(text: str) -> tuple[QemuBlock, ...]:
+    """The RAM blocks of a VM, from what ``info ramblock`` says. Raises PostcopyError."""
+    found = re.findall(r"^\s*(\S+)\s+(\d+) ([KMG])iB\s+0x[0-9a-f]+\s+0x([0-9a-f]+)\s", text, re.MULTILINE)
+    if not found:
+        raise PostcopyError("this QEMU does not say which RAM blocks it has: the migration cannot be recovered")
+    scale = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    return tuple(QemuBlock(name, int(used, 16), int(size) * scale[unit]) for name, size, unit, used in found)
 
 
 def _status(monitor: Monitor) -> str:

@@ -49,14 +49,14 @@ def run(settings: QemuSettings) -> None:
         feed = (LiveFeed if settings.mode == "live" else PauseFeed)(listener, memory, monitor)
         stack.callback(feed.finish)
         if monitor is not None:
-            feed.begin(settings.migration)
+            feed.begin(settings.migration, settings.rate)
         else:
             for command in typed_commands(settings.mode, settings.migration):
                 log.info("type into the VM's monitor: %s", command)
         feed.await_blocks()
         try:
             serve(
-                memory.blocks,
+                [block for block in memory.blocks if block.offered],
                 settings.listen,
                 curve=access.curve,
                 allow=access.allow,

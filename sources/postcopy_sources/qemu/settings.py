@@ -21,6 +21,7 @@ class QemuSettings:
     migration: str
     qmp: str
     mode: str
+    rate: int
     identity: str
     access: Access
     log_level: str
@@ -37,6 +38,7 @@ def parse(arguments: list[str]) -> QemuSettings:
         migration=typed.migration,
         qmp=typed.qmp,
         mode=typed.mode,
+        rate=typed.rate,
         identity=typed.identity,
         access=access_of(typed),
         log_level=typed.log_level,
@@ -60,6 +62,8 @@ def _parser() -> args.Parser:
     add("--qmp", default="", metavar="PATH", help=help)
     help = "live: an image of one moment, the VM runs on; pause: on demand, the VM stands still until all of it is here"
     parser.choice("--mode", MODES, "live", help)
+    help = "with --mode pause: bytes a second of QEMU's own scan, which requested pages overtake (0: no limit)"
+    parser.option("--rate", args.size_or_zero, 0, "SIZE", help)
     help = "identifies this content (default: one that no other image has)"
     add("--identity", default="", metavar="TEXT", help=help)
     add_access(parser)
