@@ -490,7 +490,8 @@ def _event_of(command: int, length: int, inner: Cursor) -> Event | None:
 def _pings_of(tail: bytes) -> tuple[int, ...]:
     if not tail.endswith(_RUN):
         raise BadMessage("the package of devices does not end with the command to run")
-    rest, pings = tail[: -len(_RUN)], []
+    pings: list[int] = []
+    rest = tail[: -len(_RUN)]
     while rest[-_PING_BYTES:-4] == _PING:
         pings.insert(0, int.from_bytes(rest[-4:], "big"))
         rest = rest[:-_PING_BYTES]

@@ -132,7 +132,9 @@ def parse_source(text: str) -> Source:
             raise BadInput(f"{text!r}: write qemu-ram:FILE or qemu-ram:FILE?block=BLOCK")
         return QemuRamSource(path, block)
     if _SCHEME.match(text):
-        raise BadInput(f"{text!r}: unknown kind of source; use a path, file:///, handler:, zero:, qemu-ram:, ipc:// or tcp://")
+        raise BadInput(
+            f"{text!r}: unknown kind of source; use a path, file:///, handler:, zero:, qemu-ram:, ipc:// or tcp://"
+        )
     return FileSource(text)
 
 

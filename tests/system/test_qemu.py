@@ -227,8 +227,8 @@ def test_a_real_stream_in_all_slices(vm: Vm, place: Path) -> None:
         assert kept.came == len(kept.pages) == sum(block.size for block in kept.blocks) // PAGE
         seen.append(kept.pages)
     assert seen[0] == seen[1] == seen[2]
-    place = [block.name for block in kept.blocks].index("m")
-    assert len(sweep(b"".join(seen[0][place, at] for at in range(0, vm.size, PAGE)))) <= 2
+    main = [block.name for block in kept.blocks].index("m")
+    assert len(sweep(b"".join(seen[0][main, at] for at in range(0, vm.size, PAGE)))) <= 2
     cut = StreamParser(Kept())
     cut.parse(stream[: len(stream) // 2])
     with pytest.raises(BadMessage, match="in the middle"):

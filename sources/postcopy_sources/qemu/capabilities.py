@@ -12,9 +12,18 @@ from .qmp import Monitor
 
 UNDER_WAY = ("setup", "active", "device", "pre-switchover", "wait-unplug", "cancelling", "colo", "failing")
 POSTCOPY = ("postcopy-active", "postcopy-device", "postcopy-paused", "postcopy-recover", "postcopy-recover-setup")
-ALWAYS_OFF = "xbzrle compress multifd mapped-ram x-colo dirty-bitmaps x-ignore-shared zero-copy-send rdma-pin-all".split()
+ALWAYS_OFF = (
+    "xbzrle compress multifd mapped-ram x-colo dirty-bitmaps x-ignore-shared zero-copy-send rdma-pin-all".split()
+)
 """Whatever these change in the stream, its reader does not understand it."""
-OFF_FOR_LIVE = ["postcopy-ram", "postcopy-preempt", "return-path", "auto-converge", "release-ram", "pause-before-switchover"]
+OFF_FOR_LIVE = [
+    "postcopy-ram",
+    "postcopy-preempt",
+    "return-path",
+    "auto-converge",
+    "release-ram",
+    "pause-before-switchover",
+]
 END_SECONDS = 20.0
 
 log = logging.getLogger(__name__)

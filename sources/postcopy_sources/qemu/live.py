@@ -33,7 +33,9 @@ def check(monitor: Monitor) -> None:
     if migration in UNDER_WAY or migration in POSTCOPY:
         raise PostcopyError(f"another migration of this VM is under way ({migration}): end it first")
     if status not in ("running", "paused"):
-        raise PostcopyError(f"the VM is in the state {status}: a live image needs a VM that runs; start it (cont) first")
+        raise PostcopyError(
+            f"the VM is in the state {status}: a live image needs a VM that runs; start it (cont) first"
+        )
     if monitor.version < SOUND:
         if status == "paused":
             raise PostcopyError(

@@ -349,4 +349,3 @@ def blocks_of(text: str) -> tuple[QemuBlock, ...]:
 
 def _status(monitor: Monitor) -> str:
     return str(monitor.execute("query-status")["status"])
-

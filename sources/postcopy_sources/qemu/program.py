@@ -76,5 +76,3 @@ def typed_commands(mode: str, uri: str) -> list[str]:
         given = {"uri": uri} if name == "migrate" else arguments
         lines.append(json.dumps({"execute": name} | ({"arguments": given} if given else {})))
     return lines
-
-

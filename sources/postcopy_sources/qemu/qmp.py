@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as LateError
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 from postcopy_protocol.errors import BadInput, PostcopyError, text_of
 
@@ -19,7 +19,7 @@ PREPARE_SECONDS = 60.0  # ... and sets up a migration
 try:
     from qemu.qmp import ExecuteError, QMPClient, QMPError
 except ImportError:  # the extra `qemu` is not installed
-    QMPClient = None
+    QMPClient = None  # type: ignore[assignment, misc]
 
 Answer = dict[str, Any]
 OnEvent = Callable[[str, Answer], object]  # name and data; called in the monitor's thread
@@ -98,7 +98,7 @@ class Monitor:
     async def _listen(self, on_event: OnEvent) -> None:
         with self._client.listener() as events:
             async for event in events:
-                on_event(str(event["event"]), dict(event.get("data") or {}))
+                on_event(str(event["event"]), cast("Answer", event.get("data") or {}))
 
     def _stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)

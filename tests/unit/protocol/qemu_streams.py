@@ -138,7 +138,9 @@ class Kept:
         self.came += 1
 
 
-def read(data: bytes, sizes: Sequence[int] = (1 << 20,), parser: StreamParser | None = None) -> tuple[Kept, list[Event]]:
+def read(
+    data: bytes, sizes: Sequence[int] = (1 << 20,), parser: StreamParser | None = None
+) -> tuple[Kept, list[Event]]:
     """Give a stream to a parser in slices of these sizes, in turn. Raises BadMessage, also for what is not whole."""
     kept = Kept()
     parser = parser or StreamParser(kept)
