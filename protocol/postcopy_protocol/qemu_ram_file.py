@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .errors import BadMessage
-from .qemu_stream import (
+from .qemu_format import (
     COMMAND,
     END,
     EOS,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
-from .qemu_stream import QemuBlock
+from .qemu_format import QemuBlock
 
 SHUT, PONG, REQUEST_NAMED, REQUEST, BITMAP, RESUMED = 1, 2, 3, 4, 5, 6
 PACKAGE_LOADED = 0x42

@@ -57,8 +57,8 @@ def serve(
 
     ``listen``: ``ipc:///PATH`` or ``tcp://HOST:PORT``; tcp needs ``curve`` (this source's key pair) and ``allow`` (the
     public keys of supervisors), or ``plain_tcp``. A read that takes longer than ``read_timeout`` seconds is lost;
-    ``readers`` threads read. ``transport``: ``native`` or ``libzmq`` (default: ``$POSTCOPY_TRANSPORT``, else native). ``feed``
-    runs in the thread of the loop (see ``loop.Feed``).
+    ``readers`` threads read. ``transport``: ``native`` or ``libzmq`` (default: ``$POSTCOPY_TRANSPORT``, else native).
+    ``feed`` runs in the thread of the loop (see ``loop.Feed``).
 
     Raises BadInput for what cannot be served, PostcopyError for an endpoint where it cannot listen.
 

@@ -11,10 +11,9 @@ Required: ``name``, ``size``, ``page_size``, ``read``. An object may also have a
   exception the pages are read in another way. A source that has it has ``read_now`` too.
 * ``listening(stream: PushStream) -> None``: runs in a thread of its own when a supervisor listens. It may push pages
   that were not asked for, until it returns.
-
 * ``when_ready(offset, length, urgent, call)``: with ``read_now``, for pages that come to the source at their own time.
-  When ``read_now`` has raised BlockingIOError, this is called in the thread of the loop, and calls ``call``, in the same
-  thread, when ``read_now`` would not raise it. Such pages have no ``read_timeout``; ``read`` is not called.
+  When ``read_now`` has raised BlockingIOError, this is called in the thread of the loop. It calls ``call``, in that
+  thread too, when ``read_now`` would not raise it. Such pages have no ``read_timeout``; ``read`` is not called.
 
 Only ``read_now``, ``read_into`` and ``identity`` run in the main thread; ``read`` may run in several threads at once.
 What these functions raise or return, and that they hang, concerns only the pages that were asked for, never the loop.

@@ -6,8 +6,8 @@ import os
 from collections.abc import Container
 
 from postcopy_protocol.errors import BadInput, BadMessage
+from postcopy_protocol.qemu_format import QemuBlock, offered_names
 from postcopy_protocol.qemu_ram_file import read_index
-from postcopy_protocol.qemu_stream import QemuBlock, offered_names
 from postcopy_protocol.sources import QemuRamSource, parse_block_name
 
 

@@ -169,7 +169,7 @@ class Vm:
 
 
 def sweep(memory: bytes) -> list[int]:
-    """The rounds that the pages of a guest show, each run of equal ones once: at one moment a sweep stands at one place,
+    """The rounds that the pages of a guest show, each run of equal ones once: at one moment the guest is at one place,
     so there are at most two, and the second is one less."""
     rounds: list[int] = []
     for address in range(FIRST, len(memory), PAGE):

@@ -8,7 +8,8 @@ import stat
 from contextlib import suppress
 
 from postcopy_protocol.errors import BadInput, PostcopyError
-from postcopy_protocol.qemu_stream import MAX_PIECE, Event, StreamParser
+from postcopy_protocol.qemu_format import MAX_PIECE
+from postcopy_protocol.qemu_stream import Event, StreamParser
 from postcopy_protocol.runtime_paths import SOCKET_PATH_BYTES
 
 BUFFER = 1 << 20

@@ -1,4 +1,4 @@
-"""What both modes have in common: QEMU's connection is accepted, read in the loop of the source, and its progress shown."""
+"""What both modes have in common: QEMU's connection is accepted and read in the loop, and its progress is logged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class VmFeed:
-    """Feeds ``memory`` from the migration that comes to ``listener``. ``monitor``: of that VM, if we have it. A subclass
+    """Feeds ``memory`` from the migration that comes to ``listener``. ``monitor``: that VM's, if we have it. A subclass
     says what its mode does with events, and with the end of a connection."""
 
     mode = ""
@@ -44,9 +44,8 @@ class VmFeed:
             watched = self._listener.socket if self._channel is None else self._channel.socket
             if select.select([watched], [], [], LOOK_SECONDS)[0]:
                 self._step_to_blocks()
-            elif self.monitor is not None:
-                if (why := self.failure()) or time.monotonic() > deadline:
-                    raise PostcopyError(why or f"QEMU has not connected within {CONNECT_SECONDS:g} s")
+            elif self.monitor is not None and ((why := self.failure()) or time.monotonic() > deadline):
+                raise PostcopyError(why or f"QEMU has not connected within {CONNECT_SECONDS:g} s")
         self._began = time.monotonic()
 
     def _step_to_blocks(self) -> None:

@@ -1,7 +1,7 @@
 """Mode live: a background snapshot. The VM runs on; its memory is as it was at one moment.
 
-QEMU write-protects the memory, stops the VM for milliseconds, and sends each page once, before the guest can write to it.
-Nothing can be requested, so clients wait until the scan brings a page.
+QEMU write-protects the memory, stops the VM for milliseconds, and sends each page once, before the guest can write to
+it. Nothing can be requested, so clients wait until the scan brings a page.
 """
 
 from __future__ import annotations

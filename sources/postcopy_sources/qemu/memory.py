@@ -11,7 +11,7 @@ from collections.abc import Callable, Container, Sequence
 
 from postcopy_kernel.memory import create_memfd, punch
 from postcopy_protocol.errors import BadInput, PageLost
-from postcopy_protocol.qemu_stream import PAGE, QemuBlock, offered_names
+from postcopy_protocol.qemu_format import PAGE, QemuBlock, offered_names
 
 MISSING, DATA, ZEROS = 0, 1, 2
 _ZERO_MARK = bytes([ZEROS])

@@ -1,9 +1,9 @@
 """Mode pause: post-copy on demand. The VM stands still until its memory is here; then it runs on where it was.
 
 A page for which a client waits is requested, and QEMU sends it ahead of its own scan. We are the destination of a
-migration that never runs the VM. QEMU 10.2 and later keep the right to run it until a certain ping is answered: we never
-answer that, so whatever ends the connection makes the VM run on. Before 10.2 the migration has to be finished; then
-``cont`` makes it run on. If it cannot be finished, QEMU pauses the migration, and the next source recovers it.
+migration that never runs the VM. QEMU 10.2 and later keep the right to run it until a certain ping is answered. We
+never answer it, so whatever ends the connection makes the VM run on. Before 10.2 the migration has to be finished; then
+``cont`` makes the VM run on. If it cannot be finished, QEMU pauses it, and the next source recovers it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import time
 
 from postcopy_protocol import qemu_return_path as answers
 from postcopy_protocol.errors import BadMessage, PostcopyError
+from postcopy_protocol.qemu_format import QemuBlock
 from postcopy_protocol.qemu_return_path import PACKAGE_LOADED, Requests
 from postcopy_protocol.qemu_stream import (
+    UNKNOWN_SECTION,
     AskBitmap,
     Devices,
     EndOfRam,
@@ -26,8 +28,6 @@ from postcopy_protocol.qemu_stream import (
     Event,
     Package,
     Ping,
-    UNKNOWN_SECTION,
-    QemuBlock,
     Resume,
     StreamParser,
 )

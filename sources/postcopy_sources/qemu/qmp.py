@@ -1,4 +1,4 @@
-"""A VM's monitor: commands by the library ``qemu.qmp``, in a thread of its own, because that library is asynchronous."""
+"""A VM's monitor: commands by the library ``qemu.qmp``, in a thread of its own: that library is asynchronous."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from postcopy_protocol.sources import FileSource, QemuRamSource, Source
 
 from ..settings import Settings
 from . import plan
-from .plan import COPY, FileFacts, Inventory, KeptBlock, KeptWorker, Plan
+from .plan import FileFacts, Inventory, KeptBlock, KeptWorker, Plan
 
 log = logging.getLogger("postcopy")
 

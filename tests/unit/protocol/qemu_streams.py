@@ -7,7 +7,8 @@ import struct
 from collections.abc import Sequence
 
 from postcopy_protocol.errors import BadMessage
-from postcopy_protocol.qemu_stream import MAX_PIECE, PAGE, Event, QemuBlock, StreamParser
+from postcopy_protocol.qemu_format import MAX_PIECE, PAGE, QemuBlock
+from postcopy_protocol.qemu_stream import Event, StreamParser
 
 FOOTER = b"\x7e" + bytes((0, 0, 0, 2))
 
@@ -100,10 +101,8 @@ def postcopy(*pings: int) -> bytes:
     said = command(1) + command(2, struct.pack(">I", 1)) + command(3, struct.pack(">QQ", PAGE, PAGE))
     drop = discard("pc.ram", (0, 2 * PAGE), (3 * PAGE, 13 * PAGE)) + discard("pc.ram", (2 * PAGE, PAGE))
     pages = records()
-    return b"".join(
-        (header(), said, start(BLOCKS), first, command(11), drop, command(2, struct.pack(">I", 2)), package(*pings))
-        + (part(*pages[:9]), part(*pages[9:], kind=3), b"\0")
-    )
+    begun = header() + said + start(BLOCKS) + first + command(11) + drop + command(2, struct.pack(">I", 2))
+    return begun + package(*pings) + part(*pages[:9]) + part(*pages[9:], kind=3) + b"\0"
 
 
 class Kept:

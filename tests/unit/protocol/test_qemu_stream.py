@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from postcopy_protocol import qemu_stream
 from postcopy_protocol.errors import BadMessage
-from postcopy_protocol.qemu_stream import PAGE, QemuBlock, StreamParser
+from postcopy_protocol.qemu_format import PAGE, QemuBlock
+from postcopy_protocol.qemu_stream import StreamParser
 from tests.unit.protocol import qemu_streams as make
 
 EXPECTED = {
