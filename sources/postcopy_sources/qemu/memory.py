@@ -138,6 +138,9 @@ class StagedBlock:
                 else:
                     self._wait(page, end, call)
 
+    def close(self) -> None:
+        os.close(self._memory)
+
     def waited_for(self) -> list[int]:
         """Offsets of the missing pages at which reads wait."""
         return [page * PAGE for page in self._waiting]
@@ -191,6 +194,10 @@ class VmMemory:
         """The VM stands still: what is here does not change any more."""
         for block in self.blocks:
             block.use()
+
+    def close(self) -> None:
+        for block in self.blocks:
+            block.close()
 
     def lose(self, reason: str) -> None:
         """Missing pages never come."""

@@ -105,6 +105,22 @@ def postcopy(*pings: int) -> bytes:
     return begun + package(*pings) + part(*pages[:9]) + part(*pages[9:], kind=3) + b"\0"
 
 
+def image() -> bytes:
+    """A mapped-ram file of BLOCKS. Pages of zeros have no bit, and other bytes in their place."""
+    total = sum(block.size for block in BLOCKS)
+    data = bytearray(header("pc-q35-11.1", capabilities("mapped-ram")))
+    data += b"\x01" + struct.pack(">I", 2) + name("ram") + struct.pack(">II", 0, 4) + struct.pack(">Q", total | 4)
+    for place, block in enumerate(BLOCKS):
+        data += name(block.name) + struct.pack(">Q", block.size)
+        bitmap = len(data) + 28
+        pages = -(-(bitmap + 8) // (1 << 20)) << 20
+        contents = [content(place, offset) for offset in range(0, block.size, PAGE)]
+        bits = sum(1 << number for number, one in enumerate(contents) if one is not None)
+        data += struct.pack(">IQQQ", 1, PAGE, bitmap, pages) + bits.to_bytes(8, "little")
+        data += bytes(pages - len(data)) + b"".join(one or b"old!" * (PAGE // 4) for one in contents)
+    return bytes(data) + end_of_body() + part() + command(11) + part(kind=3) + full()
+
+
 class Kept:
     """A sink that keeps everything, with what is wrong about the calls."""
 
@@ -160,7 +176,7 @@ def read(
 
 def nearly(chance: random.Random) -> bytes:
     """A stream with something wrong about it, perhaps."""
-    data = bytearray(chance.choice((snapshot(), postcopy(3), postcopy(3, 0x42))))
+    data = bytearray(chance.choice((snapshot(), postcopy(3), postcopy(3, 0x42), image()[:4000])))
     for _ in range(chance.choice((0, 1, 1, 2, 4))):
         at = chance.randrange(min(len(data), chance.choice((40, 300, 4000, 1 << 20))))
         match chance.randrange(4):
