@@ -190,7 +190,7 @@ def _parser() -> args.Parser:
     parser = args.Parser(
         prog="postcopy serve",
         description="Serve RAM blocks that are populated lazily. Clients may attach at once; pages come when touched.",
-        epilog="SOURCE is a file, handler:MODULE:FUNCTION?size=SIZE, zero:SIZE, ipc://PATH/BLOCK or "
+        epilog="SOURCE is a file, handler:MODULE:FUNCTION?size=SIZE, zero:SIZE, qemu-ram:FILE, ipc://PATH/BLOCK or "
         "tcp://HOST:PORT/BLOCK. Sizes take K, M, G. SIGTERM and SIGINT end the supervisor in order.",
     )
     parser.add_argument("blocks", nargs="+", metavar="NAME=SOURCE", help="a RAM block and where its bytes come from")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -39,7 +40,7 @@ def test_runs_of_a_bitmap(bitmap: bytes, first: int, count: int) -> None:
     assert [(page, there) for start, end, there in runs for page in range(start, end)] == [
         (page, bool(bits >> page & 1)) for page in range(first, first + count)
     ]
-    assert all(one[2] != other[2] for one, other in zip(runs, runs[1:], strict=False))
+    assert all(one[2] != other[2] for one, other in pairwise(runs))
 
 
 def changed(old: bytes, new: bytes) -> bytes:
