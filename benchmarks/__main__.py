@@ -26,6 +26,7 @@ from . import (
     local,
     machine,
     observing,
+    qemu_source,
     recovery,
     remote,
     scaling,
@@ -50,6 +51,7 @@ BENCHMARKS: Mapping[str, Measure] = {
     "transport": transport.run,
     "back-end": back_end.run,
     "observing": observing.run,
+    "qemu": qemu_source.run,
 }
 FORMAT = 1
 """Version of the JSON document."""

@@ -117,7 +117,8 @@ def _parser() -> args.Parser:
     parser = args.Parser(
         prog="postcopy source",
         description="Serve files as remote blocks: a supervisor started with NAME=ENDPOINT/NAME asks for their pages.",
-        epilog="A running VM: postcopy source qemu --help. tcp endpoints need CURVE keys (see postcopy keygen). SIGTERM and SIGINT end the source in order.",
+        epilog="A running VM: postcopy source qemu --help. "
+        "tcp endpoints need CURVE keys (see postcopy keygen). SIGTERM and SIGINT end the source in order.",
     )
     add = parser.add_argument
     add("blocks", nargs="+", metavar="NAME=FILE", help="a block and its file (with --from: NAME)")

@@ -46,12 +46,12 @@ class VmFeed:
                 self._step_to_blocks()
             elif self.monitor is not None and ((why := self.failure()) or time.monotonic() > deadline):
                 raise PostcopyError(why or f"QEMU has not connected within {CONNECT_SECONDS:g} s")
-        self._began = time.monotonic()
 
     def _step_to_blocks(self) -> None:
         if self._channel is None:
             connection = self._listener.accept()
             if connection is not None:
+                self._began = time.monotonic()
                 self._channel = Channel(connection, self.parser())
                 self.accepted()
             return
