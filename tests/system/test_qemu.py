@@ -179,6 +179,26 @@ def test_a_source_that_is_killed_loses_no_vm(vm: Vm, place: Path) -> None:
     assert vm.lives()
 
 
+def test_an_interrupted_post_copy_goes_on(vm: Vm, place: Path) -> None:
+    """An old QEMU connects again and sends what is missing; a new one is never in that phase."""
+    if vm.qemu.version >= (10, 2):
+        return
+    with qemu_source(place, *options(vm, place, *SLOWLY)):
+        await_line(place, "the VM stands still")
+        truth = vm.save()
+        with Service(place / "r", f"ram0=ipc://{place}/s/m", background_rate="0") as house:
+            client = house.client()
+            here = client.do(f"b.buf[{vm.size - PAGE}]", 60)
+            vm.execute("migrate-pause")
+            client.begin(f"bytes(b.buf[{vm.size - 9 * PAGE}:{vm.size - 8 * PAGE}]).hex()")
+            await_line(place, "the migration goes on")
+            vm.execute("migrate-set-parameters", max_postcopy_bandwidth=0)
+            assert bytes.fromhex(client.answer(60)) == truth[vm.size - 9 * PAGE :][:PAGE]
+            assert here == truth[vm.size - PAGE] and memory(place / "r") == truth
+        await_line(place, "the VM is running")
+    assert vm.lives()
+
+
 def test_a_qemu_that_dies(vm: Vm, place: Path) -> None:
     """What has come is served; what has not is lost, never zeros."""
     with qemu_source(place, *options(vm, place, *SLOWLY)):

@@ -275,7 +275,8 @@ class PauseFeed(VmFeed):
     def _complete(self) -> None:
         """Everything is here: the VM runs on."""
         channel, self._channel = self._channel, None
-        assert channel is not None
+        if channel is None:  # it is cut already
+            return
         if self._revocable:
             log.info("the connection is cut now, and QEMU lets the VM run on")
         else:
