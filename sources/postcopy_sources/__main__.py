@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from postcopy_kernel import log_queue
 from postcopy_kernel.descriptors import raise_descriptor_limit
-from postcopy_kernel.process import die_with_parent
+from postcopy_kernel.process import die_with_parent, title_process
 from postcopy_kernel.program_start import prepare
 from postcopy_protocol.errors import BadInput, PostcopyError
 
@@ -42,7 +42,7 @@ def _serve_files(arguments: list[str]) -> None:
     from .settings import parse
 
     settings = parse(arguments)
-    _begin(settings)
+    _begin(settings, ", ".join(settings.files))
     from .serving import serve
 
     serve(
@@ -62,18 +62,19 @@ def _serve_qemu(arguments: list[str]) -> None:
     from .qemu.settings import parse
 
     settings = parse(arguments)
-    _begin(settings)
+    _begin(settings, f"qemu {settings.mode}")
     from .qemu.program import run
 
     run(settings)
 
 
-def _begin(settings: Settings | QemuSettings) -> None:
+def _begin(settings: Settings | QemuSettings, what: str) -> None:
     log_queue.set_up(settings.log_format, settings.log_level)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the end of a terminal is not the end of the service
     if settings.die_with_parent:
         die_with_parent(settings.die_with_parent, signal.SIGTERM)
     raise_descriptor_limit()
+    title_process(f"postcopy_sources: {what} at {settings.listen}")
 
 
 def _sources(settings: Settings) -> list[PageSource]:
