@@ -27,6 +27,7 @@ from . import (
     local,
     machine,
     observing,
+    qemu_source,
     recovery,
     remote,
     scaling,
@@ -54,6 +55,7 @@ BENCHMARKS: Mapping[str, Measure] = {
     "links": links.run,
     "back-end": back_end.run,
     "observing": observing.run,
+    "qemu": qemu_source.run,
 }
 FORMAT = 1
 """Version of the JSON document."""

@@ -46,6 +46,7 @@ POPULATE_WRITE: Final = 23  # Linux 5.14
 _MAP_FIXED: Final = 0x10
 _MAP_NORESERVE: Final = 0x4000  # no constant in Python 3.11
 _MAP_FIXED_NOREPLACE: Final = 0x100000  # Linux 4.17
+_PUNCH: Final = 0x03  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
 _PROT_NONE: Final = 0
 _FIXED_SIZE: Final = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK
 _FAILED: Final = ctypes.c_void_p(-1).value
@@ -57,6 +58,7 @@ _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong)
 
 
 def create_memfd(name: str, size: int, page_size: int = PAGE_4K) -> int:
@@ -82,6 +84,13 @@ def create_memfd(name: str, size: int, page_size: int = PAGE_4K) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def punch(fd: int, offset: int, length: int) -> None:
+    """Make a hole: its pages are given back, and it reads as zeros. Raises OSError."""
+    if _libc.fallocate(fd, _PUNCH, offset, length):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def reopen(fd: int, *, writable: bool) -> int:

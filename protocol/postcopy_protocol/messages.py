@@ -520,9 +520,10 @@ class BlockGrant(Message, tag=100):
     """A block as a worker sees it.
 
     Positions in the worker's list of descriptors (-1: none): ``memory`` (read-write), ``received`` (read-write),
-    ``source`` (the file). ``kind`` is ``file``, ``handler``, ``zero`` or ``remote``. Without a source it is
+    ``source`` (the file). ``kind`` is ``file``, ``qemu-ram``, ``handler``, ``zero``, ``remote``. Without a source it is
     ``quarantined`` or ``orphaned``, and missing pages are poisoned. ``detail`` is ``module:function`` of a handler, or
-    the reason; of a file ``copy``, or ``digests``, which are in the descriptor after ``source``. ``source_size`` and
+    the reason; of a file ``copy``, or ``digests``, which are in the descriptor after ``source``; of ``qemu-ram`` that
+    behind the places of bitmap and pages in the file (``142:1048576:digests``). ``source_size`` and
     ``source_stamp`` (see ``postcopy_kernel.filestamp``) are the file's when serving began."""
 
     block: int

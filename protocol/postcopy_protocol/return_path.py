@@ -47,9 +47,9 @@ class RangeKind:
     """The source cannot supply it; no frame."""
 
 
-FEATURES = ("zero", "push", "staging")
+FEATURES = ("zero", "push", "staging", "held")
 """What a supervisor may support: ranges of zeros without bytes, pages that it has not requested, pages in memory that
-both sides map (on one machine only, so not over tcp)."""
+both sides map (on one machine only, so not over tcp), and to be informed that a request waits."""
 
 STAGING_NAME = "postcopy.staging"
 """Name of the memfd of a staging memory. Those of blocks begin with ``postcopy-``."""
@@ -171,8 +171,16 @@ class Staged(Message, tag=125):
     slot: int
 
 
+class Held(Message, tag=126):
+    """``request`` waits here for pages that are still to come to the source: it is not to be given up. Sent again every
+    few seconds."""
+
+    stream: int
+    request: int
+
+
 FROM_SUPERVISOR: tuple[type[Message], ...] = (Advise, Listen, RequestRanges, Complete, Ping, UseStaging)
-FROM_SOURCE: tuple[type[Message], ...] = (Advised, Pages, SourceRefused, Pong, Staging, Staged)
+FROM_SOURCE: tuple[type[Message], ...] = (Advised, Pages, SourceRefused, Pong, Staging, Staged, Held)
 
 SOURCE_REFUSALS = (
     "no-such-block",

@@ -4,6 +4,8 @@
 ``PATH`` or ``file:///PATH``            a file of this machine (``./`` before a name that looks like another form)
 ``handler:MODULE:FUNCTION?size=SIZE``   pages made by a Python function, in the worker
 ``zero:SIZE``                           zeros
+``qemu-ram:FILE``                       the RAM of a VM, one block for each of QEMU's, in a mapped-ram file of QEMU
+``qemu-ram:FILE?block=BLOCK``           one of them
 ``ipc://PATH/BLOCK``                    a block of a page source program on this machine
 ``tcp://HOST:PORT/BLOCK``               a block of a page source program on another one
 ======================================  ================================================================================
@@ -76,7 +78,18 @@ class Advice:
     identity: str
 
 
-Source = FileSource | HandlerSource | ZeroSource | RemoteSource
+@dataclass(frozen=True, slots=True)
+class QemuRamSource:
+    """A RAM block in a mapped-ram file of QEMU, by QEMU's name of it. Empty: all of them, each as a block."""
+
+    path: str
+    block: str = ""
+
+    def __str__(self) -> str:
+        return f"qemu-ram:{self.path}?block={self.block}" if self.block else f"qemu-ram:{self.path}"
+
+
+Source = FileSource | HandlerSource | ZeroSource | RemoteSource | QemuRamSource
 
 
 def is_block_name(name: str) -> bool:
@@ -113,8 +126,15 @@ def parse_source(text: str) -> Source:
         return _file_url(text)
     if text.startswith(("ipc://", "tcp://")):
         return _remote(text)
+    if text.startswith("qemu-ram:"):
+        path, _, block = text.removeprefix("qemu-ram:").partition("?block=")
+        if not path:
+            raise BadInput(f"{text!r}: write qemu-ram:FILE or qemu-ram:FILE?block=BLOCK")
+        return QemuRamSource(path, block)
     if _SCHEME.match(text):
-        raise BadInput(f"{text!r}: unknown kind of source; use a path, file:///, handler:, zero:, ipc:// or tcp://")
+        raise BadInput(
+            f"{text!r}: unknown kind of source; use a path, file:///, handler:, zero:, qemu-ram:, ipc:// or tcp://"
+        )
     return FileSource(text)
 
 

@@ -13,37 +13,20 @@ from postcopy_kernel.program_start import prepare
 from postcopy_protocol.errors import BadInput, PostcopyError
 
 if TYPE_CHECKING:
+    from .qemu.settings import QemuSettings
     from .settings import Settings
     from .source import PageSource
 
 
 def main() -> int:
     """Exit status: 0 ended in order, 1 could not serve, 2 usage."""
-    from .settings import parse
-
     prepare()
+    arguments = sys.argv[1:]
     try:
-        settings = parse(sys.argv[1:])
-        log_queue.set_up(settings.log_format, settings.log_level)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the end of a terminal is not the end of the service
-        if settings.die_with_parent:
-            die_with_parent(settings.die_with_parent, signal.SIGTERM)
-        raise_descriptor_limit()
-        names = ", ".join(settings.files)
-        title_process(f"postcopy_sources: {names} at {settings.listen}")
-        from .serving import serve
-
-        serve(
-            _sources(settings),
-            settings.listen,
-            curve=settings.curve,
-            allow=settings.allow,
-            plain_tcp=settings.plain_tcp,
-            identity=settings.identity,
-            readers=settings.readers,
-            read_timeout=settings.read_timeout,
-            transport=settings.transport,
-        )
+        if arguments[:1] == ["qemu"] and "--from" not in arguments:
+            _serve_qemu(arguments[1:])
+        else:
+            _serve_files(arguments)
     except BadInput as error:
         return _fail(str(error), 2)
     except PostcopyError as error:
@@ -53,6 +36,45 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _serve_files(arguments: list[str]) -> None:
+    from .settings import parse
+
+    settings = parse(arguments)
+    _begin(settings, ", ".join(settings.files))
+    from .serving import serve
+
+    serve(
+        _sources(settings),
+        settings.listen,
+        curve=settings.access.curve,
+        allow=settings.access.allow,
+        plain_tcp=settings.access.plain_tcp,
+        identity=settings.identity,
+        readers=settings.readers,
+        read_timeout=settings.read_timeout,
+        transport=settings.transport,
+    )
+
+
+def _serve_qemu(arguments: list[str]) -> None:
+    from .qemu.settings import parse
+
+    settings = parse(arguments)
+    _begin(settings, f"qemu {settings.mode}")
+    from .qemu.program import run
+
+    run(settings)
+
+
+def _begin(settings: Settings | QemuSettings, what: str) -> None:
+    log_queue.set_up(settings.log_format, settings.log_level)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the end of a terminal is not the end of the service
+    if settings.die_with_parent:
+        die_with_parent(settings.die_with_parent, signal.SIGTERM)
+    raise_descriptor_limit()
+    title_process(f"postcopy_sources: {what} at {settings.listen}")
 
 
 def _sources(settings: Settings) -> list[PageSource]:

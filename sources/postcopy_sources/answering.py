@@ -18,6 +18,7 @@ from postcopy_protocol.codec import encode
 from postcopy_protocol.return_path import (
     MAX_OPEN_BYTES,
     MAX_OPEN_REQUESTS,
+    Held,
     Pages,
     Range,
     RangeKind,
@@ -46,13 +47,14 @@ from .answers import (
 from .call_queue import CallQueue
 from .connection import Connection, FastAnswer, OpenRequest, Sender, pieces_of
 from .readers import Readers
-from .source import PageSource
+from .source import PageSource, WhenReady
 from .staging import ZEROS, Staging
 
 PIECE = 256 << 10
 """Bytes of pages in one message while a client waits, unless one page is larger: an urgent page waits for at most one
 piece."""
 CALM_PIECE = 1 << 20  # ... and of background while none does.
+HELD_SECONDS = 4.0  # so often a supervisor is informed that its request waits
 CALM_SECONDS = 0.05  # so long after an urgent request no client is taken to wait
 _BYTES = (bytearray, bytes)
 _NO_NUMBER = bytes(4)
@@ -99,6 +101,10 @@ class Answerer:
         self._read_into: dict[str, ReadInto | None] = {
             name: getattr(source, "read_into", None) for name, source in sources.items()
         }
+        self._when_ready: dict[str, WhenReady | None] = {
+            name: getattr(source, "when_ready", None) for name, source in sources.items()
+        }
+        self._held: dict[OpenRequest, float] = {}  # requests that wait for a ``when_ready``, and since when, or noted
         self._sender = sender
         self._readers = readers
         self._urgent_at = -1e9
@@ -224,7 +230,38 @@ class Answerer:
         return self.answer(request, answer)
 
     def _read_later(self, request: OpenRequest, offset: int, length: int) -> None:
+        when_ready = self._when_ready[request.stream.offer.name]
+        if when_ready is not None:
+            return self._hold(request, offset, length, when_ready)
         self._readers.put(ReadJob(self, request, offset, length), urgent=request.urgent)
+
+    def _hold(self, request: OpenRequest, offset: int, length: int, when_ready: WhenReady) -> None:
+        """Answer when the source has the pages: each page that a client waits for alone."""
+        pieces = pieces_of(((offset, length),), request.stream.page_size if request.urgent else length)
+        request.left += len(pieces) - 1
+        self._held.setdefault(request, time.monotonic())
+        for place, part in pieces:
+            when_ready(place, part, request.urgent, partial(self._answer_held, request, place, part))
+
+    def _answer_held(self, request: OpenRequest, offset: int, length: int) -> None:
+        read_now = self._read_now[request.stream.offer.name]
+        assert read_now is not None
+        if request.stream.phase is Phase.ENDED:
+            request.sent_one()
+        elif request.urgent or not self._read_staged(request, offset, length):
+            self.answer(request, _read(request.stream, read_now, offset, length))
+        if not request.left:
+            self._held.pop(request, None)
+
+    def note_held(self, now: float) -> None:
+        """Inform supervisors of requests that wait for long, so that they are not given up."""
+        for request, noted in list(self._held.items()):
+            if not request.left or request.stream.phase is Phase.ENDED:
+                del self._held[request]
+            elif now - noted >= HELD_SECONDS:
+                self._held[request] = now
+                if "held" in request.stream.features:
+                    self._sender.send_note(request.connection, encode(Held(request.stream.number, request.number)))
 
     def read_waiting(self, stream: Stream, offset: int, length: int) -> Answer:
         """Read in another thread, where it may wait."""

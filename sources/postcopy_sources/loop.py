@@ -13,6 +13,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Protocol
 
 from postcopy_kernel import crashpoints
 from postcopy_kernel.log_queue import about
@@ -61,9 +62,19 @@ RouterOpener = Callable[[MessageHandler, GoneHandler], Router]
 """Opens the router whose messages the loop receives. Raises PostcopyError."""
 
 
+class Feed(Protocol):
+    """What brings the pages of sources that have ``when_ready``. It must not raise."""
+
+    def start(self, router: Router) -> object:
+        """Watch descriptors from now on."""
+
+    def tick(self, now: float) -> object:
+        """Look at what nothing reports; called every TICK."""
+
+
 class Loop:
     """Serves ``sources`` to supervisors, until a signal raises an exception in its thread. ``features`` are those that
-    supervisors may have."""
+    supervisors may have; ``feed`` receives what the sources wait for, in the same thread."""
 
     def __init__(
         self,
@@ -72,6 +83,7 @@ class Loop:
         calls: CallQueue,
         readers: Readers,
         features: Sequence[str],
+        feed: Feed | None = None,
     ) -> None:
         self.connections: dict[bytes, Connection] = {}
         """Supervisors that have sent an Advise, by the router's name of them."""
@@ -86,11 +98,14 @@ class Loop:
         self._pushers = Pushers()
         # Numbers that an earlier life of this source has not used: late answers must not fit (return_path.py).
         self._number = itertools.count(secrets.randbits(40) + 1).__next__
+        self._feed = feed
         self._request = crashpoints.around("source.asked", self.answerer.request, "source.answered")
 
     def run(self) -> None:
         """Never returns."""
         self._router.watch(self._calls.wakeup, self._run_calls)
+        if self._feed is not None:
+            self._feed.start(self._router)
         # glibc returns every freed piece to the kernel and faults it in again for the next one, until a block as large
         # as this has been freed once: a third of a stream's time here. Nothing of it is touched.
         bytearray(LARGE)
@@ -109,8 +124,11 @@ class Loop:
     def tick(self, now: float) -> None:
         """Look at what nothing reports: reads that hang, supervisors that are silent, outboxes."""
         self._readers.check()
+        self.answerer.note_held(now)
         for connection in [one for one in self.connections.values() if now - one.last_message_at > SILENT_SECONDS]:
             self._forget(connection)
+        if self._feed is not None:
+            self._feed.tick(now)
         for connection in self.sender.flush():
             self.answerer.enqueue(connection)
         for connection in self.connections.values():

@@ -26,7 +26,7 @@ from postcopy_wire.transport import GoneHandler, MessageHandler, Router, chosen_
 from .authenticator import Authenticator, protect
 from .call_queue import CallQueue
 from .connection import SEND_QUEUE
-from .loop import Loop
+from .loop import Feed, Loop
 from .readers import Readers
 from .source import PageSource, offer_of
 
@@ -51,12 +51,14 @@ def serve(
     readers: int = 4,
     read_timeout: float = 30.0,
     transport: str | None = None,
+    feed: Feed | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT (from the main thread), or forever.
 
     ``listen``: ``ipc:///PATH`` or ``tcp://HOST:PORT``; tcp needs ``curve`` (this source's key pair) and ``allow`` (the
     public keys of supervisors), or ``plain_tcp``. A read that takes longer than ``read_timeout`` seconds is lost;
     ``readers`` threads read. ``transport``: ``native`` or ``libzmq`` (default: ``$POSTCOPY_TRANSPORT``, else native).
+    ``feed`` runs in the thread of the loop (see ``loop.Feed``).
 
     Raises BadInput for what cannot be served, PostcopyError for an endpoint where it cannot listen.
 
@@ -75,7 +77,7 @@ def serve(
         raise BadInput("there is nothing to serve: name a source")
     endpoint = Endpoint(listen, transport or chosen_transport(None, os.environ), curve, allow)
     with _signals(), endpoint, CallQueue() as calls, suppress(Ended):
-        loop = Loop(known, endpoint.open, calls, Readers(readers, read_timeout), features_at(listen))
+        loop = Loop(known, endpoint.open, calls, Readers(readers, read_timeout), features_at(listen), feed)
         log.info("ready: %s at %s", ", ".join(_described(offer) for _, offer in known.values()), endpoint.shown)
         loop.run()
     log.info("ended")
@@ -127,7 +129,7 @@ class Endpoint:
         self._stack.callback(router.close, _LINGER)
         path = self._listen.removeprefix("ipc://") if self._listen.startswith("ipc://") else ""
         if path:
-            _refuse_second(path)
+            refuse_second(path)
             self._stack.callback(_unlink, path)
         before = os.umask(0o077)  # an ipc socket gets the mode that the umask leaves
         try:
@@ -159,7 +161,7 @@ def _unlink(path: str) -> None:
             os.unlink(path)
 
 
-def _refuse_second(path: str) -> None:
+def refuse_second(path: str) -> None:
     """Only the socket file of a program that has ended may be removed. Raises PostcopyError."""
     with sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM) as probe:
         probe.settimeout(1.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from argparse import SUPPRESS
+from argparse import SUPPRESS, Namespace
 from dataclasses import dataclass
 
 from postcopy_kernel.log_queue import FORMATS
@@ -16,15 +16,22 @@ from postcopy_wire.transport import TRANSPORTS, chosen_transport
 
 
 @dataclass(frozen=True, slots=True)
+class Access:
+    """Who may connect to a tcp endpoint."""
+
+    curve: KeyPair | None
+    allow: tuple[bytes, ...]
+    plain_tcp: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """Times in seconds."""
 
     files: dict[str, str]  # files by block name. With ``runtime_dir`` only the names count.
     runtime_dir: str  # of the supervisor whose blocks are served; empty: files are served
     listen: str
-    curve: KeyPair | None
-    allow: tuple[bytes, ...]
-    plain_tcp: bool
+    access: Access
     identity: str
     readers: int
     read_timeout: float
@@ -46,9 +53,7 @@ def parse(arguments: list[str]) -> Settings:
         else {parse_block_name(name): "" for name in typed.blocks},
         runtime_dir="" if typed.runtime_dir is None else runtime_directory(typed.runtime_dir, os.environ),
         listen=typed.listen,
-        curve=_keys(typed.curve_secret, secret=True) if typed.curve_secret else None,
-        allow=tuple(_keys(path, secret=False).public for place in typed.allow_key for path in _public_files(place)),
-        plain_tcp=typed.plain_tcp,
+        access=access_of(typed),
         identity=typed.identity,
         readers=typed.readers,
         read_timeout=typed.read_timeout,
@@ -58,6 +63,15 @@ def parse(arguments: list[str]) -> Settings:
         transport=chosen_transport(typed.transport, os.environ),
         copy_on_serve=typed.copy_on_serve,
         trust_uids=frozenset(typed.trust_uid) | trusted_users(os.environ),
+    )
+
+
+def access_of(typed: Namespace) -> Access:
+    """Read the keys. Raises BadInput, OSError."""
+    return Access(
+        curve=_keys(typed.curve_secret, secret=True) if typed.curve_secret else None,
+        allow=tuple(_keys(path, secret=False).public for place in typed.allow_key for path in _public_files(place)),
+        plain_tcp=typed.plain_tcp,
     )
 
 
@@ -90,11 +104,21 @@ def _public_files(place: str) -> list[str]:
     return found
 
 
+def add_access(parser: args.Parser) -> None:
+    """The options of Access."""
+    add = parser.add_argument
+    add("--curve-secret", metavar="FILE", help="own CURVE keys, the file that ends in .key_secret")
+    help = "public CURVE key of a supervisor that may connect, or a directory of such keys (repeat)"
+    add("--allow-key", action="append", default=[], metavar="FILE", help=help)
+    parser.flag("--plain-tcp", "allow tcp without keys: anyone who reaches the port may read everything")
+
+
 def _parser() -> args.Parser:
     parser = args.Parser(
         prog="postcopy source",
         description="Serve files as remote blocks: a supervisor started with NAME=ENDPOINT/NAME asks for their pages.",
-        epilog="tcp endpoints need CURVE keys (see postcopy keygen). SIGTERM and SIGINT end the source in order.",
+        epilog="A running VM: postcopy source qemu --help. "
+        "tcp endpoints need CURVE keys (see postcopy keygen). SIGTERM and SIGINT end the source in order.",
     )
     add = parser.add_argument
     add("blocks", nargs="+", metavar="NAME=FILE", help="a block and its file (with --from: NAME)")
@@ -102,10 +126,7 @@ def _parser() -> args.Parser:
     help = "with --from: a user whose supervisor is trusted, beside this one and root (repeat)"
     parser.option("--trust-uid", args.user_id, [], "UID", help, repeat=True)
     add("--listen", required=True, metavar="ENDPOINT", help="ipc:///PATH or tcp://HOST:PORT")
-    add("--curve-secret", metavar="FILE", help="own CURVE keys, the file that ends in .key_secret")
-    help = "public CURVE key of a supervisor that may connect, or a directory of such keys (repeat)"
-    add("--allow-key", action="append", default=[], metavar="FILE", help=help)
-    parser.flag("--plain-tcp", "allow tcp without keys: anyone who reaches the port may read everything")
+    add_access(parser)
     parser.flag("--copy-on-serve", args.COPY_HELP)
     add("--identity", default="", metavar="TEXT", help="identifies this content (default: a hash of 64 samples)")
     parser.option("--readers", args.count(1, 64), 4, "N", "threads for reads that wait")

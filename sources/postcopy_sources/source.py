@@ -11,6 +11,9 @@ Required: ``name``, ``size``, ``page_size``, ``read``. An object may also have a
   exception the pages are read in another way. A source that has it has ``read_now`` too.
 * ``listening(stream: PushStream) -> None``: runs in a thread of its own when a supervisor listens. It may push pages
   that were not asked for, until it returns.
+* ``when_ready(offset, length, urgent, call)``: with ``read_now``, for pages that come to the source at their own time.
+  When ``read_now`` has raised BlockingIOError, this is called in the thread of the loop. It calls ``call``, in that
+  thread too, when ``read_now`` would not raise it. Such pages have no ``read_timeout``; ``read`` is not called.
 
 Only ``read_now``, ``read_into`` and ``identity`` run in the main thread; ``read`` may run in several threads at once.
 What these functions raise or return, and that they hang, concerns only the pages that were asked for, never the loop.
@@ -18,6 +21,7 @@ What these functions raise or return, and that they hang, concerns only the page
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from hashlib import blake2b
 from typing import Protocol, runtime_checkable
 
@@ -27,6 +31,8 @@ from postcopy_protocol.source_conversation import Offer
 from postcopy_protocol.sources import parse_block_name
 
 from .answers import Buffer, answer_of, reason_of
+
+WhenReady = Callable[[int, int, bool, Callable[[], object]], object]
 
 SAMPLES = 64
 """Places of 4096 bytes, evenly spaced, that the default identity looks at."""

@@ -8,7 +8,7 @@ import os
 import stat
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from postcopy_kernel import memory
@@ -23,9 +23,10 @@ from postcopy_protocol.errors import BadInput
 from postcopy_protocol.geometry import PAGE_2M, page_count
 from postcopy_protocol.messages import BlockGrant, BlockNote
 from postcopy_protocol.sizes import format_size
-from postcopy_protocol.sources import Advice, FileSource, HandlerSource, RemoteSource, Source, ZeroSource
+from postcopy_protocol.sources import Advice, FileSource, HandlerSource, QemuRamSource, RemoteSource, Source, ZeroSource
 
-from .recovery.plan import COPY, DIGESTS, KeptBlock
+from . import qemu_ram
+from .recovery.plan import COPY, DIGESTS, QEMU_RAM, KeptBlock, has_digests
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +42,9 @@ COPY_SECONDS = 0.002
 @dataclass(frozen=True, slots=True)
 class Opened:
     """A source as it was when first served: its exact ``size``, and for a file its descriptor, its stamp and whether we
-    hold a lease. ``detail`` is COPY for the copy of a file, DIGESTS where pages are compared with digests; ``original``
-    is the stamp of the file that was copied."""
+    hold a lease. ``detail`` is COPY for the copy of a file, DIGESTS where pages are compared with digests; of a block
+    that is a part of a file, its place comes before that. ``original`` is the stamp of the file that was copied.
+    ``part``: bytes of a block that is a part of a file."""
 
     kind: str
     detail: str
@@ -52,6 +54,7 @@ class Opened:
     leased: bool = False
     digests: PageDigests | None = None
     original: Stamp | None = None
+    part: int = 0
 
 
 def open_source(name: str, source: Source, *, copy: bool = False) -> Opened:
@@ -63,6 +66,8 @@ def open_source(name: str, source: Source, *, copy: bool = False) -> Opened:
             return Opened("handler", f"{module}:{function}", size)
         case ZeroSource(size):
             return Opened("zero", "", size)
+        case QemuRamSource(path):
+            return _open_qemu_ram(name, source, _open_file(name, path, copy))
         case RemoteSource():
             raise BadInput(f"block {name}: its source {source} has not been asked")
 
@@ -98,6 +103,18 @@ def _open_file(name: str, path: str, copy: bool) -> Opened:
     )
 
 
+def _open_qemu_ram(name: str, source: QemuRamSource, opened: Opened) -> Opened:
+    """The part of a file that is one block, found in the file as it is served."""
+    try:
+        block = qemu_ram.block_of(opened.descriptor, source)
+        assert block.mapped is not None
+    except BadInput as error:
+        os.close(opened.descriptor)
+        raise BadInput(f"block {name}: {error}") from None
+    detail = f"{block.mapped.bitmap}:{block.mapped.pages}:{opened.detail}"
+    return replace(opened, kind=QEMU_RAM, detail=detail, part=block.size)
+
+
 class RamBlock:
     """One served block. ``pages`` of ``page_size`` bytes; the last ``pages * page_size - size`` bytes are zeros."""
 
@@ -120,11 +137,13 @@ class RamBlock:
         if kept is not None:
             note = kept.note
             stamp = Stamp.from_bytes(note.source_stamp) if kept.file >= 0 else None
-            digests = PageDigests(kept.fds[3]) if note.detail == DIGESTS else None
-            self.opened = Opened(note.kind, note.detail, note.size, kept.file, stamp, digests=digests)
+            digests = PageDigests(kept.fds[3]) if has_digests(note) else None
+            part = note.size if note.kind == QEMU_RAM else 0
+            size = note.source_size if part else note.size
+            self.opened = Opened(note.kind, note.detail, size, kept.file, stamp, digests=digests, part=part)
         else:
             self.opened = Opened("remote", "", advice.size) if advice else open_source(name, source, copy=copy)
-        self.size = self.opened.size
+        self.size = self.opened.part or self.opened.size
         self.pages = page_count(self.size, page_size)
         self.length = self.pages * page_size
         if not self.size:

@@ -12,9 +12,10 @@ from postcopy_protocol import arguments as args
 from postcopy_protocol.errors import BadInput
 from postcopy_protocol.geometry import PAGE_2M, PAGE_4K
 from postcopy_protocol.runtime_paths import runtime_directory
-from postcopy_protocol.sources import HandlerSource, RemoteSource, Source, parse_named
+from postcopy_protocol.sources import HandlerSource, QemuRamSource, RemoteSource, Source, parse_named
 from postcopy_wire.transport import NATIVE, TRANSPORTS, chosen_transport
 
+from . import qemu_ram
 from .admission import AllowList
 from .pool.lifecycle import LONGEST_BACKOFF, RestartPolicy
 
@@ -153,6 +154,9 @@ def _sources(blocks: list[str]) -> dict[str, Source]:
     sources: dict[str, Source] = {}
     for text in blocks:
         name, source = parse_named(text)
+        if isinstance(source, QemuRamSource) and not source.block:
+            sources.update(qemu_ram.sources_of(name, source, sources))
+            continue
         if name in sources:
             raise BadInput(f"the name {name} is used twice: every block needs a name of its own")
         if isinstance(source, RemoteSource) and source in sources.values():
@@ -194,7 +198,7 @@ def _parser() -> args.Parser:
     parser = args.Parser(
         prog="postcopy serve",
         description="Serve RAM blocks that are populated lazily. Clients may attach at once; pages come when touched.",
-        epilog="SOURCE is a file, handler:MODULE:FUNCTION?size=SIZE, zero:SIZE, ipc://PATH/BLOCK or "
+        epilog="SOURCE is a file, handler:MODULE:FUNCTION?size=SIZE, zero:SIZE, qemu-ram:FILE, ipc://PATH/BLOCK or "
         "tcp://HOST:PORT/BLOCK. Sizes take K, M, G. SIGTERM and SIGINT end the supervisor in order.",
     )
     parser.add_argument("blocks", nargs="+", metavar="NAME=SOURCE", help="a RAM block and where its bytes come from")

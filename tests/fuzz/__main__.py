@@ -47,6 +47,8 @@ from postcopy_protocol.messages import (
     Wake,
     WorkerHello,
 )
+from postcopy_protocol.qemu_format import MAPPED_RAM
+from postcopy_protocol.qemu_ram_file import read_index
 from postcopy_protocol.return_path import FROM_SOURCE, FROM_SUPERVISOR, pack_ranges
 from postcopy_protocol.sources import parse_named
 from postcopy_protocol.vhost_conversation import FrontEnd, Stage, lay_out
@@ -62,6 +64,7 @@ from postcopy_supervisor.recovery import plan
 from postcopy_supervisor.waits import Waits
 from postcopy_workers.takeover_socket import PendingConnection, TakeoverSocket
 from tests.fuzz.return_path import SourceEnd, SupervisorEnd
+from tests.unit.protocol import qemu_streams
 
 PAGE = 4096
 ALL = tuple(codec.MESSAGES.values())
@@ -80,6 +83,7 @@ class Fuzzer:
         self.source, self.supervisor = SourceEnd(self.random), SupervisorEnd(self.random)
         self.nearly: dict[str, Callable[[], Message | bytes]] = {
             "source": self.source.nearly,
+            "qemu": lambda: qemu_streams.nearly(self.random),
             "link": self.supervisor.nearly_of_source,
             "router": self.supervisor.nearly_of_worker,
         }
@@ -95,6 +99,7 @@ class Fuzzer:
             "takeover": (self._takeover, (TakeOver,)),
             "inventory": (self._inventory, (BlockNote, ClientNote)),
             "back-end": (self._back_end, ALL),
+            "qemu": (self._qemu, ALL),
             "wire": (self._wire, ALL),
         }
         with tempfile.TemporaryDirectory(prefix="pcf-", dir="/tmp") as directory:
@@ -161,6 +166,12 @@ class Fuzzer:
             stream = stream[wanted:]
             if frame is not None:
                 return void(talk.heard(asked, frame))
+
+    def _qemu(self, data: bytes) -> None:
+        """A migration stream of QEMU, in one slice and in many; or a mapped-ram file."""
+        if MAPPED_RAM.encode() in data[:200]:
+            return void(read_index(lambda offset, length: data[offset : offset + length], len(data)))
+        qemu_streams.judge(data, self.random)
 
     def _wire(self, data: bytes) -> None:
         """The bytes of a connection: ZMTP around the message, or nearly. Both readers hear the same, whatever it is."""

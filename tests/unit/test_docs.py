@@ -101,7 +101,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 def split(words: list[str]) -> tuple[tuple[str, ...], set[str]]:
     """The name of the command and its options."""
-    depth = 2 if words[0] in GROUPS else 1
+    depth = 2 if words[0] in GROUPS or words[:2] == ["source", "qemu"] else 1
     name = tuple(word for word in words[:depth] if not word.startswith("-"))
     return name, {word.partition("=")[0] for word in words[len(name) :] if word.startswith("--")}
 

@@ -22,6 +22,7 @@ from postcopy_kernel.filestamp import Stamp
 from postcopy_kernel.memory import DONTNEED, RANDOM, Mapping
 from postcopy_protocol.errors import PageLost, text_of
 from postcopy_protocol.messages import BlockGrant
+from postcopy_protocol.qemu_ram_file import runs_of
 from postcopy_protocol.received_map import TRUST
 
 _BASE_PAGE = 4096
@@ -100,19 +101,27 @@ class FilePages:
         if self._staging is None or self._staging.length < length:
             self._staging = Mapping.anonymous(length)
         view = self._staging.view(length, writable=True)
-        wanted, done = min(length, self.size - offset), 0
+        wanted = min(length, self.size - offset)
         try:
-            while done < wanted:
-                got = os.preadv(self.descriptor, [view[done:wanted]], offset + done)
-                if not got:
-                    raise SourceChanged(f"the file ends at {offset + done}, it had {self.size} bytes")
-                done += got
+            self._fill(view[:wanted], offset)
         except OSError as error:
             raise PageLost(f"its source cannot be read: {error.strerror}") from error
         view[wanted:] = bytes(length - wanted)
         self.check()
-        self._compare(view[:wanted], offset)
         return self._staging.address
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        self._read_file(view, offset)
+
+    def _read_file(self, view: memoryview, offset: int) -> None:
+        """Read from a place in the file. Raises SourceChanged, OSError."""
+        done = 0
+        while done < len(view):
+            got = os.preadv(self.descriptor, [view[done:]], offset + done)
+            if not got:
+                raise SourceChanged(f"the file ends at {offset + done}, it was longer")
+            done += got
+        self._compare(view, offset)
 
     def _compare(self, data: memoryview, offset: int) -> None:
         if self._digests is not None and self._digests.differs(data, offset):
@@ -137,6 +146,38 @@ class FilePages:
     def forget(self) -> None:
         if self._mapping is not None:
             self._mapping.advise(DONTNEED)
+
+
+class MappedRamPages(FilePages):
+    """A RAM block in a mapped-ram file of QEMU: a bitmap says which pages are in the file, the others are zeros. A page
+    is always read, because its neighbour in the file may be no page at all."""
+
+    def __init__(
+        self, grant: BlockGrant, descriptor: int, received: memoryview, digests: PageDigests | None = None
+    ) -> None:
+        super().__init__(grant, descriptor, received, digests)
+        bitmap, pages, _ = grant.detail.split(":")
+        self._bitmap, self._pages = int(bitmap), int(pages)
+        self.size, self.linear = grant.size, 0
+
+    def locate(self, offset: int, length: int) -> int:
+        return self._staged(offset, length)
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        first, count = offset // _BASE_PAGE, -(-len(view) // _BASE_PAGE)
+        at, end = first // 8, (first + count + 7) // 8
+        bits = os.pread(self.descriptor, end - at, self._bitmap + at)
+        for start, stop, there in runs_of(bits, first, count):
+            part = view[start * _BASE_PAGE - offset : stop * _BASE_PAGE - offset]
+            if there:
+                self._read_file(part, self._pages + start * _BASE_PAGE)
+            else:
+                part[:] = bytes(len(part))
+
+    def content(self, offset: int, length: int) -> bytes:
+        data = bytearray(max(0, min(length, self.size - offset)))
+        self._fill(memoryview(data), offset)
+        return bytes(data).ljust(length, b"\0")
 
 
 def _mapping_of(descriptor: int, length: int) -> Mapping | None:

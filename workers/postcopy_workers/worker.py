@@ -28,7 +28,16 @@ from postcopy_wire.transport import Channel
 from .fault_handler import CannotContinue
 from .guarded_block import GuardedBlock
 from .handlers import CannotImport, load_handler, report_output
-from .page_sources import FilePages, HandlerPages, NoPages, PageSource, RemotePages, SourceChanged, ZeroPages
+from .page_sources import (
+    FilePages,
+    HandlerPages,
+    MappedRamPages,
+    NoPages,
+    PageSource,
+    RemotePages,
+    SourceChanged,
+    ZeroPages,
+)
 from .placing import Block, OwnMapping, system_calls
 from .reports import Reports
 
@@ -128,8 +137,9 @@ class Worker:
         stretch = max(grant.page_size, self.assignment.fault_around)
         match grant.kind:
             case "file":
-                digests = PageDigests(self.fds[grant.source + 1]) if grant.detail == "digests" else None
-                return FilePages(grant, self.fds[grant.source], received, digests)
+                return FilePages(grant, self.fds[grant.source], received, self._digests_of(grant))
+            case "qemu-ram":
+                return MappedRamPages(grant, self.fds[grant.source], received, self._digests_of(grant))
             case "zero":
                 return ZeroPages(grant, stretch)
             case "handler":
@@ -142,6 +152,9 @@ class Worker:
                 return NoPages(grant, "the client is quarantined: its worker crashed too often")
             case _:
                 raise CannotContinue(f"block {grant.name}: kind {grant.kind} is unknown to this worker")
+
+    def _digests_of(self, grant: BlockGrant) -> PageDigests | None:
+        return PageDigests(self.fds[grant.source + 1]) if grant.detail.endswith("digests") else None
 
     def _handler_pages(self, grant: BlockGrant, stretch: int) -> PageSource:
         report_output(self.reports)

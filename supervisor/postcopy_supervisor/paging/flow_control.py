@@ -4,7 +4,8 @@ A request for a range goes through these states:
 
     queued       no room, or the source is away             --room--> in flight
     in flight    sent                                       --all of it came--> finished
-                 no answer for ``patience`` seconds         --> queued (first in its queue), with a new number
+                 neither an answer nor a sign that the source
+                 waits itself, for ``patience`` seconds             --> queued (first in its queue), with a new number
                  ... after ``attempts`` times               --> given up: its pages are lost
                  the source is lost                         --> queued, all attempts forgiven
     deferred     its pages came and found no memory         --at ``retry_at``--> queued
@@ -60,7 +61,7 @@ class RangeRequest:
     """A range that a client (or BACKGROUND) wants from the source. As an effect: send it.
 
     Last sent at ``sent`` (monotonic seconds) as number ``number``. ``missing``: what has not come since then, as
-    (offset, end); None: all of it."""
+    (offset, end); None: all of it. ``held``: when the source last said that it waits for these pages itself."""
 
     client: int
     block: int
@@ -70,6 +71,7 @@ class RangeRequest:
     attempts: int = 0
     number: int = 0
     missing: list[tuple[int, int]] | None = None
+    held: float = -1e9
 
     @property
     def urgent(self) -> bool:
@@ -179,6 +181,12 @@ class FlowControl:
                 return (), 0.0
         return self.completed(request, now), now - request.sent
 
+    def source_waits(self, number: int, block: int, now: float) -> None:
+        """The source waits for the pages of this request itself: it is not late."""
+        request = self.outstanding.get(number)
+        if request is not None and request.block == block:
+            request.held, request.attempts = now, 1
+
     def defer(self, wanted: Sequence[RangeRequest], now: float) -> None:
         """Pages have come and found no memory. ``wanted``, which no open request brings, is requested again at
         ``retry_at``, by ``tick``."""
@@ -215,7 +223,11 @@ class FlowControl:
             request = self.deferred.popleft()
             self.queues[request.client].append(request)
         effects: list[Effect] = []
-        late = [request for request in self.outstanding.values() if now - request.sent >= self.limits.patience]
+        late = [
+            request
+            for request in self.outstanding.values()
+            if now - request.sent >= self.limits.patience and now - request.held >= self.limits.patience
+        ]
         for request in reversed(late):
             del self.outstanding[request.number]
             self._stop(request)

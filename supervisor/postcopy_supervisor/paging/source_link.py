@@ -184,6 +184,10 @@ class SourceLink:
                     self._advise(now)
             case return_path.SourceRefused():
                 self._on_refused(message, now)
+            case return_path.Held(stream, request):
+                self.silent_since = None
+                if stream in self._blocks:
+                    self.flow.source_waits(request, self._blocks[stream], now)
         return None
 
     def on_staged(self, message: return_path.Staged, slot_bytes: int, now: float) -> Arrived | None:

@@ -23,11 +23,11 @@ from postcopy_protocol import counters, stages, trace
 from postcopy_protocol.codec import decode, encode
 from postcopy_protocol.errors import BadInput, BadMessage, BadVersion
 from postcopy_protocol.messages import Dismiss, InventoryEnd, Kept, TakeOver, WorkerForked
-from postcopy_protocol.sources import FileSource, Source
+from postcopy_protocol.sources import FileSource, QemuRamSource, Source
 
 from ..settings import Settings
 from . import plan, records, rescue
-from .plan import COPY, FileFacts, Inventory, KeptBlock, KeptWorker, Plan
+from .plan import FileFacts, Inventory, KeptBlock, KeptWorker, Plan
 from .records import Left
 
 log = logging.getLogger("postcopy")
@@ -251,7 +251,7 @@ def _device() -> tuple[int, ...]:
 def judge(found: Inventory, settings: Settings, alive: set[int]) -> Plan:
     """``plan.judge`` with facts about the files."""
     kept_files = {
-        kept.note.block: _kept_file(kept) for kept in found.blocks if kept.file >= 0 and kept.note.detail != COPY
+        kept.note.block: _kept_file(kept) for kept in found.blocks if kept.file >= 0 and not plan.is_copy(kept.note)
     }
     return plan.judge(found, settings.sources, settings.page_size, alive, kept_files, _named_files(settings.sources))
 
@@ -267,7 +267,7 @@ def _kept_file(kept: KeptBlock) -> FileFacts:
 def _named_files(sources: Mapping[str, Source]) -> dict[str, FileFacts]:
     facts = {}
     for name, source in sources.items():
-        if isinstance(source, FileSource):
+        if isinstance(source, FileSource | QemuRamSource):
             with contextlib.suppress(OSError):
                 found = os.stat(source.path)
                 facts[name] = FileFacts(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)

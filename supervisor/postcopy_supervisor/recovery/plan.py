@@ -18,7 +18,7 @@ from postcopy_protocol.codec import decode
 from postcopy_protocol.errors import BadInput, BadMessage
 from postcopy_protocol.messages import BlockNote, ClientNote
 from postcopy_protocol.sizes import format_size
-from postcopy_protocol.sources import Advice, FileSource, HandlerSource, RemoteSource, Source, ZeroSource
+from postcopy_protocol.sources import Advice, FileSource, HandlerSource, QemuRamSource, RemoteSource, Source, ZeroSource
 
 SHARED = "house"
 ZERO = "client/0"
@@ -35,6 +35,7 @@ OTHER_VERSION = "what the last supervisor left is another version's"
 COPY = "copy"
 """``detail`` of a block of kind ``file`` that serves a copy: no other program has its file."""
 DIGESTS = "digests"
+QEMU_RAM = "qemu-ram"  # the kind of a block that is a part of a file
 """``detail`` of a block whose file leaves no trace of a change: its fourth descriptor has digests of the pages."""
 
 
@@ -153,7 +154,7 @@ def _block(meta: bytes, fds: tuple[int, ...]) -> KeptBlock:
 
 def descriptors_of(note: BlockNote) -> int:
     """How many descriptors are kept of a block: memory, received map, a file, its digests."""
-    return 2 if note.kind != "file" else 4 if note.detail == DIGESTS else 3
+    return 2 if note.kind not in ("file", QEMU_RAM) else 4 if has_digests(note) else 3
 
 
 def _client(meta: bytes, fds: tuple[int, ...]) -> KeptClient:
@@ -245,6 +246,16 @@ def _number(sources: Mapping[str, Source], adopted: Mapping[str, KeptBlock], las
     return numbers
 
 
+def has_digests(note: BlockNote) -> bool:
+    """Are pages of this block's file compared with digests?"""
+    return note.detail.endswith(DIGESTS) and note.kind in ("file", QEMU_RAM)
+
+
+def is_copy(note: BlockNote) -> bool:
+    """Is a copy of its file served?"""
+    return note.detail.endswith(COPY) and note.kind in ("file", QEMU_RAM)
+
+
 def _difference(kept: KeptBlock, source: Source, page_size: int, was: FileFacts | None, now: FileFacts | None) -> str:
     """What has changed, or nothing."""
     note = kept.note
@@ -254,6 +265,10 @@ def _difference(kept: KeptBlock, source: Source, page_size: int, was: FileFacts 
         case FileSource(path) if note.kind == "file" and note.detail == COPY:
             return "" if note.source == str(source) else f"is a copy of {note.source}, not of {source}"
         case FileSource(path) if note.kind == "file":
+            return _other_file(path, was, now)
+        case QemuRamSource(path, block) if note.kind == QEMU_RAM and note.source.endswith(f"?block={block}"):
+            if is_copy(note):
+                return "" if note.source == str(source) else f"is a copy of {note.source}, not of {source}"
             return _other_file(path, was, now)
         case HandlerSource(module, function, size) if note.kind == "handler":
             wanted, had = (f"{module}:{function}", size), (note.detail, note.size)

@@ -20,7 +20,7 @@ from postcopy_protocol.errors import BadInput, BadMessage
 from postcopy_protocol.messages import BlockNote, BlockRecord, ClientNote, ClientRecord
 from postcopy_protocol.runtime_paths import RESCUE
 
-from .plan import DIGESTS, OTHER_VERSION
+from .plan import OTHER_VERSION, has_digests
 
 log = logging.getLogger("postcopy")
 
@@ -120,7 +120,7 @@ class Records:
     def _keep_digests(self, key: str, meta: bytes, fds: Sequence[int]) -> None:
         note = decode(meta, expect=(BlockNote,))
         assert isinstance(note, BlockNote)
-        if note.detail == DIGESTS and (size := os.fstat(fds[FILE + 1]).st_size) <= MOST_DIGESTS:
+        if has_digests(note) and (size := os.fstat(fds[FILE + 1]).st_size) <= MOST_DIGESTS:
             self._write(key.replace(BLOCK, DIGEST), os.pread(fds[FILE + 1], size, 0))
 
     def _write(self, key: str, data: bytes) -> None:

@@ -30,9 +30,9 @@ from postcopy_protocol.codec import encode
 from postcopy_protocol.errors import BadInput
 from postcopy_protocol.geometry import PAGE_2M, page_count
 from postcopy_protocol.messages import BlockNote, ClientNote, RegionGrant
-from postcopy_protocol.sources import FileSource, Source
+from postcopy_protocol.sources import FileSource, QemuRamSource, Source
 
-from .plan import COPY, DIGESTS
+from .plan import QEMU_RAM, has_digests, is_copy
 from .records import Left, LeftBlock
 
 log = logging.getLogger("postcopy")
@@ -213,9 +213,9 @@ class _Rescue:
         """The note, and the descriptors of the file behind a local block. A file that was changed is noticed by
         ``plan.judge``, as at any take-over."""
         source = self._sources.get(note.name)
-        if note.kind != "file":
+        if note.kind not in ("file", QEMU_RAM):
             return note, ()
-        if not isinstance(source, FileSource):
+        if not isinstance(source, FileSource | QemuRamSource):
             raise BadInput(f"cannot rescue block {note.name}: serve it from {note.source} again; {NOTHING}")
         try:
             fd = self._hold(os.open(source.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
@@ -223,7 +223,7 @@ class _Rescue:
             raise BadInput(
                 f"cannot rescue block {note.name}: {source.path} cannot be opened: {error.strerror}; {NOTHING}"
             ) from None
-        if note.detail == COPY:
+        if is_copy(note):
             return self._copy_again(left, note, source.path, fd, map_fd, pages)
         facts = os.fstat(fd)
         if (facts.st_dev, facts.st_ino) != (left.record.file_device, left.record.file_inode):
@@ -235,7 +235,7 @@ class _Rescue:
             _distrust(map_fd, pages)
         if change := Stamp.from_bytes(note.source_stamp).change(fd):
             raise BadInput(f"cannot rescue block {note.name} from {source.path}: {change}; {NOTHING}")
-        if note.detail != DIGESTS:
+        if not has_digests(note):
             return note, (fd,)
         if not left.digests:
             raise BadInput(

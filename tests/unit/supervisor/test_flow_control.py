@@ -395,3 +395,15 @@ def test_behind_a_queue_and_without_a_source() -> None:
     flow.lost_source()
     assert not flow.promote(7, 2, 3 * PAGE, PAGE, now), "everything open is sent again"
     flow.check()
+
+
+def test_a_request_that_the_source_holds_is_never_given_up() -> None:
+    flow = FlowControl(Limits(patience=1.0, attempts=2))
+    flow.found_source(0.0)
+    request = flow.send(1, 1, 0, PAGE, 0.0)
+    assert request is not None
+    for tenth in range(1, 100):
+        assert flow.tick(tenth / 10) == []
+        flow.source_waits(request.number, 1, tenth / 10)
+    assert flow.tick(10.95) == [request]  # silence: it is sent again, and given up in the end
+    assert flow.tick(12.0) == [GiveUp(request)]
