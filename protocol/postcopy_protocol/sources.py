@@ -6,6 +6,7 @@
 ``zero:SIZE``                           zeros
 ``ipc://PATH/BLOCK``                    a block of a page source program on this machine
 ``tcp://HOST:PORT/BLOCK``               a block of a page source program on another one
+``store:STORE/NAME``                    a snapshot that ``postcopy pack`` made; STORE is a directory or a URL
 ======================================  ================================================================================
 
 Only the syntax is checked, not whether the file or the function exists.
@@ -22,6 +23,7 @@ from .sizes import parse_size
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://", re.ASCII)
+_NAME_RULE = "use up to 64 letters, digits, '.', '_' and '-', a letter or digit first"
 _PORT = re.compile(r"[0-9]{1,5}", re.ASCII)
 
 
@@ -69,6 +71,22 @@ class RemoteSource:
 
 
 @dataclass(frozen=True, slots=True)
+class StoreSource:
+    """The snapshot ``name`` in ``store``: a directory, or the URL of an object store."""
+
+    store: str
+    name: str
+
+    @property
+    def location(self) -> str:
+        """STORE/NAME."""
+        return f"{self.store}{'' if self.store.endswith('/') else '/'}{self.name}"
+
+    def __str__(self) -> str:
+        return f"store:{self.location}"
+
+
+@dataclass(frozen=True, slots=True)
 class Advice:
     """What a page source says of a remote block before it is served: its size in bytes and its identity."""
 
@@ -76,7 +94,10 @@ class Advice:
     identity: str
 
 
-Source = FileSource | HandlerSource | ZeroSource | RemoteSource
+Source = FileSource | HandlerSource | ZeroSource | RemoteSource | StoreSource
+
+STORE_SCHEMES = ("s3", "gs", "az", "http", "https")
+READ_ONLY_SCHEMES = ("http", "https")
 
 
 def is_block_name(name: str) -> bool:
@@ -87,9 +108,7 @@ def is_block_name(name: str) -> bool:
 def parse_block_name(name: str) -> str:
     """The name itself. Raises BadInput if no RAM block may have it."""
     if not is_block_name(name):
-        raise BadInput(
-            f"{name!r} is no name for a block: use up to 64 letters, digits, '.', '_' and '-', a letter or digit first"
-        )
+        raise BadInput(f"{name!r} is no name for a block: {_NAME_RULE}")
     return name
 
 
@@ -113,9 +132,61 @@ def parse_source(text: str) -> Source:
         return _file_url(text)
     if text.startswith(("ipc://", "tcp://")):
         return _remote(text)
+    if text.startswith("store:"):
+        return parse_location(text.removeprefix("store:"))
     if _SCHEME.match(text):
-        raise BadInput(f"{text!r}: unknown kind of source; use a path, file:///, handler:, zero:, ipc:// or tcp://")
+        raise BadInput(
+            f"{text!r}: unknown kind of source; use a path, file:///, handler:, zero:, ipc://, tcp:// or store:"
+        )
     return FileSource(text)
+
+
+def parse_location(text: str) -> StoreSource:
+    """STORE/NAME, where a snapshot is. Raises BadInput."""
+    store, name = _split(check_store(text).rstrip("/"))
+    name = name.removesuffix(".caibx")
+    if not is_block_name(name):
+        raise BadInput(f"{_shown(text)}: the last part names the snapshot, as in s3://BUCKET/PREFIX/NAME: {_NAME_RULE}")
+    return StoreSource(check_store(store), name)
+
+
+def check_store(text: str) -> str:
+    """STORE as it was typed: a directory, or the URL of a store that exists. Raises BadInput, without showing what may
+    be a secret."""
+    if not text or "\0" in text:
+        raise BadInput("name a store: a directory, s3://BUCKET/PREFIX, gs://, az://, or http(s):// to read")
+    scheme, colon, rest = text.partition("://")
+    if not colon:
+        return text
+    if scheme not in STORE_SCHEMES:
+        raise BadInput(f"{_shown(text)}: a store is a directory, s3://, gs://, az://, or http(s):// to read")
+    if "@" in rest or "?" in rest or "#" in rest:
+        raise BadInput(
+            f"{_shown(text)}: '@', '?' and '#' do not belong into the URL of a store; "
+            "keys come from the environment (AWS_ACCESS_KEY_ID ...) or from the files of the store's own tools"
+        )
+    if not rest.strip("/") or rest.startswith("/"):
+        raise BadInput(f"{text!r}: write {scheme}://{'HOST' if scheme in READ_ONLY_SCHEMES else 'BUCKET'}/PREFIX/NAME")
+    return text
+
+
+def _split(text: str) -> tuple[str, str]:
+    """STORE and NAME; a NAME alone is in the current directory. A URL without a NAME has none."""
+    store, slash, name = text.rpartition("/")
+    if not slash:
+        return ".", text
+    if store.endswith((":/", ":")):
+        return text, ""
+    return store or "/", name
+
+
+def _shown(text: str) -> str:
+    """A URL as far as it holds no secret."""
+    scheme, colon, rest = text.partition("://")
+    if not colon:
+        return repr(text)
+    where = re.split("[?#]", rest)[0].rpartition("@")[2]
+    return f"{scheme}://{where}"
 
 
 def _file_url(text: str) -> FileSource:
