@@ -15,7 +15,7 @@ Only the syntax is checked, not whether the file or the function exists.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import unquote
 
 from .errors import BadInput
@@ -61,13 +61,15 @@ class ZeroSource:
 
 @dataclass(frozen=True, slots=True)
 class RemoteSource:
-    """A block of a page source program; ``endpoint`` is ZeroMQ's (``ipc://...`` or ``tcp://...``)."""
+    """A block of a page source program; ``endpoint`` is ZeroMQ's (``ipc://...`` or ``tcp://...``). ``shown``: what the
+    user typed where a program of ours serves it."""
 
     endpoint: str
     block: str
+    shown: str = field(default="", compare=False)
 
     def __str__(self) -> str:
-        return f"{self.endpoint}/{self.block}"
+        return self.shown or f"{self.endpoint}/{self.block}"
 
 
 @dataclass(frozen=True, slots=True)

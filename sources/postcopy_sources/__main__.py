@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from typing import TYPE_CHECKING
@@ -17,11 +18,16 @@ if TYPE_CHECKING:
     from .source import PageSource
 
 
+STORE_READERS = 32
+"""Threads that may wait for a store: those of background pieces must not keep urgent ones from being read."""
+
+
 def main() -> int:
     """Exit status: 0 ended in order, 1 could not serve, 2 usage."""
     from .settings import parse
 
     prepare()
+    settings = None
     try:
         settings = parse(sys.argv[1:])
         log_queue.set_up(settings.log_format, settings.log_level)
@@ -38,16 +44,15 @@ def main() -> int:
             allow=settings.allow,
             plain_tcp=settings.plain_tcp,
             identity=settings.identity,
-            readers=settings.readers,
+            readers=max(settings.readers, STORE_READERS) if settings.snapshots else settings.readers,
             read_timeout=settings.read_timeout,
             transport=settings.transport,
         )
-    except BadInput as error:
-        return _fail(str(error), 2)
-    except PostcopyError as error:
-        return _fail(str(error), 1)
-    except OSError as error:
-        return _fail(f"{error.filename or 'file'}: {error.strerror}", 1)
+    except (PostcopyError, OSError) as error:
+        text = str(error) if isinstance(error, PostcopyError) else f"{error.filename or 'file'}: {error.strerror}"
+        name = "serve" if settings is not None and settings.for_serve else "source"
+        print(f"postcopy {name}: {text}", file=sys.stderr)
+        return 2 if isinstance(error, BadInput) else 1
     except KeyboardInterrupt:
         return 130
     return 0
@@ -60,12 +65,19 @@ def _sources(settings: Settings) -> list[PageSource]:
         return [SupervisorSource(settings.runtime_dir, name, settings.trust_uids) for name in settings.files]
     from .file_source import FileSource
 
-    return [FileSource(name, path, copy=settings.copy_on_serve) for name, path in settings.files.items()]
+    files = [FileSource(name, path, copy=settings.copy_on_serve) for name, path in settings.files.items()]
+    return [*files, *_snapshots(settings)]
 
 
-def _fail(text: str, status: int) -> int:
-    print(f"postcopy source: {text}", file=sys.stderr)
-    return status
+def _snapshots(settings: Settings) -> list[PageSource]:
+    if not settings.snapshots:
+        return []
+    from .storage.chunk_cache import ChunkCache, default_directory
+    from .storage.store_source import open_sources
+
+    size = settings.chunk_cache_size
+    directory = settings.chunk_cache or default_directory(os.environ)
+    return [*open_sources(settings.snapshots, ChunkCache(directory, size) if size else None)]
 
 
 if __name__ == "__main__":

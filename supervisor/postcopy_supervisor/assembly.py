@@ -3,7 +3,7 @@
 A module imports only modules that stand before it here:
 
     memory_budget, runtime, event_log, admission, events, pool.lifecycle, settings
-    remote.advise, recovery.*, blocks           what is served, and what is taken over
+    remote.programs, remote.advise, recovery.*, blocks      what is served, and what is taken over
     paging.*, remote.staging, remote.sources    faults of remote blocks
     pool.*, listener                            the custodian, the workers, events
     clients.*                                   client, identity, release, attach_server, worker_zero, client_zero
@@ -67,6 +67,7 @@ from .recovery import inventory
 from .recovery.inventory import Custodian
 from .recovery.plan import CGROUPS, SHARED, Plan
 from .remote.advise import AskedToEnd, SourceAccess
+from .remote.programs import SourceProgram
 from .remote.sources import Sources
 from .runtime import Heartbeat, RuntimeDirectory, cgroup_procs
 from .settings import Settings
@@ -119,31 +120,38 @@ def serve(settings: Settings) -> None:
     process.name_process("postcopy-superv")
     if settings.die_with_parent:
         process.die_with_parent(settings.die_with_parent, signal.SIGTERM)
-    runtime = RuntimeDirectory(settings.directory)
+    runtime, program = RuntimeDirectory(settings.directory), SourceProgram(settings)
+    settings = program.settings
     try:
         descriptors.raise_descriptor_limit()
         custodian, plan = inventory.enter(runtime.custodian, settings)
-        supervisor = assemble(settings, runtime, plan, custodian)
-        if settings.metrics is not None:
-            metrics.start(supervisor.parts, settings.metrics, public=settings.metrics_public)
-        recorder = supervisor.recorder
-        if recorder is not None:
-            recorder.start()
-        try:
-            supervisor.run()
-        finally:
-            if recorder is not None:
-                recorder.close()
+        with program:
+            _run(settings, assemble(settings, runtime, plan, custodian, program))
     except AskedToEnd:
         log.info("ended while waiting for a source")
     finally:
         runtime.close()
 
 
-def assemble(settings: Settings, runtime: RuntimeDirectory, plan: Plan, inherited: Custodian | None) -> Supervisor:
+def _run(settings: Settings, supervisor: Supervisor) -> None:
+    if settings.metrics is not None:
+        metrics.start(supervisor.parts, settings.metrics, public=settings.metrics_public)
+    recorder = supervisor.recorder
+    if recorder is not None:
+        recorder.start()
+    try:
+        supervisor.run()
+    finally:
+        if recorder is not None:
+            recorder.close()
+
+
+def assemble(
+    settings: Settings, runtime: RuntimeDirectory, plan: Plan, inherited: Custodian | None, program: SourceProgram
+) -> Supervisor:
     """Build everything. ``inherited``: the custodian of the previous supervisor, from which ``plan`` was made."""
     main_loop = trace_points.TracedMainLoop(settings.trace) if settings.trace else MainLoop()
-    base = _base(settings, runtime, plan, inherited, main_loop)
+    base = _base(settings, runtime, plan, inherited, main_loop, program)
     service = _service(settings, runtime, plan, base, main_loop)
     own, router, listener, custodian = base.own, base.router, base.listener, base.custodian
     blocks, clients, pool, event = base.blocks, service.clients, service.pool, base.event_log.record
@@ -160,7 +168,7 @@ def assemble(settings: Settings, runtime: RuntimeDirectory, plan: Plan, inherite
         service.recorder,
         settings.transport,
     )
-    periodic = _periodic(settings, runtime, base, service, parts, exports, auditor, pending)
+    periodic = _periodic(settings, runtime, base, service, parts, exports, auditor, pending, program)
     stop, replies = StopRequest(own.stop, base.state, custodian), Replies(router, event)
     queries = Queries(parts, exports, auditor, stop)
     answers = LongAnswers(queries, replies)
@@ -210,11 +218,16 @@ class Base:
 
 
 def _base(
-    settings: Settings, runtime: RuntimeDirectory, plan: Plan, inherited: Custodian | None, main_loop: MainLoop
+    settings: Settings,
+    runtime: RuntimeDirectory,
+    plan: Plan,
+    inherited: Custodian | None,
+    main_loop: MainLoop,
+    program: SourceProgram,
 ) -> Base:
     state = RunState(time.monotonic())
     own = _descriptors(plan)
-    access, advice, blocks = _blocks(settings, plan, own, state)
+    access, advice, blocks = _blocks(settings, plan, own, state, program)
     by_number = {block.number: block for block in blocks.values()}
     control_page = _control_page(settings, own)
     router, attach_socket = _router(settings, runtime, main_loop.on_message), listen_for_clients(runtime)
@@ -314,6 +327,7 @@ def _periodic(
     exports: Exports,
     auditor: Auditor,
     pending: PendingWorkers,
+    program: SourceProgram,
 ) -> PeriodicWork:
     memories = [block.memory for block in base.blocks.values()]
     return PeriodicWork(
@@ -321,6 +335,7 @@ def _periodic(
         MemoryBudget(memories, settings.max_memory, settings.fault_around),
         settings.fault_around,
         service.sources,
+        program,
         pending,
         service.release,
         Watchdog(
@@ -399,7 +414,7 @@ def _descriptors(plan: Plan) -> Descriptors:
 
 
 def _blocks(
-    settings: Settings, plan: Plan, own: Descriptors, state: RunState
+    settings: Settings, plan: Plan, own: Descriptors, state: RunState, program: SourceProgram
 ) -> tuple[SourceAccess, dict[str, Advice], dict[str, RamBlock]]:
     """Ask the sources of remote blocks, then make or adopt all blocks."""
     blocks: dict[str, RamBlock] = {}
@@ -413,6 +428,7 @@ def _blocks(
         """Why a source that does not answer is waited for no longer, or nothing."""
         if select.select([own.stop], [], [], 0)[0]:
             raise AskedToEnd
+        program.check_started()
         if plan.recovers and time.monotonic() - state.started > NEW_SOURCE_SECONDS:
             return "the clients that are taken over cannot wait for a new block; nothing is changed: start it first"
         return ""

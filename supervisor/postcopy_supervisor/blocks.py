@@ -23,7 +23,7 @@ from postcopy_protocol.errors import BadInput
 from postcopy_protocol.geometry import PAGE_2M, page_count
 from postcopy_protocol.messages import BlockGrant, BlockNote
 from postcopy_protocol.sizes import format_size
-from postcopy_protocol.sources import Advice, FileSource, HandlerSource, RemoteSource, Source, ZeroSource
+from postcopy_protocol.sources import Advice, FileSource, HandlerSource, RemoteSource, Source, StoreSource, ZeroSource
 
 from .recovery.plan import COPY, DIGESTS, KeptBlock
 
@@ -61,7 +61,7 @@ def open_source(name: str, source: Source, *, copy: bool = False) -> Opened:
             return Opened("handler", f"{module}:{function}", size)
         case ZeroSource(size):
             return Opened("zero", "", size)
-        case RemoteSource():
+        case RemoteSource() | StoreSource():
             raise BadInput(f"block {name}: its source {source} has not been asked")
 
 

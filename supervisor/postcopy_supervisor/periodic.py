@@ -13,6 +13,7 @@ from .listener import Listener
 from .memory_budget import MemoryBudget
 from .observe.audit import Auditor
 from .parts import Parts
+from .remote.programs import SourceProgram
 from .remote.sources import Sources
 from .runtime import Heartbeat
 from .watchdog import Watchdog
@@ -29,6 +30,7 @@ class PeriodicWork:
         budget: MemoryBudget,
         fault_around: int,
         sources: Sources,
+        program: SourceProgram,
         pending: PendingWorkers,
         release: ClientRelease,
         watchdog: Watchdog,
@@ -41,6 +43,7 @@ class PeriodicWork:
         self._parts, self._budget, self._fault_around, self._sources = parts, budget, fault_around, sources
         self._pending, self._release, self._watchdog, self._auditor = pending, release, watchdog, auditor
         self._exports, self._heartbeat, self._entrances, self._timer = exports, heartbeat, entrances, timer
+        self._program = program
         self._rare_at = 0.0
         self._interrupted = False
 
@@ -81,6 +84,7 @@ class PeriodicWork:
         self._release.tick(at)
         self._release.wake_resting()
         self._watchdog.tick(now)
+        self._program.tick(now)
         self._entrances.tick()
         for block in self._parts.blocks.values():
             if self._interrupted and not block.complete:

@@ -64,6 +64,8 @@ class Settings:
     poison_orphans: bool = False
     transport: str = NATIVE
     copy_on_serve: bool = False
+    chunk_cache: str = ""
+    chunk_cache_size: int = 0
     handler_path: str = ""
     """The directory in which serve was started, where there are handler blocks: their modules may be in it. Looked up
     once, because every worker gets it and the directory may be removed meanwhile."""
@@ -126,6 +128,8 @@ def parse(arguments: list[str]) -> Settings:
         poison_orphans=typed.on_orphan == "poison",
         transport=chosen_transport(typed.transport, os.environ),
         copy_on_serve=typed.copy_on_serve,
+        chunk_cache=typed.chunk_cache,
+        chunk_cache_size=typed.chunk_cache_size,
         handler_path=_handler_path(sources),
     )
 
@@ -186,8 +190,8 @@ def _parser() -> args.Parser:
     parser = args.Parser(
         prog="postcopy serve",
         description="Serve RAM blocks that are populated lazily. Clients may attach at once; pages come when touched.",
-        epilog="SOURCE is a file, handler:MODULE:FUNCTION?size=SIZE, zero:SIZE, ipc://PATH/BLOCK or "
-        "tcp://HOST:PORT/BLOCK. Sizes take K, M, G. SIGTERM and SIGINT end the supervisor in order.",
+        epilog="SOURCE is a file, handler:MODULE:FUNCTION?size=SIZE, zero:SIZE, ipc://PATH/BLOCK, "
+        "tcp://HOST:PORT/BLOCK or store:STORE/NAME (see postcopy pack). Sizes take K, M, G. SIGTERM and SIGINT end the supervisor in order.",
     )
     parser.add_argument("blocks", nargs="+", metavar="NAME=SOURCE", help="a RAM block and where its bytes come from")
     parser.add_argument("--runtime-dir", metavar="DIR", help=args.RUNTIME_DIR_HELP)
@@ -236,6 +240,8 @@ def _add_sources(parser: args.Parser) -> None:
     parser.choice("--on-source-loss", ("wait", "poison"), "wait", help)
     help = "ZeroMQ by native sockets or libzmq (default: $POSTCOPY_TRANSPORT, else native, which is faster)"
     parser.add_argument("--transport", choices=TRANSPORTS, help=help)
+    parser.option("--chunk-cache", str, "", "DIR", args.CHUNK_CACHE_HELP)
+    parser.option("--chunk-cache-size", args.size_or_zero, "10G", "SIZE", args.CHUNK_CACHE_SIZE_HELP)
     parser.option("--source-timeout", args.seconds(), 5.0, "SECONDS", "a source that is silent longer is lost")
 
 

@@ -17,8 +17,6 @@ from postcopy_protocol.sources import READ_ONLY_SCHEMES
 from .stores import Entry, Missing, Refused, Store, StoreFailed
 
 CONNECT_SECONDS = 3.0
-REQUEST_SECONDS = 8.0
-RETRY_SECONDS = 10.0
 RETRIES = 3
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _CODE = re.compile(r"<Code>([A-Za-z0-9]{1,64})</Code>")
@@ -42,8 +40,9 @@ _BUCKET = {
 Result = TypeVar("Result")
 
 
-def open_object_store(url: str) -> Store:
-    """The store at ``url``, which was checked. Nothing is asked of it yet. Raises PostcopyError."""
+def open_object_store(url: str, patience: float) -> Store:
+    """The store at ``url``, which was checked. Nothing is asked of it yet. A request may take ``patience`` seconds.
+    Raises PostcopyError."""
     try:
         import obstore.exceptions
         import obstore.store
@@ -52,13 +51,13 @@ def open_object_store(url: str) -> Store:
     plain = url.startswith("http://") or any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS)
     options: dict[str, Any] = {
         "client_options": {
-            "timeout": timedelta(seconds=REQUEST_SECONDS),
+            "timeout": timedelta(seconds=patience),
             "connect_timeout": timedelta(seconds=CONNECT_SECONDS),
             **({"allow_http": True} if plain else {}),
         },
         "retry_config": {
             "max_retries": RETRIES,
-            "retry_timeout": timedelta(seconds=RETRY_SECONDS),
+            "retry_timeout": timedelta(seconds=1.2 * patience),
             "backoff": {
                 "init_backoff": timedelta(seconds=0.1),
                 "max_backoff": timedelta(seconds=2),
