@@ -145,7 +145,9 @@ def format_index(index: Index) -> bytes:
 def parse_index(data: bytes) -> Index:
     """Parse a file. Raises BadInput, in one line, for one that is damaged or no index of a blob."""
     if len(data) < _HEAD.size:
-        raise BadInput(f"it has {len(data)} bytes, and an index has at least {_HEAD.size + _TAIL.size}: it is cut short")
+        raise BadInput(
+            f"it has {len(data)} bytes, and an index has at least {_HEAD.size + _TAIL.size}: it is cut short"
+        )
     head, kind, flags, smallest, average, largest, table, table_kind = _HEAD.unpack_from(data)
     if (head, kind, table, table_kind) != (_HEAD_SIZE, _INDEX, _UNKNOWN_SIZE, _TABLE):
         raise BadInput("it is no casync index: its head is another one")

@@ -189,5 +189,3 @@ def runs_of(pages: Iterable[int], gap: int, longest: int) -> Iterator[tuple[int,
         first, end = page, page + 1
     if first >= 0:
         yield first, end - first
-
-

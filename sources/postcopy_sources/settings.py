@@ -127,7 +127,7 @@ def _parser() -> args.Parser:
     parser.flag("--plain-tcp", "allow tcp without keys: anyone who reaches the port may read everything")
     parser.flag("--copy-on-serve", args.COPY_HELP)
     add("--identity", default="", metavar="TEXT", help="identifies this content (default: a hash of 64 samples)")
-    parser.option("--chunk-cache", str, None, "DIR", args.CHUNK_CACHE_HELP)
+    parser.add_argument("--chunk-cache", default=None, metavar="DIR", help=args.CHUNK_CACHE_HELP)
     parser.option("--chunk-cache-size", args.size_or_zero, "10G", "SIZE", args.CHUNK_CACHE_SIZE_HELP)
     parser.option("--readers", args.count(1, 64), 4, "N", "threads for reads that wait")
     parser.option("--read-timeout", args.seconds(), 30.0, "SECONDS", "the pages of a read that takes longer are lost")

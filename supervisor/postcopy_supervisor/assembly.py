@@ -32,7 +32,7 @@ from postcopy_protocol.codec import encode
 from postcopy_protocol.messages import WhenOrphaned
 from postcopy_protocol.sources import Advice
 from postcopy_wire.factory import open_router
-from postcopy_wire.transport import MessageHandler, Router
+from postcopy_wire.transport import Router
 
 from . import trace_points
 from .admission import Admission, AllowList
@@ -125,25 +125,18 @@ def serve(settings: Settings) -> None:
     try:
         descriptors.raise_descriptor_limit()
         custodian, plan = inventory.enter(runtime.custodian, settings)
-        with program:
-            _run(settings, assemble(settings, runtime, plan, custodian, program))
+        with program, contextlib.ExitStack() as stack:
+            supervisor = assemble(settings, runtime, plan, custodian, program)
+            if settings.metrics is not None:
+                metrics.start(supervisor.parts, settings.metrics, public=settings.metrics_public)
+            if supervisor.recorder is not None:
+                supervisor.recorder.start()
+                stack.callback(supervisor.recorder.close)
+            supervisor.run()
     except AskedToEnd:
         log.info("ended while waiting for a source")
     finally:
         runtime.close()
-
-
-def _run(settings: Settings, supervisor: Supervisor) -> None:
-    if settings.metrics is not None:
-        metrics.start(supervisor.parts, settings.metrics, public=settings.metrics_public)
-    recorder = supervisor.recorder
-    if recorder is not None:
-        recorder.start()
-    try:
-        supervisor.run()
-    finally:
-        if recorder is not None:
-            recorder.close()
 
 
 def assemble(
@@ -230,7 +223,9 @@ def _base(
     access, advice, blocks = _blocks(settings, plan, own, state, program)
     by_number = {block.number: block for block in blocks.values()}
     control_page = _control_page(settings, own)
-    router, attach_socket = _router(settings, runtime, main_loop.on_message), listen_for_clients(runtime)
+    router = open_router(settings.transport, main_loop.on_message)
+    listen_for_workers(router, runtime)
+    attach_socket = listen_for_clients(runtime)
     custodian = _custodian(settings, runtime, own, inherited)
     admission = Admission(_allow_list(settings))
     listener = Listener(own.core, own.stop, attach_socket, FileWatches(blocks.values()), admission)
@@ -457,12 +452,6 @@ def _control_page(settings: Settings, own: Descriptors) -> memoryview:
     page[counters.WINDOW_LIMIT] = settings.fault_around
     page[counters.ENDING] = 0  # the previous supervisor may have been killed while it ended
     return page
-
-
-def _router(settings: Settings, runtime: RuntimeDirectory, on_message: MessageHandler) -> Router:
-    router = open_router(settings.transport, on_message)
-    listen_for_workers(router, runtime)
-    return router
 
 
 def _allow_list(settings: Settings) -> AllowList:

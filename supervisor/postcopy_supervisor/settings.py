@@ -191,7 +191,8 @@ def _parser() -> args.Parser:
         prog="postcopy serve",
         description="Serve RAM blocks that are populated lazily. Clients may attach at once; pages come when touched.",
         epilog="SOURCE is a file, handler:MODULE:FUNCTION?size=SIZE, zero:SIZE, ipc://PATH/BLOCK, "
-        "tcp://HOST:PORT/BLOCK or store:STORE/NAME (see postcopy pack). Sizes take K, M, G. SIGTERM and SIGINT end the supervisor in order.",
+        "tcp://HOST:PORT/BLOCK or store:STORE/NAME (see postcopy pack). Sizes take K, M, G. "
+        "SIGTERM and SIGINT end the supervisor in order.",
     )
     parser.add_argument("blocks", nargs="+", metavar="NAME=SOURCE", help="a RAM block and where its bytes come from")
     parser.add_argument("--runtime-dir", metavar="DIR", help=args.RUNTIME_DIR_HELP)
@@ -240,7 +241,7 @@ def _add_sources(parser: args.Parser) -> None:
     parser.choice("--on-source-loss", ("wait", "poison"), "wait", help)
     help = "ZeroMQ by native sockets or libzmq (default: $POSTCOPY_TRANSPORT, else native, which is faster)"
     parser.add_argument("--transport", choices=TRANSPORTS, help=help)
-    parser.option("--chunk-cache", str, "", "DIR", args.CHUNK_CACHE_HELP)
+    parser.add_argument("--chunk-cache", default="", metavar="DIR", help=args.CHUNK_CACHE_HELP)
     parser.option("--chunk-cache-size", args.size_or_zero, "10G", "SIZE", args.CHUNK_CACHE_SIZE_HELP)
     parser.option("--source-timeout", args.seconds(), 5.0, "SECONDS", "a source that is silent longer is lost")
 

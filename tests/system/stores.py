@@ -12,11 +12,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.system.service import environment, until
 
@@ -37,7 +39,7 @@ class SeaweedFS:
             "AWS_SECRET_ACCESS_KEY": SECRET,
             "AWS_REGION": "us-east-1",
         }
-        names = ("s3.port", "s3.port.grpc", "master.port", "master.port.grpc")
+        names: tuple[str, ...] = ("s3.port", "s3.port.grpc", "master.port", "master.port.grpc")
         names += ("volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
         options = [f"-{name}={port}" for name, port in zip(names, ports, strict=True)]
         options += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3", "-s3.port.iceberg=0", "-s3.port.lance=0"]
@@ -89,8 +91,9 @@ class SeaweedFS:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
-@contextmanager
-def seaweedfs() -> Iterator[SeaweedFS]:
+@pytest.fixture(scope="session")
+def s3() -> Iterator[SeaweedFS]:
+    """One server for all tests, which use buckets or prefixes of their own."""
     server = SeaweedFS()
     try:
         server.await_ready()
@@ -112,8 +115,8 @@ def free_ports(count: int) -> list[int]:
 
 
 class HttpStore:
-    """A directory over HTTP. ``behave(path) -> what``: "" as it is, a status to answer, "hang", "flip", "short", "drop",
-    or bytes to send instead; ``asked`` counts the requests for each path."""
+    """A directory over HTTP. ``what`` happens to paths with ``only`` in them: nothing, a status, "hang", "flip",
+    "short", "drop", or bytes that come instead. ``asked`` counts the requests for each path."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -193,10 +196,12 @@ class HttpStore:
         self.close()
 
 
-def postcopy(*words: str | Path, status: int = 0, within: float = 120.0, **variables: str) -> str:
+def postcopy(
+    *words: str | Path, status: int = 0, within: float = 120.0, variables: Mapping[str, str] | None = None
+) -> str:
     """What a command prints on stdout; or, when it must fail with ``status``, its one line on stderr."""
     command = [sys.executable, "-m", "postcopy", *map(str, words)]
-    done = subprocess.run(command, env=environment(**variables), timeout=within, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(**(variables or {})), timeout=within, capture_output=True, text=True)
     assert done.returncode == status, (done.returncode, done.stdout, done.stderr)
     assert SECRET not in done.stdout + done.stderr
     if status:
@@ -225,4 +230,3 @@ def image(path: Path, pages: int, seed: int = 1, base: bytes = b"", changed: flo
     data = b"".join(found)
     path.write_bytes(data)
     return data
-

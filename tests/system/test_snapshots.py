@@ -8,21 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.system.service import Service, environment, until
-from tests.system.stores import KEY, SECRET, HttpStore, SeaweedFS, image, postcopy, seaweedfs
+from tests.system.stores import KEY, SECRET, HttpStore, SeaweedFS, image, postcopy
 
 CHUNK = 256 << 10
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[SeaweedFS]:
-    with seaweedfs() as server:
-        yield server
 
 
 def tool(name: str) -> str:
@@ -80,15 +73,17 @@ def test_the_second_snapshot_uploads_what_is_new(tmp_path: Path, s3: SeaweedFS) 
         for page in range(start, start + 51):
             other[page * 4096 : page * 4096 + 64] = os.urandom(64)
     (tmp_path / "two").write_bytes(other)
-    first = json.loads(postcopy("pack", tmp_path / "one", "s3://snaps/up/one", "--json", **s3.variables))
-    second = json.loads(postcopy("pack", tmp_path / "two", "s3://snaps/up/two", "--json", **s3.variables))
+    first = json.loads(postcopy("pack", tmp_path / "one", "s3://snaps/up/one", "--json", variables=s3.variables))
+    second = json.loads(postcopy("pack", tmp_path / "two", "s3://snaps/up/two", "--json", variables=s3.variables))
     assert first["new"] == first["unique"] and second["uploaded"] < 0.08 * first["uploaded"]
-    again = json.loads(postcopy("pack", tmp_path / "two", "s3://snaps/up/two", "--json", **s3.variables))
+    again = json.loads(postcopy("pack", tmp_path / "two", "s3://snaps/up/two", "--json", variables=s3.variables))
     assert (again["new"], again["uploaded"]) == (0, 0) and again["identity"] == second["identity"]
-    found = json.loads(postcopy("diff", "s3://snaps/up/one", "s3://snaps/up/two", "--json", status=1, **s3.variables))
+    found = json.loads(
+        postcopy("diff", "s3://snaps/up/one", "s3://snaps/up/two", "--json", status=1, variables=s3.variables)
+    )
     assert found["changed_chunks"] == found["new_chunks"] == second["new"]
     for name, data in (("one", base), ("two", bytes(other))):
-        postcopy("unpack", f"s3://snaps/up/{name}", tmp_path / "out", **s3.variables)
+        postcopy("unpack", f"s3://snaps/up/{name}", tmp_path / "out", variables=s3.variables)
         assert (tmp_path / "out").read_bytes() == data
     host = s3.endpoint.replace("http://", "s3+http://")
     keys = {"S3_ACCESS_KEY": KEY, "S3_SECRET_KEY": SECRET, "S3_REGION": "us-east-1"}
@@ -101,21 +96,27 @@ def test_gc_keeps_what_is_named(tmp_path: Path, s3: SeaweedFS) -> None:
     for place, variables in ((str(tmp_path / "store"), {}), ("s3://snaps/gc", s3.variables)):
         for seed, name in enumerate(("one", "two")):
             image(tmp_path / name, 200, seed)
-            postcopy("pack", tmp_path / name, f"{place}/{name}", **variables)
+            postcopy("pack", tmp_path / name, f"{place}/{name}", variables=variables)
         if not variables:
             (tmp_path / "store" / "two.caibx").unlink()
         else:
             import obstore
             import obstore.store
 
-            options = {"endpoint": s3.endpoint, "region": "us-east-1", "client_options": {"allow_http": True}}
-            opened = obstore.store.S3Store("snaps", access_key_id=KEY, secret_access_key=SECRET, **options)
+            opened = obstore.store.S3Store(
+                "snaps",
+                endpoint=s3.endpoint,
+                region="us-east-1",
+                access_key_id=KEY,
+                secret_access_key=SECRET,
+                client_options={"allow_http": True},
+            )
             obstore.delete(opened, "gc/two.caibx")
-        would = json.loads(postcopy("gc", place, "--dry-run", "--json", **variables))
-        done = json.loads(postcopy("gc", place, "--json", **variables))
+        would = json.loads(postcopy("gc", place, "--dry-run", "--json", variables=variables))
+        done = json.loads(postcopy("gc", place, "--json", variables=variables))
         assert done["removed_chunks"] == would["removed_chunks"] > 0 and done["removed_others"] == 1
-        assert json.loads(postcopy("gc", place, "--json", **variables))["removed_chunks"] == 0
-        postcopy("inspect", f"{place}/one", "--check", **variables)
+        assert json.loads(postcopy("gc", place, "--json", variables=variables))["removed_chunks"] == 0
+        postcopy("inspect", f"{place}/one", "--check", variables=variables)
 
 
 def test_a_killed_pack_leaves_no_image_and_is_continued(tmp_path: Path) -> None:
@@ -162,16 +163,18 @@ def test_a_served_block_is_packed(runtime_dir: Path, tmp_path: Path) -> None:
 def test_wrong_places_and_credentials(tmp_path: Path, s3: SeaweedFS) -> None:
     path = tmp_path / "image"
     image(path, 20)
-    postcopy("pack", path, "s3://snaps/wrong/vm1", **s3.variables)
+    postcopy("pack", path, "s3://snaps/wrong/vm1", variables=s3.variables)
     inspect = ("inspect", "s3://snaps/wrong/vm1")
     wrong = s3.variables | {"AWS_SECRET_ACCESS_KEY": "another-secret"}
-    assert "the secret key is wrong" in postcopy(*inspect, status=1, **wrong)
+    assert "the secret key is wrong" in postcopy(*inspect, status=1, variables=wrong)
     wrong = s3.variables | {"AWS_ACCESS_KEY_ID": "another-key"}
-    assert "access key is not known" in postcopy(*inspect, status=1, **wrong)
-    assert "bucket does not exist" in postcopy("inspect", "s3://no-such-bucket/vm1", status=1, **s3.variables)
-    assert "no snapshot vm2 in s3://snaps/wrong" in postcopy("inspect", "s3://snaps/wrong/vm2", status=1, **s3.variables)
+    assert "access key is not known" in postcopy(*inspect, status=1, variables=wrong)
+    assert "bucket does not exist" in postcopy("inspect", "s3://no-such-bucket/vm1", status=1, variables=s3.variables)
+    assert "no snapshot vm2 in s3://snaps/wrong" in postcopy(
+        "inspect", "s3://snaps/wrong/vm2", status=1, variables=s3.variables
+    )
     wrong = s3.variables | {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
-    assert "no server listens there" in postcopy(*inspect, status=1, **wrong)
+    assert "no server listens there" in postcopy(*inspect, status=1, variables=wrong)
     shown = postcopy("inspect", f"s3://{KEY}:{SECRET}@snaps/vm1", status=2)
     assert "come from the environment" in shown
     assert "can only be read" in postcopy("pack", path, "http://127.0.0.1:9/vm1", status=1)

@@ -1,7 +1,8 @@
 """The command line: one module for each command, assembled here. ``import postcopy`` imports none of them.
 
-``serve``, ``source`` and the commands on snapshots are programs of other wings, with their own parser: ``postcopy.__main__`` starts them before
-anything is imported. Here they only appear in the list of commands, and in shell completion."""
+``serve``, ``source`` and the commands on snapshots are programs of other wings, with their own parser:
+``postcopy.__main__`` starts them before anything is imported. Here they only appear in the list of commands, and in
+shell completion."""
 
 from __future__ import annotations
 

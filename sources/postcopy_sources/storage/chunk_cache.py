@@ -92,7 +92,10 @@ class CachedChunk:
         first = inside // PAGE_4K
         view = memoryview(data)
         for number, at in enumerate(range(0, length, PAGE_4K), first):
-            if hashlib.sha256(view[at : at + PAGE_4K]).digest() != self._table[number * ID_BYTES : (number + 1) * ID_BYTES]:
+            if (
+                hashlib.sha256(view[at : at + PAGE_4K]).digest()
+                != self._table[number * ID_BYTES : (number + 1) * ID_BYTES]
+            ):
                 raise ValueError("a page of it is damaged")
         return data
 
@@ -126,7 +129,7 @@ class ChunkCache:
         self.trim()
 
     def open(self, chunk: bytes, length: int, *, wait: bool = True) -> CachedChunk | None:
-        """The cached chunk; None: it is not there. A damaged one is removed. Raises BlockingIOError without ``wait``."""
+        """The cached chunk; None: it is not there. A damaged one is removed. Raises BlockingIOError (no ``wait``)."""
         path = self._path(chunk)
         try:
             found = CachedChunk(path, chunk, length, wait=wait)
@@ -198,7 +201,9 @@ class ChunkCache:
         """Time, size and path of every chunk. What killed programs left counts as the oldest."""
         now = time.time()
         with os.scandir(self.directory) as folders:
-            names = [folder.path for folder in folders if len(folder.name) == 2 and folder.is_dir(follow_symlinks=False)]
+            names = [
+                folder.path for folder in folders if len(folder.name) == 2 and folder.is_dir(follow_symlinks=False)
+            ]
         for name in names:
             with suppress(FileNotFoundError), os.scandir(name) as files:
                 for file in files:
@@ -238,6 +243,18 @@ class ChunkCache:
         path = os.path.join(self.directory, _LOCK_FILE)
         with suppress(OSError):
             self._locks = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+    def close(self) -> None:
+        """Give back the locks. What is kept stays."""
+        if self._locks >= 0:
+            os.close(self._locks)
+            self._locks = -1
+
+    def __enter__(self) -> ChunkCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _path(self, chunk: bytes) -> str:
         name = chunk.hex()

@@ -69,7 +69,9 @@ def open_object_store(url: str, patience: float) -> Store:
         opened = obstore.store.from_url(url, **options)
     except (obstore.exceptions.BaseError, ValueError) as error:
         kind = type(error).__name__
-        raise PostcopyError(f"{url} cannot be opened ({kind}): check the URL and the settings in the environment") from None
+        raise PostcopyError(
+            f"{url} cannot be opened ({kind}): check the URL and the settings in the environment"
+        ) from None
     return ObjectStore(url, opened)
 
 

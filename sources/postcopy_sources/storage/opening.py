@@ -7,7 +7,6 @@ from postcopy_protocol.sources import check_store
 from .object_stores import open_object_store
 from .stores import DirectoryStore, Store
 
-
 COMMAND_SECONDS = 60.0
 SERVING_SECONDS = 5.0
 """Clients wait."""

@@ -30,7 +30,9 @@ from .unpacking import check, unpack
 
 Progress = Callable[[int], object]
 
-_STORE_HELP = "STORE is a directory, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX, or http(s):// to read."
+_STORE_HELP = (
+    "STORE is a directory, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX, or http(s):// to read."
+)
 
 
 def run(arguments: list[str]) -> int:
@@ -51,7 +53,9 @@ def _pack(arguments: list[str]) -> int:
     parser = _parser("pack", "Write the memory image SOURCE into a store, as chunks that casync and desync read too.")
     parser.add_argument("source", metavar="SOURCE", help="a file, or with --from the name of a block")
     parser.add_argument("place", metavar="STORE/NAME", help="where the snapshot goes, and its name")
-    parser.add_argument("--from", dest="runtime_dir", metavar="RUNTIME_DIR", help="pack a block of the supervisor there")
+    parser.add_argument(
+        "--from", dest="runtime_dir", metavar="RUNTIME_DIR", help="pack a block of the supervisor there"
+    )
     help = "with --from: a user whose supervisor is trusted, beside this one and root (repeat)"
     parser.option("--trust-uid", args.user_id, [], "UID", help, repeat=True)
     parser.option("--chunk-size", _chunk_size, format_size(CHUNK_BYTES), "SIZE", "bytes of a chunk, a multiple of 4K")
@@ -165,8 +169,8 @@ def _diff(arguments: list[str]) -> int:
         raise BadInput(f"{first.name} names its chunks by {one.index.digest}, {second.name} by {other.index.digest}")
     found = difference(one, other)
     text = (
-        f"{second.name}: {format_size(found['sizes'][1])}, {found['changed_chunks']} of {found['chunks'][1]} chunks are "
-        f"not as in {first.name} ({_share(found['changed_bytes'], found['sizes'][1])}); "
+        f"{second.name}: {format_size(found['sizes'][1])}, {found['changed_chunks']} of {found['chunks'][1]} chunks "
+        f"are not as in {first.name} ({_share(found['changed_bytes'], found['sizes'][1])}); "
         f"{found['new_chunks']} are new ({_bytes(found['new_bytes'])})"
     )
     _report(typed, found, f"{first.name} and {second.name} are the same" if found["same"] else text)

@@ -81,9 +81,7 @@ def publish(store: Store, name: str, index: Index, zeros: bytes) -> Snapshot:
 
 def names_in(store: Store) -> list[str]:
     """The names of all snapshots in a store."""
-    return sorted(
-        entry.key.removesuffix(INDEX_ENDING) for entry in store.list() if entry.key.endswith(INDEX_ENDING)
-    )
+    return sorted(entry.key.removesuffix(INDEX_ENDING) for entry in store.list() if entry.key.endswith(INDEX_ENDING))
 
 
 def check_writable(store: Store) -> None:

@@ -105,7 +105,8 @@ class SnapshotSource:
         done = len(self._healed)
         while not stream.ended:
             with self._changed:
-                self._changed.wait_for(lambda: len(self._healed) > done, WATCH_SECONDS)
+                if len(self._healed) == done:
+                    self._changed.wait(WATCH_SECONDS)
                 healed, done = self._healed[done:], len(self._healed)
             for chunk in healed:
                 for number in self._numbers[chunk]:

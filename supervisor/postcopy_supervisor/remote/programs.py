@@ -61,7 +61,9 @@ class SourceProgram:
         if self._process is None or self._process.poll() is None:
             return
         if self._process.returncode < 0:
-            raise PostcopyError(f"the page source of {', '.join(self._stores)} was killed ({-self._process.returncode})")
+            raise PostcopyError(
+                f"the page source of {', '.join(self._stores)} was killed ({-self._process.returncode})"
+            )
         raise SystemExit(self._process.returncode)
 
     def tick(self, now: float) -> None:
@@ -99,7 +101,9 @@ class SourceProgram:
 def _arguments(settings: Settings, stores: dict[str, StoreSource], socket: str) -> list[str]:
     arguments = [f"{name}={one}" for name, one in stores.items()]
     arguments += ["--listen", f"ipc://{socket}", "--die-with-parent", str(os.getpid()), "--for-serve"]
-    arguments += ["--log-level", settings.log_level, "--log-format", settings.log_format]
+    # What it says of its supervisor's coming and going is only worth a debugger's time.
+    level = "warning" if settings.log_level == "info" else settings.log_level
+    arguments += ["--log-level", level, "--log-format", settings.log_format]
     arguments += ["--transport", settings.transport, "--chunk-cache-size", str(settings.chunk_cache_size)]
     if settings.chunk_cache:
         arguments += ["--chunk-cache", settings.chunk_cache]

@@ -121,7 +121,18 @@ def test_a_named_source_has_a_name() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "s3://", "s3://bucket", "s3:///x/y", "ftp://host/x/y", "s3://b/-x", "s3://b/x y", "a/..", "/", "s3://b/" + "x" * 65],
+    [
+        "",
+        "s3://",
+        "s3://bucket",
+        "s3:///x/y",
+        "ftp://host/x/y",
+        "s3://b/-x",
+        "s3://b/x y",
+        "a/..",
+        "/",
+        "s3://b/" + "x" * 65,
+    ],
 )
 def test_places_that_hold_no_snapshot(text: str) -> None:
     with pytest.raises(BadInput):
