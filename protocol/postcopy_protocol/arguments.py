@@ -29,6 +29,8 @@ CHUNK_CACHE_HELP = (
     "/var/cache/postcopy/chunks for root, else ~/.cache/postcopy/chunks)"
 )
 CHUNK_CACHE_SIZE_HELP = "bytes that the chunk cache may take; 0: no cache"
+RECORD_WORKING_SET_HELP = "write which pages of snapshots are needed beside them, for --replay"
+REPLAY_HELP = "send the recorded pages of snapshots first, before clients ask"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MODES = ("private", "shared")
 LONGEST_SECONDS = 86400.0

@@ -37,8 +37,9 @@ def main() -> int:
         raise_descriptor_limit()
         from .serving import serve
 
+        sources = _sources(settings)
         serve(
-            _sources(settings),
+            sources,
             settings.listen,
             curve=settings.curve,
             allow=settings.allow,
@@ -48,6 +49,9 @@ def main() -> int:
             read_timeout=settings.read_timeout,
             transport=settings.transport,
         )
+        for source in sources:
+            if recording := getattr(source, "recording", None):
+                recording.close()
     except (PostcopyError, OSError) as error:
         text = str(error) if isinstance(error, PostcopyError) else f"{error.filename or 'file'}: {error.strerror}"
         name = "serve" if settings is not None and settings.for_serve else "source"
@@ -77,7 +81,14 @@ def _snapshots(settings: Settings) -> list[PageSource]:
 
     size = settings.chunk_cache_size
     directory = settings.chunk_cache or default_directory(os.environ)
-    return [*open_sources(settings.snapshots, ChunkCache(directory, size) if size else None)]
+    return [
+        *open_sources(
+            settings.snapshots,
+            ChunkCache(directory, size) if size else None,
+            record=settings.record,
+            replay=settings.replay,
+        )
+    ]
 
 
 if __name__ == "__main__":

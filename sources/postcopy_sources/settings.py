@@ -37,6 +37,8 @@ class Settings:
     chunk_cache: str | None
     chunk_cache_size: int
     for_serve: bool
+    record: bool
+    replay: bool
     trust_uids: frozenset[int] = frozenset()
 
 
@@ -67,6 +69,8 @@ def parse(arguments: list[str]) -> Settings:
         chunk_cache=typed.chunk_cache,
         chunk_cache_size=typed.chunk_cache_size,
         for_serve=typed.for_serve,
+        record=typed.record_working_set,
+        replay=typed.replay,
         trust_uids=frozenset(typed.trust_uid) | trusted_users(os.environ),
     )
 
@@ -129,6 +133,8 @@ def _parser() -> args.Parser:
     add("--identity", default="", metavar="TEXT", help="identifies this content (default: a hash of 64 samples)")
     parser.add_argument("--chunk-cache", default=None, metavar="DIR", help=args.CHUNK_CACHE_HELP)
     parser.option("--chunk-cache-size", args.size_or_zero, "10G", "SIZE", args.CHUNK_CACHE_SIZE_HELP)
+    parser.flag("--record-working-set", args.RECORD_WORKING_SET_HELP)
+    parser.flag("--replay", args.REPLAY_HELP)
     parser.option("--readers", args.count(1, 64), 4, "N", "threads for reads that wait")
     parser.option("--read-timeout", args.seconds(), 30.0, "SECONDS", "the pages of a read that takes longer are lost")
     help = "ZeroMQ by native sockets or libzmq (default: $POSTCOPY_TRANSPORT, else native, which is faster)"

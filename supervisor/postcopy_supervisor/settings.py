@@ -66,6 +66,8 @@ class Settings:
     copy_on_serve: bool = False
     chunk_cache: str = ""
     chunk_cache_size: int = 0
+    record_working_set: bool = False
+    replay: bool = False
     handler_path: str = ""
     """The directory in which serve was started, where there are handler blocks: their modules may be in it. Looked up
     once, because every worker gets it and the directory may be removed meanwhile."""
@@ -85,6 +87,10 @@ def parse(arguments: list[str]) -> Settings:
     for block, _ in (*typed.shared_uid, *typed.shared_gid):
         if block and block not in sources:
             raise BadInput(f"--shared-uid and --shared-gid: there is no block {block}")
+    if typed.record_working_set and typed.replay:
+        raise BadInput("--record-working-set and --replay exclude each other: what is replayed is not asked for")
+    if typed.record_working_set:  # every page that a client needs is asked for, and no other
+        typed.background_rate, typed.fault_around = 0, PAGE_4K
     return Settings(
         directory=os.path.abspath(runtime_directory(typed.runtime_dir, os.environ)),
         sources=sources,
@@ -130,6 +136,8 @@ def parse(arguments: list[str]) -> Settings:
         copy_on_serve=typed.copy_on_serve,
         chunk_cache=typed.chunk_cache,
         chunk_cache_size=typed.chunk_cache_size,
+        record_working_set=typed.record_working_set,
+        replay=typed.replay,
         handler_path=_handler_path(sources),
     )
 
@@ -243,6 +251,9 @@ def _add_sources(parser: args.Parser) -> None:
     parser.add_argument("--transport", choices=TRANSPORTS, help=help)
     parser.add_argument("--chunk-cache", default="", metavar="DIR", help=args.CHUNK_CACHE_HELP)
     parser.option("--chunk-cache-size", args.size_or_zero, "10G", "SIZE", args.CHUNK_CACHE_SIZE_HELP)
+    help = f"{args.RECORD_WORKING_SET_HELP}: no page comes unasked then"
+    parser.flag("--record-working-set", help)
+    parser.flag("--replay", args.REPLAY_HELP)
     parser.option("--source-timeout", args.seconds(), 5.0, "SECONDS", "a source that is silent longer is lost")
 
 

@@ -5,13 +5,16 @@ chunk cache in the loop's own thread, else from the store in another one."""
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from postcopy_protocol.caibx import Bytes
 from postcopy_protocol.errors import PageLost
 from postcopy_protocol.geometry import PAGE_4K, page_count
+from postcopy_protocol.sidecar import runs_of
 from postcopy_protocol.sources import StoreSource as Location
 
 from ..pushing import PushStream
@@ -21,11 +24,16 @@ from .compression import check_installed
 from .opening import SERVING_SECONDS, open_store
 from .snapshots import Snapshot, load
 from .stores import Store
+from .working_sets import AHEAD, Recording, Replay
 
 AT_ONCE = 64 << 10
 """Bytes of the largest range that is read in the loop's own thread: hashing more would delay other supervisors."""
+PUSHED = 256 << 10
+"""Bytes of the largest range that is pushed: a client may wait behind it."""
 PARALLEL = 16
 WATCH_SECONDS = 1.0
+
+log = logging.getLogger(__name__)
 
 
 class SnapshotSource:
@@ -33,13 +41,29 @@ class SnapshotSource:
 
     page_size = PAGE_4K
 
-    def __init__(self, name: str, snapshot: Snapshot, reader: ChunkReader, pool: ThreadPoolExecutor) -> None:
+    def __init__(
+        self,
+        name: str,
+        snapshot: Snapshot,
+        reader: ChunkReader,
+        pool: ThreadPoolExecutor,
+        recording: Recording | None = None,
+        replays: bool = False,
+    ) -> None:
         self.name, self.size = name, snapshot.index.size
         self._snapshot, self._index, self._sidecar = snapshot, snapshot.index, snapshot.sidecar
         self._reader, self._pool = reader, pool
+        self._replay_pool = ThreadPoolExecutor(AHEAD, "replay")  # makes threads when it is used
         self._numbers: dict[bytes, list[int]] = {}  # the chunks of each id
         for number in range(len(self._index)):
             self._numbers.setdefault(self._index.id(number), []).append(number)
+        self.recording = recording
+        self._replay: Replay | None = None
+        self._pages_to_replay: list[int] = []
+        if replays and snapshot.sidecar is not None:
+            self._pages_to_replay = snapshot.sidecar.working_set.pages_in(self._index)
+        if replays and not self._pages_to_replay:
+            log.warning("%s has no working set to replay: record one with serve --record-working-set", name)
         self._healed: list[bytes] = []
         self._changed = threading.Condition()
         reader.on_healed.append(self._on_healed)
@@ -50,6 +74,8 @@ class SnapshotSource:
 
     def read_now(self, offset: int, length: int) -> Bytes | None:
         """See PageSource."""
+        if length <= AT_ONCE and self._observed:
+            self._observe(offset, length)
         if self._is_zero(offset, length):
             return None
         if length > AT_ONCE:
@@ -73,6 +99,18 @@ class SnapshotSource:
         parts = self._together(numbers)
         start = self._index.span(numbers[0])[0]
         return b"".join(parts)[offset - start : offset - start + length]
+
+    @property
+    def _observed(self) -> bool:
+        return self.recording is not None or self._replay is not None
+
+    def _observe(self, offset: int, length: int) -> None:
+        """A client waits for these pages: the background asks for larger pieces, or not at all while it is recorded."""
+        first, replay = offset // PAGE_4K, self._replay
+        if self.recording is not None:
+            self.recording.needed(first, page_count(length, PAGE_4K))
+        elif replay is not None:
+            replay.asked(first)
 
     def _together(self, numbers: Sequence[int]) -> list[bytes]:
         """The data of these chunks; zeros are not fetched."""
@@ -101,8 +139,12 @@ class SnapshotSource:
                 self._changed.notify_all()
 
     def listening(self, stream: PushStream) -> None:
-        """Push the pages of chunks that were lost and are there again."""
+        """Push the working set, then the pages of chunks that were lost and are there again."""
         done = len(self._healed)
+        if self._pages_to_replay:
+            replay = self._replay = Replay(self.name, self._index, self._pages_to_replay)
+            replay.send(partial(self._push_pages, stream), self._prefetch)
+            self._replay = None
         while not stream.ended:
             with self._changed:
                 if len(self._healed) == done:
@@ -111,6 +153,21 @@ class SnapshotSource:
             for chunk in healed:
                 for number in self._numbers[chunk]:
                     self._push(stream, number)
+
+    def _prefetch(self, number: int) -> None:
+        self._replay_pool.submit(self._chunk, number)
+
+    def _push_pages(self, stream: PushStream, number: int, pages: Sequence[int]) -> None:
+        """Push pages that begin in one chunk, in ranges. A chunk that is lost is left out."""
+        size = max(stream.page_size, PAGE_4K) // PAGE_4K
+        whole = dict.fromkeys(page - page % size for page in pages)
+        try:
+            for first, count in runs_of(whole if size == 1 else sorted(whole), size - 1, max(size, PUSHED // PAGE_4K)):
+                offset = first * PAGE_4K
+                length = min(page_count(count, size) * size * PAGE_4K, self.size - offset)
+                stream.push(offset, self.read(offset, length), length)
+        except PageLost:
+            log.debug("replay of %s: chunk %d is lost", self.name, number)
 
     def _push(self, stream: PushStream, number: int) -> None:
         """Push the pages that begin in a chunk, in pieces that the wire takes."""
@@ -126,8 +183,11 @@ class SnapshotSource:
             start += length
 
 
-def open_sources(places: dict[str, Location], cache: ChunkCache | None) -> list[SnapshotSource]:
-    """Sources by block name; snapshots of one store share what is fetched. Raises PostcopyError."""
+def open_sources(
+    places: dict[str, Location], cache: ChunkCache | None, *, record: bool = False, replay: bool = False
+) -> list[SnapshotSource]:
+    """Sources by block name; snapshots of one store share what is fetched. ``record`` their working sets, or ``replay``
+    them. Raises PostcopyError."""
     check_installed()
     stores: dict[str, tuple[Store, ChunkReader]] = {}
     pool = ThreadPoolExecutor(PARALLEL, "fetch")
@@ -137,5 +197,7 @@ def open_sources(places: dict[str, Location], cache: ChunkCache | None) -> list[
             store = open_store(place.store, SERVING_SECONDS)
             stores[place.store] = store, ChunkReader(store, cache)
         store, reader = stores[place.store]
-        found.append(SnapshotSource(name, load(store, place.name), reader, pool))
+        snapshot = load(store, place.name)
+        recording = Recording(store, snapshot) if record else None
+        found.append(SnapshotSource(name, snapshot, reader, pool, recording, replay))
     return found

@@ -26,7 +26,7 @@ SOCKET = "store-source-"
 PROGRAM = "postcopy_sources"
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
 STABLE_SECONDS = 30.0
-LEAVE_SECONDS = 3.0
+LEAVE_SECONDS = 5.0
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +105,7 @@ def _arguments(settings: Settings, stores: dict[str, StoreSource], socket: str) 
     level = "warning" if settings.log_level == "info" else settings.log_level
     arguments += ["--log-level", level, "--log-format", settings.log_format]
     arguments += ["--transport", settings.transport, "--chunk-cache-size", str(settings.chunk_cache_size)]
+    arguments += ["--record-working-set"] * settings.record_working_set + ["--replay"] * settings.replay
     if settings.chunk_cache:
         arguments += ["--chunk-cache", settings.chunk_cache]
     return arguments
