@@ -30,6 +30,7 @@ from . import (
     remote,
     scaling,
     sequential,
+    store,
     transport,
 )
 from .bench import Bench, BenchmarkFailed, Measure, Scale
@@ -50,6 +51,7 @@ BENCHMARKS: Mapping[str, Measure] = {
     "transport": transport.run,
     "back-end": back_end.run,
     "observing": observing.run,
+    "store": store.run,
 }
 FORMAT = 1
 """Version of the JSON document."""

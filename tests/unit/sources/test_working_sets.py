@@ -14,8 +14,8 @@ INDEX = index_of(((bytes([n]) * 32, 64 * 4096) for n in range(100)), 64 * 4096)
 
 @pytest.mark.parametrize(("share", "complete"), [(0.0, False), (0.9, True), (1.0, True)])
 def test_a_set_that_is_not_needed_is_given_up(share: float, complete: bool) -> None:
-    """A client that needs pages of the set with this share, two for each page that is sent: those that were sent in time
-    are not seen."""
+    """A client that needs pages of the set with this share, two for each page that is sent: what was sent in time
+    is not seen."""
     pages = list(range(3200))
     replay, sent, others = Replay("ram0", INDEX, pages), list[int](), iter(range(3200, 6400))
     needed = iter(pages)
