@@ -75,7 +75,6 @@ def publish(store: Store, name: str, index: Index, zeros: bytes) -> Snapshot:
     store.settle()
     store.put(name + SIDECAR_ENDING, format_sidecar(sidecar), replace=True)
     store.put(name + INDEX_ENDING, data, replace=True)
-    store.settle()
     return Snapshot(name, index, key, sidecar)
 
 

@@ -52,7 +52,8 @@ class Store(Protocol):
         """The object. Raises Missing; StoreFailed also for one of more than ``limit`` bytes."""
 
     def put(self, key: str, data: bytes, *, replace: bool = False) -> bool:
-        """Write an object. Without ``replace`` one that is there stays, and the answer is False."""
+        """Write an object. Without ``replace`` one that is there stays, and the answer is False. With it the object is
+        safe from a loss of power at the end."""
 
     def has(self, key: str) -> bool:
         """Is there such an object, which is not empty?"""
@@ -67,7 +68,7 @@ class Store(Protocol):
         """Remove objects; those that are missing are no error."""
 
     def settle(self) -> None:
-        """Return when what was put before is safe from a loss of power."""
+        """Return when all that was put before is safe from a loss of power."""
 
 
 class DirectoryStore:
@@ -112,6 +113,8 @@ class DirectoryStore:
                     view = memoryview(data)
                     while view:
                         view = view[file.write(view) :]
+                    if replace:
+                        os.fsync(fd)
                 os.replace(temporary, path)
             except BaseException:
                 with suppress(OSError):
