@@ -94,7 +94,8 @@ def test_a_source_that_sends_without_end(runtime_dir: Path, source_file: SourceF
         source.flood = b""
         assert growth.bytes < MOST_GROWTH["native"], growth.bytes >> 20
         assert took < 8, took  # half a second, on a machine with time
-        assert remote.do("words(b, [9])", 40) == [word(9 * PAGE)]
+        if flood == "pongs":  # the way back is the same after all of them, and takes 15 s
+            assert remote.do("words(b, [9])", 60) == [word(9 * PAGE)]
 
 
 @pytest.mark.parametrize("flood", WORST)
