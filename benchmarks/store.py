@@ -1,5 +1,5 @@
-"""``store``: snapshots in a directory. A fault out of a warm chunk cache beside one of a plain page source, a store with
-20 ms delay with and without replay, and pack beside ``zstd -T2``.
+"""``store``: snapshots in a directory. A fault out of a warm chunk cache beside one of a plain page source, a store
+with 20 ms delay with and without replay, and pack beside ``zstd -T2``.
 
 The store with a delay is an HTTP server of this process, so a figure never depends on a network."""
 

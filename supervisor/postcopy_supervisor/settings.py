@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from argparse import SUPPRESS
+from argparse import SUPPRESS, Namespace
 from dataclasses import dataclass, field
 
 from postcopy_kernel.log_queue import FORMATS
@@ -84,11 +84,7 @@ def parse(arguments: list[str]) -> Settings:
     contradict one another."""
     typed = _parser().parse_args(arguments)
     sources = _sources(typed.blocks)
-    for block, _ in (*typed.shared_uid, *typed.shared_gid):
-        if block and block not in sources:
-            raise BadInput(f"--shared-uid and --shared-gid: there is no block {block}")
-    if typed.record_working_set and typed.replay:
-        raise BadInput("--record-working-set and --replay exclude each other: what is replayed is not asked for")
+    _check(typed, sources)
     if typed.record_working_set:  # every page that a client needs is asked for, and no other
         typed.background_rate, typed.fault_around = 0, PAGE_4K
     return Settings(
@@ -140,6 +136,15 @@ def parse(arguments: list[str]) -> Settings:
         replay=typed.replay,
         handler_path=_handler_path(sources),
     )
+
+
+def _check(typed: Namespace, sources: dict[str, Source]) -> None:
+    """Raises BadInput for options that contradict one another."""
+    for block, _ in (*typed.shared_uid, *typed.shared_gid):
+        if block and block not in sources:
+            raise BadInput(f"--shared-uid and --shared-gid: there is no block {block}")
+    if typed.record_working_set and typed.replay:
+        raise BadInput("--record-working-set and --replay exclude each other: what is replayed is not asked for")
 
 
 def _handler_path(sources: dict[str, Source]) -> str:

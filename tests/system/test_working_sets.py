@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,7 +37,7 @@ def slow(place: Path) -> Iterator[HttpStore]:
         yield server
 
 
-def run(runtime_dir: Path, source: str, pages: list[int], data: bytes, **options: str | bool) -> int:
+def run(runtime_dir: Path, source: str, pages: list[int], data: bytes, **options: Any) -> int:
     """One run that needs these pages: the pages that clients have waited for."""
     with Service(runtime_dir, f"ram0=store:{source}", **options) as service:
         client = service.client()
@@ -49,8 +50,7 @@ def run(runtime_dir: Path, source: str, pages: list[int], data: bytes, **options
 
 
 def recorded(place: Path) -> dict[str, int]:
-    found = json.loads(postcopy("inspect", f"{place}/vm1", "--json"))["working_set"]
-    assert isinstance(found, dict)
+    found: dict[str, int] = json.loads(postcopy("inspect", f"{place}/vm1", "--json"))["working_set"]
     return found
 
 
@@ -61,7 +61,7 @@ def test_what_was_recorded_is_there_before_it_is_asked_for(
     pages = random.Random(3).sample(range(PAGES), 300)
     assert run(runtime_dir, f"{place}/vm1", pages, data, record_working_set=True) == 300
     assert recorded(place) == {"runs": 1, "pages": 300, "bytes": 300 * PAGE}
-    options: dict[str, str | bool] = {"background_rate": "0", "fault_around": "4K", "chunk_cache_size": "0"}
+    options: dict[str, Any] = {"background_rate": "0", "fault_around": "4K", "chunk_cache_size": "0"}
     without = run(runtime_dir, f"{slow.url}/vm1", pages, data, **options)
     asked = slow.chunks_asked()
     with_replay = run(runtime_dir, f"{slow.url}/vm1", pages, data, replay=True, **options)
