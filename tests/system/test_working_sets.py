@@ -46,7 +46,8 @@ def run(runtime_dir: Path, source: str, pages: list[int], data: bytes, **options
         before = source_of(service)["requests"]
         for page in pages:
             assert bytes.fromhex(client.do(f"read(b, {page * PAGE}, 64)")) == data[page * PAGE : page * PAGE + 64]
-        return int(source_of(service)["requests"]) - before
+        requests: int = source_of(service)["requests"] - before
+        return requests
 
 
 def recorded(place: Path) -> dict[str, int]:
