@@ -101,6 +101,17 @@ def damage_and_read(tmp_path: Path, cache: ChunkCache, data: st.DataObject) -> N
     again.close()
 
 
+def test_a_chunk_under_the_name_of_another(tmp_path: Path) -> None:
+    """Its own digests are right."""
+    other = bytes(reversed(DATA))
+    with ChunkCache(str(tmp_path), 1 << 30) as cache:
+        cache.put(NAME, other)
+        wrong = cached(tmp_path)
+        cache.put(hashlib.sha256(other).digest(), other)
+        os.replace(next(path for path in tmp_path.glob("??/*") if path.name not in (wrong.name, "lock")), wrong)
+        assert cache.open(NAME, len(DATA)) is None and not wrong.exists()
+
+
 def test_the_oldest_chunks_are_removed(tmp_path: Path) -> None:
     names = [hashlib.sha256(bytes([n])).digest() for n in range(20)]
     size = 4096 + 64
