@@ -108,7 +108,7 @@ def test_a_chunk_under_the_name_of_another(tmp_path: Path) -> None:
         cache.put(NAME, other)
         wrong = cached(tmp_path)
         cache.put(hashlib.sha256(other).digest(), other)
-        os.replace(next(path for path in tmp_path.glob("??/*") if path.name not in (wrong.name, "lock")), wrong)
+        next(path for path in tmp_path.glob("??/*") if path.name not in (wrong.name, "lock")).replace(wrong)
         assert cache.open(NAME, len(DATA)) is None and not wrong.exists()
 
 
