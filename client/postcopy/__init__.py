@@ -17,6 +17,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from postcopy_protocol.version import PACKAGE
+
 if TYPE_CHECKING:
     from .block import Block
     from .client import attach
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
         AttachTimeout,
         BadInput,
         BadMessage,
+        BadVersion,
         NoSuchBlock,
         NoSupervisor,
         PageLost,
@@ -32,16 +35,20 @@ if TYPE_CHECKING:
         PostcopyError,
         UserfaultfdUnavailable,
     )
+    from .listing import BlockInfo, blocks
+    from .sigbus import explain_sigbus
     from .supervisor import Supervisor
 
-__version__ = "0.1.0"
+__version__ = PACKAGE
 
 __all__ = [
     "AttachDenied",
     "AttachTimeout",
     "BadInput",
     "BadMessage",
+    "BadVersion",
     "Block",
+    "BlockInfo",
     "NoSuchBlock",
     "NoSupervisor",
     "PageLost",
@@ -50,9 +57,18 @@ __all__ = [
     "Supervisor",
     "UserfaultfdUnavailable",
     "attach",
+    "blocks",
+    "explain_sigbus",
 ]
 
-_MODULES = {"attach": ".client", "Block": ".block", "Supervisor": ".supervisor"}
+_MODULES = {
+    "attach": ".client",
+    "Block": ".block",
+    "BlockInfo": ".listing",
+    "Supervisor": ".supervisor",
+    "blocks": ".listing",
+    "explain_sigbus": ".sigbus",
+}
 
 
 def __getattr__(name: str) -> object:

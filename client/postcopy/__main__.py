@@ -42,9 +42,8 @@ def main() -> None:
 
 def _serve(arguments: list[str]) -> int:
     """Become the supervisor program; returns only when it is not installed."""
-    missing = [name for name in ("postcopy_supervisor", "prctl") if find_spec(name) is None]
-    if missing:
-        return _complain(f"serve needs {' and '.join(missing)}: pip install 'postcopy[supervisor]'", FAILED)
+    if find_spec("postcopy_supervisor") is None:
+        return _complain("serve needs postcopy_supervisor: pip install 'postcopy[supervisor]'", FAILED)
     return _become("postcopy_supervisor", arguments)
 
 

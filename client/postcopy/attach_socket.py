@@ -29,7 +29,7 @@ from postcopy_kernel.descriptors import (
     socket_owners,
 )
 from postcopy_protocol.attach_conversation import AttachClient, Question
-from postcopy_protocol.messages import Message
+from postcopy_protocol.messages import Listed, Loss, Message
 from postcopy_protocol.runtime_paths import check_owners, door_path, trusted_users
 
 from .deadline import Deadline
@@ -160,6 +160,14 @@ class AttachConnection:
     def unmap(self, number: int, address: int, deadline: Deadline) -> None:
         """Announce that a region is no longer touched. After that it may be unmapped."""
         self._ask(self._conversation.unmap(number, address), deadline)
+
+    def list_blocks(self, deadline: Deadline) -> tuple[Listed, ...]:
+        """The blocks that may be opened."""
+        return self._ask(self._conversation.list_blocks(), deadline)[0].blocks
+
+    def ask_loss(self, client: int, block: int, offset: int, deadline: Deadline) -> Loss:
+        """Ask why a page is lost; see ``messages.AskLoss``."""
+        return self._ask(self._conversation.ask_loss(client, block, offset), deadline)[0]
 
     def say_goodbye(self) -> None:
         """End the conversation, if the connection still exists."""

@@ -1,13 +1,19 @@
 """A RAM block in this process's address space.
 
 A block stays attached until ``close()`` or the end of the process, also without a reference to it: an array made of it
-may still exist. ``close()`` with such an array (or slice) alive raises BufferError, as ``mmap.mmap`` does."""
+may still exist. ``close()`` with such an array (or slice) alive raises BufferError, as ``mmap.mmap`` does.
+
+Some libraries (``torch.frombuffer``) keep only a reference to ``buf`` itself, and use its address without an export
+that ``close()`` could see. So the memory stays attached, behind a closed block, until the last reference to ``buf`` is
+gone."""
 
 from __future__ import annotations
 
 import logging
 import os
 import threading
+import weakref
+from operator import index
 from typing import Literal, Protocol
 
 from postcopy_kernel.memory import POPULATE_READ, Mapping, advise
@@ -41,6 +47,9 @@ class BlockOwner(Protocol):
     def ending_of(self, block: Block) -> str | None:
         """Why the supervisor of ``block`` ended, if it gave a reason."""
 
+    def cause_of(self, block: Block, offset: int) -> str:
+        """Why the page at ``offset`` is lost, in the words of its source; empty when they are not known."""
+
     def reduce(self, block: Block) -> tuple[object, ...]:
         """A pickle of ``block``: the function that attaches it again, and its arguments."""
 
@@ -71,7 +80,8 @@ class Block:
         self.number = opened.number
         self.mapping = mapping
         self._client = client
-        self._closed = False
+        self._closed = self._detached = False
+        self._last_use: weakref.ref[memoryview] | None = None
         self._forbidden = ""
         self._buf = mapping.view(opened.size)
         self._received = Mapping.of(opened.received, opened.pages, writable=False)
@@ -80,13 +90,10 @@ class Block:
 
     @property
     def buf(self) -> memoryview:
-        """The memory: writable, exactly ``size`` bytes. Raises ValueError once the block is closed."""
+        """The memory: exactly ``size`` bytes, writable (see ``readonly``). Raises ValueError once the block is
+        closed."""
         self._require_open()
         return self._buf
-
-    def __buffer__(self, flags: int) -> memoryview:
-        """The buffer protocol, from Python 3.12 on."""
-        return self.buf[:]
 
     @property
     def __array_interface__(self) -> dict[str, object]:
@@ -119,6 +126,22 @@ class Block:
         if start < stop:
             populate.wait_for(PopulateJob(self, start, stop), Deadline(timeout))
 
+    async def ensure_async(self, offset: int = 0, length: int | None = None, timeout: float | None = None) -> None:
+        """``ensure`` for asyncio: the event loop goes on meanwhile. Raises the same exceptions; may be cancelled.
+
+        A few threads of this process wait for the pages of all such calls, however many there are.
+
+        Example::
+
+            await asyncio.gather(*(block.ensure_async(offset, 1 << 20, timeout=60.0) for offset in offsets))
+        """
+        start, stop = self._whole_pages(offset, length)
+        if self._forbidden:
+            raise self.lost(start)
+        if start < stop:
+            present = self.resident(offset, length) == 1.0
+            await populate.wait_async(PopulateJob(self, start, stop), Deadline(timeout), present=present)
+
     def prefetch(self, offset: int = 0, length: int | None = None) -> None:
         """Request the pages of the range and return at once. Raises ValueError for a range outside the block."""
         start, stop = self._whole_pages(offset, length)
@@ -143,18 +166,21 @@ class Block:
         return self._closed
 
     def close(self) -> None:
-        """Unmap the memory and release ``buf``. A second call does nothing.
+        """Release ``buf`` and unmap the memory. A second call does nothing.
 
         Raises BufferError while a slice of ``buf`` or an array made of the block is alive; the block stays open then.
+        While something else refers to ``buf`` itself the memory stays mapped: it may be a library that uses its
+        address.
         """
         with self._closing:
             if self._closed:
                 return
             self._release_view()
             self._closed = True
-            self._client.detach(self)
-            self._map.release()
-            self._received.close()
+            self._last_use = weakref.ref(self._buf, self._detach)
+            del self._buf
+            if self._last_use() is None:
+                self._detach()
 
     def _release_view(self) -> None:
         try:
@@ -164,6 +190,16 @@ class Block:
         if self.mapping.exported:  # a slice does not prevent release(), but it shows the same memory
             self._buf = self.mapping.view(self.size)
             raise self._in_use()
+
+    def _detach(self, _: object = None) -> None:
+        """Unmap: now nothing can refer to the memory."""
+        with self._closing:
+            if self._detached:
+                return
+            self._detached = True
+            self._client.detach(self)
+            self._map.release()
+            self._received.close()
 
     def _in_use(self) -> BufferError:
         return BufferError(f"block {self.name} cannot be closed: views of its memory (slices, arrays) still exist")
@@ -208,11 +244,14 @@ class Block:
             return self._steps.wait_for(lambda: self._busy == 0, timeout)
 
     def lost(self, offset: int) -> PageLost:
-        """The exception for the lost page at ``offset``."""
+        """The exception for the lost page at ``offset``, with the words of its source or handler if they are known."""
         ending = self._client.ending_of(self)
-        reason = f"the supervisor ended ({ending})" if ending is not None else "its source cannot supply it"
         if self._forbidden:
             reason = f"it could not be attached after a fork: {self._forbidden}"
+        elif ending is not None:
+            reason = f"the supervisor ended ({ending})"
+        else:
+            reason = self._client.cause_of(self, offset) or "its source cannot supply it"
         text = f"block {self.name}: the page at offset {offset} is lost: {reason}"
         return PageLost(text, block=self.name, offset=offset)
 
@@ -259,8 +298,9 @@ class Block:
             raise ValueError(f"block {self.name} is closed")
 
     def _whole_pages(self, offset: int, length: int | None) -> tuple[int, int]:
-        """The range, widened to whole pages. Raises ValueError outside the block."""
+        """The range, widened to whole pages. Raises ValueError outside the block, TypeError for what is no integer."""
         self._require_open()
+        offset, length = index(offset), length if length is None else index(length)
         stop = self.size if length is None else offset + length
         if not 0 <= offset <= stop <= self.size:
             raise ValueError(f"bytes {offset} to {stop} are not inside block {self.name} of {self.size} bytes")

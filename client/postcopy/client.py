@@ -10,18 +10,20 @@ end."""
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
+from operator import index
 
-from postcopy_kernel.memory import DOFORK, DONTFORK, NOHUGEPAGE, Mapping
+from postcopy_kernel.memory import DOFORK, DONTFORK, NOHUGEPAGE, Mapping, huge_pages
 from postcopy_protocol.geometry import PAGE_4K
-from postcopy_protocol.runtime_paths import runtime_directory
+from postcopy_protocol.runtime_paths import client_name, runtime_directory
 
-from . import populate
+from . import populate, sigbus
 from .attach_socket import OpenedBlock
 from .block import Block
 from .deadline import Deadline
@@ -35,19 +37,26 @@ log = logging.getLogger("postcopy")
 TIMEOUT = 30.0
 """Seconds for one exchange with the supervisor, by default."""
 
+CAUSE_WITHIN = 5.0
+"""Seconds to ask why a page is lost."""
+
 _clients: dict[str, Client] = {}
 _registry = threading.RLock()
 
 
 def attach(
-    name: str,
+    block: str,
     runtime_dir: str | os.PathLike[str] | None = None,
     mode: str = "private",
     timeout: float | None = TIMEOUT,
     *,
     trust_uid: int | Iterable[int] = (),
+    name: str | None = None,
 ) -> Block:
-    """Attach the RAM block ``name`` of the supervisor in ``runtime_dir``.
+    """Attach the RAM block ``block`` of the supervisor in ``runtime_dir``.
+
+    ``name`` is what operators see of this process in status, metrics and events: at most 64 printable characters; by
+    default ``$POSTCOPY_CLIENT_NAME``, else the program's. It counts when the process attaches its first block.
 
     A supervisor can read and change the memory of its clients. It must run as this process's user, as root, or as a
     user in ``trust_uid`` or ``$POSTCOPY_TRUST_UID``; another's is AttachDenied.
@@ -62,12 +71,27 @@ def attach(
     """
     if mode not in ("private", "shared"):
         raise BadInput(f"mode {mode!r} is neither 'private' nor 'shared'")
-    explicit = None if runtime_dir is None else os.fspath(runtime_dir)
-    directory = os.path.abspath(runtime_directory(explicit, os.environ))
+    if not isinstance(block, str):
+        raise TypeError(f"the name of a block is a str, not {type(block).__name__}")
+    directory, trust, deadline = directory_of(runtime_dir), users_of(trust_uid), Deadline(timeout)
+    shown = client_name(name, os.environ)
     with _registry:
         client = _clients.setdefault(directory, Client(directory))
-        client.trust |= frozenset((trust_uid,) if isinstance(trust_uid, int) else trust_uid)
-    return client.attach(name, mode, Deadline(timeout))
+        client.name = shown or client.name
+        client.trust |= trust
+    return client.attach(block, mode, deadline)
+
+
+def directory_of(runtime_dir: str | os.PathLike[str] | None) -> str:
+    """The absolute runtime directory: the given one, or the default."""
+    explicit = None if runtime_dir is None else os.fsdecode(runtime_dir)
+    return os.path.abspath(runtime_directory(explicit, os.environ))
+
+
+def users_of(trust_uid: int | Iterable[int]) -> frozenset[int]:
+    """The users that are trusted. Raises TypeError for what is no number."""
+    several = isinstance(trust_uid, Iterable) and not isinstance(trust_uid, str)
+    return frozenset(map(index, trust_uid if several else (trust_uid,)))  # type: ignore[arg-type]
 
 
 def _attach_again(name: str, directory: str, mode: str, trust: frozenset[int]) -> Block:
@@ -81,6 +105,7 @@ class Client:
     def __init__(self, directory: str, trust: frozenset[int] = frozenset()) -> None:
         """``trust``: users whose supervisor is trusted."""
         self.directory, self.trust = directory, trust
+        self.name = ""
         self.blocks: list[Block] = []
         self._turns = Turns(directory)
         self._session: Session | None = None
@@ -90,7 +115,7 @@ class Client:
         block = None
         try:
             with self._turns.take(deadline) as nested, held():
-                session = Session(self.directory, deadline) if nested else self._current(deadline)
+                session = Session(self.directory, deadline, name=self.name) if nested else self._current(deadline)
                 try:
                     block = self._open(session, name, mode, deadline)
                 finally:
@@ -127,6 +152,18 @@ class Client:
                 block.session.connection.take_notices()
         return block.session.connection.ending
 
+    def cause_of(self, block: Block, offset: int) -> str:
+        """Why a page of ``block`` is lost, in the words of its source; empty when the supervisor does not know."""
+        deadline = Deadline(CAUSE_WITHIN)
+        try:
+            with self._turns.take(deadline) as nested:
+                if nested or not self._reachable(block.session, deadline):
+                    return ""
+                return block.session.connection.ask_loss(0, block.number, offset, deadline).reason
+        except (PostcopyError, OSError) as error:
+            log.debug("block %s: the cause of a lost page is not known: %s", block.name, error)
+            return ""
+
     def reduce(self, block: Block) -> tuple[object, ...]:
         """A pickle of ``block``: unpickling attaches."""
         return _attach_again, (block.name, self.directory, block.mode, self.trust)
@@ -134,7 +171,8 @@ class Client:
     def _current(self, deadline: Deadline) -> Session:
         """The session for a new region. A session that is no longer usable keeps the regions that it has."""
         if self._session is None or not self._reachable(self._session, deadline):
-            self._session = Session(self.directory, deadline, self.trust)
+            self._session = Session(self.directory, deadline, self.trust, self.name)
+            sigbus.introduce(self.directory, self._session.connection.client)
         return self._session
 
     def _reachable(self, session: Session, deadline: Deadline) -> bool:
@@ -242,7 +280,10 @@ class Client:
 def _map(opened: OpenedBlock) -> Mapping:
     """Map a block without touching it: nothing can, before it is registered and ``allow`` is called. Forks do not
     inherit it, from before the first possible fault."""
-    mapping = Mapping.of(opened.memory, opened.length, shared=opened.mode == "shared", inaccessible=True)
+    if opened.mode == "private" and opened.page_size != PAGE_4K:
+        mapping = _map_huge_private(opened)
+    else:
+        mapping = Mapping.of(opened.memory, opened.length, shared=opened.mode == "shared", inaccessible=True)
     try:
         mapping.advise(DONTFORK)
         if opened.page_size == PAGE_4K:
@@ -252,6 +293,22 @@ def _map(opened: OpenedBlock) -> Mapping:
         mapping.close()
         raise
     return mapping
+
+
+def _map_huge_private(opened: OpenedBlock) -> Mapping:
+    """A private mapping of huge pages. Its copies are reserved in the pool: a write that finds the pool empty is
+    SIGBUS. Where they do not fit, the memory is read-only."""
+    try:
+        return Mapping.of(opened.memory, opened.length, shared=False, reserve=True, inaccessible=True)
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+    log.warning(
+        "block %s is read-only here: private writes need %d more huge pages of 2M, %d are free; "
+        "set sysctl vm.nr_hugepages to more, or attach it with mode 'shared'",
+        *(opened.name, opened.pages, huge_pages().available),
+    )
+    return Mapping.of(opened.memory, opened.length, shared=False, writable=False, inaccessible=True)
 
 
 def _advise_fork(block: Block, advice: int) -> None:

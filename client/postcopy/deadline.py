@@ -9,15 +9,18 @@ FOREVER = 1e9
 
 
 class Deadline:
-    """``seconds`` from now; None, or FOREVER and more: no limit. Raises ValueError for a negative number."""
+    """``seconds`` from now; None, or FOREVER and more: no limit. Raises ValueError for a negative number,
+    TypeError for what is none."""
 
     __slots__ = ("_at", "seconds")
 
     def __init__(self, seconds: float | None) -> None:
+        if seconds is not None and not hasattr(seconds, "__float__"):
+            raise TypeError(f"a timeout is a number of seconds or None, not {type(seconds).__name__}")
         if seconds is not None and not seconds >= 0:
             raise ValueError(f"a timeout of {seconds} seconds makes no sense")
         self.seconds = seconds
-        self._at = None if seconds is None or seconds >= FOREVER else time.monotonic() + seconds
+        self._at = None if seconds is None or seconds >= FOREVER else time.monotonic() + float(seconds)
 
     def remaining(self) -> float | None:
         """Seconds left, never negative; None: no limit."""

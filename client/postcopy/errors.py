@@ -20,6 +20,7 @@ from postcopy_protocol.errors import (
     AttachTimeout,
     BadInput,
     BadMessage,
+    BadVersion,
     NoSuchBlock,
     NoSupervisor,
     PageLost,
@@ -34,6 +35,7 @@ __all__ = [
     "BackEndTimeout",
     "BadInput",
     "BadMessage",
+    "BadVersion",
     "NoSuchBlock",
     "NoSupervisor",
     "PageLost",
@@ -62,6 +64,17 @@ class BackEndGone(PostcopyError):
 
 class BackEndTimeout(PostcopyError, TimeoutError):
     """A vhost-user back-end has not answered in time; it may be waiting for a page."""
+
+
+def _show_as(module: str, *kinds: type[Exception]) -> None:
+    """Name the module from which users import these exceptions: tracebacks show it."""
+    for kind in kinds:
+        kind.__module__ = module
+
+
+_show_as("postcopy", PostcopyError, NoSupervisor, NoSuchBlock, AttachDenied, AttachTimeout, PageLost, PageTimeout)
+_show_as("postcopy", BadInput, BadMessage, BadVersion, UserfaultfdUnavailable)
+_show_as("postcopy.vhost_user", BackEndGone, BackEndTimeout, VhostUserError)
 
 
 def unavailable(error: OSError) -> UserfaultfdUnavailable:

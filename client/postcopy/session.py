@@ -13,6 +13,7 @@ from contextlib import suppress
 from postcopy_kernel.descriptors import close_all
 from postcopy_kernel.userfaultfd import DEVICE, Userfaultfd, open_userfaultfd
 from postcopy_kernel.userfaultfd import UserfaultfdUnavailable as KernelUnavailable
+from postcopy_protocol.runtime_paths import MAX_NAME
 
 from .attach_socket import AttachConnection, OpenedBlock
 from .deadline import Deadline
@@ -23,14 +24,16 @@ class Session:
     """One conversation from Hello to Goodbye. It continues with a successor that takes over from a dead supervisor.
     Not thread-safe; see ``client.Client``."""
 
-    def __init__(self, directory: str, deadline: Deadline, trust: frozenset[int] = frozenset()) -> None:
+    def __init__(self, directory: str, deadline: Deadline, trust: frozenset[int] = frozenset(), name: str = "") -> None:
+        """``name``: of this process in the status; by default the program's."""
+        self._name = name or program_name()
         self.connection = AttachConnection(directory, deadline, trust)
         self.regions = 0
         self._resumable = True
         self._unmaps: list[tuple[int, int]] = []
         self._userfaultfd: Userfaultfd | None = None
         try:
-            device = self.connection.greet(_program_name(), "native", deadline)
+            device = self.connection.greet(self._name, "native", deadline)
             self._userfaultfd = _make_userfaultfd(device)
             self.connection.offer_userfaultfd(self._userfaultfd.fd, deadline)
         except BaseException:
@@ -50,7 +53,7 @@ class Session:
         if not self._resumable or not self.regions or self.connection.ending is not None or not self.connection.hung_up:
             return False
         try:
-            successor = self.connection.resume(_program_name(), "native", deadline)
+            successor = self.connection.resume(self._name, "native", deadline)
         except NoSupervisor:  # not yet started
             return False
         except AttachDenied:  # not a successor of our supervisor: our regions stay with our worker
@@ -112,13 +115,13 @@ class Session:
             self._userfaultfd = None
 
 
-def _program_name() -> str:
+def program_name() -> str:
     """The program's name without its path, for the status."""
     path = sys.argv[0] if sys.argv else ""
     program = os.path.basename(os.path.dirname(path) if path.endswith("/__main__.py") else path)
     if program in ("", "-c", "-m"):
         program = "python"
-    return program.encode("utf-8", "replace").decode()[:64]
+    return program.encode("utf-8", "replace").decode()[:MAX_NAME]
 
 
 def _make_userfaultfd(device: tuple[int, ...]) -> Userfaultfd:

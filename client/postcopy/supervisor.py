@@ -50,11 +50,13 @@ class Supervisor:
         die_with_parent: bool = True,
         **options: Option,
     ) -> None:
+        if not isinstance(blocks, Mapping):
+            raise TypeError(f"blocks is a mapping of names to SOURCEs, not {type(blocks).__name__}")
         self._stack = ExitStack()
         try:
             self.runtime_dir = self._directory(runtime_dir)
             self._log = self._stack.enter_context(tempfile.TemporaryFile(prefix="postcopy-log-"))  # noqa: SIM115
-            arguments = [f"{name}={os.fspath(source)}" for name, source in blocks.items()]
+            arguments = [f"{name}={os.fsdecode(source)}" for name, source in blocks.items()]
             arguments += _options({"runtime_dir": self.runtime_dir, "page_size": page_size, **options})
             # The kernel sends the parent-death signal when the forking *thread* ends: only the main thread lives as
             # long as the process.
@@ -101,7 +103,7 @@ class Supervisor:
 
     def _directory(self, given: str | os.PathLike[str] | None) -> str:
         if given is not None:
-            return os.path.abspath(os.fspath(given))
+            return os.path.abspath(os.fsdecode(given))
         path = tempfile.mkdtemp(prefix="postcopy-", dir=_short_directory())
         self._stack.callback(shutil.rmtree, path, ignore_errors=True)
         os.chmod(path, 0o711)

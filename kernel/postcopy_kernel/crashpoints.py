@@ -33,6 +33,8 @@ POINTS = {
     "worker.unasked": "a fault is read, no request is sent",
     "worker.asked": "the request is sent to the supervisor",
     "worker.told": "the supervisor has sent Wake, the client is not woken",
+    # a worker of a virtual machine
+    "machine.read": "its messages are read, nothing is noted",
     # the supervisor on the attach socket: between a message of a client and its answer
     "door.Hello": "a client has sent it, no answer",
     "door.Welcome": "it is answered, no userfaultfd yet",

@@ -91,7 +91,7 @@ def receive_message(sock: socket.socket, max_bytes: int = 65536, max_fds: int = 
         data, ancillary, seen, _ = sock.recvmsg(*room)
     except ConnectionResetError:  # the peer closed the connection with messages of ours unread
         data, ancillary, seen, _ = sock.recvmsg(*room)
-    fds = _descriptors(ancillary)
+    fds = descriptors_in(ancillary)
     # CMSG_SPACE is padded: one descriptor more than max_fds may fit.
     if seen & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(fds) > max_fds:
         close_all(fds)
@@ -107,7 +107,8 @@ def receive_message(sock: socket.socket, max_bytes: int = 65536, max_fds: int = 
     return Received(data, fds)
 
 
-def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> tuple[int, ...]:
+def descriptors_in(ancillary: list[tuple[int, int, bytes]]) -> tuple[int, ...]:
+    """The descriptors that came beside a message (SCM_RIGHTS), in order. The caller owns them."""
     fds = array.array("i")
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:

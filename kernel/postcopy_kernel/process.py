@@ -1,7 +1,7 @@
 """Processes: names, rights, pidfds, memory use.
 
-``python-prctl`` is imported inside the functions that need it. It needs a compiler to install, and a client install
-does not have it (the extra ``supervisor`` does).
+Where ``python-prctl`` is installed (the extra ``prctl``, which needs a compiler) it is used; else prctl(2) is called by
+ctypes, which does the same.
 
 Example::
 
@@ -18,15 +18,18 @@ import os
 import re
 import select
 import signal as signals
-from typing import Final
+from functools import cache
+from typing import Any, Final
 
 from . import polling
 
 NAME_LENGTH: Final = 15  # what the kernel keeps of a name (TASK_COMM_LEN - 1)
 
 _PR_SET_PDEATHSIG: Final = 1
+_PR_SET_NAME: Final = 15
 _PR_CAPBSET_DROP: Final = 24
 _PR_SET_NO_NEW_PRIVS: Final = 38
+_ARG_START, _ARG_END = 48, 49  # fields of /proc/PID/stat, proc(5)
 _CAPABILITY_VERSION_3: Final = 0x20080522
 _HIGHEST_CAPABILITY: Final = 63  # width of the kernel's sets
 _STATUS_FIELDS: Final = {
@@ -49,11 +52,44 @@ def _prctl(option: int, argument: int) -> int:
     return ctypes.get_errno()
 
 
-def name_process(name: str) -> None:
-    """Set the name of the calling thread, which ``ps`` and ``top`` show; the kernel keeps 15 bytes."""
-    import prctl
+@cache
+def _python_prctl() -> Any:
+    """The module python-prctl, or None."""
+    try:
+        import prctl
+    except ImportError:
+        return None
+    return prctl
 
-    prctl.set_name(name[:NAME_LENGTH])
+
+def name_process(name: str) -> None:
+    """Set the name of the calling thread, which ``top`` and ``pgrep`` show; the kernel keeps 15 bytes."""
+    if (prctl := _python_prctl()) is not None:
+        prctl.set_name(name[:NAME_LENGTH])
+        return
+    text = ctypes.create_string_buffer(name.encode()[:NAME_LENGTH])
+    _prctl(_PR_SET_NAME, ctypes.addressof(text))
+
+
+@cache
+def _command_line() -> tuple[int, int]:
+    """Address and length of this program's arguments in memory, which a fork inherits."""
+    with open("/proc/self/stat", "rb") as file:
+        fields = file.read().rpartition(b")")[2].split()  # from the third field on
+    start, end = int(fields[_ARG_START - 3]), int(fields[_ARG_END - 3])
+    return start, max(0, end - start)
+
+
+def title_process(title: str) -> None:
+    """Set what ``ps`` shows as the command line, as far as there is room for it. Nothing reads the arguments any more:
+    Python has copies."""
+    try:
+        start, length = _command_line()
+    except (OSError, ValueError, IndexError):  # no /proc: only the name tells who it is
+        return
+    if start and length:
+        data = title.encode("utf-8", "replace")[: length - 1].decode("utf-8", "ignore").encode()
+        ctypes.memmove(start, data.ljust(length, b"\0"), length)
 
 
 def set_no_new_privs() -> None:
@@ -69,9 +105,10 @@ def drop_privileges() -> None:
     Applies to the calling thread and its children: call it before there are other threads. Without CAP_SETPCAP the
     bounding set cannot be emptied. That is harmless, because of no_new_privs. Raises OSError.
     """
-    import prctl
-
-    prctl.set_no_new_privs(1)
+    if (prctl := _python_prctl()) is not None:
+        prctl.set_no_new_privs(1)
+    else:
+        set_no_new_privs()
     _empty_bounding_set()
     # Not python-prctl's cap_permitted.limit(): it knows the capabilities of the headers it was built with and would
     # leave newer ones in place. capset(2) takes whole sets, and the kernel lowers the ambient set with them.
@@ -105,8 +142,8 @@ def die_with_parent(expected_parent_pid: int, signal: int = signals.SIGKILL) -> 
     """Receive ``signal`` when the parent dies, or at once if it is dead already.
 
     Traps: it follows the *thread* that forked, not the process. A change of uid or an exec of a set-uid program clears
-    it, so call it last. A parent that died before the call would not be noticed, hence ``expected_parent_pid``. Needs
-    no python-prctl. Raises OSError for an unknown signal.
+    it, so call it last. A parent that died before the call would not be noticed, hence ``expected_parent_pid``.
+    Raises OSError for an unknown signal.
     """
     code = _prctl(_PR_SET_PDEATHSIG, signal)
     if code:

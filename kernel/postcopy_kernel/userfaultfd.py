@@ -42,6 +42,7 @@ from .abi import UFFDIO_CONTINUE as UFFDIO_CONTINUE
 from .abi import UFFDIO_COPY as UFFDIO_COPY
 from .abi import UFFDIO_POISON as UFFDIO_POISON
 from .abi import UFFDIO_WAKE as UFFDIO_WAKE
+from .abi import UFFDIO_ZEROPAGE as UFFDIO_ZEROPAGE
 from .abi import Event as Event
 from .abi import FaultFlag as FaultFlag
 from .abi import Feature as Feature

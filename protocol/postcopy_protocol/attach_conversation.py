@@ -11,6 +11,8 @@
     OpenBlock          ready             BlockOpened           ready
     Mapped             ready             Attached              ready
     Unmap              ready             Unmapped              ready
+    ListBlocks         greeted, ready    Blocks                -
+    AskLoss            greeted, ready    Loss                  -
     Goodbye            greeted, ready    -                     gone
 
 ``Refused`` may come in place of any answer and changes nothing: the conversation stays where it was.
@@ -33,11 +35,15 @@ from .errors import AttachDenied, BadMessage, BadVersion, NoSuchBlock, NoSupervi
 from .geometry import PAGE_SIZES, AddressSpace, Region, page_count
 from .messages import (
     REFUSALS,
+    AskLoss,
     Attached,
     BlockOpened,
+    Blocks,
     Ending,
     Goodbye,
     Hello,
+    ListBlocks,
+    Loss,
     Mapped,
     Message,
     OfferBackEnd,
@@ -53,13 +59,15 @@ from .messages import (
     UserfaultfdAccepted,
     Welcome,
 )
+from .runtime_paths import MAX_NAME
 from .sources import is_block_name
 
-KINDS = ("native", "vhost-user")
-MODES = ("private", "shared")
+KINDS = ("native", "vhost-user", "vm")
+FOREIGN = KINDS[1:]
+"""Kinds of clients whose memory is that of another process, for which a face of ours speaks."""
+MODES = ("private", "shared", "own")
+"""``own``: the client's own anonymous memory, into which the pages are copied. Only for the kind ``vm``."""
 MAX_REGIONS = 64
-MAX_NAME = 64
-"""Characters of a client's name that are kept."""
 
 FATAL = frozenset({"bad-message", "bad-version", "bad-descriptor"})
 """Refusals after which the supervisor closes the connection, unless it serves memory of this client already."""
@@ -75,11 +83,12 @@ class Stage(Enum):
 
 
 class Rule(NamedTuple):
-    """Stages in which a message may be sent, its answer (None: there is none), and the stage after it."""
+    """Stages in which a message may be sent, its answer (None: there is none), and the stage after it (None: it stays
+    as it is)."""
 
     allowed: tuple[Stage, ...]
     answer: type[Message] | None
-    after: Stage
+    after: Stage | None
 
 
 RULES: dict[type[Message], Rule] = {
@@ -91,6 +100,8 @@ RULES: dict[type[Message], Rule] = {
     Goodbye: Rule((Stage.GREETED, Stage.READY), None, Stage.GONE),
     Resume: Rule((Stage.GREETED,), Resumed, Stage.READY),
     OfferBackEnd: Rule((Stage.GREETED,), UserfaultfdAccepted, Stage.READY),
+    ListBlocks: Rule((Stage.GREETED, Stage.READY), Blocks, None),
+    AskLoss: Rule((Stage.GREETED, Stage.READY), Loss, None),
 }
 """The table above. Both halves walk it."""
 
@@ -161,17 +172,19 @@ class AttachConversation:
         match message:
             case Hello():
                 self._greet(message)
-            case OfferBackEnd() if self.kind != "vhost-user":
-                raise Refusal("bad-message", "only a client of kind vhost-user may offer a back-end")
+            case OfferUserfaultfd() if self.kind == "vm":
+                raise Refusal("bad-message", "a client of kind vm offers the userfaultfd of another process")
+            case OfferBackEnd() if self.kind not in FOREIGN:
+                raise Refusal("bad-message", f"only a client of kind {' or '.join(FOREIGN)} may offer another process")
             case OpenBlock():
-                _check_open(message)
+                self._check_open(message)
             case Mapped():
                 self._map(message)
             case Unmap():
                 self._forget(message.block, message.address)
             case Goodbye():
                 self.regions = AddressSpace()
-        self.stage = rule.after
+        self.stage = rule.after or self.stage
 
     def _greet(self, message: Hello) -> None:
         if message.kind not in KINDS:
@@ -191,6 +204,8 @@ class AttachConversation:
             raise Refusal("bad-range", f"the block ends at {end}, before the region does")
         region = Region(message.block, grant.mode, message.address, message.length, message.offset)
         try:
+            if grant.mode == "own" and any(region.shares_pages(other) for other in self.regions):
+                raise BadMessage(f"the region at {message.address:#x} has pages that another region has too")
             self.regions.add(region, grant.page_size)
         except BadMessage as error:
             raise Refusal("bad-range", str(error)) from None
@@ -226,12 +241,15 @@ class AttachConversation:
         """Forget a region whose Mapped was in order, but that the supervisor refuses, as the kernel did."""
         return self._forget(block, address)
 
-
-def _check_open(message: OpenBlock) -> None:
-    if message.mode not in MODES:
-        raise Refusal("bad-message", f"the mode of a block is {' or '.join(MODES)}")
-    if not is_block_name(message.name):
-        raise Refusal("no-such-block", "no block can have that name")
+    def _check_open(self, message: OpenBlock) -> None:
+        if message.mode not in MODES:
+            raise Refusal("bad-message", f"the mode of a block is {' or '.join(MODES)}")
+        if (message.mode == "own") != (self.kind == "vm"):
+            raise Refusal("bad-message", f"a client of kind {self.kind} cannot open a block {message.mode}")
+        if self.kind == "vm" and self.blocks:
+            raise Refusal("limit", "the memory of a vm is one block")
+        if not is_block_name(message.name):
+            raise Refusal("no-such-block", "no block can have that name")
 
 
 Answer = TypeVar("Answer", bound=Message)
@@ -318,6 +336,14 @@ class AttachClient:
         """Give up a region. When the answer is there, it may be unmapped."""
         return self._ask(Unmap(block, address), Unmapped)
 
+    def list_blocks(self) -> Question[Blocks]:
+        """Ask for the blocks that may be opened."""
+        return self._ask(ListBlocks(), Blocks)
+
+    def ask_loss(self, client: int, block: int, offset: int) -> Question[Loss]:
+        """Ask why a page is lost; see AskLoss."""
+        return self._ask(AskLoss(client, block, offset), Loss)
+
     def goodbye(self) -> bytes:
         """The bytes to send before closing. Nothing answers."""
         self._check_order(Goodbye())
@@ -367,7 +393,7 @@ class AttachClient:
         assert question is not None
         self._check(question.message, message)
         self._question = None
-        self.stage = RULES[type(question.message)].after
+        self.stage = RULES[type(question.message)].after or self.stage
         return message
 
     def _check(self, asked: Message, answer: Message) -> None:

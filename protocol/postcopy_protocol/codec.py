@@ -44,6 +44,7 @@ _ASSIGNMENT_PLACES = (
     "control_page",
     "device",
     "cgroup",
+    "copied_map",
 )
 _LOWEST = {
     "BlockGrant": {"memory": _NONE, "received": _NONE, "source": _NONE},

@@ -25,7 +25,7 @@ WAKES = 2  # wake or continue calls
 REQUESTS = 3  # pages requested from the supervisor
 DEDUPLICATED = 4  # messages for a page that was already requested or present
 AROUND = 5  # pages placed by fault-around, beyond the faulting one
-LOST = 6  # pages that their source could not supply
+LOST = 6  # faults at pages that their source could not supply
 FAILURES = 7  # calls that failed and were reported
 # 8 is free: it was used by older workers.
 PLAIN = 9  # faults answered by placing one page: counts as fault and as page, with one store
@@ -38,9 +38,12 @@ WORKER_PID = 18
 INCARNATION = 19
 OUTSIDE = 20  # faults outside all regions, left waiting on purpose
 SANDBOX = 21  # rights that the worker has given up, as bits (see sandbox_names)
+POISONED = 22  # the page that this client got SIGBUS for last (see ``place_of``); 0: none
+EXPLAINED = 23  # the page that REASON is about
+BUSY_BLOCK = 24  # number of the block of BUSY_SINCE_NS, where it is no common fault of a file
 
 REASON = 32
-"""Bytes of the text that follows: why the last page could not be made. A report of it may be lost with its worker."""
+"""Bytes of the text that follows: why the last page could not be supplied. A report may be lost with its worker."""
 MOST_REASON = (64 - REASON - 1) * 8
 
 HISTOGRAM = 64
@@ -213,6 +216,12 @@ def join(total: list[int], values: Sequence[int]) -> None:
     total[LONGEST_NS] = max(total[LONGEST_NS], values[LONGEST_NS])
 
 
+def subtract(total: list[int], values: Sequence[int]) -> None:
+    """Take one page's counters and histogram out of ``total`` again."""
+    for at in (*range(LAST_COUNTER + 1), *range(HISTOGRAM, LAST_BUCKET + 1)):
+        total[at] -= values[at]
+
+
 def add_up(total: list[int], at: int, stretch: BucketRun) -> None:
     """Add a histogram to that in ``total`` from index ``at`` on."""
     begin, values = at + stretch[0], stretch[1]
@@ -220,9 +229,20 @@ def add_up(total: list[int], at: int, stretch: BucketRun) -> None:
     total[begin:end] = map(add, total[begin:end], values)
 
 
-def note_reason(values: memoryview, text: str) -> None:
-    """Keep why a page could not be made, as far as there is room."""
+def entry(block: int, page: int) -> int:
+    """A page of a block as one number. Blocks are numbered from 1, so it is never 0."""
+    return block << _PAGE_BITS | page
+
+
+def place_of(number: int) -> tuple[int, int]:
+    """Block and page of an ``entry``."""
+    return number >> _PAGE_BITS, number & (1 << _PAGE_BITS) - 1
+
+
+def note_reason(values: memoryview, text: str, block: int, page: int) -> None:
+    """Keep why a page cannot be supplied, as far as there is room."""
     data = text.encode("utf-8", "replace")[:MOST_REASON]
+    values[EXPLAINED] = entry(block, page)
     values[REASON] = len(data)
     start = (REASON + 1) * 8
     values.cast("B")[start : start + len(data)] = data
@@ -240,21 +260,21 @@ def deny(values: memoryview, block: int, page: int) -> None:
     handler failed. It is unpoisoned when there is a source, or when the block is complete.
 
     If the worker is killed between the stores, a page may be listed twice, which does no harm."""
-    entry, count = block << _PAGE_BITS | page, values[DENIED]
-    if entry in values[DENIED_AT : DENIED_AT + count].tolist():
+    number, count = entry(block, page), values[DENIED]
+    if number in values[DENIED_AT : DENIED_AT + count].tolist():
         return
     if count >= MOST_DENIED:
         values[UNNOTED] += 1
         return
-    values[DENIED_AT + count] = entry
+    values[DENIED_AT + count] = number
     values[DENIED] = count + 1
 
 
 def allow(values: memoryview, block: int, page: int) -> None:
     """Remove a page from the list: it is unpoisoned."""
-    entry, count = block << _PAGE_BITS | page, values[DENIED]
+    number, count = entry(block, page), values[DENIED]
     for at in range(DENIED_AT + count - 1, DENIED_AT - 1, -1):
-        if values[at] == entry:
+        if values[at] == number:
             count -= 1
             values[at] = values[DENIED_AT + count]
             values[DENIED] = count
@@ -263,4 +283,4 @@ def allow(values: memoryview, block: int, page: int) -> None:
 def denied(values: Sequence[int]) -> list[tuple[int, int]]:
     """(block, page) of every page in the list."""
     count = min(values[DENIED], MOST_DENIED)
-    return [(index >> _PAGE_BITS, index & (1 << _PAGE_BITS) - 1) for index in values[DENIED_AT : DENIED_AT + count]]
+    return [place_of(number) for number in values[DENIED_AT : DENIED_AT + count]]

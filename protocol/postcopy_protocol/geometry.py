@@ -25,7 +25,7 @@ def page_count(size: int, page_size: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """``length`` bytes at ``address`` are the block's from ``offset``; ``mode`` is ``private`` or ``shared``."""
+    """``length`` bytes at ``address`` are the block's from ``offset``; ``mode`` is private, shared or own."""
 
     block: int
     mode: str
@@ -42,6 +42,11 @@ class Region:
         """Address of the block's byte ``offset`` in this region; None if it is not in it."""
         inside = offset - self.offset
         return self.address + inside if 0 <= inside < self.length else None
+
+    def shares_pages(self, other: Region) -> bool:
+        """Whether both show a same byte of a block."""
+        same = self.block == other.block
+        return same and self.offset < other.offset + other.length and other.offset < self.offset + self.length
 
 
 class AddressSpace:

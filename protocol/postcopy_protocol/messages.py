@@ -81,7 +81,7 @@ class Message(metaclass=_MessageType):
 
 # attach socket: client -> supervisor
 class Hello(Message, tag=1):
-    """First message of a client. ``name`` is for people (status); ``kind`` is ``native`` or ``vhost-user``."""
+    """First message of a client. ``name`` is for people (status); ``kind`` is ``native``, ``vhost-user`` or ``vm``."""
 
     name: str
     kind: str
@@ -92,7 +92,8 @@ class OfferUserfaultfd(Message, tag=2, descriptors=1):
 
 
 class OpenBlock(Message, tag=3):
-    """Ask for a RAM block by name; ``mode`` is ``private`` or ``shared``."""
+    """Ask for a RAM block by name; ``mode`` is ``private`` or ``shared``. Of a client of kind ``vm`` it is ``own``: its
+    memory is its own, and the pages are copied into it."""
 
     name: str
     mode: str
@@ -126,8 +127,22 @@ class Resume(Message, tag=7):
 
 
 class OfferBackEnd(Message, tag=8, descriptors=2):
-    """Instead of OfferUserfaultfd, by a ``vhost-user`` front-end: the userfaultfd of the back-end, after its handshake,
-    and a pidfd of the back-end's process (2 descriptors). Regions are now the back-end's, which registers them."""
+    """Instead of OfferUserfaultfd, by one that speaks for another process, a vhost-user back-end or a virtual machine:
+    the userfaultfd of that process, after its handshake, and a pidfd of it (2 descriptors). Regions are now those of
+    that process, which registers them."""
+
+
+class ListBlocks(Message, tag=12):
+    """Ask which blocks there are."""
+
+
+class AskLoss(Message, tag=13):
+    """Ask why the page of ``block`` at ``offset`` is lost for client ``client`` (0: who asks). Block 0: why the page
+    is, for which that client's worker made SIGBUS last; the client may have ended since."""
+
+    client: int
+    block: int
+    offset: int
 
 
 # attach socket: supervisor -> client
@@ -189,6 +204,30 @@ class Resumed(Message, tag=28):
     """Answer to Resume: all regions are as before. ``released``: numbers of complete blocks (packed u64)."""
 
     released: bytes
+
+
+class Listed(Message, tag=105):
+    """A block in the answer to ListBlocks. ``shared``: the user who asks may attach it in that mode, too."""
+
+    name: str
+    size: int
+    page_size: int
+    shared: bool
+
+
+class Blocks(Message, tag=32):
+    """Answer to ListBlocks."""
+
+    blocks: tuple[Listed, ...]
+
+
+class Loss(Message, tag=33):
+    """Answer to AskLoss: a block's name, a page's offset, and the words of its source or handler function. Empty where
+    that is not known."""
+
+    block: str
+    offset: int
+    reason: str
 
 
 REFUSALS = ("no-such-block", "denied", "bad-message", "bad-version", "bad-descriptor", "bad-range", "limit", "failed")
@@ -489,7 +528,7 @@ class BlockGrant(Message, tag=100):
 
 class RegionGrant(Message, tag=101):
     """A registered range of the client: ``length`` bytes at ``address`` are the block's from ``offset``. ``mode`` is
-    ``private`` or ``shared``."""
+    ``private``, ``shared`` or ``own``."""
 
     block: int
     mode: str
@@ -505,7 +544,8 @@ class Assignment(Message, tag=102):
     eventfd, the statistics page, the control page, an open /dev/userfaultfd (``device``). The descriptors from
     ``cgroup`` on are ``cgroup.procs`` files into which the worker writes itself. ``fault_around`` is the largest window
     in bytes; ``adaptive``: it grows from one page, otherwise it is fixed. ``sandbox`` is auto, all or off.
-    ``transport`` is native or libzmq: what its channel to the supervisor is made of."""
+    ``transport`` is native or libzmq: what its channel to the supervisor is made of. ``copied_map``: position of the
+    copied map of a client with memory of its own."""
 
     worker: int
     incarnation: int
@@ -525,6 +565,7 @@ class Assignment(Message, tag=102):
     blocks: tuple[BlockGrant, ...]
     regions: tuple[RegionGrant, ...]
     transport: str
+    copied_map: int
 
 
 # notes of a supervisor to its successor: the ``meta`` of Keep, which a custodian does not read
@@ -545,7 +586,8 @@ class BlockNote(Message, tag=103):
 
 
 class ClientNote(Message, tag=104):
-    """Key ``client/N``; descriptors: userfaultfd, pidfd, statistics page. Kept again before a change is answered."""
+    """Key ``client/N``; descriptors: userfaultfd, pidfd, statistics page; where another process speaks for the client a
+    pidfd of that; where its memory is its own the copied map. Kept again before a change is answered."""
 
     client: int
     name: str

@@ -1,4 +1,4 @@
-"""The runtime directory and the names in it.
+"""The runtime directory and the names in it, and what else a client takes from its environment.
 
 The directory is 0711. ``door`` is 0666: SO_PEERCRED and the allow list decide who may attach. ``private/`` is 0700 and
 protects the ZeroMQ socket and the lock, because the mode of an ipc socket depends on the umask.
@@ -51,6 +51,22 @@ def trusted_users(environ: Mapping[str, str]) -> frozenset[int]:
     if not all(word.isascii() and word.isdigit() for word in words):
         raise BadInput(f"{TRUST_UID}={environ[TRUST_UID]}: write user ids, separated by commas")
     return frozenset(map(int, words))
+
+
+CLIENT_NAME = "POSTCOPY_CLIENT_NAME"
+"""Environment variable: what status, metrics and events call the clients that run with it."""
+MAX_NAME = 64
+"""Characters of a client's name."""
+
+
+def client_name(explicit: str | None, environ: Mapping[str, str]) -> str:
+    """The name of this client: ``explicit``, else from the environment, else empty. Raises BadInput."""
+    where, name = ("name=", explicit) if explicit else (CLIENT_NAME + "=", environ.get(CLIENT_NAME, ""))
+    if len(name) > MAX_NAME:
+        raise BadInput(f"{where}{name[:MAX_NAME]!r}...: the name of a client has at most {MAX_NAME} characters")
+    if not name.isprintable():  # it is shown on terminals
+        raise BadInput(f"{where}{name!r}: the name of a client has no control characters")
+    return name
 
 
 def check_owners(directory: str, owners: Collection[int], own: int, trusted: Collection[int]) -> None:

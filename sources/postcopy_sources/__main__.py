@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from postcopy_kernel import log_queue
 from postcopy_kernel.descriptors import raise_descriptor_limit
-from postcopy_kernel.process import die_with_parent
+from postcopy_kernel.process import die_with_parent, title_process
 from postcopy_kernel.program_start import prepare
 from postcopy_protocol.errors import BadInput, PostcopyError
 
@@ -35,6 +35,8 @@ def main() -> int:
         if settings.die_with_parent:
             die_with_parent(settings.die_with_parent, signal.SIGTERM)
         raise_descriptor_limit()
+        names = ", ".join(settings.files)
+        title_process(f"postcopy_sources: {names} at {settings.listen}")
         from .serving import serve
 
         sources = _sources(settings)

@@ -7,7 +7,6 @@ import logging
 import signal
 import sys
 import traceback
-from importlib.util import find_spec
 
 from postcopy_kernel import log_queue
 from postcopy_kernel.program_start import prepare
@@ -30,11 +29,6 @@ def main() -> int:
         return _fail(_reason(error))
     log_queue.set_up(settings.log_format, settings.log_level)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the end of a terminal is not the end of the service
-    if find_spec("prctl") is None:  # workers drop their rights with it
-        return _fail(
-            "python-prctl is missing; install the supervisor: pip install 'postcopy[supervisor]' "
-            "(needs a C compiler and libcap-dev)"
-        )
     from .assembly import serve
 
     try:

@@ -6,6 +6,7 @@ has no limits: it may do all that the supervisor may."""
 from __future__ import annotations
 
 import socket
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -124,6 +125,8 @@ class Admission:
     allow: AllowList
     _connects: dict[int, Allowance] = field(default_factory=dict)
     _work: dict[int, Allowance] = field(default_factory=dict)
+    refusals: Counter[str] = field(default_factory=Counter)
+    """How many, by the code of the refusal."""
     _refusals: dict[int, Refusals] = field(default_factory=dict)
 
     def admit(self, connection: socket.socket, now: float) -> Peer | bytes:
@@ -144,7 +147,7 @@ class Admission:
         return peer
 
     def _refuse(self, uid: int, code: str, reason: str) -> bytes:
-        self.refused(uid, reason)
+        self.refused(uid, code, reason)
         return _encoded(code, reason)
 
     def hold(self, uid: int, now: float) -> float:
@@ -158,8 +161,9 @@ class Admission:
         if (allowance := self._work.get(uid)) is not None:
             allowance.left -= WORKER_WORK if isinstance(message, STARTS_A_WORKER) else 1
 
-    def refused(self, uid: int, reason: str) -> None:
+    def refused(self, uid: int, code: str, reason: str) -> None:
         """Count a refusal; ``reports`` tells of it."""
+        self.refusals[code] += 1
         if uid not in self._refusals and len(self._refusals) >= MOST_USERS:
             uid = OTHERS
         entry = self._refusals.setdefault(uid, Refusals())

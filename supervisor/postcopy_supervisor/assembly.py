@@ -6,8 +6,8 @@ A module imports only modules that stand before it here:
     remote.programs, remote.advise, recovery.*, blocks      what is served, and what is taken over
     paging.*, remote.staging, remote.sources    faults of remote blocks
     pool.*, listener                            the custodian, the workers, events
-    clients.*                                   client, identity, release, attach_server, worker_zero, client_zero
-    exports, watchdog, adopt, assignment, parts
+    clients.*                                   client, identity, losses, release, attach_server, worker_zero, ...
+    exports, waits, watchdog, adopt, assignment, parts
     observe.*                                   recorder, audit, status, page_history, queries, scrapes, metrics
     shutdown, periodic, main_loop, trace_points, assembly, __main__
 """
@@ -42,6 +42,7 @@ from .blocks import RamBlock
 from .clients.attach_server import AttachServer
 from .clients.client import Clients
 from .clients.client_zero import ClientZero, OwnMapping
+from .clients.losses import Losses
 from .clients.release import ClientRelease
 from .clients.worker_zero import WorkerZero
 from .entrances import Entrances, listen_for_clients, listen_for_workers
@@ -72,6 +73,7 @@ from .remote.sources import Sources
 from .runtime import Heartbeat, RuntimeDirectory, cgroup_procs
 from .settings import Settings
 from .shutdown import Shutdown, StopRequest
+from .waits import Waits
 from .watchdog import Watchdog
 
 log = logging.getLogger("postcopy")
@@ -118,6 +120,7 @@ class Supervisor:
 def serve(settings: Settings) -> None:
     """Build the supervisor and run it. Raises BadInput or UserfaultfdUnavailable when it cannot be built."""
     process.name_process("postcopy-superv")
+    process.title_process(f"postcopy_supervisor in {settings.directory}")
     if settings.die_with_parent:
         process.die_with_parent(settings.die_with_parent, signal.SIGTERM)
     runtime, program = RuntimeDirectory(settings.directory), SourceProgram(settings)
@@ -157,6 +160,8 @@ def assemble(
         service.zero,
         service.paging,
         base.event_log,
+        Waits(base.by_number, clients, service.paging.engine),
+        base.admission.refusals,
         base.control_page,
         service.recorder,
         settings.transport,
@@ -207,6 +212,7 @@ class Base:
     router: Router
     attach_socket: socket.socket
     custodian: CustodianClient
+    admission: Admission
     listener: Listener
 
 
@@ -241,6 +247,7 @@ def _base(
         router,
         attach_socket,
         custodian,
+        admission,
         listener,
     )
 
@@ -260,14 +267,9 @@ class Service:
 
 
 def _service(settings: Settings, runtime: RuntimeDirectory, plan: Plan, base: Base, main_loop: MainLoop) -> Service:
-    own, blocks, custodian, listener, event = (
-        base.own,
-        base.by_number,
-        base.custodian,
-        base.listener,
-        base.event_log.record,
-    )
-    clients = Clients(blocks, custodian, plan.first_client)
+    own, blocks, custodian, listener = base.own, base.by_number, base.custodian, base.listener
+    event = base.event_log.record
+    clients = Clients(blocks, custodian, plan.first_client, base.event_log.names)
     assignments = WorkerAssignments(settings, runtime.endpoint, own.device >= 0, blocks, clients)
     pool = WorkerPool(settings.restart, custodian, listener, base.router, assignments, clients, event)
     _keep_for_workers(settings, custodian, own, blocks)
@@ -277,7 +279,8 @@ def _service(settings: Settings, runtime: RuntimeDirectory, plan: Plan, base: Ba
     release = ClientRelease(blocks, clients, pool, listener, paging, event)
     recorder = _recorder(settings, blocks, clients)
     figures = trace.FIGURES_BYTES if recorder is not None else stages.END
-    attach = AttachServer(base.blocks, clients, pool, listener, release, own.device, figures, recorder)
+    losses = Losses(blocks, clients, base.event_log)
+    attach = AttachServer(base.blocks, clients, pool, listener, release, losses, own.device, figures, recorder)
     receive = main_loop.on_source_message
     sources = Sources(settings, base.access, base.router, base.advice, base.blocks, paging, receive, event)
     return Service(clients, pool, paging, zero, release, attach, sources, recorder)
@@ -339,6 +342,7 @@ def _periodic(
             service.clients,
             service.zero,
             service.paging.engine,
+            parts.waits,
             settings.handler_timeout,
             base.event_log.record,
         ),
@@ -458,12 +462,7 @@ def _allow_list(settings: Settings) -> AllowList:
     """Who may attach."""
     unmapped = (-1, -1) if settings.allow_unmapped else process.unmapped_ids()
     return AllowList(
-        os.geteuid(),
-        settings.allow_uids,
-        settings.allow_gids,
-        settings.shared_uids,
-        settings.shared_gids,
-        unmapped,
+        os.geteuid(), settings.allow_uids, settings.allow_gids, settings.shared_uids, settings.shared_gids, unmapped
     )
 
 

@@ -33,13 +33,14 @@ class WorkerAssignments:
         settings, keys, place = self._settings, [SHARED], DEVICE + self._has_device
         if worker == ZERO:
             keys.append(ZERO_KEY)
-            name, ufd, client, figures, place = "zero", -1, -1, place, place + 1
+            name, ufd, client, figures, place, copied = "zero", -1, -1, place, place + 1, -1
             numbers, regions = list(self._blocks), list[RegionGrant]()
         else:
             record = self._clients.by_number[worker]
             keys.append(record.key)
             name, ufd, client, figures = record.name, place, place + 1, place + 2
             place += len(record.kept)
+            copied = place - 1 if record.copied_map >= 0 else -1
             numbers, regions = sorted({region.block for region in record.regions}), record.regions
         grants: list[BlockGrant] = []
         for number in numbers:
@@ -68,6 +69,7 @@ class WorkerAssignments:
             blocks=tuple(grants),
             regions=tuple(regions),
             transport=settings.transport,
+            copied_map=copied,
         )
 
 

@@ -323,6 +323,10 @@ class RamBlock:
                 for start, stop in received_map.runs_of(piece, received_map.PLACING):
                     self.received[at + start : at + stop] = bytes(stop - start)
 
+    def is_placing(self) -> bool:
+        """Is a page marked PLACING: is a worker at work, or has one died at it?"""
+        return any(received_map.PLACING in piece for _, piece in self._map_pieces())
+
     def lost_pages(self) -> list[int]:
         """Pages that are marked lost."""
         return [

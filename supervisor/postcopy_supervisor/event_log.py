@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from postcopy_kernel.log_queue import about
 
@@ -27,8 +27,21 @@ LENGTH = 512
 MOST_TEXT = 1000  # characters of a text that are kept: reasons come from sources and from users' functions
 QUIET = frozenset({"complete", "memory", "source", "recover", "healed", "resumed", "handler-output"})
 """Kinds that are logged as information and not as warnings."""
-FIELDS = ("client", "worker", "incarnation", "pid", "uid", "block", "offset", "length", "source", "restarts", "cause")
-"""Fields of an event, in this order: numbers of client and worker, the block's name, offset and length in bytes."""
+FIELDS = (
+    "client",
+    "name",
+    "worker",
+    "incarnation",
+    "pid",
+    "uid",
+    "block",
+    "offset",
+    "length",
+    "source",
+    "restarts",
+    "cause",
+)
+"""Fields of an event, in this order: a client and its name, a worker, a block's name, offset and length in bytes."""
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.:/+-]+", re.ASCII)
 
@@ -90,6 +103,8 @@ class EventLog:
     """The last events, oldest first, and the number of events of each kind."""
 
     def __init__(self, length: int = LENGTH) -> None:
+        self.names: dict[int, str] = {}
+        """Names of the clients that are attached; ``Clients`` writes it."""
         self._events: deque[Event] = deque(maxlen=length)
         self._number = 0
         self.counts: dict[str, int] = {}
@@ -97,6 +112,8 @@ class EventLog:
     def record(self, kind: str, detail: str, **where: int | str) -> None:
         """Log an event and keep it (a ``RecordEvent``)."""
         assert where.keys() <= set(FIELDS), where
+        if (name := self.names.get(cast(int, where.get("client", 0)))) and "name" not in where:
+            where["name"] = name
         self._number += 1
         self.counts[kind] = self.counts.get(kind, 0) + 1
         clean = {key: readable(value) if isinstance(value, str) else value for key, value in where.items()}

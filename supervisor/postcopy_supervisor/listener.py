@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable
 from postcopy_kernel import descriptors, log_queue, process
 from postcopy_kernel.filewatch import FileWatch
 from postcopy_kernel.userfaultfd import Userfaultfd
-from postcopy_protocol.attach_conversation import FROM_CLIENT
+from postcopy_protocol.attach_conversation import FROM_CLIENT, Refusal
 from postcopy_protocol.codec import decode
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.messages import CustodianReady, ForkFailed, Message, WorkerExited, WorkerForked
@@ -46,6 +46,7 @@ QUEUE_LIMIT = 64
 QUEUE_PAUSE = 0.001
 _FAMILY, _KIND = int(socket.AF_UNIX), int(socket.SOCK_SEQPACKET)
 FAILED = 1  # exit status
+REPORTED = ("denied", "limit", "failed")  # refusals that are events
 FROM_CUSTODIAN = (CustodianReady, WorkerForked, ForkFailed, WorkerExited)
 
 
@@ -137,9 +138,11 @@ class Listener(threading.Thread):
             with contextlib.suppress(OSError):
                 self._clients_epoll.unregister(connection.fileno())
 
-    def count_refusal(self, uid: int, reason: str) -> None:
-        """Report a refusal, with others of this user."""
-        self.call_soon(lambda: self._admission.refused(uid, reason))
+    def count_refusal(self, uid: int, refusal: Refusal) -> None:
+        """Count a refusal. Those that concern the user are reported, with others of it; the log has the rest."""
+        if refusal.code in REPORTED:
+            return self.call_soon(lambda: self._admission.refused(uid, refusal.code, str(refusal)))
+        self.call_soon(lambda: self._admission.refusals.update((refusal.code,)))
 
     def tick_at(self, due: float | None) -> None:
         """Queue a Tick no later than this monotonic time, besides the regular ones."""

@@ -14,6 +14,7 @@ from .clients.client_zero import ClientZero
 from .event_log import EventLog
 from .paging.paging import RemotePaging
 from .pool.worker_pool import WorkerPool
+from .waits import Waits
 
 
 class Recording(Protocol):
@@ -41,6 +42,9 @@ class Parts:
     zero: ClientZero
     paging: RemotePaging
     event_log: EventLog
+    waits: Waits
+    refused: Mapping[str, int]
+    """Refusals at the attach socket, by code."""
     control_page: memoryview
     recorder: Recording | None
     transport: str

@@ -83,6 +83,7 @@ class PeriodicWork:
     def _rare(self, now: float, at: float) -> None:
         self._release.tick(at)
         self._release.wake_resting()
+        self._parts.waits.tick(now)
         self._watchdog.tick(now)
         self._program.tick(now)
         self._entrances.tick()

@@ -173,7 +173,9 @@ def poison_holes(clients: Clients, blocks: Mapping[int, RamBlock]) -> None:
 
 def _poison_region(ufd: Userfaultfd, region: RegionGrant, block: RamBlock, budget: Budget) -> bool:
     """False: the budget is used up."""
-    for start, length in block.hole_runs():
+    # Memory of its own has holes where the block has none; pages that are there stop the poison, and are left.
+    holes = [(region.offset, region.length)] if region.mode == "own" else block.hole_runs()
+    for start, length in holes:
         first, end = max(start, region.offset), min(start + length, region.offset + region.length)
         while first < end:
             step = min(STEP, end - first)

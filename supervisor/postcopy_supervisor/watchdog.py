@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 from postcopy_kernel.process import is_stopped
-from postcopy_kernel.userfaultfd import stuck_faults
 from postcopy_protocol import counters
 
 from .clients.client import Clients
@@ -15,13 +14,14 @@ from .event_log import RecordEvent
 from .paging.engine import Engine
 from .pool.custodian_client import CustodianClient
 from .pool.worker_pool import WorkerPool
+from .waits import Waits
 
 STUCK_SECONDS = 5.0  # a worker hangs when its client waits this long and no fault is answered
 STOPPED_SECONDS = 2.0  # a custodian that is stopped (SIGSTOP) is killed after this time, before its deadline
 
 
 class Watchdog:
-    """Reads counters in shared memory and the kernel's counts of waiters of every userfaultfd."""
+    """Reads counters in shared memory, and the kernel's counts of waiters of every userfaultfd (``waits``)."""
 
     def __init__(
         self,
@@ -30,11 +30,12 @@ class Watchdog:
         clients: Clients,
         zero: ClientZero,
         engine: Engine,
+        waits: Waits,
         handler_timeout: float,
         event: RecordEvent,
     ) -> None:
         self._pool, self._custodian, self._clients, self._zero, self._engine = pool, custodian, clients, zero, engine
-        self._timeout, self._event = handler_timeout, event
+        self._timeout, self._event, self._waits = handler_timeout, event, waits
         self._watched: dict[int, tuple[object, float]] = {}
 
     def tick(self, now: float) -> None:
@@ -77,21 +78,17 @@ class Watchdog:
     def _watch_client(self, number: int, page: memoryview, now: float) -> None:
         """A worker with waiters that is busy with nothing and answers nothing hangs. Where it has open requests here,
         only unread faults count: the others may wait for a source."""
-        ufd, faults = self._clients.by_number[number].userfaultfd, counters.faults(page)
-        if ufd is None:
-            return
-        try:
-            unread, waiting = stuck_faults(ufd.fileno())
-        except OSError:
-            return  # no descriptor is left to look with
-        if self._engine.is_waiting(number):
-            waiting = unread
+        wait = self._waits.by_client.get(number)
+        if wait is None:
+            waiting = 0
+        elif self._engine.is_waiting(number):
+            waiting = wait.unread
         else:
-            waiting -= page[counters.OUTSIDE]  # read, and left waiting on purpose
+            waiting = wait.faults - page[counters.OUTSIDE]  # these are read, and left waiting on purpose
         if page[counters.BUSY_SINCE_NS] or waiting <= 0:
             self._watched.pop(number, None)
             return
-        self._check_progress(number, faults, now)
+        self._check_progress(number, counters.faults(page), now)
 
     def _check_progress(self, number: int, figure: object, now: float) -> None:
         """Kill it when ``figure`` has not changed for too long."""

@@ -59,6 +59,7 @@ from postcopy_supervisor.paging.engine import Engine
 from postcopy_supervisor.parts import RunState
 from postcopy_supervisor.pool.lifecycle import RestartPolicy
 from postcopy_supervisor.recovery import plan
+from postcopy_supervisor.waits import Waits
 from postcopy_workers.takeover_socket import PendingConnection, TakeoverSocket
 from tests.fuzz.return_path import SourceEnd, SupervisorEnd
 
@@ -110,6 +111,8 @@ class Fuzzer:
             zero=SimpleNamespace(faults=0, counters=counters.merge(())),
             paging=SimpleNamespace(links={}, engine=Engine(), placed=0),
             event_log=EventLog(),
+            waits=Waits({}, Clients((), cast(Any, None)), Engine()),
+            refused={},
             recorder=None,
             transport="native",
         )

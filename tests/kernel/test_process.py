@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from postcopy_kernel import process
 from postcopy_kernel.memory import DONTNEED, Mapping, create_memfd
 from postcopy_kernel.memory import PAGE_4K as PAGE
 from postcopy_kernel.process import (
@@ -234,16 +235,38 @@ def test_the_memory_of_nobody_cannot_be_read() -> None:
         memory_figures(2**22)
 
 
-def test_a_client_needs_no_prctl(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the daemon's extra brings python-prctl: what a light client calls must do without it."""
-    monkeypatch.setitem(sys.modules, "prctl", None)
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_same_with_and_without_python_prctl(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It needs a compiler to install; without it the daemon does the same by ctypes."""
+    if not installed:
+        monkeypatch.setitem(sys.modules, "prctl", None)
+    process._python_prctl.cache_clear()
 
     def body(_: socket.socket) -> None:
+        assert (process._python_prctl() is not None) == installed
         die_with_parent(os.getppid())
-        assert privileges()
+        name_process("a-name-that-is-too-long")
+        assert Path("/proc/self/comm").read_text() == "a-name-that-is-\n"
+        drop_privileges()
+        assert privileges() == NOTHING
 
     with Child(body) as child:
         assert child.exit_code() == 0
-    for call in (drop_privileges, lambda: name_process("x")):
-        with pytest.raises(ImportError):
-            call()
+    process._python_prctl.cache_clear()
+
+
+def test_the_title_of_a_process() -> None:
+    """The whole command line, cut where there is no room, and nothing behind it."""
+
+    def body(_: socket.socket) -> None:
+        before, environ = Path("/proc/self/cmdline").read_bytes(), Path("/proc/self/environ").read_bytes()
+        for title in ("postcopy_workers: client 7 (pid 9, a name)", "short", "x" * 100_000, "\N{SNOWMAN}" * 9999, ""):
+            process.title_process(title)
+            shown = Path("/proc/self/cmdline").read_bytes()
+            assert len(shown) == len(before)
+            assert title.startswith(shown.rstrip(b"\0").decode())
+            assert len(shown.rstrip(b"\0")) >= min(len(title.encode()), len(before) - 4)
+        assert Path("/proc/self/environ").read_bytes() == environ
+
+    with Child(body) as child:
+        assert child.exit_code() == 0

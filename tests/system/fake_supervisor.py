@@ -29,11 +29,16 @@ from postcopy_protocol.attach_conversation import FROM_CLIENT, AttachConversatio
 from postcopy_protocol.codec import decode, encode
 from postcopy_protocol.geometry import page_count
 from postcopy_protocol.messages import (
+    AskLoss,
     Attached,
     BlockOpened,
+    Blocks,
     Ending,
     Goodbye,
     Hello,
+    ListBlocks,
+    Listed,
+    Loss,
     Mapped,
     Message,
     OfferUserfaultfd,
@@ -108,6 +113,7 @@ class FakeHouse:
     def __init__(self, settings: dict[str, Any]) -> None:
         self.blocks = {name: FakeBlock(n, path) for n, (name, path) in enumerate(settings["blocks"].items())}
         self.lost, self.slow = set(settings.get("lost", ())), set(settings.get("slow", ()))
+        self.cause = str(settings.get("cause", ""))
         self.deaf = set(settings.get("deaf", ()))
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.listener.bind(str(Path(settings["directory"]) / "door"))
@@ -194,6 +200,10 @@ class FakeHouse:
             say(Attached(message.block, message.address))
         elif isinstance(message, Unmap):
             say(Unmapped(message.block, message.address))
+        elif isinstance(message, AskLoss):
+            say(Loss("ram0", message.offset, self.cause))
+        elif isinstance(message, ListBlocks):
+            say(Blocks(tuple(Listed(name, block.size, PAGE, False) for name, block in self.blocks.items())))
         elif isinstance(message, Goodbye) and client.userfaultfd is not None:
             client.userfaultfd.close()
             client.userfaultfd = None

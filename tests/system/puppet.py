@@ -32,7 +32,7 @@ def attach(name: str = "ram0", mode: str = "private", timeout: float = 20.0) -> 
 
 
 def address(block: postcopy.Block, offset: int = 0) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(block.buf)) + offset
+    return int(block.mapping.address) + offset
 
 
 def read(block: postcopy.Block, offset: int, length: int) -> str:

@@ -288,6 +288,7 @@ class Script:
             blocks=(block,),
             regions=self._regions(self.guests[number - 1]),
             transport="native",
+            copied_map=-1,
         )
 
     # --- the next supervisor ------------------------------------------------------------------------------------------

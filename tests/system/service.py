@@ -430,7 +430,7 @@ class Service:
     def people(self) -> list[int]:
         """Pids of the custodian and of all workers that live."""
         found = []
-        marks = (b"postcopy_workers.custodian", f"POSTCOPY_TEST_ID={os.environ['POSTCOPY_TEST_ID']}".encode())
+        marks = (b"postcopy_workers", f"POSTCOPY_TEST_ID={os.environ['POSTCOPY_TEST_ID']}".encode())
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
                 if not entry.name.isdigit() or marks[0] not in (entry / "cmdline").read_bytes():

@@ -381,6 +381,6 @@ def test_doctor(run: Run) -> None:
     checks = {check["name"]: check for check in report["checks"]}
     assert checks["kernel"]["found"].startswith(os.uname().release)
     assert "missing_shmem" in checks["userfaultfd"]["found"]
-    assert "python-prctl" in checks["supervisor"]["found"]
+    assert "prctl" in checks["supervisor"]["found"]
     for name in checks:
         assert name.encode() in run("doctor").stdout

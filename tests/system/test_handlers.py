@@ -272,6 +272,19 @@ def test_serve_with_a_module_that_cannot_be_imported(runtime_dir: Path, module: 
     assert said.count("\n") == said.count("printed"), said
 
 
+def test_where_an_import_fails_is_shown_on_request(
+    runtime_dir: Path, module: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (module / "broken.py").write_text("def helper():\n    1 / 0\nhelper()\n")
+    block = "ram0=handler:broken:make?size=1M"
+    status, said = refused(runtime_dir, block, cwd=module)
+    assert status == 1 and "ZeroDivisionError: division by zero (POSTCOPY_TRACEBACK=1 shows where)" in said
+    monkeypatch.setenv("POSTCOPY_TRACEBACK", "1")
+    status, said = refused(runtime_dir, block, cwd=module)
+    assert status == 1 and 'broken.py", line 2, in helper' in said and "importlib" not in said
+    assert "cannot import broken:make: ZeroDivisionError" in said.splitlines()[-1]
+
+
 def test_a_module_that_cannot_be_imported_any_more(runtime_dir: Path, module: Path) -> None:
     (module / "moved.py").write_text("from pages import good\n")
     blocks = ("ram0=handler:moved:good?size=1M", "ram1=handler:pages:good?size=1M")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import postcopy
 from postcopy_kernel.memory import REMOVE, Mapping, create_memfd, huge_pages
 from tests.conftest import SourceFile
 from tests.kernel.huge_pool import reserved
@@ -52,6 +53,28 @@ def test_one_touch_brings_one_huge_page(runtime_dir: Path, source_file: SourceFi
         service.await_received(1)
         client.do(f"write(b, {HUGE}, 'ffff')")  # a copy of its own: one more page of the pool
         assert service.client().do(f"words(b, [{HUGE // PAGE}])") == [word(HUGE)]
+
+
+def test_private_copies_are_reserved_or_refused(
+    runtime_dir: Path, source_file: SourceFile, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A write that finds the pool empty would be SIGBUS."""
+    path = source_file(3 * HUGE)
+    data = path.read_bytes()
+    with Service(runtime_dir, f"ram0={path}", page_size="2M"):
+        writer = postcopy.attach("ram0", runtime_dir)
+        reader = postcopy.attach("ram0", runtime_dir)
+        assert "block ram0 is read-only here: private writes need 3 more huge pages of 2M, 0 are free" in caplog.text
+        for offset in range(0, writer.size, HUGE):
+            writer.buf[offset] ^= 0xFF
+        assert bytes(reader.buf) == data
+        with pytest.raises(TypeError, match="read-only"):
+            reader.buf[0] = 1
+        assert writer.buf[HUGE] == data[HUGE] ^ 0xFF
+        writer.close()
+        with postcopy.attach("ram0", runtime_dir) as again:  # the pages of the closed one are free again
+            again.buf[0] ^= 0xFF
+        reader.close()
 
 
 def test_a_worker_killed_over_a_huge_page(runtime_dir: Path, source_file: SourceFile) -> None:

@@ -7,9 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 import postcopy
+from postcopy.commands.service_files import ALERTS, DASHBOARD, text_of
 from postcopy_workers.fast_answers import TIMED
 from tests.conftest import SourceFile
 from tests.system.remote import Source
@@ -54,8 +56,17 @@ def test_prometheus_sees_what_status_says(runtime_dir: Path, source_file: Source
         assert samples["postcopy_fault_latency_seconds_count"][()] > 0
         assert samples["postcopy_fault_latency_seconds_bucket"][("le", "+Inf"),] > 0
         assert samples["postcopy_worker_restarts_total"][()] == 0
-        (labels,) = samples["postcopy_client_faults_total"]
-        assert dict(labels)["client"] == str(row["id"])
+        others, labels = sorted(
+            samples["postcopy_client_faults_total"], key=lambda one: dict(one)["client"] != "others"
+        )
+        assert dict(labels)["client"] == str(row["id"]) and samples["postcopy_client_faults_total"][others] == 0
+        assert samples["postcopy_faults_total"][()] == row["faults"]
+        (build,) = samples["postcopy_build_info"]
+        assert dict(build) == {
+            "version": postcopy.__version__,
+            "protocol": str(status["protocol"]),
+            "transport": "native",
+        }
         for name, key in (("faults", "faults"), ("placed_pages", "placed"), ("around_pages", "placed_around")):
             assert samples[f"postcopy_client_{name}_total"][labels] == row[key]
         assert samples["postcopy_client_blocked_seconds_total"][labels] == pytest.approx(row["blocked_s"], abs=1e-5)
@@ -94,9 +105,16 @@ def test_the_stages_of_local_and_remote_faults(runtime_dir: Path, source_file: S
         assert counted[("block", "near"), ("stage", "woken")] == near["woken"]["count"]
 
 
-def test_the_dashboard_asks_for_figures_that_there_are(runtime_dir: Path, source_file: SourceFile) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "grafana.json").read_text("utf-8")
-    asked = set(re.findall(r"postcopy_\w+", " ".join(re.findall(r'"expr": "(.*)"', text))))
+def test_dashboard_and_alerts_ask_for_figures_that_there_are(runtime_dir: Path, source_file: SourceFile) -> None:
+    """And the alert rules."""
+    asked = set(re.findall(r"postcopy_\w+", " ".join(re.findall(r'"expr": "(.*)"', text_of(DASHBOARD)))))
+    groups = yaml.safe_load(text_of(ALERTS))["groups"]
+    rules = [rule for group in groups for rule in group["rules"]]
+    assert all({"alert", "expr", "labels", "annotations"} <= set(rule) for rule in rules)
+    assert len({rule["alert"] for rule in rules}) == len(rules) > 5
+    watched = set(re.findall(r"postcopy_\w+", " ".join(rule["expr"] for rule in rules)))
+    assert watched
+    asked |= watched
     path = source_file(SIZE)
     with (
         Source(f"ram0={path}") as source,

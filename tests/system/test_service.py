@@ -18,7 +18,7 @@ import pytest
 from tests.conftest import SourceFile
 from tests.system.service import PAGE, ROOT, Puppet, environment, until, word
 
-UNIT = ROOT / "docs/systemd/postcopy.service"
+UNIT = ROOT / "client/postcopy/service_files/postcopy.service"
 PROGRAM = "/usr/local/bin/postcopy"
 SIZE = 256 * PAGE
 
@@ -110,6 +110,28 @@ def test_restarts_that_no_client_notices(manager: Manager, tmp_path: Path) -> No
     finally:
         manager.close()
         client.close()
+
+
+STRICT = {
+    "User": "postcopy",
+    "CapabilityBoundingSet": "",
+    "NoNewPrivileges": "yes",
+    "DevicePolicy": "closed",
+    "DeviceAllow": "/dev/userfaultfd rw",
+    "ProtectSystem": "strict",
+    "RestrictNamespaces": "yes",
+    "SystemCallArchitectures": "native",
+    "SystemCallErrorNumber": "EPERM",
+}
+
+
+def test_the_unit_is_strict() -> None:
+    """Whether or not systemd is here; where it is, by its own measure."""
+    assert {name: setting(name) for name in STRICT} == STRICT
+    if shutil.which("systemd-analyze") is not None:
+        words = ["systemd-analyze", "security", "--offline=true", "--threshold=30", str(UNIT)]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stdout[-300:]
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not here")

@@ -23,7 +23,7 @@ WINGS = ("protocol", "kernel", "wire", "supervisor", "workers", "sources", "clie
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "protocol" / "README.md"])
 GUIDES = [page for page in PAGES if page.parent != ROOT / "protocol"]
 LINE, PARAGRAPH = 100, 80
-GROUPS = ("attach", "probe", "trace")
+GROUPS = ("attach", "probe", "restore", "trace")
 OTHER_PROGRAMS = {"--no-pci", "--vdev", "--no-mlockall", "--device", "--oldest", "--full"}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email
 import email.message
+import json
 import subprocess
 import sys
 import tomllib
@@ -14,6 +15,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from postcopy.commands.service_files import ALERTS, DASHBOARD, UNIT, text_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
@@ -78,7 +81,13 @@ def test_every_wing_in_the_checkout_is_packed(names: set[str]) -> None:
 
 def test_only_source_is_packed(names: set[str]) -> None:
     endings = {Path(name).suffix for name in names if ".dist-info/" not in name}
-    assert endings <= {".py", ".typed", ".md", ".html", ".css", ".js"}
+    assert endings <= {".py", ".typed", ".md", ".html", ".css", ".js", ".service", ".json", ".yaml"}
+
+
+def test_what_an_operator_installs_is_packed(names: set[str]) -> None:
+    """And the commands that print it find it."""
+    assert {f"postcopy/service_files/{name}" for name in (UNIT, DASHBOARD, ALERTS)} <= names
+    assert "[Service]" in text_of(UNIT) and "groups:" in text_of(ALERTS) and json.loads(text_of(DASHBOARD))
 
 
 def test_every_place_that_lists_the_wings_agrees() -> None:
@@ -91,12 +100,12 @@ def test_every_place_that_lists_the_wings_agrees() -> None:
     assert set(folders) <= set(tool["ruff"]["src"])
 
 
-def test_a_client_needs_no_compiler(metadata: email.message.Message) -> None:
+def test_neither_client_nor_daemon_needs_a_compiler(metadata: email.message.Message) -> None:
     needed = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert sorted(Requirement(line).name for line in needed) == ["msgpack", "pyzmq", "rich", "typer"]
     prctl = [line for line in metadata.get_all("Requires-Dist", []) if line.startswith("python-prctl")]
     assert prctl
-    assert all("extra == 'supervisor'" in line for line in prctl)
+    assert all("extra == 'prctl'" in line for line in prctl), "python-prctl has no wheel"
 
 
 def needed_by(requirements: list[str]) -> set[str]:

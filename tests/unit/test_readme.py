@@ -9,7 +9,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 
-from postcopy_protocol import attach_conversation, codec, messages, received_map, return_path
+from postcopy_protocol import attach_conversation, codec, messages, received_map, return_path, runtime_paths
 from postcopy_protocol.codec import MESSAGES, decode, encode, shape_of
 from postcopy_protocol.messages import REFUSALS, REPORTS, VERSION, Message
 from postcopy_protocol.return_path import FROM_SOURCE, FROM_SUPERVISOR, SOURCE_REFUSALS, pack_ranges
@@ -112,7 +112,7 @@ def test_refusals_and_reports() -> None:
         f"at most {codec.MAX_ITEMS} items",
         f"at most {codec.MAX_OFFSETS} of them",
         f"{attach_conversation.MAX_REGIONS} regions",
-        f"at most {attach_conversation.MAX_NAME} characters",
+        f"at most {runtime_paths.MAX_NAME} characters",
         f"may have {SOCKET_PATH_BYTES} bytes",
         f"{received_map.MISSING} missing, {received_map.PLACING} being placed, {received_map.RECEIVED} received",
         f"{received_map.LOST} lost",

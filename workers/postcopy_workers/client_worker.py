@@ -17,6 +17,7 @@ from __future__ import annotations
 import fcntl
 import io
 import logging
+import mmap
 import os
 import select
 import threading
@@ -35,6 +36,7 @@ from postcopy_wire.transport import Channel
 
 from .client_ufd import ClientGone, ClientUserfaultfd, Region
 from .fault_handler import EVENT_PAGEFAULT, MESSAGE_FIELDS, CannotContinue, FaultHandler
+from .own_memory import OnlyWakes, OwnMemory
 from .page_waker import PageWaker
 from .placing import system_calls
 from .recording import Recording
@@ -68,6 +70,8 @@ def serve_client(assignment: Assignment, fds: list[int], *, privileged: bool) ->
         if requests is not None:
             waker = _page_waker(worker, handler, requests, channel, recording)
             WakerThread(assignment.worker, waker, channel).start()
+        if handler.own is not None:
+            _read_events_first(userfaultfd, handler)
         _read_forever(userfaultfd, handler)
     except ClientGone:
         _leave(worker, "client-gone", "its memory is gone", ExitStatus.CLIENT_GONE)
@@ -96,14 +100,24 @@ def _fault_handler(worker: Worker, requests: Requests | None, recording: Recordi
         time.sleep,
         requests,
         recording,
+        _own_memory(worker),
     )
+
+
+def _own_memory(worker: Worker) -> OwnMemory | None:
+    assignment = worker.assignment
+    if assignment.copied_map < 0:
+        return None
+    memory = memoryview(mmap.mmap(worker.fds[assignment.copied_map], 0))
+    return OwnMemory(worker.fds[assignment.userfaultfd], worker.counters, system_calls(), memory)
 
 
 def _page_waker(
     worker: Worker, handler: FaultHandler, requests: Requests, channel: Channel, recording: Recording | None
 ) -> PageWaker:
     calls = system_calls()
-    userfaultfd = ClientUserfaultfd(handler.userfaultfd.descriptor, worker.counters, calls)
+    kind = ClientUserfaultfd if handler.own is None else OnlyWakes
+    userfaultfd = kind(handler.userfaultfd.descriptor, worker.counters, calls)
     own_requests = _requests(worker, channel.send)
     return PageWaker(handler.regions, userfaultfd, worker.counters, calls, requests, own_requests, recording)
 
@@ -123,6 +137,26 @@ def _read_forever(userfaultfd: int, handler: FaultHandler) -> NoReturn:
             answer(fields[1], fields[2])
         elif length:
             messages(fields, length // (8 * MESSAGE_FIELDS))
+        else:
+            idle()
+
+
+def _read_events_first(userfaultfd: int, handler: FaultHandler) -> NoReturn:
+    """For a client that may give pages back: what a read reports as removed is noted before any fault is answered. The
+    messages are read into memory that outlives this process, so a successor notes what a dead worker had read."""
+    own = handler.own
+    assert own is not None
+    readinto, idle = io.FileIO(userfaultfd, closefd=False).readinto, _idle(userfaultfd)
+    buffer = own.messages[: MESSAGE_BYTES * BATCH]
+    fields = buffer.cast("Q")
+    own.note_removals(handler.regions, fields, BATCH)
+    while True:
+        length = readinto(buffer)
+        if length:
+            count = length // (8 * MESSAGE_FIELDS)
+            crashpoints.at("machine.read")
+            own.note_removals(handler.regions, fields, count)
+            handler.messages(fields, count)
         else:
             idle()
 

@@ -169,7 +169,8 @@ class Custodian:
         missing = [key for key in keys if key not in self._kept]
         if missing:
             raise BadMessage(f"not kept here: {', '.join(missing)}")
-        forked = fork_worker(assignment, [fd for key in keys for fd in self._kept[key][1]], privileged=self._privileged)
+        fds, title = [fd for key in keys for fd in self._kept[key][1]], self._title(number)
+        forked = fork_worker(assignment, fds, title, privileged=self._privileged)
         self._watch(forked.pidfd, Life(forked.pid, number, incarnation, time.monotonic(), poisoned=poisoned))
         crashpoints.at("custodian.forked")
         self._send(messages.WorkerForked(number, incarnation, forked.pid), [forked.pidfd])
@@ -178,6 +179,15 @@ class Custodian:
         # same ufd.
         forked.begin()
         crashpoints.at("custodian.released")
+
+    def _title(self, number: int) -> str:
+        """What ``ps`` shows of a worker: whose it is."""
+        meta, _ = self._kept.get(f"client/{number}", (b"", ()))
+        if not meta:
+            return "postcopy_workers: worker 0 of the supervisor itself"
+        note = decode(meta, expect=(messages.ClientNote,))
+        assert isinstance(note, messages.ClientNote)
+        return f"postcopy_workers: client {number} (pid {note.pid}, {note.name})"
 
     def _watch(self, pidfd: int, life: Life) -> None:
         self._lives[pidfd] = life
@@ -368,6 +378,7 @@ def main() -> None:
     # moment, the kernel sends SIGHUP to all of them: the custodian and every worker would end.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     process.name_process("postcopy-cust")
+    process.title_process(f"postcopy_workers.custodian in {options.directory}")
     with contextlib.suppress(OSError):
         os.dup2(2, 1)  # what programs of a handler print belongs into the log
     descriptors.raise_descriptor_limit()

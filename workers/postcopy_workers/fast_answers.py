@@ -56,7 +56,7 @@ def fast_answer(
     if isinstance(pages, RemotePages):
         assert requests is not None
         return _remote(region, counters, slow, requests)
-    if not pages.linear or region.block.shift != BASE_SHIFT:
+    if region.own or not pages.linear or region.block.shift != BASE_SHIFT:
         return _not_linear(region, slow)
     if isinstance(region.block, GuardedBlock):
         return _guarded(region, region.block, userfaultfd, counters, calls, slow)

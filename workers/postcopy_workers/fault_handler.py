@@ -24,6 +24,7 @@ from time import monotonic_ns, perf_counter_ns
 from postcopy_protocol.counters import (
     AROUND,
     AROUND_USED,
+    BUSY_BLOCK,
     BUSY_SINCE_NS,
     DEDUPLICATED,
     FAILURES,
@@ -44,6 +45,7 @@ from postcopy_protocol.window import placed_until
 
 from .client_ufd import FAULT_MINOR, ClientGone, ClientUserfaultfd, Region, unpoison_denied
 from .fast_answers import Answer, fast_answer
+from .own_memory import OwnMemory, own_answer
 from .page_sources import Elsewhere, HandlerFailed, NoPages, RemotePages, SourceChanged
 from .placing import COPY_DONTWAKE, Calls
 from .recording import Recording
@@ -74,8 +76,10 @@ class FaultHandler:
         pause: Pause,
         requests: Requests | None = None,
         recording: Recording | None = None,
+        own: OwnMemory | None = None,
     ) -> None:
-        self.userfaultfd = ClientUserfaultfd(userfaultfd, counters, calls)
+        self.own = own
+        self.userfaultfd = own or ClientUserfaultfd(userfaultfd, counters, calls)
         self.regions = sorted(regions, key=lambda region: region.start)
         self._requests = requests
         self._counters = counters
@@ -91,10 +95,12 @@ class FaultHandler:
     def _dispatcher(self, calls: Calls) -> Answer:
         """One region is the rule; its own answer checks whether the fault is inside."""
         ufd, requests = self.userfaultfd.descriptor, self._requests
-        answers = [
-            (region.start, region.end, fast_answer(region, ufd, self._counters, calls, self, requests))
-            for region in self.regions
-        ]
+        answers: list[tuple[int, int, Answer]] = []
+        for region in self.regions:
+            inside = fast_answer(region, ufd, self._counters, calls, self, requests)
+            if self.own is not None:
+                inside = own_answer(region, self.own, self._counters, inside)
+            answers.append((region.start, region.end, inside))
         if len(answers) == 1:
             return answers[0][2]
 
@@ -133,6 +139,8 @@ class FaultHandler:
         """Answer one message of any kind; see ``messages``."""
         if event & 0xFF == EVENT_PAGEFAULT:
             return self.answer(flags, address)
+        if self.own is not None and self.own.handles(event & 0xFF):
+            return None
         what = f"event {event & 0xFF:#x} on the client's userfaultfd; not handled"
         self._report("foreign-event", -1, -1, what)
         self.unpoison_local()  # while an event is unread the kernel maps nothing (EAGAIN)
@@ -171,6 +179,7 @@ class FaultHandler:
         block, counters = region.block, self._counters
         state = block.received[page]
         counters[FAULTS] += 1
+        counters[BUSY_BLOCK] = block.grant.block
         counters[BUSY_SINCE_NS] = monotonic_ns()
         pages = 1
         try:
@@ -179,8 +188,12 @@ class FaultHandler:
             elif state == RECEIVED and block.present(page):
                 counters[DEDUPLICATED] += 1
                 self._resume(region, page, flags)
-                self._follow(region, page)
+                if region.own:
+                    pages = region.around.window(page)
+                else:
+                    self._follow(region, page)
             elif state == LOST and not block.present(page):
+                counters[LOST_PAGES] += 1
                 self._poison(region, page)
             else:
                 pages = self._place(region, page, flags, begun, in_block=region.in_block or state == RECEIVED)
@@ -229,6 +242,7 @@ class FaultHandler:
         many pages fault-around may fill."""
         block, state = region.block, region.block.received[page]
         if state == LOST:
+            self._counters[LOST_PAGES] += 1
             self._poison(region, page)
             return 1
         if state != RECEIVED:
@@ -310,13 +324,14 @@ class FaultHandler:
         if block.lose(page) and not block.guarded and self._resume_if_present(region, page, LOST):
             return
         self._counters[LOST_PAGES] += 1
+        note_reason(self._counters, reason, block.grant.block, page)
         block.report(kind, page, reason)  # before the client may die of it, and this worker with it
         self._poison(region, page)
 
     def _deny(self, region: Region, page: int, reason: str) -> None:
         """A handler function failed: poison the page for this client only; another worker calls the function again."""
         block = region.block
-        note_reason(self._counters, reason)
+        note_reason(self._counters, reason, block.grant.block, page)
         self._counters[FAILURES] += 1
         block.report("handler-failed", page, reason)
         if not self._resume_if_present(region, page):
@@ -347,7 +362,7 @@ class FaultHandler:
                 placed = 0
                 if not isinstance(block.pages, RemotePages):
                     placed = block.widen(block.own.userfaultfd, block.own.address, page + 1, end, COPY_DONTWAKE)
-                if block.guarded:
+                if block.guarded or region.own:
                     self.userfaultfd.map_received(region, page + 1, end)
             else:
                 placed = block.widen(self.userfaultfd.descriptor, region.base, page + 1, end, 0)

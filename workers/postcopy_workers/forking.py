@@ -33,8 +33,9 @@ class ForkedWorker:
         os.close(self.gate)
 
 
-def fork_worker(assignment: Assignment, fds: list[int], *, privileged: bool) -> ForkedWorker:
-    """Fork a worker that keeps ``fds`` and no other descriptor; raises OSError. ``privileged``: see ``Worker``."""
+def fork_worker(assignment: Assignment, fds: list[int], title: str, *, privileged: bool) -> ForkedWorker:
+    """Fork a worker that keeps ``fds`` and no other descriptor; raises OSError. ``title``: what ``ps`` shows of it;
+    ``privileged``: see ``Worker``."""
     preload(assignment.transport)  # here, or every worker would import it into memory of its own
     waiting, gate = os.pipe()
     try:
@@ -43,7 +44,7 @@ def fork_worker(assignment: Assignment, fds: list[int], *, privileged: bool) -> 
         descriptors.close_all((waiting, gate))
         raise
     if pid == 0:
-        _be_worker(assignment, fds, waiting, privileged)
+        _be_worker(assignment, fds, waiting, title, privileged)
     os.close(waiting)
     try:
         return ForkedWorker(pid, process.pidfd_open(pid), gate)  # no race: only this process reaps it
@@ -53,7 +54,7 @@ def fork_worker(assignment: Assignment, fds: list[int], *, privileged: bool) -> 
         raise
 
 
-def _be_worker(assignment: Assignment, fds: list[int], waiting: int, privileged: bool) -> NoReturn:
+def _be_worker(assignment: Assignment, fds: list[int], waiting: int, title: str, privileged: bool) -> NoReturn:
     """In the child: close what is not ours, then serve. Every failure ends this process only."""
     status = os.EX_SOFTWARE
     try:
@@ -62,6 +63,7 @@ def _be_worker(assignment: Assignment, fds: list[int], waiting: int, privileged:
             os._exit(status)
         os.close(waiting)
         process.name_process(f"postcopy-w{assignment.worker}")
+        process.title_process(title)
         serve = serve_worker_zero if assignment.worker == 0 else serve_client
         serve(assignment, fds, privileged=privileged)
     except BaseException:

@@ -21,36 +21,16 @@ import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from postcopy_protocol.messages import BlockGrant
 from postcopy_protocol.received_map import PLACING, RECEIVED
 
-from .page_sources import PageSource
-from .placing import COPY_DONTWAKE, Block, Calls, OwnMapping
-from .reports import Reporter
-
-BLOCK_SHIFT = 33
-"""Locks of block N begin at N << BLOCK_SHIFT: more than the largest block has pages, and less than an off_t can say."""
+from .placing import COPY_DONTWAKE, Block
 
 
 class GuardedBlock(Block):
-    """``locks``: descriptor of a file that only workers have, and lock."""
+    """A block whose pages one worker at a time looks at and places."""
 
     guarded = True
     believed = (RECEIVED,)
-
-    def __init__(
-        self,
-        grant: BlockGrant,
-        memory: int,
-        received: memoryview,
-        pages: PageSource,
-        own: OwnMapping,
-        report: Reporter,
-        calls: Calls,
-        locks: int,
-    ) -> None:
-        super().__init__(grant, memory, received, pages, own, report, calls)
-        self.locks, self.lock_at = locks, grant.block << BLOCK_SHIFT
 
     @contextmanager
     def _turn(self, first: int, count: int) -> Iterator[None]:

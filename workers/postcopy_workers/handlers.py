@@ -10,6 +10,7 @@ import importlib
 import io
 import os
 import sys
+import traceback
 from typing import TYPE_CHECKING
 
 from postcopy_kernel import process
@@ -20,6 +21,9 @@ from .reports import Reporter
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
+
+TRACEBACK = "POSTCOPY_TRACEBACK"
+"""Environment variable: 1 shows where in its module an import fails."""
 
 MOST_LINE = 1000  # bytes of a line that are reported
 
@@ -44,6 +48,15 @@ def load_handler(detail: str, directory: str) -> Handler:
     if not callable(handler):
         raise CannotImport(f"cannot import {detail}: {place or name} has no function {function}")
     return handler
+
+
+def show(failed: CannotImport) -> None:
+    """Print the traceback of an import that failed, from the user's module on."""
+    error = failed.__cause__ or failed
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith((__file__, importlib.__file__, "<frozen")):
+        trace = trace.tb_next
+    traceback.print_exception(type(error), error, trace)
 
 
 class ReportedLines(io.RawIOBase):
@@ -83,6 +96,10 @@ def main() -> None:
             load_handler(detail, sys.argv[1])
     except CannotImport as error:
         reason = str(error)
+        if os.environ.get(TRACEBACK, "0") not in ("", "0"):
+            show(error)
+        elif error.__cause__ is not None:
+            reason += f" ({TRACEBACK}=1 shows where)"
     os.write(answer, reason.encode("utf-8", "replace"))
     sys.stdout.flush()
     os._exit(bool(reason))  # a thread that a module has started must not hold up the start

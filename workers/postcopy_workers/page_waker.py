@@ -103,7 +103,7 @@ class PageWaker:
         """``_resume`` for one placed page: a closure over what never changes."""
         regions = [region for region in self._regions if region.block.grant.block == number]
         resume = self._resume
-        if len(regions) != 1 or self._recording is not None:
+        if len(regions) != 1 or regions[0].own or self._recording is not None:
             return lambda offset: resume(number, (offset,), lost=False)
         region, counters = regions[0], self._counters
         base, shift, first, end = region.base, region.block.shift, region.first_page, region.end_page

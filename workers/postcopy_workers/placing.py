@@ -33,6 +33,8 @@ MISSING_BYTE = bytes((MISSING,))
 TIDY_AFTER = 1 << 20
 """After so many placed bytes the page-table entries of the worker's own mapping are dropped. They would count as the
 worker's private memory (64 MiB after 64 MiB placed); the data stays in the block."""
+BLOCK_SHIFT = 33
+"""Locks of block N begin at N << BLOCK_SHIFT: more than the largest block has pages, and less than an off_t can say."""
 PAGE_TABLES = 2560 << 10
 """Page tables of a worker, in bytes, above which it drops those of its source files, too: 2 MiB are those of 1 GiB.
 They are kept as long as possible: without them every later page is a minor fault of the worker (1.7 x of C at
@@ -141,8 +143,11 @@ class Block:
         own: OwnMapping,
         report: Reporter,
         calls: Calls,
+        locks: int = -1,
     ) -> None:
+        """``locks``: descriptor of a file that only workers have, and lock (see ``GuardedBlock``)."""
         self.grant = grant
+        self.locks, self.lock_at = locks, grant.block << BLOCK_SHIFT
         self.memory = memory
         self.received = received
         self.shared_at, self.trust_at = grant.pages + SHARED, grant.pages + TRUST

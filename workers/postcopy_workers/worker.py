@@ -120,10 +120,9 @@ class Worker:
         received = memoryview(mmap.mmap(self.fds[grant.received], 0))
         own = OwnMapping(self._own.fileno(), mapping.address, partial(mapping.advise, DONTNEED))
         calls = replace(system_calls(), page_tables=self._page_tables.size)
-        parts = grant, memory, received, self._pages(grant, received), own, self.reports, calls
-        if received[grant.pages + GUARDED]:
-            return GuardedBlock(*parts, locks=self.fds[self.assignment.control_page])
-        return Block(*parts)
+        kind = GuardedBlock if received[grant.pages + GUARDED] else Block
+        locks = self.fds[self.assignment.control_page]
+        return kind(grant, memory, received, self._pages(grant, received), own, self.reports, calls, locks)
 
     def _pages(self, grant: BlockGrant, received: memoryview) -> PageSource:
         stretch = max(grant.page_size, self.assignment.fault_around)

@@ -8,7 +8,23 @@ from __future__ import annotations
 
 import typer
 
-from . import attach, cat, demo, doctor, export, keygen, load, probe, status, stop, top, trace, verify
+from . import (
+    attach,
+    cat,
+    demo,
+    doctor,
+    export,
+    keygen,
+    load,
+    probe,
+    restore,
+    service_files,
+    status,
+    stop,
+    top,
+    trace,
+    verify,
+)
 
 # typer contains click from some version on; these are the same classes in all of them.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
@@ -18,8 +34,9 @@ Abort: type[BaseException] = typer.Abort
 _COMMANDS = (
     *(demo.demo, status.status, stop.stop, stop.resume, export.export, cat.cat, verify.verify),
     *(load.load, top.top, doctor.doctor, keygen.keygen),
+    *(service_files.systemd_unit, service_files.dashboard, service_files.alert_rules),
 )
-_GROUPS = (attach, probe, trace)
+_GROUPS = (attach, probe, restore, trace)
 
 
 def application() -> typer.Typer:

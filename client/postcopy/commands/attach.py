@@ -14,6 +14,7 @@ from postcopy_protocol.sizes import format_size
 from postcopy_protocol.sources import parse_block_name
 
 from ..errors import BackEndGone, BadInput, NoSupervisor, PostcopyError
+from .attach_firecracker import attach_firecracker
 from .options import RuntimeDir, Timeout, TrustUid
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def add_to(app: typer.Typer) -> None:
     group = typer.Typer(help="Make another program a client.", no_args_is_help=False)
     group.callback()(_attach)
     group.command("vhost-user")(attach_vhost_user)
+    group.command("firecracker")(attach_firecracker)
     app.add_typer(group, name="attach")
 
 

@@ -150,9 +150,10 @@ def _packages() -> Iterator[Finding]:
     import zmq
 
     yield Finding("packages", GOOD, ", ".join([*found, f"libzmq {zmq.zmq_version()}"]))
-    if missing := [name for name in ("postcopy_supervisor", "prctl") if find_spec(name) is None]:
-        remedy = "to serve here: pip install 'postcopy[supervisor]'"
-        yield Finding("supervisor", LIMITED, f"not installed: {', '.join(missing)}", remedy)
+    if find_spec("postcopy_supervisor") is None:
+        yield Finding("supervisor", LIMITED, "not installed", "to serve here: pip install 'postcopy[supervisor]'")
+    elif find_spec("prctl") is None:
+        yield Finding("supervisor", GOOD, "prctl(2) by ctypes, without python-prctl")
     else:
         yield Finding("supervisor", GOOD, f"python-prctl {metadata.version('python-prctl')}")
 

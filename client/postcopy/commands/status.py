@@ -14,6 +14,7 @@ from postcopy_protocol.sizes import format_size
 
 from ..errors import AttachDenied, BadInput, NoSupervisor, PostcopyError
 from ..queries import TIMEOUT, Control
+from ..top.view import waiting
 from .options import Json, RuntimeDir
 from .status_events import show_events, show_story
 
@@ -73,8 +74,21 @@ def _wait_for(runtime_dir: str | None, wait: float | None, audit: bool) -> dict[
         time.sleep(min(_POLL, max(0.0, left)))
 
 
-_BLOCKS = ("block", "kind", "size", "pages", "received", "lost", "source")
-_CLIENTS = ("client", "name", "pid", "worker", "state", "blocks", "faults", "placed", "restarts", "p50 us", "p99 us")
+_BLOCKS = ("block", "kind", "size", "pages", "received", "lost", "waiting", "source")
+_CLIENTS = (
+    "client",
+    "name",
+    "pid",
+    "worker",
+    "state",
+    "blocks",
+    "faults",
+    "placed",
+    "restarts",
+    "waiting",
+    "p50 us",
+    "p99 us",
+)
 
 
 def _show(document: dict[str, Any]) -> None:
@@ -85,10 +99,10 @@ def _show(document: dict[str, Any]) -> None:
     console.print(head, highlight=False, markup=False)
     _table(console, _BLOCKS, [_block_row(block) for block in document.get("blocks", ())])
     _table(console, _CLIENTS, [_client_row(client) for client in document.get("clients", ())])
-    totals = ", ".join(
-        f"{name} {value}" for name, value in document.get("totals", {}).items() if isinstance(value, int)
-    )
-    console.print(f"totals: {totals}", highlight=False, markup=False)
+    totals = document.get("totals", {})
+    shown = [f"{name} {value}" for name, value in totals.items() if isinstance(value, int) and name != "waiting"]
+    shown += [f"refused {sum(totals['refused'].values())}"] if totals.get("refused") else []
+    console.print(f"totals: {', '.join([*shown, f'waiting {waiting(totals)}'])}", highlight=False, markup=False)
 
 
 def _table(console: Any, columns: tuple[str, ...], rows: list[list[str]]) -> None:
@@ -108,7 +122,8 @@ def _block_row(block: dict[str, Any]) -> list[str]:
     pages = block.get("pages", 0)
     share = f"{block.get('received', 0) / pages:.1%}" if pages else "-"
     kind, size = str(block.get("kind")), format_size(block.get("size", 0))
-    return [str(block.get("name")), kind, size, str(pages), share, str(block.get("lost", 0)), str(block.get("source"))]
+    lost, source = str(block.get("lost", 0)), str(block.get("source"))
+    return [str(block.get("name")), kind, size, str(pages), share, lost, waiting(block), source]
 
 
 def _client_row(client: dict[str, Any]) -> list[str]:
@@ -116,4 +131,7 @@ def _client_row(client: dict[str, Any]) -> list[str]:
     latency = client.get("latency_us", {})
     figures = [client.get(name, 0) for name in ("faults", "placed", "restarts")]
     texts = [client.get(name, "-") for name in ("id", "name", "pid", "worker_pid", "state")]
-    return [str(cell) for cell in (*texts, blocks, *figures, latency.get("p50", "-"), latency.get("p99", "-"))]
+    return [
+        str(cell)
+        for cell in (*texts, blocks, *figures, waiting(client), latency.get("p50", "-"), latency.get("p99", "-"))
+    ]

@@ -37,7 +37,8 @@ fault/s  faults answered a second
 page/s   pages placed by its worker a second
 p50, p99 from a fault's message to its release
 waits    share of the time in page faults
-deaths   workers of it that were replaced"""
+deaths   workers of it that were replaced
+oldest   faults that wait now, age of the oldest"""
 """Fits into a terminal of 80x24 without scrolling."""
 
 

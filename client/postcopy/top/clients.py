@@ -16,8 +16,8 @@ from textual.strip import Strip
 
 from . import view
 
-WIDE = (4, 15, 8, 11, 16, 8, 8, 7, 7, 6, 6)
-NARROW = (4, 9, 7, 11, 9, 7, 0, 6, 6, 5, 6)
+WIDE = (4, 15, 8, 11, 16, 8, 8, 7, 7, 6, 6, 8)
+NARROW = (4, 9, 7, 11, 9, 7, 0, 0, 6, 5, 6, 6)
 """Widths of the columns, for 80 characters (one of them a scroll bar's) and up to those that WIDE takes; 0: not
 shown."""
 LEFT = frozenset({"client", "state", "blocks"})

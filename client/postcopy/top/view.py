@@ -36,6 +36,9 @@ class Row:
     blocked: float
     """Time of all its threads in page faults, as a share of the time since the previous status."""
     restarts: int
+    waiting: str
+    """Faults that wait now, and the age of the oldest."""
+    oldest: float
 
     def cells(self) -> tuple[str, ...]:
         """The cells of the table, in the order of COLUMNS."""
@@ -51,13 +54,27 @@ class Row:
             micro(self.p99),
             f"{self.blocked:.0%}",
             str(self.restarts),
+            self.waiting,
         )
 
 
-COLUMNS = ("id", "client", "pid", "state", "blocks", "fault/s", "page/s", "p50", "p99", "waits", "deaths")
-KEYS = ("number", "name", "pid", "state", "blocks", "fault_rate", "placed_rate", "p50", "p99", "blocked", "restarts")
+COLUMNS = ("id", "client", "pid", "state", "blocks", "fault/s", "page/s", "p50", "p99", "waits", "deaths", "oldest")
+KEYS = (
+    "number",
+    "name",
+    "pid",
+    "state",
+    "blocks",
+    "fault_rate",
+    "placed_rate",
+    "p50",
+    "p99",
+    "blocked",
+    "restarts",
+    "oldest",
+)
 """Fields of Row that the columns sort by."""
-LARGEST_FIRST = frozenset({"fault_rate", "placed_rate", "p50", "p99", "blocked", "restarts"})
+LARGEST_FIRST = frozenset({"fault_rate", "placed_rate", "p50", "p99", "blocked", "restarts", "oldest"})
 
 
 def rows(now: Status, before: Status | None) -> list[Row]:
@@ -96,6 +113,8 @@ def _row(client: dict[str, Any], was: dict[str, Any] | None, seconds: float) -> 
         longest=latency.get("max", 0.0),
         blocked=rate("blocked_s"),
         restarts=client.get("restarts", 0),
+        waiting=waiting(client),
+        oldest=client.get("oldest_wait_s", 0.0),
     )
 
 
@@ -144,6 +163,8 @@ def headline(now: Status, before: Status | None, found: Sequence[Row]) -> str:
     told = [f"{now.get('state')}", f"pid {now.get('pid')}", f"up {up // 3600}:{up // 60 % 60:02}:{up % 60:02}"]
     told += [f"{len(found)} clients", f"{number(rate)} faults/s"]
     told += [f"{name} {totals.get(name, 0)}" for name in ("restarts", "lost", "polluted")]
+    told += [f"{name} {totals[name]}" for name in ("quarantined", "failures") if totals.get(name)]
+    told += [f"waiting {waiting(totals)}"] if totals.get("waiting") else []
     return "  ".join(told)
 
 
@@ -174,8 +195,17 @@ def details(client: dict[str, Any], row: Row) -> list[tuple[str, str]]:
     for name in ("requests", "deduplicated", "wakes", "lost", "failures", "denied", "restarts"):
         told.append((name, f"{client.get(name, 0):,}"))
     latency = ", ".join(f"{name} {micro(value)}" for name, value in client.get("latency_us", {}).items())
+    told += [("waiting", waiting(client))]
     told += [("latency", latency), ("blocked", f"{client.get('blocked_s', 0.0):.3f} s in all, now {row.blocked:.0%}")]
     return told
+
+
+def waiting(figures: dict[str, Any]) -> str:
+    """Faults that wait now, and the age of the oldest; of a client, a block, or all."""
+    if not figures.get("waiting"):
+        return "-"
+    age = figures.get("oldest_wait_s", 0.0)
+    return f"{figures['waiting']} {f'{age:.0f}s' if age < 1000 else f'{age / 60:.0f}m'}"
 
 
 def number(value: float) -> str:

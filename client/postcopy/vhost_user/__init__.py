@@ -3,6 +3,7 @@ questions; ``virtqueue`` and ``blk`` drive a virtio-blk device. See ``docs/vhost
 
 from __future__ import annotations
 
+from ..errors import BackEndGone, BackEndTimeout, VhostUserError
 from .back_end import BackEnd, GuestMemory
 
-__all__ = ["BackEnd", "GuestMemory"]
+__all__ = ["BackEnd", "BackEndGone", "BackEndTimeout", "GuestMemory", "VhostUserError"]

@@ -1,4 +1,4 @@
-"""The front-end's side of the attach conversation: the back-end's userfaultfd, its blocks, and their addresses."""
+"""The attach conversation of a program that speaks for another process: that one's userfaultfd, blocks, addresses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from ..errors import PostcopyError
 
 RESUME_EVERY = 1.0
 """Seconds between two attempts to reach the successor of a dead supervisor."""
-_KIND = "vhost-user"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +72,18 @@ class SharedBlock:
 
 
 class BackEndSession:
-    """A client of kind ``vhost-user``: its memory is that of the back-end."""
+    """A client whose memory is that of another process: a back-end, or (``kind``) a ``vm``."""
 
-    def __init__(self, directory: str, name: str, userfaultfd: int, pidfd: int, timeout: float) -> None:
+    def __init__(
+        self, directory: str, name: str, userfaultfd: int, pidfd: int, timeout: float, kind: str = "vhost-user"
+    ) -> None:
+        self._kind, self._mode = kind, "own" if kind == "vm" else "shared"
         self.timeout = timeout
         self.name = name
         self._resume_at = 0.0
         self.connection = AttachConnection(directory, Deadline(timeout))
         try:
-            close_all(self.connection.greet(name, _KIND, Deadline(timeout)))
+            close_all(self.connection.greet(name, kind, Deadline(timeout)))
             self.connection.offer_back_end(userfaultfd, pidfd, Deadline(timeout))
         except BaseException:
             self.connection.close()
@@ -97,7 +99,7 @@ class BackEndSession:
 
     def open(self, name: str) -> SharedBlock:
         """Open a block. Raises NoSuchBlock, and the exceptions of other refusals."""
-        opened = self.connection.open(name, "shared", Deadline(self.timeout))
+        opened = self.connection.open(name, self._mode, Deadline(self.timeout))
         try:
             marks = Mapping.of(opened.received, -(-opened.pages // mmap.PAGESIZE) * mmap.PAGESIZE, writable=False)
         except BaseException:
@@ -130,7 +132,7 @@ class BackEndSession:
             return
         self._resume_at = time.monotonic() + RESUME_EVERY
         with suppress(PostcopyError, OSError):
-            successor = self.connection.resume(self.name, _KIND, Deadline(self.timeout))
+            successor = self.connection.resume(self.name, self._kind, Deadline(self.timeout))
             self.connection.close()
             self.connection = successor
 

@@ -11,7 +11,7 @@ import select
 import socket
 from contextlib import suppress
 
-from postcopy_kernel.descriptors import Credentials, close_all, peer_credentials, peer_pidfd
+from postcopy_kernel.descriptors import Credentials, close_all, descriptors_in, peer_credentials, peer_pidfd
 from postcopy_protocol.vhost_conversation import Question
 from postcopy_protocol.vhost_user import MOST_DESCRIPTORS, Frame, FrameReader, VhostUserError
 
@@ -103,7 +103,7 @@ class Channel:
                 continue
             except OSError as error:
                 raise self._gone(what) from error
-            fds = _descriptors(ancillary)
+            fds = descriptors_in(ancillary)
             if flags & socket.MSG_CTRUNC:
                 close_all(fds)
                 raise VhostUserError("framing", f"the answer to {what} came with too many descriptors")
@@ -133,14 +133,6 @@ class Channel:
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
-
-
-def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> tuple[int, ...]:
-    fds = array.array("i")
-    for level, kind, payload in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
-    return tuple(fds)
 
 
 def close_frame(frame: Frame | None) -> None:

@@ -12,15 +12,17 @@ import os
 import resource
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Protocol
 
 from postcopy_kernel import crashpoints, descriptors, memory
 from postcopy_kernel.log_queue import about
-from postcopy_kernel.userfaultfd import Userfaultfd, is_userfaultfd
+from postcopy_kernel.userfaultfd import RegisterMode, Userfaultfd, is_userfaultfd
 from postcopy_protocol import counters, messages
 from postcopy_protocol.attach_conversation import AttachConversation, Refusal
 from postcopy_protocol.codec import pack_offsets
+from postcopy_protocol.copied_map import size_of
 from postcopy_protocol.errors import BadMessage
 
 from ..admission import Peer, may_write
@@ -30,6 +32,7 @@ from ..pool.worker_pool import WorkerPool
 from ..recovery.plan import KeptClient
 from .client import Client, Clients, send
 from .identity import check_back_end, may_resume, unidentified
+from .losses import Losses
 from .release import ClientRelease
 
 log = logging.getLogger(__name__)
@@ -40,6 +43,7 @@ silent is closed for the next."""
 SILENT_SECONDS = 1.0
 """Counted from our last answer: honest clients in a crowd wait for the supervisor, and must not be closed for that."""
 DESCRIPTORS_PER_CLIENT = 8
+MOST_LISTED = 700  # blocks in the answer to ListBlocks: as many as fit into a packet with names of 64 characters
 LEAST_CLIENTS = 16  # of one user, however few descriptors there are
 SPARE_DESCRIPTORS = 24
 """Reserved for the supervisor itself: an export, a new custodian, questions, libzmq for sources behind tcp."""
@@ -62,6 +66,7 @@ class AttachServer:
         pool: WorkerPool,
         watcher: Listener,
         release: ClientRelease,
+        losses: Losses,
         device: int,
         figures_bytes: int,
         recorder: FiguresReader | None,
@@ -69,6 +74,7 @@ class AttachServer:
         self._blocks = blocks
         self._by_number = {block.number: block for block in blocks.values()}
         self._clients, self._pool, self._watcher, self._release = clients, pool, watcher, release
+        self._losses = losses
         self._device, self._figures_bytes, self._recorder = device, figures_bytes, recorder
         self._limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
@@ -80,7 +86,7 @@ class AttachServer:
             pidfd = descriptors.peer_pidfd(connection, at)
         except (Refusal, OSError) as error:
             refusal = error if isinstance(error, Refusal) else unidentified(error)
-            self._watcher.count_refusal(peer.uid, str(refusal))
+            self._watcher.count_refusal(peer.uid, refusal)
             send(connection, refusal.message())
             return descriptors.close_drained(connection)
         number, now = self._clients.take_number(), time.monotonic()
@@ -129,8 +135,7 @@ class AttachServer:
             assert client is not None
             what, peer = "client %d (%s, pid %d) is refused: %s", about("refused", f"process {client.pid}")
             log.info(what, client.number, client.name, client.pid, refusal, extra=peer)
-            if refusal.code == "denied":
-                self._watcher.count_refusal(client.uid, str(refusal))
+            self._watcher.count_refusal(client.uid, refusal)
             self._send(client, refusal.message())
             if refusal.fatal and client.userfaultfd is None:
                 self._release.remove(client, "does not follow the protocol")
@@ -157,6 +162,10 @@ class AttachServer:
                 self._map(client, message)
             case messages.Unmap():
                 self._unmap(client, message)
+            case messages.ListBlocks():
+                self._send(client, messages.Blocks(tuple(self._listed(client))))
+            case messages.AskLoss():
+                self._send(client, self._losses.answer(client, message))
             case messages.Goodbye():
                 self._release.remove(client, "left")
         return False
@@ -207,7 +216,7 @@ class AttachServer:
 
     def adopt(self, kept: KeptClient) -> None:
         """Continue a client without a connection, until it resumes or its process ends."""
-        note, (fd, pidfd, figures, *front_end) = kept.note, kept.fds
+        note, (fd, pidfd, figures, *more) = kept.note, kept.fds
         conversation = AttachConversation()
         conversation.name, conversation.kind = note.name, note.kind
         client = Client(note.client, None, note.uid, note.pid, pidfd, conversation, time.monotonic())
@@ -216,7 +225,7 @@ class AttachServer:
         client.regions, client.released = list(note.regions), list(note.released)
         client.quarantined, client.back_end = note.quarantined, note.back_end
         client.failures_reported = page[counters.FAILURES]
-        client.front_end = front_end[0] if front_end else -1
+        client.front_end, client.copied_map = [*more, -1, -1][:2]
         self._clients.add(client)
         self._pool.skip_incarnations(client.number, page[counters.INCARNATION])
         self._clients.keep(client)
@@ -226,7 +235,9 @@ class AttachServer:
                 client.userfaultfd.register(region.address, region.length, self._by_number[region.block].register_mode)
 
     def _newly_guarded(self, client: Client) -> list[messages.RegionGrant]:
-        return [region for region in client.regions if self._by_number[region.block].guard_raised]
+        return [
+            region for region in client.regions if region.mode != "own" and self._by_number[region.block].guard_raised
+        ]
 
     def start_workers(self) -> None:
         """Start workers for adopted clients whose workers ended while there was no supervisor, and replace those that
@@ -266,15 +277,22 @@ class AttachServer:
                 text = f"user {client.uid} may attach block {block.name} only private"
                 raise Refusal("denied", f"{text} (serve --shared-uid {client.uid} allows shared)")
             block.shared_granted()
+        if message.mode == "own" and client.copied_map < 0:
+            client.copied_map = memory.create_memfd(f"postcopy-m{client.number}", size_of(block.pages))
         client.conversation.opened(block.number, message.mode, block.pages, block.page_size)
         answer = messages.BlockOpened(block.number, block.name, block.size, block.page_size, block.pages)
         self._send(client, answer, (block.read_write if shared else block.read_only, block.map_read_only))
+
+    def _listed(self, client: Client) -> Iterator[messages.Listed]:
+        for block in islice(self._blocks.values(), MOST_LISTED):
+            shared = may_write(client.writable, block.name)
+            yield messages.Listed(block.name, block.size, block.page_size, shared)
 
     def _map(self, client: Client, message: messages.Mapped) -> None:
         block = self._by_number[message.block]
         mode = client.conversation.blocks[message.block].mode
         region = messages.RegionGrant(message.block, mode, message.address, message.length, message.offset)
-        if block.complete:
+        if block.complete and mode != "own":
             client.released.append(region)
             self._clients.keep(client)
             self._send(client, messages.Attached(region.block, region.address))
@@ -282,7 +300,9 @@ class AttachServer:
         assert client.userfaultfd is not None
         try:
             # A back-end registers its memory itself, MISSING only: that does not take MINOR away (Linux 6.18).
-            if not client.back_end or block.guarded:
+            if mode == "own":  # its registration again: the kernel then checks what the range is
+                client.userfaultfd.register(region.address, region.length, RegisterMode.MISSING)
+            elif not client.back_end or block.guarded:
                 client.userfaultfd.register(region.address, region.length, block.register_mode)
         except OSError as error:
             client.conversation.withdraw(message.block, message.address)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import mmap
 import os
 import socket
-from collections import Counter
+import threading
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -44,9 +45,12 @@ class Client:
     unmapping: list[Unmap] = field(default_factory=list)  # answered when the worker that served the region has ended
     leaving: bool = False
     back_end: bool = False
-    """A vhost-user back-end: ``pid``, ``pidfd`` and memory are its own, the connection is its front-end's."""
+    """A vhost-user back-end or a VM: ``pid``, ``pidfd`` and memory are its own, the connection is its front-end's."""
     front_end: int = -1  # a pidfd of that
+    copied_map: int = -1
+    """Where its memory is its own: what has become of its pages, see ``copied_map`` in the protocol."""
     quarantined: bool = False
+    restarts: int = 0  # of its workers, once it has left
     failures_reported: int = 0
     """Of the pages that could not be made for it (``counters.FAILURES``), those whose report has arrived."""
 
@@ -92,7 +96,7 @@ class Client:
         """The descriptors that the custodian keeps."""
         userfaultfd = self.userfaultfd.fd if self.userfaultfd is not None else -1
         fds = userfaultfd, self.pidfd, self.figures_fd
-        return fds if self.front_end < 0 else (*fds, self.front_end)
+        return (*fds, *(fd for fd in (self.front_end, self.copied_map) if fd >= 0))
 
     def note(self) -> bytes:
         """What a later supervisor has to know of it."""
@@ -111,16 +115,34 @@ class Client:
         )
 
 
+MOST_ENDED = 64
+"""Clients that have ended of which the first figures are kept."""
+
+
 class Clients:
     """All clients, by number and by connection, and the figures of those that have left."""
 
-    def __init__(self, blocks: Iterable[int], custodian: CustodianClient, first_number: int = 1) -> None:
+    def __init__(
+        self,
+        blocks: Iterable[int],
+        custodian: CustodianClient,
+        first_number: int = 1,
+        names: dict[int, str] | None = None,
+    ) -> None:
+        """``names``: gets the name of each client that is attached."""
+        self._names = names if names is not None else {}
         self.by_number: dict[int, Client] = {}
         self.by_connection: dict[socket.socket, Client] = {}
         self.by_pidfd: dict[int, Client] = {}
         self.by_user: Counter[int] = Counter()  # how many each user has
         self.pending: dict[int, Client] = {}  # without a userfaultfd; the one that was silent for longest is first
+        self._ended: OrderedDict[int, tuple[int, bytes]] = OrderedDict()
         self.past = counters.merge(())
+        self.past_restarts = self.left = 0
+        """``left``: clients that were attached and are not any more."""
+        self.figures_turn = threading.Lock()
+        """Held while figures move from the clients to ``past``. A scrape that reads both meanwhile would count them
+        twice or not at all, and a counter that goes down is a restart to Prometheus."""
         self.past_stages = {number: stages.scratch() for number in blocks}
         self._custodian, self._next_number = custodian, first_number
 
@@ -146,6 +168,7 @@ class Clients:
         """Renew the custodian's note. Done before a change is answered, and before a worker is forked for it."""
         assert client.userfaultfd is not None
         self.pending.pop(client.number, None)
+        self._names[client.number] = client.name
         self._custodian.keep(client.key, client.note(), client.kept)
 
     def set_quarantined(self, number: int, quarantined: bool) -> None:
@@ -163,11 +186,24 @@ class Clients:
             if any(region.block == block for region in client.regions)
         ]
 
-    def drop(self, client: Client) -> None:
+    def drop(self, client: Client, restarts: int = 0) -> None:
         """Forget a client, and add its figures to those of the clients that have left."""
-        if self.by_number.pop(client.number, None) is None:
+        if client.number not in self.by_number:
             return
+        figures = client.counters.tolist() if client.counters is not None else ()
+        with self.figures_turn:
+            del self.by_number[client.number]
+            client.restarts = restarts
+            self.past_restarts += restarts
+            self.left += client.userfaultfd is not None
+            if figures:
+                self.past = counters.merge((self.past, figures))
+                for block in client.touches:
+                    staged = client.stages(block)
+                    if staged is not None:
+                        self.past_stages[block] = stages.merged((self.past_stages[block], staged))
         self.pending.pop(client.number, None)
+        self._names.pop(client.number, None)
         self.by_pidfd.pop(client.pidfd, None)
         self.by_user[client.uid] -= 1
         if not self.by_user[client.uid]:
@@ -175,13 +211,18 @@ class Clients:
         if client.userfaultfd is None:
             return  # the custodian has nothing of it
         self._custodian.drop(client.key)
-        if client.counters is None:
-            return
-        self.past = counters.merge((self.past, client.counters.tolist()))
-        for block in client.touches:
-            staged = client.stages(block)
-            if staged is not None:
-                self.past_stages[block] = stages.merged((self.past_stages[block], staged))
+        if client.counters is not None:
+            self._ended[client.number] = client.uid, client.counters[: counters.HISTOGRAM].tobytes()
+            if len(self._ended) > MOST_ENDED:
+                self._ended.popitem(last=False)
+
+    def figures_of(self, number: int) -> tuple[int, memoryview | None]:
+        """The user of a client that lives or has just ended, and its counters before the histogram, if known."""
+        client = self.by_number.get(number)
+        if client is not None:
+            return client.uid, client.counters
+        uid, figures = self._ended.get(number, (-1, b""))
+        return uid, memoryview(figures).cast("Q") if figures else None
 
     def tell_all(self, message: Message) -> None:
         for client in list(self.by_number.values()):

@@ -49,7 +49,7 @@ def check_back_end(uid: int, fd: int, pidfd: int) -> int:
 def may_resume(client: Client, peer: Client) -> bool:
     """Is ``peer`` a new connection of the process that spoke for this client? Pids are not compared: processes in other
     pid namespaces all have 0 here."""
-    if client.back_end and (client.connection is not None or peer.conversation.kind != "vhost-user"):
+    if client.back_end and (client.connection is not None or peer.conversation.kind != client.conversation.kind):
         return False
     if client.userfaultfd is None or client.speaker < 0 or process.pidfd_exited(client.pidfd):
         return False

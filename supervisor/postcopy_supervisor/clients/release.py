@@ -119,13 +119,16 @@ class ClientRelease:
         """Close the descriptors of a client that has no worker any more."""
         self._report_failures(client)
         self._waiters.left(client.number)
-        self._clients.drop(client)
+        self._clients.drop(client, self._pool.restarts_of(client.number))
+        self._pool.forget(client.number)
         self._watcher.forget_process(client.pidfd)
         os.close(client.pidfd)
         if client.front_end >= 0:
             os.close(client.front_end)
         if client.figures_fd >= 0:
             os.close(client.figures_fd)
+        if client.copied_map >= 0:
+            os.close(client.copied_map)
         if client.userfaultfd is not None:
             client.userfaultfd.close()
 
@@ -135,7 +138,7 @@ class ClientRelease:
         Every page is in the page cache, so no touch can fault. Only a shared client can make one vanish, by punching a
         hole, which it may do: that writes zeros. UNREGISTER wakes every waiter."""
         for client in list(self._clients.by_number.values()):
-            regions = [region for region in client.regions if region.block == block.number]
+            regions = [region for region in client.regions if region.block == block.number and region.mode != "own"]
             if not regions or client.leaving or any(region in client.attaching for region in regions):
                 continue
             assert client.userfaultfd is not None

@@ -9,29 +9,50 @@ from __future__ import annotations
 import ipaddress
 import logging
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 from postcopy_protocol import counters, stages
 from postcopy_protocol.errors import BadInput, PostcopyError
+from postcopy_protocol.messages import REFUSALS, VERSION
+from postcopy_protocol.version import PACKAGE
 
 from ..blocks import RamBlock
 from ..clients.client import Client
 from ..parts import Parts
+from . import figures
 from .scrapes import Answer, ScrapeServer
 
 log = logging.getLogger(__name__)
 
-COUNTERS: tuple[tuple[str, str, int | Callable[[Sequence[int]], int]], ...] = (
-    ("faults", "Page faults of clients that were answered.", counters.faults),
-    ("placed_pages", "Pages that workers placed, fault-around included.", counters.placed),
-    ("around_pages", "Pages placed by fault-around, beyond the faulting one.", counters.AROUND),
-    ("around_used_pages", "Of those, pages in windows that a stream of faults went through.", counters.AROUND_USED),
-    ("requested_pages", "Pages that workers asked the supervisor for.", counters.REQUESTS),
-    ("deduplicated_faults", "Faults at pages that were there or on their way.", counters.DEDUPLICATED),
-    ("wakes", "Wake calls.", counters.WAKES),
-    ("lost_pages", "Faults at pages that their source could not supply.", counters.LOST),
-)  # per client: name, help, and a counter or a function of the counters
+MOST_CLIENTS = 100
+"""Clients with series of their own at a time."""
+OTHERS = ("others", "", "")
+"""Labels of all clients that never had series of their own."""
+MOST_KINDS = 64  # of events: workers invent some, and what invents without end shares one series
+COUNTERS: tuple[tuple[str, str, str], ...] = (
+    ("faults", "Page faults of clients that were answered.", "faults"),
+    ("placed_pages", "Pages that workers placed, fault-around included.", "placed"),
+    ("around_pages", "Pages placed by fault-around, beyond the faulting one.", "placed_around"),
+    ("around_used_pages", "Of those, pages in windows that a stream of faults went through.", "around_used"),
+    ("requested_pages", "Pages that workers asked the supervisor for.", "requests"),
+    ("deduplicated_faults", "Faults at pages that were there or on their way.", "deduplicated"),
+    ("wakes", "Wake calls.", "wakes"),
+    ("lost_pages", "Faults at pages that their source could not supply.", "lost"),
+    ("handler_failures", "Pages that a handler function could not make.", "failures"),
+    ("blocked_seconds", "Time spent waiting for missing pages.", "blocked_s"),
+    ("restarts", "Workers that ended unexpectedly.", "restarts"),
+)
+"""Name, help and figure, per client and for all: ``postcopy_client_faults_total`` and ``postcopy_faults_total``."""
+OF_BLOCKS = (
+    ("bytes", "Size of the block."),
+    ("received_bytes", "Of it, what has been received."),
+    ("lost_bytes", "Of it, what its source has lost."),
+    ("polluted_bytes", "Of it, what postcopy did not place."),
+    ("waiting_faults", "Faults that wait for a page of it now."),
+    ("oldest_wait_seconds", "Age of the oldest of them."),
+)
 STATES = ("starting", "running", "paused", "ending")
 
 
@@ -82,17 +103,16 @@ class Collector:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
+        self._series = ClientSeries(parts)
 
     def collect(self) -> Iterator[Any]:
         """Families of samples, as prometheus_client wants them."""
         parts = self._parts
-        # Copies: the main thread goes on meanwhile, and a dict that changes must not be iterated.
-        clients, blocks = list(parts.clients.by_number.values()), list(parts.blocks.values())
-        pages = [(client, client.counters.tolist()) for client in clients if client.counters is not None]
+        blocks, now = list(parts.blocks.values()), time.monotonic()
         yield from _supervisor_metrics(parts)
-        yield from _block_metrics(blocks)
-        yield from _client_metrics(pages, parts.pool.restarts_of)
-        total = counters.merge([parts.clients.past, parts.zero.counters.tolist(), *(page for _, page in pages)])
+        yield from _block_metrics(blocks, parts, now)
+        total = yield from self._series.collect(now)
+        counters.join(total, parts.zero.counters.tolist())
         yield histogram("postcopy_fault_latency_seconds", "From a fault's message to its release.", [((), (), total)])
         stages_of = [(block.name, block_stages(block, parts)) for block in blocks]
         yield histogram("postcopy_stage_latency_seconds", "Stages of faults: asked, arrived, placed, woken.",
@@ -110,8 +130,94 @@ class Collector:
                            [(link.endpoint, link.requests) for link in links])  # fmt: skip
 
 
+class ClientSeries:
+    """Series of clients, MOST_CLIENTS at a time: the first to come have some, until they leave. All others are one.
+
+    No counter goes down. A client is new only once, so it never moves from the others to a series of its own, and what
+    it had in its own is not added to the others when it leaves. Sums over all clients have series without labels."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._named: dict[int, Client] = {}
+        self._newest = 0  # number of the newest client that a scrape has seen
+        self._gone = (list(counters.merge(())), 0)  # what clients had in series of their own: counters, restarts
+
+    def collect(self, now: float) -> Generator[Any, None, list[int]]:
+        """The families; returns the counters of all clients."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        clients, rows, everything, restarts = self._read()
+        all_figures = figures.of_clients(everything, restarts)
+        for name, text, key in COUNTERS:
+            yield _counter(f"postcopy_{name}", text, "", [("", all_figures[key])])
+            family = CounterMetricFamily(f"postcopy_client_{name}", text, labels=LABELS)
+            for labels, found in rows:
+                family.add_metric(labels, found[key])
+            yield family
+        waiting = GaugeMetricFamily("postcopy_client_waiting_faults", "Faults that wait for a page now.", labels=LABELS)
+        oldest = GaugeMetricFamily("postcopy_client_oldest_wait_seconds", "Age of the oldest of them.", labels=LABELS)
+        for labels, (count, age) in self._waits(clients, now):
+            waiting.add_metric(labels, count)
+            oldest.add_metric(labels, age)
+        yield from (waiting, oldest)
+        quarantined = [slot for slot in list(self._parts.pool.slots.values()) if slot.quarantined]
+        text = "Clients whose workers crashed too often."
+        yield _gauge("postcopy_quarantined_clients", text, "", [("", len(quarantined))])
+        return everything
+
+    def _read(self) -> tuple[list[Client], list[tuple[Labels, dict[str, int | float]]], list[int], int]:
+        """The clients; the rows of series; counters and restarts of all, also of those that have left."""
+        known, pool = self._parts.clients, self._parts.pool
+        with known.figures_turn:
+            clients = [client for client in known.by_number.values() if client.counters is not None]
+            everything, restarts = list(known.past), known.past_restarts
+        self._name(clients)
+        others, others_restarts = list(everything), restarts - self._gone[1]
+        counters.subtract(others, self._gone[0])
+        rows = []
+        for client in clients:
+            assert client.counters is not None
+            page, crashes = client.counters.tolist(), max(client.restarts, pool.restarts_of(client.number))
+            counters.join(everything, page)
+            restarts += crashes
+            if client.number in self._named:
+                rows.append((_labels(client), figures.of_clients(page, crashes)))
+            else:
+                counters.join(others, page)
+                others_restarts += crashes
+        rows.append((OTHERS, figures.of_clients(others, others_restarts)))
+        return clients, rows, everything, restarts
+
+    def _name(self, clients: Sequence[Client]) -> None:
+        """Give new clients series of their own, while there are any left."""
+        present = {client.number for client in clients}
+        for number in self._named.keys() - present:
+            gone = self._named.pop(number)
+            assert gone.counters is not None
+            counters.join(self._gone[0], gone.counters.tolist())
+            self._gone = self._gone[0], self._gone[1] + gone.restarts
+        for client in sorted(clients, key=lambda client: client.number):
+            if client.number > self._newest and len(self._named) < MOST_CLIENTS:
+                self._named[client.number] = client
+        self._newest = max(self._newest, *present, 0)
+
+    def _waits(self, clients: Sequence[Client], now: float) -> Iterator[tuple[Labels, tuple[int, float]]]:
+        others = (0, 0.0)
+        for client in clients:
+            found = self._parts.waits.of_client(client.number, now)
+            if client.number in self._named:
+                yield _labels(client), found
+            else:
+                others = others[0] + found[0], max(others[1], found[1])
+        yield OTHERS, others
+
+
 def _supervisor_metrics(parts: Parts) -> Iterator[Any]:
+    from prometheus_client.core import InfoMetricFamily
+
     state, engine = parts.shown_state, parts.paging.engine
+    build = {"version": PACKAGE, "protocol": str(VERSION), "transport": parts.transport}
+    yield InfoMetricFamily("postcopy_build", "What runs here.", value=build)
     yield _gauge("postcopy_state", "1 for the state that the supervisor is in.", "state",
                  [(name, name == state) for name in STATES])  # fmt: skip
     for name, text, value in (
@@ -122,7 +228,15 @@ def _supervisor_metrics(parts: Parts) -> Iterator[Any]:
     ):
         yield _counter(f"postcopy_{name}", text, "", [("", value)])
     yield _gauge("postcopy_clients", "Clients that are attached.", "", [("", len(parts.clients.by_number))])
-    yield _counter("postcopy_events", "Events by kind.", "kind", list(parts.event_log.counts.items()))
+    waiting, oldest = parts.waits.total(time.monotonic())
+    yield _gauge("postcopy_waiting_faults", "Faults of all clients that wait for a page now.", "", [("", waiting)])
+    yield _gauge("postcopy_oldest_wait_seconds", "Age of the oldest of them.", "", [("", oldest)])
+    yield _counter("postcopy_refusals", "Refusals at the attach socket, by reason.", "reason",
+                   [(code, parts.refused.get(code, 0)) for code in REFUSALS])  # fmt: skip
+    kinds = list(parts.event_log.counts.items())
+    rest = sum(count for _, count in kinds[MOST_KINDS:])
+    kinds[MOST_KINDS:] = [("others", rest)] if rest else []
+    yield _counter("postcopy_events", "Events by kind.", "kind", kinds)
 
 
 def block_stages(block: RamBlock, parts: Parts) -> memoryview:
@@ -134,35 +248,22 @@ def block_stages(block: RamBlock, parts: Parts) -> memoryview:
     return stages.merged([past, *ours, *(page for page in found if page is not None)])
 
 
-def _block_metrics(blocks: Sequence[RamBlock]) -> Iterator[Any]:
-    counted = [(block.name, block.pages, block.page_size, *block.counts()) for block in blocks]
-    yield _gauge("postcopy_block_bytes", "Size of the block.", "block", [(row[0], row[1] * row[2]) for row in counted])
-    yield _gauge("postcopy_block_received_bytes", "Of it, what has been received.", "block",
-                 [(row[0], row[3] * row[2]) for row in counted])  # fmt: skip
-    yield _gauge("postcopy_block_lost_bytes", "Of it, what its source has lost.", "block",
-                 [(row[0], row[4] * row[2]) for row in counted])  # fmt: skip
+def _block_metrics(blocks: Sequence[RamBlock], parts: Parts, now: float) -> Iterator[Any]:
+    rows: list[tuple[str, tuple[float, ...]]] = []
+    for block in blocks:
+        received, lost = block.counts()
+        polluted = sum(last - first for first, last in block.polluted)
+        sizes = (pages * block.page_size for pages in (block.pages, received, lost, polluted))
+        rows.append((block.name, (*sizes, *parts.waits.of_block(block.number, now))))
+    for at, (name, text) in enumerate(OF_BLOCKS):
+        yield _gauge(f"postcopy_block_{name}", text, "block", [(block, found[at]) for block, found in rows])
 
 
-def _client_metrics(pages: Sequence[tuple[Client, list[int]]], restarts: Callable[[int], int]) -> Iterator[Any]:
-    from prometheus_client.core import CounterMetricFamily
-
-    labels = ("client", "name", "pid")
-    for name, text, counter in COUNTERS:
-        family = CounterMetricFamily(f"postcopy_client_{name}", text, labels=labels)
-        for client, page in pages:
-            family.add_metric(_labels(client), page[counter] if isinstance(counter, int) else counter(page))
-        yield family
-    blocked = CounterMetricFamily(
-        "postcopy_client_blocked_seconds", "Time spent waiting for missing pages.", labels=labels
-    )
-    restarted = CounterMetricFamily("postcopy_client_restarts", "Restarts of this client's worker.", labels=labels)
-    for client, page in pages:
-        blocked.add_metric(_labels(client), counters.sum_ns(page) / 1e9)
-        restarted.add_metric(_labels(client), restarts(client.number))
-    yield from (blocked, restarted)
+LABELS = ("client", "name", "pid")
+Labels = tuple[str, str, str]
 
 
-def _labels(client: Client) -> tuple[str, str, str]:
+def _labels(client: Client) -> Labels:
     return str(client.number), client.name, str(client.pid)
 
 

@@ -14,19 +14,23 @@ from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
 from postcopy_protocol import counters, stages
-from postcopy_protocol.messages import VERSION
+from postcopy_protocol.messages import REFUSALS, VERSION
+from postcopy_protocol.version import PACKAGE
 
 from ..blocks import RamBlock
 from ..clients.client import Client, Clients
-from ..paging.paging import RemotePaging
+from ..clients.worker_zero import NUMBER as ZERO
 from ..paging.source_link import SourceLink
 from ..parts import Parts
 from ..pool.lifecycle import RestartPolicy
 from ..pool.worker_pool import WorkerPool
+from ..waits import Waits
+from . import figures
 
 MAP_CELLS = 128  # cells of the residency map of a block
 NOTHING = counters.merge(())  # counters of a client that has none yet
 AT_ONCE = 16  # short items of a list that are made in one step
+SUMMED = (*figures.OF_CLIENTS, "restarts", "state")  # what the totals need of each client
 Steps = Generator[None, None, str]  # steps of a fraction of a millisecond; the result is JSON
 
 
@@ -34,7 +38,7 @@ def document(parts: Parts) -> Steps:
     """The whole document."""
     paging, blocks = parts.paging, list(parts.blocks.values())
     paused = {number for number, link in paging.links.items() if link.state == "paused"}
-    census = Census(parts.clients, parts.pool, blocks, paused)
+    census = Census(parts.clients, parts.pool, parts.waits, blocks, paused)
     clients = yield from census.take()
     head = {
         "protocol": VERSION,
@@ -43,20 +47,23 @@ def document(parts: Parts) -> Steps:
         "state": parts.shown_state,
         "recovered": parts.recoveries,
         "transport": parts.transport,
+        "version": PACKAGE,
     }
     shown = []
     for block in blocks:
         yield
-        shown.append(json.dumps((yield from _block(block, census.stages[block.number], paging))))
+        shown.append((yield from _block(block, census.stages[block.number], parts)))
     events = yield from listed(parts.event_log.documents())
     tail = {
         "sources": [_source(link) for link in dict.fromkeys(paging.links.values())],
-        "totals": _totals(census.total, parts),
+        "left": {"clients": parts.clients.left, **census.left()},
+        "supervisor": {**figures.of_supervisor(parts), **_waiting(parts.waits.of_client(ZERO, time.monotonic()))},
+        "totals": _totals(census, shown, parts),
         "restart_policy": _policy(parts.pool.policy),
         "record": parts.recorder.document() if parts.recorder is not None else None,
     }
     yield
-    lists = f'"blocks": [{", ".join(shown)}], "clients": {clients}, "events": {events}'
+    lists = f'"blocks": [{", ".join(map(json.dumps, shown))}], "clients": {clients}, "events": {events}'
     return f"{json.dumps(head)[:-1]}, {lists}, {json.dumps(tail)[1:]}"
 
 
@@ -73,8 +80,13 @@ def listed(items: Iterable[Any]) -> Steps:
 class Census:
     """Describes client after client, and adds their figures to those of the clients that have left."""
 
-    def __init__(self, clients: Clients, pool: WorkerPool, blocks: Sequence[RamBlock], paused: set[int]) -> None:
+    def __init__(
+        self, clients: Clients, pool: WorkerPool, waits: Waits, blocks: Sequence[RamBlock], paused: set[int]
+    ) -> None:
         self.total = list(clients.past)  # counters of all clients
+        self.listed: list[dict[str, Any]] = []
+        self._left = list(clients.past)  # of those that are not listed
+        self._waits = waits
         self.stages = {number: page.tolist() for number, page in clients.past_stages.items()}  # by block
         self._present = list(clients.by_number.values())
         self._clients, self._pool = clients, pool
@@ -91,28 +103,43 @@ class Census:
             counters.join(self.total, page)
             for block, found in staged.items():
                 stages.join(self.stages[block], found)
-            if self._clients.by_number.get(client.number) is client:
-                made.append(json.dumps(_client(client, page, staged, self._pool, self._names, self._paused)))
+            if self._clients.by_number.get(client.number) is not client:
+                counters.join(self._left, page)
+                continue
+            shown = _client(client, page, staged, self._pool, self._names, self._paused)
+            shown |= _waiting(self._waits.of_client(client.number, time.monotonic()))
+            self.listed.append({name: shown[name] for name in SUMMED})
+            made.append(json.dumps(shown))
         return f"[{', '.join(made)}]"
 
+    def left(self) -> dict[str, int | float]:
+        """Figures of the clients that are not listed."""
+        restarts = self._pool.restarts - self._pool.restarts_of(ZERO) - sum(one["restarts"] for one in self.listed)
+        return figures.of_clients(self._left, restarts)
 
-def _totals(total: list[int], parts: Parts) -> dict[str, Any]:
-    paging, zero = parts.paging, parts.zero
-    counters.join(total, zero.counters)
+
+def _waiting(found: tuple[int, float]) -> dict[str, Any]:
+    return {"waiting": found[0], "oldest_wait_s": round(found[1], 3)}
+
+
+def _totals(census: Census, blocks: list[dict[str, Any]], parts: Parts) -> dict[str, Any]:
+    """The sums of what the other lists say; see ``figures``."""
+    listed, left, ours = census.listed, census.left(), figures.of_supervisor(parts)
+    counted = [{name: one[name] for name in left} for one in listed]
+    total = figures.summed((*counted, left, ours))
+    counters.join(census.total, parts.zero.counters)
     return {
-        "faults": counters.faults(total) + zero.faults,
-        "requests": paging.engine.requests,
-        "deduplicated": total[counters.DEDUPLICATED] + paging.engine.deduplicated,
-        "placed": counters.placed(total) + paging.placed,
-        "placed_around": total[counters.AROUND],
-        "around_used": total[counters.AROUND_USED],
-        "blocked_s": blocked_s(total),
-        "wakes": total[counters.WAKES],
-        "lost": total[counters.LOST],
-        "restarts": parts.pool.restarts,
-        "polluted": sum(last - first for block in parts.blocks.values() for first, last in block.polluted),
+        **total,
+        "requests": ours["requests"],
+        "blocked_s": round(total["blocked_s"], 6),
+        "lost": sum(block["lost"] for block in blocks),
+        "lost_faults": total["lost"],
+        "polluted": sum(length // block["page_size"] for block in blocks for _, length in block["polluted"]),
         "repaired": parts.event_log.counts.get("polluted", 0),
-        "latency_us": counters.summary(total),
+        "quarantined": sum(one["state"] == "quarantined" for one in listed),
+        "refused": {code: parts.refused.get(code, 0) for code in REFUSALS if parts.refused.get(code, 0)},
+        **_waiting(parts.waits.total(time.monotonic())),
+        "latency_us": counters.summary(census.total),
     }
 
 
@@ -127,13 +154,8 @@ def _policy(policy: RestartPolicy) -> dict[str, Any]:
     }
 
 
-def blocked_s(page: Sequence[int]) -> float:
-    """Seconds that threads waited for missing pages, all waits added up."""
-    return round(counters.sum_ns(page) / 1e9, 6)
-
-
-def _block(block: RamBlock, staged: list[int], paging: RemotePaging) -> Generator[None, None, dict[str, Any]]:
-    link = paging.links.get(block.number)
+def _block(block: RamBlock, staged: list[int], parts: Parts) -> Generator[None, None, dict[str, Any]]:
+    link = parts.paging.links.get(block.number)
     if link is not None:
         stages.join(staged, stages.snapshot(link.stages[block.number]))
     received_map, lost_map = yield from block.tally(MAP_CELLS)
@@ -147,6 +169,7 @@ def _block(block: RamBlock, staged: list[int], paging: RemotePaging) -> Generato
         "pages": block.pages,
         "received": received,
         "lost": lost,
+        **_waiting(parts.waits.of_block(block.number, time.monotonic())),
         "map": {"pages": -(-block.pages // MAP_CELLS), "received": received_map, "lost": lost_map if lost else []},
         "complete": block.complete,
         "stages_us": stages.summaries(stages.snapshot(staged)),
@@ -182,7 +205,6 @@ def _client(
     paused: set[int],
 ) -> dict[str, Any]:
     """``page`` and ``staged``: its figures."""
-    slot = pool.slots.get(client.number)
     shown = shown_state(client, pool)
     if shown == "running" and any(region.block in paused for region in client.regions):
         shown = "paused"
@@ -199,17 +221,7 @@ def _client(
             {"name": names[block], "mode": mode, "stages_us": stages.summaries(staged[block])} for block, mode in seen
         ],
         "released": sorted({names[region.block] for region in client.released}),
-        "faults": counters.faults(page),
-        "placed": counters.placed(page),
-        "placed_around": page[counters.AROUND],
-        "around_used": page[counters.AROUND_USED],
-        "deduplicated": page[counters.DEDUPLICATED],
-        "blocked_s": blocked_s(page),
-        "requests": page[counters.REQUESTS],
-        "wakes": page[counters.WAKES],
-        "lost": page[counters.LOST],
-        "failures": page[counters.FAILURES],
-        "restarts": slot.restarts if slot is not None else 0,
+        **figures.of_clients(page, pool.restarts_of(client.number)),
         "denied": page[counters.DENIED] + page[counters.UNNOTED],
         "walls": counters.sandbox_names(page[counters.SANDBOX]),
         "latency_us": counters.summary(page),

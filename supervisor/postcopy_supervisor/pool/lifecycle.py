@@ -123,6 +123,7 @@ class Lifecycle:
         self.policy = policy or RestartPolicy()
         self.slots: dict[int, Slot] = {}
         self.restarts = 0  # crashes of all workers so far, including those that have left
+        self.restarts_of: dict[int, int] = {}  # by worker, until it is forgotten
         self._answered = 0.0
         self.used: dict[int, int] = {}
         """By worker: the highest incarnation that an earlier supervisor knew. New incarnations get higher numbers."""
@@ -280,6 +281,7 @@ class Lifecycle:
             slot.crashes.popleft()
         slot.restarts += 1
         self.restarts += 1
+        self.restarts_of[slot.worker] = self.restarts_of.get(slot.worker, 0) + 1
         if len(slot.crashes) > policy.limit and not slot.quarantined:
             slot.quarantined = True
             effects.append(Quarantine(slot.worker))

@@ -175,8 +175,12 @@ class WorkerPool:
         return running.pid if running is not None else None
 
     def restarts_of(self, worker: int) -> int:
-        slot = self.slots.get(worker)
-        return slot.restarts if slot is not None else 0
+        """Of its client: also while it has no worker."""
+        return self._lifecycle.restarts_of.get(worker, 0)
+
+    def forget(self, worker: int) -> None:
+        """Its client has left; another will have another number."""
+        self._lifecycle.restarts_of.pop(worker, None)
 
     @property
     def restarts(self) -> int:

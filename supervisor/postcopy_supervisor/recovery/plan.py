@@ -62,7 +62,7 @@ class KeptBlock:
 @dataclass(frozen=True, slots=True)
 class KeptClient:
     """A client of the previous supervisor. ``fds``: userfaultfd, pidfd, statistics page; of a back-end also a pidfd of
-    its front-end."""
+    its front-end, of a VM then its copied map."""
 
     note: ClientNote
     fds: tuple[int, ...]
@@ -147,7 +147,8 @@ def _block(meta: bytes, fds: tuple[int, ...]) -> KeptBlock:
 
 def _client(meta: bytes, fds: tuple[int, ...]) -> KeptClient:
     note = _note(meta, ClientNote)
-    if len(fds) not in ((3, 4) if note.back_end else (3,)):  # a release before this one kept three
+    own = any(region.mode == "own" for region in note.regions)
+    if len(fds) not in ((5,) if own else (3, 4) if note.back_end else (3,)):  # an older release kept three
         raise BadInput(f"{OTHER_VERSION}: client {note.client} with {len(fds)} descriptors")
     return KeptClient(note, fds)
 

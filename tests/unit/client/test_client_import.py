@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import postcopy
-from postcopy import errors
+from postcopy import errors, vhost_user
 from postcopy_protocol.errors import PostcopyError
 from postcopy_protocol.errors import UserfaultfdUnavailable as ProtocolUnavailable
 
@@ -36,9 +36,9 @@ def test_a_client_loads_no_daemon_and_no_command_line() -> None:
 
 def test_the_public_names() -> None:
     assert set(postcopy.__all__) == {
-        *("attach", "Block", "Supervisor"),
+        *("attach", "Block", "BlockInfo", "Supervisor", "blocks", "explain_sigbus"),
         *("PostcopyError", "NoSupervisor", "NoSuchBlock", "AttachDenied", "AttachTimeout", "PageLost"),
-        *("UserfaultfdUnavailable", "BadInput", "BadMessage", "PageTimeout"),
+        *("UserfaultfdUnavailable", "BadInput", "BadMessage", "BadVersion", "PageTimeout"),
     }
     for name in postcopy.__all__:
         assert name in dir(postcopy)
@@ -47,9 +47,21 @@ def test_the_public_names() -> None:
         postcopy.nonsense  # noqa: B018
 
 
-@pytest.mark.parametrize("name", [name for name in postcopy.__all__ if name not in ("attach", "Block", "Supervisor")])
-def test_every_exception_is_a_postcopy_error(name: str) -> None:
-    assert issubclass(getattr(postcopy, name), PostcopyError)
+NO_EXCEPTIONS = ("attach", "Block", "BlockInfo", "Supervisor", "blocks", "explain_sigbus")
+
+
+@pytest.mark.parametrize("name", [name for name in postcopy.__all__ if name not in NO_EXCEPTIONS])
+def test_every_exception_is_a_postcopy_error_and_shows_where_users_find_it(name: str) -> None:
+    kind = getattr(postcopy, name)
+    assert issubclass(kind, PostcopyError)
+    assert (kind.__module__, kind.__qualname__) == ("postcopy", name)
+    assert type(pickle.loads(pickle.dumps(kind("why")))) is kind
+
+
+@pytest.mark.parametrize("name", ["BackEndGone", "BackEndTimeout", "VhostUserError"])
+def test_exceptions_of_vhost_user_are_found_beside_it(name: str) -> None:
+    kind = getattr(vhost_user, name)
+    assert issubclass(kind, PostcopyError) and kind.__module__ == "postcopy.vhost_user"
 
 
 def test_a_userfaultfd_that_is_not_to_be_had() -> None:
@@ -79,11 +91,10 @@ def test_output_that_nobody_reads_is_no_second_error(letters: int) -> None:
 
 def test_serve_without_the_extra_is_one_line() -> None:
     program = (
-        "import sys\nsys.modules['prctl'] = None\n"
-        "import importlib.util as u\nfind = u.find_spec\n"
-        "u.find_spec = lambda name, *more: None if name == 'prctl' else find(name, *more)\n"
+        "import sys\nimport importlib.util as u\nfind = u.find_spec\n"
+        "u.find_spec = lambda name, *more: None if name == 'postcopy_supervisor' else find(name, *more)\n"
         "sys.argv = ['postcopy', 'serve', 'ram0=x']\nimport postcopy.__main__ as m\nm.main()"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    assert done.stderr == "postcopy: serve needs prctl: pip install 'postcopy[supervisor]'\n"
+    assert done.stderr == "postcopy: serve needs postcopy_supervisor: pip install 'postcopy[supervisor]'\n"

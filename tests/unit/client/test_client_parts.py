@@ -9,20 +9,23 @@ import threading
 import time
 from itertools import islice
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import postcopy
 from postcopy.block import Block
+from postcopy.client import users_of
 from postcopy.commands.demo import default_file
 from postcopy.commands.verify import compare, first_difference, pieces
 from postcopy.deadline import Deadline
 from postcopy.errors import PageLost, PageTimeout, PostcopyError
 from postcopy.load.client_group import ClientProcess
 from postcopy.load.patterns import PATTERNS, Place, order
-from postcopy.populate import STEP, PopulateJob, Prefetcher, wait_for
+from postcopy.populate import STEP, PopulateJob, Populator, wait_for
 from postcopy.supervisor import _options
 
 PAGE = 4096
@@ -46,6 +49,28 @@ def test_a_deadline_passes() -> None:
     for long in (float("inf"), 1e300):  # what no system call takes
         assert Deadline(long).lock_timeout() <= threading.TIMEOUT_MAX
         assert Deadline(long).remaining() is None
+
+
+@pytest.mark.parametrize("seconds", ["5", b"5", [1]])
+def test_a_timeout_is_a_number(seconds: Any) -> None:
+    with pytest.raises(TypeError, match="a timeout is a number of seconds or None, not"):
+        Deadline(seconds)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert isinstance(Deadline(cast(float, numpy.float32(5))).remaining(), float)
+    assert users_of(numpy.int64(5)) == users_of((5, 5)) == {5}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("users", ["15", None, 1.5, ["a"]])
+def test_users_are_numbers(users: Any) -> None:
+    with pytest.raises(TypeError):
+        users_of(users)
+
+
+def test_blocks_of_a_supervisor_are_a_mapping() -> None:
+    with pytest.raises(TypeError, match="a mapping of names to SOURCEs, not list"):
+        postcopy.Supervisor(["ram0=file"])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("seconds", [-1, float("nan")])
@@ -112,7 +137,7 @@ def test_a_fill_that_is_given_up_stops_at_the_next_step() -> None:
 
 
 def test_prefetches_run_one_after_the_other_in_one_thread_and_swallow_errors() -> None:
-    prefetcher = Prefetcher()
+    prefetcher = Populator("postcopy-prefetch")
     bad, good = PopulateJob(FakeMemory({0: 133}), 0, PAGE), PopulateJob(FakeMemory(), 0, PAGE)
     prefetcher.submit(bad)
     prefetcher.submit(good)

@@ -175,7 +175,7 @@ def test_control_c_leaves() -> None:
 def test_the_smallest_usual_terminal_shows_all_columns_and_all_of_the_help() -> None:
     async def act(app: Top, pilot: Pilot[None]) -> None:
         assert app.client_list.show_vertical_scrollbar and not app.client_list.show_horizontal_scrollbar
-        assert app.client_list.render_line(0).text.rstrip().endswith("deaths")
+        assert app.client_list.render_line(0).text.rstrip().endswith("oldest")
         await pilot.press("question_mark")
         await pilot.pause()
         box = app.screen.query_one(VerticalScroll)

@@ -29,11 +29,15 @@ from postcopy_protocol.errors import AttachDenied, BadMessage, BadVersion, NoSuc
 from postcopy_protocol.geometry import PAGE_2M, PAGE_4K
 from postcopy_protocol.messages import (
     REFUSALS,
+    AskLoss,
     Attached,
     BlockOpened,
+    Blocks,
     Ending,
     Goodbye,
     Hello,
+    Listed,
+    Loss,
     Mapped,
     Message,
     OfferBackEnd,
@@ -99,8 +103,15 @@ class Door(RuleBasedStateMachine):
 
     @rule()
     def offer(self) -> None:
-        fine = self.in_order(Stage.GREETED)
+        fine = self.in_order(Stage.GREETED) and self.door.kind != "vm"
         assert code_of(self.door, OfferUserfaultfd()) == ("" if fine else "bad-message")
+        if fine:
+            self.stage = Stage.READY
+
+    @rule()
+    def offer_another_process(self) -> None:
+        fine = self.in_order(Stage.GREETED) and self.door.kind != "native"
+        assert code_of(self.door, OfferBackEnd()) == ("" if fine else "bad-message")
         if fine:
             self.stage = Stage.READY
 
@@ -112,8 +123,11 @@ class Door(RuleBasedStateMachine):
 
     @rule(block=st.sampled_from(sorted(BLOCKS)), mode=st.sampled_from((*MODES, "")), granted=st.booleans())
     def open(self, block: int, mode: str, granted: bool) -> None:
-        fine = self.in_order(Stage.READY) and mode in MODES
-        assert code_of(self.door, OpenBlock(f"ram{block}", mode)) == ("" if fine else "bad-message")
+        vm = self.door.kind == "vm"
+        fine = self.in_order(Stage.READY) and mode in MODES and (mode == "own") == vm
+        refused = "bad-message" if not fine else "limit" if vm and self.opened else ""
+        assert code_of(self.door, OpenBlock(f"ram{block}", mode)) == refused
+        fine = not refused
         if fine and granted:
             self.door.opened(block, mode, *BLOCKS[block])
             self.opened[block] = mode
@@ -137,6 +151,11 @@ class Door(RuleBasedStateMachine):
         pages, size = BLOCKS[message.block]
         aligned = not any(value % size for value in (message.address, message.length, message.offset))
         inside = message.address > 0 and message.length > 0 and message.offset + message.length <= pages * size
+        if self.opened[message.block] == "own" and any(
+            message.offset < other.offset + other.length and other.offset < message.offset + message.length
+            for other in self.regions.values()
+        ):
+            return "bad-range"
         free = all(
             message.address + message.length <= other.address or other.address + other.length <= message.address
             for other in self.regions.values()
@@ -164,6 +183,7 @@ class Door(RuleBasedStateMachine):
             OpenBlock: OpenBlock("a", "private"),
             Mapped: Mapped(0, 0, 0, 0),
             Resume: Resume(1),
+            AskLoss: AskLoss(0, 1, 0),
         }
         message = messages.get(kind) or (Unmap(0, 0) if kind is Unmap else kind())
         assert code_of(self.door, message, type(message).DESCRIPTORS + more) == "bad-descriptor"
@@ -302,7 +322,7 @@ def test_the_table_in_the_text_is_the_table_that_both_halves_walk() -> None:
         kind.__name__: [
             ", ".join(stage.value for stage in rule.allowed),
             rule.answer.__name__ if rule.answer else "-",
-            rule.after.value,
+            rule.after.value if rule.after else "-",
         ]
         for kind, rule in RULES.items()
     }
@@ -400,6 +420,15 @@ class Pair(RuleBasedStateMachine):
             self.ask(lambda: self.client.unmap(1, address), Unmapped(1, address), refuse and not known)
         else:
             self.ask(lambda: self.client.mapped(1, address, PAGE_4K, 0), Attached(1, address), refuse)
+
+    @precondition(lambda self: not self.dead)
+    @rule(refuse=st.booleans(), loss=st.booleans())
+    def look(self, refuse: bool, loss: bool) -> None:
+        """Questions that leave the conversation where it is."""
+        if loss:
+            self.ask(lambda: self.client.ask_loss(0, 1, PAGE_4K), Loss("ram1", PAGE_4K, "fire"), refuse)
+        else:
+            self.ask(self.client.list_blocks, Blocks((Listed("ram1", 7, PAGE_4K, False),)), refuse)
 
     @precondition(lambda self: not self.dead)
     @rule(sure=st.integers(0, 5))

@@ -221,12 +221,12 @@ def test_wrong_messages_are_bad_message(data: bytes) -> None:
 def test_nested_messages_are_judged_like_others() -> None:
     region = messages.RegionGrant(1, "private", 4096, 4096, 0)
     assignment = messages.Assignment(
-        1, 1, "a", "", 0, 1, -1, 2, 3, -1, 0, True, "", "auto", -1, (), (region,), "native"
+        1, 1, "a", "", 0, 1, -1, 2, 3, -1, 0, True, "", "auto", -1, (), (region,), "native", -1
     )
     words = as_words(assignment)
-    assert words[-2] == [[1, "private", 4096, 4096, 0]]
+    assert words[-3] == [[1, "private", 4096, 4096, 0]]
     for wrong in ([1], [[1]], [[1, "private", 4096, -1, 0, False]], [[1, "private", 4096, 4096, 0, 0]]):
-        refuses(msgpack.packb([*words[:-2], wrong, words[-1]]))
+        refuses(msgpack.packb([*words[:-3], wrong, *words[-2:]]))
 
 
 @pytest.mark.parametrize("kind", EVERY, ids=lambda kind: kind.__name__)

@@ -126,8 +126,10 @@ def test_sum_and_cumulative_buckets(values: list[int]) -> None:
 @pytest.mark.parametrize("text", ["", "ValueError: no", "é" * 1000, "\udce9 \x1b", "x" * counters.MOST_REASON])
 def test_a_reason_is_kept_as_far_as_there_is_room(text: str) -> None:
     words = memoryview(bytearray(counters.PAGE_BYTES)).cast("Q")
-    counters.note_reason(words, "an older and much longer reason" * 20)
-    counters.note_reason(words, text)
+    counters.note_reason(words, "an older and much longer reason" * 20, 7, 7)
+    counters.note_reason(words, text, 3, 1 << 39)
     kept = counters.reason(words)
     assert kept.rstrip("\ufffd") == text.encode("utf-8", "replace")[: counters.MOST_REASON].decode("utf-8", "ignore")
+    assert counters.place_of(words[counters.EXPLAINED]) == (3, 1 << 39)
+    words[counters.EXPLAINED] = 0
     assert not any(words[: counters.REASON]) and not any(words[HISTOGRAM:])

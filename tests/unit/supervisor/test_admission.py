@@ -137,7 +137,7 @@ def test_many_users_share_what_is_remembered() -> None:
     for uid in range(1, 3 * MOST_USERS):
         admission.hold(uid, 0.0)
         admission.count(uid, OPEN)
-        admission.refused(uid, "no")
+        admission.refused(uid, "denied", "no")
     assert len(admission._work) <= MOST_USERS + 1 and len(admission._refusals) <= MOST_USERS + 1
     assert (OTHERS, "no", 2 * MOST_USERS - 1) in admission.reports(0.0)
 
@@ -145,16 +145,16 @@ def test_many_users_share_what_is_remembered() -> None:
 def test_refusals_are_reported_ever_more_rarely_and_all_counted() -> None:
     admission, now, reported, times = Admission(AllowList(0)), 0.0, 0, []
     while now < 1000:
-        admission.refused(7, "no")
+        admission.refused(7, "denied", "no")
         for _, _, count in admission.reports(now):
             reported += count
             times.append(now)
         now += 0.25
     assert times[:4] == [0.0, 1.0, 3.0, 7.0] and max(b - a for a, b in itertools.pairwise(times)) == 64.0
     reported += sum(count for _, _, count in admission.reports(now + LONGEST_WAIT))
-    assert reported == 4000
+    assert reported == 4000 == admission.refusals["denied"]
     admission.reports(now + 3 * LONGEST_WAIT)
-    admission.refused(7, "no")
+    admission.refused(7, "denied", "no")
     assert admission.reports(now + 3 * LONGEST_WAIT), "after a quiet time it is reported at once again"
 
 

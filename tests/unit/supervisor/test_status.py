@@ -9,6 +9,8 @@ from typing import Any, cast
 from postcopy_protocol import counters, stages
 from postcopy_supervisor.clients.client import Client, Clients
 from postcopy_supervisor.observe.status import AT_ONCE, Census, Steps, listed
+from postcopy_supervisor.paging.engine import Engine
+from postcopy_supervisor.waits import Waits
 
 BLOCK = 1
 
@@ -30,9 +32,10 @@ class Bench:
     def __init__(self, count: int) -> None:
         self.clients = Clients((BLOCK,), cast(Any, SimpleNamespace(drop=lambda key: None)))
         self.clients.by_number |= {number: client(number, number) for number in range(1, count + 1)}
-        pool: Any = SimpleNamespace(slots={}, pid=lambda number: None)
+        pool: Any = SimpleNamespace(slots={}, pid=lambda number: None, restarts_of=lambda number: 0)
         block: Any = SimpleNamespace(number=BLOCK, name="ram0")
-        self.census = Census(self.clients, pool, [block], set())
+        waits = Waits({}, self.clients, Engine())
+        self.census = Census(self.clients, pool, waits, [block], set())
 
     def leaves(self, number: int) -> None:
         self.clients.drop(self.clients.by_number[number])

@@ -166,7 +166,9 @@ REGION = RegionGrant(1, "private", 4096, 4096, 0)
 
 def assignment(*kinds: str) -> Assignment:
     blocks = tuple(replace(GRANT, kind=kind) for kind in kinds)
-    return Assignment(1, 1, "x", "ipc://x", 3, 4, 0, 5, 1, 2, 4096, False, "/", "off", -1, blocks, (REGION,), "native")
+    return Assignment(
+        1, 1, "x", "ipc://x", 3, 4, 0, 5, 1, 2, 4096, False, "/", "off", -1, blocks, (REGION,), "native", -1
+    )
 
 
 def note(*, quarantined: bool = False, regions: tuple[RegionGrant, ...] = (REGION,)) -> bytes:

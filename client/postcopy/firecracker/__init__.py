@@ -1,0 +1,1 @@
+"""Firecracker: page-fault handling for its snapshots, and the API call that restores one."""
