@@ -35,7 +35,7 @@ def main() -> int:
         if settings.die_with_parent:
             die_with_parent(settings.die_with_parent, signal.SIGTERM)
         raise_descriptor_limit()
-        names = ", ".join(settings.files)
+        names = ", ".join([*settings.files, *settings.snapshots])
         title_process(f"postcopy_sources: {names} at {settings.listen}")
         from .serving import serve
 

@@ -45,7 +45,7 @@ def store(packed_image: Path) -> Iterator[HttpStore]:
 def program_of(service: Service) -> int:
     """The page source program of a supervisor."""
     children = Path(f"/proc/{service.pid}/task/{service.pid}/children").read_text().split()
-    (found,) = [int(pid) for pid in children if b"--for-serve" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    (found,) = [int(pid) for pid in children if b"store-source-" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     return found
 
 
