@@ -169,6 +169,14 @@ class AttachConnection:
         """Ask why a page is lost; see ``messages.AskLoss``."""
         return self._ask(self._conversation.ask_loss(client, block, offset), deadline)[0]
 
+    def ask_orphan_policy(self, deadline: Deadline) -> tuple[int, int]:
+        """Timeout in milliseconds and lifeline, which the caller owns; (0, -1) where missing pages are to wait."""
+        answer, fds = self._ask(self._conversation.ask_orphan_policy(), deadline)
+        if answer.poison and fds:
+            return answer.timeout_ms, fds[0]
+        close_all(fds)
+        return 0, -1
+
     def say_goodbye(self) -> None:
         """End the conversation, if the connection still exists."""
         if self.usable:
@@ -296,7 +304,10 @@ def _unreachable(error: OSError, directory: str, deadline: Deadline) -> Postcopy
     if error.errno == errno.EAGAIN:
         return AttachTimeout(f"the supervisor in {directory} did not accept the connection within {deadline.seconds} s")
     if error.errno in (errno.EACCES, errno.EPERM):
-        return AttachDenied(f"no permission for the attach socket in {directory}: {error.strerror}")
+        return AttachDenied(
+            f"no permission for the attach socket in {directory}: {error.strerror} (a user who connects "
+            "without end is kept out for up to a minute: the supervisor's log says so)"
+        )
     reasons = {
         errno.ENOENT: "no attach socket",
         errno.ECONNREFUSED: "the process that made its attach socket has ended",

@@ -188,7 +188,13 @@ class Client:
     def _open(self, session: Session, name: str, mode: str, deadline: Deadline) -> Block:
         opened = session.open(name, mode, deadline)
         try:
-            block = Block(self, session, opened, _map(opened))
+            mapping = _map(opened)
+            try:
+                session.watch(opened, mapping.address, deadline)
+            except BaseException:
+                mapping.close()
+                raise
+            block = Block(self, session, opened, mapping)
         finally:
             opened.close()
         try:
@@ -266,6 +272,7 @@ class Client:
             try:
                 if opened.identity() != block.identity:
                     return f"block {block.name} has been replaced by another block of that name"
+                session.watch(opened, block.mapping.address, deadline)
                 session.announce(opened.number, block.mapping.address, block.mapping.length, deadline)
                 block.adopt(session, opened)
             finally:

@@ -5,10 +5,12 @@ to all waiters, and only this process can guarantee that a reference exists."""
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 import sys
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from postcopy_kernel.descriptors import close_all
 from postcopy_kernel.userfaultfd import DEVICE, Userfaultfd, open_userfaultfd
@@ -18,6 +20,11 @@ from postcopy_protocol.runtime_paths import MAX_NAME
 from .attach_socket import AttachConnection, OpenedBlock
 from .deadline import Deadline
 from .errors import AttachDenied, BadMessage, NoSupervisor, PostcopyError, UserfaultfdUnavailable, unavailable
+
+if TYPE_CHECKING:
+    from .watching import OrphanWatcher
+
+log = logging.getLogger("postcopy")
 
 
 class Session:
@@ -31,6 +38,8 @@ class Session:
         self.regions = 0
         self._resumable = True
         self._unmaps: list[tuple[int, int]] = []
+        self._watcher: OrphanWatcher | None = None
+        self._policy_asked = False
         self._userfaultfd: Userfaultfd | None = None
         try:
             device = self.connection.greet(self._name, "native", deadline)
@@ -66,11 +75,42 @@ class Session:
             raise
         self.connection.close()
         self.connection = successor
+        self._policy_asked = False
         return True
 
     def open(self, name: str, mode: str, deadline: Deadline) -> OpenedBlock:
         """Open a block. The caller owns its descriptors."""
         return self.connection.open(name, mode, deadline)
+
+    def watch(self, opened: OpenedBlock, address: int, deadline: Deadline) -> None:
+        """Have a block watched that is about to be announced, where the supervisor's policy for orphans wants that. An
+        older supervisor has none, and where no watcher can be started missing pages wait, as under the other policy."""
+        try:
+            if not self._policy_asked:
+                self._policy_asked = True
+                timeout_ms, lifeline = self.connection.ask_orphan_policy(deadline)
+                if lifeline >= 0:
+                    self._start_watcher(timeout_ms, lifeline)
+        except OSError as error:
+            text = "this process has no watcher (%s): its missing pages wait if every process of the service dies"
+            log.warning(text, error)
+        except PostcopyError as error:
+            if not self.connection.usable:
+                raise
+            log.debug("the supervisor has no policy for orphans: %s", error)
+        if self._watcher is not None:
+            self._watcher.add(opened.number, address, opened.length, opened.page_size, opened.received)
+
+    def _start_watcher(self, timeout_ms: int, lifeline: int) -> None:
+        from .watching import OrphanWatcher
+
+        assert self._userfaultfd is not None
+        try:
+            if self._watcher is None:
+                self._watcher = OrphanWatcher(self._userfaultfd.fd)
+            self._watcher.be_served(timeout_ms, lifeline)
+        finally:
+            os.close(lifeline)
 
     def announce(self, number: int, address: int, length: int, deadline: Deadline) -> None:
         """Announce where a block is mapped. After that it may be touched."""
@@ -81,6 +121,8 @@ class Session:
         """Note that a range is no longer touched. Until the supervisor knows, it refuses the range's addresses to the
         next block that is attached there."""
         self._unmaps.append((number, address))
+        if self._watcher is not None:
+            self._watcher.remove(address)
 
     def send_unmaps(self, deadline: Deadline) -> None:
         """Send the queued notes; after that the ranges may be unmapped. Those that fail are sent to a successor."""
@@ -110,6 +152,9 @@ class Session:
         """Close without a Goodbye: nothing is attached, or (in a forked child) the session belongs to the parent."""
         self._resumable = False
         self.connection.close()
+        if self._watcher is not None:
+            self._watcher.close()
+            self._watcher = None
         if self._userfaultfd is not None:
             self._userfaultfd.close()
             self._userfaultfd = None

@@ -59,6 +59,9 @@ POINTS = {
     "takeover.judged": "all of it is received and valid, nothing is changed yet",
     "takeover.moved": "clients and workers are adopted, no client is answered yet",
     "takeover.ready": "it is ready, its predecessor's clients have not resumed",
+    # a supervisor that rescues clients of a service that has died altogether
+    "rescue.fetched": "their descriptors are fetched, nothing is changed yet",
+    "rescue.alone": "workers that survived are ended, no new one is started",
     # the custodian
     "custodian.forked": "a worker is forked, the supervisor does not know",
     "custodian.announced": "the supervisor has its pidfd, the worker does not run yet",

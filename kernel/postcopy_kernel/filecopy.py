@@ -48,25 +48,30 @@ def watched_stamp(fd: int) -> Stamp:
 
 @dataclass(frozen=True, slots=True)
 class ServedFile:
-    """An open file and its stamp. ``leased``: a lease is held; ``digests``: for a file in memory."""
+    """An open file and its stamp. ``leased``: a lease is held; ``digests``: for a file in memory; ``original``: stamp
+    of the file that was copied."""
 
     fd: int
     stamp: Stamp
     leased: bool
     digests: PageDigests | None = None
+    original: Stamp | None = None
 
 
 def settle(fd: int, path: str, *, copy: bool) -> ServedFile:
     """Prepare the regular file ``fd`` so that a change of it is seen: by a lease if possible, else by its stamp, for a
     file in memory by digests. ``copy``: take a copy that no other program has. Takes ``fd`` over. Raises OSError."""
+    original = None
     try:
         if copy:
-            original, fd = fd, private_copy(fd, path)
-            os.close(original)
+            source, original = fd, watched_stamp(fd)
+            fd = private_copy(fd, path)
+            os.close(source)
         if lease(fd):
-            return ServedFile(fd, Stamp.of(fd), leased=True)
+            return ServedFile(fd, Stamp.of(fd), leased=True, original=original)
         stamp = watched_stamp(fd)
-        return ServedFile(fd, stamp, leased=False, digests=PageDigests.of(fd, stamp.size) if in_memory(fd) else None)
+        digests = PageDigests.of(fd, stamp.size) if in_memory(fd) else None
+        return ServedFile(fd, stamp, leased=False, digests=digests, original=original)
     except BaseException:
         os.close(fd)
         raise

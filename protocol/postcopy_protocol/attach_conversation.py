@@ -13,6 +13,7 @@
     Unmap              ready             Unmapped              ready
     ListBlocks         greeted, ready    Blocks                -
     AskLoss            greeted, ready    Loss                  -
+    AskOrphanPolicy    ready             OrphanPolicy          ready
     Goodbye            greeted, ready    -                     gone
 
 ``Refused`` may come in place of any answer and changes nothing: the conversation stays where it was.
@@ -36,6 +37,7 @@ from .geometry import PAGE_SIZES, AddressSpace, Region, page_count
 from .messages import (
     REFUSALS,
     AskLoss,
+    AskOrphanPolicy,
     Attached,
     BlockOpened,
     Blocks,
@@ -49,6 +51,7 @@ from .messages import (
     OfferBackEnd,
     OfferUserfaultfd,
     OpenBlock,
+    OrphanPolicy,
     Refused,
     RegionGrant,
     Released,
@@ -102,6 +105,7 @@ RULES: dict[type[Message], Rule] = {
     OfferBackEnd: Rule((Stage.GREETED,), UserfaultfdAccepted, Stage.READY),
     ListBlocks: Rule((Stage.GREETED, Stage.READY), Blocks, None),
     AskLoss: Rule((Stage.GREETED, Stage.READY), Loss, None),
+    AskOrphanPolicy: Rule((Stage.READY,), OrphanPolicy, Stage.READY),
 }
 """The table above. Both halves walk it."""
 
@@ -343,6 +347,10 @@ class AttachClient:
     def ask_loss(self, client: int, block: int, offset: int) -> Question[Loss]:
         """Ask why a page is lost; see AskLoss."""
         return self._ask(AskLoss(client, block, offset), Loss)
+
+    def ask_orphan_policy(self) -> Question[OrphanPolicy]:
+        """The answer's descriptor, if any, is the lifeline of the service."""
+        return self._ask(AskOrphanPolicy(), OrphanPolicy)
 
     def goodbye(self) -> bytes:
         """The bytes to send before closing. Nothing answers."""

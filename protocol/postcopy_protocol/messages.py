@@ -145,6 +145,10 @@ class AskLoss(Message, tag=13):
     offset: int
 
 
+class AskOrphanPolicy(Message, tag=9):
+    """Ask what is to become of missing pages when every process of the service has died (``--on-orphan``)."""
+
+
 # attach socket: supervisor -> client
 class Welcome(Message, tag=20, descriptors=1):
     """Answer to Hello: the client's number; 1 descriptor: an open /dev/userfaultfd, or none if there is no device."""
@@ -228,6 +232,15 @@ class Loss(Message, tag=33):
     block: str
     offset: int
     reason: str
+
+
+class OrphanPolicy(Message, tag=29, descriptors=1):
+    """Answer to AskOrphanPolicy. ``poison``: the client is to have a watcher, which poisons missing pages
+    ``timeout_ms`` after the last process of the service has died. Then 1 descriptor: the lifeline, the reading end of a
+    pipe whose writing end every process of the service holds."""
+
+    timeout_ms: int
+    poison: bool
 
 
 REFUSALS = ("no-such-block", "denied", "bad-message", "bad-version", "bad-descriptor", "bad-range", "limit", "failed")
@@ -598,3 +611,30 @@ class ClientNote(Message, tag=104):
     back_end: bool
     regions: tuple[RegionGrant, ...]
     released: tuple[RegionGrant, ...]
+
+
+# what a supervisor leaves in the runtime directory for the case that every process of the service dies at once
+class BlockRecord(Message, tag=106):
+    """The file ``block-N`` of the directory ``private/rescue``. ``note`` is an encoded BlockNote. Memory, received map
+    and the file of a local block (0: none) by device and inode. ``original``: stamp of the file behind a copy."""
+
+    note: bytes
+    boot: str
+    memory_device: int
+    memory_inode: int
+    map_device: int
+    map_inode: int
+    file_device: int
+    file_inode: int
+    original: bytes
+
+
+class ClientRecord(Message, tag=107):
+    """The file ``client-N``. ``note`` is an encoded ClientNote; ``started`` is when its process was started, in clock
+    ticks since ``boot`` (0: not known here, as in another pid namespace). The same of a back-end's front-end."""
+
+    note: bytes
+    boot: str
+    started: int
+    front_end: int
+    front_end_started: int

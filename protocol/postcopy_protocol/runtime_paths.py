@@ -20,6 +20,8 @@ CUSTODIAN = "private/custodian"
 """Unix SEQPACKET socket of the custodian, where the next supervisor takes over."""
 LOCK = "private/lock"
 """Locked (flock) by the one supervisor of this directory."""
+RESCUE = "private/rescue"
+"""Sub-directory with one file for each block and client: how to find them when every process of the service died."""
 
 SOCKET_PATH_BYTES = 107
 """``sun_path`` is 108 bytes with its terminating zero (unix(7))."""

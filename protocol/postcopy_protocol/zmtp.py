@@ -93,6 +93,8 @@ class Reader:
         """The next bytes begin a message."""
         self.more = False
         """``feed`` is to be called again, with no data: more messages may be complete."""
+        self.at_once, self.frames_at_once = AT_ONCE, MOST_PARTS
+        """Messages, and frames, that one ``feed`` handles."""
         self._until_ready = until_ready
         self._greeted = False
         self._rest = b""
@@ -123,10 +125,11 @@ class Reader:
                 raise BadMessage("a message before READY")
             else:
                 messages += self._part(body, flags)
-            if len(messages) == AT_ONCE or frames == MOST_PARTS:
+            if len(messages) >= self.at_once or frames >= self.frames_at_once:
                 self.more = True
                 break
         self._rest = self._rest[at:]
+        self.more = self.more and bool(self._rest)
         self.idle = self.ready and not self._rest and not self._parts
         return messages
 

@@ -67,6 +67,7 @@ class Connection:
     pushers: dict[int, PushStream] = field(default_factory=dict)
     fast_answers: dict[bytes, FastAnswer] = field(default_factory=dict)
     staging: Staging | None = None
+    refused: int = 0  # messages
 
     def unstage(self) -> None:
         """Give up its staging memory, if it has any."""

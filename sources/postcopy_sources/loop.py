@@ -48,6 +48,7 @@ QUIET_SECONDS = 10.0  # a supervisor pings every second
 SILENT_SECONDS = 600.0
 """A supervisor that has been silent for so long is forgotten: they ping every second. A connection that breaks while
 nothing is sent is not reported, and a thread that pushes to it would wait forever for its window."""
+MOST_REFUSED = 16  # messages of a supervisor; beyond it the router reads it as it reads newcomers
 MAX_STAGINGS = 16  # supervisors that have a staging memory; the others get everything over their sockets
 STAGING_SILENT_SECONDS = 10.0  # a supervisor that has been silent for so long needs no staging memory
 LARGE = 31 << 20  # bytes; just below the largest that glibc (any, 64 bit) learns its threshold from
@@ -171,10 +172,15 @@ class Loop:
     def _refuse(self, connection: Connection, refusal: SourceRefusal) -> None:
         log.debug("refused %s: %s", refusal.code, refusal, extra=about("refused", connection.name.hex()))
         self.sender.send_note(connection, encode(refusal.message()))
+        connection.refused += 1
+        if connection.refused == MOST_REFUSED:
+            self._router.trust(connection.name, False)
 
     def _advise(self, connection: Connection, message: Advise) -> None:
         advised, ended = connection.conversation.advise(message)
         self._remember(connection)
+        if connection.refused < MOST_REFUSED:
+            self._router.trust(connection.name)
         for old in ended:
             connection.end_stream(old)
         connection.unstage()  # messages about its slots may be in flight: another one is offered at the next Listen

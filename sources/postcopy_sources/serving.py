@@ -121,7 +121,9 @@ class Endpoint:
 
     def open(self, on_message: MessageHandler, on_gone: GoneHandler) -> Router:
         """Listen. Raises PostcopyError."""
-        router = open_router(self._transport, on_message, on_gone, queue=SEND_QUEUE, largest=MAX_MESSAGE)
+        router = open_router(
+            self._transport, on_message, on_gone, queue=SEND_QUEUE, largest=MAX_MESSAGE, newcomers=True
+        )
         self._stack.callback(router.close, _LINGER)
         path = self._listen.removeprefix("ipc://") if self._listen.startswith("ipc://") else ""
         if path:

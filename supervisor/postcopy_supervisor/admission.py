@@ -10,9 +10,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from postcopy_kernel import descriptors
+from postcopy_kernel import access_list, descriptors
 from postcopy_protocol.codec import encode
 from postcopy_protocol.messages import Mapped, Message, OfferBackEnd, OfferUserfaultfd, Refused, Unmap
+
+from .bans import Bans
 
 EVERY_BLOCK = ""
 """In place of a block's name."""
@@ -116,6 +118,7 @@ class Refusals:
     count: int = 0
     due: float = 0.0
     wait: float = 0.5
+    banned: str = ""
 
 
 @dataclass(slots=True)
@@ -123,6 +126,7 @@ class Admission:
     """Judges peers, and counts what the users among them ask for."""
 
     allow: AllowList
+    bans: Bans = field(default_factory=lambda: Bans(access_list.MOST_USERS))
     _connects: dict[int, Allowance] = field(default_factory=dict)
     _work: dict[int, Allowance] = field(default_factory=dict)
     refusals: Counter[str] = field(default_factory=Counter)
@@ -135,19 +139,24 @@ class Admission:
         try:
             peer = self.allow.check(connection, named)
         except OSError as error:
-            return self._refuse(named.uid, "failed", f"the connecting process cannot be identified: {error.strerror}")
+            return self._refuse(
+                named.uid, now, "failed", f"the connecting process cannot be identified: {error.strerror}"
+            )
         if peer is None:
-            return self._refuse(named.uid, "denied", self.allow.reason(named.uid))
+            return self._refuse(named.uid, now, "denied", self.allow.reason(named.uid))
         if peer.uid != self.allow.own:
             allowance = _allowance(self._connects, peer.uid, CONNECTS_PER_SECOND, MOST_CONNECTS, now)
             if allowance.left < 1:
                 text = f"user {peer.uid} connects more often than {CONNECTS_PER_SECOND:.0f} times a second"
-                return self._refuse(peer.uid, "limit", f"{text}; try again in a moment")
+                return self._refuse(peer.uid, now, "limit", f"{text}; try again in a moment")
             allowance.left -= 1
         return peer
 
-    def _refuse(self, uid: int, code: str, reason: str) -> bytes:
+    def _refuse(self, uid: int, now: float, code: str, reason: str) -> bytes:
         self.refused(uid, code, reason)
+        seconds = self.bans.refused(uid, now) if uid not in (0, self.allow.own) else 0.0
+        if seconds and uid in self._refusals:
+            self._refusals[uid].banned = f"; it connects without end, so the kernel keeps it out for {seconds:g} s"
         return _encoded(code, reason)
 
     def hold(self, uid: int, now: float) -> float:
@@ -178,9 +187,9 @@ class Admission:
             if entry.count == 0:
                 del self._refusals[uid]  # quiet for as long as its last wait
                 continue
-            reports.append((uid, entry.reason, entry.count))
+            reports.append((uid, entry.reason + entry.banned, entry.count))
             entry.wait = min(LONGEST_WAIT, 2 * entry.wait)
-            entry.count, entry.due = 0, now + entry.wait
+            entry.count, entry.due, entry.banned = 0, now + entry.wait, ""
         return reports
 
 

@@ -17,6 +17,7 @@ from .clients.worker_zero import NUMBER as ZERO
 from .pool.custodian_client import CustodianClient
 from .pool.worker_pool import Process, WorkerPool
 from .recovery.plan import Plan
+from .recovery.watchers import Orphans
 
 RETRY_SECONDS = 0.01
 
@@ -43,12 +44,20 @@ class PendingWorkers:
         return now + RETRY_SECONDS if self._workers else None
 
 
-def adopt(plan: Plan, custodian: CustodianClient, pool: WorkerPool, clients: Clients, server: AttachServer) -> None:
+def adopt(
+    plan: Plan,
+    custodian: CustodianClient,
+    pool: WorkerPool,
+    clients: Clients,
+    server: AttachServer,
+    orphans: Orphans,
+) -> None:
     """Take over clients first, then the workers that serve them, then start those that are missing."""
     if not plan.recovers:
         return
     for inherited in plan.clients:
         server.adopt(inherited)
+    _relieve(plan, clients, orphans)
     for fd in plan.zero:
         page = memoryview(mmap.mmap(fd, counters.PAGE_BYTES)).cast("Q")
         pool.skip_incarnations(ZERO, page[counters.INCARNATION])
@@ -61,3 +70,17 @@ def adopt(plan: Plan, custodian: CustodianClient, pool: WorkerPool, clients: Cli
     server.start_workers()
     for key in plan.forgotten:
         custodian.forget(key)
+
+
+def _relieve(plan: Plan, clients: Clients, orphans: Orphans) -> None:
+    """Watchers of rescued clients stop answering faults. What they have poisoned is noted as a worker would have noted
+    it, so that the next worker places and heals it."""
+    notes = {kept.note.block: kept.note for kept in plan.blocks.values()}
+    rescued = {
+        number: client for number, client in clients.by_number.items() if number in plan.rescued and not client.back_end
+    }
+    for number, poisoned in orphans.relieve({number: (client.pid, client.uid) for number, client in rescued.items()}):
+        page, touches = rescued[number].counters, rescued[number].touches
+        for block, offset in poisoned:
+            if page is not None and block in touches and offset < notes[block].size:  # it is the client's word
+                counters.deny(page, block, offset // notes[block].page_size)

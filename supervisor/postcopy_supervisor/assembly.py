@@ -7,7 +7,7 @@ A module imports only modules that stand before it here:
     paging.*, remote.staging, remote.sources    faults of remote blocks
     pool.*, listener                            the custodian, the workers, events
     clients.*                                   client, identity, losses, release, attach_server, worker_zero, ...
-    exports, waits, watchdog, adopt, assignment, parts
+    exports, waits, watchdog, adopt, assignment, parts, keeping
     observe.*                                   recorder, audit, status, page_history, queries, scrapes, metrics
     shutdown, periodic, main_loop, trace_points, assembly, __main__
 """
@@ -28,14 +28,12 @@ from dataclasses import dataclass
 from postcopy_kernel import crashpoints, descriptors, memory, process
 from postcopy_kernel.userfaultfd import DEVICE, Userfaultfd, UserfaultfdUnavailable, open_device, open_userfaultfd
 from postcopy_protocol import counters, stages, trace
-from postcopy_protocol.codec import encode
-from postcopy_protocol.messages import WhenOrphaned
 from postcopy_protocol.sources import Advice
 from postcopy_wire.factory import open_router
 from postcopy_wire.transport import Router
 
 from . import trace_points
-from .admission import Admission, AllowList
+from .admission import Admission
 from .adopt import PendingWorkers, adopt
 from .assignment import WorkerAssignments
 from .blocks import RamBlock
@@ -49,9 +47,11 @@ from .entrances import Entrances, listen_for_clients, listen_for_workers
 from .event_log import EventLog
 from .exports import Exports
 from .handlers import check_handlers
+from .keeping import keep_for_workers, open_custodian
 from .listener import FileWatches, Listener
 from .main_loop import MainLoop, Ports, Replies
 from .memory_budget import MemoryBudget
+from .memory_cgroup import own_cgroups
 from .observe import metrics
 from .observe.audit import Auditor
 from .observe.queries import LongAnswers, Queries
@@ -64,13 +64,15 @@ from .parts import Parts, RunState
 from .periodic import PeriodicWork
 from .pool.custodian_client import CustodianClient
 from .pool.worker_pool import WorkerPool
-from .recovery import inventory
+from .recovery import inventory, watchers
+from .recovery.descriptor_store import DescriptorStore, taken
 from .recovery.inventory import Custodian
-from .recovery.plan import CGROUPS, SHARED, Plan
+from .recovery.plan import Plan
+from .recovery.watchers import Orphans
 from .remote.advise import AskedToEnd, SourceAccess
 from .remote.programs import SourceProgram
 from .remote.sources import Sources
-from .runtime import Heartbeat, RuntimeDirectory, cgroup_procs
+from .runtime import Heartbeat, RuntimeDirectory
 from .settings import Settings
 from .shutdown import Shutdown, StopRequest
 from .waits import Waits
@@ -84,13 +86,15 @@ NEW_SOURCE_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Descriptors:
-    """The supervisor's own. ``device``: /dev/userfaultfd, or -1; ``stop``: readable when it is asked to end."""
+    """The supervisor's own. ``device``: /dev/userfaultfd, or -1; ``stop``: readable when it is asked to end;
+    ``lifeline``: see ``plan.LIFELINE``."""
 
     core: Userfaultfd
     quit: int
     control: int
     device: int
     stop: int
+    lifeline: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +131,11 @@ def serve(settings: Settings) -> None:
     settings = program.settings
     try:
         descriptors.raise_descriptor_limit()
-        custodian, plan = inventory.enter(runtime.custodian, settings)
+        stored, keys = taken(os.environ)
+        store = DescriptorStore.wanted(os.environ, keys)
+        custodian, plan = inventory.enter(runtime.custodian, settings, stored)
         with program, contextlib.ExitStack() as stack:
-            supervisor = assemble(settings, runtime, plan, custodian, program)
+            supervisor = assemble(settings, runtime, plan, custodian, store, program)
             if settings.metrics is not None:
                 metrics.start(supervisor.parts, settings.metrics, public=settings.metrics_public)
             if supervisor.recorder is not None:
@@ -143,11 +149,17 @@ def serve(settings: Settings) -> None:
 
 
 def assemble(
-    settings: Settings, runtime: RuntimeDirectory, plan: Plan, inherited: Custodian | None, program: SourceProgram
+    settings: Settings,
+    runtime: RuntimeDirectory,
+    plan: Plan,
+    inherited: Custodian | None,
+    store: DescriptorStore | None,
+    program: SourceProgram,
 ) -> Supervisor:
-    """Build everything. ``inherited``: the custodian of the previous supervisor, from which ``plan`` was made."""
+    """Build everything. ``inherited``: the custodian of the previous supervisor, from which ``plan`` was made;
+    ``store``: that of the service manager."""
     main_loop = trace_points.TracedMainLoop(settings.trace) if settings.trace else MainLoop()
-    base = _base(settings, runtime, plan, inherited, main_loop, program)
+    base = _base(settings, runtime, plan, inherited, store, main_loop, program)
     service = _service(settings, runtime, plan, base, main_loop)
     own, router, listener, custodian = base.own, base.router, base.listener, base.custodian
     blocks, clients, pool, event = base.blocks, service.clients, service.pool, base.event_log.record
@@ -173,7 +185,8 @@ def assemble(
     ports = _ports(runtime, base, service, periodic, queries, answers, replies)
     main_loop.start(ports)
     router.watch(listener.wakeup, main_loop.on_wakeup)
-    adopt(plan, custodian, pool, clients, service.attach)
+    adopt(plan, custodian, pool, clients, service.attach, service.orphans)
+    custodian.tidy_stores()
     pending.expect({number for block in service.paging.links for number in clients.with_block(block)})
     if plan.recovers:
         crashpoints.at("takeover.moved")
@@ -221,6 +234,7 @@ def _base(
     runtime: RuntimeDirectory,
     plan: Plan,
     inherited: Custodian | None,
+    store: DescriptorStore | None,
     main_loop: MainLoop,
     program: SourceProgram,
 ) -> Base:
@@ -232,9 +246,9 @@ def _base(
     router = open_router(settings.transport, main_loop.on_message)
     listen_for_workers(router, runtime)
     attach_socket = listen_for_clients(runtime)
-    custodian = _custodian(settings, runtime, own, inherited)
-    admission = Admission(_allow_list(settings))
-    listener = Listener(own.core, own.stop, attach_socket, FileWatches(blocks.values()), admission)
+    custodian = open_custodian(settings, runtime, plan, own, by_number, store, inherited)
+    admission = Admission(settings.allow_list())
+    listener = Listener(own.core, own.stop, attach_socket, FileWatches(blocks.values()), admission, runtime.door)
     return Base(
         state,
         EventLog(),
@@ -264,6 +278,7 @@ class Service:
     attach: AttachServer
     sources: Sources
     recorder: Recorder | None
+    orphans: Orphans
 
 
 def _service(settings: Settings, runtime: RuntimeDirectory, plan: Plan, base: Base, main_loop: MainLoop) -> Service:
@@ -272,7 +287,7 @@ def _service(settings: Settings, runtime: RuntimeDirectory, plan: Plan, base: Ba
     clients = Clients(blocks, custodian, plan.first_client, base.event_log.names)
     assignments = WorkerAssignments(settings, runtime.endpoint, own.device >= 0, blocks, clients)
     pool = WorkerPool(settings.restart, custodian, listener, base.router, assignments, clients, event)
-    _keep_for_workers(settings, custodian, own, blocks)
+    keep_for_workers(settings, custodian, own, blocks)
     worker_zero, own_mapping = WorkerZero(blocks, pool, custodian), OwnMapping(own.core)
     paging = _paging(settings, base, clients, pool, worker_zero, own_mapping)
     zero = ClientZero(blocks, paging, worker_zero, own_mapping, event)
@@ -280,10 +295,11 @@ def _service(settings: Settings, runtime: RuntimeDirectory, plan: Plan, base: Ba
     recorder = _recorder(settings, blocks, clients)
     figures = trace.FIGURES_BYTES if recorder is not None else stages.END
     losses = Losses(blocks, clients, base.event_log)
-    attach = AttachServer(base.blocks, clients, pool, listener, release, losses, own.device, figures, recorder)
+    orphans = Orphans(settings.orphan_timeout if settings.poison_orphans else None, own.lifeline)
+    attach = AttachServer(base.blocks, clients, pool, listener, release, losses, own.device, figures, recorder, orphans)
     receive = main_loop.on_source_message
     sources = Sources(settings, base.access, base.router, base.advice, base.blocks, paging, receive, event)
-    return Service(clients, pool, paging, zero, release, attach, sources, recorder)
+    return Service(clients, pool, paging, zero, release, attach, sources, recorder, orphans)
 
 
 def _recorder(settings: Settings, blocks: Mapping[int, RamBlock], clients: Clients) -> Recorder | None:
@@ -330,7 +346,7 @@ def _periodic(
     memories = [block.memory for block in base.blocks.values()]
     return PeriodicWork(
         parts,
-        MemoryBudget(memories, settings.max_memory, settings.fault_around),
+        MemoryBudget(memories, settings.max_memory, settings.fault_around, own_cgroups()),
         settings.fault_around,
         service.sources,
         program,
@@ -409,7 +425,8 @@ def _descriptors(plan: Plan) -> Descriptors:
     stop = descriptors.create_eventfd()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: descriptors.signal_eventfd(stop))
-    return Descriptors(core, quit_eventfd, control, device, stop)
+    lifeline = plan.lifeline[0] if plan.lifeline else watchers.new_lifeline()
+    return Descriptors(core, quit_eventfd, control, device, stop, lifeline)
 
 
 def _blocks(
@@ -456,35 +473,6 @@ def _control_page(settings: Settings, own: Descriptors) -> memoryview:
     page[counters.WINDOW_LIMIT] = settings.fault_around
     page[counters.ENDING] = 0  # the previous supervisor may have been killed while it ended
     return page
-
-
-def _allow_list(settings: Settings) -> AllowList:
-    """Who may attach."""
-    unmapped = (-1, -1) if settings.allow_unmapped else process.unmapped_ids()
-    return AllowList(
-        os.geteuid(), settings.allow_uids, settings.allow_gids, settings.shared_uids, settings.shared_gids, unmapped
-    )
-
-
-def _custodian(
-    settings: Settings, runtime: RuntimeDirectory, own: Descriptors, inherited: Custodian | None
-) -> CustodianClient:
-    orphaned = WhenOrphaned(int(settings.orphan_timeout * 1000), settings.poison_orphans)
-    custodian = CustodianClient(runtime.path, orphaned, device=own.device >= 0, log_format=settings.log_format)
-    if inherited is not None:
-        custodian.take_over(inherited.channel, inherited.pid, inherited.pidfd)
-    return custodian
-
-
-def _keep_for_workers(
-    settings: Settings, custodian: CustodianClient, own: Descriptors, blocks: Mapping[int, RamBlock]
-) -> None:
-    """Give the custodian what every worker gets."""
-    custodian.keep(SHARED, b"", (own.quit, own.control) + ((own.device,) if own.device >= 0 else ()))
-    if settings.worker_cgroups:
-        custodian.keep(CGROUPS, b"", [cgroup_procs(path) for path in settings.worker_cgroups])
-    for number, block in blocks.items():
-        custodian.keep(f"block/{number}", encode(block.note()), block.grant(0)[1])
 
 
 def _recovered(plan: Plan, parts: Parts, sources: Sources) -> None:

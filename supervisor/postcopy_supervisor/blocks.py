@@ -41,7 +41,8 @@ COPY_SECONDS = 0.002
 @dataclass(frozen=True, slots=True)
 class Opened:
     """A source as it was when first served: its exact ``size``, and for a file its descriptor, its stamp and whether we
-    hold a lease. ``detail`` is COPY for the copy of a file, DIGESTS where pages are compared with digests."""
+    hold a lease. ``detail`` is COPY for the copy of a file, DIGESTS where pages are compared with digests; ``original``
+    is the stamp of the file that was copied."""
 
     kind: str
     detail: str
@@ -50,6 +51,7 @@ class Opened:
     stamp: Stamp | None = None
     leased: bool = False
     digests: PageDigests | None = None
+    original: Stamp | None = None
 
 
 def open_source(name: str, source: Source, *, copy: bool = False) -> Opened:
@@ -91,7 +93,9 @@ def _open_file(name: str, path: str, copy: bool) -> Opened:
     if served.digests is not None:
         detail = DIGESTS
         log.info("block %s: %s is in memory and open for writing: each page is compared with its digest", name, path)
-    return Opened("file", detail, served.stamp.size, served.fd, served.stamp, served.leased, served.digests)
+    return Opened(
+        "file", detail, served.stamp.size, served.fd, served.stamp, served.leased, served.digests, served.original
+    )
 
 
 class RamBlock:

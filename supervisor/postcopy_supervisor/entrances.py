@@ -18,6 +18,7 @@ from .pool.custodian_client import CustodianClient
 from .runtime import RuntimeDirectory, binding
 
 KIND = "runtime-dir"
+BACKLOG = 4096  # the kernel's own limit, net.core.somaxconn, is as high
 
 
 def listen_for_workers(router: Router, runtime: RuntimeDirectory) -> None:
@@ -33,7 +34,7 @@ def listen_for_clients(runtime: RuntimeDirectory) -> socket.socket:
     with binding(runtime.door):
         listening.bind(runtime.door)
         os.chmod(runtime.door, 0o666)
-    listening.listen(1024)
+    listening.listen(BACKLOG)
     return listening
 
 
@@ -85,5 +86,6 @@ class Entrances:
             os.dup2(fresh.fileno(), self._attach_socket.fileno(), inheritable=False)  # every holder has the new one
         self._listener.watch_attach_socket()
         listen_for_workers(self._router, self._runtime)
+        self._custodian.fill_stores()
         if self._custodian.channel is not None and not os.path.lexists(self._runtime.custodian):
             self._custodian.kill()  # its successor, which gets everything that it keeps, makes its socket again

@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
-from postcopy_kernel import descriptors, log_queue, process
+from postcopy_kernel import access_list, descriptors, log_queue, process
 from postcopy_kernel.filewatch import FileWatch
 from postcopy_kernel.userfaultfd import Userfaultfd
 from postcopy_protocol.attach_conversation import FROM_CLIENT, Refusal
@@ -87,13 +87,15 @@ class Listener(threading.Thread):
         attach_socket: socket.socket,
         files: FileWatches,
         admission: Admission,
+        door: str,
     ) -> None:
+        """``door``: the path of the attach socket."""
         super().__init__(name="listener", daemon=True)
         self.queue: collections.deque[events.ListenerEvent] = collections.deque()
         self.wakeup = descriptors.create_eventfd()  # readable when something has been queued
         self._jobs: collections.deque[Job] = collections.deque()
         self._core, self._stop_eventfd, self._attach_socket, self._files = core, stop_eventfd, attach_socket, files
-        self._admission = admission
+        self._admission, self._door = admission, door
         self._alarm = descriptors.create_eventfd()
         self._stopping = False
         self._due: float | None = None
@@ -128,15 +130,17 @@ class Listener(threading.Thread):
     def watch_attach_socket(self) -> None:
         """Its descriptor is another socket since: the kernel has forgotten the old one."""
         self._clients_epoll.register(self._attach_socket.fileno(), select.EPOLLIN)
+        self._admission.bans.changed = True  # the new one has no list
 
     def watch_connection(self, connection: socket.socket, uid: int) -> None:
         self._connections[connection.fileno()] = connection, uid
         self._clients_epoll.register(connection.fileno(), select.EPOLLIN)
 
     def forget_connection(self, connection: socket.socket) -> None:
-        if self._connections.pop(connection.fileno(), None) is not None:
+        fd = connection.fileno()  # once: the other thread may close it, and then it is -1
+        if self._connections.pop(fd, None) is not None:
             with contextlib.suppress(OSError):
-                self._clients_epoll.unregister(connection.fileno())
+                self._clients_epoll.unregister(fd)
 
     def count_refusal(self, uid: int, refusal: Refusal) -> None:
         """Count a refusal. Those that concern the user are reported, with others of it; the log has the rest."""
@@ -188,6 +192,8 @@ class Listener(threading.Thread):
             self._resume_clients(now)
             if now - ticked >= TICK_SECONDS or (self._due is not None and now >= self._due):
                 ticked, self._due = now, None
+                self._admission.bans.check(now)
+                self._ban(now)
                 self.queue.extend(events.PeersRefused(*report) for report in self._admission.reports(now))
                 self.queue.append(events.Tick(now))
             if self.queue:
@@ -283,6 +289,12 @@ class Listener(threading.Thread):
             with contextlib.suppress(OSError):
                 descriptors.send_message(connection, admitted)
             descriptors.close_drained(connection)
+            self._ban(now)
+
+    def _ban(self, now: float) -> None:
+        if self._admission.bans.changed:
+            with contextlib.suppress(OSError):  # a file system without access lists: they are refused one by one
+                access_list.refuse_users(self._door, self._admission.bans.take(now))
 
     def _read_custodian(self, channel: socket.socket) -> None:
         if not _descriptor_is_free():
@@ -303,7 +315,7 @@ class Listener(threading.Thread):
     def _read_client(self, connection: socket.socket, uid: int, now: float) -> None:
         until = self._admission.hold(uid, now)
         if until:
-            with contextlib.suppress(OSError):  # the main thread was faster
+            with contextlib.suppress(OSError, ValueError):  # the main thread was faster
                 self._clients_epoll.unregister(connection.fileno())
                 heapq.heappush(self._held, (until, next(self._order), connection))
             return

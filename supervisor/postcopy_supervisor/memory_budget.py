@@ -1,20 +1,40 @@
-"""How much memory may be filled before it is asked for: the rest of ``--max-memory``, and what the machine has."""
+"""How much memory may be filled: the rest of ``--max-memory``, what the machine has, and what the cgroups leave."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Sequence
+from enum import IntEnum
 
-SCARCE = 128 << 20  # bytes available on the machine below which only pages that a client waits for are placed
-UNLIMITED = 1 << 62
+from .memory_cgroup import UNLIMITED, MemoryCgroup, left_in
+
+SCARCE = (
+    128 << 20
+)  # bytes left on the machine, or in a cgroup, below which only pages that a client waits for are placed
+TIGHT = 24 << 20
+"""Bytes left in a cgroup below which no page of a remote block is requested. What is in flight still fits."""
+SCARCE_SHARE, TIGHT_SHARE = 4, 16  # ... but no more than these parts of a cgroup's limit
+
+
+class Supply(IntEnum):
+    """What memory allows."""
+
+    ENOUGH = 0
+    SCARCE = 1  # only pages that a client waits for
+    TIGHT = 2  # not even those: the kernel would end a process of the cgroup
 
 
 class MemoryBudget:
-    """``memories``: descriptors of the blocks' memfds; ``max_memory`` and ``reserve`` in bytes (0: no limit)."""
+    """``memories``: descriptors of the blocks' memfds; ``max_memory`` and ``reserve`` in bytes (0: no limit);
+    ``cgroups``: those of this process, to which pages of remote blocks are charged."""
 
-    def __init__(self, memories: Sequence[int], max_memory: int, reserve: int) -> None:
-        self._memories, self._max_memory, self._reserve = memories, max_memory, reserve
+    def __init__(
+        self, memories: Sequence[int], max_memory: int, reserve: int, cgroups: Sequence[MemoryCgroup] = ()
+    ) -> None:
+        self._memories, self._max_memory, self._reserve, self._cgroups = memories, max_memory, reserve, cgroups
+        self.unasked = UNLIMITED
+        """Bytes that could be placed at the last look (``supply``) before a cgroup's memory became scarce."""
 
     def left(self, in_flight: int) -> int:
         """Bytes that may still be placed unasked, when ``in_flight`` bytes are on their way."""
@@ -23,9 +43,26 @@ class MemoryBudget:
         placed = sum(os.fstat(memory).st_blocks * 512 for memory in self._memories)
         return self._max_memory - placed - in_flight
 
-    def enough(self, in_flight: int) -> bool:
-        """False: only pages that a client waits for may be placed."""
-        return available_memory() > SCARCE and self.left(in_flight) >= self._reserve
+    def supply(self, in_flight: int) -> tuple[Supply, str]:
+        """What memory allows now, and whose limit says so (empty: the machine's, or ``--max-memory``)."""
+        worst, whose, self.unasked = Supply.ENOUGH, "", UNLIMITED
+        for cgroup in self._cgroups:
+            left, limit = left_in(cgroup)
+            if limit < UNLIMITED:
+                found = supply_of(left - in_flight, limit)
+                self.unasked = min(self.unasked, left - min(SCARCE, limit // SCARCE_SHARE))
+                if found > worst:
+                    worst, whose = found, cgroup.path
+        if worst is Supply.ENOUGH and (available_memory() <= SCARCE or self.left(in_flight) < self._reserve):
+            return Supply.SCARCE, ""
+        return worst, whose
+
+
+def supply_of(left: int, limit: int) -> Supply:
+    """What ``left`` bytes below a cgroup's ``limit`` allow."""
+    if left <= min(TIGHT, limit // TIGHT_SHARE):
+        return Supply.TIGHT
+    return Supply.SCARCE if left <= min(SCARCE, limit // SCARCE_SHARE) else Supply.ENOUGH
 
 
 def available_memory() -> int:

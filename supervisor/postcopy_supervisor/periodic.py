@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from postcopy_protocol import counters
 
 from .adopt import PendingWorkers
@@ -10,7 +12,7 @@ from .clients.release import ClientRelease
 from .entrances import Entrances
 from .exports import Exports
 from .listener import Listener
-from .memory_budget import MemoryBudget
+from .memory_budget import MemoryBudget, Supply
 from .observe.audit import Auditor
 from .parts import Parts
 from .remote.programs import SourceProgram
@@ -19,6 +21,13 @@ from .runtime import Heartbeat
 from .watchdog import Watchdog
 
 RARE_SECONDS = 1.0
+SCARCE_SECONDS = 0.02  # between two looks at scarce memory: faults alone fill some MiB in the usual time
+PAGE = 4096  # pages of 2 MiB are not charged to a memory cgroup
+SUPPLY_TEXTS = {
+    Supply.ENOUGH: "enough again",
+    Supply.SCARCE: "scarce{}: fault-around and background work stop",
+    Supply.TIGHT: "none left{}: missing pages of remote blocks wait; raise its limit, or end what fills it",
+}
 
 
 class PeriodicWork:
@@ -46,6 +55,8 @@ class PeriodicWork:
         self._program = program
         self._rare_at = 0.0
         self._interrupted = False
+        self._supply = Supply.ENOUGH
+        self._placed = 0  # pages, at the last look at the memory
 
     def worker_ended(self) -> None:
         """A worker may have died between its COPY and its mark: such pages are promoted with the next rare work."""
@@ -66,19 +77,29 @@ class PeriodicWork:
 
     def stream(self) -> None:
         """Request pages in the background, as far as rate, links and memory allow."""
-        self._timer.tick_at(self._parts.paging.stream(self._budget.left(self._in_flight())))
+        paging, in_flight = self._parts.paging, self._in_flight()
+        # The stream of a second fills more than a cgroup has, so what came since the last look counts.
+        unasked = self._budget.unasked - (paging.placed - self._placed) * PAGE - in_flight
+        self._timer.tick_at(paging.stream(min(unasked, self._budget.left(in_flight))))
 
     def _in_flight(self) -> int:
         return sum(link.flow.bytes_in_flight for link in self._sources.links.values())
 
     def _check_memory(self) -> None:
-        """Where memory is scarce, on the machine or under ``--max-memory``, only pages with a waiter are placed."""
-        parts, enough = self._parts, self._budget.enough(self._in_flight())
-        if enough != parts.paging.roomy:
-            parts.paging.roomy = enough
-            parts.control_page[counters.WINDOW_LIMIT] = self._fault_around if enough else 0
-            text = "enough again" if enough else "scarce: fault-around and background work stop"
-            parts.event_log.record("memory", text)
+        """Where memory is scarce, only pages with a waiter are placed. Where a cgroup has none left, pages of remote
+        blocks wait: the kernel would end a process of the cgroup, perhaps this one."""
+        parts, (supply, cgroup) = self._parts, self._budget.supply(self._in_flight())
+        self._placed = parts.paging.placed
+        if supply:
+            self._timer.tick_at(time.monotonic() + SCARCE_SECONDS)
+        if supply == self._supply:
+            return
+        self._supply = supply
+        parts.paging.roomy = supply is Supply.ENOUGH
+        parts.control_page[counters.WINDOW_LIMIT] = self._fault_around if supply is Supply.ENOUGH else 0
+        parts.paging.hold(supply is Supply.TIGHT)
+        where = f" in cgroup {cgroup}" if cgroup else ""
+        parts.event_log.record("memory", SUPPLY_TEXTS[supply].format(where))
 
     def _rare(self, now: float, at: float) -> None:
         self._release.tick(at)

@@ -7,6 +7,7 @@ from argparse import SUPPRESS, Namespace
 from dataclasses import dataclass, field
 
 from postcopy_kernel.log_queue import FORMATS
+from postcopy_kernel.process import unmapped_ids
 from postcopy_protocol import arguments as args
 from postcopy_protocol.errors import BadInput
 from postcopy_protocol.geometry import PAGE_2M, PAGE_4K
@@ -14,6 +15,7 @@ from postcopy_protocol.runtime_paths import runtime_directory
 from postcopy_protocol.sources import HandlerSource, RemoteSource, Source, parse_named
 from postcopy_wire.transport import NATIVE, TRANSPORTS, chosen_transport
 
+from .admission import AllowList
 from .pool.lifecycle import LONGEST_BACKOFF, RestartPolicy
 
 LARGEST_WINDOW = 1 << 20
@@ -77,6 +79,12 @@ class Settings:
         """May users other than the supervisor's own attach?"""
         uids = self.allow_uids | {uid for _, uid in self.shared_uids}
         return bool(uids - {os.geteuid()} or self.allow_gids or self.shared_gids or self.allow_unmapped)
+
+    def allow_list(self) -> AllowList:
+        """Who may attach."""
+        unmapped = (-1, -1) if self.allow_unmapped else unmapped_ids()
+        users, groups = (self.allow_uids, self.allow_gids), (self.shared_uids, self.shared_gids)
+        return AllowList(os.geteuid(), *users, *groups, unmapped)
 
 
 def parse(arguments: list[str]) -> Settings:
@@ -293,13 +301,18 @@ def _add_observation(parser: args.Parser) -> None:
 def _add_recovery(parser: args.Parser) -> None:
     """What happens to the clients of a supervisor that died."""
     takeover = parser.add_mutually_exclusive_group()
-    help = "take over clients and workers of a dead supervisor, if there are any"
+    help = "take over clients and workers of a dead supervisor, if there are any; rescue clients if all processes died"
     takeover.add_argument("--recover", action="store_true", help=help)
     help = "do not take over clients of a dead supervisor; their workers keep serving local blocks"
     takeover.add_argument("--abandon", action="store_true", help=help)
     help = "how long clients go on without a supervisor before --on-orphan applies"
     parser.option("--orphan-timeout", args.seconds(), 60.0, "SECONDS", help)
-    parser.choice("--on-orphan", ("wait", "poison"), "wait", "what missing pages of remote blocks do then")
+    parser.choice(
+        "--on-orphan",
+        ("wait", "poison"),
+        "wait",
+        "what missing pages of remote blocks do then, and all missing pages if every process died",
+    )
 
 
 def _add_hidden(parser: args.Parser) -> None:

@@ -1,8 +1,11 @@
 """``python -m tests.attack [--minutes N] [--seed S] [--json]``: attack a service and measure what that costs others.
 
-Two honest clients touch missing pages of a local and of a remote block all the time. For each attack their fault p50
-and p99 are compared with those beside a program that only burns CPU, because two busy programs on two processors slow
-a fault down without any attack. Exit status 0: every bound holds, and at the end every byte is right.
+Two honest clients touch missing pages of a local and of a remote block. Beside them runs, in turn and for less than a
+second at a time: a program that only burns CPU; the attack, on another installation of the same machine; the attack, on
+theirs. The first two slow faults down too, because there are more busy programs than processors. The second takes the
+same processor time away as the third. So the ratio of these two is what the attack does to those whom it attacks.
+
+Exit status 0: every bound holds, and at the end every byte is right.
 """
 
 from __future__ import annotations
@@ -25,25 +28,31 @@ from typing import Any
 from postcopy.errors import PostcopyError
 from postcopy_kernel.process import die_with_parent
 from tests.attack.attacks import ATTACKS, STRANGER, Attack, Target
-from tests.attack.scene import MIB, Scene, Touches
+from tests.attack.scene import BLOCKS, MIB, Installation, Scene, Touches
 
 GROWTH = 64 * MIB
 LOG = 256 << 10
 SLOWER = 3.0
 NOISE_US = 1_000_000.0
 """A p99 below this may be a scheduler's delay where all processors are busy. On a quiet machine read the figures."""
+SLICE_SECONDS = 0.7
+BUSY, NEIGHBOUR, UNDER = "busy", "neighbour", "under"
+"""What runs beside the honest clients: see above."""
+Figures = dict[str, tuple[float, float]]
+"""p50 and p99 in us of each block."""
 
 
 @dataclass
 class Outcome:
-    """One attack: attempts, the honest p50 and p99 beside a busy program and beside the attack (us), bytes."""
+    """One attack: attempts, faults of honest clients under it, what they took beside what; bytes."""
 
     attack: str
     user: str
     attempts: int
     touches: int
-    calm: dict[str, tuple[float, float]]
-    under: dict[str, tuple[float, float]]
+    busy: Figures
+    neighbour: Figures
+    under: Figures
     growth: dict[str, int]
     descriptors: int
     log: int
@@ -75,49 +84,78 @@ def main() -> int:
 def run(attacks: list[Attack], seed: int, seconds: float, progress: Any) -> tuple[list[Outcome], int]:
     """The outcomes, and how many of the two blocks have a wrong byte at the end."""
     outcomes = []
-    with Scene(Random(seed)) as scene:
-        with burning(scene):
-            calm = scene.measure(max(2.0, min(seconds, 5.0)))
+    with Scene(Random(seed), seconds * len(attacks)) as scene:
         for number, attack in enumerate(attacks):
             print(f"attack: {attack.name} by {attack.who} ({number + 1} of {len(attacks)})", file=progress, flush=True)
-            outcomes.append(attacked(scene, attack, seed + number, seconds, calm))
+            outcomes.append(attacked(scene, attack, seed + number, seconds))
         wrong = scene.wrong_blocks()
     return outcomes, wrong
 
 
-def attacked(scene: Scene, attack: Attack, seed: int, seconds: float, calm: Touches) -> Outcome:
+def attacked(scene: Scene, attack: Attack, seed: int, seconds: float) -> Outcome:
     before, log, fds = scene.memory(), scene.log_bytes(), scene.descriptors()
-    with attacker(scene, attack, seed) as attempts:
-        under = scene.measure(seconds)
-        peak, most = scene.memory(), scene.descriptors()
-    growth = {name: peak[name] - before[name] for name in peak}
+    touches = {beside: Touches() for beside in (BUSY, NEIGHBOUR, UNDER)}
+    growth, most = dict.fromkeys(before, 0), fds
+    with (
+        attacker(Attack(_burn, STRANGER), scene, seed) as busy,
+        attacker(attack, scene.neighbour, seed) as neighbour,
+        attacker(attack, scene, seed) as under,
+    ):
+        turns = {BUSY: busy, NEIGHBOUR: neighbour, UNDER: under}
+        for _ in range(max(1, round(seconds / len(turns) / SLICE_SECONDS))):
+            for beside, program in turns.items():
+                with program.running():
+                    scene.measure(SLICE_SECONDS, touches[beside])
+                    growth = {name: max(growth[name], size - before[name]) for name, size in scene.memory().items()}
+                    most = max(most, scene.descriptors())
     written = scene.log_bytes() - log
     broken = [f"{name} grew by {size >> 20} MiB" for name, size in growth.items() if size > GROWTH]
     if written > LOG:
         broken.append(f"the logs grew by {written >> 10} KiB")
-    for block, (_, p99) in under.figures.items():
-        if p99 > max(NOISE_US, SLOWER * calm.figures[block][1]):
-            broken.append(f"{block} fault p99 {p99 / 1000:.1f} ms, {calm.figures[block][1] / 1000:.1f} ms without")
+    figures = {beside: {block: one.figures(block) for block in BLOCKS} for beside, one in touches.items()}
+    for block in BLOCKS:
+        p99, fair = figures[UNDER][block][1], figures[NEIGHBOUR][block][1]
+        if p99 > max(NOISE_US, SLOWER * fair):
+            broken.append(
+                f"{block} fault p99 {p99 / 1000:.1f} ms, {fair / 1000:.1f} ms beside the same attack elsewhere"
+            )
     broken += [f"{name} ended" for name in scene.replaced()]
-    if under.stuck:
-        broken.append(f"stuck: {', '.join(under.stuck)}")
+    if stuck := touches[UNDER].stuck:
+        broken.append(f"stuck: {', '.join(stuck)}")
+    count = sum(map(len, touches[UNDER].took.values()))
     return Outcome(
         attack.name,
         attack.who,
-        attempts(),
-        under.count,
-        calm.figures,
-        under.figures,
-        growth,
-        most - fds,
-        written,
-        broken,
+        under.attempts,
+        count,
+        **figures,
+        growth=growth,
+        descriptors=most - fds,
+        log=written,
+        broken=broken,
     )
 
 
+class Attacker:
+    """A process that attacks while it is ``running``."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.attempts = 0
+        """Counted at its end."""
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        os.kill(self.pid, signal.SIGCONT)
+        try:
+            yield
+        finally:
+            os.kill(self.pid, signal.SIGSTOP)
+
+
 @contextlib.contextmanager
-def attacker(scene: Scene, attack: Attack, seed: int) -> Iterator[Any]:
-    """A process that attacks; what is given counts its attempts, after its end."""
+def attacker(attack: Attack, victim: Installation, seed: int) -> Iterator[Attacker]:
+    """A process that attacks. It begins stopped."""
     reader, writer = os.pipe()
     parent = os.getpid()
     pid = os.fork()
@@ -126,19 +164,22 @@ def attacker(scene: Scene, attack: Attack, seed: int) -> Iterator[Any]:
             os.close(reader)
             _become(attack.uid)
             die_with_parent(parent)
-            _attack(attack, Target(str(scene.directory), scene.network, Random(seed)), writer)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            _attack(attack, Target(str(victim.directory), victim.network, Random(seed)), writer)
         except BaseException:
             traceback.print_exc()
         finally:
             os._exit(1)
     os.close(writer)
-    found = bytearray()
+    program = Attacker(pid)
     try:
-        yield lambda: int.from_bytes(found, "little")
+        os.waitpid(pid, os.WUNTRACED)
+        yield program
     finally:
         os.kill(pid, signal.SIGTERM)
+        os.kill(pid, signal.SIGCONT)
         if select.select([reader], [], [], 10.0)[0]:
-            found += os.read(reader, 8)
+            program.attempts = int.from_bytes(os.read(reader, 8), "little")
         os.close(reader)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -159,14 +200,8 @@ def _attack(attack: Attack, target: Target, writer: int) -> None:
             attack.attempt(target)
 
 
-@contextlib.contextmanager
-def burning(scene: Scene) -> Iterator[None]:
-    """A program of another user that only burns CPU."""
-    with attacker(scene, Attack(_burn, STRANGER), 0):
-        yield
-
-
 def _burn(target: Target) -> None:
+    """A program of another user that only burns CPU."""
     sum(range(10_000))
 
 
@@ -183,20 +218,30 @@ def _become(uid: int) -> None:
 
 def show(outcomes: list[Outcome], seed: int, wrong: int) -> None:
     """For people."""
-    print(f"\nseed {seed}; fault p50 / p99 in ms of an honest client, beside a busy program -> beside the attack\n")
-    print(f"{'attack':22}{'by':18}{'attempts':>9}  {'local':28}{'remote':28}{'memory':>8}{'fds':>6}{'log':>9}")
+    print(
+        f"\nseed {seed}; fault p99 in ms of an honest client: beside a busy program / beside the same attack on another"
+    )
+    print("installation of this machine / under attack. x: the last, in times of the one before\n")
+    print(f"{'attack':25}{'by':18}{'attempts':>9}{'faults':>8}  {'local p99':27}x{'':4}{'remote p99':27}x"
+          f"{'memory':>12}{'fds':>6}{'log':>9}")  # fmt: skip
     for one in outcomes:
-        figures = "".join(f"{_pair(one.calm[block])} -> {_pair(one.under[block]):16}" for block in ("local", "remote"))
         grown = max(one.growth.values()) >> 10
-        print(f"{one.attack:22}{one.user:18}{one.attempts:9}  {figures}{grown:6} K{one.descriptors:6}{one.log:8} B")
+        figures = "".join(f"{_row(one, block):27}{_ratio(one, block):<5.1f}" for block in BLOCKS)
+        print(f"{one.attack:25}{one.user:18}{one.attempts:9}{one.touches:8}  {figures}{grown:6} K", end="")
+        print(f"{one.descriptors:6}{one.log:8} B")
         for finding in one.broken:
             print(f"    BROKEN: {finding}")
     hurt = sum(bool(one.broken) for one in outcomes)
-    print(f"\n{wrong} blocks with wrong or missing bytes; {hurt} attacks that hurt others")
+    slow = sum(_ratio(one, block) > SLOWER for one in outcomes for block in BLOCKS)
+    print(f"\n{wrong} blocks with wrong or missing bytes; {hurt} attacks hurt others; {slow} figures over {SLOWER:g} x")
 
 
-def _pair(figures: tuple[float, float]) -> str:
-    return f"{figures[0] / 1000:.2f}/{figures[1] / 1000:.2f}"
+def _row(one: Outcome, block: str) -> str:
+    return " / ".join(f"{figures[block][1] / 1000:.2f}" for figures in (one.busy, one.neighbour, one.under))
+
+
+def _ratio(one: Outcome, block: str) -> float:
+    return one.under[block][1] / max(1.0, one.neighbour[block][1])
 
 
 if __name__ == "__main__":

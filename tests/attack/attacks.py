@@ -1,4 +1,4 @@
-"""What an attacker does, as a user on no list, as an allowed user, and as a peer on the network.
+"""What an attacker does, as a user on no list, as an allowed user, as a page source, and as a peer on the network.
 
 An attack is a function that makes one attempt. It runs in a process of its own, under its user's id, until its time is
 over. An attempt may fail with OSError or PostcopyError: that the service refuses it is the aim.
@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import postcopy
 from postcopy_protocol.codec import encode
 from postcopy_protocol.messages import Hello, OfferUserfaultfd
+from postcopy_protocol.return_path import Pages, pack_ranges
 from postcopy_protocol.zmtp import frame, opening
 
 STRANGER, ALLOWED = 54_321, 54_322
@@ -34,9 +35,11 @@ class Target:
 
     runtime_dir: str
     network: dict[str, int]
-    """TCP ports of the loopback interface: ``source`` and ``metrics``."""
+    """TCP ports of the loopback interface: ``source``, ``metrics``, and ``rogue``, where the supervisor looks for the
+    source of a block."""
     random: random.Random
     held: list[socket.socket] = field(default_factory=list)
+    listener: socket.socket | None = None
 
     def door(self) -> socket.socket:
         """A connection to the attach socket."""
@@ -51,6 +54,16 @@ class Target:
 
     def tcp(self, name: str) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.network[name]), timeout=WAIT)
+
+    def supervisor(self) -> socket.socket:
+        """The next connection of the supervisor to its page source."""
+        if self.listener is None:
+            self.listener = socket.create_server(("127.0.0.1", self.network["rogue"]))
+            self.listener.settimeout(WAIT)
+        connection, _ = self.listener.accept()
+        connection.settimeout(WAIT)
+        connection.sendall(opening(kind=b"ROUTER"))
+        return connection
 
     def hold(self, connection: socket.socket) -> None:
         """Keep a connection; the oldest is closed when there are too many."""
@@ -169,6 +182,37 @@ def silent_peer(target: Target) -> None:
     target.hold(target.tcp("source"))
 
 
+def source_that_leaves(target: Target) -> None:
+    target.supervisor().close()
+
+
+def source_of_empty_messages(target: Target) -> None:
+    with target.supervisor() as peer:
+        for _ in range(256):
+            peer.sendall(frame(b"") * 512)
+
+
+def source_of_strange_pages(target: Target) -> None:
+    """Pages of no stream, in messages as they should be."""
+    head = encode(Pages(target.random.randrange(1 << 40), 1, pack_ranges([(0, 1 << 20)]), b"\1", ""))
+    with target.supervisor() as peer:
+        for _ in range(256):
+            peer.sendall(frame(head, MORE) + frame(bytes(1 << 20)))
+
+
+def source_of_random_bytes(target: Target) -> None:
+    with target.supervisor() as peer:
+        peer.sendall(target.random.randbytes(1 << 16))
+        peer.recv(65536)
+
+
+def source_message_without_end(target: Target) -> None:
+    with target.supervisor() as peer:
+        part = frame(target.random.randbytes(target.random.choice((0, 1, 60_000))), MORE) * 16
+        for _ in range(256):
+            peer.sendall(part)
+
+
 @dataclass(frozen=True)
 class Attack:
     attempt: Callable[[Target], None]
@@ -201,5 +245,10 @@ ATTACKS = (
     Attack(empty_messages, STRANGER),
     Attack(random_bytes, STRANGER),
     Attack(silent_peer, STRANGER),
+    Attack(source_that_leaves, STRANGER),
+    Attack(source_of_empty_messages, STRANGER),
+    Attack(source_of_strange_pages, STRANGER),
+    Attack(source_of_random_bytes, STRANGER),
+    Attack(source_message_without_end, STRANGER),
 )
-"""A peer on the network needs no rights, so it is the user on no list."""
+"""A peer on the network, or a page source, needs no rights: it is the user on no list."""

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.chaos import report
-from tests.chaos.monkey import CROWD_KINDS, HOUSE_KINDS, WEIGHTS, acts
+from tests.chaos.monkey import CROWD_KINDS, EVERYTHING, HOUSE_KINDS, WEIGHTS, acts
 from tests.chaos.round import Plan, Round
 from tests.chaos.tally import Tally
 
@@ -48,6 +48,8 @@ def _play(told: argparse.Namespace, tally: Tally, directory: Path, began: float)
     """Round after round."""
     without = frozenset(word for text in told.without for word in text.split(","))
     monkeys = [acts(told.seed, told.gap, kinds, without) for kinds in (CROWD_KINDS, HOUSE_KINDS)]
+    if told.everything:
+        monkeys.append(acts(told.seed, told.everything, EVERYTHING))
     seeds = random.Random(told.seed ^ 0xC0FFEE)
     while (left := told.minutes * 60 - (time.monotonic() - began)) > 0 and not tally.findings:
         if report.available_memory() < ENOUGH_MEMORY:
@@ -73,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mib", type=int, default=128, help="size of each of the two blocks in MiB (128)")
     parser.add_argument("--round-seconds", type=float, default=90.0, help="chaos in a round of fresh blocks (90)")
     parser.add_argument("--gap", type=float, default=0.9, help="seconds between a monkey's acts on average (0.9)")
+    help = "kill supervisor, custodian and all workers at once, every so many seconds on average, beside the other acts"
+    parser.add_argument("--everything", type=float, default=0.0, metavar="SECONDS", help=help)
     parser.add_argument("--pause", type=float, default=0.04, help="seconds between a program's operations (0.04)")
     parser.add_argument(
         "--without",

@@ -100,6 +100,8 @@ class Deeds:
                 self.to_network(act)
             case "directory":
                 self.fill_directory(act)
+            case "everything":
+                self.to_everything(act)
             case _ if act.kind == "supervisor upgrade":
                 self.upgrade(act)
             case who:
@@ -108,6 +110,8 @@ class Deeds:
             # Not the second kill of a pair: it must not fall into the next act, which may be at the custodian.
             at_once = act.kind.endswith(("kill", "cut", "upgrade"))
             self.troubled = time.monotonic() + (0.0 if at_once else act.pause)
+            if act.who == "everything":
+                return
             self.to_workers(act, act.victims[: act.workers] if act.workers < 4 else (*act.victims, 0.2, 0.4, 0.6, 0.8))
 
     def owe(self, kind: str, seats: list[int], blocks: tuple[int, ...] = (0, 1), delay: float = 0.0) -> None:
@@ -172,6 +176,16 @@ class Deeds:
             self.later(act.pause / 3, self.kill_supervisor_again)
         if who != "custodian":
             self.owe(act.kind, list(self.stage.clients), (1,), act.pause if stop else 0.0)
+
+    def to_everything(self, act: Act) -> None:
+        """Supervisor, custodian and all workers, as when their cgroup runs out of memory: the supervisor first, so that
+        it replaces nothing."""
+        service = [pid for pid, name in self.stage.people().items() if name.startswith(("postcopy-cust", "postcopy-w"))]
+        assert self.stage.supervisor is not None
+        hit = [pid for pid in (self.stage.supervisor.pid, *service) if send(pid, signal.SIGKILL)]
+        self.note(f"  everything: {len(hit)} processes")
+        self.tally.kills[act.kind] += 1
+        self.owe(act.kind, list(self.stage.clients))
 
     def upgrade(self, act: Act) -> None:
         """``postcopy stop --keep-workers``: it ends in order, everybody else lives on."""

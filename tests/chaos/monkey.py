@@ -12,8 +12,9 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-HOUSE = ("supervisor", "custodian", "source", "network", "directory")
-"""One of these at a time: the promise is that any one of them may die, plus any number of workers and clients."""
+HOUSE = ("supervisor", "custodian", "source", "network", "directory", "everything")
+"""One of these at a time: the promise is that any one of them may die, plus any number of workers and clients.
+``everything`` is supervisor, custodian and all workers at once: the next supervisor rescues the clients."""
 WEIGHTS = {
     "worker kill": 30,
     "worker stop": 6,
@@ -32,7 +33,9 @@ WEIGHTS = {
     "network stall": 3,
     "network down": 3,
     "directory full": 2,
+    "everything kill": 2,
 }
+EVERYTHING = frozenset({"everything kill"})
 LONGEST_STOP = 3.0
 CROWD_KINDS = frozenset(kind for kind in WEIGHTS if kind.partition(" ")[0] not in HOUSE)
 HOUSE_KINDS = frozenset(WEIGHTS) - CROWD_KINDS

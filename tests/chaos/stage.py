@@ -24,7 +24,7 @@ from typing import IO, Any
 from postcopy.errors import PostcopyError
 from postcopy.queries import Control
 from tests.system.service import alive, environment
-from tests.system.test_networks import HERE, Networks, inside, ip, two_networks
+from tests.wire.networks import HERE, Networks, inside, ip, two_networks
 from tests.wire.relay import Relay
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -315,5 +315,6 @@ def descriptors(pid: int) -> Counter[str]:
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(OSError):
             target = str(entry.readlink())
-            found["socket" if target.startswith("socket:") else target] += 1
+            kind, _, _ = target.partition(":[")
+            found[kind if kind in ("socket", "pipe") else target] += 1
     return found

@@ -121,7 +121,7 @@ class SourceEnd:
         self.refused, self._calls = False, deque[Callable[[], None]]()
         source = Fickle()
         calls = SimpleNamespace(call_soon=self._calls.append, take=self._posted)
-        router = SimpleNamespace(send_parts=self._send)
+        router = SimpleNamespace(send_parts=self._send, trust=lambda name, trusted=True: None)
         readers = SimpleNamespace(put=self._read, check=lambda: None)
         known = {NAME: (source, Offer(NAME, SIZE, PAGE, IDENTITY))}
         self.loop = Loop(cast(Any, known), lambda *_: cast(Any, router), cast(Any, calls), cast(Any, readers), FEATURES)

@@ -4,7 +4,8 @@
 touches a missing page holds its interpreter until the page has come.
 
 Options: ``lost`` (byte offsets that are poisoned when touched), ``slow`` (offsets that never come), ``deaf`` (names of
-messages that are not answered). SIGTERM ends it in order: holes poisoned, Ending said.
+messages that are not answered), ``old`` (it knows no watchers). SIGTERM ends it in order: holes poisoned,
+Ending said.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from postcopy_protocol.codec import decode, encode
 from postcopy_protocol.geometry import page_count
 from postcopy_protocol.messages import (
     AskLoss,
+    AskOrphanPolicy,
     Attached,
     BlockOpened,
     Blocks,
@@ -43,6 +45,7 @@ from postcopy_protocol.messages import (
     Message,
     OfferUserfaultfd,
     OpenBlock,
+    OrphanPolicy,
     Unmap,
     Unmapped,
     UserfaultfdAccepted,
@@ -115,6 +118,7 @@ class FakeHouse:
         self.lost, self.slow = set(settings.get("lost", ())), set(settings.get("slow", ()))
         self.cause = str(settings.get("cause", ""))
         self.deaf = set(settings.get("deaf", ()))
+        self.old = bool(settings.get("old"))
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.listener.bind(str(Path(settings["directory"]) / "door"))
         self.listener.listen(64)
@@ -204,6 +208,10 @@ class FakeHouse:
             say(Loss("ram0", message.offset, self.cause))
         elif isinstance(message, ListBlocks):
             say(Blocks(tuple(Listed(name, block.size, PAGE, False) for name, block in self.blocks.items())))
+        elif isinstance(message, AskOrphanPolicy):
+            if self.old:
+                raise Refusal("bad-message", "unknown tag 9")
+            say(OrphanPolicy(0, False))
         elif isinstance(message, Goodbye) and client.userfaultfd is not None:
             client.userfaultfd.close()
             client.userfaultfd = None

@@ -246,7 +246,10 @@ def flood(seconds):
     end, count = time.monotonic() + seconds, 0
     while time.monotonic() < end:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-            sock.connect(directory + '/door')
+            try:
+                sock.connect(directory + '/door')
+            except PermissionError:  # kept out
+                time.sleep(0.001)
             count += 1
     return count
 """
@@ -286,6 +289,29 @@ def test_connections_that_come_and_go_keep_no_fault_waiting(
         assert flooded[1] < max(1.0, 10 * calm[1]), (calm, flooded)
         until(lambda: service.events("denied"), "an event tells of it")
         assert len(service.log()) < 20_000
+
+
+def test_the_kernel_keeps_out_a_user_who_connects_without_end(runtime_dir: Path, source_file: SourceFile) -> None:
+    """Its connections no longer fill the backlog, so another user gets a place at once, without waiting for one."""
+
+    def connect_at_once() -> int:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.setblocking(False)
+            return connection.connect_ex(str(runtime_dir / "door"))
+
+    def places(_: Caller) -> str:
+        until(lambda: not any(connect_at_once() for _turn in range(20)), "20 places one after the other", 10)
+        return "found"
+
+    with Service(runtime_dir, f"ram0={source_file(PAGE)}", allow_uid=[ONE, TWO]) as service:
+        for uid in (DENIED, ONE):
+            other = as_user(service, uid, tools=FLOOD)
+            other.begin("flood(3)")
+            until(lambda: any("keeps it out for" in line for line in service.events("denied")), "an event tells of it")
+            assert in_child(runtime_dir, TWO, places) == "found"
+            assert (runtime_dir / "door").stat().st_mode & 0o777 == 0o666
+            assert other.answer(60) > 100
+        until(lambda: in_child(runtime_dir, DENIED, lambda _: "in") == "in", "the ban ends", 20)
 
 
 def test_a_source_of_a_denied_user_hears_why(runtime_dir: Path, source_file: SourceFile) -> None:

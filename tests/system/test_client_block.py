@@ -420,7 +420,13 @@ def test_a_fork_does_not_wait_for_a_conversation(begin: Callable[..., FakeSuperv
 # --- trouble with the supervisor --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("deaf", ["Hello", "OfferUserfaultfd", "OpenBlock", "Mapped"])
+def test_a_supervisor_that_knows_nothing_of_watchers(begin: Callable[..., FakeSupervisor], runtime_dir: Path) -> None:
+    begin(old=True)
+    with postcopy.attach("ram0", runtime_dir, timeout=20) as block:
+        assert block.buf[0] == block.buf[0]
+
+
+@pytest.mark.parametrize("deaf", ["Hello", "OfferUserfaultfd", "OpenBlock", "AskOrphanPolicy", "Mapped"])
 def test_no_answer_is_a_timeout(begin: Callable[..., FakeSupervisor], runtime_dir: Path, deaf: str) -> None:
     begin(deaf=[deaf])
     begun = time.monotonic()

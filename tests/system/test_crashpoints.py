@@ -21,6 +21,7 @@ from tests.conftest import SourceFile
 from tests.system.remote import Source, await_state
 from tests.system.service import PuppetError, Service, environment, until
 from tests.system.test_firecracker import handler, machine
+from tests.system.test_rescue import kill_all
 
 SIZE = 2 << 20
 Scenario = Callable[[str, Path, Path, pytest.MonkeyPatch], None]
@@ -141,6 +142,23 @@ def at_the_door(point: str, directory: Path, path: Path, patch: pytest.MonkeyPat
         )
 
 
+def in_a_rescue(point: str, directory: Path, path: Path, patch: pytest.MonkeyPatch) -> None:
+    """A supervisor dies while it rescues clients whose service has died altogether: the next one does it."""
+    with Source(f"ram1={path}") as source:
+        blocks = f"ram0={path}", source.block("ram1")
+        with Service(directory, *blocks, fault_around="4K", background_rate="0") as service:
+            clients = [service.client(name, mode) for name in ("ram0", "ram1") for mode in ("private", "shared")]
+            for client in clients:
+                client.do("words(b, [1, 2])")
+            kill_all(service)
+            for seed, client in enumerate(clients):
+                client.begin(f"check(b, {str(path)!r}, 'random', 4096, {seed})")
+            patch.setenv(VARIABLE, point)
+            service.start(recover=True)
+            dies(service, patch)
+            assert [client.answer(60) for client in clients] == [-1] * 4
+
+
 def in_a_take_over(point: str, directory: Path, path: Path, patch: pytest.MonkeyPatch) -> None:
     with Source(f"ram1={path}") as source:
         blocks = f"ram0={path}", source.block("ram1")
@@ -162,6 +180,7 @@ SCENARIOS: dict[str, Scenario] = {
     "page": in_a_placing_supervisor,
     "door": at_the_door,
     "takeover": in_a_take_over,
+    "rescue": in_a_rescue,
     "worker": in_a_worker,
     "custodian": in_the_custodian,
     "source": in_a_source,

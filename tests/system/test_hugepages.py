@@ -15,7 +15,8 @@ from postcopy_kernel.memory import REMOVE, Mapping, create_memfd, huge_pages
 from tests.conftest import SourceFile
 from tests.kernel.huge_pool import reserved
 from tests.system.remote import Source
-from tests.system.service import PAGE, Service, end_by_pidfd, refused, until, word
+from tests.system.service import PAGE, PuppetError, Service, end_by_pidfd, refused, until, word
+from tests.system.test_rescue import kill_all
 
 pytestmark = pytest.mark.hugetlb
 HUGE = 2 << 20
@@ -75,6 +76,21 @@ def test_private_copies_are_reserved_or_refused(
         with postcopy.attach("ram0", runtime_dir) as again:  # the pages of the closed one are free again
             again.buf[0] ^= 0xFF
         reader.close()
+
+
+def test_everything_dies_and_clients_of_huge_pages_are_rescued(runtime_dir: Path, source_file: SourceFile) -> None:
+    path = source_file(3 * HUGE)
+    with Service(runtime_dir, f"ram0={path}", page_size="2M", on_orphan="poison", orphan_timeout=1) as service:
+        clients = [service.client("ram0", mode) for mode in ("private", "shared")]
+        assert [client.do("words(b, [0])") for client in clients] == [[word(0)]] * 2
+        kill_all(service)
+        with pytest.raises(PuppetError, match="Bad address"):
+            clients[0].do(f"syscall_read(b, {HUGE})")
+        assert [client.do("words(b, [1])") for client in clients] == [[word(PAGE)]] * 2
+        service.recover()
+        assert clients[1].do(f"words(b, [{2 * HUGE // PAGE}])") == [word(2 * HUGE)]
+        late = service.client()
+        assert late.do(f"check(b, {str(path)!r}, 'random')") == -1
 
 
 def test_a_worker_killed_over_a_huge_page(runtime_dir: Path, source_file: SourceFile) -> None:

@@ -143,8 +143,9 @@ def test_nothing_leaks(runtime_dir: Path, source_file: SourceFile) -> None:
             gone.status()
             service.recover()
             until(lambda: len(service.status()["clients"]) == 1, "it is forgotten")
-            counts.append(len(descriptors(service.pid)))
             assert keeper.do("words(b, [1])") == [word(PAGE)]
+            until(lambda: service.record(keeper)["state"] == "running", "its worker is connected again")
+            counts.append(len(descriptors(service.pid)))
         # A worker that is just coming back has one descriptor more for a moment.
         until(lambda: len(descriptors(service.pid)) <= counts[0], f"more and more descriptors: {counts}")
 

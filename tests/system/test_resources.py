@@ -8,11 +8,13 @@ import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.conftest import SourceFile
 from tests.system.broken_disk import BrokenDisk
+from tests.system.remote import Source
 from tests.system.service import PAGE, PuppetError, Service, called, until, word
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -88,7 +90,7 @@ def test_no_more_memory_for_workers(runtime_dir: Path, source_file: SourceFile, 
     """What a private client's worker places is charged to the worker. At the limit its client waits. A shared client's
     pages are charged to that client, but its worker is in the same cgroup, and may wait there for a page table of its
     own: it goes on or waits, and nothing is lost, poisoned or given up. Who needs no worker notices nothing."""
-    path = source_file(96 << 20)
+    path = source_file(160 << 20)
     (memory / "memory.limit_in_bytes").write_text(str(64 << 20))
     (memory / "memory.oom_control").write_text("1")
     with Service(
@@ -112,7 +114,7 @@ def test_no_more_memory_for_workers(runtime_dir: Path, source_file: SourceFile, 
 def test_a_worker_that_the_oom_killer_ends(runtime_dir: Path, source_file: SourceFile, memory: Path) -> None:
     """The kernel's own answer to the limit: workers are killed, and replaced as often as it takes. Their clients wait
     no longer than there is no memory, one whose pages are there notices nothing, nobody gets a wrong byte."""
-    path = source_file(96 << 20)
+    path = source_file(160 << 20)
     (memory / "memory.limit_in_bytes").write_text(str(64 << 20))
     with Service(
         runtime_dir, f"ram0={path}", worker_cgroup=str(memory), restart_limit=1000, fault_around="4K"
@@ -155,3 +157,36 @@ def test_a_disk_that_cannot_be_read(runtime_dir: Path, tmp_path: Path, mode: str
             assert service.status()["totals"]["restarts"] == 0
             for one in (client, other):
                 one.do("b.close()")
+
+
+def test_a_cgroup_without_memory_lets_remote_pages_wait(
+    runtime_dir: Path, source_file: SourceFile, memory: Path
+) -> None:
+    """Fault-around and background stop first, then missing pages wait, and come when the limit is raised. The kernel
+    ends none of the cgroup's processes."""
+    path = source_file(160 << 20)
+    enter = f"import os, sys; open({str(memory / 'cgroup.procs')!r}, 'w').write(str(os.getpid())); "
+    run = "from postcopy_supervisor.__main__ import main; sys.exit(main())"
+    (memory / "memory.limit_in_bytes").write_text(str(160 << 20))
+    with Source(f"ram0={path}") as source, InCgroup(runtime_dir, source.block(), enter=enter + run) as service:
+        until(lambda: any("scarce in cgroup" in text for text in service.events("memory")), "background stops", 30)
+        client = service.client()
+        client.begin(f"check(b, {str(path)!r})")
+        until(lambda: any("none left in cgroup" in text for text in service.events("memory")), "pages wait", 60)
+        assert not client.answered(0.5), "it waits"
+        assert killed(memory) == 0
+        (memory / "memory.limit_in_bytes").write_text(str(512 << 20))
+        assert client.answer(60) == -1
+        until(lambda: "enough again" in service.events("memory")[-1], "it is said")
+        assert service.status()["totals"]["lost"] == 0 and killed(memory) == 0
+
+
+class InCgroup(Service):
+    """Its supervisor, and what that starts, are in a cgroup."""
+
+    def __init__(self, directory: Path, *blocks: str, enter: str) -> None:
+        self._enter = enter
+        super().__init__(directory, *blocks)
+
+    def start(self, *, program: tuple[str, ...] = (), **more: Any) -> None:
+        super().start(program=("-c", self._enter), **more)

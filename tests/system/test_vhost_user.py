@@ -26,6 +26,7 @@ from tests.kernel.huge_pool import reserved
 from tests.system.back_ends import disk_bytes, dpdk, running, storage_daemon, storage_daemons
 from tests.system.remote import Source
 from tests.system.service import Service, end_by_pidfd, environment, until
+from tests.system.test_rescue import kill_all
 
 pytestmark = pytest.mark.usefixtures("require_userfaultfd")
 
@@ -532,6 +533,30 @@ def test_the_supervisor_dies_and_another_comes(runtime_dir: Path, tmp_path: Path
         assert driver.data(2) == sectors(8)
         assert back_end.side.ending is None and not back_end.complete
         service.recover()
+        assert record(service, "blk.sock")["pid"] == program.pid
+        with attach("guest", runtime_dir) as block:
+            block.ensure()
+        until(lambda: back_end.complete, "the front-end has heard that the block is whole")
+        back_end.end()
+        back_end.close()
+        until(lambda: not record(service, "blk.sock"), "it has left the successor")
+
+
+def test_everything_dies_and_the_back_end_is_rescued(runtime_dir: Path, tmp_path: Path) -> None:
+    """Its memory and its userfaultfd are found in the back-end, and the front-end resumes."""
+    with (
+        guest(runtime_dir, tmp_path, [(blk.READ, 8)] * 3) as service,
+        storage_daemon(tmp_path) as program,
+        BackEnd(program.socket, ["guest"], runtime_dir) as back_end,
+        Driver(back_end) as driver,
+    ):
+        kill_all(service)
+        starting = threading.Thread(target=driver.start, args=(3,))
+        starting.start()  # its rings are missing: the back-end answers after the rescue
+        service.recover()
+        starting.join(30)
+        driver.finish()
+        assert driver.data(2) == sectors(8)
         assert record(service, "blk.sock")["pid"] == program.pid
         with attach("guest", runtime_dir) as block:
             block.ensure()

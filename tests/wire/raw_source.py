@@ -14,11 +14,13 @@ from postcopy_protocol.return_path import (
     FROM_SUPERVISOR,
     Advise,
     Advised,
+    Listen,
     Pages,
     Ping,
     Pong,
     RangeKind,
     RequestRanges,
+    SourceRefused,
     unpack_ranges,
 )
 from postcopy_protocol.zmtp import Buffer, Reader, frame, framed, opening
@@ -36,6 +38,7 @@ class RawSource:
         self._listener.bind(("127.0.0.1", 0) if tcp else f"{self._directory.name}/s")
         self._listener.listen(16)
         self._over = False
+        self._advised: set[socket.socket] = set()
         place = self._listener.getsockname()
         self.endpoint = f"tcp://127.0.0.1:{place[1]}" if tcp else f"ipc://{place}"
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
@@ -69,7 +72,11 @@ class RawSource:
 
     def _answer(self, connection: socket.socket, data: bytes) -> None:
         match decode(data, expect=FROM_SUPERVISOR):
+            case Listen() | RequestRanges() if connection not in self._advised:
+                refusal = SourceRefused("out-of-phase", "", "there is no stream here; advise first")
+                connection.sendall(frame(encode(refusal)))
             case Advise(name):
+                self._advised.add(connection)
                 connection.sendall(frame(encode(Advised(name, 7, len(self.data), "raw", ()))))
             case Ping(nonce):
                 connection.sendall(frame(encode(Pong(nonce))))

@@ -31,6 +31,7 @@ from postcopy_protocol.messages import (
     BlockOpened,
     Ending,
     Message,
+    OrphanPolicy,
     Refused,
     Released,
     UserfaultfdAccepted,
@@ -61,9 +62,11 @@ HONEST: list[Reply] = [
     (encode(Welcome(1)), nothing),
     (encode(UserfaultfdAccepted()), nothing),
     (encode(OPENED), block_and_map),
+    (encode(OrphanPolicy(0, False)), nothing),
     (encode(Attached(7, 0)), nothing),  # whatever the address: no honest supervisor says 0
 ]
-STEPS = ("Hello", "OfferUserfaultfd", "OpenBlock", "Mapped")
+STEPS = ("Hello", "OfferUserfaultfd", "OpenBlock", "AskOrphanPolicy", "Mapped")
+NEEDED = [step for step, name in enumerate(STEPS) if name != "AskOrphanPolicy"]
 
 
 class Liar:
@@ -160,7 +163,7 @@ ANYWHERE: dict[str, Reply | None] = {
 }
 
 
-@pytest.mark.parametrize("step", range(4), ids=STEPS)
+@pytest.mark.parametrize("step", range(len(STEPS)), ids=STEPS)
 @pytest.mark.parametrize("lie", ANYWHERE)
 def test_lies_at_every_step(
     deceive: Callable[[Sequence[Reply | None]], postcopy.PostcopyError], step: int, lie: str
@@ -187,8 +190,9 @@ LIES: dict[str, tuple[int, Reply]] = {
     "odd pages": (2, (encode(replace(OPENED, page_size=1000, pages=13)), block_and_map)),
     "a page of nothing": (2, (encode(replace(OPENED, page_size=0)), block_and_map)),
     "a universe": (2, (encode(replace(OPENED, size=2**63, pages=2**51)), block_and_map)),
-    "another range": (3, (encode(Attached(7, PAGE)), nothing)),
-    "another block": (3, (encode(Attached(8, 0)), nothing)),
+    "two lifelines": (3, (encode(OrphanPolicy(1000, True)), pipes(2))),
+    "another range": (4, (encode(Attached(7, PAGE)), nothing)),
+    "another block": (4, (encode(Attached(8, 0)), nothing)),
 }
 
 
@@ -209,7 +213,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("code", REFUSALS)
-@pytest.mark.parametrize("step", range(4), ids=STEPS)
+@pytest.mark.parametrize("step", NEEDED, ids=[STEPS[step] for step in NEEDED])
 def test_a_refusal_has_its_exception_and_its_reason(
     deceive: Callable[[Sequence[Reply | None]], postcopy.PostcopyError], code: str, step: int
 ) -> None:

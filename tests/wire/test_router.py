@@ -31,14 +31,18 @@ READY = command(b"READY", b"\x0bSocket-Type\0\0\0\6ROUTER")
 class Service:
     """A router, and the messages that it received."""
 
-    def __init__(self, path: Path, transport: str, **limits: int) -> None:
+    def __init__(self, path: Path, transport: str, *, newcomers: bool = False, **limits: int) -> None:
         self.received: list[tuple[bytes, Message]] = []
         self.gone: list[bytes] = []
         self.path = path
         self.endpoint = f"ipc://{path}"
         self._peers: list[socket.socket] = []
         self.router: Router = open_router(
-            transport, lambda name, message: self.received.append((name, message)), self.gone.append, **limits
+            transport,
+            lambda name, message: self.received.append((name, message)),
+            self.gone.append,
+            newcomers=newcomers,
+            **limits,
         )
         assert self.router.listen(self.endpoint) == self.endpoint
 

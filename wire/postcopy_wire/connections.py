@@ -10,13 +10,14 @@ from collections import deque
 from typing import Protocol
 
 from postcopy_protocol.errors import BadMessage
-from postcopy_protocol.zmtp import Buffer, PlacedReader, Reader, opening
+from postcopy_protocol.zmtp import AT_ONCE, MOST_PARTS, Buffer, PlacedReader, Reader, opening
 
 from .endpoints import Target
 from .reactor import Reactor
 from .transport import FULL, SENT, UNREACHABLE, Action, FramesHandler, MessageHandler
 
 READ = 1 << 14  # bytes that are read from a peer at once
+NEWCOMER_READ, NEWCOMER_AT_ONCE, NEWCOMER_FRAMES = 1 << 12, 4, 128  # ... bytes, messages, frames of a newcomer
 KEPT_BYTES = 16 << 20  # of messages for one peer; a message is kept as long as there are fewer
 ALL_KEPT_BYTES = 32 << 20
 """Of messages for all peers. From half of it on only one message is kept for a peer. Beyond it the peer with most is
@@ -56,9 +57,9 @@ class Connection:
         self._reactor = reactor
         self._queue = queue
 
-    def open(self, connection: socket.socket) -> None:
+    def open(self, connection: socket.socket, *, newcomer: bool = False) -> None:
         """Raises OSError."""
-        self._reactor.register(connection.fileno(), self.act)
+        self._reactor.register(connection.fileno(), self.act, newcomer=newcomer)
         self.connection = connection
 
     def act(self, mask: int) -> None:
@@ -154,7 +155,7 @@ class Connection:
 
     def _want(self, events: int) -> None:
         if self.connection is not None:
-            self._reactor.epoll.modify(self.connection.fileno(), events)
+            self._reactor.modify(self.connection.fileno(), events)
 
 
 class InboundPeers(Protocol):
@@ -180,7 +181,10 @@ class Inbound(Connection):
         connection: socket.socket,
         peers: InboundPeers,
         on_message: MessageHandler,
+        *,
+        newcomer: bool,
     ) -> None:
+        """``newcomer``: the peer has little time until it is trusted."""
         super().__init__(reactor, queue, kept)
         self._unfinished = unfinished
         self._holds = False
@@ -188,7 +192,8 @@ class Inbound(Connection):
         self._peers = peers
         self._on_message = on_message
         self._reader = Reader(largest)
-        self.open(connection)
+        self.open(connection, newcomer=newcomer)
+        self._limit_reads(newcomer)
         self.ready = connection  # the router knows it by name only when messages may be sent
         self.send(opening(kind=b"ROUTER"))
 
@@ -201,7 +206,7 @@ class Inbound(Connection):
         data = b""
         if not reader.more:
             try:
-                data = connection.recv(READ)
+                data = connection.recv(self._read)
             except BlockingIOError:
                 return
             except OSError:
@@ -227,12 +232,35 @@ class Inbound(Connection):
         if reader.answer:
             self.send(reader.take_answer())
 
+    def trust(self, trusted: bool) -> None:
+        """Read what it sends as it comes, or in a newcomer's share of the thread's time."""
+        connection = self.connection
+        if connection is None or trusted == self.trusted:
+            return
+        self._reactor.forget(connection.fileno())
+        try:
+            self._reactor.register(connection.fileno(), self.act, newcomer=not trusted)
+        except OSError:  # the kernel watches no more descriptors for us
+            return self.lost()
+        self._limit_reads(not trusted)
+        if self.outbox:
+            self._want(_READABLE | _WRITABLE)
+        if self._reader.more:
+            self._reactor.again(connection.fileno(), self.act)
+
+    def _limit_reads(self, newcomer: bool) -> None:
+        self.trusted = not newcomer
+        self._read = NEWCOMER_READ if newcomer else READ
+        self._reader.at_once = NEWCOMER_AT_ONCE if newcomer else AT_ONCE
+        self._reader.frames_at_once = NEWCOMER_FRAMES if newcomer else MOST_PARTS
+
     def _hold(self) -> None:
         """Count what the reader holds, and come again for what it has not given."""
         held = self._reader.held
         self._holds = held > 0
         if self._reader.more:
-            self._reactor.again(self.act)
+            assert self.connection is not None
+            self._reactor.again(self.connection.fileno(), self.act)
         self._unfinished.hold(self, held)
 
     def drop(self) -> None:
@@ -296,7 +324,7 @@ class Outbound(Connection):
         except BadMessage:
             return self.lost()
         if reader.more:
-            self._reactor.again(self.act)
+            self._reactor.again(connection.fileno(), self.act)
         if self.ready is None:
             if not reader.ready:
                 return

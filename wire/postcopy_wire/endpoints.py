@@ -12,6 +12,7 @@ from .addresses import host_and_port
 from .transport import IPC, TCP
 
 SILENT_SECONDS = 20  # over a network: a peer that acknowledges nothing for so long is gone
+BACKLOG = 4096  # the kernel's own limit, net.core.somaxconn, is as high
 _PROBE_SECONDS = 5
 _STREAM = socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
 _MOST_PORT = 65535
@@ -31,7 +32,7 @@ def listening_socket(endpoint: str) -> tuple[socket.socket, str]:
         if family != socket.AF_UNIX:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(1024)
+        listener.listen(BACKLOG)
         return listener, endpoint if family == socket.AF_UNIX else _shown(listener.getsockname())
     except OSError:
         listener.close()
@@ -41,7 +42,7 @@ def listening_socket(endpoint: str) -> tuple[socket.socket, str]:
 def _both_families(port: int) -> socket.socket | None:
     """A listening socket for IPv6 and IPv4; None on a machine without IPv6. Raises OSError."""
     try:
-        listener = socket.create_server(("", port), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True)
+        listener = socket.create_server(("", port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True)
     except OSError as error:
         if error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
             return None

@@ -14,21 +14,23 @@ def open_router(
     *,
     queue: int = 1000,
     largest: int = LARGEST,
+    newcomers: bool = False,
 ) -> Router:
-    """``queue``: messages that are kept for one peer; ``largest``: bytes of the largest message that peers may send."""
+    """``queue``: messages that are kept for one peer; ``largest``: bytes of the largest message that peers may send;
+    ``newcomers``: peers that connect are newcomers until ``trust`` is called for them."""
     if transport == LIBZMQ:
         from .libzmq import LibzmqRouter
 
         return LibzmqRouter(on_message, queue=queue, largest=largest)
     from .router import NativeRouter
 
-    return NativeRouter(on_message, on_gone, queue=queue, largest=largest)
+    return NativeRouter(on_message, on_gone, queue=queue, largest=largest, newcomers=newcomers)
 
 
 def preload(transport: str) -> None:
     """Import what a channel of this transport needs, in a process that forks its users."""
     if transport == LIBZMQ:
-        from . import libzmq  # noqa: F401
+        from . import libzmq_channel  # noqa: F401
     else:
         from . import channel  # noqa: F401
 
@@ -38,7 +40,7 @@ def open_channel(transport: str, endpoint: str, identity: bytes, hello: bytes, o
     message of every connection. ``on_held`` is called in the sending thread when a message is held: another thread is
     to call ``flush`` until none is."""
     if transport == LIBZMQ:
-        from .libzmq import LibzmqChannel
+        from .libzmq_channel import LibzmqChannel
 
         return LibzmqChannel(endpoint, identity, hello, on_held)
     from .channel import NativeChannel

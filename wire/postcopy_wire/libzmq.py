@@ -8,9 +8,6 @@ blocking, and EVENTS is read after sends and receives, because the descriptor of
 from __future__ import annotations
 
 import os
-import select
-import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,6 +34,8 @@ _LAST = int(zmq.DONTWAIT)
 _MORE = _LAST | int(zmq.SNDMORE)
 _EVENTS, _READABLE, _RCVMORE = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.RCVMORE)
 _HANDSHAKE, _DISCONNECTED = int(zmq.EVENT_HANDSHAKE_SUCCEEDED), int(zmq.EVENT_DISCONNECTED)
+_ENDS = _DISCONNECTED | int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)
+_ENDS |= int(zmq.EVENT_HANDSHAKE_FAILED_AUTH)
 _ACCEPTED, _CONNECTED, _SOURCE = int(zmq.EVENT_ACCEPTED), int(zmq.EVENT_CONNECTED), int(zmq.SRCFD)
 
 
@@ -169,7 +168,12 @@ class InboundSocket:
 
 
 class Dealer:
-    """A DEALER with one connection, which libzmq makes again whenever it ends, and a monitor that reports it."""
+    """A DEALER with one connection, and a monitor that reports what becomes of it.
+
+    ``once``: the owner makes another Dealer when ``ended``. Else libzmq connects again whenever the connection
+    ends (ZMQ_IMMEDIATE), and then drops what that had brought and what it had not sent. If it does so between two
+    frames that we receive it aborts the process (``!_more``, fq.cpp), so that is for peers that send no such messages.
+    """
 
     def __init__(
         self,
@@ -181,16 +185,17 @@ class Dealer:
         identity: bytes = b"",
         prepare: PrepareSocket | None = None,
         backlog: Backlog | None = None,
+        once: bool = False,
     ) -> None:
         """``backlog``: it watches the connection over a network."""
-        self.connected = False
+        self.connected = self._ended = False
         self.link: Link | None = None
         self._backlog = backlog
         self._fd = -1
         self.socket: Socket = context.socket(zmq.DEALER)
         set_limits(self.socket, queue, largest)
         for option, value in (
-            (zmq.IMMEDIATE, 1),  # what a connection had not sent when it ended is dropped
+            (zmq.IMMEDIATE, int(not once)),
             (zmq.RECONNECT_IVL, RETRY_MS),
             (zmq.RECONNECT_IVL_MAX, RETRY_MOST_MS),
         ):
@@ -202,7 +207,7 @@ class Dealer:
         if prepare is not None:
             prepare(self.socket)
         self._added = added_bytes(self.socket)
-        self.monitor = self.socket.get_monitor_socket(_HANDSHAKE | _DISCONNECTED | _CONNECTED)
+        self.monitor = self.socket.get_monitor_socket(_HANDSHAKE | _CONNECTED | _ENDS)
         self.send = frame_sender(self.socket)
         use_family(self.socket, endpoint)
         self.socket.connect(_address(endpoint))
@@ -213,11 +218,20 @@ class Dealer:
         while can_receive(self.monitor):
             event = recv_monitor_message(self.monitor)
             self.connected = made = event["event"] == _HANDSHAKE
+            self._ended = self._ended or bool(event["event"] & _ENDS)
             if self._backlog is not None and not made:
                 self._watch(self._backlog, event["value"] if event["event"] == _CONNECTED else -1)
         if made:
             self.socket.get(_EVENTS)  # takes over the connection, so that a message can be sent at once
         return made
+
+    def ended(self) -> bool:
+        """Has a connection ended, as far as the monitor was read?"""
+        return self._ended
+
+    def end(self) -> None:
+        """The connection is not used from now on."""
+        self.connected, self._ended = False, True
 
     def _watch(self, backlog: Backlog, fd: int) -> None:
         """This is its connection now; -1: it has none."""
@@ -228,49 +242,82 @@ class Dealer:
         self.link = backlog.links.get(fd)
 
     def close(self, linger: float = 0.0) -> None:
+        if self._backlog is not None:
+            self._watch(self._backlog, -1)
         self.socket.disable_monitor()
         self.monitor.close(0)
         self.socket.close(int(linger * 1000))
 
 
 class OutboundSocket:
-    """A peer that the router connects to. See ``reactor.PolledSocket``."""
+    """A peer that the router connects to: a new Dealer for each connection. See ``reactor.PolledSocket``."""
 
-    def __init__(self, dealer: Dealer, on_frames: FramesHandler, on_connected: Action) -> None:
-        self.dealer = dealer
+    def __init__(
+        self, reactor: Reactor, make: Callable[[], Dealer], on_frames: FramesHandler, on_connected: Action
+    ) -> None:
+        self._reactor = reactor
+        self._make = make
         self._on_frames = on_frames
         self._on_connected = on_connected
+        self._retry_ms = RETRY_MS
+        self.dealer = make()
 
     def fileno(self) -> int:
         return int(self.dealer.socket.getsockopt(zmq.FD))
 
     def waiting(self) -> bool:
-        return can_receive(self.dealer.socket)
+        return not self.dealer.ended() and can_receive(self.dealer.socket)
 
     def check_connection(self) -> None:
         """Handle what the monitor reports."""
-        if self.dealer.new_connection():
+        if self.dealer.ended():
+            return
+        made = self.dealer.new_connection()
+        if self.dealer.ended():
+            self._begin_again()
+        elif made:
             self._on_connected()
+
+    def _open(self) -> None:
+        self.dealer = self._make()
+        self.watch()
+
+    def watch(self) -> None:
+        """Wait for events of its connection; it may stand already."""
+        self._reactor.watch(self.fileno(), lambda: None)  # it only ends the wait
+        self._reactor.watch(int(self.dealer.monitor.getsockopt(zmq.FD)), self.check_connection)
+        self.check_connection()
+
+    def _begin_again(self) -> None:
+        """Close, which drops what came and was not received, and connect later."""
+        self.dealer.end()
+        for socket in (self.dealer.socket, self.dealer.monitor):
+            self._reactor.forget(int(socket.getsockopt(zmq.FD)))
+        self.dealer.close()
+        self._reactor.call_later(self._retry_ms / 1000, self._open)
+        self._retry_ms = min(2 * self._retry_ms, RETRY_MOST_MS)
+
+    def close(self, linger: float) -> None:
+        if not self.dealer.ended():
+            self.dealer.close(linger)
 
     def receive(self) -> None:
         """Handle messages, up to AT_ONCE of them."""
         socket = self.dealer.socket
         for _ in range(AT_ONCE):
-            if not can_receive(socket):
+            if self.dealer.ended() or not can_receive(socket):
                 return
             frames, link = [socket.recv(0, False)], self.dealer.link
             while frames[-1].more:
                 frame = socket.recv(0, False)
-                if len(frames) <= MOST_PARTS:
-                    frames.append(frame)
-                else:  # no message has so many: it is refused without them
-                    frames[-1] = frame
-                    if link is not None:
-                        link.took(len(frame.buffer))
+                if len(frames) > MOST_PARTS:  # no message has so many, and to receive millions takes seconds
+                    return self._begin_again()
+                frames.append(frame)
             buffers = [frame.buffer for frame in frames]
             if link is not None:
                 for buffer in buffers:
                     link.took(len(buffer))
+            self._retry_ms = RETRY_MS
             self._on_frames(buffers)
 
     def send(self, parts: Sequence[Buffer]) -> int:
@@ -328,6 +375,7 @@ class Sockets:
         except zmq.ZMQError as error:
             raise OSError(error.errno, error.strerror) from None
         if not again:
+            self._reactor.watch(made.fileno(), lambda: None)  # it only ends the wait
             self._reactor.poll_socket(made)
         bound: Any = made.socket.getsockopt(zmq.LAST_ENDPOINT)
         return os.fsdecode(bound).removesuffix("\0")
@@ -342,11 +390,13 @@ class Sockets:
         prepare: PrepareSocket | None = None,
     ) -> None:
         backlog = None if endpoint.startswith(IPC) else self._backlog
-        dealer = Dealer(self._context, endpoint, self._queue, capacity, prepare=prepare, backlog=backlog)
-        peer = self._outbound[name] = OutboundSocket(dealer, on_frames, on_connected)
+
+        def make() -> Dealer:
+            return Dealer(self._context, endpoint, self._queue, capacity, prepare=prepare, backlog=backlog, once=True)
+
+        peer = self._outbound[name] = OutboundSocket(self._reactor, make, on_frames, on_connected)
         self._reactor.poll_socket(peer)
-        self._reactor.watch(int(dealer.monitor.getsockopt(zmq.FD)), peer.check_connection)
-        peer.check_connection()
+        peer.watch()
 
     def send(self, name: bytes, parts: Sequence[Buffer]) -> int:
         peer = self._outbound.get(name)
@@ -357,7 +407,7 @@ class Sockets:
     def close(self, linger: float) -> None:
         """Also waits for sockets that others made in the context, such as that of an authenticator, to be closed."""
         for peer in self._outbound.values():
-            peer.dealer.close(linger)
+            peer.close(linger)
         if self._inbound is not None:
             self._inbound.close(linger)
         self._backlog.close()
@@ -379,117 +429,9 @@ class LibzmqRouter(Reactor):
     def send(self, name: bytes, data: bytes) -> int:
         return self._sockets.send(name, (data,))
 
+    def trust(self, name: bytes, trusted: bool = True) -> None:
+        """libzmq reads from all peers alike."""
+
     def close(self, linger: float = 0.0) -> None:
         self._sockets.close(linger)
-        self.epoll.close()
-
-
-class LibzmqChannel:
-    """See ``transport.Channel``. One lock guards the socket, because libzmq sockets belong to one thread at a time."""
-
-    def __init__(self, endpoint: str, identity: bytes, hello: bytes, on_held: Action) -> None:
-        self._endpoint = endpoint
-        self._identity = identity
-        self._hello = hello
-        self._on_held = on_held
-        self._lock = threading.Lock()
-        self._outbox: deque[bytes] = deque()
-        self._context: Context = zmq.Context()
-        self._dealer: Dealer | None = None
-        self._epoll = select.epoll()
-        self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        """A sender has found that a message arrived: its send consumed the edge that the receiver waits for."""
-        self._epoll.register(self._wakeup, select.EPOLLIN)
-        self.connected = False
-
-    @property
-    def retry_in(self) -> float:
-        """libzmq connects again in its own thread."""
-        return RETRY_MOST_MS / 1000
-
-    def holds(self) -> bool:
-        return bool(self._outbox)
-
-    def fileno(self) -> int:
-        return self._epoll.fileno() if self._dealer is not None else -1
-
-    def connect(self) -> bool:
-        """Make the socket; from then on libzmq connects, and connects again."""
-        with self._lock:
-            if self._dealer is None:
-                dealer = Dealer(self._context, self._endpoint, 1000, LARGEST, identity=self._identity)
-                for socket in (dealer.socket, dealer.monitor):
-                    self._epoll.register(int(socket.getsockopt(zmq.FD)), select.EPOLLIN)
-                self._dealer = dealer
-        return True
-
-    def send(self, data: bytes) -> None:
-        with self._lock:
-            dealer = self._dealer
-            if dealer is None or not self.connected:
-                return
-            if not self._outbox and self._accepted(dealer, data):
-                self._wake_receiver(dealer)
-                return
-            self._outbox.append(data)
-        self._on_held()
-
-    def flush(self) -> None:
-        with self._lock:
-            if self._dealer is not None and self._outbox:
-                self._flush(self._dealer)
-                self._wake_receiver(self._dealer)
-
-    def receive(self) -> list[bytes]:
-        self.connect()
-        while not (messages := self.receive_now()):
-            self._epoll.poll()
-        return messages
-
-    def receive_now(self) -> list[bytes]:
-        """Never waits."""
-        with self._lock:
-            dealer = self._dealer
-            if dealer is None:
-                return []
-            self._clear_wakeup()
-            if dealer.new_connection():
-                self._outbox.clear()
-                dealer.connected = self._accepted(dealer, self._hello)
-            self.connected = dealer.connected
-            self._flush(dealer)
-            messages: list[bytes] = []
-            while can_receive(dealer.socket):
-                message = dealer.socket.recv()
-                while dealer.socket.get(_RCVMORE):  # the last frame is the message
-                    message = dealer.socket.recv()
-                messages.append(message)
-            return messages
-
-    def close(self) -> None:
-        if self._dealer is not None:
-            self._dealer.close()
-        self._context.term()
-        self._epoll.close()
-        os.close(self._wakeup)
-
-    def _accepted(self, dealer: Dealer, data: bytes) -> bool:
-        try:
-            dealer.send(data, _LAST)
-        except zmq.Again:
-            return False
-        return True
-
-    def _flush(self, dealer: Dealer) -> None:
-        while self._outbox and self._accepted(dealer, self._outbox[0]):
-            self._outbox.popleft()
-
-    def _wake_receiver(self, dealer: Dealer) -> None:
-        if can_receive(dealer.socket):
-            os.eventfd_write(self._wakeup, 1)
-
-    def _clear_wakeup(self) -> None:
-        try:
-            os.eventfd_read(self._wakeup)
-        except BlockingIOError:
-            return
+        self.close_epolls()

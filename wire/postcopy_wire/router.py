@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 PENDING = 1024  # connections that may be open before they have said a routing id
 PENDING_SECONDS = 30.0  # ... and for how long.
+NEWCOMERS_AT_ONCE = 4  # connections that are accepted at once
 LINGER_STEP = 0.002
 ACCEPT_AGAIN_SECONDS = 0.05  # between two tries to accept a connection while no descriptor is free
 
@@ -48,10 +49,12 @@ class NativeRouter(Reactor):
         *,
         queue: int = 1000,
         largest: int = LARGEST,
+        newcomers: bool = False,
     ) -> None:
         """``queue``: messages that are kept for one peer; ``largest``: bytes of the largest message of a peer that
-        connects."""
+        connects; ``newcomers``: a peer that connects is one until ``trust`` is called for it."""
         super().__init__()
+        self._newcomers_come = newcomers
         self.inbound: dict[bytes, Inbound] = {}
         self.outbound: dict[bytes, Outbound] = {}
         self.pending: dict[Inbound, float] = {}
@@ -74,7 +77,7 @@ class NativeRouter(Reactor):
             self.forget(before.fileno())
             before.close()
         self._listeners[endpoint] = listener
-        self.watch(listener.fileno(), partial(self._accept, listener))
+        self._watch_listener(listener)
         return bound
 
     def connect(
@@ -106,7 +109,7 @@ class NativeRouter(Reactor):
             listener.close()
         if self._libzmq is not None:
             self._libzmq.close(linger)
-        self.epoll.close()
+        self.close_epolls()
 
     def _sockets(self) -> Sockets:
         if self._libzmq is None:
@@ -144,16 +147,23 @@ class NativeRouter(Reactor):
             return SENT if sent == whole else peer.keep(b"".join(buffers)[sent:])
         return self._libzmq.send(name, parts) if self._libzmq is not None else UNREACHABLE
 
+    def trust(self, name: bytes, trusted: bool = True) -> None:
+        peer = self.inbound.get(name)
+        if peer is not None:
+            peer.trust(trusted)
+
+    def _watch_listener(self, listener: socket.socket) -> None:
+        self.register(listener.fileno(), lambda mask: self._accept(listener), newcomer=self._newcomers_come)
+
     def _accept(self, listener: socket.socket) -> None:
-        for _ in range(AT_ONCE):
+        for _ in range(NEWCOMERS_AT_ONCE if self._newcomers_come else AT_ONCE):
             try:
                 connection, _ = listener.accept()
             except BlockingIOError:
                 return
             except OSError:  # no descriptor is free: the others wait in the backlog
                 self.forget(listener.fileno())
-                again = partial(self.watch, listener.fileno(), partial(self._accept, listener))
-                return self.call_later(ACCEPT_AGAIN_SECONDS, again)
+                return self.call_later(ACCEPT_AGAIN_SECONDS, partial(self._watch_listener, listener))
             connection.setblocking(False)
             now = time.monotonic()
             while self.pending:
@@ -164,7 +174,15 @@ class NativeRouter(Reactor):
             try:
                 prepare_connection(connection)
                 peer = Inbound(
-                    self, self._queue, self._kept, self._unfinished, self._largest, connection, self, self._on_message
+                    self,
+                    self._queue,
+                    self._kept,
+                    self._unfinished,
+                    self._largest,
+                    connection,
+                    self,
+                    self._on_message,
+                    newcomer=self._newcomers_come,
                 )
             except OSError:  # the kernel watches no more descriptors for us
                 connection.close()

@@ -95,6 +95,10 @@ class Router(Protocol):
     def send_parts(self, name: bytes, parts: Sequence[Buffer]) -> int:
         """Send a message of these frames."""
 
+    def trust(self, name: bytes, trusted: bool = True) -> None:
+        """A peer that connected is wanted here, or is a newcomer: newcomers get a small share of the thread's time.
+        libzmq makes no difference."""
+
     def close(self, linger: float = 0.0) -> None:
         """Close all connections; what is not sent after ``linger`` seconds is dropped."""
 

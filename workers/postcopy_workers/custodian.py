@@ -32,6 +32,7 @@ from postcopy_protocol.messages import Assignment, Message
 
 from . import standby
 from .forking import fork_worker
+from .life_records import LifeRecords
 from .standby import Order, StandbyPolicy
 from .takeover_socket import TakeoverSocket
 from .worker import ExitStatus
@@ -61,10 +62,12 @@ class Custodian:
     """Descriptors by key, workers by pidfd, their last orders by number, and the channel to a supervisor.
     ``privileged``: workers keep the custodian's capabilities until their userfaultfd is open."""
 
-    def __init__(self, channel: socket.socket, takeover: TakeoverSocket | None, *, privileged: bool) -> None:
+    def __init__(
+        self, channel: socket.socket, takeover: TakeoverSocket | None, records: LifeRecords, *, privileged: bool
+    ) -> None:
         self._channel: socket.socket | None = channel
         self._takeover = takeover
-        self._privileged = privileged
+        self._privileged, self._records = privileged, records
         self._kept: dict[str, tuple[bytes, tuple[int, ...]]] = {}
         self._orders: dict[int, Order] = {}
         self._lives: dict[int, Life] = {}
@@ -175,6 +178,7 @@ class Custodian:
         crashpoints.at("custodian.forked")
         self._send(messages.WorkerForked(number, incarnation, forked.pid), [forked.pidfd])
         crashpoints.at("custodian.announced")
+        self._records.write(number, forked.pid)
         # Only now may it begin: had we died before, no process would have its pidfd, and a second worker would read the
         # same ufd.
         forked.begin()
@@ -392,7 +396,7 @@ def main() -> None:
         takeover = None
     gc.collect()
     gc.freeze()  # what is imported by now stays shared between all workers
-    Custodian(channel, takeover, privileged=options.keep_privileges).run()
+    Custodian(channel, takeover, LifeRecords(options.directory), privileged=options.keep_privileges).run()
 
 
 if __name__ == "__main__":

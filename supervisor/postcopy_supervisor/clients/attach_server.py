@@ -30,6 +30,7 @@ from ..blocks import RamBlock
 from ..listener import Listener
 from ..pool.worker_pool import WorkerPool
 from ..recovery.plan import KeptClient
+from ..recovery.watchers import Orphans
 from .client import Client, Clients, send
 from .identity import check_back_end, may_resume, unidentified
 from .losses import Losses
@@ -70,12 +71,14 @@ class AttachServer:
         device: int,
         figures_bytes: int,
         recorder: FiguresReader | None,
+        orphans: Orphans,
     ) -> None:
         self._blocks = blocks
         self._by_number = {block.number: block for block in blocks.values()}
         self._clients, self._pool, self._watcher, self._release = clients, pool, watcher, release
         self._losses = losses
         self._device, self._figures_bytes, self._recorder = device, figures_bytes, recorder
+        self._orphans = orphans
         self._limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
     def on_connect(self, connection: socket.socket, peer: Peer, at: float) -> None:
@@ -166,6 +169,9 @@ class AttachServer:
                 self._send(client, messages.Blocks(tuple(self._listed(client))))
             case messages.AskLoss():
                 self._send(client, self._losses.answer(client, message))
+            case messages.AskOrphanPolicy():
+                with self._orphans.policy() as (policy, lifeline):
+                    self._send(client, policy, lifeline)
             case messages.Goodbye():
                 self._release.remove(client, "left")
         return False

@@ -22,6 +22,9 @@ REQUEST_SECONDS, ANSWER_SECONDS = 5.0, 10.0
 REQUEST_BYTES = 8 << 10
 SAME_SECONDS = 0.2  # in which scrapes get the same text
 MOST_FORMATS = 2  # that are made in this time
+SHARE, BURST_SECONDS = 0.1, 0.05
+"""Share of one processor's time for all scrapes, and seconds of it that may be used at once: each step holds the
+interpreter's lock, which a fault of a client needs."""
 FULL_SECONDS = 0.1  # between two tries to accept while no descriptor is free
 _END = b"\r\n\r\n"
 
@@ -52,6 +55,8 @@ class ScrapeServer(threading.Thread):
         self._selector.register(listener, selectors.EVENT_READ)
         self._scrapers: dict[Scraper, None] = {}  # the oldest first
         self._made: dict[str, tuple[float, bytes]] = {}  # answers by Accept header: until when, and the bytes
+        self._left, self._used, self._at = BURST_SECONDS, 0.0, 0.0
+        """Seconds of this thread's time that are left; how much it had used, and when that was counted."""
 
     def run(self) -> None:
         while True:
@@ -73,6 +78,16 @@ class ScrapeServer(threading.Thread):
         now = time.monotonic()
         for scraper in [one for one in self._scrapers if one.deadline <= now]:
             self._close(scraper)
+        self._keep_share()
+
+    def _keep_share(self) -> None:
+        """Pause when more than the share has been used. Connections wait in the kernel."""
+        now, total = time.monotonic(), time.thread_time()
+        allowed = (now - self._at) * SHARE
+        self._left = min(BURST_SECONDS, self._left + allowed) - (total - self._used)
+        self._used, self._at = total, now
+        if self._left < 0:
+            time.sleep(-self._left / SHARE)
 
     def _accept(self) -> None:
         try:

@@ -12,12 +12,10 @@ from postcopy_protocol.received_map import LOST, MISSING, PLACING, RECEIVED
 
 from ..blocks import RamBlock
 from .engine import Ask, Effect, Engine
+from .link_pace import BUSY_LARGEST, CALM_LARGEST
 from .source_link import SourceLink
 
-PIECE = 256 << 10  # bytes of one background request while clients wait, or while a rate is given
-CALM_PIECE = 1 << 20
-"""Otherwise: the cost of a request is paid once and not four times. Both sizes are what a source sends in one message
-(its loop.py), so the answer has the expected form (templates.py)."""
+PIECE = BUSY_LARGEST  # bytes of one request where a rate is given; else the link decides (link_pace.py)
 LOCAL_WINDOW = 4 << 20
 """Bytes of local blocks that worker zero is asked for at a time: more would delay an urgent page behind them."""
 LOCAL_REQUESTS = 4  # ... but so many requests, however large their pages are
@@ -91,6 +89,8 @@ class Background:
             return None
         if now < self._due:
             return self._due
+        for link in {id(link): link for link in self._links.values()}.values():
+            link.probe(now)
         while idle < len(turns):
             block = turns[0]
             piece = self._next_piece(block, left, now)
@@ -108,14 +108,18 @@ class Background:
                 self.cursor[block.number] = piece.end
                 self._requester.do(self._engine.ask(piece.block, piece.first, piece.end))
             turns.rotate(-1)
-        # The answers of worker zero, unlike those of a source, do not call this.
-        return now + max(SHORTEST_WAIT, PIECE / rate) if rate > 0 and self._local_requests() else None
+        # The answers of worker zero, unlike those of a source, do not call this; nor does the end of a pause.
+        due = [link.flow.pace.resume_at for link in self._links.values() if link.flow.pace.resume_at > now]
+        if rate > 0 and self._local_requests():
+            due.append(now + max(SHORTEST_WAIT, PIECE / rate))
+        return min(due, default=None)
 
     def _next_piece(self, block: RamBlock, left: int, now: float) -> Ask | None:
         """What to request next of a block: missing pages behind the cursor, around the end once. None: nothing now."""
         link, limited = self._links.get(block.number), self._bucket.rate > 0
-        largest = PIECE if limited or (link is not None and link.flow.busy(now)) else CALM_PIECE
+        largest = PIECE if limited else CALM_LARGEST
         if link is not None:
+            largest = min(largest, link.flow.piece(now))
             room = link.flow.room_for_background(now)
         elif not limited or block.complete:
             return None

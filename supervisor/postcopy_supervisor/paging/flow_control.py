@@ -11,8 +11,8 @@ A request for a range goes through these states:
 
 Urgent requests (a client waits) are sent at once, up to a bound of requests and bytes in flight. The others wait in a
 queue per client; the queues are served in turns, so one client's storm does not starve another client. Background
-requests have a bound of their own and a window that is small while urgent requests are frequent: on one connection an
-urgent answer comes behind everything that was requested before it.
+requests have a bound of their own, and a window that follows the link and is small while urgent requests are frequent
+(link_pace.py): on one connection an urgent answer comes behind everything that was requested before it.
 
 A fault on a page inside an outstanding background request waits for that request, unless an urgent request would arrive
 ``hurry`` seconds earlier (on a slow link four MiB may be ahead of it). Then the page is requested again as urgent and
@@ -30,6 +30,8 @@ from itertools import chain
 
 from postcopy_protocol.templates import FIRST_REQUEST
 
+from .link_pace import LinkPace
+
 PAST = 1024
 SHORTEST_PAUSE = 0.01
 LONGEST_PAUSE = 1.0  # seconds to wait after pages found no memory
@@ -39,9 +41,9 @@ BACKGROUND = -1  # the "client" of background requests
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Bytes and seconds. ``requests`` bounds the urgent requests in flight, and also those of the background. ``calm``:
-    how long after an urgent request the background window stays small. ``patience`` times ``attempts`` exceeds a
-    source's own ``--read-timeout`` (30 s by default), so that a read that hangs is reported by the source, with its
-    reason, before it is given up here."""
+    how long after an urgent request the background window stays small, at least. ``patience`` times ``attempts``
+    exceeds a source's own ``--read-timeout`` (30 s by default), so that a read that hangs is reported by the source,
+    with its reason, before it is given up here."""
 
     requests: int = 64
     bytes: int = 8 << 20
@@ -101,6 +103,8 @@ class FlowControl:
     queues: defaultdict[int, deque[RangeRequest]] = field(default_factory=lambda: defaultdict(deque))
     """By client, in the order of their turns."""
     deferred: deque[RangeRequest] = field(default_factory=deque)
+    held: bool = False
+    """While held nothing is sent: there is no memory for what would come."""
     retry_at: float = -1e9
     _pause: float = 0.0
     bytes_in_flight: int = 0
@@ -112,6 +116,10 @@ class FlowControl:
     urgent_pace: float = 0.0  # seconds that the last urgent request took; above, the last background request
     finished: deque[tuple[RangeRequest, float]] = field(default_factory=lambda: deque(maxlen=PAST))
     """The last that left ``outstanding``, and when their answer came (0.0: never), for ``status --story``."""
+    pace: LinkPace = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pace = LinkPace(self.limits.background_calm)
 
     def request(self, client: int, block: int, offset: int, length: int, now: float) -> list[Effect]:
         """A client, or BACKGROUND, wants a range."""
@@ -149,7 +157,8 @@ class FlowControl:
         if request.urgent:
             self.urgent_pace = now - request.sent
         else:
-            self._background_pace = now - request.sent
+            self._background_pace = took = now - request.sent
+            self.pace.came(request.length, self.background_in_flight == 1, took, self.busy(now), now)
         self._stop(request, now)
         return self._fill(now) if self.queues else ()
 
@@ -180,7 +189,7 @@ class FlowControl:
 
     def lost_source(self) -> None:
         """Nothing can be sent; all open requests will be sent again."""
-        self.up = False
+        self.up, self.pace = False, LinkPace(self.limits.background_calm)
         for request in reversed(self.outstanding.values()):  # the oldest becomes the first of its queue
             self._stop(request)
             self.queues[request.client].appendleft(request)
@@ -191,6 +200,11 @@ class FlowControl:
     def found_source(self, now: float) -> list[Effect]:
         """The source is there, for the first time or again."""
         self.up = True
+        return self._fill(now)
+
+    def hold(self, held: bool, now: float) -> list[Effect]:
+        """Begin or end to hold everything back."""
+        self.held = held
         return self._fill(now)
 
     def tick(self, now: float) -> list[Effect]:
@@ -240,16 +254,28 @@ class FlowControl:
 
     def busy(self, now: float) -> bool:
         """Was an urgent request sent a moment ago?"""
-        return now - self.urgent_at < self.limits.calm
+        return self.pace.busy(now - self.urgent_at, self.limits.calm, now)
+
+    def piece(self, now: float) -> int:
+        """Bytes of the next background request."""
+        return self.pace.piece(self.busy(now))
+
+    def probe(self, now: float) -> bool:
+        """Is a Ping to be sent now, before anything else, to measure the link?"""
+        return self.up and self.pace.probe(self._background_bytes, now)
+
+    def pong(self, now: float) -> None:
+        """The answer to that Ping."""
+        self.pace.pong(self.busy(now), now)
 
     def room_for_background(self, now: float) -> int:
-        """Bytes of background that may be requested now; 0 while urgent requests are queued or memory is short."""
+        """Bytes of background that may be requested now; 0 while urgent requests are queued or memory is short, and
+        between two pieces on a slow link."""
         urgent = any(queue for client, queue in self.queues.items() if client != BACKGROUND)
-        if urgent or not self.up or self.deferred or now < self.retry_at:
+        if urgent or self.held or not self.up or self.deferred or now < self.retry_at:
             return 0
         queued = sum(request.length for request in self.queues.get(BACKGROUND, ()))
-        window = self.limits.background_busy if self.busy(now) else self.limits.background_calm
-        return max(0, window - self._background_bytes - queued)
+        return self.pace.room(self._background_bytes + queued, self.limits.background_busy, self.busy(now), now)
 
     def check(self) -> None:
         """Assert the invariants (tests call it after every event)."""
@@ -302,7 +328,8 @@ class FlowControl:
     @property
     def _room_for_urgent(self) -> bool:
         return (
-            len(self.outstanding) - self.background_in_flight < self.limits.requests
+            not self.held
+            and len(self.outstanding) - self.background_in_flight < self.limits.requests
             and self.bytes_in_flight - self._background_bytes < self.limits.bytes
         )
 
@@ -325,7 +352,8 @@ class FlowControl:
                 self.queues[client] = queue  # behind the others: its next turn comes after theirs
             return request
         background = self.queues.get(BACKGROUND)
-        return background.popleft() if background and self.background_in_flight < self.limits.requests else None
+        room = not self.held and self.background_in_flight < self.limits.requests
+        return background.popleft() if background and room else None
 
 
 def _less(ranges: list[tuple[int, int]], start: int, stop: int) -> list[tuple[int, int]]:

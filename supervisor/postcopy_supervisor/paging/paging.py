@@ -64,6 +64,7 @@ class RemotePaging:
         self._fault_around, self._poison_on_loss, self._clock = fault_around, poison_on_loss, clock
         self._heads: dict[int, list[bytes]] = {}  # by worker: its keys of fast_paths
         self._windows: dict[tuple[int, int], FaultAround] = {}  # by waiter and block
+        self._held = False
         self._short_at = -1  # what ``placed`` was at the last shortage of memory
 
     @property
@@ -107,12 +108,22 @@ class RemotePaging:
                     link.promote(waiter, block.number, page * block.page_size, block.page_size, self._clock())
         self._do(effects, waiter)
 
+    def hold(self, held: bool) -> None:
+        """While held no page is requested of a source; those that are in flight come. The fast paths, which would
+        request pages, are made again afterwards."""
+        if held:
+            self.fast_paths.clear()
+            self._heads.clear()
+        self._held = held
+        for link in {id(link): link for link in self.links.values()}.values():
+            link.hold(held, self._clock())
+
     def learn(self, data: bytes, waiter: int, block: RamBlock) -> None:
         """``data`` was a RequestPages of one page that ``decode`` took: messages that differ only in the offset take
         the fast path from now on."""
         link = self.links.get(block.number)
         heads = self._heads.setdefault(waiter, [])
-        if link is not None and len(heads) < MOST_FAST_PATHS:
+        if link is not None and not self._held and len(heads) < MOST_FAST_PATHS:
             heads.append(data[:-OFFSET_BYTES])
             window = self._window_of(waiter, block).window
             self.fast_paths[data[:-OFFSET_BYTES]] = worker_fast_path(self, waiter, block, link, window)

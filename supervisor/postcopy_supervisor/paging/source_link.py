@@ -98,6 +98,7 @@ class SourceLink:
         self._patience, self._event, self._owner = patience, event, owner
         self._advised_at = self._pinged_at = -1e9
         self._nonce = self._nonce_old = 0  # a Pong up to the second is from before the loss, or the last Advise
+        self._probe = 0  # of the Ping that measures the link
         self._complete: set[int] = set()
         self._refused: set[str] = set()
 
@@ -127,6 +128,10 @@ class SourceLink:
     def promote(self, client: int, block: int, offset: int, length: int, now: float) -> None:
         """A client waits for what is requested already."""
         self._do(self.flow.promote(client, block, offset, length, now))
+
+    def hold(self, held: bool, now: float) -> None:
+        """Send no requests while ``held``; then all that have waited."""
+        self._do(self.flow.hold(held, now))
 
     def complete(self, block: int) -> None:
         """Nothing more will be requested of this block."""
@@ -172,6 +177,9 @@ class SourceLink:
                 self.silent_since = None
             case return_path.Pong():
                 self.silent_since = None
+                if message.nonce == self._probe:
+                    self._probe = 0
+                    self.flow.pong(now)
                 if self.state is not LinkState.UP and message.nonce > self._nonce_old:
                     self._advise(now)
             case return_path.SourceRefused():
@@ -290,6 +298,13 @@ class SourceLink:
                 if block not in self._complete:
                     self._send_message(return_path.Listen(stream, PUSH_WINDOW))
 
+    def probe(self, now: float) -> None:
+        """Measure what an urgent answer has before it, where that is due (link_pace.py)."""
+        if self.flow.probe(now):
+            self._nonce += 1
+            self._probe = self._nonce
+            self._send_message(return_path.Ping(self._nonce))
+
     def _advise(self, now: float) -> None:
         if now - self._advised_at < ADVISE_SECONDS:
             return
@@ -304,7 +319,7 @@ class SourceLink:
 
     def _pause(self, why: str) -> None:
         self.state = LinkState.PAUSED
-        self._nonce_old, self._pinged_at = self._nonce, -1e9
+        self._nonce_old, self._pinged_at, self._probe = self._nonce, -1e9, 0
         for book in (self._streams, self._blocks, self.templates, self.answers):
             book.clear()
         self.flow.lost_source()

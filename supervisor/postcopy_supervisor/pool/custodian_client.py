@@ -11,7 +11,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Protocol
 
 from postcopy_kernel import crashpoints, descriptors, process, programs
 from postcopy_protocol.codec import encode
@@ -22,12 +23,31 @@ BUFFER = 4 << 20
 END_SECONDS = 3.0
 
 
+class Store(Protocol):
+    """Another place for what the custodian keeps, in case that it dies together with the supervisor."""
+
+    def keep(self, key: str, meta: bytes, fds: Sequence[int]) -> None: ...
+    def drop(self, key: str) -> None: ...
+    def retain(self, keys: Collection[str]) -> None: ...
+    def clear(self) -> None: ...
+    def flush(self) -> None: ...
+
+
 class CustodianClient:
     """Remembers what ``keep`` and ``drop`` were given: a new custodian gets everything that the old one kept, and the
     workers that ``adopt`` names."""
 
-    def __init__(self, directory: str, orphans: WhenOrphaned, *, device: bool, log_format: str = "text") -> None:
+    def __init__(
+        self,
+        directory: str,
+        orphans: WhenOrphaned,
+        *,
+        device: bool,
+        log_format: str = "text",
+        stores: Sequence[Store] = (),
+    ) -> None:
         """``device``: workers make their userfaultfd through /dev/userfaultfd, for which they need no privilege."""
+        self._stores = tuple(stores)
         self._device, self._directory, self._orphans = device, directory, orphans
         self._log_format = log_format
         self._kept: dict[str, tuple[bytes, tuple[int, ...]]] = {}
@@ -92,11 +112,26 @@ class CustodianClient:
     def keep(self, key: str, meta: bytes, fds: Sequence[int]) -> None:
         """Give it duplicates of ``fds`` under ``key``; the caller keeps its own open until ``drop``."""
         self._kept[key] = (meta, tuple(fds))
+        for store in self._stores:
+            store.keep(key, meta, fds)
         self._send(Keep(key, meta), fds)
 
     def drop(self, key: str) -> None:
         if self._kept.pop(key, None) is not None:
             self._send(Drop(key), ())
+            for store in self._stores:
+                store.drop(key)
+
+    def tidy_stores(self) -> None:
+        """After a take-over, or at a fresh start: nothing stays in the stores that is not kept any more."""
+        for store in self._stores:
+            store.retain(self._kept.keys())
+
+    def fill_stores(self) -> None:
+        """Give the stores everything again: the runtime directory was removed."""
+        for key, (meta, fds) in self._kept.items():
+            for store in self._stores:
+                store.keep(key, meta, fds)
 
     def forget(self, key: str) -> None:
         """Drop what the previous supervisor kept and this one never had."""
@@ -113,6 +148,8 @@ class CustodianClient:
 
     def flush(self) -> None:
         """Send what the custodian did not take before; called at every tick until nothing is left."""
+        for store in self._stores:
+            store.flush()
         while self._unsent and self.channel is not None:
             data, fds = self._unsent[0]
             try:
@@ -168,6 +205,8 @@ class CustodianClient:
         self._send(Dismiss(), ())
         self._close()
         self.reap()
+        for store in self._stores:
+            store.clear()
 
     def step_aside(self) -> None:
         """Leave everything to a later supervisor, after sending what is queued."""

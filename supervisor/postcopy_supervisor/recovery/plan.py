@@ -23,11 +23,13 @@ from postcopy_protocol.sources import Advice, FileSource, HandlerSource, RemoteS
 SHARED = "house"
 ZERO = "client/0"
 CGROUPS = "cgroups"
+LIFELINE = "lifeline"
+"""The writing end of a pipe that every process of the service holds: its end shows a client's watcher that all died."""
 WITHOUT_DEVICE, WITH_DEVICE = 2, 3
 """Number of descriptors under the key SHARED: quit eventfd, control page, and the device where there is one."""
 
 Note = TypeVar("Note", BlockNote, ClientNote)
-OTHER_VERSION = "what the custodian keeps is another version's"
+OTHER_VERSION = "what the last supervisor left is another version's"
 
 
 COPY = "copy"
@@ -91,12 +93,13 @@ class Inventory:
     blocks: tuple[KeptBlock, ...] = ()
     clients: tuple[KeptClient, ...] = ()
     workers: tuple[KeptWorker, ...] = ()
+    lifeline: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What the supervisor is built from. ``numbers``: those of all blocks to be served; ``blocks``: the adopted ones,
-    by name; ``forgotten``: keys that the custodian is to drop."""
+    by name; ``forgotten``: keys that the custodian is to drop; ``rescued``: clients that no custodian had."""
 
     numbers: Mapping[str, int]
     shared: tuple[int, ...] = ()
@@ -106,6 +109,8 @@ class Plan:
     workers: tuple[KeptWorker, ...] = ()
     forgotten: tuple[str, ...] = ()
     first_client: int = 1
+    lifeline: tuple[int, ...] = ()
+    rescued: frozenset[int] = frozenset()
 
     @property
     def recovers(self) -> bool:
@@ -123,7 +128,7 @@ def read(kept: Mapping[str, tuple[bytes, tuple[int, ...]]], workers: Sequence[Ke
     blocks, clients = list[KeptBlock](), list[KeptClient]()
     for key, (meta, fds) in kept.items():
         kind, _, _ = key.partition("/")
-        if key in (SHARED, ZERO, CGROUPS):
+        if key in (SHARED, ZERO, CGROUPS, LIFELINE):
             continue
         if kind == "block":
             blocks.append(_block(meta, fds))
@@ -135,14 +140,20 @@ def read(kept: Mapping[str, tuple[bytes, tuple[int, ...]]], workers: Sequence[Ke
     _, zero = kept.get(ZERO, (b"", ()))
     if len(shared) not in (0, WITHOUT_DEVICE, WITH_DEVICE) or (clients and not shared):
         raise BadInput(f"{OTHER_VERSION}: {SHARED}")
-    return Inventory(shared, zero, tuple(blocks), tuple(clients), tuple(workers))
+    _, lifeline = kept.get(LIFELINE, (b"", ()))
+    return Inventory(shared, zero, tuple(blocks), tuple(clients), tuple(workers), lifeline)
 
 
 def _block(meta: bytes, fds: tuple[int, ...]) -> KeptBlock:
     note = _note(meta, BlockNote)
-    if len(fds) != (2 if note.kind != "file" else 4 if note.detail == DIGESTS else 3):
+    if len(fds) != descriptors_of(note):
         raise BadInput(f"{OTHER_VERSION}: block {note.name} with {len(fds)} descriptors")
     return KeptBlock(note, fds)
+
+
+def descriptors_of(note: BlockNote) -> int:
+    """How many descriptors are kept of a block: memory, received map, a file, its digests."""
+    return 2 if note.kind != "file" else 4 if note.detail == DIGESTS else 3
 
 
 def _client(meta: bytes, fds: tuple[int, ...]) -> KeptClient:
@@ -218,6 +229,7 @@ def judge(
         found.workers,
         tuple(key for key in gone if key not in kept_keys),
         numbers_after(gone, found.workers),
+        found.lifeline,
     )
 
 

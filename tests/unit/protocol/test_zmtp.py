@@ -191,3 +191,10 @@ def test_what_a_reader_holds() -> None:
     assert (taken.held, taken.idle) == (12, False)
     taken.feed(b"12345")
     assert (taken.held, taken.idle) == (0, True)
+
+
+def test_a_share_that_takes_everything_leaves_no_more() -> None:
+    """Called again for nothing, a reader would be idle, and its connection would never be read again."""
+    taken = reader()
+    assert len(taken.feed(frame(b"x") * AT_ONCE)) == AT_ONCE
+    assert (taken.more, taken.idle) == (False, True)

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from postcopy_protocol.received_map import LOST, MISSING, PLACING, RECEIVED
-from postcopy_supervisor.paging.background import CALM_PIECE, LOCAL_WINDOW, PIECE, Background, TokenBucket
+from postcopy_supervisor.paging.background import LOCAL_WINDOW, PIECE, Background, TokenBucket
 from postcopy_supervisor.paging.engine import Ask, Effect, Engine
+from postcopy_supervisor.paging.link_pace import CALM_LARGEST
 
 PAGE = 4096
 MB = 1 << 20
@@ -60,10 +61,15 @@ class Bench:
             )
             for number in (LOCAL, REMOTE)
         }
-        self.room, self.busy, self.now = 1 << 40, False, 0.0
-        flow = SimpleNamespace(room_for_background=lambda now: self.room, busy=lambda now: self.busy)
-        links: Any = {REMOTE: SimpleNamespace(flow=flow)}
+        self.room, self.now = 1 << 40, 0.0
+        self.piece, self.probes = MB, 0
+        self.pace = SimpleNamespace(resume_at=-1.0)
+        flow = SimpleNamespace(room_for_background=lambda now: self.room, piece=lambda now: self.piece, pace=self.pace)
+        links: Any = {REMOTE: SimpleNamespace(flow=flow, probe=self.probe)}
         self.background = Background(self.engine, cast(Any, self.blocks), links, rate, 0.0, self)
+
+    def probe(self, now: float) -> None:
+        self.probes += 1
 
     def do(self, effects: list[Effect]) -> None:
         self.asked += [effect for effect in effects if isinstance(effect, Ask)]
@@ -104,11 +110,15 @@ def test_auto_streams_remote_blocks_only() -> None:
     bench = Bench(-1)
     assert bench.background.stream(1 << 62, 0.0) is None
     assert {ask.block for ask in bench.asked} == {REMOTE}
-    assert {(ask.end - ask.first) * PAGE for ask in bench.asked} == {CALM_PIECE}
+    assert {(ask.end - ask.first) * PAGE for ask in bench.asked} == {MB}
+
+
+def test_the_link_decides_about_pieces_and_pauses() -> None:
     bench = Bench(-1)
-    bench.busy = True
-    bench.background.stream(1 << 62, 0.0)
-    assert {(ask.end - ask.first) * PAGE for ask in bench.asked} == {PIECE}
+    bench.piece, bench.room, bench.pace.resume_at = 16 << 10, 40 << 10, 7.0
+    assert bench.background.stream(1 << 62, 1.0) == 7.0, "it wants to be called at the end of the pause"
+    assert bench.probes == 1 and {(ask.end - ask.first) * PAGE for ask in bench.asked} == {16 << 10}
+    assert bench.background.stream(1 << 62, 8.0) is None
 
 
 def test_rate_zero_streams_nothing() -> None:
@@ -141,7 +151,7 @@ def test_no_more_than_the_memory_that_is_left() -> None:
 
 def test_pieces_go_on_behind_the_cursor_and_around_the_end_once() -> None:
     bench = Bench(-1, pages=600)
-    block, bench.room = bench.blocks[REMOTE], CALM_PIECE
+    block, bench.room = bench.blocks[REMOTE], CALM_LARGEST
     block.received[100:110] = bytes((RECEIVED,)) * 10
     bench.background.cursor[REMOTE] = 590
     found = []
@@ -149,7 +159,7 @@ def test_pieces_go_on_behind_the_cursor_and_around_the_end_once() -> None:
         bench.background.stream(1 << 62, 0.0)
         found += [(ask.first, ask.end) for ask in bench.asked]
         bench.asked.clear()  # in flight: not requested twice
-        bench.room += CALM_PIECE
+        bench.room += CALM_LARGEST
     assert found[0] == (590, 600) and sorted(found) == sorted({*found})
     pages = [page for first, end in found for page in range(first, end)]
     assert sorted(pages) == [page for page in range(600) if not 100 <= page < 110]

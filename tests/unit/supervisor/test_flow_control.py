@@ -21,6 +21,7 @@ from postcopy_supervisor.paging.flow_control import (
     Limits,
     RangeRequest,
 )
+from postcopy_supervisor.paging.link_pace import FAST, LONGEST_BUSY
 from tests.simulated.effort import effort
 
 PAGE = 4096
@@ -266,6 +267,9 @@ def test_the_background_window_is_small_while_a_client_waits() -> None:
     flow.request(1, 1, 0, PAGE, 10.0)
     assert flow.room_for_background(10.0) == LIMITS.background_busy
     flow.request(BACKGROUND, 1, PAGE, PAGE, 10.0)
+    assert flow.room_for_background(10.0) == 0, "on a link that is not known one piece at a time"
+    assert flow.room_for_background(10.0 + LONGEST_BUSY) == LIMITS.background_calm - PAGE
+    flow.pace.rate = 2 * FAST
     assert flow.room_for_background(10.0) == LIMITS.background_busy - PAGE
     assert flow.room_for_background(10.0 + 2 * LIMITS.calm) == LIMITS.background_calm - PAGE
     flow.lost_source()

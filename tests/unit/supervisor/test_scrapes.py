@@ -6,6 +6,7 @@ import logging
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -69,6 +70,18 @@ def test_silent_peers_hold_up_no_scrape(served: Served) -> None:
     assert served.ask(GET).endswith(b"\r\n\r\nfigures")
     for connection in silent:
         connection.close()
+    assert served.ask(GET).endswith(b"figures")
+
+
+def test_scrapers_get_a_share_of_a_processor(served: Served) -> None:
+    """Connections that come and go without a word, faster than they are accepted."""
+    assert served._thread.ident is not None
+    clock = time.pthread_getcpuclockid(served._thread.ident)
+    began, used = time.monotonic(), time.clock_gettime(clock)
+    while time.monotonic() - began < 1.5:
+        served.connect().close()
+    share = (time.clock_gettime(clock) - used - scrapes.BURST_SECONDS) / (time.monotonic() - began)
+    assert share < 1.5 * scrapes.SHARE, share
     assert served.ask(GET).endswith(b"figures")
 
 

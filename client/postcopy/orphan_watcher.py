@@ -1,0 +1,224 @@
+"""The watcher: a small process of a client that acts when every process of the service has died and none comes back.
+
+A thread of the client could not: one that waits for a page inside a Python bytecode holds the GIL. So this is a program
+of its own, started only where ``serve --on-orphan poison`` wants it, with nothing imported that it can do without (a
+third of the start, and of the memory, of a program that imports postcopy).
+
+It holds a duplicate of the client's userfaultfd, and the *lifeline*: the end of a pipe whose other end is with every
+process of the service. When the last of them has died and the timeout is over, it answers faults itself: a page that
+the received map calls received is mapped (CONTINUE), every other one is poisoned (SIGBUS), never zeros. A supervisor
+that rescues the client fetches descriptor 3, and sends a new lifeline: then the watcher no longer reads the
+userfaultfd, and answers with the pages that it has poisoned, which are placed and healed.
+
+``python -I -S orphan_watcher.py CLIENT_PID``; descriptors 3 and 4 are the ends of a SEQPACKET socket (orders come in at
+4), 5 is the userfaultfd.
+"""
+
+import array
+import fcntl
+import mmap
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+
+INBOX, USERFAULTFD, FIRST_FREE = 4, 5, 6
+
+# linux/userfaultfd.h; postcopy_kernel.abi has them all, with their sources, and a test compares them.
+WAKE, CONTINUE, POISON = 0x8010AA02, 0xC020AA07, 0xC020AA08
+MESSAGE = struct.Struct("=B7xQQQ")
+PAGEFAULT = 0x12
+RANGE = struct.Struct("=QQ")
+RANGE_MODE = struct.Struct("=QQQq")
+MESSAGES_AT_ONCE = 64
+
+REGION = struct.Struct("=cQQQQQ")  # b"R", block, address, length, offset, page size; with the received map
+UNMAP = struct.Struct("=cQ")  # b"U", address
+SERVED = struct.Struct("=cQ")  # b"S" of the client, b"T" of a rescuer: timeout in milliseconds; with the lifeline
+POISONED = struct.Struct("=QQ")  # the answer to b"T" is b"P", then block and offset of each poisoned page
+FOREVER = (1 << 64) - 1  # a timeout
+MOST_NOTED = 4096
+
+RECEIVED = 2
+
+
+class Region:
+    """``length`` bytes of a block from ``offset``, at ``address`` in the client."""
+
+    def __init__(self, block: int, address: int, length: int, offset: int, page_size: int, received: mmap.mmap) -> None:
+        self.block, self.address, self.length, self.offset = block, address, length, offset
+        self.page_size, self.received = page_size, received
+
+    @property
+    def end(self) -> int:
+        return self.address + self.length
+
+    def has(self, address: int) -> bool:
+        return self.address <= address < self.end
+
+
+class Watch:
+    """What to do when: pure. ``due`` is when the service is given up (seconds; None: not at all)."""
+
+    def __init__(self) -> None:
+        self.timeout_ms = FOREVER
+        self.due: float | None = None
+        self.acting = False
+
+    def served(self, timeout_ms: int) -> None:
+        """A supervisor serves the client, and this is its policy from now on."""
+        self.timeout_ms, self.due, self.acting = timeout_ms, None, False
+
+    def orphaned(self, now: float) -> None:
+        """The lifeline has ended."""
+        if self.due is None and not self.acting and self.timeout_ms != FOREVER:
+            self.due = now + self.timeout_ms / 1000
+
+    def tick(self, now: float) -> bool:
+        """True: from now on faults are answered here."""
+        if self.due is not None and now >= self.due:
+            self.due, self.acting = None, True
+            return True
+        return False
+
+
+class Watcher:
+    """The process: its descriptors and its loop."""
+
+    def __init__(self, client_pid: int) -> None:
+        self.watch = Watch()
+        self.regions: list[Region] = []
+        self.poisoned: list[tuple[int, int]] = []
+        self.reported = False
+        self.lifeline = -1
+        self.inbox = socket.socket(fileno=INBOX)
+        self.client = os.pidfd_open(client_pid)
+        self.client_pid = client_pid
+        self.poll = select.poll()
+        for fd in (INBOX, self.client):
+            self.poll.register(fd, select.POLLIN)
+
+    def run(self) -> None:
+        """Until the client has ended."""
+        while True:
+            wait = None if self.watch.due is None else max(0.0, self.watch.due - time.monotonic()) * 1000 + 1
+            ready = {fd for fd, _ in self.poll.poll(wait)}
+            if self.client in ready:
+                return
+            if self.lifeline in ready:
+                self.drop_lifeline()
+                self.watch.orphaned(time.monotonic())
+            if INBOX in ready:
+                self.obey()
+            if self.watch.tick(time.monotonic()):
+                self.begin()
+            if self.watch.acting and USERFAULTFD in ready:
+                self.answer_faults()
+
+    def obey(self) -> None:
+        data, ancillary, _, _ = self.inbox.recvmsg(64, socket.CMSG_SPACE(4))
+        fds = array.array("i")
+        for _, _, rights in ancillary:
+            fds.frombytes(rights)
+        fd = fds[0] if fds else -1
+        if data[:1] == b"R" and fd >= 0:
+            _, block, address, length, offset, page_size = REGION.unpack(data)
+            received = mmap.mmap(fd, os.fstat(fd).st_size, prot=mmap.PROT_READ)
+            # One at the same place is gone: its attach has failed after it was announced here.
+            self.regions = [at for at in self.regions if at.address >= address + length or address >= at.end]
+            self.regions.append(Region(block, address, length, offset, page_size, received))
+            os.close(fd)
+        elif data[:1] == b"U":
+            address = UNMAP.unpack(data)[1]
+            self.regions = [region for region in self.regions if region.address != address]
+        elif data[:1] in (b"S", b"T"):
+            self.be_served(SERVED.unpack(data)[1], fd)
+            if data[:1] == b"T":
+                self.inbox.send(b"P" + b"".join(POISONED.pack(*one) for one in self.poisoned))
+                self.poisoned.clear()
+
+    def be_served(self, timeout_ms: int, lifeline: int) -> None:
+        self.drop_lifeline()
+        if self.watch.acting:
+            self.poll.unregister(USERFAULTFD)
+        self.watch.served(timeout_ms)
+        self.reported = False
+        if lifeline >= 0:
+            self.lifeline = lifeline
+            self.poll.register(lifeline, 0)  # its end is reported all the same
+
+    def drop_lifeline(self) -> None:
+        if self.lifeline >= 0:
+            self.poll.unregister(self.lifeline)
+            os.close(self.lifeline)
+        self.lifeline = -1
+
+    def begin(self) -> None:
+        """Wake all waiters: those that still miss a page fault again, and are reported here."""
+        os.set_blocking(USERFAULTFD, False)
+        self.poll.register(USERFAULTFD, select.POLLIN)
+        for region in self.regions:
+            self.wake(region.address, region.length)
+
+    def wake(self, address: int, length: int) -> None:
+        try:  # noqa: SIM105  contextlib would be one more import
+            fcntl.ioctl(USERFAULTFD, WAKE, RANGE.pack(address, length))
+        except OSError:  # the client's memory is gone
+            pass
+
+    def answer_faults(self) -> None:
+        try:
+            data = os.read(USERFAULTFD, MESSAGE.size * MESSAGES_AT_ONCE)
+        except OSError:  # another process has answered; or the client's memory is gone
+            return
+        for event, _, address, _ in MESSAGE.iter_unpack(data):
+            region = next((region for region in self.regions if region.has(address)), None)
+            if event == PAGEFAULT and region is not None:
+                self.resolve(region, address)
+
+    def resolve(self, region: Region, address: int) -> None:
+        place = (address - region.address) // region.page_size * region.page_size
+        offset = region.offset + place
+        page = region.address + place
+        if region.received[offset // region.page_size] == RECEIVED and self.act(CONTINUE, page, region.page_size):
+            return
+        if not self.act(POISON, page, region.page_size):
+            return
+        self.report()
+        if len(self.poisoned) < MOST_NOTED:
+            self.poisoned.append((region.block, offset))
+
+    def report(self) -> None:
+        """Say once that pages are poisoned, and why. After an orderly end they all are already, and nothing is said."""
+        if not self.reported:
+            self.reported = True
+            text = f"postcopy: no supervisor came back within {self.watch.timeout_ms / 1000:g} s: missing pages of "
+            os.write(2, f"{text}process {self.client_pid} are SIGBUS from now on\n".encode())
+
+    def act(self, request: int, page: int, length: int) -> bool:
+        """Whether it is done; a page that is mapped already needs no more than a wake."""
+        try:
+            fcntl.ioctl(USERFAULTFD, request, bytearray(RANGE_MODE.pack(page, length, 0, 0)))
+        except FileExistsError:
+            self.wake(page, length)
+        except OSError:
+            return False
+        return True
+
+
+def main() -> None:
+    client = int(sys.argv[1])
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # they are for the client, whose end ends this process
+    with open("/proc/self/comm", "w") as name:
+        name.write("postcopy-orphan")
+    os.closerange(FIRST_FREE, os.sysconf("SC_OPEN_MAX"))
+    if os.getppid() == client:  # it lives, so its pid is its own
+        Watcher(client).run()
+
+
+if __name__ == "__main__":
+    main()

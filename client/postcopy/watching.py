@@ -1,0 +1,82 @@
+"""Starts the client's watcher, and tells it which regions there are. See ``orphan_watcher``."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import signal
+import socket
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from postcopy_kernel.descriptors import close_all, send_message
+
+from . import orphan_watcher
+from .orphan_watcher import FOREVER, INBOX, REGION, SERVED, UNMAP, USERFAULTFD
+
+log = logging.getLogger("postcopy")
+
+PLACES = INBOX - 1, INBOX, USERFAULTFD
+_HIGH = 16  # duplicates are made from here on, so that none of them is at a place that another is to get
+_PROGRAM = str(Path(orphan_watcher.__file__))
+
+
+class OrphanWatcher:
+    """A running watcher of this process. Raises OSError when it cannot be started."""
+
+    def __init__(self, userfaultfd: int) -> None:
+        """The program starts beside us: nothing waits for it."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        high: list[int] = []
+        try:
+            with theirs:
+                for fd in (ours.fileno(), theirs.fileno(), userfaultfd):
+                    high.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _HIGH))
+                python = sys.executable or ""
+                pid = os.posix_spawn(
+                    python,
+                    [python, "-I", "-S", _PROGRAM, str(os.getpid())],
+                    os.environ,
+                    file_actions=[
+                        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDWR, 0),
+                        (os.POSIX_SPAWN_DUP2, 0, 1),
+                        *((os.POSIX_SPAWN_DUP2, fd, place) for fd, place in zip(high, PLACES, strict=True)),
+                    ],
+                    setsigmask=[],
+                )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            close_all(high)
+        self._owner, self._pidfd, self._socket = os.getpid(), os.pidfd_open(pid), ours
+
+    def be_served(self, timeout_ms: int, lifeline: int) -> None:
+        """Give it a policy, and the lifeline of the service that has it."""
+        self._send(SERVED.pack(b"S", min(timeout_ms, FOREVER)), (lifeline,))
+
+    def add(self, block: int, address: int, length: int, page_size: int, received: int) -> None:
+        """A region is about to be attached; ``received``: descriptor of its received map."""
+        self._send(REGION.pack(b"R", block, address, length, 0, page_size), (received,))
+
+    def remove(self, address: int) -> None:
+        """A region is unmapped."""
+        self._send(UNMAP.pack(b"U", address), ())
+
+    def _send(self, data: bytes, fds: tuple[int, ...]) -> None:
+        try:
+            send_message(self._socket, data, fds)
+        except OSError as error:
+            log.warning("the watcher of process %d does not listen: %s", os.getpid(), error)
+
+    def close(self) -> None:
+        """End the process, which holds a duplicate of the userfaultfd. In a forked child it is the parent's: only
+        descriptors are closed."""
+        self._socket.close()
+        if os.getpid() == self._owner:
+            with suppress(OSError):  # it was killed, and the program reaps all its children
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+                os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+        os.close(self._pidfd)

@@ -1,0 +1,84 @@
+"""Two network namespaces with one line between them, for tests and benchmarks.
+
+They are made here (iproute2, root) and live as long as the context. A process is put into one by being started from a
+thread that is in it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+CLONE_NEWNET = 0x40000000
+HERE, THERE = "10.88.0.1", "10.88.0.2"
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def ip(*words: str) -> None:
+    _run("ip", *words)
+
+
+def _run(program: str, *words: str) -> None:
+    found = shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    assert found, f"network namespaces are made with {program}(8): install iproute2 (scripts/install does)"
+    done = subprocess.run([found, *words], capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0, f"{program} {' '.join(words)}: {done.stderr.strip()} (network namespaces want root)"
+
+
+@contextmanager
+def inside(namespace: str) -> Iterator[None]:
+    """Whatever this thread starts in here lives in that namespace."""
+    before = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _enter(f"/run/netns/{namespace}")
+        yield
+    finally:
+        _enter(f"/proc/self/fd/{before}")
+        os.close(before)
+
+
+def _enter(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        assert libc.setns(fd, CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
+    finally:
+        os.close(fd)
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Two namespaces with one line between them; HERE is the address of the ``source``'s, THERE the other."""
+
+    source: str
+    clients: str
+
+
+@contextmanager
+def two_networks() -> Iterator[Networks]:
+    """For as long as the context."""
+    made = Networks(f"pcs{os.getpid()}", f"pcc{os.getpid()}")
+    try:
+        for name in (made.source, made.clients):
+            ip("netns", "add", name)
+            ip("-n", name, "link", "set", "lo", "up")
+        ip("link", "add", "line", "netns", made.source, "type", "veth", "peer", "name", "line", "netns", made.clients)
+        for name, address in ((made.source, HERE), (made.clients, THERE)):
+            ip("-n", name, "address", "add", f"{address}/24", "dev", "line")
+            ip("-n", name, "link", "set", "line", "up")
+        yield made
+    finally:
+        for name in (made.source, made.clients):
+            if Path(f"/run/netns/{name}").exists():
+                ip("netns", "del", name)
+
+
+def limit(namespace: str, rate: float) -> None:
+    """What leaves this namespace over the line passes at ``rate`` bytes a second; what waits is kept in order."""
+    line = ("-n", namespace, "qdisc", "add", "dev", "line", "root", "tbf")
+    _run("tc", *line, "rate", f"{int(rate * 8)}bit", "burst", "64kb", "latency", "2s")
