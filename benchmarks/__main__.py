@@ -32,6 +32,7 @@ from . import (
     remote,
     scaling,
     sequential,
+    store,
     transport,
     twin,
 )
@@ -56,6 +57,7 @@ BENCHMARKS: Mapping[str, Measure] = {
     "back-end": back_end.run,
     "observing": observing.run,
     "qemu": qemu_source.run,
+    "store": store.run,
 }
 FORMAT = 1
 """Version of the JSON document."""

@@ -12,6 +12,8 @@ from postcopy_kernel.program_start import drop_output, prepare
 from postcopy_kernel.programs import command, environment
 
 DONE, FAILED, USAGE, NO_SUPERVISOR, INTERRUPTED = 0, 1, 2, 3, 130
+SNAPSHOT_COMMANDS = ("pack", "unpack", "inspect", "diff", "gc")
+"""Commands of the sources wing: they read and write stores, and the blocks of supervisors."""
 
 
 def main() -> None:
@@ -22,6 +24,8 @@ def main() -> None:
         sys.exit(_serve(arguments[1:]))
     if arguments[:1] == ["source"]:
         sys.exit(_become("postcopy_sources", arguments[1:]))
+    if arguments and arguments[0] in SNAPSHOT_COMMANDS:
+        sys.exit(_become("postcopy_sources.storage", arguments))
     try:
         status = _run(arguments)
         sys.stdout.flush()

@@ -24,6 +24,13 @@ COPY_HELP = (
     "serve a copy of each file that no other program has (a reflink where the file system can): a later change of the "
     "file is then certain to have no effect"
 )
+CHUNK_CACHE_HELP = (
+    "directory of the chunks of snapshots that this host keeps (default: $POSTCOPY_CHUNK_CACHE, else "
+    "/var/cache/postcopy/chunks for root, else ~/.cache/postcopy/chunks)"
+)
+CHUNK_CACHE_SIZE_HELP = "bytes that the chunk cache may take; 0: no cache"
+RECORD_WORKING_SET_HELP = "write which pages of snapshots are needed beside them, for --replay"
+REPLAY_HELP = "send the recorded pages of snapshots first, before clients ask"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MODES = ("private", "shared")
 LONGEST_SECONDS = 86400.0

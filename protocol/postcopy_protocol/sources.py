@@ -8,6 +8,7 @@
 ``qemu-ram:FILE?block=BLOCK``           one of them
 ``ipc://PATH/BLOCK``                    a block of a page source program on this machine
 ``tcp://HOST:PORT/BLOCK``               a block of a page source program on another one
+``store:STORE/NAME``                    a snapshot that ``postcopy pack`` made; STORE is a directory or a URL
 ======================================  ================================================================================
 
 Only the syntax is checked, not whether the file or the function exists.
@@ -16,7 +17,7 @@ Only the syntax is checked, not whether the file or the function exists.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import unquote
 
 from .errors import BadInput
@@ -24,6 +25,7 @@ from .sizes import parse_size
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://", re.ASCII)
+_NAME_RULE = "use up to 64 letters, digits, '.', '_' and '-', a letter or digit first"
 _PORT = re.compile(r"[0-9]{1,5}", re.ASCII)
 
 
@@ -61,13 +63,31 @@ class ZeroSource:
 
 @dataclass(frozen=True, slots=True)
 class RemoteSource:
-    """A block of a page source program; ``endpoint`` is ZeroMQ's (``ipc://...`` or ``tcp://...``)."""
+    """A block of a page source program; ``endpoint`` is ZeroMQ's (``ipc://...`` or ``tcp://...``). ``shown``: what the
+    user typed where a program of ours serves it."""
 
     endpoint: str
     block: str
+    shown: str = field(default="", compare=False)
 
     def __str__(self) -> str:
-        return f"{self.endpoint}/{self.block}"
+        return self.shown or f"{self.endpoint}/{self.block}"
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSource:
+    """The snapshot ``name`` in ``store``: a directory, or the URL of an object store."""
+
+    store: str
+    name: str
+
+    @property
+    def location(self) -> str:
+        """STORE/NAME."""
+        return f"{self.store}{'' if self.store.endswith('/') else '/'}{self.name}"
+
+    def __str__(self) -> str:
+        return f"store:{self.location}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +109,10 @@ class QemuRamSource:
         return f"qemu-ram:{self.path}?block={self.block}" if self.block else f"qemu-ram:{self.path}"
 
 
-Source = FileSource | HandlerSource | ZeroSource | RemoteSource | QemuRamSource
+Source = FileSource | HandlerSource | ZeroSource | RemoteSource | QemuRamSource | StoreSource
+
+STORE_SCHEMES = ("s3", "gs", "az", "http", "https")
+READ_ONLY_SCHEMES = ("http", "https")
 
 
 def is_block_name(name: str) -> bool:
@@ -100,9 +123,7 @@ def is_block_name(name: str) -> bool:
 def parse_block_name(name: str) -> str:
     """The name itself. Raises BadInput if no RAM block may have it."""
     if not is_block_name(name):
-        raise BadInput(
-            f"{name!r} is no name for a block: use up to 64 letters, digits, '.', '_' and '-', a letter or digit first"
-        )
+        raise BadInput(f"{name!r} is no name for a block: {_NAME_RULE}")
     return name
 
 
@@ -131,11 +152,60 @@ def parse_source(text: str) -> Source:
         if not path:
             raise BadInput(f"{text!r}: write qemu-ram:FILE or qemu-ram:FILE?block=BLOCK")
         return QemuRamSource(path, block)
+    if text.startswith("store:"):
+        return parse_location(text.removeprefix("store:"))
     if _SCHEME.match(text):
-        raise BadInput(
-            f"{text!r}: unknown kind of source; use a path, file:///, handler:, zero:, qemu-ram:, ipc:// or tcp://"
-        )
+        known = "a path, file:///, handler:, zero:, qemu-ram:, ipc://, tcp:// or store:"
+        raise BadInput(f"{text!r}: unknown kind of source; use {known}")
     return FileSource(text)
+
+
+def parse_location(text: str) -> StoreSource:
+    """STORE/NAME, where a snapshot is. Raises BadInput."""
+    store, name = _split(check_store(text).rstrip("/"))
+    name = name.removesuffix(".caibx")
+    if not is_block_name(name):
+        raise BadInput(f"{_shown(text)}: the last part names the snapshot, as in s3://BUCKET/PREFIX/NAME: {_NAME_RULE}")
+    return StoreSource(check_store(store), name)
+
+
+def check_store(text: str) -> str:
+    """STORE as it was typed: a directory, or the URL of a store that exists. Raises BadInput, without showing what may
+    be a secret."""
+    if not text or "\0" in text:
+        raise BadInput("name a store: a directory, s3://BUCKET/PREFIX, gs://, az://, or http(s):// to read")
+    scheme, colon, rest = text.partition("://")
+    if not colon:
+        return text
+    if scheme not in STORE_SCHEMES:
+        raise BadInput(f"{_shown(text)}: a store is a directory, s3://, gs://, az://, or http(s):// to read")
+    if "@" in rest or "?" in rest or "#" in rest:
+        raise BadInput(
+            f"{_shown(text)}: '@', '?' and '#' do not belong into the URL of a store; "
+            "keys come from the environment (AWS_ACCESS_KEY_ID ...) or from the files of the store's own tools"
+        )
+    if not rest.strip("/") or rest.startswith("/"):
+        raise BadInput(f"{text!r}: write {scheme}://{'HOST' if scheme in READ_ONLY_SCHEMES else 'BUCKET'}/PREFIX/NAME")
+    return text
+
+
+def _split(text: str) -> tuple[str, str]:
+    """STORE and NAME; a NAME alone is in the current directory. A URL without a NAME has none."""
+    store, slash, name = text.rpartition("/")
+    if not slash:
+        return ".", text
+    if store.endswith((":/", ":")):
+        return text, ""
+    return store or "/", name
+
+
+def _shown(text: str) -> str:
+    """A URL as far as it holds no secret."""
+    scheme, colon, rest = text.partition("://")
+    if not colon:
+        return repr(text)
+    where = re.split("[?#]", rest)[0].rpartition("@")[2]
+    return f"{scheme}://{where}"
 
 
 def _file_url(text: str) -> FileSource:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from typing import TYPE_CHECKING
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from .qemu.settings import QemuSettings
     from .settings import Settings
     from .source import PageSource
+
+
+STORE_READERS = 32
+"""Threads that may wait for a store: those of background pieces must not keep urgent ones from being read."""
 
 
 def main() -> int:
@@ -42,20 +47,24 @@ def _serve_files(arguments: list[str]) -> None:
     from .settings import parse
 
     settings = parse(arguments)
-    _begin(settings, ", ".join(settings.files))
+    _begin(settings, ", ".join([*settings.files, *settings.snapshots]))
     from .serving import serve
 
+    sources = _sources(settings)
     serve(
-        _sources(settings),
+        sources,
         settings.listen,
         curve=settings.access.curve,
         allow=settings.access.allow,
         plain_tcp=settings.access.plain_tcp,
         identity=settings.identity,
-        readers=settings.readers,
+        readers=max(settings.readers, STORE_READERS) if settings.snapshots else settings.readers,
         read_timeout=settings.read_timeout,
         transport=settings.transport,
     )
+    for source in sources:
+        if recording := getattr(source, "recording", None):
+            recording.close()
 
 
 def _serve_qemu(arguments: list[str]) -> None:
@@ -84,11 +93,31 @@ def _sources(settings: Settings) -> list[PageSource]:
         return [SupervisorSource(settings.runtime_dir, name, settings.trust_uids) for name in settings.files]
     from .file_source import FileSource
 
-    return [FileSource(name, path, copy=settings.copy_on_serve) for name, path in settings.files.items()]
+    files = [FileSource(name, path, copy=settings.copy_on_serve) for name, path in settings.files.items()]
+    return [*files, *_snapshots(settings)]
+
+
+def _snapshots(settings: Settings) -> list[PageSource]:
+    if not settings.snapshots:
+        return []
+    from .storage.chunk_cache import ChunkCache, default_directory
+    from .storage.store_source import open_sources
+
+    size = settings.chunk_cache_size
+    directory = settings.chunk_cache or default_directory(os.environ)
+    return [
+        *open_sources(
+            settings.snapshots,
+            ChunkCache(directory, size) if size else None,
+            record=settings.record,
+            replay=settings.replay,
+        )
+    ]
 
 
 def _fail(text: str, status: int) -> int:
-    print(f"postcopy source: {text}", file=sys.stderr)
+    name = "serve" if "--for-serve" in sys.argv else "source"
+    print(f"postcopy {name}: {text}", file=sys.stderr)
     return status
 
 

@@ -73,6 +73,11 @@ class PushStream:
             self._window -= cost
         self._send(answer)
 
+    @property
+    def ended(self) -> bool:
+        """Does the supervisor no longer listen? For a ``listening`` that waits for something to push."""
+        return self._ended
+
     def grant(self, window: int) -> None:
         """Allow this many bytes from now on."""
         with self._changed:

@@ -11,7 +11,7 @@ from postcopy_protocol import arguments as args
 from postcopy_protocol.curve_keys import PUBLIC_ENDING, KeyPair, read_keys
 from postcopy_protocol.errors import BadInput
 from postcopy_protocol.runtime_paths import runtime_directory, trusted_users
-from postcopy_protocol.sources import FileSource, parse_block_name, parse_named
+from postcopy_protocol.sources import FileSource, StoreSource, parse_block_name, parse_named
 from postcopy_wire.transport import TRANSPORTS, chosen_transport
 
 
@@ -29,6 +29,7 @@ class Settings:
     """Times in seconds."""
 
     files: dict[str, str]  # files by block name. With ``runtime_dir`` only the names count.
+    snapshots: dict[str, StoreSource]  # by block name
     runtime_dir: str  # of the supervisor whose blocks are served; empty: files are served
     listen: str
     access: Access
@@ -40,6 +41,11 @@ class Settings:
     log_format: str
     transport: str
     copy_on_serve: bool
+    chunk_cache: str | None
+    chunk_cache_size: int
+    for_serve: bool
+    record: bool
+    replay: bool
     trust_uids: frozenset[int] = frozenset()
 
 
@@ -47,10 +53,13 @@ def parse(arguments: list[str]) -> Settings:
     """Settings of a command line; exits 2 with one line on wrong usage. Raises BadInput for values that are not valid,
     OSError for a key file that cannot be read."""
     typed = _parser().parse_args(arguments)
+    if typed.runtime_dir is None:
+        files, snapshots = _blocks(typed.blocks)
+    else:
+        files, snapshots = {parse_block_name(name): "" for name in typed.blocks}, {}
     return Settings(
-        files=_files(typed.blocks)
-        if typed.runtime_dir is None
-        else {parse_block_name(name): "" for name in typed.blocks},
+        files=files,
+        snapshots=snapshots,
         runtime_dir="" if typed.runtime_dir is None else runtime_directory(typed.runtime_dir, os.environ),
         listen=typed.listen,
         access=access_of(typed),
@@ -62,6 +71,11 @@ def parse(arguments: list[str]) -> Settings:
         log_format=typed.log_format,
         transport=chosen_transport(typed.transport, os.environ),
         copy_on_serve=typed.copy_on_serve,
+        chunk_cache=typed.chunk_cache,
+        chunk_cache_size=typed.chunk_cache_size,
+        for_serve=typed.for_serve,
+        record=typed.record_working_set,
+        replay=typed.replay,
         trust_uids=frozenset(typed.trust_uid) | trusted_users(os.environ),
     )
 
@@ -75,16 +89,24 @@ def access_of(typed: Namespace) -> Access:
     )
 
 
-def _files(blocks: list[str]) -> dict[str, str]:
+def _blocks(blocks: list[str]) -> tuple[dict[str, str], dict[str, StoreSource]]:
+    """Files and snapshots by block name."""
     files: dict[str, str] = {}
+    snapshots: dict[str, StoreSource] = {}
     for text in blocks:
         name, source = parse_named(text)
-        if not isinstance(source, FileSource):
-            raise BadInput(f"{text!r}: a page source program serves files; other sources are written in Python")
-        if name in files:
+        if name in files or name in snapshots:
             raise BadInput(f"the name {name} is used twice: every block needs a name of its own")
-        files[name] = source.path
-    return files
+        match source:
+            case FileSource(path):
+                files[name] = path
+            case StoreSource():
+                snapshots[name] = source
+            case _:
+                raise BadInput(
+                    f"{text!r}: a page source program serves files and store:STORE/NAME; others are written in Python"
+                )
+    return files, snapshots
 
 
 def _keys(path: str, *, secret: bool) -> KeyPair:
@@ -121,7 +143,8 @@ def _parser() -> args.Parser:
         "tcp endpoints need CURVE keys (see postcopy keygen). SIGTERM and SIGINT end the source in order.",
     )
     add = parser.add_argument
-    add("blocks", nargs="+", metavar="NAME=FILE", help="a block and its file (with --from: NAME)")
+    help = "a block and its file, or store:STORE/NAME, a snapshot made by postcopy pack (with --from: NAME)"
+    add("blocks", nargs="+", metavar="NAME=FILE", help=help)
     add("--from", dest="runtime_dir", metavar="RUNTIME_DIR", help="serve blocks of the supervisor there")
     help = "with --from: a user whose supervisor is trusted, beside this one and root (repeat)"
     parser.option("--trust-uid", args.user_id, [], "UID", help, repeat=True)
@@ -129,6 +152,10 @@ def _parser() -> args.Parser:
     add_access(parser)
     parser.flag("--copy-on-serve", args.COPY_HELP)
     add("--identity", default="", metavar="TEXT", help="identifies this content (default: a hash of 64 samples)")
+    parser.add_argument("--chunk-cache", default=None, metavar="DIR", help=args.CHUNK_CACHE_HELP)
+    parser.option("--chunk-cache-size", args.size_or_zero, "10G", "SIZE", args.CHUNK_CACHE_SIZE_HELP)
+    parser.flag("--record-working-set", args.RECORD_WORKING_SET_HELP)
+    parser.flag("--replay", args.REPLAY_HELP)
     parser.option("--readers", args.count(1, 64), 4, "N", "threads for reads that wait")
     parser.option("--read-timeout", args.seconds(), 30.0, "SECONDS", "the pages of a read that takes longer are lost")
     help = "ZeroMQ by native sockets or libzmq (default: $POSTCOPY_TRANSPORT, else native, which is faster)"
@@ -138,4 +165,6 @@ def _parser() -> args.Parser:
     parser.choice("--log-format", FORMATS, "text", help)
     # For tests and for embedding: the source ends when its parent, this process id, ends.
     parser.option("--die-with-parent", args.count(0, 1 << 31), 0, "PID", SUPPRESS)
+    # A supervisor has started it: errors are shown as its own.
+    parser.add_argument("--for-serve", action="store_true", help=SUPPRESS)
     return parser

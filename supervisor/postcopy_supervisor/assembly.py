@@ -3,7 +3,7 @@
 A module imports only modules that stand before it here:
 
     memory_budget, runtime, event_log, admission, events, pool.lifecycle, settings
-    remote.advise, recovery.*, blocks           what is served, and what is taken over
+    remote.programs, remote.advise, recovery.*, blocks      what is served, and what is taken over
     paging.*, remote.staging, remote.sources    faults of remote blocks
     pool.*, listener                            the custodian, the workers, events
     clients.*                                   client, identity, losses, release, attach_server, worker_zero, ...
@@ -30,7 +30,7 @@ from postcopy_kernel.userfaultfd import DEVICE, Userfaultfd, UserfaultfdUnavaila
 from postcopy_protocol import counters, stages, trace
 from postcopy_protocol.sources import Advice
 from postcopy_wire.factory import open_router
-from postcopy_wire.transport import MessageHandler, Router
+from postcopy_wire.transport import Router
 
 from . import trace_points
 from .admission import Admission
@@ -70,6 +70,7 @@ from .recovery.inventory import Custodian
 from .recovery.plan import Plan
 from .recovery.watchers import Orphans
 from .remote.advise import AskedToEnd, SourceAccess
+from .remote.programs import SourceProgram
 from .remote.sources import Sources
 from .runtime import Heartbeat, RuntimeDirectory
 from .settings import Settings
@@ -126,23 +127,21 @@ def serve(settings: Settings) -> None:
     process.title_process(f"postcopy_supervisor in {settings.directory}")
     if settings.die_with_parent:
         process.die_with_parent(settings.die_with_parent, signal.SIGTERM)
-    runtime = RuntimeDirectory(settings.directory)
+    runtime, program = RuntimeDirectory(settings.directory), SourceProgram(settings)
+    settings = program.settings
     try:
         descriptors.raise_descriptor_limit()
         stored, keys = taken(os.environ)
         store = DescriptorStore.wanted(os.environ, keys)
         custodian, plan = inventory.enter(runtime.custodian, settings, stored)
-        supervisor = assemble(settings, runtime, plan, custodian, store)
-        if settings.metrics is not None:
-            metrics.start(supervisor.parts, settings.metrics, public=settings.metrics_public)
-        recorder = supervisor.recorder
-        if recorder is not None:
-            recorder.start()
-        try:
+        with program, contextlib.ExitStack() as stack:
+            supervisor = assemble(settings, runtime, plan, custodian, store, program)
+            if settings.metrics is not None:
+                metrics.start(supervisor.parts, settings.metrics, public=settings.metrics_public)
+            if supervisor.recorder is not None:
+                supervisor.recorder.start()
+                stack.callback(supervisor.recorder.close)
             supervisor.run()
-        finally:
-            if recorder is not None:
-                recorder.close()
     except AskedToEnd:
         log.info("ended while waiting for a source")
     finally:
@@ -154,12 +153,13 @@ def assemble(
     runtime: RuntimeDirectory,
     plan: Plan,
     inherited: Custodian | None,
-    store: DescriptorStore | None = None,
+    store: DescriptorStore | None,
+    program: SourceProgram,
 ) -> Supervisor:
     """Build everything. ``inherited``: the custodian of the previous supervisor, from which ``plan`` was made;
     ``store``: that of the service manager."""
     main_loop = trace_points.TracedMainLoop(settings.trace) if settings.trace else MainLoop()
-    base = _base(settings, runtime, plan, inherited, store, main_loop)
+    base = _base(settings, runtime, plan, inherited, store, main_loop, program)
     service = _service(settings, runtime, plan, base, main_loop)
     own, router, listener, custodian = base.own, base.router, base.listener, base.custodian
     blocks, clients, pool, event = base.blocks, service.clients, service.pool, base.event_log.record
@@ -178,7 +178,7 @@ def assemble(
         service.recorder,
         settings.transport,
     )
-    periodic = _periodic(settings, runtime, base, service, parts, exports, auditor, pending)
+    periodic = _periodic(settings, runtime, base, service, parts, exports, auditor, pending, program)
     stop, replies = StopRequest(own.stop, base.state, custodian), Replies(router, event)
     queries = Queries(parts, exports, auditor, stop)
     answers = LongAnswers(queries, replies)
@@ -236,13 +236,16 @@ def _base(
     inherited: Custodian | None,
     store: DescriptorStore | None,
     main_loop: MainLoop,
+    program: SourceProgram,
 ) -> Base:
     state = RunState(time.monotonic())
     own = _descriptors(plan)
-    access, advice, blocks = _blocks(settings, plan, own, state)
+    access, advice, blocks = _blocks(settings, plan, own, state, program)
     by_number = {block.number: block for block in blocks.values()}
     control_page = _control_page(settings, own)
-    router, attach_socket = _router(settings, runtime, main_loop.on_message), listen_for_clients(runtime)
+    router = open_router(settings.transport, main_loop.on_message)
+    listen_for_workers(router, runtime)
+    attach_socket = listen_for_clients(runtime)
     custodian = open_custodian(settings, runtime, plan, own, by_number, store, inherited)
     admission = Admission(settings.allow_list())
     listener = Listener(own.core, own.stop, attach_socket, FileWatches(blocks.values()), admission, runtime.door)
@@ -279,13 +282,8 @@ class Service:
 
 
 def _service(settings: Settings, runtime: RuntimeDirectory, plan: Plan, base: Base, main_loop: MainLoop) -> Service:
-    own, blocks, custodian, listener, event = (
-        base.own,
-        base.by_number,
-        base.custodian,
-        base.listener,
-        base.event_log.record,
-    )
+    own, blocks, custodian, listener = base.own, base.by_number, base.custodian, base.listener
+    event = base.event_log.record
     clients = Clients(blocks, custodian, plan.first_client, base.event_log.names)
     assignments = WorkerAssignments(settings, runtime.endpoint, own.device >= 0, blocks, clients)
     pool = WorkerPool(settings.restart, custodian, listener, base.router, assignments, clients, event)
@@ -343,6 +341,7 @@ def _periodic(
     exports: Exports,
     auditor: Auditor,
     pending: PendingWorkers,
+    program: SourceProgram,
 ) -> PeriodicWork:
     memories = [block.memory for block in base.blocks.values()]
     return PeriodicWork(
@@ -350,6 +349,7 @@ def _periodic(
         MemoryBudget(memories, settings.max_memory, settings.fault_around, own_cgroups()),
         settings.fault_around,
         service.sources,
+        program,
         pending,
         service.release,
         Watchdog(
@@ -430,7 +430,7 @@ def _descriptors(plan: Plan) -> Descriptors:
 
 
 def _blocks(
-    settings: Settings, plan: Plan, own: Descriptors, state: RunState
+    settings: Settings, plan: Plan, own: Descriptors, state: RunState, program: SourceProgram
 ) -> tuple[SourceAccess, dict[str, Advice], dict[str, RamBlock]]:
     """Ask the sources of remote blocks, then make or adopt all blocks."""
     blocks: dict[str, RamBlock] = {}
@@ -444,6 +444,7 @@ def _blocks(
         """Why a source that does not answer is waited for no longer, or nothing."""
         if select.select([own.stop], [], [], 0)[0]:
             raise AskedToEnd
+        program.check_started()
         if plan.recovers and time.monotonic() - state.started > NEW_SOURCE_SECONDS:
             return "the clients that are taken over cannot wait for a new block; nothing is changed: start it first"
         return ""
@@ -472,12 +473,6 @@ def _control_page(settings: Settings, own: Descriptors) -> memoryview:
     page[counters.WINDOW_LIMIT] = settings.fault_around
     page[counters.ENDING] = 0  # the previous supervisor may have been killed while it ended
     return page
-
-
-def _router(settings: Settings, runtime: RuntimeDirectory, on_message: MessageHandler) -> Router:
-    router = open_router(settings.transport, on_message)
-    listen_for_workers(router, runtime)
-    return router
 
 
 def _recovered(plan: Plan, parts: Parts, sources: Sources) -> None:

@@ -23,7 +23,16 @@ from postcopy_protocol.errors import BadInput
 from postcopy_protocol.geometry import PAGE_2M, page_count
 from postcopy_protocol.messages import BlockGrant, BlockNote
 from postcopy_protocol.sizes import format_size
-from postcopy_protocol.sources import Advice, FileSource, HandlerSource, QemuRamSource, RemoteSource, Source, ZeroSource
+from postcopy_protocol.sources import (
+    Advice,
+    FileSource,
+    HandlerSource,
+    QemuRamSource,
+    RemoteSource,
+    Source,
+    StoreSource,
+    ZeroSource,
+)
 
 from . import qemu_ram
 from .recovery.plan import COPY, DIGESTS, QEMU_RAM, KeptBlock, has_digests
@@ -68,7 +77,7 @@ def open_source(name: str, source: Source, *, copy: bool = False) -> Opened:
             return Opened("zero", "", size)
         case QemuRamSource(path):
             return _open_qemu_ram(name, source, _open_file(name, path, copy))
-        case RemoteSource():
+        case RemoteSource() | StoreSource():
             raise BadInput(f"block {name}: its source {source} has not been asked")
 
 

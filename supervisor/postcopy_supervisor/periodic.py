@@ -15,6 +15,7 @@ from .listener import Listener
 from .memory_budget import MemoryBudget, Supply
 from .observe.audit import Auditor
 from .parts import Parts
+from .remote.programs import SourceProgram
 from .remote.sources import Sources
 from .runtime import Heartbeat
 from .watchdog import Watchdog
@@ -38,6 +39,7 @@ class PeriodicWork:
         budget: MemoryBudget,
         fault_around: int,
         sources: Sources,
+        program: SourceProgram,
         pending: PendingWorkers,
         release: ClientRelease,
         watchdog: Watchdog,
@@ -50,6 +52,7 @@ class PeriodicWork:
         self._parts, self._budget, self._fault_around, self._sources = parts, budget, fault_around, sources
         self._pending, self._release, self._watchdog, self._auditor = pending, release, watchdog, auditor
         self._exports, self._heartbeat, self._entrances, self._timer = exports, heartbeat, entrances, timer
+        self._program = program
         self._rare_at = 0.0
         self._interrupted = False
         self._supply = Supply.ENOUGH
@@ -103,6 +106,7 @@ class PeriodicWork:
         self._release.wake_resting()
         self._parts.waits.tick(now)
         self._watchdog.tick(now)
+        self._program.tick(now)
         self._entrances.tick()
         for block in self._parts.blocks.values():
             if self._interrupted and not block.complete:

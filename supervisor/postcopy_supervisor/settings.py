@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from argparse import SUPPRESS
+from argparse import SUPPRESS, Namespace
 from dataclasses import dataclass, field
 
 from postcopy_kernel.log_queue import FORMATS
@@ -67,6 +67,10 @@ class Settings:
     poison_orphans: bool = False
     transport: str = NATIVE
     copy_on_serve: bool = False
+    chunk_cache: str = ""
+    chunk_cache_size: int = 0
+    record_working_set: bool = False
+    replay: bool = False
     handler_path: str = ""
     """The directory in which serve was started, where there are handler blocks: their modules may be in it. Looked up
     once, because every worker gets it and the directory may be removed meanwhile."""
@@ -89,9 +93,9 @@ def parse(arguments: list[str]) -> Settings:
     contradict one another."""
     typed = _parser().parse_args(arguments)
     sources = _sources(typed.blocks)
-    for block, _ in (*typed.shared_uid, *typed.shared_gid):
-        if block and block not in sources:
-            raise BadInput(f"--shared-uid and --shared-gid: there is no block {block}")
+    _check(typed, sources)
+    if typed.record_working_set:  # every page that a client needs is asked for, and no other
+        typed.background_rate, typed.fault_around = 0, PAGE_4K
     return Settings(
         directory=os.path.abspath(runtime_directory(typed.runtime_dir, os.environ)),
         sources=sources,
@@ -135,8 +139,21 @@ def parse(arguments: list[str]) -> Settings:
         poison_orphans=typed.on_orphan == "poison",
         transport=chosen_transport(typed.transport, os.environ),
         copy_on_serve=typed.copy_on_serve,
+        chunk_cache=typed.chunk_cache,
+        chunk_cache_size=typed.chunk_cache_size,
+        record_working_set=typed.record_working_set,
+        replay=typed.replay,
         handler_path=_handler_path(sources),
     )
+
+
+def _check(typed: Namespace, sources: dict[str, Source]) -> None:
+    """Raises BadInput for options that contradict one another."""
+    for block, _ in (*typed.shared_uid, *typed.shared_gid):
+        if block and block not in sources:
+            raise BadInput(f"--shared-uid and --shared-gid: there is no block {block}")
+    if typed.record_working_set and typed.replay:
+        raise BadInput("--record-working-set and --replay exclude each other: what is replayed is not asked for")
 
 
 def _handler_path(sources: dict[str, Source]) -> str:
@@ -198,8 +215,9 @@ def _parser() -> args.Parser:
     parser = args.Parser(
         prog="postcopy serve",
         description="Serve RAM blocks that are populated lazily. Clients may attach at once; pages come when touched.",
-        epilog="SOURCE is a file, handler:MODULE:FUNCTION?size=SIZE, zero:SIZE, qemu-ram:FILE, ipc://PATH/BLOCK or "
-        "tcp://HOST:PORT/BLOCK. Sizes take K, M, G. SIGTERM and SIGINT end the supervisor in order.",
+        epilog="SOURCE is a file, handler:MODULE:FUNCTION?size=SIZE, zero:SIZE, qemu-ram:FILE, ipc://PATH/BLOCK, "
+        "tcp://HOST:PORT/BLOCK or store:STORE/NAME (see postcopy pack). Sizes take K, M, G. "
+        "SIGTERM and SIGINT end the supervisor in order.",
     )
     parser.add_argument("blocks", nargs="+", metavar="NAME=SOURCE", help="a RAM block and where its bytes come from")
     parser.add_argument("--runtime-dir", metavar="DIR", help=args.RUNTIME_DIR_HELP)
@@ -248,6 +266,11 @@ def _add_sources(parser: args.Parser) -> None:
     parser.choice("--on-source-loss", ("wait", "poison"), "wait", help)
     help = "ZeroMQ by native sockets or libzmq (default: $POSTCOPY_TRANSPORT, else native, which is faster)"
     parser.add_argument("--transport", choices=TRANSPORTS, help=help)
+    parser.add_argument("--chunk-cache", default="", metavar="DIR", help=args.CHUNK_CACHE_HELP)
+    parser.option("--chunk-cache-size", args.size_or_zero, "10G", "SIZE", args.CHUNK_CACHE_SIZE_HELP)
+    help = f"{args.RECORD_WORKING_SET_HELP}: no page comes unasked then"
+    parser.flag("--record-working-set", help)
+    parser.flag("--replay", args.REPLAY_HELP)
     parser.option("--source-timeout", args.seconds(), 5.0, "SECONDS", "a source that is silent longer is lost")
 
 

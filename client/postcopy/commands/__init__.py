@@ -1,7 +1,8 @@
 """The command line: one module for each command, assembled here. ``import postcopy`` imports none of them.
 
-``serve`` and ``source`` are programs of other wings, with their own parser: ``postcopy.__main__`` starts them before
-anything is imported. Here they only appear in the list of commands, and in shell completion."""
+``serve``, ``source`` and the commands on snapshots are programs of other wings, with their own parser:
+``postcopy.__main__`` starts them before anything is imported. Here they only appear in the list of commands, and in
+shell completion."""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ def application() -> typer.Typer:
         rich_markup_mode=None,
     )
     app.callback(invoke_without_command=True)(_start)
-    for program in (serve, source):
+    for program in (serve, source, pack, unpack, inspect, diff, gc):
         app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True}, add_help_option=False)(
             program
         )
@@ -77,3 +78,28 @@ def serve() -> None:
 def source() -> None:
     """Serve files as remote blocks: NAME=FILE ... --listen ENDPOINT (see: postcopy source --help)."""
     raise typer.BadParameter("source must be the first argument: postcopy source NAME=FILE ... --listen ENDPOINT")
+
+
+def pack() -> None:
+    """Write a file or a block into a store of snapshots: SOURCE STORE/NAME (see: postcopy pack --help)."""
+    raise typer.BadParameter("pack must be the first argument: postcopy pack SOURCE STORE/NAME")
+
+
+def unpack() -> None:
+    """Write a snapshot to a file: STORE/NAME FILE (see: postcopy unpack --help)."""
+    raise typer.BadParameter("unpack must be the first argument: postcopy unpack STORE/NAME FILE")
+
+
+def inspect() -> None:
+    """Show what a snapshot is, and check its chunks: STORE/NAME (see: postcopy inspect --help)."""
+    raise typer.BadParameter("inspect must be the first argument: postcopy inspect STORE/NAME")
+
+
+def diff() -> None:
+    """Compare two snapshots: STORE/NAME STORE/NAME (see: postcopy diff --help)."""
+    raise typer.BadParameter("diff must be the first argument: postcopy diff STORE/NAME STORE/NAME")
+
+
+def gc() -> None:
+    """Remove the chunks of a store that no snapshot needs: STORE (see: postcopy gc --help)."""
+    raise typer.BadParameter("gc must be the first argument: postcopy gc STORE")

@@ -12,6 +12,7 @@ from postcopy_protocol.sources import (
     HandlerSource,
     RemoteSource,
     Source,
+    StoreSource,
     ZeroSource,
     is_block_name,
     parse_block_name,
@@ -34,6 +35,12 @@ quick = settings(deadline=None)
         ("ipc:///run/x/source/ram0", RemoteSource("ipc:///run/x/source", "ram0")),
         ("tcp://host:5555/ram0", RemoteSource("tcp://host:5555", "ram0")),
         ("tcp://[::1]:5555/ram0", RemoteSource("tcp://[::1]:5555", "ram0")),
+        ("store:s3://bucket/a/b/vm1", StoreSource("s3://bucket/a/b", "vm1")),
+        ("store:s3://bucket/vm1.caibx", StoreSource("s3://bucket", "vm1")),
+        ("store:/srv/snapshots/vm1", StoreSource("/srv/snapshots", "vm1")),
+        ("store:/vm1", StoreSource("/", "vm1")),
+        ("store:vm1", StoreSource(".", "vm1")),
+        ("store:https://host:8080/x/vm1", StoreSource("https://host:8080/x", "vm1")),
     ],
 )
 def test_sources(text: str, source: Source) -> None:
@@ -110,3 +117,32 @@ def test_a_named_source_has_a_name() -> None:
     for text in ("weights.bin", "=weights.bin", "a b=weights.bin", "ram0="):
         with pytest.raises(BadInput):
             parse_named(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "s3://",
+        "s3://bucket",
+        "s3:///x/y",
+        "ftp://host/x/y",
+        "s3://b/-x",
+        "s3://b/x y",
+        "a/..",
+        "/",
+        "s3://b/" + "x" * 65,
+    ],
+)
+def test_places_that_hold_no_snapshot(text: str) -> None:
+    with pytest.raises(BadInput):
+        parse_source(f"store:{text}")
+
+
+@pytest.mark.parametrize(
+    "text", ["s3://KEY:SECRET@bucket/p/vm1", "https://host/p/vm1?sig=SECRET", "az://c/SECRET@x/vm1#SECRET"]
+)
+def test_a_url_with_a_secret_is_refused_and_not_shown(text: str) -> None:
+    with pytest.raises(BadInput, match="environment") as caught:
+        parse_source(f"store:{text}")
+    assert "SECRET" not in str(caught.value)
