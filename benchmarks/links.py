@@ -44,7 +44,7 @@ def run(bench: Bench) -> list[Row]:
         urgent: list[Pair] = []
         shares: list[float] = []
         crowds: list[Pair] = []
-        length = int(rate * bench.scale.of(16, 4)) // PAGE * PAGE
+        length = int(rate * bench.scale.of(16, 8)) // PAGE * PAGE
         file = bench.warm_file("slow", length)
         for number in range(bench.scale.pairs):
             name = f"{rate / 1e6:.0f} MB/s" + (f", {delay * 1000:.0f} ms" if delay else "")

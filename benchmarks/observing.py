@@ -1,8 +1,7 @@
 """``observing``: what does it cost to be seen?
 
-Four promises: statistics cost a local fault next to nothing (the same worker with them and without, in turns, pinned),
-the status of 256 clients comes soon and slows no client's faults, ``postcopy top`` leaves the processor alone, and the
-report of a million touches is written in seconds.
+Three promises: the status of 256 clients comes soon and slows no client's faults, ``postcopy top`` leaves the processor
+alone, and the report of a million touches is written in seconds.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from typing import Any
 import postcopy
 from postcopy.queries import Control
 
-from . import unseen
 from .bench import Bench, BenchmarkFailed, ClientProcess, Measure
 from .figures import Pair, Row, percentile, ratio_row, value_row
 from .machine import ROOT
@@ -40,67 +38,8 @@ WITHIN = 120.0
 
 def run(bench: Bench) -> list[Row]:
     """Ratios with the figures and without, milliseconds, per cent of a processor, seconds."""
-    parts: dict[str, Measure] = {"statistics": _statistics, "status": _status, "top": _top, "report": _report}
+    parts: dict[str, Measure] = {"status": _status, "top": _top, "report": _report}
     return [row for name, measure in parts.items() for row in bench.part(f"observing: {name}", measure)]
-
-
-# --- statistics on and off --------------------------------------------------------------------------------------------
-
-
-def _statistics(bench: Bench) -> list[Row]:
-    blind = unseen.package(bench.directory)
-    pairs: dict[str, list[Pair]] = {mode: [] for mode in MODES}
-    for number in range(bench.scale.pairs):
-        bench.say(f"observing, statistics: pair {number + 1} of {bench.scale.pairs}")
-        with (
-            bench.supervisor(MODES, pinned=True) as seeing,
-            _path_first(blind),
-            bench.supervisor(MODES, pinned=True) as unseeing,
-        ):
-            for mode in MODES:
-                pairs[mode].append(_in_turns(bench, seeing, unseeing, mode, bool(number % 2)))
-    labels = ("with", "without")
-    return [
-        ratio_row(f"statistics, local fault p50, {mode}, pinned", pairs[mode], 1.03, labels=labels) for mode in MODES
-    ]
-
-
-def _in_turns(
-    bench: Bench, seeing: postcopy.Supervisor, unseeing: postcopy.Supervisor, mode: str, turned: bool
-) -> Pair:
-    """p50 of touches in us, a slice of one and a slice of the other, so that both see the same machine."""
-    with (
-        bench.product_client(seeing, mode, mode, pinned=True) as ours,
-        bench.product_client(unseeing, mode, mode, pinned=True) as theirs,
-    ):
-        took: dict[int, list[float]] = {ours.pid: [], theirs.pid: []}
-        step = bench.pages // SLICES
-        for slice_ in range(SLICES):
-            for client in (theirs, ours) if turned else (ours, theirs):
-                order = {"do": "touch", "seed": slice_, "count": step, "pages": [slice_ * step, (slice_ + 1) * step]}
-                took[client.pid] += [nanoseconds / 1000 for nanoseconds in client.ask(**order)["ns"]]
-        counted = [_faults_of(seeing, ours.pid), _faults_of(unseeing, theirs.pid)]
-        if not counted[0] or counted[1] > counted[0] // 10:  # the uncommon ones count in both
-            raise BenchmarkFailed(f"statistics: {counted} faults counted with and without them")
-        return percentile(took[ours.pid], 50), percentile(took[theirs.pid], 50)
-
-
-def _faults_of(supervisor: postcopy.Supervisor, pid: int) -> int:
-    with Control(supervisor.runtime_dir) as control:
-        return sum(int(client["faults"]) for client in control.status()["clients"] if client["pid"] == pid)
-
-
-@contextmanager
-def _path_first(place: str) -> Iterator[None]:
-    """Programs that are started inside find their packages there first."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = place if before is None else f"{place}{os.pathsep}{before}"
-    try:
-        yield
-    finally:
-        del os.environ["PYTHONPATH"]
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
 
 
 # --- the status of many clients ---------------------------------------------------------------------------------------

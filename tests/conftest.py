@@ -96,7 +96,8 @@ _children_before: set[int] = set()
 def runtime_dir(request: pytest.FixtureRequest) -> Iterator[Path]:
     """A private directory with a short path, because a ZeroMQ ipc path may have about 107 bytes.
 
-    At the end it may hold the lock only: removing a lock file would be a race. A test that kills the process that would
+    At the end it may hold the lock, because removing it would be a race, and records for a rescue, which a supervisor
+    that is killed leaves on purpose. A test that kills the process that would
     remove the rest has the marker ``@pytest.mark.leaves_files("why")``.
     """
     path = Path(tempfile.mkdtemp(prefix="pc-", dir="/tmp"))
@@ -188,7 +189,7 @@ def _vanished(look: Callable[[], Found]) -> Found:
 
 def _files_in(path: Path) -> set[str]:
     found = {str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir() or file.is_symlink()}
-    return found - {"private/lock"}
+    return {name for name in found if name != "private/lock" and not name.startswith("private/rescue/")}
 
 
 def _stat(pid: int) -> tuple[str, int]:

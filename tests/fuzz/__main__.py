@@ -112,7 +112,7 @@ class Fuzzer:
             recoveries=0,
             blocks={},
             clients=Clients((), cast(Any, None)),
-            pool=SimpleNamespace(resume=void, policy=RestartPolicy(), restarts=0),
+            pool=SimpleNamespace(resume=void, policy=RestartPolicy(), restarts=0, restarts_of=lambda worker: 0),
             zero=SimpleNamespace(faults=0, counters=counters.merge(())),
             paging=SimpleNamespace(links={}, engine=Engine(), placed=0),
             event_log=EventLog(),

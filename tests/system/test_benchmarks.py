@@ -33,6 +33,20 @@ FIGURES = {
         "read() of the warm",
     ],
     "limits": ["plain mmap of the warm file, pinned", "plain mmap of the warm file, unpinned", "against an eager copy"],
+    "twin": [
+        "local fault p50, shared, compiled",
+        "local fault p50, private, Python",
+        "processor time for a fault, shared",
+    ],
+    "links": ["urgent p50 beside the background, 50 MB/s", "background alone, of 50 MB/s", "random pages of"],
+    "qemu": ["live image of a VM", "from the command to the first page of a VM"],
+    "store": [
+        "fault p50, warm chunk cache",
+        "time to ready with replay",
+        "requests of clients with replay",
+        "pack of",
+        "second snapshot, 5 % of the pages changed",
+    ],
     "growth": [
         "shared, 300 random pages",
         "growth of the p50, private",
@@ -54,8 +68,6 @@ FIGURES = {
     "transport": ["shared, native against libzmq", "private, native against libzmq"],
     "back-end": ["missing pages p50, pinned", "missing pages p50, unpinned", "missing pages p99, pinned"],
     "observing": [
-        "statistics, local fault p50, shared, pinned",
-        "statistics, local fault p50, private, pinned",
         "status of 3 clients, p99",
         "postcopy status --json",
         "local fault p50, status of 3 clients at 10 Hz, unpinned",

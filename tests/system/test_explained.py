@@ -34,10 +34,8 @@ def test_a_restart_is_told_with_its_cause(runtime_dir: Path, source_file: Source
         )
         (event,) = told(service, "restart")
         assert (event["restarts"], event["incarnation"]) == (1, 1)
-        assert (
-            f'event=restart client={number} worker={number} incarnation=1 pid={pid} restarts=1 cause="signal SIGKILL"'
-            in service.log()
-        )
+        line = f"event=restart client={number} name=puppet.py worker={number} incarnation=1 pid={pid} restarts=1"
+        assert f'{line} cause="signal SIGKILL"' in service.log()
         stopped = service.kill_worker(client, signal.SIGSTOP)
         client.begin("words(b, [10])")
         assert client.answer(20) == [word(10 * PAGE)]

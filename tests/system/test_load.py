@@ -113,9 +113,9 @@ def test_ctrl_c_tells_what_was_measured_until_then(path: Path, words: list[str])
 def served_in(pid: int) -> str:
     """The runtime directory of the supervisor that is this process's child, once somebody listens there."""
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        words = Path(f"/proc/{child}/cmdline").read_text().split("\0")
-        if "postcopy_supervisor" in words:
-            directory = words[words.index("--runtime-dir") + 1]
+        title = Path(f"/proc/{child}/cmdline").read_text().rstrip("\0")
+        if title.startswith("postcopy_supervisor in "):
+            directory = title.removeprefix("postcopy_supervisor in ")
             return directory if Path(directory, "private/router").exists() else ""
     return ""
 

@@ -206,7 +206,7 @@ def test_hostile_names_are_shown_harmlessly(runtime_dir: Path) -> None:
         assert "64 characters" in refused(client, f"postcopy.attach('z', directory, name={HOSTILE!r})")
         assert "no control" in refused(client, "postcopy.attach('z', directory, name='a\\x1bb')")
         client.do("globals().update(s=__import__('postcopy.session').session)")
-        client.do(f"setattr(s, '_program_name', lambda: {HOSTILE!r})")
+        client.do(f"setattr(s, 'program_name', lambda: {HOSTILE!r})")
         client.attach("z")
         row = service.record(client)
         assert row["name"] == "x?[31m??" + "n" * 56
