@@ -127,7 +127,8 @@ def _check_row(row: dict[str, object]) -> None:
     value, low, high, samples = row["value"], row["low"], row["high"], row["samples"]
     assert isinstance(value, float) and isinstance(low, float) and isinstance(high, float)
     assert isinstance(samples, list) and samples
-    assert 0 < low <= value <= high and math.isfinite(high)
+    assert 0 <= low <= value <= high and math.isfinite(high)
+    assert low > 0 or row["unit"] == "%", "a share may be nothing"
     assert (row["verdict"] == "") == (row["goal"] is None)
 
 

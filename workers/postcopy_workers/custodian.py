@@ -189,7 +189,10 @@ class Custodian:
         meta, _ = self._kept.get(f"client/{number}", (b"", ()))
         if not meta:
             return "postcopy_workers: worker 0 of the supervisor itself"
-        note = decode(meta, expect=(messages.ClientNote,))
+        try:
+            note = decode(meta, expect=(messages.ClientNote,))
+        except BadMessage:  # of a supervisor of another version, whose notes we need not understand
+            return f"postcopy_workers: client {number}"
         assert isinstance(note, messages.ClientNote)
         return f"postcopy_workers: client {number} (pid {note.pid}, {note.name})"
 

@@ -91,9 +91,11 @@ class Background:
             return self._due
         for link in {id(link): link for link in self._links.values()}.values():
             link.probe(now)
+        # Turns are shares of the rate only where the pieces of all blocks are equally large.
+        largest = min([PIECE, *(link.flow.piece(now) for link in self._links.values())])
         while idle < len(turns):
             block = turns[0]
-            piece = self._next_piece(block, left, now)
+            piece = self._next_piece(block, left, now, largest if rate > 0 else CALM_LARGEST)
             if piece is None:
                 idle += 1
             else:
@@ -114,10 +116,9 @@ class Background:
             due.append(now + max(SHORTEST_WAIT, PIECE / rate))
         return min(due, default=None)
 
-    def _next_piece(self, block: RamBlock, left: int, now: float) -> Ask | None:
+    def _next_piece(self, block: RamBlock, left: int, now: float, largest: int) -> Ask | None:
         """What to request next of a block: missing pages behind the cursor, around the end once. None: nothing now."""
         link, limited = self._links.get(block.number), self._bucket.rate > 0
-        largest = PIECE if limited else CALM_LARGEST
         if link is not None:
             largest = min(largest, link.flow.piece(now))
             room = link.flow.room_for_background(now)

@@ -178,6 +178,8 @@ def nearly(chance: random.Random) -> bytes:
     """A stream with something wrong about it, perhaps."""
     data = bytearray(chance.choice((snapshot(), postcopy(3), postcopy(3, 0x42), image()[:4000])))
     for _ in range(chance.choice((0, 1, 1, 2, 4))):
+        if not data:
+            break
         at = chance.randrange(min(len(data), chance.choice((40, 300, 4000, 1 << 20))))
         match chance.randrange(4):
             case 0:
