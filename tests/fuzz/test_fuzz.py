@@ -21,7 +21,7 @@ def test_nothing_breaks_a_listener(seed: int) -> None:
         assert fuzzer.outcomes[f"{listener}: refused"] > 300, listener
     # Words on the return path mean little before a stream listens and something is asked for.
     assert fuzzer.source.express > 20 and fuzzer.supervisor.express > 20, "the express road is hardly met"
-    assert fuzzer.supervisor.placed > 100, "few pages are placed"
+    assert fuzzer.supervisor.placed > 40, "few pages are placed"
 
 
 def test_a_listener_that_breaks_is_found() -> None:
