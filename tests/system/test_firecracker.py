@@ -35,7 +35,12 @@ class Program:
 
     def __init__(self, *words: str, **more: str) -> None:
         self.process = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(**more)
+            words,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment(**more),
+            bufsize=0,  # ``line`` waits by select, which does not see what Python has buffered
         )
         self.lines: list[str] = []
 

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import socket
+import time
 from collections.abc import Collection, MutableMapping, Sequence
 
 from postcopy_kernel import descriptors
@@ -22,7 +23,9 @@ log = logging.getLogger("postcopy")
 
 FIRST = 3  # SD_LISTEN_FDS_START
 MOST_WAITING = 4096
-MOST_OF_A_KEY = 4
+MOST_OF_A_KEY = 5
+LAST_WORDS_SECONDS = 1.0
+"""At the end, for a manager that reads slowly. A datagram socket holds ten messages."""
 NAME = re.compile(r"([a-z]+(?:-[0-9]+)?)\.([0-9]+)")
 
 
@@ -111,6 +114,10 @@ class DescriptorStore:
         for key in list(self._stored):
             self.drop(key)
         self.retain(())
+        deadline = time.monotonic() + LAST_WORDS_SECONDS
+        while self._waiting and time.monotonic() < deadline:
+            time.sleep(0.002)
+            self.flush()
 
     def _send(self, text: str, fd: int = -1) -> None:
         self._waiting.append((text, fd))
