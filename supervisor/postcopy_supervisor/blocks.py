@@ -140,7 +140,7 @@ class RamBlock:
         copy: bool = False,
     ) -> None:
         """``advice``: the advice of a remote block's source; ``kept``: what the previous supervisor left; ``guarded``:
-        users may attach whom we do not trust; ``copy``: serve a copy of a file."""
+        untrusted users may attach; ``copy``: serve a copy of a file."""
         self.number, self.name, self.source, self.page_size = number, name, source, page_size
         self.identity = advice.identity if advice else ""
         if kept is not None:

@@ -3,7 +3,7 @@
 Two honest clients touch missing pages of a local and of a remote block. Beside them runs, in turn and for less than a
 second at a time: a program that only burns CPU; the attack, on another installation of the same machine; the attack, on
 theirs. The first two slow faults down too, because there are more busy programs than processors. The second takes the
-same processor time away as the third. So the ratio of these two is what the attack does to those whom it attacks.
+same processor time away as the third. So the ratio of these two is what the attack itself costs.
 
 Exit status 0: every bound holds, and at the end every byte is right.
 """

@@ -25,45 +25,45 @@ ENOUGH_MEMORY = 2 << 30
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    told = _parser().parse_args(arguments)
+    asked = _parser().parse_args(arguments)
     tally, began = Tally(), time.monotonic()
-    directory = Path(tempfile.mkdtemp(prefix="postcopy-chaos-", dir=told.directory))
-    if not told.json:
-        print(f"seed {told.seed}; evidence, if any, in {directory}", flush=True)
-    _play(told, tally, directory, began)
+    directory = Path(tempfile.mkdtemp(prefix="postcopy-chaos-", dir=asked.directory))
+    if not asked.json:
+        print(f"seed {asked.seed}; evidence, if any, in {directory}", flush=True)
+    _play(asked, tally, directory, began)
     if tally.findings:
         (directory / "findings").write_text("\n".join(tally.findings) + "\n")
     else:
         shutil.rmtree(directory)
     evidence = str(directory) if tally.findings else ""
-    document = report.document(tally, told.seed, told.clients, time.monotonic() - began, evidence)
-    if told.json:
+    document = report.document(tally, asked.seed, asked.clients, time.monotonic() - began, evidence)
+    if asked.json:
         print(json.dumps(document, indent=1))
     else:
         report.print_table(document)
     return 1 if tally.findings or document["not_nothing"] else 0
 
 
-def _play(told: argparse.Namespace, tally: Tally, directory: Path, began: float) -> None:
+def _play(asked: argparse.Namespace, tally: Tally, directory: Path, began: float) -> None:
     """Round after round."""
-    without = frozenset(word for text in told.without for word in text.split(","))
-    monkeys = [acts(told.seed, told.gap, kinds, without) for kinds in (CROWD_KINDS, HOUSE_KINDS)]
-    if told.everything:
-        monkeys.append(acts(told.seed, told.everything, EVERYTHING))
-    seeds = random.Random(told.seed ^ 0xC0FFEE)
-    while (left := told.minutes * 60 - (time.monotonic() - began)) > 0 and not tally.findings:
+    without = frozenset(word for text in asked.without for word in text.split(","))
+    monkeys = [acts(asked.seed, asked.gap, kinds, without) for kinds in (CROWD_KINDS, HOUSE_KINDS)]
+    if asked.everything:
+        monkeys.append(acts(asked.seed, asked.everything, EVERYTHING))
+    seeds = random.Random(asked.seed ^ 0xC0FFEE)
+    while (left := asked.minutes * 60 - (time.monotonic() - began)) > 0 and not tally.findings:
         if report.available_memory() < ENOUGH_MEMORY:
             tally.findings.append("less than 2 GiB of memory are available: no round begun")
             return
         tally.rounds += 1
         place = directory / f"round-{tally.rounds}"
         place.mkdir()
-        seconds = max(10.0, min(told.round_seconds, left))
-        plan = Plan(told.clients, told.mib * 256, seconds, told.pause, tuple(told.option), told.namespaces)
+        seconds = max(10.0, min(asked.round_seconds, left))
+        plan = Plan(asked.clients, asked.mib * 256, seconds, asked.pause, tuple(asked.option), asked.namespaces)
         tally.findings += Round(plan, seeds.getrandbits(40), monkeys, tally, place).play()
         if not tally.findings:
             shutil.rmtree(place)
-        if not told.json:
+        if not asked.json:
             print(report.line(tally, time.monotonic() - began), flush=True)
 
 

@@ -29,18 +29,18 @@ def keep(stage: Stage, table: Progress) -> None:
 
 
 def _process(pid: int, name: str) -> str:
-    told = [f"=== {pid} {name}: {_read(f'/proc/{pid}/cmdline')[:200]}"]
+    asked = [f"=== {pid} {name}: {_read(f'/proc/{pid}/cmdline')[:200]}"]
     with contextlib.suppress(OSError):
         for thread in sorted(Path(f"/proc/{pid}/task").iterdir()):
             where, stack = _read(f"{thread}/wchan"), _read(f"{thread}/stack").split("\n")
-            told.append(f"  thread {thread.name} {_read(f'{thread}/comm').strip()} in {where}: {' '.join(stack[:6])}")
+            asked.append(f"  thread {thread.name} {_read(f'{thread}/comm').strip()} in {where}: {' '.join(stack[:6])}")
         for entry in Path(f"/proc/{pid}/fd").iterdir():
             with contextlib.suppress(OSError):
                 target = str(entry.readlink())
-                told.append(f"  {entry.name} -> {target}")
+                asked.append(f"  {entry.name} -> {target}")
                 if "userfaultfd" in target:
-                    told.append("    " + " ".join(_read(f"/proc/{pid}/fdinfo/{entry.name}").split()))
-    return "\n".join(told) + "\n"
+                    asked.append("    " + " ".join(_read(f"/proc/{pid}/fdinfo/{entry.name}").split()))
+    return "\n".join(asked) + "\n"
 
 
 def _read(path: str) -> str:

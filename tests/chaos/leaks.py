@@ -40,18 +40,18 @@ class Leaks:
     def after_the_last_client(self) -> list[str]:
         """With the last client everything of all clients must go."""
         limit = time.monotonic() + LEAVE_WITHIN
-        told = ["nothing was looked at"]
-        while told and time.monotonic() < limit:
+        asked = ["nothing was looked at"]
+        while asked and time.monotonic() < limit:
             time.sleep(0.25)
-            told = [f"client {one['id']} is still known" for one in self.stage.watcher.document.get("clients", [])]
-            told += [f"worker {number} still lives, pid {pid}" for number, pid in self.stage.workers().items()]
+            asked = [f"client {one['id']} is still known" for one in self.stage.watcher.document.get("clients", [])]
+            asked += [f"worker {number} still lives, pid {pid}" for number, pid in self.stage.workers().items()]
             with self.stage.watcher.asking:
                 opened_now = self._open_now()
             zero = WORKER_ZERO if "postcopy-w0" in self.stage.people().values() else Counter()
             for name, opened in opened_now.items():
                 more = opened - self._baseline[name] - zero
-                told += [f"{name}: {number} more open: {target}" for target, number in more.items()]
-        return [f"leak: {leak}" for leak in told]
+                asked += [f"{name}: {number} more open: {target}" for target, number in more.items()]
+        return [f"leak: {leak}" for leak in asked]
 
     def after_the_end(self) -> list[str]:
         """After the orderly end: processes, files."""
@@ -61,8 +61,8 @@ class Leaks:
             time.monotonic() < limit
         ):
             time.sleep(0.05)
-        told = [f"leak: process {pid} ({name}) after the end" for pid, name in people.items()]
+        asked = [f"leak: process {pid} ({name}) after the end" for pid, name in people.items()]
         place = self.stage.place
-        told += [f"leak: {path.relative_to(place)} in the runtime directory" for path in place.rglob("*")]
-        told += [f"leak: {name}" for name in set(Path("/dev/shm").glob("*postcopy*")) - self._shm]
-        return told
+        asked += [f"leak: {path.relative_to(place)} in the runtime directory" for path in place.rglob("*")]
+        asked += [f"leak: {name}" for name in set(Path("/dev/shm").glob("*postcopy*")) - self._shm]
+        return asked

@@ -181,7 +181,7 @@ def test_the_face_may_end(runtime_dir: Path, image: Path, path: Path) -> None:
             face.end(signal.SIGKILL)
             assert guest.do("touch 2 1") == 0
         until(lambda: not service.status()["clients"], "the machine's end is seen without its face")
-        with handler(service, path) as next_face, machine(path, image) as guest:  # the stale socket is in nobody's way
+        with handler(service, path) as next_face, machine(path, image) as guest:  # a stale socket does no harm
             next_face.until_line("attached")
             assert guest.do("touch 1 1") == 0
 

@@ -181,10 +181,11 @@ class FaultHandler:
             self._requests.hold()
         for at in range(0, count * MESSAGE_FIELDS, MESSAGE_FIELDS):
             address = fields[at + 2]
-            if fields[at] & 0xFF == EVENT_PAGEFAULT and address in seen:
-                self._counters[DEDUPLICATED] += 1
-                continue  # answering the first has woken, or will wake, every thread on that page
-            seen.add(address)
+            if fields[at] & 0xFF == EVENT_PAGEFAULT:
+                if address in seen:
+                    self._counters[DEDUPLICATED] += 1
+                    continue  # answering the first has woken, or will wake, every thread on that page
+                seen.add(address)
             self.message(fields[at], fields[at + 1], address)
         if self._requests is not None:
             self._requests.flush()

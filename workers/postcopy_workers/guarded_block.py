@@ -1,4 +1,4 @@
-"""Placing pages in a block that users may attach whom we do not trust.
+"""Placing pages in a block that untrusted users may attach.
 
 Such a user has a read-only descriptor of the block. It can map it once more, unregistered, and touch a hole at any
 moment: that makes a zero page for everybody. So no client may reach a page that we have not checked:

@@ -160,12 +160,12 @@ def headline(now: Status, before: Status | None, found: Sequence[Row]) -> str:
     totals = now.get("totals", {})
     up = int(now.get("uptime_s", 0))
     rate = sum(row.fault_rate for row in found)
-    told = [f"{now.get('state')}", f"pid {now.get('pid')}", f"up {up // 3600}:{up // 60 % 60:02}:{up % 60:02}"]
-    told += [f"{len(found)} clients", f"{number(rate)} faults/s"]
-    told += [f"{name} {totals.get(name, 0)}" for name in ("restarts", "lost", "polluted")]
-    told += [f"{name} {totals[name]}" for name in ("quarantined", "failures") if totals.get(name)]
-    told += [f"waiting {waiting(totals)}"] if totals.get("waiting") else []
-    return "  ".join(told)
+    shown = [f"{now.get('state')}", f"pid {now.get('pid')}", f"up {up // 3600}:{up // 60 % 60:02}:{up % 60:02}"]
+    shown += [f"{len(found)} clients", f"{number(rate)} faults/s"]
+    shown += [f"{name} {totals.get(name, 0)}" for name in ("restarts", "lost", "polluted")]
+    shown += [f"{name} {totals[name]}" for name in ("quarantined", "failures") if totals.get(name)]
+    shown += [f"waiting {waiting(totals)}"] if totals.get("waiting") else []
+    return "  ".join(shown)
 
 
 def sources(now: Status, before: Status | None) -> list[str]:
@@ -185,19 +185,19 @@ def sources(now: Status, before: Status | None) -> list[str]:
 
 def details(client: dict[str, Any], row: Row) -> list[tuple[str, str]]:
     """Everything about one client, name and value."""
-    told = [(name, str(client.get(name))) for name in ("id", "name", "kind", "uid", "pid", "worker_pid", "state")]
-    told += [("blocks", ", ".join(f"{block['name']} ({block['mode']})" for block in client.get("blocks", ())))]
-    told += [("released", ", ".join(client.get("released", ())) or "-")]
-    told += [("faults", f"{client.get('faults', 0):,}  ({number(row.fault_rate)} a second)")]
-    told += [("pages placed", f"{client.get('placed', 0):,}  ({number(row.placed_rate)} a second)")]
+    shown = [(name, str(client.get(name))) for name in ("id", "name", "kind", "uid", "pid", "worker_pid", "state")]
+    shown += [("blocks", ", ".join(f"{block['name']} ({block['mode']})" for block in client.get("blocks", ())))]
+    shown += [("released", ", ".join(client.get("released", ())) or "-")]
+    shown += [("faults", f"{client.get('faults', 0):,}  ({number(row.fault_rate)} a second)")]
+    shown += [("pages placed", f"{client.get('placed', 0):,}  ({number(row.placed_rate)} a second)")]
     around = client.get("placed_around", 0)
-    told += [("fault-around", f"{around:,}, of them used {client.get('around_used', 0):,}")]
+    shown += [("fault-around", f"{around:,}, of them used {client.get('around_used', 0):,}")]
     for name in ("requests", "deduplicated", "wakes", "lost", "failures", "denied", "restarts"):
-        told.append((name, f"{client.get(name, 0):,}"))
+        shown.append((name, f"{client.get(name, 0):,}"))
     latency = ", ".join(f"{name} {micro(value)}" for name, value in client.get("latency_us", {}).items())
-    told += [("waiting", waiting(client))]
-    told += [("latency", latency), ("blocked", f"{client.get('blocked_s', 0.0):.3f} s in all, now {row.blocked:.0%}")]
-    return told
+    shown += [("waiting", waiting(client))]
+    shown += [("latency", latency), ("blocked", f"{client.get('blocked_s', 0.0):.3f} s in all, now {row.blocked:.0%}")]
+    return shown
 
 
 def waiting(figures: dict[str, Any]) -> str:

@@ -6,18 +6,17 @@ machines reach, a token is needed: it is in the printed link, once, and in a coo
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
 import secrets
 import shlex
-import socket
 from typing import Any
 
 from aiohttp import web
 from textual_serve.server import Server
 
 from postcopy_kernel.programs import command
+from postcopy_kernel.tcp import TcpAddress
 
 from ..errors import BadInput
 
@@ -36,11 +35,15 @@ class TopServer(Server):  # type: ignore[misc, unused-ignore]
 
     def __init__(self, host: str, port: int, arguments: list[str]) -> None:
         words = command("postcopy", "top", *arguments)
-        self._socket, loopback = _listen(host, port)
+        try:
+            address = TcpAddress.of(host, port)
+            self._socket = address.listen()
+        except OSError as error:
+            raise BadInput(f"--web {host}:{port}: {error.strerror or error}") from error
         self._port = self._socket.getsockname()[1]
         self._host = f"[{host}]" if ":" in host else host
-        self._loopback = loopback
-        self._token = "" if loopback else _token()
+        self._loopback = address.loopback
+        self._token = "" if self._loopback else _token()
         self._windows = 0
         super().__init__(shlex.join(words), host, self._port, title="postcopy top")
 
@@ -107,20 +110,3 @@ def _token() -> str:
     if token and (len(token) < 16 or not token.isascii() or not token.isalnum()):
         raise BadInput(f"{TOKEN} has at least 16 letters and digits, and nothing else")
     return token or secrets.token_urlsafe(16)
-
-
-def _listen(host: str, port: int) -> tuple[socket.socket, bool]:
-    """The listening socket, and whether only this machine reaches it."""
-    try:
-        family, kind, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(family, kind)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(place)
-            listener.listen(64)
-        except OSError:
-            listener.close()
-            raise
-    except OSError as error:
-        raise BadInput(f"--web {host}:{port}: {error.strerror or error}") from error
-    return listener, ipaddress.ip_address(str(place[0]).partition("%")[0]).is_loopback

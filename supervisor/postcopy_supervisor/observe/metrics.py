@@ -6,13 +6,13 @@ conventions: seconds, bytes, ``_total`` for what only grows."""
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import socket
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
+from postcopy_kernel.tcp import TcpAddress
 from postcopy_protocol import counters, stages
 from postcopy_protocol.errors import BadInput, PostcopyError
 from postcopy_protocol.messages import REFUSALS, VERSION
@@ -79,23 +79,15 @@ def start(parts: Parts, address: tuple[str, int], *, public: bool = False) -> No
 
 def _listen(host: str, port: int, *, public: bool) -> socket.socket:
     try:
-        family, kind, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        if not public and not ipaddress.ip_address(str(place[0]).partition("%")[0]).is_loopback:
+        address = TcpAddress.of(host, port)
+        if not public and not address.loopback:
             raise BadInput(
                 f"--metrics {host}:{port}: other machines reach this address, and metrics name blocks, clients and "
                 "sources to anyone who asks: use 127.0.0.1, or add --metrics-public"
             )
-        listener = socket.socket(family, kind)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(place)
-            listener.listen(64)
-        except OSError:
-            listener.close()
-            raise
+        return address.listen()
     except OSError as error:
         raise BadInput(f"--metrics {host}:{port}: {error.strerror or error}") from error
-    return listener
 
 
 class Collector:

@@ -73,7 +73,7 @@ def fetch(
     left: Left, clients: list[Found], kept: Kept, sources: Mapping[str, Source], figures_bytes: int, foreign: bool
 ) -> Kept:
     """What a custodian would have kept of ``clients`` and their blocks, beside what is ``kept`` already. ``foreign``:
-    users may attach whom we do not trust. Raises BadInput, and then holds nothing."""
+    untrusted users may attach. Raises BadInput, and then holds nothing."""
     with ExitStack() as undo:
         rescue = _Rescue(left, sources, foreign, undo)
         for client in clients:

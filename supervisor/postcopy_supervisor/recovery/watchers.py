@@ -1,4 +1,4 @@
-"""Watchers of clients: told what becomes of orphans, and relieved when their clients are rescued.
+"""Watchers of clients: what they learn about orphans, and their end when their clients are rescued.
 
 A client starts its watcher itself (``postcopy.orphan_watcher``), and its end of the conversation is descriptor 3 of
 that process. It is found as a child of the client: the client's word is not needed, and a lie harms only itself."""

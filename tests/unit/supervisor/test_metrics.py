@@ -1,4 +1,4 @@
-"""Series of clients: few at a time, and no counter goes down, whoever comes and leaves."""
+"""Series of clients: few at a time, and no counter goes down when clients come and leave."""
 
 from __future__ import annotations
 

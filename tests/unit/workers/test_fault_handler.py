@@ -325,6 +325,23 @@ def test_an_event_that_comes_between_a_fault_and_its_answer_delays_it_only(make:
 
 
 @pytest.mark.parametrize("kind", EACH, ids=str)
+def test_an_event_that_ends_where_a_page_begins_does_not_hide_its_fault(make: Make, kind: Kind) -> None:
+    """REMOVE has the end of its range where a fault has its address; both may come in one read."""
+    world = make(kind)
+    client = world.clients[0]
+    thread = world.touch(client, 1)
+    [(event, flags, address)] = world.kernel.messages(client.descriptor, 16)
+    words = memoryview(bytearray(64)).cast("Q")
+    words[0], words[1], words[2] = EVENT[0], address - 4096, address
+    words[4], words[5], words[6] = event, flags, address
+    kernel = world.kernel
+    calls = Calls(kernel.ioctl, kernel.lseek, kernel.pread, kernel.pwrite, lockf=lambda *_: None)
+    world.fault_handler(client, calls).messages(words, 2)
+    world.settle()
+    assert thread.outcome == world.source.page(1)
+
+
+@pytest.mark.parametrize("kind", EACH, ids=str)
 def test_a_placed_page_without_its_mark_is_ours(make: Make, kind: Kind) -> None:
     world = make(kind)
     client = world.clients[0]
