@@ -23,7 +23,7 @@ class Browser:
     """``async with Browser() as browser``: one page."""
 
     async def __aenter__(self) -> Browser:
-        assert PROGRAM is not None
+        assert PROGRAM is not None, "no chromium here: run scripts/install --test"
         self._profile = tempfile.mkdtemp(prefix="pcb-", dir="/tmp")
         words = [PROGRAM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
         words += ["--remote-debugging-port=0", f"--user-data-dir={self._profile}"]

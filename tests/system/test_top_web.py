@@ -11,9 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import pytest
-
-from tests.system.browser import PROGRAM, Browser, link_of
+from tests.system.browser import Browser, link_of
 from tests.system.service import Service, environment
 
 DRAWN = 12_000  # bytes of a picture that has the table and the keys
@@ -77,7 +75,6 @@ def test_an_address_in_use_is_one_line(runtime_dir: Path) -> None:
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and "in use" in done.stderr
 
 
-@pytest.mark.skipif(PROGRAM is None, reason="no chromium here (apt-get install chromium, 80 MB)")
 def test_the_screen_in_a_browser(runtime_dir: Path) -> None:
     """It is drawn, keys reach it, and its process ends with it."""
 
