@@ -50,6 +50,9 @@ class RangeKind:
 FEATURES = ("zero", "push", "staging", "held")
 """What a supervisor may support: ranges of zeros without bytes, pages that it has not requested, pages in memory that
 both sides map (on one machine only, so not over tcp), and to be informed that a request waits."""
+RESIDENT = "resident"
+"""Feature of a stream that only asks for what the source has at once: pages that it would have to wait for come back as
+lost. Hosts that help each other use it, so that none fetches for another, and two never wait for one another."""
 
 STAGING_NAME = "postcopy.staging"
 """Name of the memfd of a staging memory. Those of blocks begin with ``postcopy-``."""

@@ -9,6 +9,7 @@
 ``ipc://PATH/BLOCK``                    a block of a page source program on this machine
 ``tcp://HOST:PORT/BLOCK``               a block of a page source program on another one
 ``store:STORE/NAME``                    a snapshot that ``postcopy pack`` made; STORE is a directory or a URL
+``peers:URL,...,store:STORE/NAME``      the same; page source programs of other hosts are asked first, in this order
 ======================================  ================================================================================
 
 Only the syntax is checked, not whether the file or the function exists.
@@ -17,7 +18,7 @@ Only the syntax is checked, not whether the file or the function exists.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from urllib.parse import unquote
 
 from .errors import BadInput
@@ -76,10 +77,12 @@ class RemoteSource:
 
 @dataclass(frozen=True, slots=True)
 class StoreSource:
-    """The snapshot ``name`` in ``store``: a directory, or the URL of an object store."""
+    """The snapshot ``name`` in ``store``: a directory, or the URL of an object store. ``peers`` may have its pages too:
+    the nearest comes first."""
 
     store: str
     name: str
+    peers: tuple[RemoteSource, ...] = ()
 
     @property
     def location(self) -> str:
@@ -87,7 +90,8 @@ class StoreSource:
         return f"{self.store}{'' if self.store.endswith('/') else '/'}{self.name}"
 
     def __str__(self) -> str:
-        return f"store:{self.location}"
+        store = f"store:{self.location}"
+        return f"peers:{','.join(map(str, self.peers))},{store}" if self.peers else store
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +117,7 @@ Source = FileSource | HandlerSource | ZeroSource | RemoteSource | QemuRamSource 
 
 STORE_SCHEMES = ("s3", "gs", "az", "http", "https")
 READ_ONLY_SCHEMES = ("http", "https")
+MOST_PEERS = 16
 
 
 def is_block_name(name: str) -> bool:
@@ -154,10 +159,23 @@ def parse_source(text: str) -> Source:
         return QemuRamSource(path, block)
     if text.startswith("store:"):
         return parse_location(text.removeprefix("store:"))
+    if text.startswith("peers:"):
+        return _peers(text)
     if _SCHEME.match(text):
-        known = "a path, file:///, handler:, zero:, qemu-ram:, ipc://, tcp:// or store:"
+        known = "a path, file:///, handler:, zero:, qemu-ram:, ipc://, tcp://, store: or peers:"
         raise BadInput(f"{text!r}: unknown kind of source; use {known}")
     return FileSource(text)
+
+
+def _peers(text: str) -> StoreSource:
+    hosts, comma, place = text.removeprefix("peers:").partition(",store:")
+    if not comma:
+        raise BadInput(f"{text!r}: end it with ,store:STORE/NAME: peers are checked against the index there")
+    peers = tuple(parse_source(host) for host in hosts.split(","))
+    others = [peer for peer in peers if not isinstance(peer, RemoteSource)]
+    if others or len(set(peers)) < len(peers) or len(peers) > MOST_PEERS:
+        raise BadInput(f"{text!r}: write peers:tcp://HOST:PORT/BLOCK,...,store:STORE/NAME, up to {MOST_PEERS} peers")
+    return replace(parse_location(place), peers=tuple(peer for peer in peers if isinstance(peer, RemoteSource)))
 
 
 def parse_location(text: str) -> StoreSource:

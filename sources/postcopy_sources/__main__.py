@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from functools import partial
 from typing import TYPE_CHECKING
 
 from postcopy_kernel import log_queue
@@ -101,6 +102,7 @@ def _snapshots(settings: Settings) -> list[PageSource]:
     if not settings.snapshots:
         return []
     from .storage.chunk_cache import ChunkCache, default_directory
+    from .storage.peers import Peers
     from .storage.store_source import open_sources
 
     size = settings.chunk_cache_size
@@ -109,6 +111,7 @@ def _snapshots(settings: Settings) -> list[PageSource]:
         *open_sources(
             settings.snapshots,
             ChunkCache(directory, size) if size else None,
+            partial(Peers, keys=settings.peer_keys, plain_tcp=settings.plain_peers, transport=settings.transport),
             record=settings.record,
             replay=settings.replay,
         )

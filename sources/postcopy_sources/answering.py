@@ -18,6 +18,7 @@ from postcopy_protocol.codec import encode
 from postcopy_protocol.return_path import (
     MAX_OPEN_BYTES,
     MAX_OPEN_REQUESTS,
+    RESIDENT,
     Held,
     Pages,
     Range,
@@ -58,6 +59,7 @@ HELD_SECONDS = 4.0  # so often a supervisor is informed that its request waits
 CALM_SECONDS = 0.05  # so long after an urgent request no client is taken to wait
 _BYTES = (bytearray, bytes)
 _NO_NUMBER = bytes(4)
+NOT_RESIDENT = "it is not here yet"
 
 log = logging.getLogger(__name__)
 
@@ -230,6 +232,8 @@ class Answerer:
         return self.answer(request, answer)
 
     def _read_later(self, request: OpenRequest, offset: int, length: int) -> None:
+        if RESIDENT in request.stream.features and self._read_now[request.stream.offer.name] is not None:
+            return self.answer(request, lost_answer(offset, length, NOT_RESIDENT))
         when_ready = self._when_ready[request.stream.offer.name]
         if when_ready is not None:
             return self._hold(request, offset, length, when_ready)

@@ -16,7 +16,7 @@ import zmq
 
 from postcopy_protocol.curve_keys import KeyPair
 from postcopy_protocol.errors import BadInput, PostcopyError
-from postcopy_protocol.return_path import features_at
+from postcopy_protocol.return_path import RESIDENT, features_at
 from postcopy_protocol.runtime_paths import SOCKET_PATH_BYTES
 from postcopy_protocol.sizes import format_size
 from postcopy_protocol.source_conversation import Offer
@@ -77,7 +77,7 @@ def serve(
         raise BadInput("there is nothing to serve: name a source")
     endpoint = Endpoint(listen, transport or chosen_transport(None, os.environ), curve, allow)
     with _signals(), endpoint, CallQueue() as calls, suppress(Ended):
-        loop = Loop(known, endpoint.open, calls, Readers(readers, read_timeout), features_at(listen), feed)
+        loop = Loop(known, endpoint.open, calls, Readers(readers, read_timeout), (*features_at(listen), RESIDENT), feed)
         log.info("ready: %s at %s", ", ".join(_described(offer) for _, offer in known.values()), endpoint.shown)
         loop.run()
     log.info("ended")

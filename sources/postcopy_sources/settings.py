@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from postcopy_kernel.log_queue import FORMATS
 from postcopy_protocol import arguments as args
-from postcopy_protocol.curve_keys import PUBLIC_ENDING, KeyPair, read_keys
+from postcopy_protocol.curve_keys import PUBLIC_ENDING, KeyPair
 from postcopy_protocol.errors import BadInput
 from postcopy_protocol.runtime_paths import runtime_directory, trusted_users
 from postcopy_protocol.sources import FileSource, StoreSource, parse_block_name, parse_named
+from postcopy_wire.curve import Keys, load_keys, read_key_file
 from postcopy_wire.transport import TRANSPORTS, chosen_transport
 
 
@@ -44,6 +45,8 @@ class Settings:
     chunk_cache: str | None
     chunk_cache_size: int
     for_serve: bool
+    peer_keys: Keys | None
+    plain_peers: bool
     record: bool
     replay: bool
     trust_uids: frozenset[int] = frozenset()
@@ -74,6 +77,8 @@ def parse(arguments: list[str]) -> Settings:
         chunk_cache=typed.chunk_cache,
         chunk_cache_size=typed.chunk_cache_size,
         for_serve=typed.for_serve,
+        peer_keys=load_keys(typed.peer_secret, typed.peer_key) if typed.peer_secret else None,
+        plain_peers=typed.plain_peers,
         record=typed.record_working_set,
         replay=typed.replay,
         trust_uids=frozenset(typed.trust_uid) | trusted_users(os.environ),
@@ -83,8 +88,10 @@ def parse(arguments: list[str]) -> Settings:
 def access_of(typed: Namespace) -> Access:
     """Read the keys. Raises BadInput, OSError."""
     return Access(
-        curve=_keys(typed.curve_secret, secret=True) if typed.curve_secret else None,
-        allow=tuple(_keys(path, secret=False).public for place in typed.allow_key for path in _public_files(place)),
+        curve=read_key_file(typed.curve_secret, secret=True) if typed.curve_secret else None,
+        allow=tuple(
+            read_key_file(path, secret=False).public for place in typed.allow_key for path in _public_files(place)
+        ),
         plain_tcp=typed.plain_tcp,
     )
 
@@ -107,13 +114,6 @@ def _blocks(blocks: list[str]) -> tuple[dict[str, str], dict[str, StoreSource]]:
                     f"{text!r}: a page source program serves files and store:STORE/NAME; others are written in Python"
                 )
     return files, snapshots
-
-
-def _keys(path: str, *, secret: bool) -> KeyPair:
-    with open(path, encoding="utf-8", errors="replace") as file:
-        if secret and os.fstat(file.fileno()).st_mode & 0o077:
-            raise BadInput(f"{path} can be read by others: chmod 600 {path}, or make new keys if it was read")
-        return read_keys(file.read(1 << 16), path, secret=secret)
 
 
 def _public_files(place: str) -> list[str]:
@@ -156,6 +156,9 @@ def _parser() -> args.Parser:
     parser.option("--chunk-cache-size", args.size_or_zero, "10G", "SIZE", args.CHUNK_CACHE_SIZE_HELP)
     parser.flag("--record-working-set", args.RECORD_WORKING_SET_HELP)
     parser.flag("--replay", args.REPLAY_HELP)
+    add("--peer-secret", default="", metavar="FILE", help="own CURVE keys towards the hosts of peers:tcp://...")
+    add("--peer-key", default="", metavar="FILE", help="with --peer-secret: the public key by which they are known")
+    parser.flag("--plain-peers", "allow peers:tcp://... without keys: others may read along")
     parser.option("--readers", args.count(1, 64), 4, "N", "threads for reads that wait")
     parser.option("--read-timeout", args.seconds(), 30.0, "SECONDS", "the pages of a read that takes longer are lost")
     help = "ZeroMQ by native sockets or libzmq (default: $POSTCOPY_TRANSPORT, else native, which is faster)"

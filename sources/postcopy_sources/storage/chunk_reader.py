@@ -1,4 +1,5 @@
-"""The chunks of one store, for any number of snapshots in it: from memory, from the cache of this host, or fetched.
+"""The chunks of one store, for any number of snapshots in it: from memory, from the cache of this host, or fetched
+from another host that has them, else from the store.
 
 Whatever gave a chunk, it is checked before a byte of it is used. A chunk is fetched once at a time, in this process and
 on this host. A fetch that fails is tried again, after a pause that doubles and varies. Then the chunk is *lost*:
@@ -14,13 +15,18 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from postcopy_protocol.caibx import Bytes, chunk_path
 from postcopy_protocol.errors import PageLost, PostcopyError
 
 from .chunk_cache import TOUCH_SECONDS, CachedChunk, ChunkCache
 from .compression import WrongChunk, check, largest_frame, unpacked
+from .pace import Pace
 from .stores import Missing, Refused, Store, StoreFailed
+
+if TYPE_CHECKING:
+    from .peers import Peers
 
 TRIES = 4
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
@@ -29,6 +35,10 @@ FETCH_SECONDS = 10.0
 WAIT_SECONDS = 8.0
 """How long a chunk is left to another process that fetches it. All of it together is shorter than a source's
 ``--read-timeout``, after which the pages are lost without a reason."""
+STORE_PAUSE = 2.0
+"""So long after a failure the store counts as busy: other hosts are asked first, even loaded ones."""
+ROOM_SECONDS = 5.0
+"""Background waits at most so long for room at the store."""
 FIRST_HEAL, LONGEST_HEAL = 0.5, 30.0
 MEMORY = 64 << 20
 """Bytes of chunks that are kept in memory."""
@@ -42,11 +52,13 @@ OnHealed = Callable[[bytes], object]
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A chunk: its id, the length and the digest that it must have."""
+    """A chunk: its id, the length and the digest that it must have; where it is in a block that ``peers`` may have."""
 
     id: bytes
     length: int
     digest: str
+    offset: int = 0
+    peers: Peers | None = None
 
 
 @dataclass(slots=True)
@@ -62,6 +74,11 @@ class ChunkReader:
 
     def __init__(self, store: Store, cache: ChunkCache | None, sleep: Callable[[float], object] = time.sleep) -> None:
         self.fetched = self.bytes = 0
+        self.pace = Pace()
+        """Of the store."""
+        self._room = threading.Condition()
+        self._hurried: set[bytes] = set()  # chunks of the background that a client waits for
+        self._store_failed = -1e9
         self._store, self._cache, self._sleep = store, cache, sleep
         self._lock = threading.Lock()
         self._memory: OrderedDict[bytes, bytes] = OrderedDict()
@@ -112,8 +129,9 @@ class ChunkReader:
         if self._cache is not None:
             self._cache.damaged(chunk, error)
 
-    def chunk(self, wanted: Wanted) -> bytes:
-        """The whole chunk. Waits; any thread may call. Raises PageLost."""
+    def chunk(self, wanted: Wanted, *, urgent: bool = True) -> bytes:
+        """The whole chunk. Waits; any thread may call. Chunks that are not ``urgent`` wait until the store has room.
+        Raises PageLost."""
         with self._lock:
             data = self._memory.get(wanted.id)
             if data is not None:
@@ -126,9 +144,11 @@ class ChunkReader:
             if running is None:
                 mine = self._running[wanted.id] = Future()
         if running is not None:
+            if urgent:
+                self._hurry(wanted.id)
             return running.result()
         try:
-            data = self._read(wanted, TRIES)
+            data = self._read(wanted, TRIES, urgent=urgent)
         except BaseException as error:
             reason = str(error) if isinstance(error, PostcopyError) else f"{type(error).__name__}: {error}"
             self._give_up(wanted, reason)
@@ -142,11 +162,19 @@ class ChunkReader:
         mine.set_result(data)
         return data
 
-    def _read(self, wanted: Wanted, tries: int) -> bytes:
-        """From the cache, else from the store. Raises PostcopyError."""
+    def knows(self, chunk: bytes) -> bool:
+        """Is it in memory, or being fetched, or lost?"""
+        return chunk in self._memory or chunk in self._running or chunk in self._lost
+
+    def _read(self, wanted: Wanted, tries: int, *, urgent: bool = True) -> bytes:
+        """From the cache, else from another host or the store. Raises PostcopyError."""
         data = self._from_cache(wanted)
-        if data is not None or self._cache is None:
-            return data if data is not None else self._fetch(wanted, tries)
+        if data is not None:
+            return data
+        if not urgent:
+            self._await_room(wanted.id)
+        if self._cache is None:
+            return self._fetch(wanted, tries)
         with self._cache.fetching(wanted.id, WAIT_SECONDS) as waited:
             data = self._from_cache(wanted) if waited else None
             if data is None:
@@ -173,13 +201,15 @@ class ChunkReader:
     def _fetch(self, wanted: Wanted, tries: int) -> bytes:
         deadline, pause = time.monotonic() + FETCH_SECONDS, FIRST_PAUSE
         for number in range(1, tries + 1):
+            if wanted.peers is not None and (near := self._from_peers(wanted, wanted.peers)) is not None:
+                return near
             try:
-                frame = self._store.get(chunk_path(wanted.id), largest_frame(wanted.length))
+                frame = self._get(wanted)
                 data = unpacked(frame, wanted.id, wanted.length, wanted.digest)
             except (Missing, Refused):
                 raise
             except (StoreFailed, WrongChunk) as error:
-                failed = error
+                failed, self._store_failed = error, time.monotonic()
             else:
                 with self._lock:
                     self.fetched += 1
@@ -193,6 +223,41 @@ class ChunkReader:
         if isinstance(failed, WrongChunk):
             raise PostcopyError(f"chunk {wanted.id.hex()[:16]} in {self._store.shown} is damaged: {failed}")
         raise failed
+
+    def _from_peers(self, wanted: Wanted, peers: Peers) -> bytes | None:
+        ready = self.pace.room > 0 and time.monotonic() - self._store_failed > STORE_PAUSE
+        return peers.chunk(wanted.id, wanted.offset, wanted.length, wanted.digest, ready)
+
+    def _get(self, wanted: Wanted) -> bytes:
+        """The frame of a chunk, once. Raises StoreFailed."""
+        with self._room:
+            self.pace.sent()
+        began = time.monotonic()
+
+        def on_answer() -> None:
+            with self._room:
+                self.pace.answered(time.monotonic() - began, time.monotonic())
+
+        try:
+            return self._store.get(chunk_path(wanted.id), largest_frame(wanted.length), on_answer)
+        except StoreFailed:
+            self.pace.failed()
+            raise
+        finally:
+            with self._room:
+                self.pace.ended()
+                self._room.notify_all()
+
+    def _await_room(self, chunk: bytes) -> None:
+        with self._room:
+            self._room.wait_for(lambda: self.pace.room or chunk in self._hurried, ROOM_SECONDS)
+            self._hurried.discard(chunk)
+
+    def _hurry(self, chunk: bytes) -> None:
+        with self._room:
+            if not self.pace.room:
+                self._hurried.add(chunk)
+                self._room.notify_all()
 
     def _remember(self, chunk: bytes, data: bytes) -> None:
         with self._lock:
@@ -215,7 +280,8 @@ class ChunkReader:
     def _level(self) -> int:
         """A store that is away makes many lines, of which one a second is for people."""
         now = time.monotonic()
-        shown, self._logged = now - self._logged > 1.0, now
+        shown = now - self._logged > 1.0
+        self._logged = now if shown else self._logged
         return logging.WARNING if shown else logging.DEBUG
 
     def _heal(self) -> None:

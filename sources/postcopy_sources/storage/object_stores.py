@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from postcopy_protocol.errors import PostcopyError
 from postcopy_protocol.sources import READ_ONLY_SCHEMES
 
-from .stores import Entry, Missing, Refused, Store, StoreFailed
+from .stores import Entry, Missing, OnAnswer, Refused, Store, StoreFailed, ignore
 
 CONNECT_SECONDS = 3.0
 RETRIES = 3
@@ -86,9 +86,10 @@ class ObjectStore:
         self.writable = not url.startswith(tuple(f"{scheme}://" for scheme in READ_ONLY_SCHEMES))
         self._opened, self._api, self._errors = opened, obstore, obstore.exceptions
 
-    def get(self, key: str, limit: int) -> bytes:
+    def get(self, key: str, limit: int, on_answer: OnAnswer = ignore) -> bytes:
         def get() -> bytes:
             found = self._api.get(self._opened, key)
+            on_answer()
             size = found.meta["size"]
             if size > limit:
                 raise StoreFailed(f"{self.shown}: {key} has {size} bytes, more than {limit}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -15,22 +15,26 @@ from postcopy_protocol.caibx import Bytes
 from postcopy_protocol.errors import PageLost
 from postcopy_protocol.geometry import PAGE_4K, page_count
 from postcopy_protocol.sidecar import runs_of
+from postcopy_protocol.sources import RemoteSource
 from postcopy_protocol.sources import StoreSource as Location
 
 from ..pushing import PushStream
 from .chunk_cache import ChunkCache
-from .chunk_reader import ChunkReader, Wanted
+from .chunk_reader import MEMORY, ChunkReader, Wanted
 from .compression import check_installed
 from .opening import SERVING_SECONDS, open_store
+from .pace import LARGEST_WINDOW
+from .peers import Peers
 from .snapshots import Snapshot, load
 from .stores import Store
-from .working_sets import AHEAD, Recording, Replay
+from .working_sets import Recording, Replay
 
 AT_ONCE = 64 << 10
 """Bytes of the largest range that is read in the loop's own thread: hashing more would delay other supervisors."""
 PUSHED = 256 << 10
 """Bytes of the largest range that is pushed: a client may wait behind it."""
-PARALLEL = 16
+MOST_PARALLEL = int(LARGEST_WINDOW)
+"""Threads that fetch; how many of them do at once follows the store (pace.py)."""
 WATCH_SECONDS = 1.0
 
 log = logging.getLogger(__name__)
@@ -49,11 +53,13 @@ class SnapshotSource:
         pool: ThreadPoolExecutor,
         recording: Recording | None = None,
         replays: bool = False,
+        peers: Peers | None = None,
     ) -> None:
         self.name, self.size = name, snapshot.index.size
         self._snapshot, self._index, self._sidecar = snapshot, snapshot.index, snapshot.sidecar
         self._reader, self._pool = reader, pool
-        self._replay_pool = ThreadPoolExecutor(AHEAD, "replay")  # makes threads when it is used
+        self._peers = peers
+        self._background_ends = 0  # the chunk behind the last background read
         self._numbers: dict[bytes, list[int]] = {}  # the chunks of each id
         for number in range(len(self._index)):
             self._numbers.setdefault(self._index.id(number), []).append(number)
@@ -92,13 +98,12 @@ class SnapshotSource:
         """See PageSource. Waits for the store. Raises PageLost."""
         if self._is_zero(offset, length):
             return None
-        numbers = self._index.within(offset, length)
-        if len(numbers) == 1:
-            start = self._index.span(numbers[0])[0]
-            return self._chunk(numbers[0])[offset - start : offset - start + length]
-        parts = self._together(numbers)
+        numbers, urgent = self._index.within(offset, length), length <= AT_ONCE
+        if not urgent:
+            self._read_ahead(numbers)
         start = self._index.span(numbers[0])[0]
-        return b"".join(parts)[offset - start : offset - start + length]
+        data = self._chunk(numbers[0], urgent=urgent) if len(numbers) == 1 else self._together(numbers, urgent=urgent)
+        return data[offset - start : offset - start + length]
 
     @property
     def _observed(self) -> bool:
@@ -112,25 +117,40 @@ class SnapshotSource:
         elif replay is not None:
             replay.asked(first)
 
-    def _together(self, numbers: Sequence[int]) -> list[bytes]:
+    def _together(self, numbers: Sequence[int], *, urgent: bool) -> bytes:
         """The data of these chunks; zeros are not fetched."""
-        futures = [self._pool.submit(self._chunk, number) for number in numbers]
-        return [future.result() for future in futures]
+        futures = [self._pool.submit(self._chunk, number, urgent=urgent) for number in numbers]
+        return b"".join([future.result() for future in futures])
 
-    def _chunk(self, number: int) -> bytes:
+    def _read_ahead(self, numbers: Sequence[int]) -> None:
+        """While the background reads in order, fetch what follows, as much as the store has room for."""
+        first = numbers[-1] + 1
+        if numbers[0] <= self._background_ends <= first:
+            for number in range(first, min(first + self._width(), len(self._index))):
+                if not self._reader.knows(self._index.id(number)) and not self._is_zero_chunk(number):
+                    self._prefetch(number)
+        self._background_ends = first
+
+    def _width(self) -> int:
+        """Chunks that are fetched beside one another, as far as memory keeps them."""
+        return min(int(self._reader.pace.window), max(1, MEMORY // 2 // max(1, self._index.largest)))
+
+    def _is_zero_chunk(self, number: int) -> bool:
         start, end = self._index.span(number)
-        first = start // PAGE_4K
-        if start % PAGE_4K == 0 and self._is_zero(start, end - start, first):
+        return start % PAGE_4K == 0 and self._is_zero(start, end - start)
+
+    def _chunk(self, number: int, *, urgent: bool = True) -> bytes:
+        start, end = self._index.span(number)
+        if self._is_zero_chunk(number):
             return bytes(end - start)
-        return self._reader.chunk(self._wanted(number))
+        return self._reader.chunk(self._wanted(number), urgent=urgent)
 
     def _wanted(self, number: int) -> Wanted:
         start, end = self._index.span(number)
-        return Wanted(self._index.id(number), end - start, self._index.digest)
+        return Wanted(self._index.id(number), end - start, self._index.digest, start, self._peers)
 
-    def _is_zero(self, offset: int, length: int, first: int = -1) -> bool:
-        first = offset // PAGE_4K if first < 0 else first
-        return self._sidecar is not None and self._sidecar.is_zero(first, page_count(length, PAGE_4K))
+    def _is_zero(self, offset: int, length: int) -> bool:
+        return self._sidecar is not None and self._sidecar.is_zero(offset // PAGE_4K, page_count(length, PAGE_4K))
 
     def _on_healed(self, chunk: bytes) -> None:
         if chunk in self._numbers:
@@ -143,7 +163,7 @@ class SnapshotSource:
         done = len(self._healed)
         if self._pages_to_replay:
             replay = self._replay = Replay(self.name, self._index, self._pages_to_replay)
-            replay.send(partial(self._push_pages, stream), self._prefetch)
+            replay.send(partial(self._push_pages, stream), self._prefetch, self._width)
             self._replay = None
         while not stream.ended:
             with self._changed:
@@ -155,7 +175,7 @@ class SnapshotSource:
                     self._push(stream, number)
 
     def _prefetch(self, number: int) -> None:
-        self._replay_pool.submit(self._chunk, number)
+        self._pool.submit(self._chunk, number, urgent=False)
 
     def _push_pages(self, stream: PushStream, number: int, pages: Sequence[int]) -> None:
         """Push pages that begin in one chunk, in ranges. A chunk that is lost is left out."""
@@ -183,14 +203,23 @@ class SnapshotSource:
             start += length
 
 
+OpenPeers = Callable[[str, Sequence[RemoteSource], int], Peers]
+"""Connects to other hosts for a block of so many bytes."""
+
+
 def open_sources(
-    places: dict[str, Location], cache: ChunkCache | None, *, record: bool = False, replay: bool = False
+    places: dict[str, Location],
+    cache: ChunkCache | None,
+    open_peers: OpenPeers = Peers,
+    *,
+    record: bool = False,
+    replay: bool = False,
 ) -> list[SnapshotSource]:
     """Sources by block name; snapshots of one store share what is fetched. ``record`` their working sets, or ``replay``
     them. Raises PostcopyError."""
     check_installed()
     stores: dict[str, tuple[Store, ChunkReader]] = {}
-    pool = ThreadPoolExecutor(PARALLEL, "fetch")
+    pool = ThreadPoolExecutor(MOST_PARALLEL, "fetch")
     found = []
     for name, place in places.items():
         if place.store not in stores:
@@ -199,5 +228,6 @@ def open_sources(
         store, reader = stores[place.store]
         snapshot = load(store, place.name)
         recording = Recording(store, snapshot) if record else None
-        found.append(SnapshotSource(name, snapshot, reader, pool, recording, replay))
+        peers = open_peers(name, place.peers, snapshot.index.size) if place.peers else None
+        found.append(SnapshotSource(name, snapshot, reader, pool, recording, replay, peers))
     return found

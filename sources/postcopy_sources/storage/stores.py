@@ -8,7 +8,7 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
@@ -42,14 +42,22 @@ class Entry:
     size: int
 
 
+OnAnswer = Callable[[], object]
+
+
+def ignore() -> None:
+    """An ``OnAnswer`` for a caller that measures nothing."""
+
+
 class Store(Protocol):
     """``shown`` names it to people. Every method raises StoreFailed; several threads may call at once."""
 
     shown: str
     writable: bool
 
-    def get(self, key: str, limit: int) -> bytes:
-        """The object. Raises Missing; StoreFailed also for one of more than ``limit`` bytes."""
+    def get(self, key: str, limit: int, on_answer: OnAnswer = ignore) -> bytes:
+        """The object. ``on_answer`` is called when the answer begins. Raises Missing; StoreFailed also for one of more
+        than ``limit`` bytes."""
 
     def put(self, key: str, data: bytes, *, replace: bool = False) -> bool:
         """Write an object. Without ``replace`` one that is there stays, and the answer is False. With it the object is
@@ -83,11 +91,12 @@ class DirectoryStore:
         self._made: set[str] = set()
         self._lock = threading.Lock()
 
-    def get(self, key: str, limit: int) -> bytes:
+    def get(self, key: str, limit: int, on_answer: OnAnswer = ignore) -> bytes:
         try:
             fd = os.open(self._at(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise self._failed("read", key, error) from None
+        on_answer()
         with open(fd, "rb", buffering=0) as file:
             try:
                 found = os.fstat(fd)

@@ -24,8 +24,6 @@ LEAST_MISSES = 64
 """So many faults outside the set are needed before it is given up."""
 LEAST_SHARE = 0.25
 SAVE_SECONDS = 10.0
-AHEAD = 16
-"""Chunks that are fetched beside one another for a replay."""
 
 log = logging.getLogger(__name__)
 
@@ -116,11 +114,16 @@ class Replay:
     def pays(self) -> bool:
         return self.misses < LEAST_MISSES or self.share >= LEAST_SHARE
 
-    def send(self, push: Callable[[int, Sequence[int]], object], fetch: Callable[[int], object]) -> None:
-        """Send all of it. ``fetch`` begins to fetch a chunk, ``push`` sends pages of one and waits for it. Returns when
-        all is sent, or it does not pay."""
+    def send(
+        self,
+        push: Callable[[int, Sequence[int]], object],
+        fetch: Callable[[int], object],
+        width: Callable[[], int] = lambda: 16,
+    ) -> None:
+        """Send all of it. ``fetch`` begins to fetch a chunk, ``width`` says how many beside one another; ``push`` sends
+        pages of one and waits for it. Returns when all is sent, or it does not pay."""
         try:
-            self._send(push, fetch)
+            self._send(push, fetch, width)
         finally:
             self.running = False
             sent, seconds = len(self._sent), time.monotonic() - self._began
@@ -130,18 +133,22 @@ class Replay:
             )
             log.warning(text, self._name, what, sent, len(self._set), seconds, self.misses, self._late)
 
-    def _send(self, push: Callable[[int, Sequence[int]], object], fetch: Callable[[int], object]) -> None:
+    def _send(
+        self,
+        push: Callable[[int, Sequence[int]], object],
+        fetch: Callable[[int], object],
+        width: Callable[[], int],
+    ) -> None:
         for part in (self.order, self.rest):
-            ahead = iter(part)
-            for number in islice(ahead, AHEAD):
-                fetch(number)
-            for number, pages in part.items():
+            ahead, begun = iter(part), 0
+            for pushed, (number, pages) in enumerate(part.items()):
                 if not self.pays:
                     return
+                for following in islice(ahead, max(0, pushed + max(1, width()) - begun)):
+                    fetch(following)
+                    begun += 1
                 push(number, pages)
                 self._sent.update(pages)
-                for following in islice(ahead, 1):
-                    fetch(following)
 
 
 def _by_chunk(index: Index, pages: Iterable[int]) -> dict[int, list[int]]:

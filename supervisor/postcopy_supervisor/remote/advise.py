@@ -6,23 +6,19 @@ while no source listens at the endpoint. tcp needs CURVE keys, or an option that
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import zmq
 
 from postcopy_protocol.codec import decode, encode
-from postcopy_protocol.curve_keys import KeyPair, read_keys
 from postcopy_protocol.errors import BadInput, BadMessage
 from postcopy_protocol.return_path import MAX_RANGE_BYTES, Advise, Advised, SourceRefused, features_at
 from postcopy_protocol.sources import Advice, RemoteSource, Source
 from postcopy_wire.addresses import unknown_host
+from postcopy_wire.curve import load_keys, preparation
 from postcopy_wire.factory import open_router
-from postcopy_wire.transport import TCP, PrepareSocket, Router
+from postcopy_wire.transport import PrepareSocket, Router
 
 from ..settings import Settings
 
@@ -41,33 +37,6 @@ Stopped = Callable[[], str]
 
 class AskedToEnd(Exception):
     """The supervisor is to end in order while it waits for a source: that is no failure."""
-
-
-@dataclass(frozen=True, slots=True)
-class Keys:
-    """CURVE: our own pair, and the public key by which a source is known. All are Z85 texts."""
-
-    public: bytes
-    secret: bytes
-    source: bytes
-
-
-def load_keys(secret_file: str, source_file: str) -> Keys:
-    """Read keys from files that ``postcopy keygen`` makes. Raises BadInput."""
-    if not source_file:
-        raise BadInput("--curve-secret needs --source-key FILE too, the public key by which the source is known")
-    ours, source = _read(secret_file, secret=True), _read(source_file, secret=False)
-    return Keys(ours.public, ours.secret or b"", source.public)
-
-
-def _read(path: str, *, secret: bool) -> KeyPair:
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            if secret and os.fstat(file.fileno()).st_mode & 0o077:
-                raise BadInput(f"{path} can be read by others: chmod 600 {path}, or make new keys if it was read")
-            return read_keys(file.read(1 << 16), path, secret=secret)
-    except OSError as error:
-        raise BadInput(f"cannot read {path}: {error.strerror}") from None
 
 
 class SourceAccess:
@@ -91,16 +60,7 @@ class SourceAccess:
     def preparation(self, endpoint: str) -> PrepareSocket | None:
         """What makes a libzmq socket ready for this endpoint; None where no keys are needed. Raises BadInput for a tcp
         endpoint without keys or ``--plain-tcp``."""
-        if not endpoint.startswith(TCP):
-            return None
-        if self._keys is not None:
-            return partial(_use_keys, self._keys)
-        if not self._settings.plain_tcp:
-            raise BadInput(
-                f"{endpoint}: tcp needs keys (--curve-secret FILE --source-key FILE, made by postcopy keygen), "
-                "or --plain-tcp on a network that you trust with every byte"
-            )
-        return None
+        return preparation(endpoint, self._keys, plain_tcp=self._settings.plain_tcp)
 
     def _ask(self, endpoint: str, names: Sequence[str], stopped: Stopped) -> dict[str, Advice]:
         prepare = self.preparation(endpoint)
@@ -114,11 +74,6 @@ class SourceAccess:
             raise BadInput(f"source {endpoint}: {error.strerror}") from None
         finally:
             router.close()
-
-
-def _use_keys(keys: Keys, channel: zmq.Socket[Any]) -> None:
-    channel.curve_publickey, channel.curve_secretkey = keys.public, keys.secret
-    channel.curve_serverkey = keys.source
 
 
 def by_endpoint(sources: Mapping[str, Source]) -> dict[str, dict[str, str]]:

@@ -106,6 +106,9 @@ def _arguments(settings: Settings, stores: dict[str, StoreSource], socket: str) 
     arguments += ["--log-level", level, "--log-format", settings.log_format]
     arguments += ["--transport", settings.transport, "--chunk-cache-size", str(settings.chunk_cache_size)]
     arguments += ["--record-working-set"] * settings.record_working_set + ["--replay"] * settings.replay
+    if settings.curve_secret:
+        arguments += ["--peer-secret", settings.curve_secret, "--peer-key", settings.source_key]
+    arguments += ["--plain-peers"] * settings.plain_tcp
     if settings.chunk_cache:
         arguments += ["--chunk-cache", settings.chunk_cache]
     return arguments

@@ -173,7 +173,7 @@ class FakeStore:
     def __init__(self, make: Callable[[], bytes]) -> None:
         self.make, self.asked = make, 0
 
-    def get(self, key: str, limit: int) -> bytes:
+    def get(self, key: str, limit: int, on_answer: Callable[[], object] = lambda: None) -> bytes:
         self.asked += 1
         return self.make()
 
