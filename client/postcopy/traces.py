@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from postcopy_protocol import counters, trace
+from postcopy_protocol.geometry import PAGE_4K
 from postcopy_protocol.trace import Fault, Header
 
 from .errors import BadInput
@@ -113,6 +114,63 @@ def difference(first: Trace, second: Trace) -> dict[str, Any]:
             }
         )
     return {"files": [first.path, second.path], "blocks": blocks}
+
+
+@dataclass(frozen=True, slots=True)
+class WorkingSet:
+    """The pages of 4096 bytes that a replay sends, out of a snapshot of so many bytes."""
+
+    snapshot: str
+    size: int
+    pages: frozenset[int]
+
+
+def replayed(known: WorkingSet, without: Trace, after: Trace | None, block: str = "") -> dict[str, Any]:
+    """What a replay of the set is worth for the run of ``without``: ``coverage``, the share of its pages that are in
+    the set; ``waste``, the share of the set that it did not need; how long clients waited for pages of the set. With a
+    run that had the replay (``after``): what they still waited for, and the time that was saved. Raises BadInput."""
+    ranges = (range(first, first + count) for first, count in _faulted(without, known, block))
+    needed = frozenset(page for pages in ranges for page in pages)
+    covered = needed & known.pages
+    waited, in_set = _waited(without, known, block)
+    document: dict[str, Any] = {
+        "snapshot": known.snapshot,
+        "set_pages": len(known.pages),
+        "needed_pages": len(needed),
+        "coverage": round(len(covered) / len(needed), 4) if needed else 1.0,
+        "waste": round(1 - len(covered) / len(known.pages), 4) if known.pages else 0.0,
+        "waited_s": round(waited, 6),
+        "waited_for_set_s": round(in_set, 6),
+    }
+    if after is None:
+        return document
+    faults, left = len(_of(without, known, block)), len(_of(after, known, block))
+    still, _ = _waited(after, known, block)
+    document |= {"faults": [faults, left], "waited_with_replay_s": round(still, 6), "saved_s": round(waited - still, 6)}
+    return document
+
+
+def _of(found: Trace, known: WorkingSet, block: str) -> list[Fault]:
+    """The faults on the block of the snapshot. Raises BadInput."""
+    fitting = [one for one in found.head.blocks if (not block or one.name == block) and one.size == known.size]
+    if len(fitting) != 1:
+        why = "name one with --block" if fitting else f"it has no block of {known.size} bytes {block}".rstrip()
+        raise BadInput(f"{found.path} does not fit {known.snapshot}: {why}")
+    return [fault for fault in found.faults if fault.block == fitting[0].number]
+
+
+def _faulted(found: Trace, known: WorkingSet, block: str) -> list[tuple[int, int]]:
+    """(first, count) in pages of 4096 bytes of each fault."""
+    each = {one.number: one.page_size // PAGE_4K for one in found.head.blocks}
+    return [(fault.page * each[fault.block], each[fault.block]) for fault in _of(found, known, block)]
+
+
+def _waited(found: Trace, known: WorkingSet, block: str) -> tuple[float, float]:
+    """Seconds that clients waited, all together; and of these for pages of the set."""
+    faults = _of(found, known, block)
+    places = zip(faults, _faulted(found, known, block), strict=True)
+    in_set = [fault for fault, (first, count) in places if not known.pages.isdisjoint(range(first, first + count))]
+    return sum(fault.latency for fault in faults) / 1e9, sum(fault.latency for fault in in_set) / 1e9
 
 
 def as_document(found: Trace, fault: Fault) -> dict[str, Any]:

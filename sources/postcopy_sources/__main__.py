@@ -64,8 +64,8 @@ def _serve_files(arguments: list[str]) -> None:
         transport=settings.transport,
     )
     for source in sources:
-        if recording := getattr(source, "recording", None):
-            recording.close()
+        if end := getattr(source, "end", None):
+            end()
 
 
 def _serve_qemu(arguments: list[str]) -> None:
@@ -101,8 +101,10 @@ def _sources(settings: Settings) -> list[PageSource]:
 def _snapshots(settings: Settings) -> list[PageSource]:
     if not settings.snapshots:
         return []
+    from postcopy_wire.curve import KEYS, PLAIN
+
     from .storage.chunk_cache import ChunkCache, default_directory
-    from .storage.peers import Peers
+    from .storage.peers import OPTIONS, Peers
     from .storage.store_source import open_sources
 
     size = settings.chunk_cache_size
@@ -111,7 +113,13 @@ def _snapshots(settings: Settings) -> list[PageSource]:
         *open_sources(
             settings.snapshots,
             ChunkCache(directory, size) if size else None,
-            partial(Peers, keys=settings.peer_keys, plain_tcp=settings.plain_peers, transport=settings.transport),
+            partial(
+                Peers,
+                keys=settings.peer_keys,
+                plain_tcp=settings.plain_peers,
+                options=(KEYS, PLAIN) if settings.for_serve else OPTIONS,
+                transport=settings.transport,
+            ),
             record=settings.record,
             replay=settings.replay,
         )

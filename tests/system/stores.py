@@ -118,7 +118,7 @@ class HttpStore:
     """A directory over HTTP. ``what`` happens to paths with ``only`` in them: nothing, a status, "hang", "flip",
     "short", "drop", or bytes that come instead. ``asked`` counts the requests for each path."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, host: str = "127.0.0.1") -> None:
         self.directory = directory
         self.what: str | bytes | int = ""
         self.only = ""  # concerns paths with this text only
@@ -138,10 +138,10 @@ class HttpStore:
             def log_message(self, format: str, *arguments: Any) -> None:
                 """Nothing is logged."""
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer((host, 0), Handler)
         self._server.daemon_threads = True
         self._server.block_on_close = False
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self.url = f"http://{host}:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
 

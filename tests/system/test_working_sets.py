@@ -63,11 +63,15 @@ def test_what_was_recorded_is_there_before_it_is_asked_for(
     assert run(runtime_dir, f"{place}/vm1", pages, data, record_working_set=True) == 300
     assert recorded(place) == {"runs": 1, "pages": 300, "bytes": 300 * PAGE}
     options: dict[str, Any] = {"background_rate": "0", "fault_around": "4K", "chunk_cache_size": "0"}
-    without = run(runtime_dir, f"{slow.url}/vm1", pages, data, **options)
+    first, second = str(tmp_path / "without"), str(tmp_path / "with")
+    without = run(runtime_dir, f"{slow.url}/vm1", pages, data, record=first, **options)
     asked = slow.chunks_asked()
-    with_replay = run(runtime_dir, f"{slow.url}/vm1", pages, data, replay=True, **options)
+    with_replay = run(runtime_dir, f"{slow.url}/vm1", pages, data, replay=True, record=second, **options)
     assert without == 300 and with_replay <= 0.03 * without
     assert slow.chunks_asked() - asked <= asked
+    worth = json.loads(postcopy("trace", "replay", f"{place}/vm1", first, second, "--json"))
+    assert worth["coverage"] == 1.0 and worth["waste"] == 0.0 and worth["saved_s"] > 0.9 * worth["waited_s"] > 0
+    assert worth["faults"][0] == 300 and worth["faults"][1] <= 9
     # A second run adds its pages, and a changed snapshot keeps those of unchanged chunks.
     run(runtime_dir, f"{place}/vm1", [*pages[:10], 7], data, record_working_set=True)
     merged = recorded(place)
@@ -89,3 +93,5 @@ def test_what_cannot_be_recorded_or_replayed(runtime_dir: Path, tmp_path: Path, 
     with Service(runtime_dir, source, replay=True) as service:
         assert service.client().do(f"check(b, {str(tmp_path / 'image')!r}, 'random', 4096)", 60) == -1
         assert "no working set" in service.log()
+    (tmp_path / "trace").write_bytes(b"PCTRACE1")
+    assert "no trace" in postcopy("trace", "replay", f"{slow.url}/vm1", tmp_path / "trace", status=2)

@@ -170,3 +170,27 @@ def test_every_toucher_plays_a_client_at_its_times(tmp_path: Path) -> None:
         replay.share(path, "other", 0)
     with pytest.raises(PostcopyError, match="no fault"):
         replay.share(path, "röm", 0)
+
+
+def of(*faults: tuple[int, int], name: str = "ram0") -> traces.Trace:
+    """A trace of ram0: page, and milliseconds waited."""
+    found = [trace.Fault(at, 1, 1, page, 3, wait * 1_000_000, False, False) for at, (page, wait) in enumerate(faults)]
+    return traces.Trace("x.trace", trace.Header(0.0, 0, (trace.Traced(1, name, 100 * 4096, 4096),)), found)
+
+
+def test_what_a_replay_is_worth() -> None:
+    known = traces.WorkingSet("/s/vm", 100 * 4096, frozenset(range(10, 20)))
+    without = of(*((page, 20) for page in range(15, 25)))
+    told = traces.replayed(known, without, None)
+    assert (told["coverage"], told["waste"], told["needed_pages"], told["set_pages"]) == (0.5, 0.5, 10, 10)
+    assert (told["waited_s"], told["waited_for_set_s"]) == (0.2, 0.1) and "saved_s" not in told
+    told = traces.replayed(known, without, of((24, 30)))
+    assert told["faults"] == [10, 1] and told["saved_s"] == 0.17
+
+
+def test_a_replay_and_a_trace_that_do_not_fit() -> None:
+    known = traces.WorkingSet("/s/vm", 99 * 4096, frozenset({1}))
+    with pytest.raises(PostcopyError, match="has no block of 405504 bytes"):
+        traces.replayed(known, of((1, 1)), None)
+    with pytest.raises(PostcopyError, match="bytes ram7"):
+        traces.replayed(traces.WorkingSet("/s/vm", 100 * 4096, frozenset()), of((1, 1)), None, "ram7")

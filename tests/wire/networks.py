@@ -1,4 +1,4 @@
-"""Two network namespaces with one line between them, for tests and benchmarks.
+"""Network namespaces with lines between them, for tests and benchmarks.
 
 They are made here (iproute2, root) and live as long as the context. A process is put into one by being started from a
 thread that is in it.
@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 CLONE_NEWNET = 0x40000000
@@ -74,6 +75,60 @@ def two_networks() -> Iterator[Networks]:
         yield made
     finally:
         for name in (made.source, made.clients):
+            if Path(f"/run/netns/{name}").exists():
+                ip("netns", "del", name)
+
+
+class Hosts:
+    """Namespaces by name, with a line between each two of them."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+        self._lines = {pair: number for number, pair in enumerate(combinations(names, 2))}
+
+    def namespace(self, name: str) -> str:
+        return f"pch{os.getpid()}{name}"
+
+    def address(self, name: str, seen_from: str) -> str:
+        """Where ``name`` is on its line to ``seen_from``."""
+        pair = next(pair for pair in self._lines if set(pair) == {name, seen_from})
+        return f"10.88.{10 + self._lines[pair]}.{1 + pair.index(name)}"
+
+    def cut(self, name: str, *, mend: bool = False) -> None:
+        """All lines of this host go dead, silently; or they work again."""
+        for pair in self._lines:
+            if name in pair:
+                for one in pair:
+                    word = "up" if mend else "down"
+                    ip("-n", self.namespace(one), "link", "set", f"line{self._lines[pair]}", word)
+
+    def slow(self, name: str, delay: float) -> None:
+        """What leaves this host comes ``delay`` seconds later."""
+        for pair, number in self._lines.items():
+            if name in pair:
+                line = ("-n", self.namespace(name), "qdisc", "add", "dev", f"line{number}", "root", "netem")
+                _run("tc", *line, "delay", f"{delay * 1000:g}ms", "limit", "10000")
+
+    def __enter__(self) -> Hosts:
+        try:
+            for name in self.names:
+                ip("netns", "add", self.namespace(name))
+                ip("-n", self.namespace(name), "link", "set", "lo", "up")
+            for pair, number in self._lines.items():
+                one, other = map(self.namespace, pair)
+                line = f"line{number}"
+                ip("link", "add", line, "netns", one, "type", "veth", "peer", "name", line, "netns", other)
+                for name, other in (pair, pair[::-1]):
+                    place = self.namespace(name)
+                    ip("-n", place, "address", "add", f"{self.address(name, other)}/24", "dev", line)
+                    ip("-n", place, "link", "set", line, "up")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in map(self.namespace, self.names):
             if Path(f"/run/netns/{name}").exists():
                 ip("netns", "del", name)
 

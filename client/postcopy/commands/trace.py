@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from itertools import islice
 from typing import Annotated, Any
 
 import typer
+
+from postcopy_kernel.programs import command, environment
 
 from .. import traces
 from ..errors import PostcopyError
@@ -18,8 +21,8 @@ File = Annotated[str, typer.Argument(metavar="FILE")]
 
 def add_to(app: typer.Typer) -> None:
     group = typer.Typer(help="Read the traces of serve --record.", no_args_is_help=True, add_completion=False)
-    for command in (show, summary, diff):
-        group.command()(command)
+    for action in (show, summary, diff, replay):
+        group.command()(action)
     app.add_typer(group, name="trace")
 
 
@@ -86,3 +89,40 @@ def diff(first: File, second: Annotated[str, typer.Argument(metavar="FILE")], as
         for which, faults, latency in zip(("first", "second"), block["faults"], block["latency_us"], strict=True):
             p50, p99 = human(latency["p50"]), human(latency["p99"])
             print(f"  {which + ':':7} {faults} faults, p50 {p50}, p99 {p99}")
+
+
+def replay(
+    snapshot: Annotated[str, typer.Argument(metavar="STORE/NAME", help="The snapshot with the working set.")],
+    without: Annotated[str, typer.Argument(metavar="FILE", help="The trace of a run without replay.")],
+    after: Annotated[str | None, typer.Argument(metavar="[FILE]", help="The trace of a run with replay.")] = None,
+    block: Annotated[str, typer.Option("--block", metavar="NAME", help="Which block of the traces.")] = "",
+    as_json: Json = False,
+) -> None:
+    """What the working set of a snapshot is worth: coverage, waste, and the time that a replay saves."""
+    first, second = traces.read(without), traces.read(after) if after is not None else None
+    told = traces.replayed(_working_set(snapshot), first, second, block)
+    if as_json:
+        print(json.dumps(told))
+        return
+    print(f"{told['needed_pages']} pages are needed, {told['coverage']:.1%} of them are in the working set")
+    print(f"  {told['set_pages']} pages are in the set, {told['waste']:.1%} of them are not needed")
+    print(f"  clients waited {told['waited_s']:.3f} s, {told['waited_for_set_s']:.3f} s of it for pages of the set")
+    if second is not None:
+        faults, left = told["faults"]
+        print(f"  with replay: {left} faults instead of {faults}, {told['waited_with_replay_s']:.3f} s waited")
+        print(f"  the replay saved {told['saved_s']:.3f} s")
+
+
+def _working_set(snapshot: str) -> traces.WorkingSet:
+    """Ask the program that reads stores. Raises PostcopyError with its own words."""
+    words = command("postcopy_sources.storage", "inspect", snapshot, "--pages", "--json")
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        reason = done.stderr.strip().removeprefix("postcopy inspect: ")
+        raise PostcopyError(reason or f"{snapshot} cannot be read ({done.returncode})")
+    found = json.loads(done.stdout)
+    if found["working_set"] is None:
+        raise PostcopyError(f"{snapshot} has no working set: record one with serve --record-working-set")
+    ranges = found["working_set"]["ranges"]
+    pages = frozenset(page for first, count in ranges for page in range(first, first + count))
+    return traces.WorkingSet(snapshot, found["size"], pages)

@@ -6,12 +6,14 @@ from typing import Any
 
 from postcopy_protocol.caibx import ID_BYTES
 from postcopy_protocol.geometry import PAGE_4K, page_count
+from postcopy_protocol.sidecar import runs_of
 
 from .snapshots import Snapshot
 
 
-def described(snapshot: Snapshot) -> dict[str, Any]:
-    """The document of ``inspect --json``. Sizes in bytes."""
+def described(snapshot: Snapshot, *, pages: bool = False) -> dict[str, Any]:
+    """The document of ``inspect --json``. Sizes in bytes. ``pages``: with those of the working set, as [first, count]
+    in the order of their first use."""
     index, sidecar = snapshot.index, snapshot.sidecar
     lengths = index.unique()
     document: dict[str, Any] = {
@@ -30,8 +32,10 @@ def described(snapshot: Snapshot) -> dict[str, Any]:
     }
     if sidecar is not None and sidecar.working_set.runs:
         found = sidecar.working_set
-        pages = len(found.pages_in(index))
-        document["working_set"] = {"runs": found.runs, "pages": pages, "bytes": pages * PAGE_4K}
+        needed = found.pages_in(index)
+        document["working_set"] = {"runs": found.runs, "pages": len(needed), "bytes": len(needed) * PAGE_4K}
+        if pages:
+            document["working_set"]["ranges"] = list(runs_of(needed, 0, len(needed) or 1))
     return document
 
 

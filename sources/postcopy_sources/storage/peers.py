@@ -27,7 +27,8 @@ from .peer_conversation import LARGEST, PeerConversation
 from .peer_policy import Outcome, PeerPolicy
 
 TURN_SECONDS = 0.25
-ADVISE_SECONDS = 1.0
+ADVISE_SECONDS, REFUSED_SECONDS = 1.0, 30.0
+"""Between two tries to use a host; of one that cannot be used."""
 REPORTED_FAILURES = 3
 """In a row, after which a host is reported as away."""
 OPTIONS = ("--peer-secret FILE --peer-key FILE", "--plain-peers")
@@ -50,7 +51,8 @@ class _Link:
 
 
 class Peers:
-    """The other hosts of one block of ``size`` bytes, the nearest first. Raises BadInput for tcp without keys."""
+    """The other hosts of one block of ``size`` bytes, the nearest first. Raises BadInput, which names
+    ``options``, for tcp without keys."""
 
     def __init__(
         self,
@@ -60,6 +62,7 @@ class Peers:
         keys: Keys | None = None,
         *,
         plain_tcp: bool = False,
+        options: tuple[str, str] = OPTIONS,
         transport: str = "native",
     ) -> None:
         self.policy = PeerPolicy(len(hosts))
@@ -70,7 +73,7 @@ class Peers:
         self._links = [_Link(b"p%d" % number, host, size) for number, host in enumerate(hosts)]
         self._ended = False
         for number, link in enumerate(self._links):
-            prepare = preparation(link.source.endpoint, keys, plain_tcp=plain_tcp, options=OPTIONS)
+            prepare = preparation(link.source.endpoint, keys, plain_tcp=plain_tcp, options=options)
             connected, heard = partial(self._advise, number), partial(self._on_frames, number)
             self._router.connect(link.source.endpoint, link.name, heard, connected, _CAPACITY, prepare)
         self._thread = threading.Thread(target=self._run, name="peers", daemon=True)
@@ -129,7 +132,8 @@ class Peers:
             self._router.turn(TURN_SECONDS)
             now = time.monotonic()
             for number, link in enumerate(self._links):
-                if not link.talk.up and now - link.advised_at > ADVISE_SECONDS:
+                pause = REFUSED_SECONDS if link.talk.refused else ADVISE_SECONDS
+                if not link.talk.up and now - link.advised_at > pause:
                     self._advise(number)
 
     def _run_calls(self) -> None:

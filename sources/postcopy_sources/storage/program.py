@@ -125,12 +125,13 @@ def _unpack(arguments: list[str]) -> int:
 def _inspect(arguments: list[str]) -> int:
     parser = _parser("inspect", "Show what a snapshot is.")
     parser.add_argument("place", metavar="STORE/NAME", help="the snapshot")
+    parser.flag("--pages", "with --json: the pages of the working set, in the order of their first use")
     parser.flag("--check", "fetch every chunk and check it; exit 1 when one is missing or damaged")
     typed = parser.parse_args(arguments)
     place = parse_location(typed.place)
     store = open_store(place.store)
     snapshot = load(store, place.name)
-    document = described(snapshot) | {"store": place.store}
+    document = described(snapshot, pages=typed.pages) | {"store": place.store}
     lines = [
         f"{place.name}: {format_size(document['size'])}, {document['identity']}",
         f"  {document['chunks']} chunks of up to {format_size(document['chunk_size'])} ({document['digest']}), "

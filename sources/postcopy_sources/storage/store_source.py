@@ -59,7 +59,7 @@ class SnapshotSource:
         self._snapshot, self._index, self._sidecar = snapshot, snapshot.index, snapshot.sidecar
         self._reader, self._pool = reader, pool
         self._peers = peers
-        self._background_ends = 0  # the chunk behind the last background read
+        self._background_ends = self._in_order = 0  # the chunk behind the last background read; reads in order
         self._numbers: dict[bytes, list[int]] = {}  # the chunks of each id
         for number in range(len(self._index)):
             self._numbers.setdefault(self._index.id(number), []).append(number)
@@ -125,7 +125,9 @@ class SnapshotSource:
     def _read_ahead(self, numbers: Sequence[int]) -> None:
         """While the background reads in order, fetch what follows, as much as the store has room for."""
         first = numbers[-1] + 1
-        if numbers[0] <= self._background_ends <= first:
+        in_order = numbers[0] <= self._background_ends <= first
+        self._in_order = self._in_order + 1 if in_order else 0
+        if self._in_order > 2:
             for number in range(first, min(first + self._width(), len(self._index))):
                 if not self._reader.knows(self._index.id(number)) and not self._is_zero_chunk(number):
                     self._prefetch(number)
@@ -173,6 +175,16 @@ class SnapshotSource:
             for chunk in healed:
                 for number in self._numbers[chunk]:
                     self._push(stream, number)
+
+    def end(self) -> None:
+        """Write what was recorded, and leave the other hosts. The program ends."""
+        if self.recording is not None:
+            self.recording.close()
+        counts = {"the store": self._reader.fetched}
+        if self._peers is not None:
+            counts |= self._peers.served()
+            self._peers.close()
+        log.info("%s: chunks came from %s", self.name, ", ".join(f"{host}: {count}" for host, count in counts.items()))
 
     def _prefetch(self, number: int) -> None:
         self._pool.submit(self._chunk, number, urgent=False)

@@ -21,6 +21,25 @@ from postcopy_protocol.sources import (
 )
 
 quick = settings(deadline=None)
+NEAR = RemoteSource("tcp://a:1", "ram0")
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("peers:tcp://a:1/ram0", "index there"),
+        ("peers:,store:/x/vm1", "no source"),
+        ("peers:a.bin,store:/x/vm1", "peers:tcp://"),
+        ("peers:tcp://a:1/r,tcp://a:1/r,store:/x/vm1", "peers:tcp://"),
+        ("peers:tcp://a/r,store:/x/vm1", "PORT"),
+        ("peers:tcp://a:1/r,store:s3://key:secret@b/vm1", "do not belong"),
+        ("peers:" + "".join(f"tcp://a:{port}/r," for port in range(1, 18)) + "store:/x/vm1", "16 peers"),
+    ],
+)
+def test_peers_that_cannot_be(text: str, why: str) -> None:
+    with pytest.raises(BadInput, match=why) as refused:
+        parse_source(text)
+    assert "secret" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +59,11 @@ quick = settings(deadline=None)
         ("store:/srv/snapshots/vm1", StoreSource("/srv/snapshots", "vm1")),
         ("store:/vm1", StoreSource("/", "vm1")),
         ("store:vm1", StoreSource(".", "vm1")),
+        (
+            "peers:tcp://a:1/ram0,ipc:///b/r,store:/x/vm1",
+            StoreSource("/x", "vm1", (NEAR, RemoteSource("ipc:///b", "r"))),
+        ),
+        ("peers:tcp://a:1/ram0,store:/a,b/vm1", StoreSource("/a,b", "vm1", (NEAR,))),
         ("store:https://host:8080/x/vm1", StoreSource("https://host:8080/x", "vm1")),
     ],
 )
