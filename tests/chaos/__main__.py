@@ -18,6 +18,7 @@ from pathlib import Path
 from tests.chaos import report
 from tests.chaos.monkey import CROWD_KINDS, EVERYTHING, HOUSE_KINDS, WEIGHTS, acts
 from tests.chaos.round import Plan, Round
+from tests.chaos.store import LEFT_OUT, StoreRound
 from tests.chaos.tally import Tally
 
 ENOUGH_MEMORY = 2 << 30
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _play(asked: argparse.Namespace, tally: Tally, directory: Path, began: float) -> None:
     """Round after round."""
     without = frozenset(word for text in asked.without for word in text.split(","))
+    without |= LEFT_OUT if asked.store else frozenset()
     monkeys = [acts(asked.seed, asked.gap, kinds, without) for kinds in (CROWD_KINDS, HOUSE_KINDS)]
     if asked.everything:
         monkeys.append(acts(asked.seed, asked.everything, EVERYTHING))
@@ -60,7 +62,9 @@ def _play(asked: argparse.Namespace, tally: Tally, directory: Path, began: float
         place.mkdir()
         seconds = max(10.0, min(asked.round_seconds, left))
         plan = Plan(asked.clients, asked.mib * 256, seconds, asked.pause, tuple(asked.option), asked.namespaces)
-        tally.findings += Round(plan, seeds.getrandbits(40), monkeys, tally, place).play()
+        tally.findings += (StoreRound if asked.store else Round)(
+            plan, seeds.getrandbits(40), monkeys, tally, place
+        ).play()
         if not tally.findings:
             shutil.rmtree(place)
         if not asked.json:
@@ -88,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--namespaces", action="store_true", help="source and supervisor in two network namespaces, tcp between them"
     )
+    help = "the remote block comes from a store and a host nearby: they fail too, and so does the chunk cache"
+    parser.add_argument("--store", action="store_true", help=help)
     parser.add_argument("--option", action="append", default=[], help="one more word for the supervisor's command line")
     parser.add_argument("--directory", default="/tmp", help="where the files and the evidence are (/tmp)")
     parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.chaos.monkey import WEIGHTS
+from tests.chaos.store import STORE_KINDS
 from tests.chaos.tally import Tally
 
+KINDS = (*WEIGHTS, *STORE_KINDS)
 NOTHING = ("wrong bytes", "stuck clients", "leaks")
 """What must be 0."""
 
@@ -30,7 +32,7 @@ def document(tally: Tally, seed: int, clients: int, seconds: float, evidence: st
         "clients": clients,
         "seconds": round(seconds, 1),
         "rounds": tally.rounds,
-        "by_kind": {kind: tally.kills[kind] for kind in WEIGHTS if tally.kills[kind]},
+        "by_kind": {kind: tally.kills[kind] for kind in KINDS if tally.kills[kind]},
         "acts": sum(tally.kills.values()),
         "kills": sum(number for kind, number in tally.kills.items() if " kill" in kind),
         "recoveries": {kind: _recovery(tally.recoveries[kind]) for kind in WEIGHTS if tally.recoveries.get(kind)},

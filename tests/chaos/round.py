@@ -59,7 +59,7 @@ class Round:
         around = self.random.choice(("4K", "16K", "auto"))
         rate = int(plan.pages * 4096 / plan.seconds * self.random.choice((0, 0, 0.2)))
         options = ("--fault-around", around, "--background-rate", str(rate), "--source-timeout", "2", *plan.options)
-        self.stage = Stage(directory, self.files, options, namespaces=plan.namespaces)
+        self.stage = self.make_stage(options)
         self.table = Progress(directory / "progress", plan.clients, make=True)
         self.journal = (directory / "journal").open("w")
         self.note(f"seed {seed}: {plan.clients} clients, {plan.pages} pages, runs of {self.run_length}, {options}")
@@ -67,6 +67,9 @@ class Round:
         self.deeds = Deeds(self.stage, self.table, tally, self.find, self.note)
         self.leaks = Leaks(self.stage)
         self.told_stuck: set[int] = set()
+
+    def make_stage(self, options: tuple[str, ...]) -> Stage:
+        return Stage(self.directory, self.files, options, namespaces=self.plan.namespaces)
 
     # --- the course of a round ----------------------------------------------------------------------------------------
 

@@ -144,12 +144,15 @@ class Stage:
         words = [f"{REMOTE}={self.files[1]}", "--listen", *listen]
         self.source = self._start("source", "postcopy_sources", *words, "--die-with-parent", str(os.getpid()))
 
-    def start_supervisor(self) -> None:
+    def blocks(self) -> list[str]:
+        """NAME=SOURCE of both."""
         assert self.relay is not None
+        return [f"{LOCAL}={self.files[0]}", f"{REMOTE}={self.relay.endpoint}/{REMOTE}"]
+
+    def start_supervisor(self) -> None:
         self.lives["supervisor"] += 1
         self.upgrading = False
-        blocks = [f"{LOCAL}={self.files[0]}", f"{REMOTE}={self.relay.endpoint}/{REMOTE}"]
-        words = [*blocks, "--runtime-dir", str(self.place), *self.options, "--die-with-parent", str(os.getpid())]
+        words = [*self.blocks(), "--runtime-dir", str(self.place), *self.options, "--die-with-parent", str(os.getpid())]
         if self.networks is not None:
             words.append("--plain-tcp")
         if self.lives["supervisor"] > 1:

@@ -18,6 +18,7 @@ from tests.chaos.contents import PAGE, SEATS, SLOT_EVERY, ZONE, Contents
 from tests.chaos.leaks import Leaks
 from tests.chaos.monkey import CROWD_KINDS, HOUSE, HOUSE_KINDS, WEIGHTS, Act, acts
 from tests.chaos.round import Plan, Round
+from tests.chaos.store import STORE_KINDS
 from tests.chaos.tally import Tally
 from tests.system.service import ROOT, environment
 
@@ -34,6 +35,18 @@ def test_chaos_for_a_short_while(tmp_path: Path) -> None:
     document = json.loads(done.stdout)
     assert document["kills"] >= 10 and document["findings"] == []
     assert document["counts"]["local faults"] > 100 and document["counts"]["remote faults"] > 100
+
+
+@pytest.mark.timeout(WITHIN + 30)
+def test_chaos_over_a_store(tmp_path: Path) -> None:
+    """``scripts/chaos --store --minutes 10`` is the same for long."""
+    command = [sys.executable, "-m", "tests.chaos", "--json", "--store", "--seed", "7", "--directory", str(tmp_path)]
+    command += ["--minutes", "0.25", "--round-seconds", "15", "--clients", "6", "--mib", "16", "--gap", "0.8"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN, env=environment(), cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-3000:]
+    document = json.loads(done.stdout)
+    assert document["findings"] == [] and document["counts"]["wrong bytes"] == 0
+    assert document["counts"]["remote faults"] > 100 and set(document["by_kind"]) & set(STORE_KINDS)
 
 
 # --- it finds what is wrong -------------------------------------------------------------------------------------------
