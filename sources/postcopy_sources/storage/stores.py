@@ -124,6 +124,8 @@ class DirectoryStore:
                         view = view[file.write(view) :]
                     if replace:
                         os.fsync(fd)
+                    else:  # the disk begins at once, so that ``settle`` has less to wait for
+                        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
                 os.replace(temporary, path)
             except BaseException:
                 with suppress(OSError):
