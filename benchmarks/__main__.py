@@ -20,6 +20,7 @@ from . import (
     back_end,
     bulk,
     clients8,
+    clones,
     compare,
     growth,
     limits,
@@ -58,6 +59,7 @@ BENCHMARKS: Mapping[str, Measure] = {
     "observing": observing.run,
     "qemu": qemu_source.run,
     "store": store.run,
+    "clones": clones.run,
 }
 FORMAT = 1
 """Version of the JSON document."""

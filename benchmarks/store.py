@@ -217,7 +217,7 @@ def _streamed(bench: Bench, source: str) -> float:
         came = block["pages"] - first["received"]
         if not came:
             raise BenchmarkFailed("the whole block had come before it could be looked at")
-        return (time.monotonic() - began) * 1000 * block["pages"] / came
+        return float((time.monotonic() - began) * 1000 * block["pages"] / came)
 
 
 def _first_byte(bench: Bench, source: str, seed: int) -> float:

@@ -29,9 +29,10 @@ KEY, SECRET = "postcopy-test", "a-secret-that-must-not-be-shown"
 class SeaweedFS:
     """One S3 server on free ports of the loopback interface; ``variables`` are what obstore needs to find it."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1") -> None:
         self.directory = tempfile.mkdtemp(prefix="pc-weed-", dir="/tmp")
         ports = free_ports(8)
+        self.port = ports[0]
         self.endpoint = f"http://127.0.0.1:{ports[0]}"
         self.variables = {
             "AWS_ENDPOINT_URL": self.endpoint,
@@ -42,7 +43,7 @@ class SeaweedFS:
         names: tuple[str, ...] = ("s3.port", "s3.port.grpc", "master.port", "master.port.grpc")
         names += ("volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
         options = [f"-{name}={port}" for name, port in zip(names, ports, strict=True)]
-        options += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+        options += ["-ip=127.0.0.1", f"-ip.bind={host}", "-s3", "-s3.port.iceberg=0", "-s3.port.lance=0"]
         options += [f"-dir={self.directory}", "-volume.max=50", "-master.volumeSizeLimitMB=64"]
         weed = Path(sys.executable).with_name("weed")
         assert weed.exists(), f"{weed} is missing: scripts/install --test"

@@ -7,6 +7,7 @@ thread that is in it.
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import shutil
 import subprocess
@@ -102,12 +103,12 @@ class Hosts:
                     word = "up" if mend else "down"
                     ip("-n", self.namespace(one), "link", "set", f"line{self._lines[pair]}", word)
 
-    def slow(self, name: str, delay: float) -> None:
-        """What leaves this host comes ``delay`` seconds later."""
-        for pair, number in self._lines.items():
-            if name in pair:
-                line = ("-n", self.namespace(name), "qdisc", "add", "dev", f"line{number}", "root", "netem")
-                _run("tc", *line, "delay", f"{delay * 1000:g}ms", "limit", "10000")
+    def received(self, name: str, sender: str) -> int:
+        """Bytes that this host has received over its line to another."""
+        pair = next(pair for pair in self._lines if set(pair) == {name, sender})
+        words = ["ip", "-n", self.namespace(name), "-s", "-j", "link", "show", "dev", f"line{self._lines[pair]}"]
+        found = json.loads(subprocess.run(words, capture_output=True, text=True, check=True, timeout=20).stdout)
+        return int(found[0]["stats64"]["rx"]["bytes"])
 
     def __enter__(self) -> Hosts:
         try:
