@@ -216,7 +216,8 @@ def _parser() -> args.Parser:
         prog="postcopy serve",
         description="Serve RAM blocks that are populated lazily. Clients may attach at once; pages come when touched.",
         epilog="SOURCE is a file, handler:MODULE:FUNCTION?size=SIZE, zero:SIZE, qemu-ram:FILE, ipc://PATH/BLOCK, "
-        "tcp://HOST:PORT/BLOCK, store:STORE/NAME (see postcopy pack) or peers:URL,...,store:STORE/NAME. Sizes take K, M, G. "
+        "tcp://HOST:PORT/BLOCK, store:STORE/NAME (see postcopy pack) or peers:URL,...,store:STORE/NAME. "
+        "Sizes take K, M, G. "
         "SIGTERM and SIGINT end the supervisor in order.",
     )
     parser.add_argument("blocks", nargs="+", metavar="NAME=SOURCE", help="a RAM block and where its bytes come from")
