@@ -31,7 +31,7 @@ from tests.selection import (  # noqa: F401  (hooks of pytest)
     pytest_terminal_summary,
     pytest_xdist_make_scheduler,
 )
-from tests.system.zygote import close_zygotes, zygotes
+from tests.system import zygote
 
 PATIENCE = 2.0
 """Seconds that processes and descriptors of a test may take to vanish after it."""
@@ -66,15 +66,14 @@ def pytest_sessionstart() -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     if any(item.nodeid.startswith(("tests/system/", "tests/wire/")) for item in session.items):
-        from tests.system.service import PUPPET, environment
-        from tests.system.zygote import open_zygotes
+        from tests.system.service import environment
 
-        if not session.config.getoption("collectonly") and not os.environ.get("POSTCOPY_TEST_COLD"):
-            open_zygotes(environment(), str(PUPPET))
+        if not session.config.getoption("collectonly"):
+            zygote.open_zygote(environment())
 
 
 def pytest_sessionfinish() -> None:
-    close_zygotes()
+    zygote.close_zygote()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -152,24 +151,20 @@ def require_userfaultfd() -> None:
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """Fail a test that leaves a process or a descriptor; end the strays, so that only this test is red."""
-    identity = uuid.uuid4().hex
     global _children_before
     if _started.any:
         _children_before = _children()
-    before, descriptors = _children_before | _warm_children(), _descriptors()
+    before, descriptors = _children_before, _descriptors()
     _started.any = False
-    for zygote in zygotes.values():
-        zygote.sessions.clear()
+    zygote.sessions.clear()
     previous = os.environ.get("POSTCOPY_TEST_ID")
-    os.environ["POSTCOPY_TEST_ID"] = identity
-    try:
-        yield
-    finally:
-        if previous is None:
-            del os.environ["POSTCOPY_TEST_ID"]
-        else:
-            os.environ["POSTCOPY_TEST_ID"] = previous
-    strays = _vanished(lambda: _strays(identity, before)) if _started.any or _warm_sessions() else set()
+    os.environ["POSTCOPY_TEST_ID"] = uuid.uuid4().hex
+    yield
+    strays = _vanished(lambda: _strays(before)) if _started.any else set()
+    if previous is None:
+        del os.environ["POSTCOPY_TEST_ID"]
+    else:
+        os.environ["POSTCOPY_TEST_ID"] = previous
     told = [f"process {pid} ({_describe(pid)})" for pid in strays]
     for pid in strays:
         _end(pid)
@@ -219,32 +214,13 @@ def _children() -> set[int]:
     return {pid for pid in _processes() if _stat(pid)[1] == os.getpid()}
 
 
-def _strays(identity: str, before: set[int]) -> set[int]:
-    mark = f"POSTCOPY_TEST_ID={identity}".encode()
-    marked, sessions = set(), _warm_sessions()
+def _strays(before: set[int]) -> set[int]:
+    marked = set()
     for pid in _processes():
-        if _session(pid) in sessions:
-            marked.add(pid)
         with suppress(OSError):
-            if mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            if zygote.of_this_test(pid):
                 marked.add(pid)
-    return ((marked | _children() | _warm_children()) - before) - {os.getpid()}
-
-
-def _warm_children() -> set[int]:
-    """Forks of the zygotes that were not waited for."""
-    return {pid for zygote in zygotes.values() for pid in zygote.living}
-
-
-def _warm_sessions() -> set[int]:
-    return {pid for zygote in zygotes.values() for pid in zygote.sessions}
-
-
-def _session(pid: int) -> int:
-    try:
-        return os.getsid(pid)
-    except OSError:
-        return 0
+    return ((marked | _children()) - before) - {os.getpid()}
 
 
 def _describe(pid: int) -> str:
@@ -261,9 +237,6 @@ def _end(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
     with suppress(OSError):  # not our child, or waited for already
         os.waitpid(pid, 0)
-    for zygote in zygotes.values():
-        if pid in zygote.living:
-            zygote.living[pid].wait(10)
 
 
 def _descriptors() -> dict[int, str]:

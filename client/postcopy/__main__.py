@@ -60,7 +60,7 @@ def _run(arguments: list[str]) -> int:
     from .errors import BadInput, NoSupervisor, PostcopyError
 
     try:
-        status = application()(arguments, prog_name="postcopy", standalone_mode=False)
+        status = application(arguments[0] if arguments else "")(arguments, prog_name="postcopy", standalone_mode=False)
         return status if isinstance(status, int) else DONE
     except UsageError as error:
         context = getattr(error, "ctx", None)

@@ -38,11 +38,10 @@ from postcopy_protocol.messages import (
     StopAnswer,
     StoryAnswer,
 )
-from tests.system.zygote import WarmProcess, zygotes
+from tests.system import zygote
+from tests.system.zygote import PUPPET, WINGS
+from tests.system.zygote import ROOT as ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-WINGS = ("protocol", "kernel", "wire", "supervisor", "workers", "sources", "client")
-PUPPET = Path(__file__).with_name("puppet.py")
 READY_WITHIN = 40.0
 END_WITHIN = 20.0
 PAGE = 4096
@@ -51,7 +50,6 @@ ANSWERS = (StatusAnswer, ExportProgress, StopAnswer, StoryAnswer, EventsAnswer, 
 
 Found = TypeVar("Found")
 Option = str | int | float | list[int]
-Process = subprocess.Popen[bytes] | WarmProcess
 
 
 def until(look: Callable[[], Found], what: str, within: float = 15.0) -> Found:
@@ -166,21 +164,14 @@ class Puppet:
     def __init__(self, directory: Path, **more: str) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._unread = b""
-        self.process: Process
-        variables = environment(**more)
-        zygote = zygotes.get("puppet")
-        if zygote and zygote.fits(variables):
-            pipe = subprocess.PIPE
-            self.process = zygote.start([str(directory)], variables, self._errors.fileno(), pipe, pipe)
-        else:
-            self.process = subprocess.Popen(
-                [sys.executable, str(PUPPET), str(directory)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._errors,
-                bufsize=0,
-                env=variables,
-            )
+        self.process = subprocess.Popen(
+            [sys.executable, str(PUPPET), str(directory)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            bufsize=0,
+            env=environment(**more),
+        )
         self.pid = self.process.pid
 
     def do(self, order: str, within: float = 30.0) -> Any:
@@ -265,21 +256,15 @@ class Service:
         """Start the supervisor; ``more`` options for this time, ``program`` in place of the supervisor's."""
         self._begun = os.fstat(self._log.fileno()).st_size
         command = arguments(self.directory, self.blocks, {**self.options, **more})
-        self.process: Process
-        variables = environment()
-        zygote = zygotes.get("supervisor")
-        if zygote and not (program or self._preexec or self._cwd) and zygote.fits(variables):
-            self.process = zygote.start(command[3:], variables, self._log.fileno())
-        else:
-            self.process = subprocess.Popen(
-                [command[0], *program, *command[3:]] if program else command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=self._log,
-                env=variables,
-                preexec_fn=self._preexec,
-                cwd=self._cwd,
-            )
+        self.process = subprocess.Popen(
+            [command[0], *program, *command[3:]] if program else command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self._log,
+            env=environment(),
+            preexec_fn=self._preexec,
+            cwd=self._cwd,
+        )
         self.pid = self.process.pid
 
     def kill(self) -> None:
@@ -430,12 +415,11 @@ class Service:
     def people(self) -> list[int]:
         """Pids of the custodian and of all workers that live."""
         found = []
-        marks = (b"postcopy_workers", f"POSTCOPY_TEST_ID={os.environ['POSTCOPY_TEST_ID']}".encode())
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
-                if not entry.name.isdigit() or marks[0] not in (entry / "cmdline").read_bytes():
+                if not entry.name.isdigit() or b"postcopy_workers" not in (entry / "cmdline").read_bytes():
                     continue
-                if marks[1] in (entry / "environ").read_bytes() and alive(int(entry.name)):
+                if zygote.of_this_test(int(entry.name)) and alive(int(entry.name)):
                     found.append(int(entry.name))
         return found
 

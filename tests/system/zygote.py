@@ -1,18 +1,20 @@
-"""Processes that start warm: forks of an interpreter that has imported a program already.
+"""Programs of this checkout start warm in tests: as forks of an interpreter that has imported them already.
 
-A supervisor needs 0.3 s of processor time for its imports, and the tests start about a thousand. ``Zygote`` starts
-``python -m tests.system.zygote MODULE...`` once per test process. Its children run the program as ``__main__`` with
-their own arguments and standard streams; they are sessions of their own, so that their orphans are found.
-A start that needs another environment, directory, namespace or limit than the zygote has must not come from here.
+The imports of a supervisor, its custodian, a source or a command cost 0.2 to 0.4 s of processor time, and the tests
+start some thousands. Each test process has one zygote, ``python -m tests.system.zygote``; its children run the program
+as ``__main__``, with their own arguments, environment, standard streams and session. ``subprocess.Popen`` starts a
+program there where that makes no difference, and otherwise as ever. POSTCOPY_TEST_COLD=1 makes it so for all.
 """
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
+import gc
 import json
 import os
 import resource
 import runpy
-import select
 import signal
 import socket
 import subprocess
@@ -21,63 +23,69 @@ import threading
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-PER_TEST = ("POSTCOPY_TEST_ID", "PYTEST_CURRENT_TEST")
-"""Environment variables that differ from test to test."""
+ROOT = Path(__file__).resolve().parents[2]
+WINGS = ("protocol", "kernel", "wire", "supervisor", "workers", "sources", "client")
+PUPPET = Path(__file__).with_name("puppet.py")
+CUSTODIAN = "postcopy_workers.custodian"
+PROGRAMS = ("postcopy", "postcopy_sources", "postcopy_supervisor")
+"""What starts warm as ``-m PROGRAM``, beside the puppet."""
+IMPORTED = (
+    *("postcopy.client", "postcopy.sigbus", "postcopy.commands", "postcopy.supervisor", "random"),
+    *("postcopy_supervisor.settings", "postcopy_supervisor.assembly", "postcopy_sources.serving"),
+    # Not the custodian itself, which runs as __main__.
+    *("postcopy_workers.forking", "postcopy_workers.takeover_socket", "postcopy_workers.life_records"),
+)
+AT_IMPORT = ("PYTHON", "LD_", "LC_", "LANG", "COVERAGE", "POSTCOPY_PURE", "POSTCOPY_CRASH_AT", "POSTCOPY_TEST_COLD")
+"""How environment variables begin that an interpreter or an import reads."""
 LIMITS = (resource.RLIMIT_NOFILE, resource.RLIMIT_AS, resource.RLIMIT_NPROC, resource.RLIMIT_FSIZE)
-MAX_REQUEST = 1 << 16
+PR_GET_TID_ADDRESS = 40
+SYS_CLONE3 = 435
+CLONE_PARENT, CLONE_CHILD_CLEARTID, CLONE_CHILD_SETTID = 0x8000, 0x200000, 0x1000000
+MAX_REQUEST = 1 << 17
+TITLE = "x" * 160
+"""An argument of no meaning: a program writes its title over its arguments."""
 
 
-class WarmProcess:
-    """A fork of the zygote, with those parts of ``subprocess.Popen`` that tests use. It stays a zombie until it is
-    waited for, as the test's own child would."""
+class Popen(subprocess.Popen[Any]):
+    """``subprocess.Popen``, with warm starts. The process is a child of this one, as it would be otherwise."""
 
-    def __init__(self, zygote: Zygote, pid: int, stdin: IO[bytes] | None, stdout: IO[bytes] | None) -> None:
-        self._zygote, self.pid, self.stdin, self.stdout = zygote, pid, stdin, stdout
-        self.returncode: int | None = None
-        self._pidfd = os.pidfd_open(pid)
+    def _execute_child(self, args: Any, *rest: Any) -> None:
+        words, plain, env, pipes = _words(args), not any(rest[:2]), rest[5], rest[9:15]
+        plain = plain and not any((rest[3], rest[4])) and all(right in (None, -1) for right in rest[16:20])
+        environment = dict(os.environ if env is None else env)
+        if zygote is None or not (words and plain and zygote.fits(environment)):
+            super()._execute_child(args, *rest)  # type: ignore[misc]
+            return
+        sys.audit("subprocess.Popen", sys.executable, words, None, environment)
+        ends = (pipes[0], pipes[3], pipes[5])  # the child's of stdin, stdout, stderr; -1: ours
+        streams = [end if end >= 0 else number for number, end in enumerate(ends)]
+        self.pid = zygote.fork(words, environment, streams)
+        self._child_created = True
+        self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
 
-    def poll(self) -> int | None:
-        if self.returncode is None and select.select([self._pidfd], [], [], 0)[0]:
-            self._reap()
-        return self.returncode
 
-    def wait(self, timeout: float | None = None) -> int:
-        if self.returncode is None:
-            if not select.select([self._pidfd], [], [], timeout)[0]:
-                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0.0)
-            self._reap()
-        assert self.returncode is not None
-        return self.returncode
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            signal.pidfd_send_signal(self._pidfd, number)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
-
-    def _reap(self) -> None:
-        self.returncode = self._zygote.reap(self.pid)
-        os.close(self._pidfd)
+def _words(command: Any) -> list[str]:
+    """What a program that starts warm is given, ``-m PROGRAM ARGUMENT...`` or a file first; nothing for another."""
+    words = [command] if isinstance(command, (str, bytes, Path)) else list(command)
+    words = [os.fsdecode(word) for word in words]
+    if words[0] == sys.executable:
+        del words[: 2 if words[1:2] == ["-P"] else 1]
+        if words[:1] == [str(PUPPET)] or (words[:1] == ["-m"] and words[1] in PROGRAMS):
+            return words
+    return []
 
 
 class Zygote:
-    """The parent of warm processes that run one program: ``program`` is ``-m MODULE`` or a file."""
+    """The parent of warm processes."""
 
-    def __init__(self, program: tuple[str, ...], imports: tuple[str, ...], environment: Mapping[str, str]) -> None:
-        self.program = program
-        self.living: dict[int, WarmProcess] = {}
-        self.sessions: set[int] = set()
+    def __init__(self, environment: Mapping[str, str]) -> None:
         self._conditions = _conditions(environment)
         self._lock = threading.Lock()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            command = [sys.executable, "-m", "tests.system.zygote", str(theirs.fileno()), *imports]
+            command = [sys.executable, "-m", "tests.system.zygote", str(theirs.fileno()), TITLE]
             self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=dict(environment))
         self.pid = self._process.pid
 
@@ -85,82 +93,135 @@ class Zygote:
         """Would a fork run under the same conditions as a process that is started here and now?"""
         return _conditions(environment) == self._conditions
 
-    def start(
-        self,
-        arguments: list[str],
-        environment: Mapping[str, str],
-        stderr: int,
-        stdin: int = subprocess.DEVNULL,
-        stdout: int = subprocess.DEVNULL,
-    ) -> WarmProcess:
-        """Fork. ``stdin`` and ``stdout`` are ``DEVNULL`` or ``PIPE``."""
-        null = os.open(os.devnull, os.O_RDWR)
-        to_close = [null]
-        ours: list[IO[bytes] | None] = []
-        streams = [null, null, stderr]
-        for place, (wanted, end) in enumerate(((stdin, 1), (stdout, 0))):
-            if wanted == subprocess.PIPE:
-                pipe = os.pipe()
-                streams[place] = pipe[1 - end]
-                to_close.append(pipe[1 - end])
-                ours.append(os.fdopen(pipe[end], "wb" if end else "rb", buffering=0))
-            else:
-                ours.append(None)
-        variables = {name: environment[name] for name in PER_TEST if name in environment}
-        request = {"program": self.program, "arguments": arguments, "variables": variables}
-        pid = self._ask(request, streams)
-        for descriptor in to_close:
-            os.close(descriptor)
-        process = self.living[pid] = WarmProcess(self, pid, ours[0], ours[1])
-        self.sessions.add(pid)
-        return process
-
-    def reap(self, pid: int) -> int:
-        """Wait for a process that has ended: its exit status, or minus the signal."""
-        self.living.pop(pid, None)
-        return self._ask({"reap": pid}, [])
+    def fork(self, words: list[str], environment: dict[str, str], streams: list[int]) -> int:
+        request = json.dumps({"words": words, "environment": environment})
+        with self._lock:
+            socket.send_fds(self._socket, [request.encode()], streams)
+            answer = self._socket.recv(64)
+        assert answer, "the zygote has ended"
+        sessions.add(int(answer))
+        return int(answer)
 
     def close(self) -> None:
         self._socket.close()
         self._process.wait(10)
 
-    def _ask(self, request: dict[str, Any], descriptors: list[int]) -> int:
-        with self._lock:
-            socket.send_fds(self._socket, [json.dumps(request).encode()], descriptors)
-            answer = self._socket.recv(MAX_REQUEST)
-        assert answer, "the zygote has ended"
-        return int(json.loads(answer))
-
 
 def _conditions(environment: Mapping[str, str]) -> tuple[Any, ...]:
     """What a fork inherits from the zygote and a new process from the test."""
+    ours = {str(ROOT), *(str(ROOT / wing) for wing in WINGS), ""}
     return (
-        {name: value for name, value in environment.items() if name not in PER_TEST},
+        {name: value for name, value in environment.items() if name.startswith(AT_IMPORT) and name != "PYTHONPATH"},
+        {*environment.get("PYTHONPATH", "").split(os.pathsep)} - ours,
         Path.cwd(),
         [Path(f"/proc/thread-self/ns/{kind}").readlink() for kind in ("net", "mnt", "user")],
         [resource.getrlimit(limit) for limit in LIMITS],
         Path("/proc/thread-self/cgroup").read_text(),
         os.getresuid(),
         signal.pthread_sigmask(signal.SIG_BLOCK, []),
+        os.umask(os.umask(0o022)),
     )
 
 
-zygotes: dict[str, Zygote] = {}
-"""The zygotes of this test process, by the program that they run; empty before ``open_zygotes``."""
+zygote: Zygote | None = None
+"""The zygote of this test process; None before ``open_zygote``."""
+sessions: set[int] = set()
+"""Those of the programs that the test of this moment has started warm: their orphans are in them."""
+_ordinary = subprocess.Popen
 
 
-def open_zygotes(environment: Mapping[str, str], puppet: str) -> None:
-    zygotes["puppet"] = Zygote((puppet,), ("postcopy", "random", "resource"), environment)
-    modules = ("postcopy_supervisor.settings", "postcopy_supervisor.main_loop")
-    zygotes["supervisor"] = Zygote(("-m", "postcopy_supervisor"), modules, environment)
+def open_zygote(environment: Mapping[str, str]) -> None:
+    global zygote
+    if not os.environ.get("POSTCOPY_TEST_COLD"):
+        zygote = Zygote(environment)
+        subprocess.Popen = Popen  # type: ignore[misc]
 
 
-def close_zygotes() -> None:
-    while zygotes:
-        zygotes.popitem()[1].close()
+def close_zygote() -> None:
+    global zygote
+    if zygote is not None:
+        subprocess.Popen = _ordinary  # type: ignore[misc]
+        zygote.close()
+        zygote = None
+
+
+def of_this_test(pid: int) -> bool:
+    """Was this process started by the test that runs, or by a process of it? Raises OSError when it is gone."""
+    if os.getsid(pid) in sessions:
+        return True
+    mark = f"POSTCOPY_TEST_ID={os.environ['POSTCOPY_TEST_ID']}".encode()
+    return mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
 
 
 # --- the process of the zygote ----------------------------------------------------------------------------------------
+
+
+class _WithCustodian(subprocess.Popen[Any]):
+    """``subprocess.Popen`` in a supervisor: the process of its first custodian is there, and gets its arguments."""
+
+    def _execute_child(self, args: list[str], *rest: Any) -> None:
+        if CUSTODIAN not in args or not _prepared:
+            super()._execute_child(args, *rest)  # type: ignore[misc]
+            return
+        self.pid, connection = _prepared.popitem()
+        pass_fds, env, pipes = list(rest[3]), rest[5], rest[9:15]
+        request = {"words": args[args.index("-m") :], "environment": dict(env), "numbers": pass_fds}
+        with connection:
+            socket.send_fds(connection, [json.dumps(request).encode()], pass_fds)
+        self._child_created = True
+        self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
+
+
+_prepared: dict[int, socket.socket] = {}
+"""The custodian of this supervisor by its pid, before it is started."""
+
+
+def _prepare_custodian() -> dict[str, Any] | None:
+    """Fork what will be this supervisor's custodian, as long as there is no memory of a block and no thread. Returns
+    None in the supervisor, and in the custodian what it must run."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pid = os.fork()
+    if pid:
+        theirs.close()
+        _prepared[pid] = ours
+        subprocess.Popen = _WithCustodian  # type: ignore[misc]
+        return None
+    ours.close()
+    message, descriptors, _flags, _address = socket.recv_fds(theirs, MAX_REQUEST, 8)
+    theirs.close()
+    if not message:  # the supervisor was refused, or has ended
+        os._exit(0)
+    request: dict[str, Any] = json.loads(message)
+    null = os.open(os.devnull, os.O_RDWR)
+    _place([null, null, *descriptors], [0, 1, *request["numbers"]])
+    return request
+
+
+def _place(descriptors: list[int], numbers: list[int]) -> None:
+    """Give descriptors these numbers, which may be numbers of others of them."""
+    high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 64 + max(numbers)) for descriptor in descriptors]
+    for descriptor in {*descriptors} - {0, 1, 2}:
+        os.close(descriptor)
+    for descriptor, number in zip(high, numbers, strict=True):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+
+
+def _fork_sibling() -> int:
+    """Fork a child of our parent: as os.fork() otherwise, with CLONE_PARENT."""
+    libc, python = ctypes.PyDLL(None, use_errno=True), ctypes.pythonapi
+    thread_id = ctypes.c_void_p()  # where the C library keeps it
+    if libc.prctl(PR_GET_TID_ADDRESS, ctypes.byref(thread_id)):
+        raise OSError(ctypes.get_errno(), "PR_GET_TID_ADDRESS")
+    flags = CLONE_PARENT | CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID
+    arguments = (ctypes.c_uint64 * 8)(flags, 0, thread_id.value or 0)
+    python.PyOS_BeforeFork()
+    pid: int = libc.syscall(SYS_CLONE3, arguments, ctypes.sizeof(arguments))
+    if pid:
+        python.PyOS_AfterFork_Parent()
+        return pid
+    python.PyOS_AfterFork_Child()
+    return 0
 
 
 def _serve(connection: socket.socket) -> dict[str, Any] | None:
@@ -169,42 +230,42 @@ def _serve(connection: socket.socket) -> dict[str, Any] | None:
         message, descriptors, _flags, _address = socket.recv_fds(connection, MAX_REQUEST, 3)
         if not message:
             return None
-        request: dict[str, Any] = json.loads(message)
-        if "reap" in request:
-            _, status = os.waitpid(request["reap"], 0)
-            connection.send(json.dumps(os.waitstatus_to_exitcode(status)).encode())
-            continue
-        pid = os.fork()
+        pid = _fork_sibling()
         if pid == 0:
-            os.setsid()
-            for place, descriptor in enumerate(descriptors):
-                os.dup2(descriptor, place)
-                os.close(descriptor)
+            request: dict[str, Any] = json.loads(message)
             connection.close()
-            os.environ.update(request["variables"])
+            os.setsid()
+            _place(descriptors, [0, 1, 2])
+            if "postcopy_supervisor" in request["words"] and "--recover" not in request["words"]:
+                return _prepare_custodian() or request
             return request
         for descriptor in descriptors:
             os.close(descriptor)
-        connection.send(json.dumps(pid).encode())
+        connection.send(str(pid).encode())
 
 
 def main() -> None:
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)
-    for module in sys.argv[2:]:
+    for module in IMPORTED:
         import_module(module)
+    gc.collect()
+    gc.freeze()  # what is imported stays shared
     try:
         request = _serve(connection)
     except KeyboardInterrupt:  # Ctrl-C for the whole run
         return
     if request is None:
         return
-    *option, name = request["program"]
-    sys.argv = [name, *request["arguments"]]
-    if option:
-        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    option, *arguments = request["words"]
+    if option == "-m":
+        sys.argv = arguments
+        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
     else:
-        runpy.run_path(name, run_name="__main__")
+        sys.argv = [option, *arguments]
+        runpy.run_path(option, run_name="__main__")
 
 
 if __name__ == "__main__":

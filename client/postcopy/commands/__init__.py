@@ -6,41 +6,40 @@ shell completion."""
 
 from __future__ import annotations
 
-import typer
+from importlib import import_module
 
-from . import (
-    attach,
-    cat,
-    demo,
-    doctor,
-    export,
-    keygen,
-    load,
-    probe,
-    restore,
-    service_files,
-    status,
-    stop,
-    top,
-    trace,
-    verify,
-)
+import typer
 
 # typer contains click from some version on; these are the same classes in all of them.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 ClickException: type[Exception] = UsageError.__bases__[0]
 Abort: type[BaseException] = typer.Abort
 
-_COMMANDS = (
-    *(demo.demo, status.status, stop.stop, stop.resume, export.export, cat.cat, verify.verify),
-    *(load.load, top.top, doctor.doctor, keygen.keygen),
-    *(service_files.systemd_unit, service_files.dashboard, service_files.alert_rules),
-)
-_GROUPS = (attach, probe, restore, trace)
+_MODULES = {
+    "demo": "demo",
+    "status": "status",
+    "stop": "stop",
+    "resume": "stop",
+    "export": "export",
+    "cat": "cat",
+    "verify": "verify",
+    "load": "load",
+    "top": "top",
+    "doctor": "doctor",
+    "keygen": "keygen",
+    "systemd-unit": "service_files",
+    "dashboard": "service_files",
+    "alert-rules": "service_files",
+    "attach": "attach",
+    "probe": "probe",
+    "restore": "restore",
+    "trace": "trace",
+}
+"""The module of each command, in the order of ``postcopy --help``."""
 
 
-def application() -> typer.Typer:
-    """The whole command line."""
+def application(command: str = "") -> typer.Typer:
+    """The command line: with ``command`` only that one, because importing all of them takes as long again."""
     app = typer.Typer(
         name="postcopy",
         help="Memory that is usable before its contents have arrived.",
@@ -54,10 +53,12 @@ def application() -> typer.Typer:
         app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True}, add_help_option=False)(
             program
         )
-    for command in _COMMANDS:
-        app.command()(command)
-    for group in _GROUPS:
-        group.add_to(app)
+    for name in [command] if command in _MODULES else _MODULES:
+        module = import_module(f".{_MODULES[name]}", __name__)
+        if hasattr(module, "add_to"):  # a group of commands
+            module.add_to(app)
+        else:
+            app.command()(getattr(module, name.replace("-", "_")))
     return app
 
 
