@@ -65,6 +65,8 @@ def pytest_sessionstart() -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
+    gc.collect()
+    gc.freeze()  # or each collection would visit all tests again
     if any(item.nodeid.startswith(("tests/system/", "tests/wire/")) for item in session.items):
         from tests.system.service import environment
 
@@ -196,22 +198,14 @@ def _files_in(path: Path) -> set[str]:
     return {name for name in found if name != "private/lock" and not name.startswith("private/rescue/")}
 
 
-def _stat(pid: int) -> tuple[str, int]:
-    """State letter and parent of a process; ('', 0) when it is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
-    except OSError:
-        return "", 0
-    return fields[0], int(fields[1])
-
-
 def _processes() -> list[int]:
     return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
 
 
 def _children() -> set[int]:
     """Children of the test process, zombies too: the test must wait for them."""
-    return {pid for pid in _processes() if _stat(pid)[1] == os.getpid()}
+    lists = [task.joinpath("children").read_text() for task in Path("/proc/self/task").iterdir()]
+    return {int(pid) for pid in " ".join(lists).split()}
 
 
 def _strays(before: set[int]) -> set[int]:
@@ -224,12 +218,12 @@ def _strays(before: set[int]) -> set[int]:
 
 
 def _describe(pid: int) -> str:
-    state, _ = _stat(pid)
     try:
+        state = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()[0]
         command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace").strip()
     except OSError:
-        command = ""
-    return "not waited for" if state == "Z" else command[:200] or "gone by now"
+        return "gone by now"
+    return "not waited for" if state == "Z" else command[:200]
 
 
 def _end(pid: int) -> None:

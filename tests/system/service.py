@@ -54,10 +54,11 @@ Option = str | int | float | list[int]
 
 def until(look: Callable[[], Found], what: str, within: float = 15.0) -> Found:
     """Poll until ``look`` finds something true; fails with ``what`` after ``within`` seconds."""
-    deadline = time.monotonic() + within
+    deadline, pause = time.monotonic() + within, 0.005
     while not (found := look()):
         assert time.monotonic() < deadline, f"not within {within:g} s: {what}"
-        time.sleep(0.01)
+        time.sleep(pause)
+        pause = min(0.05, 1.3 * pause)
     return found
 
 

@@ -259,6 +259,10 @@ def main() -> None:
         return
     os.environ.clear()
     os.environ.update(request["environment"])
+    # Those that are there know of the zygote's files whether they can seek.
+    sys.stdin = sys.__stdin__ = open(0, closefd=False)  # type: ignore[misc]  # noqa: SIM115
+    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # type: ignore[misc]  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(2, "w", 1, errors="backslashreplace", closefd=False)  # type: ignore[misc]  # noqa: SIM115
     option, *arguments = request["words"]
     if option == "-m":
         sys.argv = arguments
