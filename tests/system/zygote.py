@@ -8,6 +8,7 @@ program there where that makes no difference, and otherwise as ever. POSTCOPY_TE
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import gc
@@ -33,6 +34,7 @@ PROGRAMS = ("postcopy", "postcopy_sources", "postcopy_supervisor")
 """What starts warm as ``-m PROGRAM``, beside the puppet."""
 IMPORTED = (
     *("postcopy.client", "postcopy.sigbus", "postcopy.commands", "postcopy.supervisor", "random"),
+    *("postcopy_kernel.program_start", "postcopy_wire.router", "prctl", "rich.progress", "rich.table"),
     *("postcopy_supervisor.settings", "postcopy_supervisor.assembly", "postcopy_sources.serving"),
     # Not the custodian itself, which runs as __main__.
     *("postcopy_workers.forking", "postcopy_workers.takeover_socket", "postcopy_workers.life_records"),
@@ -248,7 +250,9 @@ def main() -> None:
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)
     for module in IMPORTED:
-        import_module(module)
+        with contextlib.suppress(ImportError):  # what is missing is so for every start
+            import_module(module)
+    import_module("postcopy.commands").application()  # imports each command
     gc.collect()
     gc.freeze()  # what is imported stays shared
     try:
