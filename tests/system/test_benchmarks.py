@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -86,20 +88,27 @@ FIGURES = {
 }
 
 
+@pytest.fixture
+def sigterm() -> Iterator[None]:
+    """A run sets a handler for its process."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.timeout(400)  # they start dozens of programs, beside everybody else's
 @pytest.mark.parametrize("name", sorted(BENCHMARKS))
-def test_a_quick_run_tells_every_figure(name: str, tmp_path: Path, require_userfaultfd: None) -> None:
+@pytest.mark.usefixtures("sigterm", "require_userfaultfd")
+def test_a_quick_run_tells_every_figure(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Every byte that a client touches is compared with the file, and a difference ends the run with status 1."""
     target = tmp_path / "figures.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", name, "--quick", "--json", str(target)],
-        cwd=ROOT,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=380,
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    status = program.main([name, "--quick", "--json", str(target)])
+    said = capsys.readouterr()
+    assert status == 0, said.err
     document = json.loads(target.read_text())
     assert document["format"] == 1
     assert document["quick"] is True
@@ -110,7 +119,7 @@ def test_a_quick_run_tells_every_figure(name: str, tmp_path: Path, require_userf
     assert all(words in told for words in FIGURES[name]), told
     for row in rows:
         _check_row(row)
-        assert row["name"] in done.stdout  # the table for people
+        assert row["name"] in said.out  # the table for people
         if "QEMU's" in row["name"]:
             assert bool(row["samples"]) == bool(shutil.which(qemu.QEMU)), row["detail"]
     assert list(tmp_path.iterdir()) == [target], "the run has left files"
@@ -171,6 +180,7 @@ def test_an_unknown_benchmark_is_a_usage_error() -> None:
     assert "nonsense" in done.stderr and "recovery" in done.stderr
 
 
+@pytest.mark.usefixtures("sigterm")
 def test_a_failing_benchmark_leaves_the_others_their_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -182,12 +192,7 @@ def test_a_failing_benchmark_leaves_the_others_their_figures(
 
     monkeypatch.setattr(program, "BENCHMARKS", {"first": fails, "second": works})
     target = tmp_path / "figures.json"
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        status = program.main(["--quick", "--json", str(target)])
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert status == 1
+    assert program.main(["--quick", "--json", str(target)]) == 1
     told = capsys.readouterr()
     assert "benchmarks: first: client process 1 read wrong bytes" in told.err
     assert "a figure" in told.out and "client process 1 read" in told.out

@@ -20,6 +20,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping
 from importlib import import_module
@@ -30,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WINGS = ("protocol", "kernel", "wire", "supervisor", "workers", "sources", "client")
 PUPPET = Path(__file__).with_name("puppet.py")
 CUSTODIAN = "postcopy_workers.custodian"
-PROGRAMS = ("postcopy", "postcopy_sources", "postcopy_supervisor")
+PROGRAMS = ("postcopy", "postcopy_sources", "postcopy_supervisor", "benchmarks.client")
 """What starts warm as ``-m PROGRAM``, beside the puppet."""
 IMPORTED = (
     *("postcopy.client", "postcopy.sigbus", "postcopy.commands", "postcopy.supervisor", "random"),
@@ -54,8 +55,9 @@ class Popen(subprocess.Popen[Any]):
     """``subprocess.Popen``, with warm starts. The process is a child of this one, as it would be otherwise."""
 
     def _execute_child(self, args: Any, *rest: Any) -> None:
-        words, plain, env, pipes = _words(args), not any(rest[:2]), rest[5], rest[9:15]
-        plain = plain and not any((rest[3], rest[4])) and all(right in (None, -1) for right in rest[16:20])
+        words, env, pipes = _words(args), rest[5], rest[9:15]
+        plain = not any((*rest[:2], rest[3])) and all(right in (None, -1) for right in rest[16:20])
+        plain = plain and (rest[4] is None or Path(rest[4]) == Path.cwd())
         environment = dict(os.environ if env is None else env)
         if zygote is None or not (words and plain and zygote.fits(environment)):
             super()._execute_child(args, *rest)  # type: ignore[misc]
@@ -96,9 +98,9 @@ class Zygote:
         return _conditions(environment) == self._conditions
 
     def fork(self, words: list[str], environment: dict[str, str], streams: list[int]) -> int:
-        request = json.dumps({"words": words, "environment": environment})
+        request = {"words": words, "environment": environment, "processors": [*os.sched_getaffinity(0)]}
         with self._lock:
-            socket.send_fds(self._socket, [request.encode()], streams)
+            socket.send_fds(self._socket, [json.dumps(request).encode()], streams)
             answer = self._socket.recv(64)
         assert answer, "the zygote has ended"
         sessions.add(int(answer))
@@ -237,6 +239,7 @@ def _serve(connection: socket.socket) -> dict[str, Any] | None:
             request: dict[str, Any] = json.loads(message)
             connection.close()
             os.setsid()
+            os.sched_setaffinity(0, request["processors"])
             _place(descriptors, [0, 1, 2])
             if "postcopy_supervisor" in request["words"] and "--recover" not in request["words"]:
                 return _prepare_custodian() or request
@@ -261,6 +264,7 @@ def main() -> None:
         return
     if request is None:
         return
+    tempfile.tempdir = None
     os.environ.clear()
     os.environ.update(request["environment"])
     # Those that are there know of the zygote's files whether they can seek.
