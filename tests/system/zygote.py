@@ -72,8 +72,8 @@ class Popen(subprocess.Popen[Any]):
 
 def _words(command: Any) -> list[str]:
     """What a program that starts warm is given, ``-m PROGRAM ARGUMENT...`` or a file first; nothing for another."""
-    words = [command] if isinstance(command, (str, bytes, Path)) else list(command)
-    words = [os.fsdecode(word) for word in words]
+    given = [command] if isinstance(command, (str, bytes, Path)) else list(command)
+    words: list[str] = [os.fsdecode(word) for word in given]
     if words[0] == sys.executable:
         del words[: 2 if words[1:2] == ["-P"] else 1]
         if words[:1] == [str(PUPPET)] or (words[:1] == ["-m"] and words[1] in PROGRAMS):
