@@ -56,7 +56,7 @@ def test_sixteen_clients_over_a_slow_line_while_the_source_dies_twice(
         "curve_secret": key["supervisor"] + "_secret",
         "source_key": key["source"],
         "source_timeout": "1",
-        "background_rate": "128K",  # beside the clients; it would need a minute for what they leave
+        "background_rate": "32K",  # beside the clients; it would need minutes for what they leave
         "fault_around": "16K",
     }
     with inside(networks.source):
