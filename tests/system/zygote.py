@@ -27,6 +27,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from postcopy_kernel import crashpoints
+
 ROOT = Path(__file__).resolve().parents[2]
 WINGS = ("protocol", "kernel", "wire", "supervisor", "workers", "sources", "client")
 PUPPET = Path(__file__).with_name("puppet.py")
@@ -40,7 +42,7 @@ IMPORTED = (
     # Not the custodian itself, which runs as __main__.
     *("postcopy_workers.forking", "postcopy_workers.takeover_socket", "postcopy_workers.life_records"),
 )
-AT_IMPORT = ("PYTHON", "LD_", "LC_", "LANG", "COVERAGE", "POSTCOPY_PURE", "POSTCOPY_CRASH_AT", "POSTCOPY_TEST_COLD")
+AT_IMPORT = ("PYTHON", "LD_", "LC_", "LANG", "COVERAGE", "POSTCOPY_PURE", "POSTCOPY_TEST_COLD")
 """How environment variables begin that an interpreter or an import reads."""
 LIMITS = (resource.RLIMIT_NOFILE, resource.RLIMIT_AS, resource.RLIMIT_NPROC, resource.RLIMIT_FSIZE)
 PR_GET_TID_ADDRESS = 40
@@ -267,6 +269,7 @@ def main() -> None:
     tempfile.tempdir = None
     os.environ.clear()
     os.environ.update(request["environment"])
+    crashpoints.arm(os.environ.get(crashpoints.VARIABLE, ""))
     # Those that are there know of the zygote's files whether they can seek.
     sys.stdin = sys.__stdin__ = open(0, closefd=False)  # type: ignore[misc]  # noqa: SIM115
     sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # type: ignore[misc]  # noqa: SIM115
