@@ -72,7 +72,7 @@ class Source:
         process, self.process = self.process, None
         assert process is not None
         process.send_signal(number)
-        process.wait(15)
+        process.wait(40)
 
     def __enter__(self) -> Source:
         try:
@@ -106,7 +106,7 @@ def source_of(service: Service, number: int = 0) -> dict[str, Any]:
     return found
 
 
-def await_state(service: Service, state: str, within: float = 15.0, number: int = 0) -> None:
+def await_state(service: Service, state: str, within: float = 40.0, number: int = 0) -> None:
     until(lambda: source_of(service, number)["state"] == state, f"the source is {state}", within)
 
 

@@ -43,7 +43,7 @@ from tests.system.zygote import PUPPET, WINGS
 from tests.system.zygote import ROOT as ROOT
 
 READY_WITHIN = 40.0
-END_WITHIN = 20.0
+END_WITHIN = 40.0
 PAGE = 4096
 
 ANSWERS = (StatusAnswer, ExportProgress, StopAnswer, StoryAnswer, EventsAnswer, ResumeAnswer, ControlRefused)
@@ -52,7 +52,7 @@ Found = TypeVar("Found")
 Option = str | int | float | list[int]
 
 
-def until(look: Callable[[], Found], what: str, within: float = 15.0) -> Found:
+def until(look: Callable[[], Found], what: str, within: float = 40.0) -> Found:
     """Poll until ``look`` finds something true; fails with ``what`` after ``within`` seconds."""
     deadline, pause = time.monotonic() + within, 0.005
     while not (found := look()):
@@ -175,7 +175,7 @@ class Puppet:
         )
         self.pid = self.process.pid
 
-    def do(self, order: str, within: float = 30.0) -> Any:
+    def do(self, order: str, within: float = 60.0) -> Any:
         self.begin(order)
         return self.answer(within)
 
@@ -188,7 +188,7 @@ class Puppet:
         assert self.process.stdout is not None
         return bool(self._unread) or bool(select.select([self.process.stdout], [], [], within)[0])
 
-    def answer(self, within: float = 30.0) -> Any:
+    def answer(self, within: float = 60.0) -> Any:
         deadline = time.monotonic() + within
         assert self.process.stdout is not None
         while b"\n" not in self._unread:
@@ -210,7 +210,7 @@ class Puppet:
         size = os.fstat(self._errors.fileno()).st_size
         return os.pread(self._errors.fileno(), size, 0).decode("utf-8", "replace")
 
-    def status(self, within: float = 15.0) -> int:
+    def status(self, within: float = 40.0) -> int:
         """Wait for its end: exit status, or minus the signal."""
         return self.process.wait(within)
 
@@ -335,7 +335,7 @@ class Service:
 
     # --- control ------------------------------------------------------------------------------------------------------
 
-    def ask(self, question: Message, within: float = 15.0) -> Message:
+    def ask(self, question: Message, within: float = 40.0) -> Message:
         with self.dealer() as dealer:
             dealer.send(encode(question))
             assert dealer.poll(int(within * 1000)), f"no answer to {question} in {within:g} s: {self.log()[-2000:]}"

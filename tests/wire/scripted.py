@@ -32,7 +32,7 @@ from postcopy_protocol.return_path import (
 from postcopy_protocol.templates import FIRST_REQUEST
 
 ROOT = Path(__file__).resolve().parents[2]
-WITHIN = 10.0
+WITHIN = 30.0
 PAGE = 4096
 
 Kind = TypeVar("Kind", bound=Message)
