@@ -29,7 +29,7 @@ WITHIN = 400.0
 def test_chaos_for_a_short_while(tmp_path: Path) -> None:
     """``scripts/chaos --minutes 30`` is the same for long."""
     command = [sys.executable, "-m", "tests.chaos", "--json", "--seed", "20261122", "--directory", str(tmp_path)]
-    command += ["--minutes", "0.5", "--round-seconds", "30", "--clients", "10", "--mib", "32", "--gap", "0.6"]
+    command += ["--minutes", "0.3", "--round-seconds", "18", "--clients", "10", "--mib", "32", "--gap", "0.6"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN, env=environment(), cwd=ROOT)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-3000:]
     document = json.loads(done.stdout)

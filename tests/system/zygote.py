@@ -58,7 +58,7 @@ class Popen(subprocess.Popen[Any]):
 
     def _execute_child(self, args: Any, *rest: Any) -> None:
         words, env, pipes = _words(args), rest[5], rest[9:15]
-        plain = not any((*rest[:2], rest[3])) and all(right in (None, -1) for right in rest[16:20])
+        plain = not any(rest[:2]) and all(right in (None, -1) for right in rest[16:20])
         plain = plain and (rest[4] is None or Path(rest[4]) == Path.cwd())
         environment = dict(os.environ if env is None else env)
         if zygote is None or not (words and plain and zygote.fits(environment)):
@@ -67,7 +67,7 @@ class Popen(subprocess.Popen[Any]):
         sys.audit("subprocess.Popen", sys.executable, words, None, environment)
         ends = (pipes[0], pipes[3], pipes[5])  # the child's of stdin, stdout, stderr; -1: ours
         streams = [end if end >= 0 else number for number, end in enumerate(ends)]
-        self.pid = zygote.fork(words, environment, streams)
+        self.pid = zygote.fork(words, environment, [*streams, *rest[3]], [0, 1, 2, *rest[3]])
         self._child_created = True
         self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
 
@@ -99,10 +99,12 @@ class Zygote:
         """Would a fork run under the same conditions as a process that is started here and now?"""
         return _conditions(environment) == self._conditions
 
-    def fork(self, words: list[str], environment: dict[str, str], streams: list[int]) -> int:
-        request = {"words": words, "environment": environment, "processors": [*os.sched_getaffinity(0)]}
+    def fork(self, words: list[str], environment: dict[str, str], descriptors: list[int], numbers: list[int]) -> int:
+        """Returns the pid; ``numbers`` are those of the descriptors in the child."""
+        request = {"words": words, "environment": environment, "numbers": numbers}
+        request["processors"] = [*os.sched_getaffinity(0)]
         with self._lock:
-            socket.send_fds(self._socket, [json.dumps(request).encode()], streams)
+            socket.send_fds(self._socket, [json.dumps(request).encode()], descriptors)
             answer = self._socket.recv(64)
         assert answer, "the zygote has ended"
         sessions.add(int(answer))
@@ -233,7 +235,7 @@ def _fork_sibling() -> int:
 def _serve(connection: socket.socket) -> dict[str, Any] | None:
     """Answer requests until the test process ends; in each child return what it must run."""
     while True:
-        message, descriptors, _flags, _address = socket.recv_fds(connection, MAX_REQUEST, 3)
+        message, descriptors, _flags, _address = socket.recv_fds(connection, MAX_REQUEST, 16)
         if not message:
             return None
         pid = _fork_sibling()
@@ -242,7 +244,7 @@ def _serve(connection: socket.socket) -> dict[str, Any] | None:
             connection.close()
             os.setsid()
             os.sched_setaffinity(0, request["processors"])
-            _place(descriptors, [0, 1, 2])
+            _place(descriptors, request["numbers"])
             if "postcopy_supervisor" in request["words"] and "--recover" not in request["words"]:
                 return _prepare_custodian() or request
             return request
