@@ -4,15 +4,18 @@ A thread of the client could not: one that waits for a page inside a Python byte
 of its own, started only where ``serve --on-orphan poison`` wants it, with nothing imported that it can do without (a
 third of the start, and of the memory, of a program that imports postcopy).
 
-It holds a duplicate of the client's userfaultfd, and the *lifeline*: the end of a pipe whose other end is with every
-process of the service. When the last of them has died and the timeout is over, it answers faults itself: a page that
-the received map calls received is mapped (CONTINUE), every other one is poisoned (SIGBUS), never zeros. A supervisor
-that rescues the client fetches descriptor 3, and sends a new lifeline: then the watcher no longer reads the
-userfaultfd, and answers with the pages that it has poisoned, which are placed and healed.
+It holds a duplicate of the client's userfaultfd, and the *lifeline*: the end of a pipe whose other end is with
+supervisor and custodian. When both have died, the timeout is over, and no worker serves the client (it would hold a
+lock of the received map), it answers faults itself: a page that the received map calls received is mapped (CONTINUE),
+every other one is poisoned (SIGBUS), never zeros. A supervisor that rescues the client fetches descriptor 3, and sends
+a new lifeline: then the watcher no longer reads the userfaultfd, and answers with the pages that it has poisoned, which
+are placed and healed.
 
 ``python -I -S orphan_watcher.py CLIENT_PID``; descriptors 3 and 4 are the ends of a SEQPACKET socket (orders come in at
 4), 5 is the userfaultfd.
 """
+
+from __future__ import annotations
 
 import array
 import fcntl
@@ -25,6 +28,10 @@ import struct
 import sys
 import time
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # collections.abc is half of the start
+    from collections.abc import Callable
+
 INBOX, USERFAULTFD, FIRST_FREE = 4, 5, 6
 
 # linux/userfaultfd.h; postcopy_kernel.abi has them all, with their sources, and a test compares them.
@@ -35,7 +42,7 @@ RANGE = struct.Struct("=QQ")
 RANGE_MODE = struct.Struct("=QQQq")
 MESSAGES_AT_ONCE = 64
 
-REGION = struct.Struct("=cQQQQQ")  # b"R", block, address, length, offset, page size; with the received map
+REGION = struct.Struct("=cQQQQQQ")  # b"R", block, client, address, length, offset, page size; with the received map
 UNMAP = struct.Struct("=cQ")  # b"U", address
 SERVED = struct.Struct("=cQ")  # b"S" of the client, b"T" of a rescuer: timeout in milliseconds; with the lifeline
 POISONED = struct.Struct("=QQ")  # the answer to b"T" is b"P", then block and offset of each poisoned page
@@ -43,14 +50,20 @@ FOREVER = (1 << 64) - 1  # a timeout
 MOST_NOTED = 4096
 
 RECEIVED = 2
+LIVES_AT = 1 << 40
+FLOCK = struct.Struct("@hhqqi0q")
+LOOK_SECONDS = 0.5  # between two looks whether the client's worker still lives, where no other process does
 
 
 class Region:
     """``length`` bytes of a block from ``offset``, at ``address`` in the client."""
 
-    def __init__(self, block: int, address: int, length: int, offset: int, page_size: int, received: mmap.mmap) -> None:
-        self.block, self.address, self.length, self.offset = block, address, length, offset
-        self.page_size, self.received = page_size, received
+    def __init__(
+        self, block: int, client: int, address: int, length: int, offset: int, page_size: int, map_fd: int
+    ) -> None:
+        self.block, self.client, self.address, self.length, self.offset = block, client, address, length, offset
+        self.page_size, self.map_fd = page_size, map_fd
+        self.received = mmap.mmap(map_fd, os.fstat(map_fd).st_size, prot=mmap.PROT_READ)
 
     @property
     def end(self) -> int:
@@ -58,6 +71,11 @@ class Region:
 
     def has(self, address: int) -> bool:
         return self.address <= address < self.end
+
+    def worker_lives(self) -> bool:
+        """Does a worker hold its lock? A client can lock only for reading, which does not show here."""
+        lock = FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, LIVES_AT + self.client, 1, 0)
+        return FLOCK.unpack(fcntl.fcntl(self.map_fd, fcntl.F_GETLK, lock))[0] != fcntl.F_UNLCK
 
 
 class Watch:
@@ -77,12 +95,15 @@ class Watch:
         if self.due is None and not self.acting and self.timeout_ms != FOREVER:
             self.due = now + self.timeout_ms / 1000
 
-    def tick(self, now: float) -> bool:
+    def tick(self, now: float, worker_lives: Callable[[], bool]) -> bool:
         """True: from now on faults are answered here."""
-        if self.due is not None and now >= self.due:
-            self.due, self.acting = None, True
-            return True
-        return False
+        if self.due is None or now < self.due:
+            return False
+        if worker_lives():
+            self.due = now + LOOK_SECONDS
+            return False
+        self.due, self.acting = None, True
+        return True
 
 
 class Watcher:
@@ -113,7 +134,7 @@ class Watcher:
                 self.watch.orphaned(time.monotonic())
             if INBOX in ready:
                 self.obey()
-            if self.watch.tick(time.monotonic()):
+            if self.watch.tick(time.monotonic(), self.worker_lives):
                 self.begin()
             if self.watch.acting and USERFAULTFD in ready:
                 self.answer_faults()
@@ -125,20 +146,26 @@ class Watcher:
             fds.frombytes(rights)
         fd = fds[0] if fds else -1
         if data[:1] == b"R" and fd >= 0:
-            _, block, address, length, offset, page_size = REGION.unpack(data)
-            received = mmap.mmap(fd, os.fstat(fd).st_size, prot=mmap.PROT_READ)
+            region = Region(*REGION.unpack(data)[1:], fd)
             # One at the same place is gone: its attach has failed after it was announced here.
-            self.regions = [at for at in self.regions if at.address >= address + length or address >= at.end]
-            self.regions.append(Region(block, address, length, offset, page_size, received))
-            os.close(fd)
+            self.forget(lambda at: at.address < region.end and region.address < at.end)
+            self.regions.append(region)
         elif data[:1] == b"U":
             address = UNMAP.unpack(data)[1]
-            self.regions = [region for region in self.regions if region.address != address]
+            self.forget(lambda at: at.address == address)
         elif data[:1] in (b"S", b"T"):
             self.be_served(SERVED.unpack(data)[1], fd)
             if data[:1] == b"T":
                 self.inbox.send(b"P" + b"".join(POISONED.pack(*one) for one in self.poisoned))
                 self.poisoned.clear()
+
+    def forget(self, gone: Callable[[Region], bool]) -> None:
+        for region in filter(gone, self.regions):
+            os.close(region.map_fd)
+        self.regions = [region for region in self.regions if not gone(region)]
+
+    def worker_lives(self) -> bool:
+        return any(region.worker_lives() for region in self.regions)
 
     def be_served(self, timeout_ms: int, lifeline: int) -> None:
         self.drop_lifeline()

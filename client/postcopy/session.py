@@ -99,7 +99,8 @@ class Session:
                 raise
             log.debug("the supervisor has no policy for orphans: %s", error)
         if self._watcher is not None:
-            self._watcher.add(opened.number, address, opened.length, opened.page_size, opened.received)
+            client, received = self.connection.client, opened.received
+            self._watcher.add(opened.number, client, address, opened.length, opened.page_size, received)
 
     def _start_watcher(self, timeout_ms: int, lifeline: int) -> None:
         from .watching import OrphanWatcher

@@ -57,9 +57,9 @@ class OrphanWatcher:
         """Give it a policy, and the lifeline of the service that has it."""
         self._send(SERVED.pack(b"S", min(timeout_ms, FOREVER)), (lifeline,))
 
-    def add(self, block: int, address: int, length: int, page_size: int, received: int) -> None:
+    def add(self, block: int, client: int, address: int, length: int, page_size: int, received: int) -> None:
         """A region is about to be attached; ``received``: descriptor of its received map."""
-        self._send(REGION.pack(b"R", block, address, length, 0, page_size), (received,))
+        self._send(REGION.pack(b"R", block, client, address, length, 0, page_size), (received,))
 
     def remove(self, address: int) -> None:
         """A region is unmapped."""

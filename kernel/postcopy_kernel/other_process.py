@@ -25,6 +25,7 @@ from .process import pidfd_exited
 
 _PIDFD_GETFD: Final = 438  # Linux 5.6, the same number on every architecture
 _USERFAULTFD: Final = "anon_inode:[userfaultfd]"
+_MEMFD: Final = "/memfd:{} (deleted)"
 _START_TIME: Final = 19  # field 22 of /proc/PID/stat; the list begins behind the name, with field 3
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -76,11 +77,20 @@ def fetch_descriptor(pidfd: int, descriptor: int) -> int:
 def userfaultfds(pid: int) -> list[int]:
     """The numbers of a process's descriptors that are userfaultfds. Raises OSError: PermissionError, FileNotFoundError
     if it is gone."""
+    return _descriptors(pid, _USERFAULTFD)
+
+
+def memfds(pid: int, name: str) -> list[int]:
+    """The numbers of a process's descriptors that are memfds of this name. Raises OSError as ``userfaultfds``."""
+    return _descriptors(pid, _MEMFD.format(name))
+
+
+def _descriptors(pid: int, target: str) -> list[int]:
     found = []
-    for name in os.listdir(f"/proc/{pid}/fd"):
+    for number in os.listdir(f"/proc/{pid}/fd"):
         with suppress(FileNotFoundError):  # closed since
-            if os.readlink(f"/proc/{pid}/fd/{name}") == _USERFAULTFD:
-                found.append(int(name))
+            if os.readlink(f"/proc/{pid}/fd/{number}") == target:
+                found.append(int(number))
     return sorted(found)
 
 

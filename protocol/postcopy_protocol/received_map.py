@@ -59,6 +59,9 @@ WATCHED = 1
 CHANGED = 2
 """It was truncated or written: pages that are missing are lost."""
 
+LIVES_AT = 1 << 40
+"""Worker N holds a record lock of the byte LIVES_AT + N: where no process has that, no worker serves client N."""
+
 STATES = ("missing", "placing", "received", "lost")
 
 Run = tuple[int, int]

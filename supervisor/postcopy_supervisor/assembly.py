@@ -471,6 +471,7 @@ def _control_page(settings: Settings, own: Descriptors) -> memoryview:
     """The page of settings and figures that all workers share."""
     page = memoryview(mmap.mmap(own.control, counters.PAGE_BYTES)).cast("Q")
     page[counters.WINDOW_LIMIT] = settings.fault_around
+    page[counters.ORPHAN_MS] = max(1, int(settings.orphan_timeout * 1000)) if settings.poison_orphans else 0
     page[counters.ENDING] = 0  # the previous supervisor may have been killed while it ended
     return page
 

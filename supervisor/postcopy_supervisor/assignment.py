@@ -11,7 +11,7 @@ from .blocks import RamBlock
 from .clients.client import Clients
 from .clients.worker_zero import KEY as ZERO_KEY
 from .clients.worker_zero import NUMBER as ZERO
-from .recovery.plan import CGROUPS, LIFELINE, SHARED
+from .recovery.plan import CGROUPS, SHARED
 from .settings import Settings
 
 QUARANTINED = "quarantined"
@@ -48,9 +48,6 @@ class WorkerAssignments:
             keys.append(f"block/{number}")
             place += len(fds)
             grants.append(_without_source(grant) if quarantined else grant)
-        if settings.poison_orphans:  # then a client's watcher must know whether its worker lives
-            keys.append(LIFELINE)
-            place += 1
         if settings.worker_cgroups:
             keys.append(CGROUPS)
         return keys, Assignment(

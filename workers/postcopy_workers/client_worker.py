@@ -22,6 +22,7 @@ import os
 import select
 import threading
 import time
+from functools import partial
 from typing import NoReturn
 
 from postcopy_kernel import crashpoints, log_queue
@@ -38,6 +39,7 @@ from . import twin
 from .client_ufd import ClientGone, ClientUserfaultfd, Region
 from .fault_handler import CannotContinue, FaultHandler, Idle
 from .fault_loop import BATCH, EVENT_PAGEFAULT, MESSAGE_FIELDS
+from .orphaned import NO_SUPERVISOR, Orphaned, show_life
 from .own_memory import OnlyWakes, OwnMemory
 from .page_waker import PageWaker
 from .placing import system_calls
@@ -50,8 +52,9 @@ LEAVE_SECONDS = 0.05  # time for the monitor thread to send the last report
 log = logging.getLogger(__name__)
 
 
-def serve_client(assignment: Assignment, fds: list[int], *, privileged: bool) -> NoReturn:
+def serve_client(assignment: Assignment, fds: list[int], lifeline: int, *, privileged: bool) -> NoReturn:
     """Serve one client until it, or this worker, is to end; never returns."""
+    show_life((fds[grant.received] for grant in assignment.blocks), assignment.worker)
     if assignment.incarnation > 1:
         crashpoints.disarm()
     worker = Worker(assignment, fds, privileged=privileged)
@@ -65,7 +68,8 @@ def serve_client(assignment: Assignment, fds: list[int], *, privileged: bool) ->
     userfaultfd = fds[assignment.userfaultfd]
     os.set_blocking(userfaultfd, True)
     handler.wake_everything()
-    MonitorThread(worker, channel).start()
+    poison = partial(_poison_remote, handler, requests, worker.counters)
+    MonitorThread(worker, channel, Orphaned(lifeline, worker.control, poison)).start()
     try:
         handler.unpoison_local()  # before there is a waker, which unpoisons too
         if requests is not None:
@@ -80,6 +84,13 @@ def serve_client(assignment: Assignment, fds: list[int], *, privileged: bool) ->
         _leave(worker, "client-gone", "its memory is gone", ExitStatus.CLIENT_GONE)
     except (CannotContinue, OSError) as error:
         _leave(worker, "failed", str(error), ExitStatus.FAILED)
+
+
+def _poison_remote(handler: FaultHandler, requests: Requests | None, counters: memoryview) -> None:
+    """On the monitor thread: every page that is, or will be, requested is poisoned instead, by the main thread."""
+    if requests is not None:
+        requests.refuse(lambda block, offsets: handler.refuse(block, offsets, NO_SUPERVISOR))
+        ClientUserfaultfd(handler.userfaultfd.descriptor, counters, system_calls()).wake_all(handler.regions)
 
 
 def _requests(worker: Worker, send: Send) -> Requests:
@@ -191,9 +202,10 @@ class MonitorThread(threading.Thread):
     """Waits for everything that is no fault, and ends the process when there is a reason. Where all blocks are local it
     reads the channel too. No message comes there, but the end of the supervisor shows."""
 
-    def __init__(self, worker: Worker, channel: Channel) -> None:
+    def __init__(self, worker: Worker, channel: Channel, orphaned: Orphaned) -> None:
         super().__init__(name="monitor", daemon=True)
         self._worker = worker
+        self._orphaned = orphaned
         self._channel = channel
         self._next_check = 0.0
 
@@ -207,7 +219,7 @@ class MonitorThread(threading.Thread):
             os._exit(ExitStatus.FAILED)
 
     def _monitor(self) -> NoReturn:
-        worker, channel, reads = self._worker, self._channel, not self._worker.remote
+        worker, channel, orphaned, reads = self._worker, self._channel, self._orphaned, not self._worker.remote
         quit_fd, client = worker.fds[worker.assignment.quit_eventfd], worker.fds[worker.assignment.client_pidfd]
         wakeup = worker.reports.wakeup
         while True:
@@ -220,7 +232,12 @@ class MonitorThread(threading.Thread):
                 waiting.register(listened, select.POLLIN)
             elif reads:
                 pause = channel.retry_in
-            ready = [fd for fd, _ in waiting.poll(pause * 1000)]
+            if orphaned.lifeline >= 0:
+                waiting.register(orphaned.lifeline, 0)  # its end is reported all the same
+            ready = [fd for fd, _ in waiting.poll(orphaned.wait(pause, time.monotonic()) * 1000)]
+            if orphaned.lifeline in ready:
+                orphaned.ended(time.monotonic())
+            orphaned.tick(time.monotonic())
             if wakeup in ready:
                 os.eventfd_read(wakeup)
             if client in ready or quit_fd in ready:

@@ -41,6 +41,7 @@ MESSAGE_LIMIT = 1 << 18
 SEND_SECONDS = 5  # a supervisor that takes over and does not read the inventory in this time is given up
 ORDERS = (messages.Keep, messages.Drop, messages.ForkWorker, messages.Adopt, messages.WhenOrphaned, messages.Dismiss)
 SUPERVISOR_KEY, QUIT_EVENTFD = "house", 0
+LIFELINE_KEY = "lifeline"
 CLIENT_PIDFD = 1  # where in the descriptors of their keys these are
 log = logging.getLogger("postcopy.custodian")
 
@@ -173,7 +174,12 @@ class Custodian:
         if missing:
             raise BadMessage(f"not kept here: {', '.join(missing)}")
         fds, title = [fd for key in keys for fd in self._kept[key][1]], self._title(number)
-        forked = fork_worker(assignment, fds, title, privileged=self._privileged)
+        lifeline = self._lifeline()
+        try:
+            forked = fork_worker(assignment, fds, lifeline, title, privileged=self._privileged)
+        finally:
+            if lifeline >= 0:
+                os.close(lifeline)
         self._watch(forked.pidfd, Life(forked.pid, number, incarnation, time.monotonic(), poisoned=poisoned))
         crashpoints.at("custodian.forked")
         self._send(messages.WorkerForked(number, incarnation, forked.pid), [forked.pidfd])
@@ -183,6 +189,11 @@ class Custodian:
         # same ufd.
         forked.begin()
         crashpoints.at("custodian.released")
+
+    def _lifeline(self) -> int:
+        """The reading end of the pipe whose end shows a worker that its supervisor and we have died; -1: none."""
+        _, fds = self._kept.get(LIFELINE_KEY, (b"", ()))
+        return os.open(f"/proc/self/fd/{fds[0]}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC) if fds else -1
 
     def _title(self, number: int) -> str:
         """What ``ps`` shows of a worker: whose it is."""

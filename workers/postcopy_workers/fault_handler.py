@@ -394,6 +394,14 @@ class FaultHandler:
             deny(self._counters, block.grant.block, page)
             self._poison(region, page)
 
+    def refuse(self, number: int, offsets: tuple[int, ...], reason: str) -> None:
+        """Poison pages that no supervisor brings any more."""
+        for region in self.regions:
+            for offset in offsets if region.block.grant.block == number else ():
+                page = offset >> region.block.shift
+                if region.first_page <= page < region.end_page:
+                    self._deny(region, page, reason)
+
     def _resume_if_present(self, region: Region, page: int, *more_states: int) -> bool:
         """The source has nothing for this page: let the threads run if another worker has placed it. A present page
         with another mark is a foreign page of zeros, which cannot be replaced now: it is not let through."""

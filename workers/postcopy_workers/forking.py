@@ -33,9 +33,9 @@ class ForkedWorker:
         os.close(self.gate)
 
 
-def fork_worker(assignment: Assignment, fds: list[int], title: str, *, privileged: bool) -> ForkedWorker:
-    """Fork a worker that keeps ``fds`` and no other descriptor; raises OSError. ``title``: what ``ps`` shows of it;
-    ``privileged``: see ``Worker``."""
+def fork_worker(assignment: Assignment, fds: list[int], lifeline: int, title: str, *, privileged: bool) -> ForkedWorker:
+    """Fork a worker that keeps ``fds``, the end of the ``lifeline`` (-1: there is none) and no other descriptor; raises
+    OSError. ``title``: what ``ps`` shows of it; ``privileged``: see ``Worker``."""
     preload(assignment.transport)  # here, or every worker would import it into memory of its own
     waiting, gate = os.pipe()
     try:
@@ -44,7 +44,7 @@ def fork_worker(assignment: Assignment, fds: list[int], title: str, *, privilege
         descriptors.close_all((waiting, gate))
         raise
     if pid == 0:
-        _be_worker(assignment, fds, waiting, title, privileged)
+        _be_worker(assignment, fds, lifeline, waiting, title, privileged)
     os.close(waiting)
     try:
         return ForkedWorker(pid, process.pidfd_open(pid), gate)  # no race: only this process reaps it
@@ -54,18 +54,21 @@ def fork_worker(assignment: Assignment, fds: list[int], title: str, *, privilege
         raise
 
 
-def _be_worker(assignment: Assignment, fds: list[int], waiting: int, title: str, privileged: bool) -> NoReturn:
+def _be_worker(
+    assignment: Assignment, fds: list[int], lifeline: int, waiting: int, title: str, privileged: bool
+) -> NoReturn:
     """In the child: close what is not ours, then serve. Every failure ends this process only."""
     status = os.EX_SOFTWARE
     try:
-        descriptors.close_others({*fds, waiting})
+        descriptors.close_others({*fds, waiting, *([lifeline] if lifeline >= 0 else [])})
         if not os.read(waiting, 1):
             os._exit(status)
         os.close(waiting)
         process.name_process(f"postcopy-w{assignment.worker}")
         process.title_process(title)
-        serve = serve_worker_zero if assignment.worker == 0 else serve_client
-        serve(assignment, fds, privileged=privileged)
+        if assignment.worker == 0:
+            serve_worker_zero(assignment, fds, privileged=privileged)
+        serve_client(assignment, fds, lifeline, privileged=privileged)
     except BaseException:
         log.critical("worker %d failed", assignment.worker, exc_info=True)
         log_queue.flush()

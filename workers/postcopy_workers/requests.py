@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from time import perf_counter_ns
 
-from postcopy_protocol.codec import encode, pack_offsets
+from postcopy_protocol.codec import decode, encode, pack_offsets, unpack_offsets
 from postcopy_protocol.counters import DEDUPLICATED, REQUESTS, bucket
 from postcopy_protocol.messages import RequestPages
 from postcopy_protocol.stages import ASKED, WOKEN, scratch
@@ -93,6 +93,20 @@ class Requests:
             wake(offset)
 
         return placed
+
+    def refuse(self, refuse: Callable[[int, tuple[int, ...]], None]) -> None:
+        """There is no supervisor any more. From now on the main thread calls ``refuse`` with block and offsets where it
+        would have sent a request. What was requested is forgotten: wake its threads."""
+
+        def send(data: bytes) -> None:
+            message = decode(data, expect=(RequestPages,))
+            offsets = unpack_offsets(message.offsets)
+            for offset in offsets:
+                self._asked.pop((message.block, offset), None)
+            refuse(message.block, offsets)
+
+        self._send = send
+        self.forget()
 
     def forget(self) -> None:
         """Remove all: the threads that wait are about to be woken, and their faults are requested again."""

@@ -30,8 +30,9 @@ from postcopy_protocol.codec import decode
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.messages import Assignment, ClientNote
 
+from .orphaned import NO_SUPERVISOR
+
 CLIENT = "client/"
-NO_SUPERVISOR = "no supervisor came back within the orphan timeout"
 FIRST_WAIT = 0.02
 LONGEST_WAIT = 1.0
 STABLE_SECONDS = 10.0  # after a worker has lived so long, its next replacement is as quick as the first

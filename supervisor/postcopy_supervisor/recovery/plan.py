@@ -24,7 +24,8 @@ SHARED = "house"
 ZERO = "client/0"
 CGROUPS = "cgroups"
 LIFELINE = "lifeline"
-"""The writing end of a pipe that every process of the service holds: its end shows a client's watcher that all died."""
+"""The writing end of a pipe that supervisor and custodian hold: its end shows workers and clients' watchers that both
+have died."""
 WITHOUT_DEVICE, WITH_DEVICE = 2, 3
 """Number of descriptors under the key SHARED: quit eventfd, control page, and the device where there is one."""
 

@@ -55,11 +55,11 @@ class LeftClient:
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """All records of this boot, by key. ``workers``: (pid, start time) of the last process of each worker."""
+    """All records of this boot, by key. ``workers``: pid and start time of the last process of each worker."""
 
     blocks: dict[str, LeftBlock] = field(default_factory=dict)
     clients: dict[str, LeftClient] = field(default_factory=dict)
-    workers: tuple[tuple[int, int], ...] = ()
+    workers: dict[int, tuple[int, int]] = field(default_factory=dict)
 
 
 class Records:
@@ -195,7 +195,7 @@ def read(directory: str) -> Left:
     """The records in a runtime directory; those of an earlier boot are left out. Raises BadInput for those of another
     version, and where they cannot be read."""
     place, boot = os.path.join(directory, RESCUE), other_process.boot_id()
-    blocks, clients, workers = dict[str, LeftBlock](), dict[str, LeftClient](), list[tuple[int, int]]()
+    blocks, clients, workers = dict[str, LeftBlock](), dict[str, LeftClient](), dict[int, tuple[int, int]]()
     try:
         names = sorted(os.listdir(place))
     except FileNotFoundError:
@@ -211,9 +211,9 @@ def read(directory: str) -> Left:
             blocks[key] = LeftBlock(block, note, digests if os.path.exists(digests) else "")
         elif kind == CLIENT and (client := _decode(_read(path), ClientRecord)).boot == boot:
             clients[key] = LeftClient(client, _decode(client.note, ClientNote))
-        elif kind == WORKER:
-            workers += _worker(_read(path), boot)
-    return Left(blocks, clients, tuple(workers))
+        elif kind == WORKER and (worker := _worker(_read(path), boot)):
+            workers[int(number)] = worker
+    return Left(blocks, clients, workers)
 
 
 def _read(path: str) -> bytes:
@@ -233,9 +233,9 @@ def _decode(data: bytes, kind: type[Note]) -> Note:
     return message
 
 
-def _worker(text: bytes, boot: str) -> list[tuple[int, int]]:
+def _worker(text: bytes, boot: str) -> tuple[int, int] | None:
     """A worker's record is ``PID START BOOT``, in text; the custodian writes it."""
     words = text.split()
     if len(words) != 3 or words[2] != boot.encode() or not (words[0] + words[1]).isdigit():
-        return []
-    return [(int(words[0]), int(words[1]))]
+        return None
+    return int(words[0]), int(words[1])

@@ -279,8 +279,23 @@ class _Rescue:
                 note.client,
                 note.pid,
             )
-        figures = self._hold(memory.create_memfd(f"postcopy-c{note.client}", figures_bytes))
+        figures = self._of_worker(note.client, f"postcopy-c{note.client}", figures_bytes)
+        if figures < 0:
+            figures = self._hold(memory.create_memfd(f"postcopy-c{note.client}", figures_bytes))
         self.kept[client.key] = encode(note), (fds, self._hold(os.dup(client.pidfd)), figures, *client.front_end)
+
+    def _of_worker(self, number: int, name: str, size: int) -> int:
+        """A memfd that only the client's worker holds, if that has survived; -1: it is lost."""
+        pid, started = self._left.workers.get(number, (0, 0))
+        with ExitStack() as close, suppress(OSError):
+            pidfd = other_process.open_process(pid, started)
+            close.callback(os.close, pidfd)
+            for there in other_process.memfds(pid, name):
+                fd = other_process.fetch_descriptor(pidfd, there)
+                if os.fstat(fd).st_size == size:
+                    return self._hold(fd)
+                os.close(fd)
+        return -1
 
     def _front_end(self, client: Found) -> tuple[int, ...]:
         """A pidfd of the front-end of a back-end, while it lives: it may resume."""
@@ -353,7 +368,7 @@ def end_survivors(left: Left, wanted: Collection[int]) -> None:
     """Kill workers of the dead service that still run, except these pids: of two workers that read one userfaultfd each
     would get a part of the messages."""
     pidfds = []
-    for pid, started in left.workers:
+    for pid, started in left.workers.values():
         if pid in wanted:
             continue
         with suppress(OSError):

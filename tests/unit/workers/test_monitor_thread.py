@@ -9,8 +9,10 @@ from typing import Any, cast
 import pytest
 
 from postcopy_protocol.codec import decode
+from postcopy_protocol.counters import ORPHAN_MS
 from postcopy_protocol.messages import Report
 from postcopy_workers.client_worker import MonitorThread
+from postcopy_workers.orphaned import Orphaned
 from postcopy_workers.reports import Reports
 from postcopy_workers.worker import ExitStatus, Worker
 
@@ -61,7 +63,7 @@ def test_a_report_made_as_the_worker_ends(monkeypatch: pytest.MonkeyPatch, place
     )
     try:
         with pytest.raises(EndedError) as ended:
-            MonitorThread(worker, cast(Any, channel))._monitor()
+            MonitorThread(worker, cast(Any, channel), Orphaned(-1, memoryview(b""), lambda: None))._monitor()
         assert ended.value.args == (status,)
         assert [decode(data, expect=(Report,)) for data in channel.data] == [
             Report(3, "lost", 1, 4096, "gone for good")
@@ -69,3 +71,22 @@ def test_a_report_made_as_the_worker_ends(monkeypatch: pytest.MonkeyPatch, place
     finally:
         for fd in (*signs, reports.wakeup):
             os.close(fd)
+
+
+def test_a_worker_poisons_once_after_the_whole_timeout_without_supervisor_and_custodian() -> None:
+    calls: list[str] = []
+    control = memoryview(bytearray(4096)).cast("Q")
+    control[ORPHAN_MS] = 1500
+    orphaned = Orphaned(5, control, lambda: calls.append("poison"))
+    orphaned.tick(99.0)
+    assert orphaned.lifeline == 5 and orphaned.wait(1.0, 99.0) == 1.0 and not calls
+    orphaned.ended(100.0)
+    assert orphaned.lifeline == -1 and orphaned.wait(1.0, 101.0) == 0.5
+    for now in (101.4, 101.5, 103.0):
+        orphaned.tick(now)
+    assert calls == ["poison"] and orphaned.wait(1.0, 103.0) == 1.0
+    control[ORPHAN_MS] = 0
+    waits = Orphaned(5, control, lambda: calls.append("never"))
+    waits.ended(100.0)
+    waits.tick(1e9)
+    assert calls == ["poison"]
