@@ -75,7 +75,8 @@ class Region:
     def worker_lives(self) -> bool:
         """Does a worker hold its lock? A client can lock only for reading, which does not show here."""
         lock = FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, LIVES_AT + self.client, 1, 0)
-        return FLOCK.unpack(fcntl.fcntl(self.map_fd, fcntl.F_GETLK, lock))[0] != fcntl.F_UNLCK
+        found: int = FLOCK.unpack(fcntl.fcntl(self.map_fd, fcntl.F_GETLK, lock))[0]
+        return found != fcntl.F_UNLCK
 
 
 class Watch:
@@ -146,7 +147,8 @@ class Watcher:
             fds.frombytes(rights)
         fd = fds[0] if fds else -1
         if data[:1] == b"R" and fd >= 0:
-            region = Region(*REGION.unpack(data)[1:], fd)
+            _, block, client, address, length, offset, page_size = REGION.unpack(data)
+            region = Region(block, client, address, length, offset, page_size, fd)
             # One at the same place is gone: its attach has failed after it was announced here.
             self.forget(lambda at: at.address < region.end and region.address < at.end)
             self.regions.append(region)
@@ -245,6 +247,7 @@ def main() -> None:
     os.closerange(FIRST_FREE, os.sysconf("SC_OPEN_MAX"))
     if os.getppid() == client:  # it lives, so its pid is its own
         Watcher(client).run()
+    os._exit(0)  # at once: while it holds the userfaultfd, the memory of a client that has ended may stay
 
 
 if __name__ == "__main__":

@@ -68,6 +68,9 @@ _PAGE_BITS = 40
 WINDOW_LIMIT = 0  # bytes: the largest fault-around window that memory pressure allows now
 ENDING = 1  # not 0: the supervisor ends, place nothing more
 RECOVERED = 2  # number of take-overs from a dead supervisor
+HELD_UNTIL_NS = 4
+"""CLOCK_MONOTONIC until which workers place no page through their own mapping, which would be charged to a cgroup that
+has no memory left. The supervisor renews it, so that pages come when it has died. 0: they are placed."""
 ORPHAN_MS = 3  # time without supervisor and custodian until workers poison missing remote pages; 0: they wait
 
 NO_CAPABILITIES, NO_NEW_PRIVILEGES, LANDLOCK, SECCOMP, CGROUP = 1, 2, 4, 8, 16

@@ -51,7 +51,7 @@ from .keeping import keep_for_workers, open_custodian
 from .listener import FileWatches, Listener
 from .main_loop import MainLoop, Ports, Replies
 from .memory_budget import MemoryBudget
-from .memory_cgroup import own_cgroups
+from .memory_cgroup import own_cgroups, worker_cgroups
 from .observe import metrics
 from .observe.audit import Auditor
 from .observe.queries import LongAnswers, Queries
@@ -344,9 +344,11 @@ def _periodic(
     program: SourceProgram,
 ) -> PeriodicWork:
     memories = [block.memory for block in base.blocks.values()]
+    payers = own_cgroups(), worker_cgroups(settings.worker_cgroups)
+    budget = MemoryBudget(memories, settings.max_memory, settings.fault_around, *payers)
     return PeriodicWork(
         parts,
-        MemoryBudget(memories, settings.max_memory, settings.fault_around, own_cgroups()),
+        budget,
         settings.fault_around,
         service.sources,
         program,

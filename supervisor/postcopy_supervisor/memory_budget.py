@@ -13,7 +13,7 @@ SCARCE = (
     128 << 20
 )  # bytes left on the machine, or in a cgroup, below which only pages that a client waits for are placed
 TIGHT = 24 << 20
-"""Bytes left in a cgroup below which no page of a remote block is requested. What is in flight still fits."""
+"""Bytes left in a cgroup below which no page is requested or placed. What is in flight still fits."""
 SCARCE_SHARE, TIGHT_SHARE = 4, 16  # ... but no more than these parts of a cgroup's limit
 
 
@@ -27,11 +27,18 @@ class Supply(IntEnum):
 
 class MemoryBudget:
     """``memories``: descriptors of the blocks' memfds; ``max_memory`` and ``reserve`` in bytes (0: no limit);
-    ``cgroups``: those of this process, to which pages of remote blocks are charged."""
+    ``cgroups``: those of this process, to which pages of remote blocks are charged; ``workers``: those of workers, which
+    pay for pages of local blocks, where they have others."""
 
     def __init__(
-        self, memories: Sequence[int], max_memory: int, reserve: int, cgroups: Sequence[MemoryCgroup] = ()
+        self,
+        memories: Sequence[int],
+        max_memory: int,
+        reserve: int,
+        cgroups: Sequence[MemoryCgroup] = (),
+        workers: Sequence[MemoryCgroup] = (),
     ) -> None:
+        self._workers = workers
         self._memories, self._max_memory, self._reserve, self._cgroups = memories, max_memory, reserve, cgroups
         self.unasked = UNLIMITED
         """Bytes that could be placed at the last look (``supply``) before a cgroup's memory became scarce."""
@@ -45,17 +52,27 @@ class MemoryBudget:
 
     def supply(self, in_flight: int) -> tuple[Supply, str]:
         """What memory allows now, and whose limit says so (empty: the machine's, or ``--max-memory``)."""
-        worst, whose, self.unasked = Supply.ENOUGH, "", UNLIMITED
-        for cgroup in self._cgroups:
-            left, limit = left_in(cgroup)
-            if limit < UNLIMITED:
-                found = supply_of(left - in_flight, limit)
-                self.unasked = min(self.unasked, left - min(SCARCE, limit // SCARCE_SHARE))
-                if found > worst:
-                    worst, whose = found, cgroup.path
+        worst, whose, self.unasked = _supply(self._cgroups, in_flight)
         if worst is Supply.ENOUGH and (available_memory() <= SCARCE or self.left(in_flight) < self._reserve):
             return Supply.SCARCE, ""
         return worst, whose
+
+    def supply_of_workers(self) -> tuple[Supply, str] | None:
+        """The same for pages of local blocks; None: workers are in our cgroups."""
+        return _supply(self._workers, 0)[:2] if self._workers else None
+
+
+def _supply(cgroups: Sequence[MemoryCgroup], in_flight: int) -> tuple[Supply, str, int]:
+    """The worst of these, which it is, and the bytes that are left before one is scarce."""
+    worst, whose, unasked = Supply.ENOUGH, "", UNLIMITED
+    for cgroup in cgroups:
+        left, limit = left_in(cgroup)
+        if limit < UNLIMITED:
+            found = supply_of(left - in_flight, limit)
+            unasked = min(unasked, left - min(SCARCE, limit // SCARCE_SHARE))
+            if found > worst:
+                worst, whose = found, cgroup.path
+    return worst, whose, unasked
 
 
 def supply_of(left: int, limit: int) -> Supply:

@@ -7,7 +7,7 @@ cgroup namespace, and in a container, both begin at the container's own cgroup: 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -57,6 +57,18 @@ def memory_cgroups(cgroup: str, mountinfo: str) -> list[MemoryCgroup]:
     return found
 
 
+def cgroups_of(directories: Iterable[str], mountinfo: str) -> list[MemoryCgroup]:
+    """These cgroups, given as directories, and their ancestors, as far as they have a memory controller. Pure."""
+    found: list[MemoryCgroup] = []
+    for version, _, mounted in _mounts(mountinfo):
+        for path in directories:
+            while path != mounted and path.startswith(f"{mounted}/"):
+                found.append(MemoryCgroup(version, path))
+                path = os.path.dirname(path)
+            found += [MemoryCgroup(version, mounted)] if path == mounted else []
+    return found
+
+
 def _mounts(mountinfo: str) -> Iterator[tuple[int, str, str]]:
     """Version, root inside the hierarchy and mount point of each hierarchy that may have the memory controller."""
     for line in mountinfo.splitlines():
@@ -103,6 +115,13 @@ def _file_pages(cgroup: MemoryCgroup) -> int:
             if name in FILE_PAGES[cgroup.version]:
                 total += int(value)
     return total
+
+
+def worker_cgroups(directories: Iterable[str], proc: str = "/proc/self") -> list[MemoryCgroup]:
+    """Those that workers enter, with their ancestors; none where it cannot be read."""
+    with suppress(OSError), open(f"{proc}/mountinfo", encoding="utf-8", errors="surrogateescape") as mountinfo:
+        return cgroups_of(map(os.path.realpath, directories), mountinfo.read())
+    return []
 
 
 def own_cgroups(proc: str = "/proc/self") -> list[MemoryCgroup]:

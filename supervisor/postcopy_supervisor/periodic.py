@@ -21,12 +21,13 @@ from .runtime import Heartbeat
 from .watchdog import Watchdog
 
 RARE_SECONDS = 1.0
-SCARCE_SECONDS = 0.02  # between two looks at scarce memory: faults alone fill some MiB in the usual time
+SCARCE_SECONDS = 0.01  # between two looks at scarce memory: faults alone fill some MiB in the usual time
+HELD_NS = 5_000_000_000  # workers wait no longer for memory when this process has died
 PAGE = 4096  # pages of 2 MiB are not charged to a memory cgroup
 SUPPLY_TEXTS = {
     Supply.ENOUGH: "enough again",
     Supply.SCARCE: "scarce{}: fault-around and background work stop",
-    Supply.TIGHT: "none left{}: missing pages of remote blocks wait; raise its limit, or end what fills it",
+    Supply.TIGHT: "none left{}: missing pages wait; raise its limit, or end what fills it",
 }
 
 
@@ -55,7 +56,7 @@ class PeriodicWork:
         self._program = program
         self._rare_at = 0.0
         self._interrupted = False
-        self._supply = Supply.ENOUGH
+        self._supply = self._workers = Supply.ENOUGH
         self._placed = 0  # pages, at the last look at the memory
 
     def worker_ended(self) -> None:
@@ -86,20 +87,28 @@ class PeriodicWork:
         return sum(link.flow.bytes_in_flight for link in self._sources.links.values())
 
     def _check_memory(self) -> None:
-        """Where memory is scarce, only pages with a waiter are placed. Where a cgroup has none left, pages of remote
-        blocks wait: the kernel would end a process of the cgroup, perhaps this one."""
+        """Where memory is scarce, only pages with a waiter are placed. Where a cgroup has none left, they wait: the
+        kernel would end a process of the cgroup, perhaps this one."""
         parts, (supply, cgroup) = self._parts, self._budget.supply(self._in_flight())
         self._placed = parts.paging.placed
-        if supply:
+        of_workers = self._budget.supply_of_workers()
+        workers, theirs = of_workers or (supply, cgroup)
+        if supply or workers:
             self._timer.tick_at(time.monotonic() + SCARCE_SECONDS)
-        if supply == self._supply:
-            return
-        self._supply = supply
-        parts.paging.roomy = supply is Supply.ENOUGH
-        parts.control_page[counters.WINDOW_LIMIT] = self._fault_around if supply is Supply.ENOUGH else 0
-        parts.paging.hold(supply is Supply.TIGHT)
+        parts.control_page[counters.HELD_UNTIL_NS] = time.monotonic_ns() + HELD_NS if workers is Supply.TIGHT else 0
+        if supply != self._supply:
+            parts.paging.roomy = supply is Supply.ENOUGH
+            parts.paging.hold(supply is Supply.TIGHT)
+            self._report_memory(supply, cgroup)
+        if workers != self._workers:
+            parts.control_page[counters.WINDOW_LIMIT] = self._fault_around if workers is Supply.ENOUGH else 0
+            if of_workers is not None:
+                self._report_memory(workers, theirs)
+        self._supply, self._workers = supply, workers
+
+    def _report_memory(self, supply: Supply, cgroup: str) -> None:
         where = f" in cgroup {cgroup}" if cgroup else ""
-        parts.event_log.record("memory", SUPPLY_TEXTS[supply].format(where))
+        self._parts.event_log.record("memory", SUPPLY_TEXTS[supply].format(where))
 
     def _rare(self, now: float, at: float) -> None:
         self._release.tick(at)

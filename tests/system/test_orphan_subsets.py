@@ -67,7 +67,7 @@ def test_local_and_remote(runtime_dir: Path, path: Path, victims: tuple[str, ...
             client.begin(f"syscall_read(b, {2 * PAGE})")
         served = "supervisor" not in victims
         local = served or victims != ("supervisor", "custodian", "workers")
-        answers = {}
+        answers: dict[str, object] = {}
         for name, client in clients.items():
             if served or (local and name.startswith("ram0")):
                 assert client.answer(30) == first(2), name

@@ -165,10 +165,8 @@ def test_a_cgroup_without_memory_lets_remote_pages_wait(
     """Fault-around and background stop first, then missing pages wait, and come when the limit is raised. The kernel
     ends none of the cgroup's processes."""
     path = source_file(160 << 20)
-    enter = f"import os, sys; open({str(memory / 'cgroup.procs')!r}, 'w').write(str(os.getpid())); "
-    run = "from postcopy_supervisor.__main__ import main; sys.exit(main())"
     (memory / "memory.limit_in_bytes").write_text(str(160 << 20))
-    with Source(f"ram0={path}") as source, InCgroup(runtime_dir, source.block(), enter=enter + run) as service:
+    with Source(f"ram0={path}") as source, InCgroup(runtime_dir, source.block(), cgroup=memory) as service:
         until(lambda: any("scarce in cgroup" in text for text in service.events("memory")), "background stops", 30)
         client = service.client()
         client.begin(f"check(b, {str(path)!r})")
@@ -181,12 +179,37 @@ def test_a_cgroup_without_memory_lets_remote_pages_wait(
         assert service.status()["totals"]["lost"] == 0 and killed(memory) == 0
 
 
+@pytest.mark.parametrize("whose", ["the service's", "the workers'"])
+def test_a_cgroup_without_memory_lets_local_pages_wait(
+    runtime_dir: Path, source_file: SourceFile, memory: Path, whose: str
+) -> None:
+    """Pages that a private client's worker places wait at the limit of the cgroup that pays for them."""
+    path = source_file(160 << 20)
+    (memory / "memory.limit_in_bytes").write_text(str(160 << 20))
+    workers = {"worker_cgroup": str(memory)} if whose == "the workers'" else {}
+    with InCgroup(runtime_dir, f"ram0={path}", cgroup=None if workers else memory, **workers) as service:
+        client, other = service.client(), service.client()
+        assert other.do("words(b, [1])") == [word(PAGE)]
+        client.begin(f"check(b, {str(path)!r})")
+        until(lambda: any("none left in cgroup" in text for text in service.events("memory")), "pages wait", 60)
+        assert any("scarce in cgroup" in text for text in service.events("memory"))
+        assert not client.answered(0.5), "it waits"
+        assert other.do("words(b, [1])") == [word(PAGE)], "what is there is served"
+        assert killed(memory) == 0
+        (memory / "memory.limit_in_bytes").write_text(str(512 << 20))
+        assert client.answer(60) == -1
+        until(lambda: "enough again" in service.events("memory")[-1], "it is said")
+        assert service.status()["totals"]["lost"] == 0 and killed(memory) == 0
+
+
 class InCgroup(Service):
     """Its supervisor, and what that starts, are in a cgroup."""
 
-    def __init__(self, directory: Path, *blocks: str, enter: str) -> None:
-        self._enter = enter
-        super().__init__(directory, *blocks)
+    def __init__(self, directory: Path, *blocks: str, cgroup: Path | None, **options: Any) -> None:
+        self._cgroup = cgroup
+        super().__init__(directory, *blocks, **options)
 
     def start(self, *, program: tuple[str, ...] = (), **more: Any) -> None:
-        super().start(program=("-c", self._enter), **more)
+        enter = f"open({str(self._cgroup / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))" if self._cgroup else "pass"
+        run = f"import os, sys; {enter}; from postcopy_supervisor.__main__ import main; sys.exit(main())"
+        super().start(program=("-c", run), **more)

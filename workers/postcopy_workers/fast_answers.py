@@ -14,7 +14,7 @@ from time import perf_counter_ns
 from typing import Protocol
 
 from postcopy_kernel.userfaultfd import UFFDIO_CONTINUE, UFFDIO_COPY
-from postcopy_protocol.counters import FAULTS, PLAIN, bucket
+from postcopy_protocol.counters import FAULTS, HELD_UNTIL_NS, PLAIN, bucket
 from postcopy_protocol.received_map import MISSING, PLACING, RECEIVED
 from postcopy_protocol.stages import PLACED as PLACED_STAGE
 from postcopy_protocol.stages import WOKEN
@@ -31,7 +31,9 @@ Answer = Callable[[int, int], None]
 
 
 class SlowPath(Protocol):
-    """What the closures leave to the fault handler."""
+    """What the closures leave to the fault handler; ``control`` is the supervisor's page."""
+
+    control: memoryview
 
     def resolve(self, region: Region, page: int, flags: int, begun: int) -> None:
         """Resolve a fault that is not a common one; ``begun`` (ns) is when its message was read."""
@@ -107,6 +109,7 @@ def _guarded(
     resume, resume_buffer = resume_structure.fields, resume_structure.buffer
     window, resolve, widen, tidy = region.around.window, slow.resolve, slow.widen, block.tidy
     first, end, outside, stages = region.first_page, region.end_page, slow.outside, region.stages
+    control = slow.control
 
     def answer(flags: int, address: int) -> None:
         page = address - base >> BASE_SHIFT
@@ -118,7 +121,8 @@ def _guarded(
         if received[page] != (MISSING if missing else RECEIVED):
             return resolve(region, page, flags, begun or clock())
         if missing:
-            if received[trust_at]:  # no lease: read and checked before it is placed
+            # Without a lease it is read and checked before it is placed; without memory it waits.
+            if received[trust_at] or (begun and control[HELD_UNTIL_NS]):
                 return resolve(region, page, flags, begun or clock())
             copy[0], copy[1], placed = address + own, address + source, False
             lockf(locks, LOCK_EX, 1, lock_at + page)

@@ -31,6 +31,7 @@ from postcopy_protocol.counters import (
     DEDUPLICATED,
     FAILURES,
     FAULTS,
+    HELD_UNTIL_NS,
     OUTSIDE,
     PLACED,
     WINDOW_LIMIT,
@@ -57,6 +58,7 @@ from .reports import Reporter
 from .requests import Requests
 from .twin import FaultLoop, LocalRegion
 
+HELD_SECONDS = 0.05  # of a client's wait, until its fault is read again, while a cgroup has no memory left
 Idle = Callable[[], None]  # waits for a fault after a read gave nothing
 
 
@@ -86,13 +88,13 @@ class FaultHandler:
         self.regions = sorted(regions, key=lambda region: region.start)
         self._requests = requests
         self._counters = counters
-        self._control = control
+        self.control = control
         self._report = report
         self._pause = pause
         self._shortages = 0
         self._repeats, self._only_woken, self._slowed = Repeats(pause), False, False
         common = [] if own is not None else [region for region in self.regions if is_for_loop(region)]
-        local = [LocalRegion(region, userfaultfd, counters, calls) for region in common]
+        local = [LocalRegion(region, userfaultfd, counters, control, calls) for region in common]
         self._loop = FaultLoop(userfaultfd, local, calls) if local else None
         self._elsewhere = self._dispatcher(calls)
         answer = self._elsewhere if self._loop is None else self._answer_by_loop
@@ -315,6 +317,10 @@ class FaultHandler:
     def _place(self, region: Region, page: int, flags: int, begun: int, *, in_block: bool) -> int:
         """Place one page and let its threads run; returns how many pages fault-around may fill."""
         block = region.block
+        if in_block and not block.huge and monotonic_ns() < self.control[HELD_UNTIL_NS]:
+            self._pause(HELD_SECONDS)
+            self._wake(region, page)
+            return 1
         block.pages.check()
         others = block.placed_by_others
         if in_block:
@@ -415,7 +421,7 @@ class FaultHandler:
     def widen(self, region: Region, page: int, pages: int) -> None:
         """Fault-around: place the pages behind ``page``, clipped to region, block and the supervisor's window limit."""
         block, counters = region.block, self._counters
-        limit = self._control[WINDOW_LIMIT] >> block.shift
+        limit = self.control[WINDOW_LIMIT] >> block.shift
         end = min(page + min(pages, limit), region.end_page)
         if end <= page + 1:
             return

@@ -98,7 +98,7 @@ cdef inline pc_ioctl ioctl_of(object ioctl) except NULL:
     return pc_call_kernel if ioctl is kernel else pc_call_python
 
 cdef unsigned long UFFDIO_COPY, UFFDIO_CONTINUE, UFFDIO_WAKE
-cdef int MESSAGE_BYTES, PLAIN, PLACING, RECEIVED, PLACED_STAGE, WOKEN, STREAMS, FAULT_MINOR, FAULT_WRITE, TIDY_PAGES
+cdef int MESSAGE_BYTES, HELD_UNTIL_NS, PLAIN, PLACING, RECEIVED, PLACED_STAGE, WOKEN, STREAMS, FAULT_MINOR, FAULT_WRITE, TIDY_PAGES
 cdef int EVENT_PAGEFAULT, MESSAGE_FIELDS, BATCH, BASE_SHIFT, TIMED
 cdef int ANSWERED, NOTHING_READ, BEHIND, UNCOMMON, ELSEWHERE, FAILED, READING
 
@@ -116,6 +116,7 @@ cdef class LocalRegion:
     cdef pc_word *resume_buffer
     cdef pc_word *counters
     cdef pc_word *stages
+    cdef pc_word *control
     cdef unsigned char *received
     cdef pc_ioctl ioctl
 

@@ -18,7 +18,7 @@ import os
 from typing import Any
 
 from postcopy_kernel.userfaultfd import MESSAGE_BYTES, UFFDIO_CONTINUE, UFFDIO_COPY, UFFDIO_WAKE
-from postcopy_protocol.counters import PLAIN
+from postcopy_protocol.counters import HELD_UNTIL_NS, PLAIN
 from postcopy_protocol.received_map import PLACING, RECEIVED
 from postcopy_protocol.stages import PLACED as PLACED_STAGE
 from postcopy_protocol.stages import WOKEN
@@ -55,7 +55,9 @@ READING = -1
 class LocalRegion:
     """What the loop knows of one region. Where Python has views of memory, C has pointers."""
 
-    def __init__(self, region: Region, userfaultfd: int, counters: memoryview, calls: Calls) -> None:
+    def __init__(
+        self, region: Region, userfaultfd: int, counters: memoryview, control: memoryview, calls: Calls
+    ) -> None:
         block = region.block
         self.region = region
         self.base, self.first, self.end = region.base, region.first_page, region.end_page
@@ -66,11 +68,11 @@ class LocalRegion:
         self.source = block.pages.linear - region.base
         copy = Structure(5, 0, 0, 1 << BASE_SHIFT, COPY_DONTWAKE if region.in_block else 0)
         resume = Structure(4, 0, 1 << BASE_SHIFT)
-        self.kept = copy, resume, block.received, counters, region.stages, calls
+        self.kept = copy, resume, block.received, counters, region.stages, control, calls
         self.copy, self.copy_buffer = words_of(copy.fields), words_of(copy.buffer)
         self.resume, self.resume_buffer = words_of(resume.fields), words_of(resume.buffer)
         self.received, self.trust_at = bytes_of(block.received), block.trust_at
-        self.counters, self.stages = words_of(counters), words_of(region.stages)
+        self.counters, self.stages, self.control = words_of(counters), words_of(region.stages), words_of(control)
         self.ioctl = ioctl_of(calls.ioctl)
         self.placed = 0  # by the loop, in timed faults: they stand for all
         self.adaptive, self.largest, self.behind = False, 0, 0
@@ -192,6 +194,7 @@ class FaultLoop:
         place_on, resume_on = region.place_on, region.resume_on
         resume, resume_buffer = region.resume, region.resume_buffer
         fields, stages, at, count = self.fields, region.stages, self.at, self.count
+        control = region.control
         if not cython.compiled:
             readinto, buffer, window = self.read, self.buffer, region.window
         while True:
@@ -217,6 +220,8 @@ class FaultLoop:
             self.begun = begun
             # Without a lease the page is read and checked before it is placed.
             if received[page] or received[trust_at] or flags & FAULT_MINOR or fields[place] != EVENT_PAGEFAULT:
+                return UNCOMMON
+            if begun and private and control[HELD_UNTIL_NS]:  # not each fault: some more pages do no harm
                 return UNCOMMON
             copy[0] = address + target
             copy[1] = address + source

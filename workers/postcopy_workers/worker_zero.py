@@ -37,10 +37,15 @@ class RangePlacer:
     """Makes ranges of local blocks present. Pure but for the block's system calls."""
 
     def __init__(
-        self, blocks: dict[int, Block], counters: memoryview, clock: Clock = time.monotonic, pause: Pause = time.sleep
+        self,
+        blocks: dict[int, Block],
+        counters: memoryview,
+        control: memoryview,
+        clock: Clock = time.monotonic,
+        pause: Pause = time.sleep,
     ) -> None:
         self._blocks = blocks
-        self._counters = counters
+        self._counters, self._control = counters, control
         self._clock = clock
         self._pause = pause
         self._deadline = 0.0
@@ -62,7 +67,9 @@ class RangePlacer:
         self._deadline = (
             self._clock() + STARVED_SECONDS
         )  # for all of its pages: the watchdog kills a worker that is busy for long
-        if end - first > 1:
+        while self._held(block) and self._clock() <= self._deadline:
+            self._pause(0.01)
+        if end - first > 1 and not self._held(block):
             try:
                 placed = block.widen(block.own.userfaultfd, block.own.address, first, end, COPY_DONTWAKE)
                 block.tidy(placed)
@@ -76,6 +83,10 @@ class RangePlacer:
         self._counters[counters.BUSY_SINCE_NS] = 0
         return lost
 
+    def _held(self, block: Block) -> bool:
+        """Has the cgroup that pays for pages no memory left?"""
+        return not block.huge and time.monotonic_ns() < self._control[counters.HELD_UNTIL_NS]
+
     def _page(self, block: Block, page: int) -> bool:
         """Make one page present; False when that fails."""
         state = block.received[page]
@@ -83,6 +94,9 @@ class RangePlacer:
             present = block.present(page)
             if present == (state == RECEIVED):
                 return present
+        if self._held(block):
+            block.report("no-memory", page, f"none is left in the cgroup for {STARVED_SECONDS:g} s")
+            return False
         try:
             block.pages.check()
             while failed := block.fill_own(page, 1):
@@ -109,7 +123,7 @@ class RangePlacer:
 def serve_worker_zero(assignment: Assignment, fds: list[int], *, privileged: bool) -> NoReturn:
     """Place ranges until the quit eventfd is readable; never returns."""
     worker = Worker(assignment, fds, privileged=privileged)
-    placer = RangePlacer(worker.blocks, worker.counters)
+    placer = RangePlacer(worker.blocks, worker.counters, worker.control)
     channel = worker.channel()
     quit_fd, wakeup = fds[assignment.quit_eventfd], worker.reports.wakeup
     while True:

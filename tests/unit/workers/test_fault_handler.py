@@ -611,3 +611,27 @@ def test_a_fault_outside_every_region_is_told_and_left_alone(make: Make) -> None
     thread = world.touch(client, 4)
     world.settle()
     assert thread.outcome is None and [kind for kind, *_ in world.reports] == ["outside"]
+
+
+@pytest.mark.parametrize("kind", [Kind("private"), Kind("private", guarded=True), Kind("shared", guarded=True)])
+def test_without_memory_in_the_cgroup_pages_that_it_would_pay_for_wait(make: Make, kind: Kind) -> None:
+    """Until the supervisor has memory again, or has not said for some seconds that it has none."""
+    world = make(kind)
+    client = world.clients[0]
+    world.service[counters.HELD_UNTIL_NS] = 1 << 62
+    thread = world.touch(client, 3)
+    while len(world.paused) < 5:
+        if thread in world.kernel.woken:
+            world.kernel.run(thread)
+        world.step(client)
+    assert thread.outcome is None and 3 not in world.memory.pages
+    world.service[counters.HELD_UNTIL_NS] = 1
+    world.settle()
+    assert thread.outcome == world.source.page(3)
+
+
+def test_a_shared_client_pays_itself_and_does_not_wait(make: Make) -> None:
+    world = make(Kind("shared"))
+    world.service[counters.HELD_UNTIL_NS] = 1 << 62
+    assert touched(world, world.clients[0], 3) == world.source.page(3)
+    assert world.paused == []

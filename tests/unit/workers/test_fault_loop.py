@@ -128,10 +128,9 @@ def loop_of(module: Any, world: World, client: Client, userfaultfd: int) -> Any:
     """A loop that reads from ``userfaultfd`` and answers on the simulated kernel."""
     kernel = world.kernel
     calls = Calls(kernel.ioctl, kernel.lseek, kernel.pread, kernel.pwrite)
-    regions = world.fault_handler(client, calls).regions
-    return module.FaultLoop(
-        userfaultfd, [module.LocalRegion(region, client.descriptor, client.words, calls) for region in regions], calls
-    )
+    handler = world.fault_handler(client, calls)
+    given = client.descriptor, client.words, handler.control, calls
+    return module.FaultLoop(userfaultfd, [module.LocalRegion(region, *given) for region in handler.regions], calls)
 
 
 def message(client: Client, page: int, event: int = fault_loop.EVENT_PAGEFAULT) -> bytes:

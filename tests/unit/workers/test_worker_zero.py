@@ -26,8 +26,8 @@ class Zero:
         self.now = 0.0
         self.relief = float("inf")
         block = self.world.block(Calls(kernel.ioctl, kernel.lseek, kernel.pread, kernel.pwrite))
-        self.words = memoryview(bytearray(counters.PAGE_BYTES)).cast("Q")
-        self.placer = RangePlacer({0: block}, self.words, lambda: self.now, self._pause)
+        self.words, self.control = (memoryview(bytearray(counters.PAGE_BYTES)).cast("Q") for _ in range(2))
+        self.placer = RangePlacer({0: block}, self.words, self.control, lambda: self.now, self._pause)
 
     def _pause(self, seconds: float) -> None:
         self.now += seconds
