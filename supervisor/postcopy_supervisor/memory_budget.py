@@ -27,8 +27,8 @@ class Supply(IntEnum):
 
 class MemoryBudget:
     """``memories``: descriptors of the blocks' memfds; ``max_memory`` and ``reserve`` in bytes (0: no limit);
-    ``cgroups``: those of this process, to which pages of remote blocks are charged; ``workers``: those of workers, which
-    pay for pages of local blocks, where they have others."""
+    ``cgroups``: those of this process, to which pages of remote blocks are charged; ``workers``: those of workers,
+    which pay for pages of local blocks, where they have others."""
 
     def __init__(
         self,
