@@ -41,7 +41,7 @@ Answer = TypeVar("Answer", bound=Message)
 
 @dataclass(frozen=True, slots=True)
 class OpenedBlock:
-    """A block that the supervisor has opened for this client. The holder of this object owns both descriptors."""
+    """A block that the supervisor has opened for this client. The holder of this object owns its descriptors."""
 
     number: int
     name: str
@@ -51,6 +51,8 @@ class OpenedBlock:
     pages: int
     memory: int
     received: int
+    copied: int = -1
+    """The copied map of a client with memory of its own; see ``own``."""
 
     @property
     def length(self) -> int:
@@ -63,7 +65,7 @@ class OpenedBlock:
         return facts.st_dev, facts.st_ino, self.pages
 
     def close(self) -> None:
-        close_all((self.memory, self.received))
+        close_all(fd for fd in (self.memory, self.received, self.copied) if fd >= 0)
 
     def check(self) -> None:
         """Raises BadMessage when the size does not fit the descriptors, which would be a SIGBUS later."""
@@ -141,10 +143,8 @@ class AttachConnection:
 
     def open(self, name: str, mode: str, deadline: Deadline) -> OpenedBlock:
         """Open a block. The caller owns its descriptors."""
-        answer, (memory, received) = self._ask(self._conversation.open_block(name, mode), deadline)
-        block = OpenedBlock(
-            answer.block, name, mode, answer.size, answer.page_size, answer.pages, memory=memory, received=received
-        )
+        answer, fds = self._ask(self._conversation.open_block(name, mode), deadline)
+        block = OpenedBlock(answer.block, name, mode, answer.size, answer.page_size, answer.pages, *fds)
         try:
             block.check()
         except BaseException:

@@ -1,4 +1,4 @@
-"""The watcher: a small process of a client that acts when every process of the service has died and none comes back.
+"""The watcher: a process beside a client that acts when every process of the service has died and none comes back.
 
 A thread of the client could not: one that waits for a page inside a Python bytecode holds the GIL. So this is a program
 of its own, started only where ``serve --on-orphan poison`` wants it, with nothing imported that it can do without (a
@@ -11,8 +11,11 @@ every other one is poisoned (SIGBUS), never zeros. A supervisor that rescues the
 a new lifeline: then the watcher no longer reads the userfaultfd, and answers with the pages that it has poisoned, which
 are placed and healed.
 
+A program that speaks for another process (a vhost-user back-end, a virtual machine) starts one for that process. Of a
+virtual machine, whose memory is its own, every missing page is poisoned: there is nothing to map.
+
 ``python -I -S orphan_watcher.py CLIENT_PID``; descriptors 3 and 4 are the ends of a SEQPACKET socket (orders come in at
-4), 5 is the userfaultfd.
+4), 5 is the userfaultfd, 6 a pidfd of the client.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:  # collections.abc is half of the start
     from collections.abc import Callable
 
-INBOX, USERFAULTFD, FIRST_FREE = 4, 5, 6
+INBOX, USERFAULTFD, CLIENT, FIRST_FREE = 4, 5, 6, 7
 
 # linux/userfaultfd.h; postcopy_kernel.abi has them all, with their sources, and a test compares them.
 WAKE, CONTINUE, POISON = 0x8010AA02, 0xC020AA07, 0xC020AA08
@@ -117,10 +120,9 @@ class Watcher:
         self.reported = False
         self.lifeline = -1
         self.inbox = socket.socket(fileno=INBOX)
-        self.client = os.pidfd_open(client_pid)
         self.client_pid = client_pid
         self.poll = select.poll()
-        for fd in (INBOX, self.client):
+        for fd in (INBOX, CLIENT):
             self.poll.register(fd, select.POLLIN)
 
     def run(self) -> None:
@@ -128,7 +130,7 @@ class Watcher:
         while True:
             wait = None if self.watch.due is None else max(0.0, self.watch.due - time.monotonic()) * 1000 + 1
             ready = {fd for fd, _ in self.poll.poll(wait)}
-            if self.client in ready:
+            if CLIENT in ready:
                 return
             if self.lifeline in ready:
                 self.drop_lifeline()
@@ -239,14 +241,12 @@ class Watcher:
 
 
 def main() -> None:
-    client = int(sys.argv[1])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # they are for the client, whose end ends this process
     with open("/proc/self/comm", "w") as name:
         name.write("postcopy-orphan")
     os.closerange(FIRST_FREE, os.sysconf("SC_OPEN_MAX"))
-    if os.getppid() == client:  # it lives, so its pid is its own
-        Watcher(client).run()
+    Watcher(int(sys.argv[1])).run()
     os._exit(0)  # at once: while it holds the userfaultfd, the memory of a client that has ended may stay
 
 

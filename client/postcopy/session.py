@@ -83,35 +83,24 @@ class Session:
         return self.connection.open(name, mode, deadline)
 
     def watch(self, opened: OpenedBlock, address: int, deadline: Deadline) -> None:
-        """Have a block watched that is about to be announced, where the supervisor's policy for orphans wants that. An
-        older supervisor has none, and where no watcher can be started missing pages wait, as under the other policy."""
-        try:
-            if not self._policy_asked:
-                self._policy_asked = True
-                timeout_ms, lifeline = self.connection.ask_orphan_policy(deadline)
-                if lifeline >= 0:
-                    self._start_watcher(timeout_ms, lifeline)
-        except OSError as error:
-            text = "this process has no watcher (%s): its missing pages wait if every process of the service dies"
-            log.warning(text, error)
-        except PostcopyError as error:
-            if not self.connection.usable:
-                raise
-            log.debug("the supervisor has no policy for orphans: %s", error)
+        """Have a block watched that is about to be announced, where the supervisor's policy for orphans wants that."""
+        if not self._policy_asked:
+            self._policy_asked = True
+            self._start_watcher(deadline)
         if self._watcher is not None:
             client, received = self.connection.client, opened.received
             self._watcher.add(opened.number, client, address, opened.length, opened.page_size, received)
 
-    def _start_watcher(self, timeout_ms: int, lifeline: int) -> None:
-        from .watching import OrphanWatcher
+    def _start_watcher(self, deadline: Deadline) -> None:
+        from .watching import watch
 
         assert self._userfaultfd is not None
+        pid = os.getpid()
+        pidfd = os.pidfd_open(pid)
         try:
-            if self._watcher is None:
-                self._watcher = OrphanWatcher(self._userfaultfd.fd)
-            self._watcher.be_served(timeout_ms, lifeline)
+            self._watcher = watch(self.connection, self._watcher, self._userfaultfd.fd, pid, pidfd, deadline)
         finally:
-            os.close(lifeline)
+            os.close(pidfd)
 
     def announce(self, number: int, address: int, length: int, deadline: Deadline) -> None:
         """Announce where a block is mapped. After that it may be touched."""

@@ -1,4 +1,4 @@
-"""Starts the client's watcher, and tells it which regions there are. See ``orphan_watcher``."""
+"""Starts a client's watcher, and gives it the regions that there are. See ``orphan_watcher``."""
 
 from __future__ import annotations
 
@@ -12,32 +12,36 @@ from contextlib import suppress
 from pathlib import Path
 
 from postcopy_kernel.descriptors import close_all, send_message
+from postcopy_kernel.process import pidfd_exited
 
 from . import orphan_watcher
-from .orphan_watcher import FOREVER, INBOX, REGION, SERVED, UNMAP, USERFAULTFD
+from .attach_socket import AttachConnection
+from .deadline import Deadline
+from .errors import PostcopyError
+from .orphan_watcher import CLIENT, FOREVER, INBOX, REGION, SERVED, UNMAP, USERFAULTFD
 
 log = logging.getLogger("postcopy")
 
-PLACES = INBOX - 1, INBOX, USERFAULTFD
+PLACES = INBOX - 1, INBOX, USERFAULTFD, CLIENT
 _HIGH = 16  # duplicates are made from here on, so that none of them is at a place that another is to get
 _PROGRAM = str(Path(orphan_watcher.__file__))
 
 
 class OrphanWatcher:
-    """A running watcher of this process. Raises OSError when it cannot be started."""
+    """A running watcher of the process ``pid``, which ``pidfd`` is of. Raises OSError when it cannot be started."""
 
-    def __init__(self, userfaultfd: int) -> None:
+    def __init__(self, userfaultfd: int, pid: int, pidfd: int) -> None:
         """The program starts beside us: nothing waits for it."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         high: list[int] = []
         try:
             with theirs:
-                for fd in (ours.fileno(), theirs.fileno(), userfaultfd):
+                for fd in (ours.fileno(), theirs.fileno(), userfaultfd, pidfd):
                     high.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _HIGH))
                 python = sys.executable or ""
-                pid = os.posix_spawn(
+                child = os.posix_spawn(
                     python,
-                    [python, "-I", "-S", _PROGRAM, str(os.getpid())],
+                    [python, "-I", "-S", _PROGRAM, str(pid)],
                     os.environ,
                     file_actions=[
                         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDWR, 0),
@@ -51,15 +55,18 @@ class OrphanWatcher:
             raise
         finally:
             close_all(high)
-        self._owner, self._pidfd, self._socket = os.getpid(), os.pidfd_open(pid), ours
+        self._owner, self._pidfd, self._socket = os.getpid(), os.pidfd_open(child), ours
+        self._client = os.dup(pidfd)
 
     def be_served(self, timeout_ms: int, lifeline: int) -> None:
         """Give it a policy, and the lifeline of the service that has it."""
         self._send(SERVED.pack(b"S", min(timeout_ms, FOREVER)), (lifeline,))
 
-    def add(self, block: int, client: int, address: int, length: int, page_size: int, received: int) -> None:
+    def add(
+        self, block: int, client: int, address: int, length: int, page_size: int, received: int, offset: int = 0
+    ) -> None:
         """A region is about to be attached; ``received``: descriptor of its received map."""
-        self._send(REGION.pack(b"R", block, client, address, length, 0, page_size), (received,))
+        self._send(REGION.pack(b"R", block, client, address, length, offset, page_size), (received,))
 
     def remove(self, address: int) -> None:
         """A region is unmapped."""
@@ -79,4 +86,34 @@ class OrphanWatcher:
             with suppress(OSError):  # it was killed, and the program reaps all its children
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
                 os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
-        os.close(self._pidfd)
+        close_all((self._pidfd, self._client))
+
+    def leave(self) -> None:
+        """Let the process watch on until its client has ended."""
+        if pidfd_exited(self._client):
+            return self.close()
+        self._socket.close()
+        close_all((self._pidfd, self._client))
+
+
+def watch(
+    connection: AttachConnection, watcher: OrphanWatcher | None, userfaultfd: int, pid: int, pidfd: int, until: Deadline
+) -> OrphanWatcher | None:
+    """A watcher (the one that there is) where the supervisor's policy for orphans wants one. An older supervisor has no
+    policy, and where no watcher can be started missing pages wait, as under the other policy."""
+    try:
+        timeout_ms, lifeline = connection.ask_orphan_policy(until)
+        if lifeline >= 0:
+            try:
+                watcher = watcher or OrphanWatcher(userfaultfd, pid, pidfd)
+                watcher.be_served(timeout_ms, lifeline)
+            finally:
+                os.close(lifeline)
+    except OSError as error:
+        text = "process %d has no watcher (%s): its missing pages wait if every process of the service dies"
+        log.warning(text, pid, error)
+    except PostcopyError as error:
+        if not connection.usable:
+            raise
+        log.debug("the supervisor has no policy for orphans: %s", error)
+    return watcher

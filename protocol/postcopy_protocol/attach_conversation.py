@@ -380,7 +380,7 @@ class AttachClient:
         question = self._question
         expected = _UNASKED if question is None else (question.answer, *_UNASKED)
         message: Message = decode(data, expect=expected)
-        least = BlockOpened.DESCRIPTORS if isinstance(message, BlockOpened) else 0
+        least = 2 if isinstance(message, BlockOpened) else 0
         if not least <= descriptors <= message.DESCRIPTORS:
             name = type(message).__name__
             raise BadMessage(f"the supervisor in {self.directory} sent {name} with {descriptors} descriptors")

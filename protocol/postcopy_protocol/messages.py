@@ -98,9 +98,10 @@ class UserfaultfdAccepted(Message, tag=21):
     """The descriptor is a userfaultfd; the supervisor has done its handshake and keeps it."""
 
 
-class BlockOpened(Message, tag=22, descriptors=2):
+class BlockOpened(Message, tag=22, descriptors=3):
     """Answer to OpenBlock. ``size`` is the exact length, the mapping is ``pages * page_size``. 2 descriptors: the
-    block (read-only for ``private``, read-write for ``shared``) and the received map (read-only, one byte a page)."""
+    block (read-only for ``private``, read-write for ``shared``) and the received map (read-only, one byte a page). For
+    ``own`` also the client's copied map, read-only: hold it, and a rescue finds it there."""
 
     block: int
     name: str
@@ -570,10 +571,12 @@ class BlockRecord(Message, tag=106):
 
 class ClientRecord(Message, tag=107):
     """The file ``client-N``. ``note`` is an encoded ClientNote; ``started`` is when its process was started, in clock
-    ticks since ``boot`` (0: not known here, as in another pid namespace). The same of a back-end's front-end."""
+    ticks since ``boot`` (0: not known here, as in another pid namespace). The same of a back-end's front-end.
+    ``copied_inode``: of the copied map of a client with memory of its own, or 0."""
 
     note: bytes
     boot: str
     started: int
     front_end: int
     front_end_started: int
+    copied_inode: int

@@ -76,9 +76,7 @@ def _relieve(plan: Plan, clients: Clients, orphans: Orphans) -> None:
     """Watchers of rescued clients stop answering faults. What they have poisoned is noted as a worker would have noted
     it, so that the next worker places and heals it."""
     notes = {kept.note.block: kept.note for kept in plan.blocks.values()}
-    rescued = {
-        number: client for number, client in clients.by_number.items() if number in plan.rescued and not client.back_end
-    }
+    rescued = {number: client for number, client in clients.by_number.items() if number in plan.rescued}
     for number, poisoned in orphans.relieve({number: (client.pid, client.uid) for number, client in rescued.items()}):
         page, touches = rescued[number].counters, rescued[number].touches
         for block, offset in poisoned:

@@ -21,6 +21,7 @@ from examples import kvm_clones
 from tests.conftest import SourceFile
 from tests.system.remote import Source
 from tests.system.service import Service, end_by_pidfd, environment, until
+from tests.system.test_rescue import kill_all
 
 pytestmark = pytest.mark.usefixtures("require_userfaultfd")
 
@@ -184,6 +185,62 @@ def test_the_face_may_end(runtime_dir: Path, image: Path, path: Path) -> None:
         with handler(service, path) as next_face, machine(path, image) as guest:  # a stale socket does no harm
             next_face.until_line("attached")
             assert guest.do("touch 1 1") == 0
+
+
+@pytest.mark.parametrize("face_dies", [False, True], ids=["face-lives", "face-dies"])
+def test_everything_dies_and_none_comes(runtime_dir: Path, image: Path, path: Path, face_dies: bool) -> None:
+    """Its face has started a watcher for the machine, which outlives the face and applies the policy."""
+    policy: dict[str, Any] = {"on_orphan": "poison", "orphan_timeout": 0.5, "fault_around": "4K"}
+    with Service(runtime_dir, f"ram0={image}", **policy) as service, handler(service, path) as face:
+        with machine(path, image) as guest:
+            face.until_line("attached")
+            assert guest.do("touch1 5")
+            if face_dies:
+                face.end(signal.SIGKILL)
+            kill_all(service)
+            assert guest.do("touch1 5")
+            guest.begin("touch1 300")
+            assert guest.process.wait(PATIENCE) == -signal.SIGBUS
+        service.recover()
+        assert service.status()["clients"] == []
+
+
+@pytest.mark.parametrize("kind", ["local", "remote"])
+def test_everything_dies_and_machines_are_rescued(runtime_dir: Path, image: Path, path: Path, kind: str) -> None:
+    """The userfaultfd is found in the machine, what it has given back in its face."""
+    with Source(f"ram0={image}") as source:
+        block = source.block() if kind == "remote" else f"ram0={image}"
+        with (
+            Service(runtime_dir, block, background_rate="0", fault_around="4K") as service,
+            handler(service, path) as face,
+            machine(path, image, (256, 256)) as guest,
+            machine(path, image) as other,
+        ):
+            face.until_line("attached")
+            face.until_line("attached")
+            assert guest.do("balloon 0 40") and guest.do("write 7") and guest.do("touch1 60")
+            for seed in (1, 2):
+                kill_all(service)
+                other.begin(f"touch 2 {seed}")
+                guest.begin(f"touch1 {100 + seed}")
+                service.recover()
+                assert json.loads(guest.line()) and json.loads(other.line()) == 0
+                assert guest.do("balloon 300 9")
+            assert guest.do("touch 2 3") == 0
+            client = service.status()["clients"][0]
+            assert (client["kind"], client["blocks"][0]["mode"]) == ("vm", "own")
+
+
+def test_a_machine_whose_face_died_too_is_not_rescued(runtime_dir: Path, image: Path, path: Path) -> None:
+    with Service(runtime_dir, f"ram0={image}") as service, handler(service, path) as face:
+        with machine(path, image) as guest:
+            face.until_line("attached")
+            assert guest.do("touch1 5")
+            face.end(signal.SIGKILL)
+            kill_all(service)
+            service.recover()
+            assert "which pages it has given back is lost" in service.last_log()
+            assert service.status()["clients"] == []
 
 
 def test_lost_pages_are_sigbus(runtime_dir: Path, image: Path, path: Path) -> None:

@@ -25,7 +25,7 @@ from postcopy.vhost_user.virtqueue import Ring, RingEvents, start_ring
 from tests.kernel.huge_pool import reserved
 from tests.system.back_ends import disk_bytes, dpdk, running, storage_daemon, storage_daemons
 from tests.system.remote import Source
-from tests.system.service import Service, end_by_pidfd, environment, until
+from tests.system.service import Service, alive, end_by_pidfd, environment, until
 from tests.system.test_rescue import kill_all
 
 pytestmark = pytest.mark.usefixtures("require_userfaultfd")
@@ -564,6 +564,24 @@ def test_everything_dies_and_the_back_end_is_rescued(runtime_dir: Path, tmp_path
         back_end.end()
         back_end.close()
         until(lambda: not record(service, "blk.sock"), "it has left the successor")
+
+
+def test_everything_dies_and_none_comes(runtime_dir: Path, tmp_path: Path) -> None:
+    """The front-end has started a watcher for the back-end, which gets SIGBUS instead of waiting for ever."""
+    policy: dict[str, Any] = {"on_orphan": "poison", "orphan_timeout": 0.5}
+    with (
+        guest(runtime_dir, tmp_path, [(blk.READ, 8)] * 3, **policy) as service,
+        storage_daemon(tmp_path) as program,
+        BackEnd(program.socket, ["guest"], runtime_dir) as back_end,
+        Driver(back_end) as driver,
+    ):
+        kill_all(service)
+        with pytest.raises((BackEndGone, OSError)):
+            driver.start(3)
+            driver.finish(5)
+        until(lambda: not alive(program.pid), "its rings are SIGBUS")
+        service.recover()
+        assert service.status()["clients"] == []
 
 
 def test_sixteen_at_once(runtime_dir: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
+from postcopy_kernel.address_space import pid_of
 from postcopy_kernel.descriptors import close_all
 from postcopy_kernel.memory import Mapping, data_runs
 from postcopy_protocol.geometry import PAGE_4K
@@ -15,6 +16,7 @@ from postcopy_protocol.geometry import PAGE_4K
 from ..attach_socket import AttachConnection
 from ..deadline import Deadline
 from ..errors import PostcopyError
+from ..watching import OrphanWatcher, watch
 
 RESUME_EVERY = 1.0
 """Seconds between two attempts to reach the successor of a dead supervisor."""
@@ -81,10 +83,14 @@ class BackEndSession:
         self.timeout = timeout
         self.name = name
         self._resume_at = 0.0
+        self._watcher: OrphanWatcher | None = None
+        self._copied: list[int] = []  # copied maps: a rescue finds them here
+        self._maps: dict[int, tuple[int, int]] = {}  # of what is watched: block, its page size and received map
         self.connection = AttachConnection(directory, Deadline(timeout))
         try:
             close_all(self.connection.greet(name, kind, Deadline(timeout)))
             self.connection.offer_back_end(userfaultfd, pidfd, Deadline(timeout))
+            self._watcher = watch(self.connection, None, userfaultfd, pid_of(pidfd), pidfd, Deadline(timeout))
         except BaseException:
             self.connection.close()
             raise
@@ -95,7 +101,17 @@ class BackEndSession:
         return self.connection.client
 
     def close(self) -> None:
+        """Leave the other process to its worker, and to its watcher."""
         self.connection.close()
+        if self._watcher is not None:
+            self._watcher.leave()
+        self._forget_watcher()
+
+    def _forget_watcher(self) -> None:
+        self._watcher = None
+        close_all((*self._copied, *(fd for _, fd in self._maps.values())))
+        self._copied.clear()
+        self._maps.clear()
 
     def open(self, name: str) -> SharedBlock:
         """Open a block. Raises NoSuchBlock, and the exceptions of other refusals."""
@@ -103,14 +119,20 @@ class BackEndSession:
         try:
             marks = Mapping.of(opened.received, -(-opened.pages // mmap.PAGESIZE) * mmap.PAGESIZE, writable=False)
         except BaseException:
-            os.close(opened.memory)
+            opened.close()
             raise
-        finally:
+        self._copied += [opened.copied] if opened.copied >= 0 else []
+        if self._watcher is not None and opened.number not in self._maps:
+            self._maps[opened.number] = opened.page_size, opened.received
+        else:
             os.close(opened.received)
         return SharedBlock(opened.number, name, opened.size, opened.page_size, opened.length, opened.memory, marks)
 
     def announce(self, block: int, address: int, length: int, offset: int) -> None:
         """Announce where the back-end has mapped a block. After that a worker resolves its faults."""
+        if self._watcher is not None:
+            page_size, received = self._maps[block]
+            self._watcher.add(block, self.client, address, length, page_size, received, offset)
         self.connection.announce(block, address, length, offset, Deadline(self.timeout))
 
     @property
@@ -140,3 +162,6 @@ class BackEndSession:
         """Say Goodbye: the back-end no longer touches the memory."""
         self.connection.say_goodbye()
         self.connection.close()
+        if self._watcher is not None:
+            self._watcher.close()
+        self._forget_watcher()

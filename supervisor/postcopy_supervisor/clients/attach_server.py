@@ -287,7 +287,12 @@ class AttachServer:
             client.copied_map = memory.create_memfd(f"postcopy-m{client.number}", size_of(block.pages))
         client.conversation.opened(block.number, message.mode, block.pages, block.page_size)
         answer = messages.BlockOpened(block.number, block.name, block.size, block.page_size, block.pages)
-        self._send(client, answer, (block.read_write if shared else block.read_only, block.map_read_only))
+        fds = block.read_write if shared else block.read_only, block.map_read_only
+        if message.mode != "own":
+            return self._send(client, answer, fds)
+        copied = memory.reopen(client.copied_map, writable=False)
+        self._send(client, answer, (*fds, copied))
+        os.close(copied)
 
     def _listed(self, client: Client) -> Iterator[messages.Listed]:
         for block in islice(self._blocks.values(), MOST_LISTED):

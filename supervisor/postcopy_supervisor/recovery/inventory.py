@@ -214,7 +214,7 @@ def from_store(stored: Stored, left: Left) -> rescue.Kept:
     number of descriptors, is left out."""
     kept: rescue.Kept = {}
     for key, fds in stored.items():
-        if key in left.clients and len(fds) in (3, 4):
+        if key in left.clients and len(fds) in (3, 4, 5):
             kept[key] = left.clients[key].record.note, fds
         elif key in left.blocks and len(fds) == plan.descriptors_of(left.blocks[key].note):
             kept[key] = left.blocks[key].record.note, fds

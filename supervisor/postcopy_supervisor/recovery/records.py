@@ -30,7 +30,7 @@ RETRY_SECONDS = 1.0
 ADVICE = "recover with that version, or start afresh with --abandon"
 MOST_DIGESTS = 64 << 20  # bytes of them that are copied into the runtime directory
 FILE = 2  # where in the descriptors of a block its file is
-FRONT_END = 3  # where in those of a back-end the pidfd of its front-end is
+FRONT_END, COPIED = 3, 4  # where in those of a client the pidfd of its front-end, and its copied map, are
 
 
 Note = TypeVar("Note", BlockNote, ClientNote, BlockRecord, ClientRecord)
@@ -101,7 +101,8 @@ class Records:
         if len(fds) > FRONT_END:
             with contextlib.suppress(OSError, ValueError):  # it has ended, or is in another pid namespace
                 front_end = pid_of(fds[FRONT_END])
-        return ClientRecord(meta, self._boot, _started(note.pid), front_end, _started(front_end))
+        copied = os.fstat(fds[COPIED]).st_ino if len(fds) > COPIED else 0
+        return ClientRecord(meta, self._boot, _started(note.pid), front_end, _started(front_end), copied)
 
     def _block(self, key: str, meta: bytes, fds: Sequence[int]) -> BlockRecord:
         facts = [os.fstat(fd) for fd in fds[: FILE + 1]]

@@ -27,6 +27,7 @@ from postcopy_kernel.filewatch import lease
 from postcopy_kernel.userfaultfd import RegisterMode, Userfaultfd, is_userfaultfd
 from postcopy_protocol import received_map
 from postcopy_protocol.codec import encode
+from postcopy_protocol.copied_map import size_of
 from postcopy_protocol.errors import BadInput
 from postcopy_protocol.geometry import PAGE_2M, page_count
 from postcopy_protocol.messages import BlockNote, ClientNote, RegionGrant
@@ -137,7 +138,7 @@ class _Rescue:
         runs = [
             (at.start, at.end)
             for at in client.maps
-            if at.file == file and at.start - at.offset == region.address - region.offset
+            if region.mode == "own" or (at.file == file and at.start - at.offset == region.address - region.offset)
         ]
         return covered(runs, region.address, region.address + region.length)
 
@@ -152,6 +153,11 @@ class _Rescue:
         record, note = left.record, left.note
         pages = page_count(note.size, note.page_size)
         memory_fd = self._open((record.memory_device, record.memory_inode))
+        if memory_fd < 0 and self._is_copied(note.block):
+            memory_fd, map_fd = self._empty(note, pages)
+            note, file = self._file(left, note, map_fd, pages)
+            self.kept[key] = encode(note), (memory_fd, map_fd, *file)
+            return
         if memory_fd < 0:
             raise BadInput(f"cannot rescue block {note.name}: no client maps its memory any more; {NOTHING}")
         if os.fstat(memory_fd).st_size != pages * note.page_size:
@@ -161,6 +167,20 @@ class _Rescue:
             map_fd = self._map_again(note, memory_fd, pages)
         note, file = self._file(left, note, map_fd, pages)
         self.kept[key] = encode(note), (memory_fd, map_fd, *file)
+
+    def _is_copied(self, number: int) -> bool:
+        """Do all clients of this block have memory of their own? Then a new one does as well."""
+        regions = [region for client in self._clients for region in (*client.note.regions, *client.note.released)]
+        return all(region.mode == "own" for region in regions if region.block == number)
+
+    def _empty(self, note: BlockNote, pages: int) -> tuple[int, int]:
+        """Memory and received map of a block without pages."""
+        memory_fd = memory.create_memfd(f"postcopy-{note.name}", pages * note.page_size, note.page_size)
+        return self._hold(memory_fd), self._new_map(note, pages)
+
+    def _new_map(self, note: BlockNote, pages: int) -> int:
+        size = -(-(pages + received_map.FLAGS) // 4096) * 4096
+        return self._hold(memory.create_memfd(f"postcopy-{note.name}-map", size))
 
     def _hold(self, fd: int) -> int:
         self._undo.callback(os.close, fd)
@@ -197,9 +217,7 @@ class _Rescue:
             (first // note.page_size, last // note.page_size)
             for first, last in memory.data_runs(memory_fd, 0, pages * note.page_size)
         ]
-        fd = self._hold(
-            memory.create_memfd(f"postcopy-{note.name}-map", -(-(pages + received_map.FLAGS) // 4096) * 4096)
-        )
+        fd = self._new_map(note, pages)
         for at, states in made_again(runs, pages, shared=shared):
             os.pwrite(fd, states, at)
         log.warning(
@@ -279,10 +297,19 @@ class _Rescue:
                 note.client,
                 note.pid,
             )
+        more = client.front_end
+        if any(region.mode == "own" for region in note.regions):
+            copied = self._copied_map(client, kept)
+            if copied < 0:
+                text = (
+                    "client %d (pid %d) is not rescued: which pages it has given back is lost with its worker and face"
+                )
+                return log.warning(text, note.client, note.pid)
+            more = *(client.front_end or (self._hold(os.dup(client.pidfd)),)), copied
         figures = self._of_worker(note.client, f"postcopy-c{note.client}", figures_bytes)
         if figures < 0:
             figures = self._hold(memory.create_memfd(f"postcopy-c{note.client}", figures_bytes))
-        self.kept[client.key] = encode(note), (fds, self._hold(os.dup(client.pidfd)), figures, *client.front_end)
+        self.kept[client.key] = encode(note), (fds, self._hold(os.dup(client.pidfd)), figures, *more)
 
     def _of_worker(self, number: int, name: str, size: int) -> int:
         """A memfd that only the client's worker holds, if that has survived; -1: it is lost."""
@@ -296,6 +323,23 @@ class _Rescue:
                     return self._hold(fd)
                 os.close(fd)
         return -1
+
+    def _copied_map(self, client: Found, kept: Kept) -> int:
+        """What has become of each page in a client's own memory: its worker has that, and the program that speaks for
+        it; -1: both have died."""
+        number, record = client.note.client, self._left.clients[client.key].record
+        memory_fd = {**kept, **self.kept}[f"block/{client.note.regions[0].block}"][1][0]
+        size = size_of(os.fstat(memory_fd).st_size // self._page_size(client.note.regions[0].block))
+        found = self._of_worker(number, f"postcopy-m{number}", size)
+        for pidfd in client.front_end if found < 0 else ():
+            for there in other_process.memfds(record.front_end, f"postcopy-m{number}"):
+                with suppress(OSError):
+                    fd = other_process.fetch_descriptor(pidfd, there)
+                    facts = os.fstat(fd)
+                    ours = (facts.st_ino, facts.st_uid, facts.st_size) == (record.copied_inode, os.geteuid(), size)
+                    found = self._hold(memory.reopen(fd, writable=True)) if ours else found
+                    os.close(fd)
+        return found
 
     def _front_end(self, client: Found) -> tuple[int, ...]:
         """A pidfd of the front-end of a back-end, while it lives: it may resume."""
@@ -322,7 +366,8 @@ class _Rescue:
         for region in note.regions:
             map_fd, guarded = kept[f"block/{region.block}"][1][1], received_map.GUARDED
             pages = os.fstat(kept[f"block/{region.block}"][1][0]).st_size // self._page_size(region.block)
-            minor = RegisterMode.MINOR if os.pread(map_fd, 1, pages + guarded) == b"\x01" else RegisterMode(0)
+            announced = region.mode != "own" and os.pread(map_fd, 1, pages + guarded) == b"\x01"
+            minor = RegisterMode.MINOR if announced else RegisterMode(0)
             try:
                 userfaultfd.register(region.address, region.length, RegisterMode.MISSING | minor)
             except OSError as error:

@@ -1,7 +1,8 @@
 """Watchers of clients: what they learn about orphans, and their end when their clients are rescued.
 
-A client starts its watcher itself (``postcopy.orphan_watcher``), and its end of the conversation is descriptor 3 of
-that process. It is found as a child of the client: the client's word is not needed, and a lie harms only itself."""
+A client starts its watcher itself, or a program that speaks for it does (``postcopy.orphan_watcher``), and its end of
+the conversation is descriptor 3 of that process. It is found by its command line and user: the client's word is not
+needed, and a lie harms only that user's clients."""
 
 from __future__ import annotations
 
@@ -65,7 +66,7 @@ class Orphans:
     def relieve(self, clients: Mapping[int, tuple[int, int]]) -> list[tuple[int, Poisoned]]:
         """Make the watchers of these clients (number: pid and user) stop, and give them the policy and the lifeline of
         this service. Returns what each has poisoned. Afterwards none of them reads a userfaultfd."""
-        watchers = [found for number, who in clients.items() for found in _watchers_of(number, *who)]
+        watchers = list(_watchers_of(clients))
         reader = self._reader()
         timeout = FOREVER if self._timeout is None else int(self._timeout * 1000)
         for watcher in watchers:
@@ -107,23 +108,30 @@ class _Watcher:
         os.close(self._pidfd)
 
 
-def _watchers_of(number: int, pid: int, uid: int) -> Iterator[_Watcher]:
-    """The watchers among the children of a client, which run as its user."""
-    with contextlib.suppress(OSError):  # it has just ended
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            for child in map(int, (task / "children").read_text().split()):
-                with contextlib.suppress(OSError):  # that child has
-                    found = _watcher(number, child, uid)
-                    if found is not None:
-                        yield found
+def _watchers_of(clients: Mapping[int, tuple[int, int]]) -> Iterator[_Watcher]:
+    """The watchers of these clients, which run as their users. Their parents may have ended."""
+    numbers = {pid: number for number, (pid, _) in clients.items()}
+    for name in os.listdir("/proc"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if name.isdecimal() and (watched := _watched(int(name))) in numbers:
+                number = numbers[watched]
+                found = _watcher(number, int(name), watched, clients[number][1])
+                if found is not None:
+                    yield found
 
 
-def _watcher(number: int, pid: int, uid: int) -> _Watcher | None:
+def _watched(pid: int) -> int:
+    """The client of a watcher with this pid; 0: it is another program."""
+    words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    place = next((at for at, word in enumerate(words[:5]) if os.path.basename(word) == PROGRAM), len(words))
+    return int(words[place + 1]) if len(words) > place + 1 and words[place + 1].isdigit() else 0
+
+
+def _watcher(number: int, pid: int, client: int, uid: int) -> _Watcher | None:
     """The watcher with this pid; None if it is another program. One that cannot be reached is killed."""
     pidfd = other_process.open_process(pid, other_process.start_time(pid))
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        if owner_of(pid) == uid and any(os.path.basename(word) == PROGRAM for word in words[:5]):
+        if owner_of(pid) == uid and _watched(pid) == client:
             inbox = _inbox(pidfd)
             if inbox is not None:
                 return _Watcher(number, os.dup(pidfd), inbox)
