@@ -232,15 +232,18 @@ def test_everything_dies_and_machines_are_rescued(runtime_dir: Path, image: Path
 
 
 def test_a_machine_whose_face_died_too_is_not_rescued(runtime_dir: Path, image: Path, path: Path) -> None:
-    with Service(runtime_dir, f"ram0={image}") as service, handler(service, path) as face:
-        with machine(path, image) as guest:
-            face.until_line("attached")
-            assert guest.do("touch1 5")
-            face.end(signal.SIGKILL)
-            kill_all(service)
-            service.recover()
-            assert "which pages it has given back is lost" in service.last_log()
-            assert service.status()["clients"] == []
+    with (
+        Service(runtime_dir, f"ram0={image}") as service,
+        handler(service, path) as face,
+        machine(path, image) as guest,
+    ):
+        face.until_line("attached")
+        assert guest.do("touch1 5")
+        face.end(signal.SIGKILL)
+        kill_all(service)
+        service.recover()
+        assert "which pages it has given back is lost" in service.last_log()
+        assert service.status()["clients"] == []
 
 
 def test_lost_pages_are_sigbus(runtime_dir: Path, image: Path, path: Path) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +200,57 @@ def test_a_cgroup_without_memory_lets_local_pages_wait(
         assert client.answer(60) == -1
         until(lambda: "enough again" in service.events("memory")[-1], "it is said")
         assert service.status()["totals"]["lost"] == 0 and killed(memory) == 0
+
+
+def test_who_pays(runtime_dir: Path, source_file: SourceFile, memory: Path) -> None:
+    """As the table in operations.md says: which memory cgroup each kind of page is charged to."""
+    size = 16 << 20
+    path = source_file(size)
+    theirs = memory.with_name(f"{memory.name}-client")
+    theirs.mkdir()
+
+    def paid(act: Callable[[], object]) -> list[bool]:
+        """Has the service's cgroup grown by a block, and the client's?"""
+        groups = memory, theirs
+        before = [int((group / "memory.usage_in_bytes").read_text()) for group in groups]
+        act()
+        return [
+            int((group / "memory.usage_in_bytes").read_text()) - had > size // 2
+            for group, had in zip(groups, before, strict=True)
+        ]
+
+    with Source(f"far={path}") as source:
+        blocks = f"near={path}", f"both={path}", source.block("far")
+        with InCgroup(runtime_dir, *blocks, cgroup=memory, background_rate="0") as service:
+            client = service.client(None)
+            client.do(f"open({str(theirs / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))")
+            found = {}
+            for name, mode in (("near", "private"), ("both", "shared"), ("far", "private")):
+                client.attach(name, mode)
+                found[name] = paid(lambda: client.do(f"check(b, {str(path)!r}, 'forward', 65536)"))
+            found["written"] = paid(lambda: client.do(f"write(b, 0, 'ab' * {size})"))
+            client.kill()
+            client.status()
+        until(lambda: not (theirs / "cgroup.procs").read_text(), "the client has left its cgroup")
+    theirs.rmdir()
+    service_pays, client_pays = [True, False], [False, True]
+    assert found == {"near": service_pays, "both": client_pays, "far": service_pays, "written": client_pays}
+
+
+def test_descriptors_of_each_process(runtime_dir: Path, source_file: SourceFile) -> None:
+    """As the table in operations.md says."""
+
+    def count(pid: int) -> int:
+        return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+    with Service(runtime_dir, f"ram0={source_file(64 * PAGE)}") as service:
+        service.client()
+        keeper = custodian(service)
+        before = [count(pid) for pid in (service.pid, keeper)]
+        clients = [service.client() for _ in range(4)]
+        grown = [count(pid) - had for pid, had in zip((service.pid, keeper), before, strict=True)]
+        assert 6 * len(clients) <= grown[0] <= 8 * len(clients) and grown[1] == 4 * len(clients), grown
+        assert 17 <= count(service.worker(clients[0])) <= 21, count(service.worker(clients[0]))
 
 
 class InCgroup(Service):
