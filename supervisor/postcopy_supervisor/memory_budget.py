@@ -14,6 +14,7 @@ SCARCE = (
 )  # bytes left on the machine, or in a cgroup, below which only pages that a client waits for are placed
 TIGHT = 24 << 20
 """Bytes left in a cgroup below which no page is requested or placed. What is in flight still fits."""
+CALM_SECONDS = 0.25
 SCARCE_SHARE, TIGHT_SHARE = 4, 16  # ... but no more than these parts of a cgroup's limit
 
 
@@ -23,6 +24,24 @@ class Supply(IntEnum):
     ENOUGH = 0
     SCARCE = 1  # only pages that a client waits for
     TIGHT = 2  # not even those: the kernel would end a process of the cgroup
+
+
+class SteadySupply:
+    """What memory allows, without flapping at a limit: worse counts at once, better when it has lasted."""
+
+    def __init__(self) -> None:
+        self.value = Supply.ENOUGH
+        self._better_since: float | None = None
+
+    def see(self, found: Supply, now: float) -> Supply:
+        """The value after a look (``now`` in seconds)."""
+        if found >= self.value:
+            self.value, self._better_since = found, None
+        elif self._better_since is None:
+            self._better_since = now
+        elif now - self._better_since >= CALM_SECONDS:
+            self.value, self._better_since = found, None
+        return self.value
 
 
 class MemoryBudget:

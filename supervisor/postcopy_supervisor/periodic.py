@@ -12,7 +12,7 @@ from .clients.release import ClientRelease
 from .entrances import Entrances
 from .exports import Exports
 from .listener import Listener
-from .memory_budget import MemoryBudget, Supply
+from .memory_budget import MemoryBudget, SteadySupply, Supply
 from .observe.audit import Auditor
 from .parts import Parts
 from .remote.programs import SourceProgram
@@ -56,7 +56,7 @@ class PeriodicWork:
         self._program = program
         self._rare_at = 0.0
         self._interrupted = False
-        self._supply = self._workers = Supply.ENOUGH
+        self._supply, self._workers = SteadySupply(), SteadySupply()
         self._placed = 0  # pages, at the last look at the memory
 
     def worker_ended(self) -> None:
@@ -89,22 +89,23 @@ class PeriodicWork:
     def _check_memory(self) -> None:
         """Where memory is scarce, only pages with a waiter are placed. Where a cgroup has none left, they wait: the
         kernel would end a process of the cgroup, perhaps this one."""
-        parts, (supply, cgroup) = self._parts, self._budget.supply(self._in_flight())
+        parts, now, (found, cgroup) = self._parts, time.monotonic(), self._budget.supply(self._in_flight())
         self._placed = parts.paging.placed
         of_workers = self._budget.supply_of_workers()
-        workers, theirs = of_workers or (supply, cgroup)
+        before, supply = self._supply.value, self._supply.see(found, now)
+        found, theirs = of_workers or (found, cgroup)
+        before_workers, workers = self._workers.value, self._workers.see(found, now)
         if supply or workers:
-            self._timer.tick_at(time.monotonic() + SCARCE_SECONDS)
+            self._timer.tick_at(now + SCARCE_SECONDS)
         parts.control_page[counters.HELD_UNTIL_NS] = time.monotonic_ns() + HELD_NS if workers is Supply.TIGHT else 0
-        if supply != self._supply:
+        if supply != before:
             parts.paging.roomy = supply is Supply.ENOUGH
             parts.paging.hold(supply is Supply.TIGHT)
             self._report_memory(supply, cgroup)
-        if workers != self._workers:
+        if workers != before_workers:
             parts.control_page[counters.WINDOW_LIMIT] = self._fault_around if workers is Supply.ENOUGH else 0
             if of_workers is not None:
                 self._report_memory(workers, theirs)
-        self._supply, self._workers = supply, workers
 
     def _report_memory(self, supply: Supply, cgroup: str) -> None:
         where = f" in cgroup {cgroup}" if cgroup else ""

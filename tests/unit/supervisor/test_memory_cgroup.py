@@ -9,8 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from postcopy_supervisor import memory_budget
-from postcopy_supervisor.memory_budget import MemoryBudget, Supply, supply_of
-from postcopy_supervisor.memory_cgroup import UNLIMITED, MemoryCgroup, left_in, memory_cgroups, own_cgroups
+from postcopy_supervisor.memory_budget import MemoryBudget, SteadySupply, Supply, supply_of
+from postcopy_supervisor.memory_cgroup import (
+    UNLIMITED,
+    MemoryCgroup,
+    cgroups_of,
+    left_in,
+    memory_cgroups,
+    own_cgroups,
+)
 from postcopy_supervisor.paging.flow_control import FlowControl, RangeRequest
 
 MB = 1 << 20
@@ -113,6 +120,30 @@ def test_the_tightest_ancestor_decides(tmp_path: Path, monkeypatch: pytest.Monke
 def test_supply_falls_in_order(limit: int, left: int) -> None:
     assert supply_of(left, limit) >= supply_of(left + 1, limit)
     assert supply_of(limit, limit) is Supply.ENOUGH and supply_of(0, limit) is Supply.TIGHT
+
+
+def test_at_a_limit_it_does_not_flap() -> None:
+    steady = SteadySupply()
+    looks = [
+        (0.0, Supply.SCARCE),
+        (0.01, Supply.TIGHT),
+        (0.02, Supply.SCARCE),
+        (0.03, Supply.TIGHT),
+        (0.2, Supply.TIGHT),
+    ]
+    assert [steady.see(found, now) for now, found in looks] == [Supply.SCARCE, *[Supply.TIGHT] * 4]
+    assert steady.see(Supply.ENOUGH, 1.0) is steady.see(Supply.SCARCE, 1.2) is Supply.TIGHT
+    assert steady.see(Supply.SCARCE, 1.25) is Supply.SCARCE
+
+
+def test_the_cgroups_of_workers_are_found(tmp_path: Path) -> None:
+    inner = tmp_path / "a" / "b"
+    inner.mkdir(parents=True)
+    mountinfo = (
+        f"30 23 0:27 / {tmp_path} rw - cgroup cgroup rw,memory\n31 23 0:28 / /elsewhere rw - cgroup2 cgroup2 rw\n"
+    )
+    found = cgroups_of([str(inner), "/somewhere"], mountinfo)
+    assert [(one.version, one.path) for one in found] == [(1, str(inner)), (1, str(inner.parent)), (1, str(tmp_path))]
 
 
 def test_own_cgroups_are_found() -> None:
