@@ -380,8 +380,11 @@ class AttachClient:
         question = self._question
         expected = _UNASKED if question is None else (question.answer, *_UNASKED)
         message: Message = decode(data, expect=expected)
-        least = 2 if isinstance(message, BlockOpened) else 0
-        if not least <= descriptors <= message.DESCRIPTORS:
+        least, most = 0, message.DESCRIPTORS
+        if isinstance(message, BlockOpened):
+            own = question is not None and isinstance(question.message, OpenBlock) and question.message.mode == "own"
+            least, most = 2, 3 if own else 2
+        if not least <= descriptors <= most:
             name = type(message).__name__
             raise BadMessage(f"the supervisor in {self.directory} sent {name} with {descriptors} descriptors")
         match message:
