@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from tests.system.service import environment, until
+from tests.system.service import Service, environment, until
 
 READY_WITHIN = 60.0
 KEY, SECRET = "postcopy-test", "a-secret-that-must-not-be-shown"
@@ -231,3 +231,10 @@ def image(path: Path, pages: int, seed: int = 1, base: bytes = b"", changed: flo
     data = b"".join(found)
     path.write_bytes(data)
     return data
+
+
+def program_of(service: Service) -> int:
+    """The page source program of a supervisor."""
+    children = Path(f"/proc/{service.pid}/task/{service.pid}/children").read_text().split()
+    (found,) = [int(pid) for pid in children if b"store-source-" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return found

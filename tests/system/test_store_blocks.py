@@ -15,7 +15,7 @@ from postcopy_protocol.caibx import chunk_path
 from postcopy_sources.storage.compression import packed
 from tests.system.remote import await_state, source_of
 from tests.system.service import Service, alive, refused, until
-from tests.system.stores import SECRET, HttpStore, SeaweedFS, image, postcopy
+from tests.system.stores import SECRET, HttpStore, SeaweedFS, image, postcopy, program_of
 
 PAGE, CHUNK = 4096, 256 << 10
 PAGES = 640
@@ -40,13 +40,6 @@ def packed_image(tmp_path: Path) -> Path:
 def store(packed_image: Path) -> Iterator[HttpStore]:
     with HttpStore(packed_image.parent / "store") as server:
         yield server
-
-
-def program_of(service: Service) -> int:
-    """The page source program of a supervisor."""
-    children = Path(f"/proc/{service.pid}/task/{service.pid}/children").read_text().split()
-    (found,) = [int(pid) for pid in children if b"store-source-" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    return found
 
 
 def check(service: Service, path: Path, seed: int = 0, within: float = 60.0) -> None:
@@ -142,7 +135,7 @@ def test_supervisors_of_a_host_share_one_fetch(runtime_dir: Path, tmp_path: Path
         assert set(chunks.values()) == {1}
 
 
-@pytest.mark.parametrize("what", ["flip", b"bomb", 404, 500])
+@pytest.mark.parametrize("what", ["flip", "short", b"bomb", 404, 503])
 def test_what_is_wrong_is_lost_and_healed(
     runtime_dir: Path, tmp_path: Path, store: HttpStore, what: str | int | bytes
 ) -> None:

@@ -175,6 +175,31 @@ class ChunkCache:
         if full:
             self.trim()
 
+    def keep_file(self, name: str, data: bytes) -> None:
+        """Keep a copy of an index or a sidecar, under a name that says where it is from. It is not trimmed."""
+        path = self._kept(name)
+        temporary = f"{path}.tmp-{os.getpid()}-{next(self._numbers)}"
+        try:
+            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+            _write(temporary, hashlib.sha256(data).digest(), data)
+            os.replace(temporary, path)
+        except OSError as error:
+            with suppress(OSError):
+                os.unlink(temporary)
+            self._warn(error)
+
+    def kept_file(self, name: str) -> bytes | None:
+        """The copy; None: there is none that is whole."""
+        try:
+            with open(self._kept(name), "rb") as file:
+                digest, data = file.read(ID_BYTES), file.read()
+        except OSError:
+            return None
+        return data if hashlib.sha256(data).digest() == digest else None
+
+    def _kept(self, name: str) -> str:
+        return os.path.join(self.directory, "index", hashlib.sha256(name.encode()).hexdigest())
+
     def trim(self, share: float = _SHARE_TO_KEEP) -> None:
         """Remove the chunks that were used longest ago when the limit is exceeded (or, with another ``share``, so that
         only this share of what is there stays)."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import logging
 from dataclasses import dataclass
+from typing import Protocol
 
 from postcopy_protocol.caibx import INDEX_ENDING, LARGEST_INDEX, Index, format_index, parse_index
 from postcopy_protocol.errors import BadInput, PostcopyError
 from postcopy_protocol.sidecar import LARGEST_SIDECAR, SIDECAR_ENDING, Sidecar, format_sidecar, parse_sidecar
 
-from .stores import Missing, Store, StoreFailed
+from .stores import Missing, Refused, Store, StoreFailed
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +31,31 @@ class Snapshot:
         return f"caibx-{self.key.hex()[:40]}"
 
 
-def load(store: Store, name: str) -> Snapshot:
-    """Read a snapshot. Raises StoreFailed, BadInput for an index that is damaged."""
+class Keep(Protocol):
+    """Where copies of indexes are kept on this host."""
+
+    def keep_file(self, name: str, data: bytes) -> None: ...
+    def kept_file(self, name: str) -> bytes | None: ...
+
+
+def load(store: Store, name: str, keep: Keep | None = None) -> Snapshot:
+    """Read a snapshot. With ``keep`` the copy that is there is used while the store fails. Raises StoreFailed, BadInput
+    for an index that is damaged."""
     index_file = name + INDEX_ENDING
+    place = f"{store.shown}/{index_file}"
     try:
         data = store.get(index_file, LARGEST_INDEX)
+        if keep is not None:
+            keep.keep_file(place, data)
+    except Refused:
+        raise
     except Missing:
         raise Missing(f"there is no snapshot {name} in {store.shown}: {index_file} is not there") from None
+    except StoreFailed as error:
+        if keep is None or (kept := keep.kept_file(place)) is None:
+            raise
+        log.warning("%s; the copy of the index on this host is used", error)
+        data = kept
     index = _parsed(store, index_file, data)
     key = hashlib.sha256(data).digest()
     return Snapshot(name, index, key, load_sidecar(store, name, key))

@@ -238,7 +238,7 @@ def open_sources(
             store = open_store(place.store, SERVING_SECONDS)
             stores[place.store] = store, ChunkReader(store, cache)
         store, reader = stores[place.store]
-        snapshot = load(store, place.name)
+        snapshot = load(store, place.name, cache)
         recording = Recording(store, snapshot) if record else None
         peers = open_peers(name, place.peers, snapshot.index.size) if place.peers else None
         found.append(SnapshotSource(name, snapshot, reader, pool, recording, replay, peers))

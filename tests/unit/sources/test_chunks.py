@@ -15,13 +15,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from postcopy_protocol.caibx import SHA256, SHA512_256, digest_of
+from postcopy_protocol.caibx import SHA256, SHA512_256, digest_of, format_index, index_of
 from postcopy_protocol.errors import BadInput, PageLost
 from postcopy_sources.storage import chunk_reader
 from postcopy_sources.storage.chunk_cache import ChunkCache
 from postcopy_sources.storage.chunk_reader import ChunkReader, Wanted
 from postcopy_sources.storage.compression import WrongChunk, packed, unpacked
-from postcopy_sources.storage.stores import Entry, Missing, StoreFailed
+from postcopy_sources.storage.snapshots import load
+from postcopy_sources.storage.stores import Entry, Missing, Refused, StoreFailed
 
 DATA = b"".join(bytes([n]) * 4096 for n in range(5)) + b"tail"
 NAME = hashlib.sha256(DATA).digest()
@@ -249,3 +250,31 @@ def test_readers_at_once_share_one_fetch() -> None:
     for thread in threads:
         thread.join(20)
     assert found == [DATA] * 8 and store.asked == 1
+
+
+def test_copies_of_indexes_are_used_while_the_store_fails(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Not when the snapshot is gone, or the credentials are refused; and not a copy that is damaged."""
+    index = format_index(index_of([(NAME, len(DATA))], len(DATA)))
+    answers: list[bytes | Exception] = []
+
+    def make() -> bytes:
+        answer = answers[0] if len(answers) == 1 else answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    store = FakeStore(make)
+    with ChunkCache(str(tmp_path), 1 << 20) as cache:
+        answers[:] = [index, Missing("no sidecar")]
+        key = load(store, "vm", cache).key
+        answers[:] = [StoreFailed("503")]
+        assert load(store, "vm", cache).key == key and "copy of the index" in caplog.text
+        for error in (Missing("gone"), Refused("secret key")):
+            answers[:] = [error]
+            with pytest.raises(type(error)):
+                load(store, "vm", cache)
+        (copy,) = (tmp_path / "index").iterdir()
+        copy.write_bytes(copy.read_bytes()[:-1])
+        answers[:] = [StoreFailed("503")]
+        with pytest.raises(StoreFailed):
+            load(store, "vm", cache)
