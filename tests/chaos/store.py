@@ -158,8 +158,11 @@ class StoreRound(Round):
             self.helper_killed = time.monotonic()
         if not pid or not send(pid, signal.SIGKILL if what == "kill" else signal.SIGSTOP):
             return 0
-        if what == "stop":
-            self.later.append((time.monotonic() + self.chance.uniform(0.05, 3.0), pid))
+        pause = self.chance.uniform(0.05, 3.0) if what == "stop" else 0.0
+        if pause:
+            self.later.append((time.monotonic() + pause, pid))
+        if who == "helper":  # the block pauses
+            self.deeds.troubled = max(self.deeds.troubled, time.monotonic() + pause)
         return 1
 
     def damage(self, what: str) -> int:

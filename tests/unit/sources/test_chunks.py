@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -278,3 +279,42 @@ def test_copies_of_indexes_are_used_while_the_store_fails(tmp_path: Path, caplog
         answers[:] = [StoreFailed("503")]
         with pytest.raises(StoreFailed):
             load(store, "vm", cache)
+
+
+def test_the_background_waits_for_room_and_clients_do_not() -> None:
+    """A chunk of the background that a client comes to wait for waits no longer."""
+    chunks = [bytes([number]) * 5000 for number in range(4)]
+    wanted = {digest_of(chunk, SHA256): chunk for chunk in chunks}
+    go, asked = threading.Event(), list[str]()
+
+    class Slow(FakeStore):
+        def get(self, key: str, limit: int, on_answer: Callable[[], object] = lambda: None) -> bytes:
+            asked.append(key)
+            assert go.wait(60)
+            on_answer()
+            return packed(next(chunk for name, chunk in wanted.items() if name.hex() in key))
+
+    reader = ChunkReader(Slow(lambda: b""), None)
+    reader.pace.window = 1.0
+    ones = [Wanted(name, 5000, SHA256) for name in wanted]
+    pool = ThreadPoolExecutor(8)
+
+    def await_asked(count: int) -> None:
+        deadline = time.monotonic() + 20
+        while len(asked) < count:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+    first = pool.submit(reader.chunk, ones[0], urgent=False)
+    await_asked(1)
+    second = pool.submit(reader.chunk, ones[1], urgent=False)
+    urgent = pool.submit(reader.chunk, ones[2])
+    await_asked(2)
+    assert ones[1].id.hex() not in "".join(asked), "there is no room for it"
+    hurried = pool.submit(reader.chunk, ones[1])
+    await_asked(3)
+    assert ones[1].id.hex() in asked[2]
+    go.set()
+    found = [future.result(20) for future in (first, second, urgent, hurried)]
+    assert found == [chunks[0], chunks[1], chunks[2], chunks[1]] and len(asked) == 3
+    pool.shutdown()
