@@ -44,11 +44,13 @@ FIGURES = {
     "qemu": ["live image of a VM", "from the command to the first page of a VM"],
     "store": [
         "fault p50, warm chunk cache",
-        "time to ready with replay",
-        "requests of clients with replay",
+        "from SeaweedFS, serve",
+        "numpy: time to ready with replay",
+        "numpy: requests with replay",
         "pack of",
         "second snapshot, 5 % of the pages changed",
     ],
+    "clones": ["pack a block of a running machine", "host B: from nothing to its", "clones at once on both hosts"],
     "growth": [
         "shared, 300 random pages",
         "growth of the p50, private",

@@ -178,6 +178,23 @@ def test_the_program_is_restarted_and_ends_with_its_supervisor(
     assert not alive(third)
 
 
+def test_a_program_that_is_killed_before_it_serves_is_started_again(
+    runtime_dir: Path, tmp_path: Path, store: HttpStore
+) -> None:
+    store.only, store.what = ".caibx", "hang"
+    service = Service(runtime_dir, f"ram0=store:{store.url}/vm1", background_rate="0")
+    try:
+        until(lambda: store.asked.get("vm1.caibx"), "it asks for the index", 40)
+        os.kill(program_of(service), signal.SIGKILL)
+        store.what = ""
+        until(lambda: "ready" in service.log(), "it is ready", 60)
+        assert "it is started again" in service.log()
+    finally:
+        service.process.send_signal(signal.SIGTERM)
+        assert service.wait() == 0
+        service._drop()
+
+
 def test_another_snapshot_under_the_name_is_refused(runtime_dir: Path, tmp_path: Path, store: HttpStore) -> None:
     """Its source would give clients a mixture of two images."""
     data = (tmp_path / "image").read_bytes()

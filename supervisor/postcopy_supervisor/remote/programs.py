@@ -16,7 +16,6 @@ from contextlib import suppress
 from dataclasses import replace
 
 from postcopy_kernel.programs import command, environment
-from postcopy_protocol.errors import PostcopyError
 from postcopy_protocol.runtime_paths import PRIVATE
 from postcopy_protocol.sources import RemoteSource, StoreSource
 
@@ -56,15 +55,13 @@ class SourceProgram:
         self._process = subprocess.Popen(self._command, env=environment(), stdin=subprocess.DEVNULL, process_group=0)
 
     def check_started(self) -> None:
-        """Raises SystemExit when the program could not serve from the start, and has said why; PostcopyError when it
-        was killed."""
+        """Raises SystemExit when the program could not serve from the start, and has said why. One that was killed is
+        started again."""
         if self._process is None or self._process.poll() is None:
             return
-        if self._process.returncode < 0:
-            raise PostcopyError(
-                f"the page source of {', '.join(self._stores)} was killed ({-self._process.returncode})"
-            )
-        raise SystemExit(self._process.returncode)
+        if self._process.returncode >= 0:
+            raise SystemExit(self._process.returncode)
+        self.tick(time.monotonic())
 
     def tick(self, now: float) -> None:
         """Start it again when it has ended; the pause doubles while it does not stay."""
