@@ -153,7 +153,8 @@ class StoreRound(Round):
     def hit(self, who: str, what: str) -> int:
         pid = self.stage.helper() if who == "helper" else self.stage.host.pid if self.stage.host is not None else 0
         if what == "kill" and who == "helper":
-            if time.monotonic() - self.helper_killed < HELPER_KILLS_APART:
+            young = time.monotonic() - self.helper_killed < HELPER_KILLS_APART
+            if young or not self.stage.calm(self.deeds.troubled):  # it would never serve
                 return 0
             self.helper_killed = time.monotonic()
         if not pid or not send(pid, signal.SIGKILL if what == "kill" else signal.SIGSTOP):
