@@ -34,6 +34,7 @@ from . import (
     scaling,
     sequential,
     store,
+    together,
     transport,
     twin,
 )
@@ -49,6 +50,7 @@ BENCHMARKS: Mapping[str, Measure] = {
     "limits": limits.run,
     "scaling": scaling.run,
     "sequential": sequential.run,
+    "together": together.run,
     "bulk": bulk.run,
     "attach": attach.run,
     "recovery": recovery.run,
@@ -61,12 +63,14 @@ BENCHMARKS: Mapping[str, Measure] = {
     "store": store.run,
     "clones": clones.run,
 }
+HELD_TO_GOALS = ("together",)
 FORMAT = 1
 """Version of the JSON document."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 measured, also where a goal is missed; 1 a part failed or read a wrong byte; 2 usage; 130 Ctrl-C.
+    """Exit status: 0 measured, also where a goal is missed (but for HELD_TO_GOALS); 1 a part failed, missed such a goal
+    or read a wrong byte; 2 usage; 130 Ctrl-C.
 
     The rows of the parts that did not fail are printed and written in every case."""
     parser = _parser()
@@ -102,7 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = {name for name, rows in results.items() if any(row.failed for row in rows)}
     if asked.write_docs:
         write_docs(found, {name: rows for name, rows in results.items() if name not in failed})
-    return 130 if interrupted else int(bool(failed))
+    missed = {name for name in HELD_TO_GOALS if any(row.verdict == "missed" for row in results.get(name, ()))}
+    return 130 if interrupted else int(bool(failed | (set() if scale.quick else missed)))
 
 
 def _parser() -> argparse.ArgumentParser:

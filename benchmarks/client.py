@@ -110,6 +110,7 @@ class Client:
         self.base = 0
         self._held: list[Any] = []
         self._supervisor: Any = None
+        self._sum: int | None = None
         with open(spec["file"], "rb") as file:
             self._truth = _mapped(file.fileno(), self.length)
         self.truth = ctypes.addressof(ctypes.c_char.from_buffer(self._truth))
@@ -240,10 +241,23 @@ class Client:
             self._supervisor.close()
 
     def read(self, order: Answer) -> Answer:
-        """Read the block in order, once."""
-        answer = self.c.read_through(self.base, self.length)
-        answer["wrong"] = int(answer["sum"] != self.c.read_through(self.truth, self.length)["sum"])
-        return answer
+        """Read the block in order, once: from page ``first`` to its end, then what is before, beginning at ``start``
+        (CLOCK_MONOTONIC, ns)."""
+        at = order.get("first", 0) * PAGE
+        if "start" in order:
+            time.sleep(max(0, order["start"] - time.monotonic_ns()) / 1e9)
+        behind, before = self.c.read_through(self.base + at, self.length - at), self.c.read_through(self.base, at)
+        self.sum_up(order)
+        return {
+            "span": [behind["span"][0], before["span"][1]],
+            "wrong": int((behind["sum"] + before["sum"]) % (1 << 64) != self._sum),
+        }
+
+    def sum_up(self, order: Answer) -> Answer:
+        """Work out what ``read`` compares with, once, so that it takes nothing from other clients then."""
+        if self._sum is None:
+            self._sum = self.c.read_through(self.truth, self.length)["sum"]
+        return {}
 
     def peers(self, order: Answer) -> Answer:
         """The peers of a sequential reading that need no handler."""
@@ -308,6 +322,7 @@ def main() -> None:
         "join": client.join,
         "serve": client.serve,
         "read": client.read,
+        "sum_up": client.sum_up,
         "peers": client.peers,
         "kill": client.kill,
         "rejoin": client.rejoin,

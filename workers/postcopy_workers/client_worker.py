@@ -102,7 +102,7 @@ def _fault_handler(worker: Worker, requests: Requests | None, recording: Recordi
     regions = []
     for grant in assignment.regions:
         block = worker.blocks[grant.block]
-        around = FaultAround(max(1, assignment.fault_around >> block.shift), assignment.adaptive)
+        around = FaultAround(max(1, assignment.fault_around >> block.shift), assignment.adaptive, block.received)
         regions.append(Region(grant, block, around, worker.stages[grant.block]))
     worker.counters[counters.FAULT_LOOP] = counters.FAULT_LOOPS.index("compiled" if twin.COMPILED else "python")
     return FaultHandler(

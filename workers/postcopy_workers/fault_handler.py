@@ -245,10 +245,7 @@ class FaultHandler:
             elif state == RECEIVED and block.present(page):
                 counters[DEDUPLICATED] += 1
                 self._resume(region, page, flags)
-                if region.own:
-                    pages = region.around.window(page)
-                else:
-                    self._follow(region, page)
+                pages = region.around.window(page) if region.own else self._follow(region, page)
             elif state == LOST and not block.present(page):
                 counters[LOST_PAGES] += 1
                 self._poison(region, page)
@@ -335,15 +332,15 @@ class FaultHandler:
         self._counters[PLACED if placed_by_us else DEDUPLICATED] += 1
         region.stages[bucket(perf_counter_ns() - begun) + PLACED_STAGE] += 1
         self.userfaultfd.resume(region, page, flags)
-        if placed_by_us:
-            return region.around.window(page)
-        self._follow(region, page)
-        return 1
+        return region.around.window(page) if placed_by_us else self._follow(region, page)
 
-    def _follow(self, region: Region, page: int) -> None:
-        """Another worker was first: its window is in this client's way."""
-        around = region.around
-        around.follow(page, placed_until(page, bytes(region.block.received[page : page + around.largest_pages])))
+    def _follow(self, region: Region, page: int) -> int:
+        """Another worker was first: its window is in this client's way. Returns how many pages, of which those of the
+        other are the first, fault-around may fill."""
+        around, block = region.around, region.block
+        end = placed_until(page, bytes(block.received[page : min(region.end_page, page + around.largest_pages)]))
+        ahead = around.follow(page, end)
+        return end - page + ahead if ahead or block.guarded else 1
 
     def _not_placed(self, region: Region, page: int, failed: int) -> None:
         """React to the errno of a COPY of a single page."""

@@ -98,13 +98,13 @@ cdef inline pc_ioctl ioctl_of(object ioctl) except NULL:
     return pc_call_kernel if ioctl is kernel else pc_call_python
 
 cdef unsigned long UFFDIO_COPY, UFFDIO_CONTINUE, UFFDIO_WAKE
-cdef int MESSAGE_BYTES, HELD_UNTIL_NS, PLAIN, PLACING, RECEIVED, PLACED_STAGE, WOKEN, STREAMS, FAULT_MINOR, FAULT_WRITE, TIDY_PAGES
-cdef int EVENT_PAGEFAULT, MESSAGE_FIELDS, BATCH, BASE_SHIFT, TIMED
+cdef int MESSAGE_BYTES, HELD_UNTIL_NS, PLAIN, MISSING, PLACING, RECEIVED, PLACED_STAGE, WOKEN, STREAMS, REACH
+cdef int EVENT_PAGEFAULT, MESSAGE_FIELDS, BATCH, BASE_SHIFT, TIMED, FAULT_MINOR, FAULT_WRITE, TIDY_PAGES
 cdef int ANSWERED, NOTHING_READ, BEHIND, UNCOMMON, ELSEWHERE, FAILED, READING
 
 cdef class LocalRegion:
     cdef readonly object region, kept
-    cdef long long base, first, end, target, source, behind, largest
+    cdef long long base, first, end, target, source
     cdef long long expected[8]
     cdef int streams, noted, place_on, resume_on
     cdef bint private, adaptive
@@ -123,7 +123,7 @@ cdef class LocalRegion:
     cdef void note_time(self, long long taken, int weight) noexcept nogil
     cdef take_streams(self)
     cdef give_streams(self)
-    @cython.locals(at=int)
+    @cython.locals(at=int, first=cython.longlong)
     cdef bint alone(self, long long page) noexcept nogil
 
 cdef class FaultLoop:

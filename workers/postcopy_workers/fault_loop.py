@@ -19,10 +19,10 @@ from typing import Any
 
 from postcopy_kernel.userfaultfd import MESSAGE_BYTES, UFFDIO_CONTINUE, UFFDIO_COPY, UFFDIO_WAKE
 from postcopy_protocol.counters import HELD_UNTIL_NS, PLAIN
-from postcopy_protocol.received_map import PLACING, RECEIVED
+from postcopy_protocol.received_map import MISSING, PLACING, RECEIVED
 from postcopy_protocol.stages import PLACED as PLACED_STAGE
 from postcopy_protocol.stages import WOKEN
-from postcopy_protocol.window import STREAMS
+from postcopy_protocol.window import REACH, STREAMS
 
 from . import cython_stand_in as cython
 from .client_ufd import FAULT_MINOR, FAULT_WRITE, Region
@@ -75,7 +75,7 @@ class LocalRegion:
         self.counters, self.stages, self.control = words_of(counters), words_of(region.stages), words_of(control)
         self.ioctl = ioctl_of(calls.ioctl)
         self.placed = 0  # by the loop, in timed faults: they stand for all
-        self.adaptive, self.largest, self.behind = False, 0, 0
+        self.adaptive = False
         self.streams = 0  # of ``expected`` in use
         self.noted = 0  # the newest of them that ``FaultAround`` does not have yet
         if not cython.compiled:
@@ -93,8 +93,7 @@ class LocalRegion:
 
     def take_streams(self) -> None:
         """Before the compiled loop: a copy of what ``FaultAround`` expects."""
-        expected, self.behind = self.region.around.expected()
-        self.adaptive, self.largest = self.region.around.adaptive, self.region.around.largest_pages
+        expected, self.adaptive = self.region.around.expected(), self.region.around.adaptive
         self.streams, self.noted = len(expected), 0
         for at, page in enumerate(expected):
             self.expected[at] = page
@@ -108,10 +107,13 @@ class LocalRegion:
 
     def alone(self, page: int) -> bool:
         """Does a fault continue no stream? Then it is noted as ``FaultAround.window`` would, and its window is 1."""
-        if not self.adaptive or 0 <= page - self.behind < self.largest:
+        if not self.adaptive:
             return False
+        first = page  # of the placed pages before it
+        while first > 0 and page - first < REACH and self.received[first - 1] != MISSING:
+            first -= 1
         for at in range(self.streams):
-            if self.expected[at] == page or self.expected[at] == page + 1:
+            if first <= self.expected[at] <= page + 1:
                 return False
         if self.streams == STREAMS:
             for at in range(1, STREAMS):
