@@ -92,9 +92,10 @@ class FaultAround:
         """As ``follow``, where all clients share these windows: the pages up to ``end`` are placed or requested, and
         one more client waits among them. A window of its own is placed behind them, if they are a stream."""
         width = self._take(self._run_before(page), end)
+        ahead = min(width << 1, self.largest_pages) if width > 1 else 0
         if width:
-            self._expected[end + (width if width > 1 else 0)] = width
-        return width if width > 1 else 0
+            self._expected[end + ahead] = ahead or 1
+        return ahead
 
     def _take(self, first: int, last: int) -> int:
         """The width of a stream that is expected from page ``first`` to ``last``, which is forgotten; 0: none is."""

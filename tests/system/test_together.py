@@ -34,3 +34,4 @@ def test_walking_together_costs_few_faults(runtime_dir: Path, source_file: Sourc
         # Remote, each waits for each window: a window is up to 64 pages, local ones up to 256.
         assert faults < SIZE // PAGE // (4 if kind == "local" else 1), status["totals"]
         assert status["totals"]["requests"] < SIZE // PAGE // 8
+        assert status["totals"]["restarts"] == 0

@@ -424,14 +424,15 @@ class FaultHandler:
             return
         counters[BUSY_SINCE_NS] = monotonic_ns()
         try:
-            if region.in_block:
-                placed = 0
-                if not isinstance(block.pages, RemotePages):
-                    placed = block.widen(block.own.userfaultfd, block.own.address, page + 1, end, COPY_DONTWAKE)
-                if block.guarded or region.own:
-                    self.userfaultfd.map_received(region, page + 1, end)
+            placed = 0
+            if isinstance(block.pages, RemotePages):
+                pass  # the supervisor has requested what is worth it
+            elif region.in_block:
+                placed = block.widen(block.own.userfaultfd, block.own.address, page + 1, end, COPY_DONTWAKE)
             else:
                 placed = block.widen(self.userfaultfd.descriptor, region.base, page + 1, end, 0)
+            if block.guarded or region.own:
+                self.userfaultfd.map_received(region, page + 1, end)
         except (PageLost, SourceChanged, HandlerFailed):
             return  # a later fault on that page meets the same error and reports it
         finally:

@@ -45,7 +45,7 @@ WorkerFastPath = Callable[[bytes], None]
 SourceFastPath = Callable[[bytes, memoryview], bool | None]
 """Takes a head and the one frame behind it. None: it is not an expected answer, and nothing was done. Otherwise its
 pages are placed; True when more may be requested in the background."""
-Window = Callable[[int], int]  # fault-around of one client on one block (``FaultAround.window``)
+Window = Callable[[int], int]  # fault-around of one block (``FaultAround.window``)
 Ioctl = Callable[[int, int, bytearray], object]  # ``fcntl.ioctl``
 Place = Callable[[RangeRequest, memoryview], bool]
 AddressOf = Callable[[memoryview], int]  # address of a buffer's first byte
@@ -80,11 +80,12 @@ def worker_fast_path(paging: Paging, waiter: int, block: RamBlock, link: SourceL
         page = offset >> shift
         if received[page] > PLACING or link.state is not up or page << shift != offset:
             return full_path(waiter, block, (page,))
-        pages, key, at, request = window(page), (number, page), bisect_right(starts, page), flow.next_number
+        key, at, request = (number, page), bisect_right(starts, page), flow.next_number
+        if key in waiting or (at and page < ends[starts[at - 1]]):  # it has a waiter, or is requested, already
+            return full_path(waiter, block, (page,))
+        pages = window(page)
         if (
             pages > 1
-            or key in waiting  # it has a waiter already
-            or (at and page < ends[starts[at - 1]])  # it is requested already
             or queues  # others come first
             or len(outstanding) >= most
             or flow.bytes_in_flight >= most_bytes

@@ -31,6 +31,8 @@ from .source_link import AdvisedBlock, Arrived, LinkState, SourceLink
 from .wakers import Wakers
 
 REMOTE_WINDOW = 256 << 10  # largest fault-around of a remote block: while clients wait, no answer is longer
+AHEAD = 2 << 20  # bytes in front of a client that others have requested, above which it requests none behind them
+STREAMS = 64  # of all clients of a block together
 MOST_FAST_PATHS = 64  # of one worker: it requests pages of as many blocks, each in one form
 MISSING_BYTE = bytes((MISSING,))
 
@@ -63,7 +65,7 @@ class RemotePaging:
         self._blocks, self._local, self._alarm, self._event = blocks, local, alarm, event
         self._fault_around, self._poison_on_loss, self._clock = fault_around, poison_on_loss, clock
         self._heads: dict[int, list[bytes]] = {}  # by worker: its keys of fast_paths
-        self._windows: dict[tuple[int, int], FaultAround] = {}  # by waiter and block
+        self._windows: dict[int, FaultAround] = {}  # by block: a window belongs to the stream of all its clients
         self._held = False
         self._short_at = -1  # what ``placed`` was at the last shortage of memory
 
@@ -86,26 +88,28 @@ class RemotePaging:
         return link
 
     def fault(self, waiter: int, block: RamBlock, pages: Sequence[int], window: int = 0) -> None:
-        """A waiter faulted on these pages. ``window``: pages to request with each, instead of the waiter's own
-        fault-around."""
+        """A waiter faulted on these pages. ``window``: pages to request with each, instead of the fault-around."""
         effects: list[Effect] = []
         link = self.links.get(block.number)
         denied = self._poison_on_loss and link is not None and link.state is LinkState.PAUSED
         for page in pages:
             state = block.received[page]
             if state in (RECEIVED, LOST):
-                if not window:
-                    self._follow(waiter, block, page)
                 effects.append(Release(waiter, block.number, page, state == LOST))
             elif denied:
                 effects.append(Release(waiter, block.number, page, True))
-            else:
-                end = self._end_of_request(block, page, window or self._window_of(waiter, block).window(page))
-                self.cursor[block.number] = end
-                asked = self.engine.fault(waiter, block.number, page, end)
-                effects += asked
-                if not asked and link is not None and link.flow.background_in_flight:
+                continue
+            elif self.engine.first_gap(block.number, page, page + 1) is None:
+                effects += self.engine.fault(waiter, block.number, page, page + 1)
+                if link is not None and link.flow.background_in_flight:
                     link.promote(waiter, block.number, page * block.page_size, block.page_size, self._clock())
+            else:
+                end = self._end_of_request(block, page, window or self._window_of(block).window(page))
+                self.cursor[block.number] = end
+                effects += self.engine.fault(waiter, block.number, page, end)
+                continue
+            if not window and link is not None and state != LOST:
+                effects += self._extend(block, page)
         self._do(effects, waiter)
 
     def hold(self, held: bool) -> None:
@@ -125,14 +129,12 @@ class RemotePaging:
         heads = self._heads.setdefault(waiter, [])
         if link is not None and not self._held and len(heads) < MOST_FAST_PATHS:
             heads.append(data[:-OFFSET_BYTES])
-            window = self._window_of(waiter, block).window
+            window = self._window_of(block).window
             self.fast_paths[data[:-OFFSET_BYTES]] = worker_fast_path(self, waiter, block, link, window)
 
     def left(self, waiter: int) -> None:
         """A client is gone."""
         self.engine.leave(waiter)
-        for key in [key for key in self._windows if key[0] == waiter]:
-            del self._windows[key]
         for head in self._heads.pop(waiter, ()):
             self.fast_paths.pop(head, None)
 
@@ -149,18 +151,30 @@ class RemotePaging:
         behind = block.received[page + 1 : min(block.pages, page + window)] if window > 1 and self.roomy else b""
         return page + 1 + len(behind) - len(behind.lstrip(MISSING_BYTE))
 
-    def _follow(self, waiter: int, block: RamBlock, page: int) -> None:
-        """Another client has had this page placed, and perhaps a window behind it."""
-        around = self._window_of(waiter, block)
-        around.follow(page, placed_until(page, block.received[page : page + around.largest_pages]))
+    def _extend(self, block: RamBlock, page: int) -> list[Effect]:
+        """One more client walks where pages are requested already, or have just come. It has its share in the stream:
+        a window behind what is requested, so that as much is in flight as if each client walked alone."""
+        number, received, end = block.number, block.received, page
+        last = min(block.pages, page + AHEAD // block.page_size)
+        while end < last:
+            gap = self.engine.first_gap(number, end, last)
+            requested = last if gap is None else gap[0]
+            placed = placed_until(requested, received[requested:last])
+            if placed == end:
+                break
+            end = placed
+        pages = self._window_of(block).extend(page, end)
+        if not pages or end == last or not self.roomy:
+            return []
+        self.cursor[number] = stop = self._end_of_request(block, end, pages)
+        return self.engine.ask(number, end, stop)
 
-    def _window_of(self, waiter: int, block: RamBlock) -> FaultAround:
-        """Fault-around of one waiter on one block."""
-        key = (waiter, block.number)
-        around = self._windows.get(key)
+    def _window_of(self, block: RamBlock) -> FaultAround:
+        """Fault-around of one block."""
+        around = self._windows.get(block.number)
         if around is None:
             largest = max(1, min(self._fault_around, REMOTE_WINDOW) // block.page_size)
-            around = self._windows[key] = FaultAround(largest)
+            around = self._windows[block.number] = FaultAround(largest, True, block.received, STREAMS)
         return around
 
     def _do(self, effects: list[Effect], client: int) -> None:
