@@ -23,7 +23,7 @@ TIME_GOAL, FAULTS_GOAL = 1.5, 4.0
 
 def run(bench: Bench) -> list[Row]:
     """Time and faults for local and remote blocks, private and shared clients."""
-    length = bench.scale.of(LENGTH, 16 << 20)
+    length, clients = bench.scale.of(LENGTH, 16 << 20), bench.scale.of(CLIENTS, 2)
     file = bench.warm_file("together", length)
     cases = [(kind, mode) for kind in KINDS for mode in MODES]
     took: dict[tuple[str, str], list[Pair]] = {case: [] for case in cases}
@@ -31,21 +31,22 @@ def run(bench: Bench) -> list[Row]:
     for number in range(bench.scale.pairs):
         bench.say(f"together: pair {number + 1} of {bench.scale.pairs}")
         for case in cases:
-            sides = {apart: _read(bench, file, length, *case, apart) for apart in (bool(number % 2), not number % 2)}
+            sides = {
+                apart: _read(bench, file, length, clients, *case, apart) for apart in (bool(number % 2), not number % 2)
+            }
             took[case].append((sides[False][0], sides[True][0]))
             faults[case].append((sides[False][1], sides[True][1]))
     os.unlink(file)
     labels, rows = ("together", "apart"), []
     for kind, mode in cases:
-        name, case = f"{CLIENTS} clients, {length >> 20} MiB {kind}, {mode}", (kind, mode)
+        name, case = f"{clients} clients, {length >> 20} MiB {kind}, {mode}", (kind, mode)
         rows.append(ratio_row(f"{name}, time", took[case], TIME_GOAL, unit="ms", labels=labels))
         rows.append(ratio_row(f"{name}, faults", faults[case], FAULTS_GOAL, unit="faults", labels=labels))
     return rows
 
 
-def _read(bench: Bench, file: str, length: int, kind: str, mode: str, apart: bool) -> tuple[float, float]:
+def _read(bench: Bench, file: str, length: int, clients: int, kind: str, mode: str, apart: bool) -> tuple[float, float]:
     """Milliseconds from the first access of the first client to the last of the last one, and the faults of all."""
-    clients = bench.scale.of(CLIENTS, 2)
     with ExitStack() as stack:
         source = stack.enter_context(bench.source(["ram"], file=file))["ram"] if kind == "remote" else file
         supervisor = stack.enter_context(bench.supervisor({"ram": source}, background_rate=0))

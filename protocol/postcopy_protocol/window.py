@@ -37,9 +37,7 @@ class FaultAround:
 
     __slots__ = ("_expected", "_received", "_streams", "adaptive", "largest_pages", "used")
 
-    def __init__(
-        self, largest_pages: int, adaptive: bool = True, received: Any = None, streams: int = STREAMS
-    ) -> None:
+    def __init__(self, largest_pages: int, adaptive: bool = True, received: Any = None, streams: int = STREAMS) -> None:
         self.largest_pages = largest_pages
         self.adaptive = adaptive
         self.used = 0

@@ -58,6 +58,7 @@ FIGURES = {
         "sparse, 200 GiB, against pread",
     ],
     "scaling": ["1 client, wall time", "3 clients, wall time"],
+    "together": ["local, private, time", "local, shared, faults", "remote, private, faults", "remote, shared, time"],
     "bulk": ["pieces of 64 KiB", "pieces of 256 KiB", "pieces of 2048 KiB", "background of a local block"],
     "attach": ["to first byte", "private memory", "clients attached", "sparse file of 100 GiB"],
     "remote": [

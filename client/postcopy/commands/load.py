@@ -56,6 +56,9 @@ Ramp = Annotated[float, typer.Option("--ramp", min=0.0, max=LONGEST, help="Sprea
 Threads = Annotated[int, typer.Option("--threads", min=1, max=256, help="Threads of each client.")]
 Writes = Annotated[float, typer.Option("--writes", min=0.0, max=1.0, help="Share of touches that write.")]
 Stride = Annotated[int, typer.Option("--stride", min=1, help="Pages from one touch to the next, for --pattern stride.")]
+Together = Annotated[
+    bool, typer.Option("--together", help="For --pattern sequential: all begin at the first page, not apart.")
+]
 Verify = Annotated[
     str | None, typer.Option("--verify", metavar="FILE|zeros|handler:M:F", help="Check every page that is touched.")
 ]
@@ -95,6 +98,7 @@ def load(
     threads: Threads = 1,
     writes: Writes = 0.0,
     stride: Stride = 16,
+    together: Together = False,
     verify: Verify = None,
     compiled: Compiled = False,
     kill_workers: KillWorkers = 0.0,
@@ -108,8 +112,9 @@ def load(
     runtime_dir: RuntimeDir = None,
 ) -> None:
     """Load test: parallel client processes touch a block, timed in the client."""
-    step = Touching(pattern, touches or (0 if seconds or replay else TOUCHES), None, seconds or 0.0, rate, think, ramp,
-                    threads, writes, stride, os.path.abspath(replay) if replay else "", speed)  # fmt: skip
+    touches = touches or (0 if seconds or replay else TOUCHES)
+    step = Touching(pattern, touches, None, seconds or 0.0, rate, think, ramp, threads, writes, stride,
+                    os.path.abspath(replay) if replay else "", speed, together=together)  # fmt: skip
     _check_options(step, mode)
     if serve is not None:
         parse_source(serve)
@@ -149,6 +154,8 @@ def _check_options(step: Touching, mode: str) -> None:
         raise BadInput(f"--mode {mode!r} is none of {', '.join(MODES)}")
     if step.rate and step.think:
         raise BadInput("--rate and --think exclude each other: the rate already decides when each touch is due")
+    if step.together and (step.pattern != "sequential" or step.replay):
+        raise BadInput("--together is for --pattern sequential: all clients begin at the first page")
     if step.pattern == "lockstep" and step.threads > 1:
         raise BadInput("--pattern lockstep needs --threads 1: all clients meet before each touch")
     if step.replay and (step.rate or step.think or step.writes or step.pattern != "random"):

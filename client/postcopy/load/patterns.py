@@ -41,6 +41,7 @@ def order(pattern: str, place: Place, meet: Meet = no_meeting) -> Iterator[int]:
     """Page numbers of the pattern; ``meet`` is called before each step of ``lockstep``.
 
     * random: every page is equally likely; sequential: in order, each client from its own start
+    * together: in order, all from the first page
     * zipf: few pages are popular; stride: every n-th page, with a new start after each round
     * lockstep: all clients touch the same random page at the same time
     """
@@ -49,6 +50,8 @@ def order(pattern: str, place: Place, meet: Meet = no_meeting) -> Iterator[int]:
     start = span * place.index // place.touchers  # so that all clients together cover the block early
     if pattern == "sequential":
         return (first + (start + n) % span for n in count())
+    if pattern == "together":
+        return (first + n % span for n in count())
     if pattern == "zipf":
         return (first + (int(span ** own.random()) - 1) * _SCATTER % span for _ in count())
     if pattern == "lockstep":

@@ -67,6 +67,8 @@ class Touching:
     speed: float = 1.0
     library: str = ""
     """A compiled touch (see ``postcopy_kernel.compiled``) instead of Python's."""
+    together: bool = False
+    """In order, all clients begin at the first page."""
 
 
 class Stopped(BaseException):
@@ -261,7 +263,7 @@ class TouchThread:
         first, end = step.pages or (0, toucher.block.pages)
         index = toucher.index * step.threads + self._thread
         place = Place(index, toucher.clients * step.threads, first, end, toucher.seed, step.stride)
-        return order(step.pattern, place, toucher.barrier.meet)
+        return order("together" if step.together else step.pattern, place, toucher.barrier.meet)
 
 
 class Access(Protocol):

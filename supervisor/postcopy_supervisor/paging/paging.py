@@ -9,7 +9,8 @@ Pages for which there is no memory are given up for now. Those with a waiter are
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 from postcopy_protocol.counters import bucket
 from postcopy_protocol.geometry import runs
@@ -33,8 +34,21 @@ from .wakers import Wakers
 REMOTE_WINDOW = 256 << 10  # largest fault-around of a remote block: while clients wait, no answer is longer
 AHEAD = 2 << 20  # bytes in front of a client that others have requested, above which it requests none behind them
 STREAMS = 64  # of all clients of a block together
+FOLLOWING_SECONDS = 0.02  # so long, or as an urgent request takes, a client that follows waits for more than its page
 MOST_FAST_PATHS = 64  # of one worker: it requests pages of as many blocks, each in one form
 MISSING_BYTE = bytes((MISSING,))
+
+
+@dataclass(frozen=True, slots=True)
+class Follower:
+    """A waiter of a page that others have requested. It continues when page ``last`` of the window that was requested
+    on its behalf has an answer, or at ``due``: then it has many pages before it and not one."""
+
+    waiter: int
+    block: int
+    page: int
+    last: int
+    due: float
 
 
 class RemotePaging:
@@ -66,6 +80,7 @@ class RemotePaging:
         self._fault_around, self._poison_on_loss, self._clock = fault_around, poison_on_loss, clock
         self._heads: dict[int, list[bytes]] = {}  # by worker: its keys of fast_paths
         self._windows: dict[int, FaultAround] = {}  # by block: a window belongs to the stream of all its clients
+        self._following: list[Follower] = []
         self._held = False
         self._short_at = -1  # what ``placed`` was at the last shortage of memory
 
@@ -98,18 +113,19 @@ class RemotePaging:
                 effects.append(Release(waiter, block.number, page, state == LOST))
             elif denied:
                 effects.append(Release(waiter, block.number, page, True))
-                continue
             elif self.engine.first_gap(block.number, page, page + 1) is None:
-                effects += self.engine.fault(waiter, block.number, page, page + 1)
+                asks, last = ([], -1) if window or link is None else self._extend(block, page, link)
+                effects += asks if last >= 0 else self.engine.fault(waiter, block.number, page, page + 1)
+                if link is not None and last >= 0:
+                    due = self._clock() + max(FOLLOWING_SECONDS, link.flow.urgent_pace)
+                    self._following.append(Follower(waiter, block.number, page, last, due))
+                    self._alarm.tick_at(due)
                 if link is not None and link.flow.background_in_flight:
                     link.promote(waiter, block.number, page * block.page_size, block.page_size, self._clock())
             else:
                 end = self._end_of_request(block, page, window or self._window_of(block).window(page))
                 self.cursor[block.number] = end
                 effects += self.engine.fault(waiter, block.number, page, end)
-                continue
-            if not window and link is not None and state != LOST:
-                effects += self._extend(block, page)
         self._do(effects, waiter)
 
     def hold(self, held: bool) -> None:
@@ -135,6 +151,7 @@ class RemotePaging:
     def left(self, waiter: int) -> None:
         """A client is gone."""
         self.engine.leave(waiter)
+        self._following = [one for one in self._following if one.waiter != waiter]
         for head in self._heads.pop(waiter, ()):
             self.fast_paths.pop(head, None)
 
@@ -144,6 +161,9 @@ class RemotePaging:
 
     def stream(self, left: int) -> float | None:
         """Request pages in the background, at most ``left`` bytes; returns when to call again at the latest."""
+        if self._following:
+            now = self._clock()
+            self._catch_up(lambda one: one.due <= now)
         return self.background.stream(left, self._clock()) if self.roomy else None
 
     def _end_of_request(self, block: RamBlock, page: int, window: int) -> int:
@@ -151,9 +171,10 @@ class RemotePaging:
         behind = block.received[page + 1 : min(block.pages, page + window)] if window > 1 and self.roomy else b""
         return page + 1 + len(behind) - len(behind.lstrip(MISSING_BYTE))
 
-    def _extend(self, block: RamBlock, page: int) -> list[Effect]:
-        """One more client walks where pages are requested already, or have just come. It has its share in the stream:
-        a window behind what is requested, so that as much is in flight as if each client walked alone."""
+    def _extend(self, block: RamBlock, page: int, link: SourceLink) -> tuple[list[Effect], int]:
+        """One more client walks where pages are requested already. It has its share in the stream: a window behind what
+        is requested, so that as much is in flight as if each client walked alone. Returns what to request, and the page
+        to wait for; -1: ``page`` itself."""
         number, received, end = block.number, block.received, page
         last = min(block.pages, page + AHEAD // block.page_size)
         while end < last:
@@ -163,11 +184,23 @@ class RemotePaging:
             if placed == end:
                 break
             end = placed
+        if end == last:
+            follows = received[end - 1] == MISSING and not link.flow.background_in_flight
+            return [], end - 1 if follows else -1
         pages = self._window_of(block).extend(page, end)
-        if not pages or end == last or not self.roomy:
-            return []
-        self.cursor[number] = stop = self._end_of_request(block, end, pages)
-        return self.engine.ask(number, end, stop)
+        stop = self._end_of_request(block, end, pages)
+        if min(pages, stop - end) < 2:
+            return [], -1  # the fast path, which answers single pages, knows of no followers
+        self.cursor[number] = stop
+        asks = self.engine.ask(number, end, stop)
+        return asks, stop - 1
+
+    def _catch_up(self, over: Callable[[Follower], bool]) -> None:
+        """Followers whose wait is ``over`` fault again: they get their page, or wait for it alone."""
+        found = [one for one in self._following if over(one)]
+        self._following = [one for one in self._following if one not in found]
+        for one in found:
+            self.fault(one.waiter, self._blocks[one.block], (one.page,), 1)
 
     def _window_of(self, block: RamBlock) -> FaultAround:
         """Fault-around of one block."""
@@ -224,6 +257,8 @@ class RemotePaging:
     def _answered(self, block: RamBlock, first: int, end: int, lost: Sequence[int] = ()) -> None:
         self.do(self.engine.answered(block.number, first, end, lost))
         self.wakers.unpoison(block, first, end)
+        if self._following:
+            self._catch_up(lambda one: one.block == block.number and first <= one.last < end)
 
     def _no_memory(self, block: RamBlock, first: int, end: int) -> None:
         """Pages have come for which there is no memory. Parts that another request brings are left to it. Of the rest,
@@ -253,7 +288,7 @@ class RemotePaging:
         block = self._blocks[request.block]
         first, end = request.offset // block.page_size, request.end // block.page_size
         lost = self.placer.lose(block, first, end, "its source gives no answer")
-        self.do(self.engine.answered(block.number, first, end, lost))
+        self._answered(block, first, end, lost)
 
     def source_lost(self, blocks: Collection[int]) -> None:
         """With ``--on-source-loss poison``: tell every waiter that its page does not come."""

@@ -107,7 +107,12 @@ def test_what_a_stream_went_through_counts_as_used() -> None:
 def walk_together(walkers: int, pages: int, largest: int, order: random.Random) -> int:
     """Clients walk through one block, in steps of any order; returns how many faults they have."""
     states = bytearray([MISSING] * pages)
-    around, at, faults = [FaultAround(largest) for _ in range(walkers)], [0] * walkers, 0
+
+    def place(first: int, count: int) -> None:
+        end = min(pages, first + count)
+        states[first:end] = bytes([RECEIVED] * (end - first))
+
+    around, at, faults = [FaultAround(largest, True, states) for _ in range(walkers)], [0] * walkers, 0
     while walking := [number for number in range(walkers) if at[number] < pages]:
         number = order.choice(walking)
         page = at[number]
@@ -115,22 +120,47 @@ def walk_together(walkers: int, pages: int, largest: int, order: random.Random) 
             faults += 1
             # Others that touch the same page meanwhile find that it is being placed.
             rivals = [other for other in walking if other != number and at[other] == page and order.random() < 0.7]
-            end = min(pages, page + around[number].window(page))
-            states[page:end] = bytes([RECEIVED] * (end - page))
+            place(page, around[number].window(page))
             for rival in rivals:
                 faults += 1
-                seen = page + 1 if order.random() < 0.3 else end  # the window may not have begun yet
-                around[rival].follow(page, placed_until(page, bytes(states[page:seen])))
+                end = placed_until(page, bytes(states[page : page + largest]))
+                place(end, around[rival].follow(page, end))
         at[number] = page + 1
     return faults
 
 
 @quick
 @given(st.integers(2, 8), st.integers(0, 1 << 30))
-def test_clients_that_walk_together_have_windows_as_wide_as_one_alone(walkers: int, seed: int) -> None:
+def test_clients_that_walk_together_have_few_more_faults_than_one_alone(walkers: int, seed: int) -> None:
     pages, largest = 4096, 64
     alone = walk_together(1, pages, largest, random.Random(seed))
-    assert walk_together(walkers, pages, largest, random.Random(seed)) <= 3 * walkers * alone
+    assert walk_together(walkers, pages, largest, random.Random(seed)) <= 2 * alone + 8 * walkers
+
+
+def test_a_window_does_not_shrink_because_others_have_placed_its_pages() -> None:
+    states = bytearray(1000)
+    around, page = FaultAround(64, True, states), 0
+    for _ in range(5):
+        page += around.window(page)
+    states[:200] = bytes([RECEIVED]) * 200
+    assert around.window(200) == 32, "all pages from the end of its last window on are placed"
+    assert around.window(400) == 1, "between them is a hole"
+
+
+@quick
+@given(st.lists(st.integers(0, 300), max_size=60), st.integers(1, 64))
+def test_a_fixed_window_stays_fixed_where_others_place(faults: list[int], largest: int) -> None:
+    around = FaultAround(largest, False, bytearray([RECEIVED]) * 400)
+    assert all(around.follow(page, page + 1) == 0 and around.window(page) == largest for page in faults)
+
+
+def test_of_a_shared_stream_each_follower_gets_a_window_of_its_own() -> None:
+    around, page = FaultAround(64, True, bytearray(1000), streams=64), 0
+    for _ in range(4):
+        page += around.window(page)
+    assert [around.extend(page - 3, end) for end in (page, page + 16, page + 48)] == [16, 32, 64]
+    assert around.extend(500, 510) == 0, "that is no stream"
+    assert around.window(page + 112) == 64, "the next fault is behind all of them"
 
 
 def test_a_fault_inside_the_clients_own_window_does_not_make_the_next_one_smaller() -> None:

@@ -52,6 +52,7 @@ class Bench:
     events: list[str] = field(default_factory=list)
     woken: list[int] = field(default_factory=list)
     rung: list[float] = field(default_factory=list)
+    around: int = PAGE
 
     def __post_init__(self) -> None:
         self.received = bytearray(PAGES)
@@ -71,7 +72,7 @@ class Bench:
             SimpleNamespace(fetch=lambda ask: None),
             alarm,
             self._event,
-            fault_around=PAGE,
+            fault_around=self.around,
             background_rate=0,
             poison_on_loss=False,
             clock=lambda: self.now,

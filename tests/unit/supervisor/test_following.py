@@ -1,0 +1,75 @@
+"""Clients that walk through one remote block together: whose fault requests what, and when each continues."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from postcopy_supervisor.paging.paging import FOLLOWING_SECONDS
+from tests.unit.supervisor.test_shortage import BLOCK, PAGE, Bench
+
+LEADER, FOLLOWER = 1, 2
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    """A stream: the leader waits for page 1, pages 1 and 2 are requested, and the follower waits for page 2."""
+    bench = Bench(around=4 * PAGE)
+    bench.core.room = 16
+    bench.paging.fault(LEADER, bench.block, [0])
+    bench.come(0, 1)
+    bench.paging.fault(LEADER, bench.block, [1])
+    bench.woken.clear()
+    bench.paging.fault(FOLLOWER, bench.block, [2])
+    yield bench
+    bench.paging.engine.check()
+    os.close(bench.memory)
+
+
+def requested(bench: Bench) -> list[tuple[int, int]]:
+    return [(ask.first, ask.end) for ask in bench.paging.engine.outstanding()]
+
+
+def test_a_follower_requests_a_window_behind_the_others_and_waits_for_it(bench: Bench) -> None:
+    assert requested(bench) == [(1, 3), (3, 7)]
+    bench.come(1, 3)
+    assert bench.woken == [1], "the leader has its page; the follower continues with more before it"
+    bench.come(3, 7)
+    assert bench.woken == [1, 2]
+
+
+def test_a_follower_does_not_wait_long_for_more_than_its_page(bench: Bench) -> None:
+    bench.come(1, 3)
+    bench.now += FOLLOWING_SECONDS
+    assert bench.rung[-1] <= bench.now
+    bench.paging.stream(0)
+    assert bench.woken == [1, 2]
+
+
+def test_a_follower_whose_page_is_late_waits_for_it_alone(bench: Bench) -> None:
+    bench.now += FOLLOWING_SECONDS
+    bench.paging.stream(0)
+    assert requested(bench) == [(1, 3), (3, 7)]
+    bench.come(1, 3)
+    assert bench.woken == [1, 2]
+
+
+def test_a_follower_that_leaves_is_forgotten(bench: Bench) -> None:
+    bench.paging.left(FOLLOWER)
+    bench.come(1, 3)
+    bench.come(3, 7)
+    assert bench.woken == [1]
+    assert not bench.paging.engine.waiting
+
+
+def test_where_memory_is_scarce_nothing_is_requested_ahead() -> None:
+    bench = Bench(around=4 * PAGE)
+    bench.paging.fault(LEADER, bench.block, [0])
+    bench.paging.fault(LEADER, bench.block, [1])
+    bench.paging.roomy = False
+    bench.paging.fault(FOLLOWER, bench.block, [2])
+    assert requested(bench)[:2] == [(0, 1), (1, 3)]
+    assert bench.paging.engine.waiters_of(BLOCK, 2) == [FOLLOWER]
+    os.close(bench.memory)
