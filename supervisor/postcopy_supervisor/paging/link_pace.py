@@ -5,11 +5,11 @@ An urgent answer comes behind everything that was requested before it and is sti
 bounded in seconds of the link, not in bytes. A Ping measures them: its Pong takes the way that an urgent answer would
 take. Reads that are slow at the source do not delay it, so they do not make the window smaller.
 
-    calm   no client waits or has waited lately   a window, such that a Pong comes TARGET later than over the empty link
+    calm   no client waits or has waited lately   a window, such that a Pong is ``target`` later than on the empty link
     busy   otherwise, on a link of FAST or more   the small window of ``Limits``, or BUSY_WINDOW seconds
            otherwise, on a slower link            one piece of BUSY_PIECE seconds, then a pause: a quarter of the link
 
-The window follows FAST TCP: times (empty + TARGET) / measured, from Pong to Pong; it doubles until the first Pong is
+The window follows FAST TCP: times (empty + target) / measured, from Pong to Pong; it doubles until the first Pong is
 late. What the empty link takes is the quickest Pong of the last two periods of PERIOD seconds. A stream that never ends
 would hide it behind its own queue. So at the end of a period nothing is requested until the link is empty; then a Ping
 goes first. A source answers it before it sends what is requested behind it.
@@ -22,6 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 TARGET = 0.006  # seconds that the background may delay an urgent answer that comes out of the blue
+TARGET_SHARE = 0.25  # ... or this share of what it takes over the empty link, where that is longer
 BUSY_PIECE = 0.0015  # seconds of the link that one piece takes while clients wait
 BUSY_REST = 3  # pause behind a piece while clients wait, in times of that piece
 BUSY_WINDOW = 0.001
@@ -71,6 +72,12 @@ class LinkPace:
         """Would the small window of ``Limits`` be felt by a client that waits?"""
         return self.rate < FAST
 
+    @property
+    def target(self) -> float:
+        """How much later a Pong may come. On a long link more: there the machines at its ends, which are busy while
+        they stream, delay it as well, and a window too small by that fills only a part of the link."""
+        return max(TARGET, TARGET_SHARE * self.empty)
+
     def busy(self, since_urgent: float, shortest: float, now: float) -> bool:
         """Do clients count as waiting, so many seconds after the last urgent request? The more the next one would meet,
         the longer they do; never less than ``shortest`` seconds."""
@@ -81,7 +88,7 @@ class LinkPace:
     def piece(self, busy: bool) -> int:
         """Bytes of the next request."""
         if not busy:
-            return _piece(min(self.window / 4, self.rate * TARGET or START_WINDOW), CALM_LARGEST)
+            return _piece(min(self.window / 4, self.rate * self.target or START_WINDOW), CALM_LARGEST)
         return _piece(self.rate * BUSY_PIECE, BUSY_LARGEST) if self.slow else BUSY_LARGEST
 
     def room(self, in_flight: int, busy_window: int, busy: bool, now: float) -> int:
@@ -132,7 +139,7 @@ class LinkPace:
         self._delayed_before, self._delayed = self._delayed, took - self.empty
         self._measure_rate(late, busy, now)
         if not busy:
-            if self._starting and self._delayed > TARGET / 2:
+            if self._starting and self._delayed > self.target / 2:
                 self._starting, self._calibrating_until = False, now
             self._follow(late)
         self._limited = False
@@ -140,15 +147,20 @@ class LinkPace:
     def _measure_rate(self, late: float, busy: bool, now: float) -> None:
         seconds, came = now - self._ponged_at, self._bytes_came - self._came_before
         self._ponged_at, self._came_before = now, self._bytes_came
-        if (busy and self.slow) or seconds > 4 * (PROBE_SECONDS + self.empty + TARGET):
+        if (busy and self.slow) or seconds > 4 * (PROBE_SECONDS + self.empty + self.target):
             return
-        if late > TARGET / 4:  # the link was never idle
+        if late > self.target / 4:  # the link was never idle
             self._learn(came / seconds)
         else:
             self.rate = max(self.rate, came / seconds)
 
     def _follow(self, late: float) -> None:
-        factor = 2.0 if self._starting else min(1.25, (1.0 + (self.empty + TARGET) / (self.empty + late)) / 2)
+        if self._starting:
+            factor = 2.0
+        elif late < self.target / 2:  # on a long link the formula below would need seconds
+            factor = 1.25
+        else:
+            factor = min(1.25, (1.0 + (self.empty + self.target) / (self.empty + late)) / 2)
         if factor < 1.0 or self._limited:
             self.window = min(float(self.largest), max(SMALLEST_WINDOW, self.window * factor))
 

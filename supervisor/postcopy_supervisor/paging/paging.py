@@ -117,6 +117,7 @@ class RemotePaging:
                 asks, last = ([], -1) if window or link is None else self._extend(block, page, link)
                 effects += asks if last >= 0 else self.engine.fault(waiter, block.number, page, page + 1)
                 if link is not None and last >= 0:
+                    self.engine.deduplicated += 1
                     due = self._clock() + max(FOLLOWING_SECONDS, link.flow.urgent_pace)
                     self._following.append(Follower(waiter, block.number, page, last, due))
                     self._alarm.tick_at(due)

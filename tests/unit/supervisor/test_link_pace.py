@@ -161,6 +161,24 @@ def test_the_link_becomes_slower_and_longer_and_quick_again() -> None:
         assert link._free - link.now < 0.02, (rate, link.flow.pace)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_busy_machines_are_no_queue(seed: int) -> None:
+    """On a long link they delay each answer by up to 24 ms while they stream, and the window stays large."""
+    link, chance = Link(50 * MB, 0.02, 65536), random.Random(seed)
+    link.now, answer = 1.0, link._answer
+
+    def busy(length: int, act: Callable[[], None], reading: float = 0.0) -> None:
+        late = lambda: chance.random() * 0.024 * bool(link.flow.background_in_flight)  # noqa: E731
+        answer(length, lambda: link.at(link.now + late(), act), reading)
+
+    link._answer = busy  # type: ignore[method-assign]
+    link.run(5.0)
+    assert share(link, 15.0) > 0.85, link.flow.pace
+    link.touch(pause=0.05)
+    link.run(4.0)
+    assert median(link.waited[3:]) < 1.5 * alone(link)
+
+
 def test_slow_reads_are_no_slow_link() -> None:
     """One piece in four takes 50 ms to read: the window stays large."""
     chance = random.Random(4)
