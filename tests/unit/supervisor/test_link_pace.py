@@ -168,8 +168,10 @@ def test_busy_machines_are_no_queue(seed: int) -> None:
     link.now, answer = 1.0, link._answer
 
     def busy(length: int, act: Callable[[], None], reading: float = 0.0) -> None:
-        late = lambda: chance.random() * 0.024 * bool(link.flow.background_in_flight)  # noqa: E731
-        answer(length, lambda: link.at(link.now + late(), act), reading)
+        def late() -> None:
+            link.at(link.now + (0.024 * chance.random() if link.flow.background_in_flight else 0.0), act)
+
+        answer(length, late, reading)
 
     link._answer = busy  # type: ignore[method-assign]
     link.run(5.0)
