@@ -30,6 +30,9 @@ MAX_OPEN_BYTES = 64 << 20
 MAX_STREAMS = 1024
 """Streams that one supervisor may have open at a source."""
 
+MAX_WORD = 60
+"""Characters of a word of Progress."""
+
 MAX_SLOTS = 64
 """Slots of one staging memory."""
 MAX_STAGING_BYTES = 64 << 20
@@ -47,9 +50,9 @@ class RangeKind:
     """The source cannot supply it; no frame."""
 
 
-FEATURES = ("zero", "push", "staging", "held")
+FEATURES = ("zero", "push", "staging", "held", "progress")
 """What a supervisor may support: ranges of zeros without bytes, pages that it has not requested, pages in memory that
-both sides map (on one machine only, so not over tcp), and to be informed that a request waits."""
+both sides map (on one machine only, so not over tcp), to be informed that a request waits, and of the Progress."""
 RESIDENT = "resident"
 """Feature of a stream that only asks for what the source has at once: pages that it would have to wait for come back as
 lost. Hosts that help each other use it, so that none fetches for another, and two never wait for one another."""
@@ -182,8 +185,20 @@ class Held(Message, tag=126):
     request: int
 
 
+class Progress(Message, tag=127):
+    """How far a source is that pages are still coming to: ``received`` of ``size`` bytes are there, ``rate`` come a
+    second. ``phase`` and ``origin`` are words for people: what it does, and the state of what it reads, such as a
+    virtual machine (empty: not known)."""
+
+    phase: str
+    origin: str
+    received: int
+    size: int
+    rate: int
+
+
 FROM_SUPERVISOR: tuple[type[Message], ...] = (Advise, Listen, RequestRanges, Complete, Ping, UseStaging)
-FROM_SOURCE: tuple[type[Message], ...] = (Advised, Pages, SourceRefused, Pong, Staging, Staged, Held)
+FROM_SOURCE: tuple[type[Message], ...] = (Advised, Pages, SourceRefused, Pong, Staging, Staged, Held, Progress)
 
 SOURCE_REFUSALS = (
     "no-such-block",
@@ -293,6 +308,15 @@ def check_staging(message: Staging) -> int:
     if slots * slot_bytes > MAX_STAGING_BYTES:
         raise BadMessage(f"a staging memory of {slots * slot_bytes} bytes, {MAX_STAGING_BYTES} may be")
     return STAGING_HEADER + slots * slot_bytes
+
+
+def check_progress(message: Progress) -> None:
+    """Raises BadMessage for words that are none, or more bytes than there are."""
+    for word in (message.phase, message.origin):
+        if len(word) > MAX_WORD or not word.isprintable():
+            raise BadMessage("the progress of a source in words that are none")
+    if message.received > message.size:
+        raise BadMessage(f"{message.received} bytes of {message.size} have come to a source")
 
 
 def check_staged(message: Staged, slot_bytes: int, page_size: int, size: int) -> None:

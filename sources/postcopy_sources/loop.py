@@ -27,6 +27,7 @@ from postcopy_protocol.return_path import (
     Listen,
     Ping,
     Pong,
+    Progress,
     RequestRanges,
     UseStaging,
 )
@@ -71,6 +72,9 @@ class Feed(Protocol):
     def tick(self, now: float) -> object:
         """Look at what nothing reports; called every TICK."""
 
+    def progress(self) -> Progress:
+        """How far it is; supervisors are informed when it has changed."""
+
 
 class Loop:
     """Serves ``sources`` to supervisors, until a signal raises an exception in its thread. ``features`` are those that
@@ -99,6 +103,7 @@ class Loop:
         # Numbers that an earlier life of this source has not used: late answers must not fit (return_path.py).
         self._number = itertools.count(secrets.randbits(40) + 1).__next__
         self._feed = feed
+        self._noted: dict[bytes, bytes] = {}  # by supervisor: the Progress that it has
         self._request = crashpoints.around("source.asked", self.answerer.request, "source.answered")
 
     def run(self) -> None:
@@ -129,11 +134,19 @@ class Loop:
             self._forget(connection)
         if self._feed is not None:
             self._feed.tick(now)
+            self._note_progress(encode(self._feed.progress()))
         for connection in self.sender.flush():
             self.answerer.enqueue(connection)
         for connection in self.connections.values():
             if connection.staging is not None and now - connection.last_message_at > STAGING_SILENT_SECONDS:
                 connection.unstage()
+
+    def _note_progress(self, message: bytes) -> None:
+        for name, connection in self.connections.items():
+            streams = connection.conversation.streams.values()
+            if self._noted.get(name) != message and any("progress" in one.features for one in streams):
+                self._noted[name] = message
+                self.sender.send_note(connection, message)
 
     def _run_calls(self) -> None:
         for call in self._calls.take():
@@ -270,6 +283,7 @@ class Loop:
 
     def _forget(self, connection: Connection) -> None:
         """When it speaks again it is refused as out of phase, and begins with Advise."""
+        self._noted.pop(connection.name, None)
         if self.connections.pop(connection.name, None) is not None:
             who = connection.name.hex()
             log.info("the supervisor %s is gone", who, extra=about("gone", who))

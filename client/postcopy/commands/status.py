@@ -14,7 +14,7 @@ from postcopy_protocol.sizes import format_size
 
 from ..errors import AttachDenied, BadInput, NoSupervisor, PostcopyError
 from ..queries import TIMEOUT, Control
-from ..top.view import waiting
+from ..top.view import progress, waiting
 from .options import Json, RuntimeDir
 from .status_events import show_events, show_story
 
@@ -99,6 +99,9 @@ def _show(document: dict[str, Any]) -> None:
     console.print(head, highlight=False, markup=False)
     _table(console, _BLOCKS, [_block_row(block) for block in document.get("blocks", ())])
     _table(console, _CLIENTS, [_client_row(client) for client in document.get("clients", ())])
+    for source in document.get("sources", ()):
+        if far := progress(source):
+            console.print(f"source {source.get('endpoint')}{far}", highlight=False, markup=False)
     totals = document.get("totals", {})
     shown = [f"{name} {value}" for name, value in totals.items() if isinstance(value, int) and name != "waiting"]
     shown += [f"refused {sum(totals['refused'].values())}"] if totals.get("refused") else []

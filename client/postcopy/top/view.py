@@ -178,9 +178,20 @@ def sources(now: Status, before: Status | None) -> list[str]:
         latency = source["latency_us"]
         lines.append(
             f"{source['endpoint']}  {source['state']}  {format_size(int(rate))}/s  in flight {source['in_flight']}  "
-            f"p50 {micro(latency['p50'])}  p99 {micro(latency['p99'])}"
+            f"p50 {micro(latency['p50'])}  p99 {micro(latency['p99'])}{progress(source)}"
         )
     return lines
+
+
+def progress(source: dict[str, Any]) -> str:
+    """How far a source is that pages are still coming to; empty for another one."""
+    if not (found := source.get("progress")):
+        return ""
+    size = found["received"] + found["left"]
+    shown = [f"{found['phase']} {found['received'] / size:.0%}" if size else found["phase"]]
+    if found["left"]:
+        shown += [f"{format_size(found['left'])} left", f"{format_size(found['bytes_per_s'])}/s"]
+    return "  ".join(["", *shown, *([found["origin"]] if found["origin"] else [])])
 
 
 def details(client: dict[str, Any], row: Row) -> list[tuple[str, str]]:

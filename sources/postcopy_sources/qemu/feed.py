@@ -9,16 +9,19 @@ from collections.abc import Callable
 
 from postcopy_protocol.errors import BadMessage, PostcopyError
 from postcopy_protocol.qemu_stream import Event, StreamParser
+from postcopy_protocol.return_path import Progress
 from postcopy_protocol.sizes import format_size
 from postcopy_wire.transport import Router
 
 from .channel import Channel, Listener
 from .memory import VmMemory
-from .qmp import Monitor
+from .qmp import GONE, Monitor
 
+VM_EVENTS = {"STOP": "stopped", "RESUME": "running", "SHUTDOWN": "shut down", GONE: "gone"}
 CONNECT_SECONDS = 60.0  # in which QEMU connects, when we have started the migration
 LOOK_SECONDS = 0.1
 SHOW_SECONDS = 2.0  # between lines about the progress
+RATE_SECONDS = 0.5  # over which the rate is measured
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +37,13 @@ class VmFeed:
         self._listener = listener
         self._channel: Channel | None = None
         self._router: Router | None = None
-        self._began = self._shown_at = time.monotonic()
-        self._shown = 0
+        self._began = self._shown_at = self._rated_at = time.monotonic()
+        self._shown = self._rated = self._rate = 0
+        self.lost = False  # nothing more comes
+        if monitor is not None:
+            monitor.on_event = self._on_vm_event
+        self.vm = "" if monitor is None else str(monitor.execute("query-status")["status"])
+        """State of the VM, in QEMU's words; empty: not known."""
 
     def await_blocks(self) -> None:
         """Wait until QEMU has connected and sent the list of its RAM blocks. Raises PostcopyError."""
@@ -121,8 +129,24 @@ class VmFeed:
 
     def tick(self, now: float) -> None:
         """See ``loop.Feed``."""
+        if now - self._rated_at >= RATE_SECONDS:
+            came = max(0, self.memory.received - self._rated) * 4096
+            self._rate = int(came / (now - self._rated_at))
+            self._rated, self._rated_at = self.memory.received, now
         if now - self._shown_at >= SHOW_SECONDS:
             self.show(now)
+
+    def progress(self) -> Progress:
+        """See ``loop.Feed``."""
+        memory = self.memory
+        phase = "lost" if self.lost else "complete" if memory.complete else self.phase()
+        received, size = memory.received * 4096, memory.pages * 4096
+        rate = 0 if memory.complete or self.lost else self._rate
+        return Progress(phase, f"VM {self.vm}" if self.vm else "", min(received, size), size, rate)
+
+    def _on_vm_event(self, name: str) -> None:
+        if name in VM_EVENTS:  # in the monitor's thread: one store
+            self.vm = VM_EVENTS[name]
 
     def show(self, now: float) -> None:
         """Log how far it is, if it goes on."""
@@ -141,6 +165,10 @@ class VmFeed:
         self._shown, self._shown_at = memory.received, now
 
     # --- what a mode says ---------------------------------------------------------------------------------------------
+
+    def phase(self) -> str:
+        """What is going on, while pages are still to come."""
+        return self.mode
 
     def accepted(self) -> None:
         """The first connection is there."""

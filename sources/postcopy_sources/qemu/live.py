@@ -98,6 +98,7 @@ class LiveFeed(VmFeed):
             missing = self.memory.pages - self.memory.received
             reason = f"the live image ended with {missing} pages missing: {self.failure() or why}"
             log.error("%s; they are lost", reason)
+            self.lost = True
             self.memory.lose(reason)
 
     def give_back(self) -> None:
@@ -106,7 +107,7 @@ class LiveFeed(VmFeed):
             if self._done and self._channel.socket.fileno() >= 0:
                 wait_for(lambda: not self._more(), 2.0)
             self.drop(self._channel)
-        if self.monitor is None:
+        if self.monitor is None or self._borrowed is None:  # what goes on in that VM is not ours
             return
         try:
             if migration_status(self.monitor) in UNDER_WAY:
@@ -116,8 +117,7 @@ class LiveFeed(VmFeed):
             log.info("the VM is %s", status)
         except PostcopyError as error:
             log.warning("%s", error)
-        if self._borrowed is not None:
-            self._borrowed.restore()
+        self._borrowed.restore()
 
     def _more(self) -> bool:
         """Throw away what is there; False at the end."""

@@ -101,15 +101,18 @@ class PauseFeed(VmFeed):
         self.monitor.execute("migrate-set-parameters", {"max-postcopy-bandwidth": rate})
         self._inherited = blocks_of(self.monitor.execute("human-monitor-command", {"command-line": "info ramblock"}))
         self._section = UNKNOWN_SECTION
+        self.memory.begin(self._inherited)
+        self.memory.use()
+        self._stopped = True
         self.monitor.execute("migrate", {"uri": self._uri, "resume": True}, seconds=PREPARE_SECONDS)
 
     def parser(self) -> StreamParser:
-        if not self._inherited:
-            return super().parser()
-        self.memory.begin(self._inherited)
-        self._stopped = True
-        self.memory.use()
-        return StreamParser(self.memory, self._inherited, self._section)
+        return StreamParser(self.memory, self._inherited, self._section) if self._inherited else super().parser()
+
+    def phase(self) -> str:
+        if not self._stopped:
+            return "pre-copy"
+        return "post-copy" if self._channel is not None else "interrupted"
 
     @property
     def ready(self) -> bool:
@@ -252,6 +255,7 @@ class PauseFeed(VmFeed):
             reason = f"the migration ended before the page came: {cause}"
             log.error("%s; %d pages are lost", reason, self.memory.pages - self.memory.received)
             self.memory.lose(reason)
+            self.lost = True
         elif self.monitor is None:
             log.error("%s: the VM is paused. Type into its monitor, to go on: %s", cause, self._resume_text())
         else:
@@ -297,7 +301,7 @@ class PauseFeed(VmFeed):
         monitor = self.monitor
         assert monitor is not None
         try:
-            if not wait_for(lambda: migration_status(monitor) in ("completed", "failed"), END_SECONDS):
+            if not wait_for(lambda: migration_status(monitor) not in (*UNDER_WAY, *POSTCOPY), END_SECONDS):
                 log.error("QEMU does not end the migration (%s)", migration_status(monitor))
             wait_for(lambda: _status(monitor) in ("running", "paused", "postmigrate"), END_SECONDS)
             if _status(monitor) == "postmigrate" and not self._was_paused:
@@ -310,30 +314,45 @@ class PauseFeed(VmFeed):
             self._borrowed = None
 
     def give_back(self) -> None:
-        if self._resuming is None and self._channel is not None and not self._done:
-            if self._stopped and not self._revocable:
-                log.info("taking the rest of the memory, so that the VM can run on")
-                self._drain()
-            else:
-                self._leave()
+        if self._stopped and not (self._revocable or self._done or self.lost):
+            self._drain()
+        elif not self._done:
+            self._leave()
         if self._resuming is not None:
             self._resuming.join(END_SECONDS)
 
     def _leave(self) -> None:
         """Cut: the VM runs on."""
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
-        if self.monitor is not None:
-            self._continue()
+        self._listener.close()
+        for channel in (self._channel, self._preempt):
+            if channel is not None:
+                channel.close()
+        if self.monitor is None or self._borrowed is None:
+            return
+        try:
+            if migration_status(self.monitor) in UNDER_WAY:
+                self.monitor.execute("migrate_cancel")
+        except PostcopyError as error:
+            log.debug("%s", error)  # too late to cancel: the cut is enough
+        self._continue()
 
     def _drain(self) -> None:
-        while not self._done and self._channel is not None:
+        """Take the rest as fast as it comes, also over a connection that is to come."""
+        log.info("taking the rest of the memory, so that the VM can run on")
+        try:
+            if self.monitor is not None:
+                self.monitor.execute("migrate-set-parameters", {"max-postcopy-bandwidth": 0})
+        except PostcopyError as error:
+            log.warning("%s", error)
+        while not self._done and not self.lost:
             channels = [one for one in (self._channel, self._preempt) if one is not None]
-            ready, _, _ = select.select([one.socket for one in channels], [], [], END_SECONDS)
+            sockets = [self._listener.socket, *(one.socket for one in channels)]
+            waits = channels or self.monitor is not None
+            ready = select.select(sockets, [], [], END_SECONDS)[0] if waits else ()
             if not ready:
-                log.error("QEMU sends nothing more: the VM stays paused")
-                return
+                return log.error("QEMU sends nothing more: the VM stays paused until a source is started again")
+            if self._listener.socket in ready:
+                self._accept()
             for channel in channels:
                 if channel.socket in ready:
                     self.read(channel)

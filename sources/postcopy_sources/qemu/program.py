@@ -8,7 +8,7 @@ import secrets
 import signal
 from contextlib import ExitStack
 
-from ..serving import check_endpoint, refuse_second, serve
+from ..endpoint import check_endpoint, refuse_second
 from .channel import Listener
 from .live import LiveFeed
 from .memory import VmMemory
@@ -48,25 +48,30 @@ def run(settings: QemuSettings) -> None:
         memory = VmMemory(identity, usable=settings.mode == "live")
         feed = (LiveFeed if settings.mode == "live" else PauseFeed)(listener, memory, monitor)
         stack.callback(feed.finish)
+        stack.callback(_ignore_signals)
         if monitor is not None:
             feed.begin(settings.migration, settings.rate)
         else:
             for command in typed_commands(settings.mode, settings.migration):
                 log.info("type into the VM's monitor: %s", command)
+        from ..serving import serve  # while QEMU prepares
+
         feed.await_blocks()
-        try:
-            serve(
-                [block for block in memory.blocks if block.offered],
-                settings.listen,
-                curve=access.curve,
-                allow=access.allow,
-                plain_tcp=access.plain_tcp,
-                transport=settings.transport,
-                feed=feed,
-            )
-        finally:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the VM is being given back
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        serve(
+            [block for block in memory.blocks if block.offered],
+            settings.listen,
+            curve=access.curve,
+            allow=access.allow,
+            plain_tcp=access.plain_tcp,
+            transport=settings.transport,
+            feed=feed,
+        )
+
+
+def _ignore_signals() -> None:
+    """The VM is being given back."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def typed_commands(mode: str, uri: str) -> list[str]:

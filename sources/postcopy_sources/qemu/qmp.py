@@ -6,10 +6,9 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from concurrent.futures import TimeoutError as LateError
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any
 
 from postcopy_protocol.errors import BadInput, PostcopyError, text_of
 
@@ -22,7 +21,9 @@ except ImportError:  # the extra `qemu` is not installed
     QMPClient = None  # type: ignore[assignment, misc]
 
 Answer = dict[str, Any]
-OnEvent = Callable[[str, Answer], object]  # name and data; called in the monitor's thread
+OnEvent = Callable[[str], object]  # receives the name of an event, in the monitor's thread
+GONE = "GONE"
+"""The event of a QEMU that has ended, which it cannot send."""
 
 
 class Refused(PostcopyError):
@@ -38,24 +39,23 @@ class Monitor:
             print(monitor.execute("query-status")["status"])
     """
 
-    def __init__(self, path: str, on_event: OnEvent | None = None) -> None:
+    def __init__(self, path: str) -> None:
         if QMPClient is None:
             raise BadInput("--qmp needs the library qemu.qmp: pip install 'postcopy[qemu]'")
         logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # what it logs as errors is raised, too
         self.path = path
-        self._on_event = on_event
+        self.on_event: OnEvent = str  # nothing, until there is a listener
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="monitor", daemon=True)
         self._thread.start()
         self._client = QMPClient("postcopy")
-        self._listening: Future[None] | None = None
         try:
             self._run(self._client.connect(path), SECONDS)
         except (QMPError, OSError, LateError) as error:
             self._stop()
             raise PostcopyError(f"no QEMU answers at the monitor {path}: {_cause(error)}") from None
-        if on_event is not None:
-            self._listening = asyncio.run_coroutine_threadsafe(self._listen(on_event), self._loop)
+        watchers = (self._listen(), self._await_end())
+        self._watching = [asyncio.run_coroutine_threadsafe(one, self._loop) for one in watchers]
         version = self.execute("query-version")["qemu"]
         self.version: tuple[int, int, int] = (version["major"], version["minor"], version["micro"])
 
@@ -74,14 +74,10 @@ class Monitor:
         except LateError:
             raise PostcopyError(f"the QEMU at {self.path} does not answer {command} within {seconds:g} s") from None
 
-    def submit(self, command: str) -> Future[Any]:
-        """The same without waiting."""
-        return asyncio.run_coroutine_threadsafe(self._client.execute(command), self._loop)
-
     def close(self) -> None:
         """Leave the VM as it is."""
-        if self._listening is not None:
-            self._listening.cancel()
+        for one in self._watching:
+            one.cancel()
         with suppress(Exception):
             self._run(self._client.disconnect(), 2.0)
         self._stop()
@@ -95,10 +91,14 @@ class Monitor:
     def _run(self, coroutine: Any, seconds: float) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(seconds)
 
-    async def _listen(self, on_event: OnEvent) -> None:
+    async def _listen(self) -> None:
         with self._client.listener() as events:
             async for event in events:
-                on_event(str(event["event"]), cast("Answer", event.get("data") or {}))
+                self.on_event(str(event["event"]))
+
+    async def _await_end(self) -> None:
+        await self._client.runstate_changed()
+        self.on_event(GONE)
 
     def _stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -120,6 +120,9 @@ class Collector:
                            [(link.endpoint, link.bytes) for link in links])  # fmt: skip
             yield _counter("postcopy_source_requests", "Requests sent to the source.", "endpoint",
                            [(link.endpoint, link.requests) for link in links])  # fmt: skip
+        if filling := [(link.endpoint, link.progress) for link in links if link.progress is not None]:
+            yield _gauge("postcopy_source_left_bytes", "Bytes that are still to come to the source.", "endpoint",
+                         [(name, found.size - found.received) for name, found in filling])  # fmt: skip
 
 
 class ClientSeries:

@@ -187,7 +187,16 @@ def _source(link: SourceLink) -> dict[str, Any]:
         "in_flight": link.flow.in_flight,
         "waiting": link.flow.waiting,
         "latency_us": counters.summary(link.counters),
+        "progress": _progress(link),
     }
+
+
+def _progress(link: SourceLink) -> dict[str, Any] | None:
+    """What a source says of itself that pages are still coming to."""
+    if (said := link.progress) is None:
+        return None
+    words = {"phase": said.phase, "origin": said.origin}
+    return words | {"received": said.received, "left": said.size - said.received, "bytes_per_s": said.rate}
 
 
 def shown_state(client: Client, pool: WorkerPool) -> str:

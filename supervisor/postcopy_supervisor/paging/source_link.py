@@ -88,6 +88,7 @@ class SourceLink:
         self.stages = {block.block: stages.scratch() for block in blocks}
         """By block: how long its pages took to arrive and to be placed (see ``postcopy_protocol.stages``)."""
         self.requests = self.pages = self.bytes = 0
+        self.progress: return_path.Progress | None = None  # of a source that pages are still coming to
         self.send = send
         self.templates: dict[int, MessageTemplates] = {}  # by block, while it has a stream
         self.answers: dict[bytes, RangeRequest] = {}  # requests by the head of the answer that is expected
@@ -188,6 +189,9 @@ class SourceLink:
                 self.silent_since = None
                 if stream in self._blocks:
                     self.flow.source_waits(request, self._blocks[stream], now)
+            case return_path.Progress():
+                return_path.check_progress(message)
+                self.silent_since, self.progress = None, message
         return None
 
     def on_staged(self, message: return_path.Staged, slot_bytes: int, now: float) -> Arrived | None:

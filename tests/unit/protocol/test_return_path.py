@@ -195,7 +195,7 @@ def test_memory_is_shared_on_one_machine_only() -> None:
 
 def test_a_source_grants_only_what_it_has() -> None:
     talk = SourceConversation(OFFERS, itertools.count(1000).__next__, features_at("tcp://host:1"))
-    assert talk.advise(Advise("small", PAGE_4K, FEATURES))[0].features == ("zero", "push", "held")
+    assert talk.advise(Advise("small", PAGE_4K, FEATURES))[0].features == ("zero", "push", "held", "progress")
     assert conversation().advise(Advise("small", PAGE_4K, FEATURES))[0].features == FEATURES
 
 
