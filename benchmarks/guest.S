@@ -10,7 +10,7 @@
  */
         .set    CONSOLE, 0xe9
         .set    HERE, 0xe9              /* what the console reads as on the machine it starts on, see qemu.py */
-        .set    TABLES, 0x1000          /* page tables, three pages */
+        .set    TABLES, 0x1000          /* page tables, four pages */
         .set    STACK, 0x7000
         .set    LOW, 0x8000             /* the code's copy: the ROM is not in the page tables */
         .set    REPORT, 0x100000        /* begun, ended (ticks, 64 bits each), wrong pages, 0, ticks of each touch */
@@ -38,12 +38,13 @@ _start:
 low:    lgdtl   LOW + (low_table - _start)
         movl    $TABLES + 0x1007, TABLES        /* present, writable, for all */
         movl    $TABLES + 0x2007, TABLES + 0x1000
+        movl    $TABLES + 0x3007, TABLES + 0x1008
         movl    $TABLES + 0x2000, %edi
-        movl    $0x87, %eax                     /* 2 MiB each: the first GiB where it is */
+        movl    $0x87, %eax                     /* 2 MiB each: the first 2 GiB where they are */
 1:      movl    %eax, (%edi)
         addl    $8, %edi
         addl    $0x200000, %eax
-        cmpl    $0x40000087, %eax
+        cmpl    $0x80000087, %eax
         jne     1b
         movl    $TABLES, %eax
         movl    %eax, %cr3

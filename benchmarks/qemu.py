@@ -50,6 +50,7 @@ PRECOPY = 1 << 20
 source from being done before it. In post-copy there is no limit, which is QEMU's default."""
 
 PLAIN, PREEMPT = "postcopy-ram", "postcopy-preempt"
+SWITCHED = (PLAIN, PREEMPT, "background-snapshot")
 RUN_WITHIN = 60.0
 """Seconds for one run: a guest under a software KVM takes its time, and a machine may be busy."""
 
@@ -58,10 +59,12 @@ HEADER = struct.Struct("<QQII")
 
 @dataclass(frozen=True, slots=True)
 class Stalls:
-    """One migration: microseconds of each fault, and of how many touches."""
+    """One migration: microseconds of each fault, of how many touches, and seconds from the switch to post-copy to the
+    end of the migration."""
 
     faults: Sequence[float]
     touches: int
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,7 @@ def compare(bench: Bench, ours: Callable[[int], Sequence[float]]) -> list[Row]:
         return _without(f"{QEMU}: not installed")
     try:
         return _compare(bench, ours)
-    except _QemuFailed as error:
+    except QemuFailed as error:
         return _without(f"{QEMU}: installed, but {error}")
 
 
@@ -91,8 +94,8 @@ def _without(reason: str) -> list[Row]:
 
 
 def _compare(bench: Bench, ours: Callable[[int], Sequence[float]]) -> list[Row]:
-    image = _assemble(bench)
-    found = _found(bench, image)
+    image = assemble(bench)
+    found = found_here(bench, image)
     runs: dict[str, list[Stalls]] = {mode: [] for mode in found.modes}
     mine = []
     for number in range(bench.scale.pairs):
@@ -116,39 +119,39 @@ def _rows(found: Found, mode: str, runs: Sequence[Stalls], mine: Sequence[float]
     ]
 
 
-def _assemble(bench: Bench) -> str:
+def assemble(bench: Bench) -> str:
     """guest.S as the image of a ROM."""
-    pages = _pages(bench)
-    sizes = [f"-DPAGES={pages}", f"-DTOUCHES={_touches(bench)}", f"-DHALF={pages.bit_length() // 2}"]
+    pages = pages_of(bench)
+    sizes = [f"-DPAGES={pages}", f"-DTOUCHES={touches_of(bench)}", f"-DHALF={pages.bit_length() // 2}"]
     place = "-Wl,-Ttext=0xffff0000,--oformat=binary,--build-id=none"
     try:
         return bench.compile("guest.S", "guest", "-m32", "-nostdlib", "-static", *sizes, place)
     except BenchmarkFailed as error:
-        raise _QemuFailed(str(error).replace("\n", " ")) from error
+        raise QemuFailed(str(error).replace("\n", " ")) from error
 
 
-def _pages(bench: Bench) -> int:
+def pages_of(bench: Bench) -> int:
     """A power of two, because the guest makes its random order of the bits of a page's number."""
-    return bench.scale.of(512 << 20, 128 << 20) // PAGE
+    return bench.scale.of(1 << 30, 128 << 20) // PAGE
 
 
-def _touches(bench: Bench) -> int:
+def touches_of(bench: Bench) -> int:
     """So few that a stream of 1 GB/s has brought about a tenth of the memory when the guest is done."""
     return bench.scale.of(256, 64)
 
 
-def _found(bench: Bench, image: str) -> Found:
+def found_here(bench: Bench, image: str) -> Found:
     """The first acceleration that our guest comes up with: a /dev/kvm may be there and be of no use."""
     reasons = []
     for acceleration in ACCELERATIONS:
         try:
-            with _Machine(bench, image, acceleration, time.monotonic() + RUN_WITHIN / 2) as machine:
+            with Machine(bench, image, acceleration, time.monotonic() + RUN_WITHIN / 2) as machine:
                 machine.hear(b"R")
                 offered = [capability["capability"] for capability in machine.order("query-migrate-capabilities")]
                 return Found(acceleration, machine.version, [PLAIN, *([PREEMPT] if PREEMPT in offered else [])])
-        except _QemuFailed as error:
+        except QemuFailed as error:
             reasons.append(f"{acceleration}: {error}")
-    raise _QemuFailed("; ".join(reasons))
+    raise QemuFailed("; ".join(reasons))
 
 
 # --- one migration ----------------------------------------------------------------------------------------------------
@@ -160,9 +163,9 @@ def migrate(bench: Bench, image: str, acceleration: str, *, preempt: bool) -> St
     limit = time.monotonic() + RUN_WITHIN
     with ExitStack() as stack:
         stack.callback(_unlink, path)
-        source = stack.enter_context(_Machine(bench, image, acceleration, limit))
+        source = stack.enter_context(Machine(bench, image, acceleration, limit))
         source.hear(b"R")
-        target = stack.enter_context(_Machine(bench, image, acceleration, limit, "-incoming", "defer", reads_as=THERE))
+        target = stack.enter_context(Machine(bench, image, acceleration, limit, "-incoming", "defer", reads_as=THERE))
         wanted = [PLAIN, PREEMPT] if preempt else [PLAIN]
         for machine in (source, target):
             machine.order("migrate-set-capabilities", capabilities=[{"capability": n, "state": True} for n in wanted])
@@ -170,23 +173,25 @@ def migrate(bench: Bench, image: str, acceleration: str, *, preempt: bool) -> St
         target.order("migrate-incoming", uri=f"unix:{path}")
         source.order("migrate", uri=f"unix:{path}")
         source.order("migrate-start-postcopy")
+        switched = time.monotonic()
         begun = target.hear(b"B")
         ended = target.hear(b"E")
         header = HEADER.unpack(target.read(HEADER.size))
-        took = struct.unpack(f"<{_touches(bench)}I", target.read(4 * _touches(bench)))
+        took = struct.unpack(f"<{touches_of(bench)}I", target.read(4 * touches_of(bench)))
         rate = (header[1] - header[0]) / (ended - begun)
         faults = sorted(ticks / rate for ticks in took)[-_asked_for(source, len(took), header[2]) :]
-        return Stalls(faults, len(took))
+        source.await_status("completed")
+        return Stalls(faults, len(took), time.monotonic() - switched)
 
 
-def _asked_for(source: _Machine, touches: int, wrong: int) -> int:
-    """How many of the touches met a missing page, as QEMU counted; what the guest read was right, or _QemuFailed."""
+def _asked_for(source: Machine, touches: int, wrong: int) -> int:
+    """How many of the touches met a missing page, as QEMU counted; what the guest read was right, or QemuFailed."""
     if wrong:
-        raise _QemuFailed(f"its guest read wrong bytes: {wrong} pages")
+        raise QemuFailed(f"its guest read wrong bytes: {wrong} pages")
     told = source.order("query-migrate")
     requests = int(told.get("ram", {}).get("postcopy-requests", 0))
     if requests < touches / 4:
-        raise _QemuFailed(f"only {requests} of {touches} touches met a missing page (migration {told.get('status')})")
+        raise QemuFailed(f"only {requests} of {touches} touches met a missing page (migration {told.get('status')})")
     return min(requests, touches)
 
 
@@ -195,11 +200,11 @@ def _unlink(path: str) -> None:
         os.unlink(path)
 
 
-class _QemuFailed(BenchmarkFailed):
+class QemuFailed(BenchmarkFailed):
     """QEMU, or its guest, did not do what it should; the other figures of the table have nothing to do with it."""
 
 
-class _Machine:
+class Machine:
     """One QEMU: its monitor (QMP) on a socket pair, the guest's debug console on a pipe; nothing waits beyond
     ``limit`` (CLOCK_MONOTONIC, seconds). A context manager that leaves no process."""
 
@@ -207,10 +212,12 @@ class _Machine:
         self, bench: Bench, image: str, acceleration: str, limit: float, *more: str, reads_as: int = HERE
     ) -> None:
         self._limit, self._buffer = limit, b""
+        self._events: list[tuple[str, float]] = []  # names, and seconds
         self._monitor, theirs = socket.socketpair()
         self._errors = os.memfd_create("qemu-errors")
-        megabytes = (REGION + _pages(bench) * PAGE) >> 20
-        command = [QEMU, "-accel", acceleration, "-machine", "pc", "-m", f"{megabytes}M", "-bios", image]
+        megabytes = (REGION + pages_of(bench) * PAGE) >> 20
+        command = [QEMU, "-accel", acceleration, "-machine", "pc", "-m", f"{megabytes}M"]
+        command += ["-bios", image] if image else []
         command += ["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]
         command += ["-chardev", f"socket,id=monitor,fd={theirs.fileno()}", "-mon", "chardev=monitor,mode=control"]
         command += ["-chardev", "stdio,id=console,signal=off"]
@@ -237,7 +244,7 @@ class _Machine:
         except OSError as error:
             self._monitor.close()
             os.close(self._errors)
-            raise _QemuFailed(f"it cannot be started: {error}") from error
+            raise QemuFailed(f"it cannot be started: {error}") from error
 
     def order(self, command: str, **arguments: Any) -> Any:
         """What the monitor returns for a command."""
@@ -251,6 +258,31 @@ class _Machine:
         if "error" in answer:
             raise self._failed(f"refused {command!r}: {answer['error'].get('desc')}")
         return answer["return"]
+
+    def switch(self, *on: str) -> None:
+        """Switch these capabilities on, and no others."""
+        known = [one["capability"] for one in self.order("query-migrate-capabilities")]
+        states = [{"capability": name, "state": name in on} for name in known if name in (*on, *SWITCHED)]
+        self.order("migrate-set-capabilities", capabilities=states)
+
+    def stop_time(self) -> float:
+        """Seconds in which the VM stood still since the last call, by the times of QEMU's own events."""
+        self.order("query-status")  # events come before the answer
+        total = since = 0.0
+        for name, at in self._events:
+            if name == "STOP":
+                since = at
+            elif name == "RESUME" and since:
+                total, since = total + at - since, 0.0
+        self._events.clear()
+        return total
+
+    def await_status(self, *wanted: str) -> None:
+        """Until the migration has one of these states."""
+        while (status := self.order("query-migrate").get("status")) not in wanted:
+            if time.monotonic() > self._limit or status in ("failed", "cancelled"):
+                raise self._failed(f"is {status} and not {wanted[0]}")
+            time.sleep(0.01)
 
     def hear(self, word: bytes) -> float:
         """When (CLOCK_MONOTONIC, microseconds) the guest said this word, which must be the next."""
@@ -281,6 +313,9 @@ class _Machine:
                 raise self._failed(f"has a monitor that said {line[:80]!r}") from error
             if isinstance(message, dict) and any(key in message for key in keys):
                 return message
+            if "event" in message:
+                at = message["timestamp"]
+                self._events.append((message["event"], at["seconds"] + at["microseconds"] / 1e6))
 
     def _some(self, descriptor: int, most: int, what: str) -> bytes:
         if not select.select([descriptor], [], [], max(0.0, self._limit - time.monotonic()))[0]:
@@ -293,9 +328,9 @@ class _Machine:
             raise self._failed(f"ended before {what}")
         return some
 
-    def _failed(self, what: str) -> _QemuFailed:
+    def _failed(self, what: str) -> QemuFailed:
         lines = os.pread(self._errors, 4096, 0).decode(errors="replace").strip().splitlines()
-        return _QemuFailed(f"it {what}" + (f": {lines[-1]}" if lines else ""))
+        return QemuFailed(f"it {what}" + (f": {lines[-1]}" if lines else ""))
 
     def close(self) -> None:
         """End QEMU, whatever it is doing."""
@@ -306,7 +341,7 @@ class _Machine:
         self._monitor.close()
         os.close(self._errors)
 
-    def __enter__(self) -> _Machine:
+    def __enter__(self) -> Machine:
         return self
 
     def __exit__(
@@ -320,4 +355,4 @@ def _version(greeting: dict[str, Any]) -> str:
         told = greeting["QMP"]["version"]["qemu"]
         return f"{told['major']}.{told['minor']}.{told['micro']}"
     except (KeyError, TypeError) as error:
-        raise _QemuFailed(f"its monitor's greeting names no version: {greeting}"[:200]) from error
+        raise QemuFailed(f"its monitor's greeting names no version: {greeting}"[:200]) from error

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from .errors import BadMessage
 
 MAGIC, VERSION = 0x5145564D, 3
+MAGIC_BYTES = MAGIC.to_bytes(4, "big")
 PAGE = 4096  # the only target page size that is understood
 MAX_BLOCKS = 4096
 MAX_BLOCK_BYTES = 16 << 40

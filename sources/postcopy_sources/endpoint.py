@@ -52,9 +52,7 @@ def _is_port(text: str) -> bool:
 class Endpoint:
     """Where a source listens; a context manager that closes the router and removes the socket file."""
 
-    def __init__(
-        self, listen: str, transport: str, curve: KeyPair | None, allow: Sequence[bytes], queue: int
-    ) -> None:
+    def __init__(self, listen: str, transport: str, curve: KeyPair | None, allow: Sequence[bytes], queue: int) -> None:
         """``queue``: messages that are kept for one peer."""
         self.shown = listen  # the endpoint as it was bound: a tcp port may have been chosen
         self._listen = listen

@@ -22,10 +22,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import pytest
+
+import postcopy
 from tests.system.service import ROOT, environment, until
 
 FIRST = 1 << 20  # where the guest's loop begins
 PAGE = 4096
+MIB = 24  # of a VM
+PAUSE = ("--mode", "pause")
+SLOWLY = (*PAUSE, "--rate", "1M")
+ALL = "POSTCOPY_TEST_ALL"
+"""Set where no test may be left out: in CI."""
 UNPACKED = Path(os.environ.get("POSTCOPY_QEMU_NEW", ROOT / ".venv" / "qemu-new"))
 
 
@@ -60,6 +68,19 @@ def versions() -> list[Qemu]:
     return sorted(found, key=lambda one: one.version)
 
 
+def installed(*, new: bool) -> Qemu:
+    """The system's QEMU, or the newer one. Skips the test where that is missing, but not in CI."""
+    found = versions()
+    assert found, "there is no QEMU: run scripts/install --test"
+    if len(found) < 2 and new:
+        why = f"only QEMU {found[0]} is here: scripts/install --test could not unpack a newer one"
+        assert not os.environ.get(ALL), why
+        pytest.skip(why)
+    chosen = found[-1 if new else 0]
+    assert not os.environ.get(ALL) or (chosen.version >= (10, 2)) == new, f"QEMU {chosen} is not of the age to test"
+    return chosen
+
+
 def boot_sector(end: int) -> bytes:
     """A guest: in rounds, it writes the number of the round to the first word of every page from 1 MiB to ``end``."""
     real = bytes.fromhex("fa31c08ed80f0116407c0f20c00c010f22c0ea187c0800")
@@ -72,13 +93,23 @@ def boot_sector(end: int) -> bytes:
 
 
 class Vm:
-    """A running VM of ``mib`` MiB in a directory of its own. ``guest``: it boots the sector above."""
+    """A running VM of ``mib`` MiB in a directory of its own. ``guest``: it boots the sector above, and writes up to
+    ``written`` (default: everything). ``memory``: the backend ``m``."""
 
-    def __init__(self, qemu: Qemu, directory: Path, mib: int = 32, *more: str, memory: str = "", guest: bool = True):
+    def __init__(
+        self,
+        qemu: Qemu,
+        directory: Path,
+        *more: str,
+        mib: int = MIB,
+        memory: str = "",
+        guest: bool = True,
+        written: int = 0,
+    ) -> None:
         self.directory, self.size, self.qemu = directory, mib << 20, qemu
         directory.mkdir(exist_ok=True)
         disk = directory / "boot"
-        disk.write_bytes(boot_sector(self.size).ljust(1440 << 10, b"\0"))
+        disk.write_bytes(boot_sector(written or self.size).ljust(1440 << 10, b"\0"))
         self.qmp = str(directory / "qmp")
         self.monitor = str(directory / "mon")
         backend = memory or f"memory-backend-memfd,size={mib}M,id=m"
@@ -194,6 +225,25 @@ def qemu_source(directory: Path, *options: str, status: int | None = 0) -> Itera
     finally:
         process.kill()
         process.wait(10)
+
+
+def options(vm: Vm, directory: Path, *more: str) -> tuple[str, ...]:
+    """Of a source that starts the migration of this VM."""
+    return ("--migration", f"unix:{directory}/mig", "--qmp", vm.qmp, *more)
+
+
+def memory(directory: Path, name: str = "ram0") -> bytes:
+    """The VM's memory as a client of the supervisor in ``r`` sees it."""
+    with postcopy.attach(name, runtime_dir=directory / "r") as block:
+        return bytes(block.buf)
+
+
+def refused(place: Path, *words: str) -> str:
+    """The one line that a source ends with."""
+    command = [sys.executable, "-m", "postcopy_sources", "qemu", "--listen", f"ipc://{place}/s", *words]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=90, env=environment())
+    assert ended.returncode in (1, 2) and "Traceback" not in ended.stderr, ended.stderr
+    return ended.stderr.splitlines()[-1]
 
 
 def await_line(directory: Path, text: str, within: float = 60.0) -> str:

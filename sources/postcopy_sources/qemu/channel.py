@@ -8,7 +8,7 @@ import stat
 from contextlib import suppress
 
 from postcopy_protocol.errors import BadInput, PostcopyError
-from postcopy_protocol.qemu_format import MAX_PIECE
+from postcopy_protocol.qemu_format import MAGIC_BYTES, MAX_PIECE
 from postcopy_protocol.qemu_stream import Event, StreamParser
 from postcopy_protocol.runtime_paths import SOCKET_PATH_BYTES
 
@@ -91,14 +91,13 @@ def _listen_tcp(host: str, port: int) -> socket.socket:
 class Channel:
     """A connection and its parser."""
 
-    def __init__(self, connection: socket.socket, parser: StreamParser, first: bytes = b"") -> None:
-        """``first``: bytes that were received already."""
+    def __init__(self, connection: socket.socket, parser: StreamParser) -> None:
         self.socket, self.parser = connection, parser
-        self.received = len(first)  # bytes
+        self.received = 0  # bytes
+        self.foreign = False  # does it begin as a migration of its own?
         self._buffer = bytearray(BUFFER)
         self._view = memoryview(self._buffer)
-        self._view[: len(first)] = first
-        self._filled = len(first)
+        self._filled = 0
         self._unsent = b""
         if connection.family != socket.AF_UNIX:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -113,13 +112,11 @@ class Channel:
             return None
         if not size:
             return None
+        if not self.received:
+            self.foreign = self._view[:4] == MAGIC_BYTES
         self.received += size
         self._filled += size
         return self._parse()
-
-    def parse_first(self) -> list[Event]:
-        """Parse what was received before. Raises BadMessage."""
-        return self._parse() if self._filled else []
 
     def _parse(self) -> list[Event]:
         taken, events = self.parser.parse(self._view[: self._filled])

@@ -233,6 +233,9 @@ class PauseFeed(VmFeed):
         self.drop(channel)
         if channel is self._preempt:
             self._preempt = None
+            if channel.foreign:
+                log.warning("another migration came to %s: it is refused", self._listener.uri)
+                return
             if self._done or self._channel is None:
                 return
             if self._stopped and not self.memory.complete and channel.received:
