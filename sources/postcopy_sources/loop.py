@@ -31,7 +31,7 @@ from postcopy_protocol.return_path import (
     RequestRanges,
     UseStaging,
 )
-from postcopy_protocol.source_conversation import Offer, SourceConversation, SourceRefusal, Stream
+from postcopy_protocol.source_conversation import Offer, Phase, SourceConversation, SourceRefusal, Stream
 from postcopy_protocol.zmtp import Message as Frames
 from postcopy_wire.transport import GoneHandler, MessageHandler, Router
 
@@ -134,17 +134,19 @@ class Loop:
             self._forget(connection)
         if self._feed is not None:
             self._feed.tick(now)
-            self._note_progress(encode(self._feed.progress()))
+            self._note_progress()
         for connection in self.sender.flush():
             self.answerer.enqueue(connection)
         for connection in self.connections.values():
             if connection.staging is not None and now - connection.last_message_at > STAGING_SILENT_SECONDS:
                 connection.unstage()
 
-    def _note_progress(self, message: bytes) -> None:
-        for name, connection in self.connections.items():
-            streams = connection.conversation.streams.values()
-            if self._noted.get(name) != message and any("progress" in one.features for one in streams):
+    def _note_progress(self) -> None:
+        assert self._feed is not None
+        message = encode(self._feed.progress())
+        for name, connection in list(self.connections.items()):  # one that does not read is forgotten
+            listening = [one for one in connection.conversation.streams.values() if one.phase is Phase.LISTENING]
+            if self._noted.get(name) != message and any("progress" in one.features for one in listening):
                 self._noted[name] = message
                 self.sender.send_note(connection, message)
 
@@ -223,6 +225,8 @@ class Loop:
 
     def _listen(self, connection: Connection, message: Listen) -> None:
         stream = connection.conversation.listen(message)
+        if self._feed is not None:
+            self._note_progress()
         pusher = connection.pushers.get(stream.number)
         if pusher is None and stream.window:
             pusher = self._push_from(connection, stream)

@@ -1,4 +1,4 @@
-"""Fuzzing of everything that takes bytes from outside: ``python -m tests.fuzz [--inputs N] [--seed S] [--seconds T]``.
+"""Fuzzing of everything that takes bytes from outside: ``python -m tests.fuzz [--inputs N] [--seed S] [--only NAME]``.
 
 An input is one frame given to one listener: random bytes, or a valid message with bytes flipped, cut, doubled, spliced,
 or with wrong values in its fields; on the return path also one that fits what is open just then. A listener takes it or
@@ -205,10 +205,11 @@ class Fuzzer:
         if not plain.ready or plain.answer != placed.take_answer():
             raise BadMessage("not whole") if not plain.ready else AssertionError("they answer differently")
 
-    def one(self) -> None:
+    def one(self, only: str = "") -> None:
+        """Give one input to a listener: to ``only``, if it is named."""
         if self.random.random() < 0.01:
             self._fresh()
-        name = self.random.choice(list(self.listeners))
+        name = only or self.random.choice(list(self.listeners))
         listen, kinds = self.listeners[name]
         data = self._input(kinds, self.nearly.get(name))
         try:
@@ -365,12 +366,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--inputs", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
+    parser.add_argument("--only", default="", metavar="LISTENER", help="such as qemu; default: each in turn, at random")
     told = parser.parse_args()
     logging.disable()
     fuzzer, began = Fuzzer(told.seed), time.monotonic()
+    if told.only and told.only not in fuzzer.listeners:
+        parser.error(f"no listener {told.only!r}; there are {', '.join(fuzzer.listeners)}")
     for number in range(told.inputs):
         try:
-            fuzzer.one()
+            fuzzer.one(told.only)
         except AssertionError as finding:
             print(f"seed {told.seed}, input {number}: {finding}", file=sys.stderr)
             return 1

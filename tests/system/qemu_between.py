@@ -43,7 +43,9 @@ class Between:
                     near, _ = listener.accept()
                     far = socket.socket(socket.AF_UNIX)
                     self._sockets += [near, far]
-                    far.connect(target)
+                    if far.connect_ex(target):  # as if nothing listened here
+                        near.close()
+                        continue
                     self._run(lambda: _pump(near, far, there))  # noqa: B023 (used before the next one)
                     self._run(lambda: _pump(far, near, back))  # noqa: B023
 

@@ -94,6 +94,7 @@ class Channel:
     def __init__(self, connection: socket.socket, parser: StreamParser) -> None:
         self.socket, self.parser = connection, parser
         self.received = 0  # bytes
+        self.ended = False
         self.foreign = False  # does it begin as a migration of its own?
         self._buffer = bytearray(BUFFER)
         self._view = memoryview(self._buffer)
@@ -104,19 +105,28 @@ class Channel:
 
     def receive(self) -> list[Event] | None:
         """Receive what is there and parse it; None: the connection has ended. Raises BadMessage, BlockingIOError."""
-        try:
-            size = self.socket.recv_into(self._view[self._filled :])
-        except (BlockingIOError, InterruptedError):
-            raise BlockingIOError from None
-        except OSError:  # reset
-            return None
-        if not size:
+        if not (size := self._receive()):
             return None
         if not self.received:
             self.foreign = self._view[:4] == MAGIC_BYTES
         self.received += size
         self._filled += size
         return self._parse()
+
+    def discard(self) -> bool:
+        """Receive what is there, for nothing; False: the connection has ended. Raises BlockingIOError."""
+        self._filled = 0
+        return self._receive() > 0
+
+    def _receive(self) -> int:
+        try:
+            size = self.socket.recv_into(self._view[self._filled :])
+        except (BlockingIOError, InterruptedError):
+            raise BlockingIOError from None
+        except OSError:  # reset, or closed
+            size = 0
+        self.ended = not size
+        return size
 
     def _parse(self) -> list[Event]:
         taken, events = self.parser.parse(self._view[: self._filled])

@@ -7,7 +7,9 @@ it. Nothing can be requested, so clients wait until the scan brings a page.
 from __future__ import annotations
 
 import logging
+import select
 import time
+from contextlib import suppress
 
 from postcopy_protocol.errors import BadMessage, PostcopyError
 from postcopy_protocol.qemu_stream import Devices, Event
@@ -92,39 +94,66 @@ class LiveFeed(VmFeed):
             "live: all %s are here, after %.2f s (%s/s)", format_size(size), seconds, format_size(int(size / seconds))
         )
 
+    def read(self, channel: Channel) -> None:
+        if not self.lost:
+            return super().read(channel)
+        if not _discard(channel):
+            self.drop(channel)
+
     def on_end(self, channel: Channel, why: str) -> None:
-        self.drop(channel)
-        if not self._done:
-            missing = self.memory.pages - self.memory.received
+        missing = self.memory.pages - self.memory.received
+        if not self._done and not self.lost:
             reason = f"the live image ended with {missing} pages missing: {self.failure() or why}"
             log.error("%s; they are lost", reason)
             self.lost = True
             self.memory.lose(reason)
+        if channel.ended:  # otherwise QEMU goes on, and what it sends is thrown away
+            self.drop(channel)
 
     def give_back(self) -> None:
+        revocable = self.monitor is not None and self.monitor.version >= SOUND
+        if self._done or not revocable:
+            self._take_rest()
         if self._channel is not None:
-            # A reader that leaves early makes the migration fail, so read to the end if that is near.
-            if self._done and self._channel.socket.fileno() >= 0:
-                wait_for(lambda: not self._more(), 2.0)
             self.drop(self._channel)
+        self._listener.close()
         if self.monitor is None or self._borrowed is None:  # what goes on in that VM is not ours
             return
         try:
-            if migration_status(self.monitor) in UNDER_WAY:
+            if revocable and migration_status(self.monitor) in UNDER_WAY:
                 self.monitor.execute("migrate_cancel")
-            wait_for(lambda: migration_status(self.monitor) not in UNDER_WAY, END_SECONDS)  # type: ignore[arg-type]
+            wait_for(lambda: not self._under_way(), END_SECONDS)
             status = self.monitor.execute("query-status")["status"]
             log.info("the VM is %s", status)
         except PostcopyError as error:
             log.warning("%s", error)
         self._borrowed.restore()
 
-    def _more(self) -> bool:
-        """Throw away what is there; False at the end."""
-        assert self._channel is not None
-        try:
-            return self._channel.receive() is not None
-        except BlockingIOError:
-            return True
-        except BadMessage:
-            return False
+    def _under_way(self) -> bool:
+        return self.monitor is not None and migration_status(self.monitor) in UNDER_WAY
+
+    def _take_rest(self) -> None:
+        """Throw away what is still to come: a reader that leaves early makes the migration fail, and QEMU before 9.0
+        never lets the guest write again then."""
+        heard = time.monotonic()
+        with suppress(PostcopyError):
+            while time.monotonic() - heard < END_SECONDS:
+                if self._channel is None:
+                    if self._borrowed is None or not self._under_way():
+                        return
+                    if select.select([self._listener.socket], [], [], 0.1)[0] and (found := self._listener.accept()):
+                        self._channel = Channel(found, self.parser())
+                elif self._channel.ended:
+                    return
+                elif select.select([self._channel.socket], [], [], 0.1)[0]:
+                    _discard(self._channel)
+                    heard = time.monotonic()
+        log.warning("QEMU does not end its background snapshot")
+
+
+def _discard(channel: Channel) -> bool:
+    """Throw away what is there; False at the end."""
+    try:
+        return channel.discard()
+    except BlockingIOError:
+        return True

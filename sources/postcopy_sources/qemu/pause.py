@@ -42,7 +42,7 @@ from .qmp import PREPARE_SECONDS, Monitor
 
 SLOW = 8 << 20
 """Bytes a second before the VM stands still: everything that is sent then may have to be sent again."""
-AHEAD = 128 << 10  # bytes that are requested at once where no client waits
+LARGEST = 128 << 10  # bytes of one request
 END_SECONDS = 30.0
 
 log = logging.getLogger(__name__)
@@ -199,16 +199,14 @@ class PauseFeed(VmFeed):
 
     def want(self, place: int, offset: int, length: int, urgent: bool) -> None:
         """A read waits for these pages."""
-        if not self._stopped or self._channel is None:
-            return  # requested when they can be
+        if not self._stopped or self._channel is None or not urgent:
+            return  # requested when they can be; the rest comes with QEMU's scan, which a request would only disturb
         staged = self.memory.blocks[place]
         missing = staged.present.find(0, offset // 4096, (offset + length) // 4096) * 4096
         if missing < 0:
             return
-        # Without the second connection a request also moves QEMU's scan, which brings what lies behind.
-        end = offset + length if urgent or self._preempt is not None else missing + 4096
-        for start in range(missing, end, AHEAD):
-            data = self._requests_of_all().request(place, start, min(AHEAD, end - start))
+        for start in range(missing, offset + length, LARGEST):
+            data = self._requests_of_all().request(place, start, min(LARGEST, offset + length - start))
             if data and not self._channel.send(data):
                 return self.on_end(self._channel, "QEMU does not take requests")
 

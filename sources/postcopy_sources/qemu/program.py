@@ -39,7 +39,8 @@ def run(settings: QemuSettings) -> None:
     check_endpoint(settings.listen, access.curve, access.allow, access.plain_tcp)
     if settings.listen.startswith("ipc://"):
         refuse_second(settings.listen.removeprefix("ipc://"))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGINT):  # SIGINT is ignored where a shell has started us behind it
+        signal.signal(number, signal.default_int_handler)
     with ExitStack() as stack:
         listener = Listener(settings.migration)
         stack.callback(listener.close)

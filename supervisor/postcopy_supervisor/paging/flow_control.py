@@ -107,6 +107,8 @@ class FlowControl:
     deferred: deque[RangeRequest] = field(default_factory=deque)
     held: bool = False
     """While held nothing is sent: there is no memory for what would come."""
+    filling: bool = False
+    """Pages are still coming to the source itself: how long a background request takes says nothing of the link."""
     retry_at: float = -1e9
     _pause: float = 0.0
     bytes_in_flight: int = 0
@@ -149,7 +151,7 @@ class FlowControl:
             return []
         oldest = next((request.sent for request in self.outstanding.values() if request.client == BACKGROUND), now)
         pace = max(self._background_pace, now - oldest)
-        if covering and covering[0].sent + pace - now < self.urgent_pace + self.limits.hurry:
+        if not self.filling and covering and covering[0].sent + pace - now < self.urgent_pace + self.limits.hurry:
             return []
         return self.request(client, block, offset, length, now)
 
@@ -158,7 +160,7 @@ class FlowControl:
         del self.outstanding[request.number]
         if request.urgent:
             self.urgent_pace = now - request.sent
-        else:
+        elif not self.filling:
             self._background_pace = took = now - request.sent
             self.pace.came(request.length, self.background_in_flight == 1, took, self.busy(now), now)
         self._stop(request, now)

@@ -192,6 +192,7 @@ class SourceLink:
             case return_path.Progress():
                 return_path.check_progress(message)
                 self.silent_since, self.progress = None, message
+                self.flow.filling = message.received < message.size
         return None
 
     def on_staged(self, message: return_path.Staged, slot_bytes: int, now: float) -> Arrived | None:

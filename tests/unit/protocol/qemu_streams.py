@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import struct
 from collections.abc import Sequence
+from functools import cache
 
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.qemu_format import MAX_PIECE, PAGE, QemuBlock
@@ -89,12 +90,14 @@ def records(blocks: Sequence[QemuBlock] = BLOCKS) -> list[bytes]:
     return made
 
 
+@cache
 def snapshot() -> bytes:
     """A background snapshot."""
     pages = records()
     return header() + start(BLOCKS) + part(*pages[:7]) + part() + part(*pages[7:]) + full() + b"anything"
 
 
+@cache
 def postcopy(*pings: int) -> bytes:
     """A post-copy: a first round with wrong pages, discards, the package, all pages."""
     first = part(page(0, b"x" * PAGE, "pc.ram"), page(PAGE, None), page(5 * PAGE, b"y" * PAGE))
@@ -105,6 +108,7 @@ def postcopy(*pings: int) -> bytes:
     return begun + package(*pings) + part(*pages[:9]) + part(*pages[9:], kind=3) + b"\0"
 
 
+@cache
 def image() -> bytes:
     """A mapped-ram file of BLOCKS. Pages of zeros have no bit, and other bytes in their place."""
     total = sum(block.size for block in BLOCKS)
