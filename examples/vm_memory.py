@@ -21,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 import postcopy
 
 PROCESSES = 4
-BANNER = rb"Linux version [0-9][ -~]+ #[ -~]+(?=\n)"
+BANNER = rb"Linux version [0-9][ -~]+ #[0-9][ -~]+(?=\n)"
 IDLE = rb"swapper/0\0{7}"  # the name of a task: 16 bytes
 IN_MEMORY = (1 << 30) - 1
 KERNEL_IMAGE = 0xFFFFFFFF80000000  # addresses from here on are of the kernel's own code and data

@@ -26,6 +26,7 @@ GROUPS = {
     "tests/attack/": "chaos",
     "tests/kernel/test_hugetlb.py": "hugetlb",
     "tests/system/test_hugepages.py": "hugetlb",
+    "tests/system/test_qemu_memory.py": "hugetlb",
     "tests/system/test_benchmarks.py": "benchmarks",
     "tests/unit/test_packaging.py": "packaging",
 }

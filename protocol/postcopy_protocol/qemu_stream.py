@@ -44,7 +44,10 @@ UNKNOWN_SECTION = -1  # of a migration that another reader began: it is the firs
 MAX_RUN = 512  # pages that a sink gets at once; fewer than IOV_MAX
 NEXT_DATA, NEXT_ZERO = DATA | CONTINUE, ZERO | CONTINUE
 REFUSED_FLAGS = {0x40: "xbzrle", 0x80: "rdma", 0x100: "compress", 0x200: "multifd"}
+RECORD = 8 + PAGE  # bytes of a page with its contents
+LOOK = 32  # records that are looked at together; a divisor of MAX_RUN
 _U64 = struct.Struct(">Q").unpack_from
+_WORDS = struct.Struct(f">Q{PAGE}x").iter_unpack
 _RANGE = struct.Struct(">QQ")
 _RUN = b"\x08\x00\x05\x00\x00"
 _PING = b"\x08\x00\x02\x00\x04"
@@ -236,23 +239,26 @@ class StreamParser:
                 word = _U64(data, at)[0]
                 flags = word & FLAGS
                 if flags == NEXT_DATA:
-                    if end - at < 8 + PAGE:
+                    if end - at < RECORD:
                         raise Short
+                    run = _neighbours(data, at, word, min((end - at) // RECORD, LOOK))
                 elif flags == NEXT_ZERO:
                     if end - at < 9:
                         raise Short
                     if data[at + 8]:
                         raise BadMessage(f"a page that is filled with {data[at + 8]}")
+                    run = 1
                 else:
                     break
                 offset = word - flags
-                if offset != past or flags != kind or past - start >= MAX_RUN * PAGE:
+                if offset != past or flags != kind or past - start + run * PAGE > MAX_RUN * PAGE:
                     self._flush(kind, start, past, pages)
                     start, kind, pages = offset, flags, []
-                past = offset + PAGE
+                past = offset + run * PAGE
                 if flags == NEXT_DATA:
-                    pages.append(data[at + 8 : at + 8 + PAGE])  # type: ignore[arg-type]
-                    at += 8 + PAGE
+                    after = at + run * RECORD
+                    pages += [data[place : place + PAGE] for place in range(at + 8, after, RECORD)]  # type: ignore[misc]
+                    at = after
                 else:
                     at += 9
         finally:
@@ -348,6 +354,14 @@ class StreamParser:
     def _skip_all(self, cursor: Cursor) -> None:
         self._taken = cursor.at = len(cursor.data)
         raise Short
+
+
+def _neighbours(data: Buffer, at: int, word: int, most: int) -> int:
+    """How many records from ``at`` on, where ``word`` stands, are data of neighbouring pages. At most ``most``."""
+    words = [found for (found,) in _WORDS(data[at : at + most * RECORD])]
+    if words == list(range(word, word + most * PAGE, PAGE)):
+        return most
+    return next(count for count, found in enumerate(words) if found != word + count * PAGE)
 
 
 def _event_of(command: int, length: int, inner: Cursor) -> Event | None:

@@ -63,6 +63,7 @@ class PauseFeed(VmFeed):
         self._stopped = False  # the VM stands still, and pages can be requested
         self._revocable = False  # a cut makes the VM run on
         self._ended = False  # QEMU has sent everything on its main connection
+        self._ram_ended = False
         self._done = False
         self._section = 0
         self._resuming: threading.Thread | None = None
@@ -162,13 +163,12 @@ class PauseFeed(VmFeed):
                     self._request_waiting()
                 case EndOfStream():
                     self._ended = True
-                case Devices(name):
-                    raise BadMessage(
-                        f"section {name} comes before post-copy has begun: the migration was complete before it, or "
-                        "the section is not understood"
-                    )
                 case EndOfRam():
-                    pass
+                    self._ram_ended = True
+                case Devices() if self._ram_ended and self.memory.complete:
+                    self._stand_still(channel, (PACKAGE_LOADED,))  # all came in pre-copy: a cut makes the VM run on
+                case Devices(name):
+                    raise BadMessage(f"section {name} comes before post-copy has begun: it is not understood")
         self._look_complete()
 
     def _stand_still(self, channel: Channel, pings: tuple[int, ...]) -> None:
@@ -183,6 +183,11 @@ class PauseFeed(VmFeed):
         self._request_waiting()
 
     def read(self, channel: Channel) -> None:
+        if channel is self._channel and self._preempt is not None:
+            super().read(self._preempt)  # pages that clients wait for do not wait behind what the scan brings
+            self._look_complete()
+            if channel is not self._channel:
+                return  # that was the last one
         super().read(channel)
         if channel is self._preempt:
             self._look_complete()
