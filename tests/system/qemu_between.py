@@ -12,6 +12,7 @@ from pathlib import Path
 from tests.system.qemu import Vm
 
 Act = Callable[[], object]
+EARLY = 3 << 20  # bytes of a stream, of which much is still to come
 
 
 class Between:

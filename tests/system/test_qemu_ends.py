@@ -24,12 +24,11 @@ from tests.system.qemu import (
     refused,
     sweep,
 )
-from tests.system.qemu_between import Between
+from tests.system.qemu_between import EARLY, Between
 from tests.system.service import PuppetError, Service, until
 from tests.unit.protocol import qemu_streams as streams
 
 INTERRUPTED = 130
-EARLY = 3 << 20  # bytes of a stream, of which much is still to come
 LIVE = ("--mode", "live")
 
 

@@ -52,6 +52,16 @@ def test_rates_are_of_the_time_between_two_looks() -> None:
     assert "1.0M/s" in view.sources(now, before)[0] or "976.6K/s" in view.sources(now, before)[0]
 
 
+def test_how_far_a_source_is() -> None:
+    now = status(1)
+    assert view.progress(now["sources"][0]) == ""
+    found = {"phase": "post-copy", "origin": "VM stopped", "received": 3 << 20, "left": 1 << 20, "bytes_per_s": 2 << 20}
+    now["sources"][0]["progress"] = found
+    assert view.sources(now, None)[0].endswith("  post-copy 75%  1M left  2M/s  VM stopped")
+    now["sources"][0]["progress"] = found | {"phase": "complete", "left": 0}
+    assert view.sources(now, None)[0].endswith("  complete 100%  VM stopped")
+
+
 def test_sorted_and_filtered() -> None:
     found = view.rows(status(12), None)
     assert [row.number for row in view.arranged(found, "p50")][:2] == [12, 11]

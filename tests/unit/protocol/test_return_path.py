@@ -41,6 +41,7 @@ from postcopy_protocol.return_path import (
     Staged,
     Staging,
     check_pages,
+    check_progress,
     check_ranges,
     check_staged,
     check_staging,
@@ -515,3 +516,12 @@ def test_the_table_in_the_text_is_the_table_that_the_conversation_walks() -> Non
         [kind.__name__, ", ".join(phase.value for phase in allowed) or "-", after.value]
         for kind, (allowed, after) in source_conversation.RULES.items()
     ]
+
+
+@pytest.mark.parametrize(
+    "words", [("x" * 61, "", 0, 0, 0), ("live", "\33[2J", 0, 0, 0), ("live", "VM running", 2, 1, 0)]
+)
+def test_progress_that_a_terminal_must_not_see(words: tuple[str, str, int, int, int]) -> None:
+    check_progress(Progress("live", "VM running", 1, 2, 9))
+    with pytest.raises(BadMessage):
+        check_progress(Progress(*words))

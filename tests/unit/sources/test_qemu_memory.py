@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postcopy_protocol.errors import PageLost
+from postcopy_protocol.errors import PageLost, PostcopyError
 from postcopy_protocol.qemu_format import PAGE, QemuBlock
 from postcopy_protocol.qemu_return_path import Requests
+from postcopy_sources.qemu.capabilities import Borrowed
 from postcopy_sources.qemu.memory import StagedBlock, VmMemory
 
 PAGES = 12
@@ -114,3 +117,9 @@ def test_a_host_page_is_requested_once_and_its_block_named_once() -> None:
     assert requests.request(1, 3 << 20, PAGE) == huge
     with pytest.raises(ValueError, match="RAM block a"):
         requests.request(0, 4 * PAGE, PAGE)
+
+
+def test_a_capability_that_this_qemu_lacks() -> None:
+    lacking = SimpleNamespace(version_text="2.12.0", execute=lambda command: [{"capability": "xbzrle", "state": True}])
+    with pytest.raises(PostcopyError, match=r"QEMU 2\.12\.0 has no capability background-snapshot"):
+        Borrowed(cast(Any, lacking)).switch(["background-snapshot"], ["xbzrle"])

@@ -407,3 +407,17 @@ def test_a_request_that_the_source_holds_is_never_given_up() -> None:
         flow.source_waits(request.number, 1, tenth / 10)
     assert flow.tick(10.95) == [request]  # silence: it is sent again, and given up in the end
     assert flow.tick(12.0) == [GiveUp(request)]
+
+
+def test_a_background_request_to_a_source_that_is_filling_says_nothing_of_the_link() -> None:
+    """It waits there for pages to come: a fault overtakes it at once, and the next background is not paced by it."""
+    flow, now = streaming(pace=0.005)
+    assert not flow.promote(7, 2, 3 * PAGE, PAGE, now)
+    flow.filling = True
+    (sent,) = flow.promote(7, 2, 3 * PAGE, PAGE, now)
+    assert isinstance(sent, RangeRequest) and sent.urgent
+    piece = next(one for one in flow.outstanding.values() if not one.urgent)
+    flow.answered(piece.number, 2, [(0, 8 * PAGE)], now + 60)
+    flow.filling = False
+    flow.request(BACKGROUND, 3, 0, 8 * PAGE, now + 60)
+    assert not flow.promote(7, 3, 3 * PAGE, PAGE, now + 60), "the next piece is expected as soon as before"
