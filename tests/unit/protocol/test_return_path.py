@@ -35,6 +35,7 @@ from postcopy_protocol.return_path import (
     Complete,
     Listen,
     Pages,
+    Progress,
     Range,
     RangeKind,
     RequestRanges,
