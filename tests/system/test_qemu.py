@@ -52,7 +52,7 @@ def captured_by_a_source_that_is_killed(vm: Vm, place: Path) -> None:
     with qemu_source(place, *options(vm, place, *SLOWLY), status=None) as source:
         await_line(place, "the VM stands still")
         truth = vm.save()
-        with Service(place / "r", f"ram0=ipc://{place}/s/m", background_rate="0") as house:
+        with Service(place / "r", f"ram0=ipc://{place}/s/m") as house:
             client = house.client()
             assert client.do(f"bytes(b.buf[-{PAGE}:]).hex()", 60) == truth[-PAGE:].hex()
             source.kill()
@@ -114,7 +114,7 @@ def test_pause_requests_what_clients_touch(vm: Vm, place: Path) -> None:
     with qemu_source(place, *options(vm, place, *SLOWLY)):
         await_line(place, "the VM stands still")
         truth = vm.save()
-        with Service(place / "r", f"ram0=ipc://{place}/s/m", background_rate="0") as house:
+        with Service(place / "r", f"ram0=ipc://{place}/s/m") as house:
             client = house.client()
             places = [vm.size - (at + 1) * 37 * PAGE for at in range(8)]
             seen = client.do(f"[bytes(b.buf[at:at+4096]).hex() for at in {places}]", 60)
@@ -135,7 +135,7 @@ def test_an_interrupted_post_copy_goes_on(vm: Vm, place: Path) -> None:
     with qemu_source(place, *options(vm, place, *SLOWLY)):
         await_line(place, "the VM stands still")
         truth = vm.save()
-        with Service(place / "r", f"ram0=ipc://{place}/s/m", background_rate="0") as house:
+        with Service(place / "r", f"ram0=ipc://{place}/s/m") as house:
             client = house.client()
             here = client.do(f"b.buf[{vm.size - PAGE}]", 60)
             vm.execute("migrate-pause")

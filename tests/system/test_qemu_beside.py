@@ -61,10 +61,7 @@ def test_a_back_end_works_while_the_memory_arrives(qemu: Qemu, place: Path, tmp_
     ):
         await_line(place, "the VM stands still")
         truth = vm.save()
-        rate = "0"  # nothing comes before the back-end touches it
-        with Service(
-            place / "r", f"ram0=ipc://{place}/s/m", background_rate=rate, restart_interval=0.1, fault_around="4K"
-        ) as house:
+        with Service(place / "r", f"ram0=ipc://{place}/s/m", restart_interval=0.1, fault_around="4K") as house:
             client = house.client()
             client.begin(f"[bytes(b.buf[at:at+4]).hex() for at in range(1 << 20, {AT}, 64 << 12)]")
             with storage_daemon(tmp_path) as program:

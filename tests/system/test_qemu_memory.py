@@ -74,7 +74,7 @@ def test_huge_pages(qemu: Qemu, place: Path) -> None:
         with qemu_source(place, *options(vm, place, *SLOWLY)):
             await_line(place, "the VM stands still")
             truth = vm.save()
-            with Service(place / "r", f"ram0=ipc://{place}/s/m", background_rate="0"):
+            with Service(place / "r", f"ram0=ipc://{place}/s/m"):
                 with postcopy.attach("ram0", runtime_dir=place / "r") as block:
                     places = [vm.size - PAGE, (5 << 20) + 3 * PAGE]
                     assert [bytes(block.buf[at : at + PAGE]) for at in places] == [truth[at:][:PAGE] for at in places]
@@ -91,7 +91,7 @@ def test_what_a_supervisor_shows_of_it(newest: Qemu, place: Path) -> None:
     """Phase, rate, what is left and the state of the VM: in status, and in metrics."""
     with Vm(newest, place / "vm") as vm, qemu_source(place, *options(vm, place, *SLOWLY)):
         await_line(place, "the VM stands still")
-        with Service(place / "r", f"ram0=ipc://{place}/s/m", background_rate="0") as house:
+        with Service(place / "r", f"ram0=ipc://{place}/s/m") as house:
             found = until(lambda: house.status()["sources"][0]["progress"], "it is informed", 30)
             assert (found["phase"], found["origin"]) == ("post-copy", "VM stopped")
             assert 0 < found["left"] <= (MIB + 4) << 20 and found["received"] > 0
