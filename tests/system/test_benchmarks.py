@@ -41,7 +41,14 @@ FIGURES = {
         "processor time for a fault, shared",
     ],
     "links": ["urgent p50 beside the background, 50 MB/s", "background alone, of 50 MB/s", "random pages of"],
-    "qemu": ["live image of a VM", "from the command to the first page of a VM"],
+    "qemu": [
+        "urgent page p50, postcopy-ram",
+        "total, postcopy-ram",
+        "live image of",
+        "VM stopped by a live image",
+        "first page of a VM, from the start of the program",
+        "first page of a VM, from QEMU's migrate",
+    ],
     "store": [
         "fault p50, warm chunk cache",
         "from SeaweedFS, serve",
