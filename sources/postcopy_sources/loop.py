@@ -216,6 +216,7 @@ class Loop:
             self._router.trust(connection.name)
         for old in ended:
             connection.end_stream(old)
+        self._noted.pop(connection.name, None)
         connection.unstage()  # messages about its slots may be in flight: another one is offered at the next Listen
         who = connection.name.hex()
         log.info(

@@ -160,9 +160,11 @@ class FlowControl:
         del self.outstanding[request.number]
         if request.urgent:
             self.urgent_pace = now - request.sent
-        elif not self.filling:
-            self._background_pace = took = now - request.sent
-            self.pace.came(request.length, self.background_in_flight == 1, took, self.busy(now), now)
+        else:
+            took, alone = now - request.sent, self.background_in_flight == 1 and not self.filling
+            if not self.filling:
+                self._background_pace = took
+            self.pace.came(request.length, alone, took, self.busy(now), now)
         self._stop(request, now)
         return self._fill(now) if self.queues else ()
 
