@@ -20,7 +20,7 @@ import resource
 import socket
 import struct
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, NamedTuple
@@ -36,6 +36,7 @@ _LAST_DESCRIPTOR: Final = 2**32 - 1
 _CREDENTIALS: Final = struct.Struct("=iII")
 _MOST_UNREAD: Final = 1024  # messages; the kernel keeps net.unix.max_dgram_qlen of them, 10 by default
 _SOL_SOCKET, _NOW = int(socket.SOL_SOCKET), int(socket.MSG_DONTWAIT)  # an "or" of enums costs 2 us
+_PEEK, _CTRUNC = int(socket.MSG_PEEK) | _NOW, int(socket.MSG_CTRUNC)
 _SEND, _SEND_NOW = int(socket.MSG_NOSIGNAL), int(socket.MSG_NOSIGNAL) | _NOW
 _MSG_CMSG_CLOEXEC: Final = socket.MSG_CMSG_CLOEXEC
 
@@ -78,13 +79,24 @@ def send_message(sock: socket.socket, data: bytes, fds: Sequence[int] = (), *, w
         sock.send(data, flags)
 
 
-def receive_message(sock: socket.socket, max_bytes: int = 65536, max_fds: int = 64, *, wait: bool = False) -> Received:
+def receive_message(
+    sock: socket.socket,
+    max_bytes: int = 65536,
+    max_fds: int = 64,
+    *,
+    wait: bool = False,
+    close: Callable[[tuple[int, ...]], object] | None = None,
+) -> Received:
     """Receive one message with its descriptors, which are close-on-exec from the beginning.
 
     The end of the connection, a reset too, is ``Received(b"", ())``. An empty message looks the same; its descriptors
     are closed. The kernel reports a reset once, before the last messages of the peer; here those come first. Raises
     BlockingIOError (no message), TruncatedMessage (too long, too many descriptors, or RLIMIT_NOFILE reached).
+
+    ``close``: closes what is not wanted (default: close_all). Give room for MOST_DESCRIPTORS where the peer is another
+    user: the kernel itself closes those without room, which may wait for their maker (``closing``).
     """
+    close = close or close_all
     flags = _MSG_CMSG_CLOEXEC | (0 if wait else socket.MSG_DONTWAIT)
     room = max_bytes, socket.CMSG_SPACE(4 * max_fds), flags
     try:
@@ -94,7 +106,7 @@ def receive_message(sock: socket.socket, max_bytes: int = 65536, max_fds: int = 
     fds = descriptors_in(ancillary)
     # CMSG_SPACE is padded: one descriptor more than max_fds may fit.
     if seen & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(fds) > max_fds:
-        close_all(fds)
+        close(fds)
         if not seen & socket.MSG_TRUNC and len(fds) < max_fds:  # there was room: RLIMIT_NOFILE is reached
             limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
             raise TruncatedMessage(
@@ -102,7 +114,7 @@ def receive_message(sock: socket.socket, max_bytes: int = 65536, max_fds: int = 
             )
         raise TruncatedMessage(errno.EMSGSIZE, f"a message of more than {max_bytes} bytes or {max_fds} descriptors")
     if not data:
-        close_all(fds)
+        close(fds)
         return Received(b"", ())
     return Received(data, fds)
 
@@ -173,20 +185,25 @@ def socket_owners(sock: socket.socket, path: str) -> frozenset[int]:
     return frozenset((peer_credentials(sock).uid, os.stat(path).st_uid))
 
 
-def close_drained(sock: socket.socket) -> None:
+def close_drained(sock: socket.socket) -> bool:
     """Close a connection so that the peer reads all that was sent to it.
 
     A close with unread messages of the peer would be ECONNRESET there, in place of the last message. So the peer may
-    send no more first (EPIPE), then what it has sent is dropped. Never waits.
+    send no more first (EPIPE), then what it has sent is dropped. Never waits: a connection with a descriptor in it is
+    not closed (False), because that may wait for the descriptor's maker (``closing``).
     """
     try:
         sock.shutdown(socket.SHUT_RDWR)
         for _ in range(_MOST_UNREAD):
-            if not sock.recv(1, _NOW):
+            data, _, flags, _ = sock.recvmsg(1, 0, _PEEK)
+            if flags & _CTRUNC:
+                return False
+            if not data or not sock.recv(1, _NOW):
                 break
     except OSError:
         pass  # the peer has gone
     sock.close()
+    return True
 
 
 def create_eventfd() -> int:

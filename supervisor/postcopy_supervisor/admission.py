@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from postcopy_kernel import access_list, descriptors
+from postcopy_kernel.closing import Closer
 from postcopy_protocol.codec import encode
 from postcopy_protocol.messages import Mapped, Message, OfferBackEnd, OfferUserfaultfd, Refused, Unmap
 
@@ -26,6 +27,8 @@ WORK_PER_SECOND, MOST_WORK = 1000.0, 5120
 WORKER_WORK = 20
 STARTS_A_WORKER = (Mapped, Unmap, OfferUserfaultfd, OfferBackEnd)
 
+LONGEST_CLOSE = 1.0
+"""Seconds after which a user whose descriptor cannot be closed may not connect."""
 MOST_USERS = 256
 """Users of whom limits and refusals are remembered. There are more only where one has many uids (a user namespace)."""
 OTHERS = -1
@@ -127,6 +130,7 @@ class Admission:
 
     allow: AllowList
     bans: Bans = field(default_factory=lambda: Bans(access_list.MOST_USERS))
+    closer: Closer = field(default_factory=Closer)
     _connects: dict[int, Allowance] = field(default_factory=dict)
     _work: dict[int, Allowance] = field(default_factory=dict)
     refusals: Counter[str] = field(default_factory=Counter)
@@ -150,6 +154,9 @@ class Admission:
                 text = f"user {peer.uid} connects more often than {CONNECTS_PER_SECOND:.0f} times a second"
                 return self._refuse(peer.uid, now, "limit", f"{text}; try again in a moment")
             allowance.left -= 1
+            if self.closer.seconds(peer.uid) > LONGEST_CLOSE:
+                text = f"a descriptor that user {peer.uid} has sent cannot be closed"
+                return self._refuse(peer.uid, now, "limit", f"{text}: its close waits (SO_LINGER, FUSE)")
         return peer
 
     def _refuse(self, uid: int, now: float, code: str, reason: str) -> bytes:

@@ -62,6 +62,7 @@ class ClientMessage:
     """A client's message with its descriptors; BadMessage if it cannot be decoded; None: the connection has ended."""
 
     connection: socket.socket
+    uid: int
     message: Message | BadMessage | None
     fds: tuple[int, ...]
 

@@ -44,6 +44,8 @@ CLIENTS_SHARE, CLIENTS_BURST = 0.5, 0.004
 QUEUE_LIMIT = 64
 """Events in the queue beyond which clients wait: so one that floods does not delay those that follow it for long."""
 QUEUE_PAUSE = 0.001
+MOST_FDS = 8  # beside one message of a client
+CLOSING_PAUSE = 0.01  # seconds between two looks whether what a user has sent is closed; until then it is not read
 _FAMILY, _KIND = int(socket.AF_UNIX), int(socket.SOCK_SEQPACKET)
 FAILED = 1  # exit status
 REPORTED = ("denied", "limit", "failed")  # refusals that are events
@@ -96,6 +98,7 @@ class Listener(threading.Thread):
         self._jobs: collections.deque[Job] = collections.deque()
         self._core, self._stop_eventfd, self._attach_socket, self._files = core, stop_eventfd, attach_socket, files
         self._admission, self._door = admission, door
+        self.closer = admission.closer
         self._alarm = descriptors.create_eventfd()
         self._stopping = False
         self._due: float | None = None
@@ -141,6 +144,11 @@ class Listener(threading.Thread):
         if self._connections.pop(fd, None) is not None:
             with contextlib.suppress(OSError):
                 self._clients_epoll.unregister(fd)
+
+    def close_connection(self, connection: socket.socket, uid: int) -> None:
+        """Close a connection, without waiting for descriptors that its peer may have sent."""
+        if not descriptors.close_drained(connection):
+            self.closer.close(uid, connection)
 
     def count_refusal(self, uid: int, refusal: Refusal) -> None:
         """Count a refusal. Those that concern the user are reported, with others of it; the log has the rest."""
@@ -288,7 +296,7 @@ class Listener(threading.Thread):
                 continue
             with contextlib.suppress(OSError):
                 descriptors.send_message(connection, admitted)
-            descriptors.close_drained(connection)
+            self.close_connection(connection, descriptors.peer_credentials(connection).uid)
             self._ban(now)
 
     def _ban(self, now: float) -> None:
@@ -313,7 +321,7 @@ class Listener(threading.Thread):
         self.queue.append(events.CustodianMessage(message, tuple(received.fds)))
 
     def _read_client(self, connection: socket.socket, uid: int, now: float) -> None:
-        until = self._admission.hold(uid, now)
+        until = now + CLOSING_PAUSE if self.closer.busy(uid) else self._admission.hold(uid, now)
         if until:
             with contextlib.suppress(OSError, ValueError):  # the main thread was faster
                 self._clients_epoll.unregister(connection.fileno())
@@ -322,8 +330,17 @@ class Listener(threading.Thread):
         fds: tuple[int, ...] = ()
         message: Message | BadMessage | None
         try:
-            received = descriptors.receive_message(connection, max_bytes=8192, max_fds=8)
-            fds = tuple(received.fds)
+            received = descriptors.receive_message(
+                connection,
+                max_bytes=8192,
+                max_fds=descriptors.MOST_DESCRIPTORS,
+                close=lambda fds: self.closer.close(uid, *fds),
+            )
+            fds = received.fds
+            if len(fds) > MOST_FDS:
+                self.closer.close(uid, *fds)
+                fds = ()
+                raise BadMessage(f"a message of more than {MOST_FDS} descriptors")
             message = decode(received.data, expect=FROM_CLIENT) if received.data else None
         except BlockingIOError:
             return
@@ -336,7 +353,7 @@ class Listener(threading.Thread):
         if message is None:
             self.forget_connection(connection)
         self._admission.count(uid, message)
-        self.queue.append(events.ClientMessage(connection, message, fds))
+        self.queue.append(events.ClientMessage(connection, uid, message, fds))
 
 
 def _descriptor_is_free() -> bool:

@@ -313,8 +313,8 @@ class MainLoop:
             case PeersRefused(uid, reason, count):
                 times = f" ({count} times)" if count > 1 else ""
                 ports.event("denied", f"attach socket: {reason}{times}", uid=uid)
-            case ClientMessage(connection, message, fds):
-                ports.attach.on_message(connection, message, fds)
+            case ClientMessage(connection, uid, message, fds):
+                ports.attach.on_message(connection, uid, message, fds)
             case Tick(at):
                 ports.periodic.tick(time.monotonic(), at)
 

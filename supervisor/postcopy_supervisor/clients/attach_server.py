@@ -91,7 +91,7 @@ class AttachServer:
             refusal = error if isinstance(error, Refusal) else unidentified(error)
             self._watcher.count_refusal(peer.uid, refusal)
             send(connection, refusal.message())
-            return descriptors.close_drained(connection)
+            return self._watcher.close_connection(connection, peer.uid)
         number, now = self._clients.take_number(), time.monotonic()
         client = Client(number, connection, peer.uid, peer.pid, pidfd, AttachConversation(), now, peer.writable)
         self._clients.add(client)
@@ -118,7 +118,7 @@ class AttachServer:
             raise Refusal("limit", f"{text} into {self._limit} descriptors (ulimit -n)")
 
     def on_message(
-        self, connection: socket.socket, message: messages.Message | BadMessage | None, fds: tuple[int, ...]
+        self, connection: socket.socket, uid: int, message: messages.Message | BadMessage | None, fds: tuple[int, ...]
     ) -> None:
         """Handle a message, or the end (None) of a connection. Descriptors that are not kept are closed."""
         client = self._clients.by_connection.get(connection)
@@ -144,7 +144,7 @@ class AttachServer:
                 self._release.remove(client, "does not follow the protocol")
         finally:
             if not kept:
-                descriptors.close_all(fds)
+                self._watcher.closer.close(uid, *fds)
 
     def _dispatch(self, client: Client, message: messages.Message, fds: tuple[int, ...]) -> bool:
         """Do what a message asks for; True: its descriptors are kept."""

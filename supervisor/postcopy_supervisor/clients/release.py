@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Mapping
 
-from postcopy_kernel import descriptors, process
+from postcopy_kernel import process
 from postcopy_kernel.userfaultfd import stuck_faults
 from postcopy_protocol import counters
 from postcopy_protocol.messages import Message, RegionGrant, Released
@@ -90,7 +90,7 @@ class ClientRelease:
         if client.connection is not None:
             self._watcher.forget_connection(client.connection)
             self._clients.by_connection.pop(client.connection, None)
-            descriptors.close_drained(client.connection)
+            self._watcher.close_connection(client.connection, client.uid)
             client.connection = None
 
     def failure_reported(self, number: int) -> bool:
