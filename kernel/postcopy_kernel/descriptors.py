@@ -15,10 +15,13 @@ from __future__ import annotations
 import array
 import ctypes
 import errno
+import fcntl
 import os
 import resource
 import socket
 import struct
+import sys
+import termios
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -183,6 +186,11 @@ def socket_owners(sock: socket.socket, path: str) -> frozenset[int]:
     """The users behind a connected Unix socket: of the process that listens, and of the file ``path``. Raises
     OSError."""
     return frozenset((peer_credentials(sock).uid, os.stat(path).st_uid))
+
+
+def unread_bytes(sock: socket.socket) -> int:
+    """How much memory what the peer has not read takes: 0, when it has read everything."""
+    return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 
 
 def close_drained(sock: socket.socket) -> bool:

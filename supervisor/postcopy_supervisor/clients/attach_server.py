@@ -46,6 +46,8 @@ SILENT_SECONDS = 1.0
 DESCRIPTORS_PER_CLIENT = 8
 MOST_LISTED = 700  # blocks in the answer to ListBlocks: as many as fit into a packet with names of 64 characters
 LEAST_CLIENTS = 16  # of one user, however few descriptors there are
+UNREAD_SHARE = 8
+"""One user's clients leave at most this share of the descriptor limit unread: answers, with two descriptors each."""
 SPARE_DESCRIPTORS = 24
 """Reserved for the supervisor itself: an export, a new custodian, questions, libzmq for sources behind tcp."""
 
@@ -177,7 +179,18 @@ class AttachServer:
         return False
 
     def _send(self, client: Client, message: messages.Message, fds: tuple[int, ...] = ()) -> None:
+        if fds and client.connection is not None:
+            self._check_unread(client, client.connection)
         self._release.send(client, message, fds)
+
+    def _check_unread(self, client: Client, connection: socket.socket) -> None:
+        """The kernel lets our user have no more descriptors in messages that are not read than it may have open. A
+        client that reads nothing must not use them up. Raises Refusal."""
+        if not descriptors.unread_bytes(connection):
+            self._clients.count_unread(client, -client.unread)
+        elif client.uid != os.geteuid() and self._clients.unread[client.uid] >= self._limit // UNREAD_SHARE:
+            raise Refusal("limit", f"user {client.uid} does not read its answers, in which there are descriptors")
+        self._clients.count_unread(client, 1)
 
     def _take_userfaultfd(self, client: Client, fd: int) -> None:
         if not is_userfaultfd(fd):
@@ -264,6 +277,8 @@ class AttachServer:
         assert connection is not None
         self._release.disconnect(client)
         client.connection, client.conversation, peer.connection = connection, conversation, None
+        self._clients.count_unread(client, -client.unread)
+        client.unread, peer.unread = peer.unread, 0
         client.writable = peer.writable
         self._clients.by_connection[connection] = client
         for region in client.all_regions:

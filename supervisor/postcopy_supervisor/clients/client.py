@@ -8,6 +8,7 @@ import socket
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from postcopy_kernel import crashpoints, descriptors
@@ -51,6 +52,7 @@ class Client:
     """Where its memory is its own: what has become of its pages, see ``copied_map`` in the protocol."""
     quarantined: bool = False
     restarts: int = 0  # of its workers, once it has left
+    unread: int = 0  # answers with descriptors since it had last read everything
     failures_reported: int = 0
     """Of the pages that could not be made for it (``counters.FAILURES``), those whose report has arrived."""
 
@@ -135,6 +137,9 @@ class Clients:
         self.by_connection: dict[socket.socket, Client] = {}
         self.by_pidfd: dict[int, Client] = {}
         self.by_user: Counter[int] = Counter()  # how many each user has
+        self.unread: Counter[int] = Counter()
+        """Answers with descriptors that clients of each user may not have read."""
+        self._left_unread: list[tuple[socket.socket, int, int]] = []  # with user and number of such answers
         self.pending: dict[int, Client] = {}  # without a userfaultfd; the one that was silent for longest is first
         self._ended: OrderedDict[int, tuple[int, bytes]] = OrderedDict()
         self.past = counters.merge(())
@@ -152,11 +157,42 @@ class Clients:
 
     def add(self, client: Client) -> None:
         self.by_number[client.number] = self.by_pidfd[client.pidfd] = client
-        self.by_user[client.uid] += 1
+        self._count(client.uid, 1)
         if client.connection is not None:
             self.by_connection[client.connection] = client
         if client.userfaultfd is None:
             self.pending[client.number] = client
+
+    def _count(self, uid: int, more: int) -> None:
+        self.by_user[uid] += more
+        if not self.by_user[uid]:
+            del self.by_user[uid], self.unread[uid]
+
+    def leaves_unread(self, client: Client, connection: socket.socket) -> bool:
+        """A connection is to be closed. True: its peer has not read descriptors, which the kernel counts until it does
+        or closes its end. So the connection is kept, and counts as a client of its user."""
+        if not client.unread or client.uid == os.geteuid() or not descriptors.unread_bytes(connection):
+            return False
+        with suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+        self._left_unread.append((connection, client.uid, client.unread))
+        self._count(client.uid, 1)
+        client.unread = 0
+        return True
+
+    def close_read(self) -> None:
+        """Close the kept connections whose peers have read everything since."""
+        for entry in list(self._left_unread):
+            connection, uid, unread = entry
+            if not descriptors.unread_bytes(connection):
+                self._left_unread.remove(entry)
+                self.unread[uid] -= unread
+                self._count(uid, -1)
+                connection.close()
+
+    def count_unread(self, client: Client, more: int) -> None:
+        client.unread += more
+        self.unread[client.uid] += more
 
     def heard(self, client: Client, now: float) -> None:
         """Note that a message of it is handled."""
@@ -205,9 +241,8 @@ class Clients:
         self.pending.pop(client.number, None)
         self._names.pop(client.number, None)
         self.by_pidfd.pop(client.pidfd, None)
-        self.by_user[client.uid] -= 1
-        if not self.by_user[client.uid]:
-            del self.by_user[client.uid]
+        self.count_unread(client, -client.unread)
+        self._count(client.uid, -1)
         if client.userfaultfd is None:
             return  # the custodian has nothing of it
         self._custodian.drop(client.key)

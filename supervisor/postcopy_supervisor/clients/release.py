@@ -63,6 +63,7 @@ class ClientRelease:
 
     def tick(self, at: float) -> None:
         """``at``: when the tick was queued. Messages sent before it have been handled, however late it is by now."""
+        self._clients.close_read()
         for client in list(self._clients.by_number.values()):
             if client.userfaultfd is None and at - client.since > SILENCE_SECONDS:
                 self.remove(client, f"offered no userfaultfd for {SILENCE_SECONDS:.0f} s")
@@ -90,7 +91,8 @@ class ClientRelease:
         if client.connection is not None:
             self._watcher.forget_connection(client.connection)
             self._clients.by_connection.pop(client.connection, None)
-            self._watcher.close_connection(client.connection, client.uid)
+            if not self._clients.leaves_unread(client, client.connection):
+                self._watcher.close_connection(client.connection, client.uid)
             client.connection = None
 
     def failure_reported(self, number: int) -> bool:

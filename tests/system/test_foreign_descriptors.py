@@ -1,7 +1,9 @@
-"""Descriptors whose last close waits, for as long as their maker wishes. Others must not wait with it."""
+"""Descriptors of other users. The last close of one that they send waits as long as they wish; and of what they do not
+receive the kernel allows our user only some."""
 
 from __future__ import annotations
 
+import resource
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +17,8 @@ ALLOWED, DENIED = 65533, 65000
 TOOLS = """
 import socket, struct
 from postcopy_protocol.codec import encode
-from postcopy_protocol.messages import Hello, OfferUserfaultfd
+from postcopy_protocol.messages import Hello, OfferUserfaultfd, OpenBlock
+from tests.wire.caller import Caller
 '127.0.0.1'.encode('idna')  # later this user cannot load it
 door, kept = directory + '/door', []
 
@@ -51,10 +54,15 @@ def give(caller, message):
 """
 
 
-def hostile(service: Service, uid: int) -> Puppet:
+def hostile(service: Service, uid: int, more: str = "") -> Puppet:
     client = service.client(None)
-    client.do(f"{TOOLS}\nbecome({uid}, -1)")
+    client.do(f"{TOOLS}{more}\nbecome({uid}, -1)")
     return client
+
+
+def refusals(service: Service, client: Puppet) -> list[str]:
+    client.do("connected()")
+    return service.events("denied")
 
 
 @contextmanager
@@ -87,7 +95,7 @@ def test_nobody_waits_for_the_close_of_a_descriptor(runtime_dir: Path, source_fi
         with busy(service):
             unread.do("caller.send(b'nonsense')\nfor _ in range(3): give(caller, OfferUserfaultfd())\ncaller.close()")
         goes_on(service)
-        until(lambda: any("cannot be closed" in text for text in _events(service, unread)), "its user is kept out")
+        until(lambda: any("cannot be closed" in text for text in refusals(service, unread)), "its user is kept out")
 
         for client in (stranger, unread):
             client.kill()
@@ -100,6 +108,48 @@ def test_nobody_waits_for_the_close_of_a_descriptor(runtime_dir: Path, source_fi
         again.kill()
 
 
-def _events(service: Service, client: Puppet) -> list[str]:
-    client.do("connected()")
-    return service.events("denied")
+UNREAD = """
+def not_read(connections):
+    for _ in range(connections):
+        try:
+            caller = Caller(directory)
+            kept.append(caller)
+            caller.hello()
+            caller.offer()
+            caller.socket.settimeout(5)
+            for _ in range(500):
+                caller.say(OpenBlock('ram0', 'private'))
+        except (OSError, AssertionError):
+            pass
+
+def received():
+    '''How many descriptors are in what was not read.'''
+    count = 0
+    for caller in kept:
+        caller.socket.settimeout(0.5)
+        try:
+            while (got := socket.recv_fds(caller.socket, 8192, 16))[0]:
+                count += len(got[1])
+                for fd in got[1]: os.close(fd)
+        except OSError:
+            pass
+    return count
+"""
+
+
+def test_answers_that_are_not_read(runtime_dir: Path, source_file: SourceFile) -> None:
+    """They count against the supervisor's user, also when their client is gone: beyond ``ulimit -n`` it could send no
+    descriptor to anybody, not even to its custodian. (root may send more.)"""
+    most = 512
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+    with Service(runtime_dir, f"ram0={source_file(8 * PAGE)}", allow_uid=[ALLOWED], preexec=limited) as service:
+        client = hostile(service, ALLOWED, UNREAD)
+        client.do("not_read(40)", 60)
+        assert any("does not read its answers" in text for text in service.events("denied"))
+        found = client.do("received()", 60)
+        assert 10 < found <= most // 4 + 2 * most // 16
+        until(lambda: client.do("admitted()"), "what is read counts no more")
+        goes_on(service)
