@@ -90,7 +90,9 @@ def _message(error: Exception) -> str:
 
 
 def _complain(text: str, status: int) -> int:
-    print(f"postcopy: {' '.join(text.split())}", file=sys.stderr)
+    from postcopy_protocol.display import printable
+
+    print(f"postcopy: {printable(' '.join(text.split()))}", file=sys.stderr)
     return status
 
 

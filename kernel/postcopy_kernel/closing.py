@@ -1,6 +1,6 @@
 """Closing what other users have made, without waiting for them.
 
-The last close of a descriptor may wait as long as its maker wishes: a TCP socket with SO_LINGER whose peer reads
+The last close of a descriptor may wait as long as its maker likes: a TCP socket with SO_LINGER whose peer reads
 nothing, a file of a FUSE file system that does not answer. So each user's descriptors are closed in a thread of their
 own, which lives while there is something to close.
 

@@ -42,7 +42,17 @@ def about(kind: str, peer: str = "", **fields: Any) -> dict[str, Any]:
     return {"about": (kind, peer), "fields": fields}
 
 
-class TextFormat(logging.Formatter):
+class _OneLine(logging.Formatter):
+    """A message is one line of text, whatever others have sent for it: no order to a terminal, no line of its own."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        if not record.message.isprintable():
+            letters = (one if one.isprintable() else ascii(one)[1:-1] for one in record.message)
+            record.message = "".join(letters)
+        return super().formatMessage(record)
+
+
+class TextFormat(_OneLine):
     """Time, level, message."""
 
     def __init__(self) -> None:
@@ -66,7 +76,7 @@ class JsonFormat(logging.Formatter):
         return json.dumps({**getattr(record, "fields", {}), **entry}, default=str)
 
 
-class JournalFormat(logging.Formatter):
+class JournalFormat(_OneLine):
     """The message with its priority before each line (sd-daemon(3)). journald knows the time."""
 
     def format(self, record: logging.LogRecord) -> str:

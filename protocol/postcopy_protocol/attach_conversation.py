@@ -32,6 +32,7 @@ from enum import Enum
 from typing import Generic, NamedTuple, TypeVar
 
 from .codec import decode, encode, unpack_offsets
+from .display import printable
 from .errors import AttachDenied, BadMessage, BadVersion, NoSuchBlock, NoSupervisor, PostcopyError
 from .geometry import PAGE_SIZES, AddressSpace, Region, page_count
 from .messages import (
@@ -194,7 +195,7 @@ class AttachConversation:
         if message.kind not in KINDS:
             raise Refusal("bad-message", f"the kind of a client is {' or '.join(KINDS)}")
         # The name is shown on terminals: no control characters, bounded length.
-        self.name = "".join(letter if letter.isprintable() else "?" for letter in message.name[:MAX_NAME])
+        self.name = printable(message.name[:MAX_NAME])
         self.kind = message.kind
 
     def _map(self, message: Mapped) -> None:

@@ -26,6 +26,7 @@ from typing import Any
 
 from . import stages
 from .counters import PAGE_BYTES
+from .display import printable
 from .errors import BadInput
 
 MAGIC = b"PCTRACE1"
@@ -106,10 +107,11 @@ def read_header(data: bytes | memoryview) -> tuple[Header, int]:
     try:
         document: dict[str, Any] = json.loads(bytes(data[len(front) : start]))
         blocks = tuple(
-            Traced(int(number), str(name), int(size), int(page)) for number, name, size, page in document["blocks"]
+            Traced(int(number), printable(str(name)), max(0, int(size)), max(1, int(page)))
+            for number, name, size, page in document["blocks"]
         )
         return Header(float(document["started"]), int(document["monotonic"]), blocks), start
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, OverflowError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise BadInput(f"the header of this trace is damaged ({type(error).__name__})") from error
 
 

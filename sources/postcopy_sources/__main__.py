@@ -12,6 +12,7 @@ from postcopy_kernel import log_queue
 from postcopy_kernel.descriptors import raise_descriptor_limit
 from postcopy_kernel.process import die_with_parent, title_process
 from postcopy_kernel.program_start import prepare
+from postcopy_protocol.display import printable
 from postcopy_protocol.errors import BadInput, PostcopyError
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def _snapshots(settings: Settings) -> list[PageSource]:
 
 def _fail(text: str, status: int) -> int:
     name = "serve" if "--for-serve" in sys.argv else "source"
-    print(f"postcopy {name}: {text}", file=sys.stderr)
+    print(f"postcopy {name}: {printable(' '.join(text.split()))}", file=sys.stderr)
     return status
 
 

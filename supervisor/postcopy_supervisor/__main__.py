@@ -11,6 +11,7 @@ import traceback
 from postcopy_kernel import log_queue
 from postcopy_kernel.program_start import prepare
 from postcopy_kernel.userfaultfd import UserfaultfdUnavailable
+from postcopy_protocol.display import printable
 from postcopy_protocol.errors import BadInput, PostcopyError
 
 log = logging.getLogger("postcopy")
@@ -44,7 +45,7 @@ def main() -> int:
 
 
 def _fail(text: str, status: int = 1) -> int:
-    print(f"postcopy serve: {text}", file=sys.stderr)
+    print(f"postcopy serve: {printable(' '.join(text.split()))}", file=sys.stderr)
     return status
 
 

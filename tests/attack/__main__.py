@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import itertools
 import json
 import os
 import select
@@ -111,7 +112,8 @@ def attacked(scene: Scene, attack: Attack, seed: int, seconds: float) -> Outcome
         attacker(attack, scene, seed) as under,
     ):
         turns = {BUSY: busy, NEIGHBOUR: neighbour, UNDER: under}
-        for turn in range(max(1, round(seconds / (2 + 1 / BUSY_EVERY) / SLICE_SECONDS))):
+        end = time.monotonic() + seconds
+        for turn in itertools.count():
             for beside, program in turns.items():
                 if beside == BUSY and turn % BUSY_EVERY:
                     continue
@@ -120,7 +122,7 @@ def attacked(scene: Scene, attack: Attack, seed: int, seconds: float) -> Outcome
                     growth = {name: max(growth[name], size - before[name]) for name, size in scene.memory().items()}
                     most = max(most, scene.descriptors())
             ratios = {block: ratio_of(touches[UNDER].took[block], touches[NEIGHBOUR].took[block]) for block in BLOCKS}
-            if all(one.verdict(SLOWER) != OPEN for one in ratios.values()):
+            if time.monotonic() >= end or all(one.verdict(SLOWER) != OPEN for one in ratios.values()):
                 break
     written = scene.log_bytes() - log
     broken = [f"{name} grew by {size >> 20} MiB" for name, size in growth.items() if size > GROWTH]

@@ -20,7 +20,7 @@ from tests.attack.attacks import ALLOWED
 from tests.system.service import PuppetError, Service, alive, environment
 
 MIB = 1 << 20
-SIZE = 512 * MIB
+LARGEST = 512 * MIB
 PAGE = 4096
 BLOCKS = ("local", "remote")
 PAUSE = 0.002
@@ -120,14 +120,15 @@ class Scene(Installation):
     def __init__(self, chance: Random, seconds: float) -> None:
         """``seconds``: in which faults are measured, all together."""
         self._random = chance
-        self._pause = max(PAUSE, 1.1 * seconds / (SIZE // PAGE))
+        self._size = min(LARGEST, (int(1.2 * seconds / PAUSE) * PAGE // MIB + 1) * MIB)
+        self._pause = max(PAUSE, 1.1 * seconds / (self._size // PAGE))
         place = tempfile.TemporaryDirectory(prefix="attacked-")
         super().__init__(Path(place.name) / "file")
         self._stack.enter_context(place)
 
     def _start(self) -> None:
         with self._file.open("wb") as file:
-            for _ in range(SIZE // MIB):
+            for _ in range(self._size // MIB):
                 file.write(self._random.randbytes(MIB))
         super()._start()
         self.neighbour = self._stack.enter_context(Installation(self._file))

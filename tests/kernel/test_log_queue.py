@@ -152,3 +152,15 @@ def test_a_reader_that_is_gone_is_no_error(pipe: Pipe) -> None:
     log.info("nobody sees it")
     handler.flush(10)
     assert handler._written == 1
+
+
+@pytest.mark.parametrize("format", ["text", "journal"])
+def test_a_message_is_one_line_that_gives_no_orders(format: str) -> None:
+    reader, writer = os.pipe()
+    handler = QueueHandler(writer, format)
+    handler.emit(logging.LogRecord("x", logging.ERROR, "", 0, "%s", ("a\x1b]0;owned\x07\n<0>ERROR forged",), None))
+    handler.flush()
+    os.close(writer)
+    written = os.read(reader, 4096)
+    os.close(reader)
+    assert written.count(b"\n") == 1 and b"\x1b" not in written and rb"\x1b]0;owned\x07\n<0>" in written

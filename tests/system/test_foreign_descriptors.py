@@ -1,4 +1,4 @@
-"""Descriptors of other users. The last close of one that they send waits as long as they wish; and of what they do not
+"""Descriptors of other users. The last close of one that they send waits as long as they like; and of what they do not
 receive the kernel allows our user only some."""
 
 from __future__ import annotations

@@ -194,3 +194,13 @@ def test_a_replay_and_a_trace_that_do_not_fit() -> None:
         traces.replayed(known, of((1, 1)), None)
     with pytest.raises(PostcopyError, match="bytes ram7"):
         traces.replayed(traces.WorkingSet("/s/vm", 100 * 4096, frozenset()), of((1, 1)), None, "ram7")
+
+
+def test_a_header_of_others_gives_no_orders(tmp_path: Path) -> None:
+    """Its names are shown on terminals, and its sizes are divided by."""
+    blocks = (trace.Traced(1, "\x1b]0;owned\x07", 4096, 0), trace.Traced(2, "\ud800", -1, 4096))
+    path = tmp_path / "trace"
+    path.write_bytes(trace.Header(1.0, 1, blocks).encode() + trace.pack(0, 1, 1, 0, 0, 5))
+    found = traces.read(str(path))
+    assert [block.name for block in found.head.blocks] == ["?]0;owned?", "?"]
+    assert traces.summary(found)["blocks"][0]["faults"] == 1

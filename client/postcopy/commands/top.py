@@ -22,7 +22,7 @@ def top(
     ] = 1.0,
     web: Annotated[
         str | None,
-        typer.Option("--web", metavar="HOST:PORT", help="In a browser. Beyond the loopback the link has a token."),
+        typer.Option("--web", metavar="HOST:PORT", help="In a browser, by a link with a token."),
     ] = None,
     runtime_dir: RuntimeDir = None,
 ) -> None:

@@ -8,11 +8,12 @@ import select
 import socket
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from postcopy_kernel.descriptors import Credentials, close_all, peer_credentials, peer_pidfd, receive_message
+from postcopy_kernel.closing import Closer
+from postcopy_kernel.descriptors import MOST_DESCRIPTORS, Credentials, peer_credentials, peer_pidfd, receive_message
 from postcopy_kernel.userfaultfd import is_userfaultfd
 from postcopy_protocol.errors import BadMessage
 from postcopy_protocol.firecracker import GuestRegion, RegionsReader
@@ -23,7 +24,6 @@ HANDSHAKE_SECONDS = 10.0
 """For the list of regions and the userfaultfd, after the connection."""
 MOST_WAITING = 64
 """Connections that have not said all yet. Beyond it the oldest is closed."""
-MOST_DESCRIPTORS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,8 @@ class Newcomer:
 class _Waiting:
     """A connection whose list of regions is not complete."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection = connection
+    def __init__(self, connection: socket.socket, closer: Closer) -> None:
+        self.connection, self._closer = connection, closer
         self.peer = peer_credentials(connection)
         self.pidfd = peer_pidfd(connection)
         self.until = time.monotonic() + HANDSHAKE_SECONDS
@@ -49,12 +49,12 @@ class _Waiting:
 
     def read(self) -> Newcomer | None:
         """Take what has come. None: more is to come. Raises BadMessage and OSError."""
-        received = receive_message(self.connection, max_fds=MOST_DESCRIPTORS)
+        received = receive_message(self.connection, max_fds=MOST_DESCRIPTORS, close=self._close)
         fds = list(received.fds)
         # The first is the userfaultfd; forks of Firecracker send more, which are not needed.
         if fds and self.userfaultfd < 0:
             self.userfaultfd = fds.pop(0)
-        close_all(fds)
+        self._close(fds)
         if not received.data:
             raise BadMessage(self._reader.missing())
         regions = self._reader.feed(received.data)
@@ -68,9 +68,12 @@ class _Waiting:
         self.userfaultfd = self.pidfd = -1
         return newcomer
 
+    def _close(self, fds: Sequence[int]) -> None:
+        self._closer.close(self.peer.uid, *fds)
+
     def close(self) -> None:
-        close_all(fd for fd in (self.userfaultfd, self.pidfd) if fd >= 0)
-        self.connection.close()
+        self._close([fd for fd in (self.userfaultfd, self.pidfd) if fd >= 0])
+        self._closer.close(self.peer.uid, self.connection)
 
 
 class Listener:
@@ -81,6 +84,7 @@ class Listener:
         self.path = path
         self._allowed = allow | {0, os.geteuid()} | ({owner[0]} if owner else set())
         self._waiting: dict[int, _Waiting] = {}
+        self._closer = Closer()
         self._poll = select.poll()
         self._socket = _listen(path, owner)
         self._poll.register(self._socket, select.POLLIN)
@@ -114,7 +118,7 @@ class Listener:
             yield f"a process of user {uid} may not connect (--allow-uid {uid} allows it)"
             return
         try:
-            one = _Waiting(connection)
+            one = _Waiting(connection, self._closer)
         except OSError as error:
             connection.close()
             yield f"its process cannot be identified: {error.strerror}"
@@ -145,7 +149,7 @@ class Listener:
 
     def _forget(self, fd: int) -> None:
         self._poll.unregister(fd)
-        self._waiting.pop(fd).close()
+        self._waiting.pop(fd).close()  # in another thread: until then its number is not used again
 
     def close(self) -> None:
         for fd in list(self._waiting):

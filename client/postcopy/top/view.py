@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from postcopy_protocol.display import printable
 from postcopy_protocol.sizes import format_size
 
 Status = dict[str, Any]
@@ -100,7 +101,7 @@ def _row(client: dict[str, Any], was: dict[str, Any] | None, seconds: float) -> 
     latency = client.get("latency_us", {})
     return Row(
         number=client["id"],
-        name="".join(one if one.isprintable() else "?" for one in str(client.get("name", ""))),
+        name=printable(str(client.get("name", ""))),
         pid=client.get("pid", 0),
         worker=client.get("worker_pid") or 0,
         state=str(client.get("state", "")),

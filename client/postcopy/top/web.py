@@ -1,8 +1,9 @@
 """``postcopy top --web HOST:PORT``: the same screen in a browser, by textual-serve.
 
 Each browser window gets a process of its own, which runs ``postcopy top``. Any page that a browser has open may send
-requests to this port, so a request with the name or origin of another site is refused. On an address that other
-machines reach, a token is needed: it is in the printed link, once, and in a cookie from then on."""
+requests to this port, so a request with the name or origin of another site is refused. So may other users of this
+machine, who may not ask the supervisor. So a token is needed: it is in the printed link, once, and in a cookie from
+then on."""
 
 from __future__ import annotations
 
@@ -43,14 +44,14 @@ class TopServer(Server):  # type: ignore[misc, unused-ignore]
         self._port = self._socket.getsockname()[1]
         self._host = f"[{host}]" if ":" in host else host
         self._loopback = address.loopback
-        self._token = "" if self._loopback else _token()
+        self._token = _token()
         self._windows = 0
         super().__init__(shlex.join(words), host, self._port, title="postcopy top")
 
     @property
     def link(self) -> str:
         """What to open."""
-        return f"http://{self._host}:{self._port}/" + (f"?token={self._token}" if self._token else "")
+        return f"http://{self._host}:{self._port}/?token={self._token}"
 
     def run(self) -> None:
         """Serve until Ctrl-C or SIGTERM."""
@@ -72,7 +73,7 @@ class TopServer(Server):  # type: ignore[misc, unused-ignore]
             raise web.HTTPForbidden(text="this address has another name here\n")
         if origin is not None and origin != f"http://{host}":
             raise web.HTTPForbidden(text="another site may not ask here\n")
-        if self._token and (refused := self._ask_token(request)) is not None:
+        if (refused := self._ask_token(request)) is not None:
             return refused
         if request.path != "/ws":
             answer: web.StreamResponse = await handler(request)

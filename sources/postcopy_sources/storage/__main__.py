@@ -8,6 +8,7 @@ import sys
 from types import FrameType
 
 from postcopy_kernel.program_start import drop_output, prepare
+from postcopy_protocol.display import printable
 from postcopy_protocol.errors import BadInput, PostcopyError
 
 
@@ -41,7 +42,7 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 
 def _fail(command: str, text: str, status: int) -> int:
-    print(f"postcopy {command}: {' '.join(text.split())}", file=sys.stderr)
+    print(f"postcopy {command}: {printable(' '.join(text.split()))}", file=sys.stderr)
     return status
 
 
