@@ -29,6 +29,8 @@ from .geometry import PAGE_4K, page_count
 SIDECAR_ENDING = ".postcopy"
 LARGEST_SIDECAR = 64 << 20
 """Bytes of the largest sidecar that is read."""
+LARGEST_BITMAP = 64 << 20
+"""Bytes of the largest bitmap of zero pages, which is that of an image of 2 TiB. The size in a sidecar is a claim."""
 MOST_PAGES = 1 << 20
 """Pages of the largest working set: 4 GiB. More would not be a working set."""
 
@@ -140,13 +142,21 @@ def parse_sidecar(data: bytes) -> Sidecar:
     if hashlib.sha256(body).digest() != data[len(_MAGIC) : start]:
         raise BadInput("its digest is wrong: it is damaged")
     try:
-        return _sidecar(msgpack.unpackb(body))
-    except (ValueError, TypeError, struct.error, zlib.error, OverflowError) as error:
+        return _sidecar(*_fields(body))
+    except (ValueError, TypeError, struct.error, zlib.error, OverflowError, msgpack.OutOfData) as error:
         raise BadInput(f"it cannot be understood: {type(error).__name__}") from None
 
 
-def _sidecar(fields: Sequence[object]) -> Sidecar:
-    index, size, zeros, runs, ids, needed = fields
+def _fields(body: bytes) -> list[object]:
+    """Six of them; a list or map in place of one would take much more memory than the file."""
+    unpacker = msgpack.Unpacker(max_buffer_size=max(1, len(body)), max_array_len=0, max_map_len=0)
+    unpacker.feed(body)
+    if unpacker.read_array_header() != 6:
+        raise ValueError
+    return [unpacker.unpack() for _ in range(6)]
+
+
+def _sidecar(index: object, size: object, zeros: object, runs: object, ids: object, needed: object) -> Sidecar:
     if not (isinstance(index, bytes) and isinstance(zeros, bytes) and isinstance(ids, bytes)):
         raise TypeError
     if not (isinstance(size, int) and isinstance(runs, int) and isinstance(needed, bytes)):
@@ -154,6 +164,8 @@ def _sidecar(fields: Sequence[object]) -> Sidecar:
     if len(index) != ID_BYTES or len(ids) % ID_BYTES or not 0 <= size < 1 << 56 or not 0 <= runs < 1 << 32:
         raise ValueError
     length = (page_count(size, PAGE_4K) + 7) >> 3
+    if length > LARGEST_BITMAP:
+        raise ValueError
     zeros, needed = _inflated(zeros, length), _inflated(needed, MOST_PAGES * _PAGE.size)
     if len(zeros) != length or len(needed) % _PAGE.size:
         raise ValueError

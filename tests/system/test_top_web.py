@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import pytest
+
 from tests.system.browser import Browser, link_of
 from tests.system.service import Service, environment
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import tracemalloc
+import zlib
+
+import msgpack  # type: ignore[import-untyped, unused-ignore]
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -58,6 +63,31 @@ def test_damage_is_seen(data: st.DataObject) -> None:
         bad = bad[: data.draw(st.integers(0, len(good) - 1))]
     with pytest.raises(BadInput):
         parse_sidecar(bytes(bad))
+
+
+def bomb(size: int, zeros: bytes, needed: object) -> bytes:
+    body: bytes = msgpack.packb([bytes(32), size, zlib.compress(zeros), 1, bytes(32), needed])
+    return b"postcopy-sidecar-1\n\n" + hashlib.sha256(body).digest() + body
+
+
+@pytest.mark.parametrize(
+    ("size", "zeros", "needed"),
+    [
+        ((65 << 20) * 8 * PAGE, bytes(65 << 20), zlib.compress(b"")),  # the size fits the bitmap
+        (8 * PAGE, bytes(65 << 20), zlib.compress(b"")),
+        (8 * PAGE, b"\0", zlib.compress(bytes(65 << 20))),
+        (8 * PAGE, b"\0", [[]] * (1 << 18)),
+    ],
+)
+def test_a_small_file_takes_no_large_memory(size: int, zeros: bytes, needed: object) -> None:
+    data = bomb(size, zeros, needed)
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadInput):
+            parse_sidecar(data)
+        assert tracemalloc.get_traced_memory()[1] < 48 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_working_set_grows_by_runs() -> None:
