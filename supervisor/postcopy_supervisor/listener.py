@@ -292,6 +292,9 @@ class Listener(threading.Thread):
             connection.setblocking(False)
             admitted = self._admission.admit(connection, now)
             if not isinstance(admitted, bytes):
+                if descriptors.has_ended(connection):  # the main thread need not know
+                    connection.close()
+                    continue
                 self.queue.append(events.ClientConnected(connection, admitted, now))
                 continue
             with contextlib.suppress(OSError):

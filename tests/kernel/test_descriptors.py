@@ -23,6 +23,7 @@ from postcopy_kernel.descriptors import (
     close_others,
     count_descriptors,
     create_eventfd,
+    has_ended,
     peer_credentials,
     peer_pidfd,
     raise_descriptor_limit,
@@ -254,6 +255,27 @@ def test_a_descriptor_that_nobody_has_received_is_not_closed(pair: Pair, event: 
     assert not close_drained(left) and left.fileno() >= 0
     with pytest.raises(BrokenPipeError):
         send_message(right, b"more")
+
+
+@pytest.mark.parametrize("messages", [[b""], [b"", b"x"], [b"x", b"", b"x"]])
+def test_an_empty_message_is_not_the_end(pair: Pair, event: int, messages: list[bytes]) -> None:
+    """A descriptor may be in it, or behind it."""
+    left, right = pair
+    assert not has_ended(left)
+    for data in messages[:-1]:
+        send_message(right, data)
+    send_message(right, messages[-1], [event])
+    assert not has_ended(left) and not close_drained(left)
+    right.close()
+
+
+def test_the_end_is_seen(pair: Pair) -> None:
+    left, right = pair
+    send_message(right, b"x")
+    right.close()
+    assert not has_ended(left)
+    receive_message(left)
+    assert has_ended(left)
 
 
 def test_the_last_message_is_read_whatever_the_peer_has_sent(pair: Pair) -> None:
