@@ -161,10 +161,20 @@ class Admission:
 
     def _refuse(self, uid: int, now: float, code: str, reason: str) -> bytes:
         self.refused(uid, code, reason)
-        seconds = self.bans.refused(uid, now) if uid not in (0, self.allow.own) else 0.0
+        seconds = self._ban(uid, now)
         if seconds and uid in self._refusals:
             self._refusals[uid].banned = f"; it connects without end, so the kernel keeps it out for {seconds:g} s"
         return _encoded(code, reason)
+
+    def _ban(self, uid: int, now: float) -> float:
+        return self.bans.refused(uid, now) if uid not in (0, self.allow.own) else 0.0
+
+    def has_left(self, uid: int, now: float) -> None:
+        """A peer had closed its connection before it was accepted. For a ban that counts as a refusal: it fills the
+        backlog as fast."""
+        if seconds := self._ban(uid, now):
+            text = f"user {uid} connects and leaves without end, so the kernel keeps it out for {seconds:g} s"
+            self.refused(uid, "limit", text)
 
     def hold(self, uid: int, now: float) -> float:
         """Until when a connection of this user is not read; 0: it may be read now."""

@@ -294,6 +294,8 @@ class Listener(threading.Thread):
             if not isinstance(admitted, bytes):
                 if descriptors.has_ended(connection):  # the main thread need not know
                     connection.close()
+                    self._admission.has_left(admitted.uid, now)
+                    self._ban(now)
                     continue
                 self.queue.append(events.ClientConnected(connection, admitted, now))
                 continue
