@@ -26,9 +26,11 @@ from postcopy_supervisor.admission import (
     Peer,
     may_write,
 )
+from postcopy_supervisor.bans import MOST_REFUSED
 from postcopy_supervisor.settings import parse
 
 UID, GID = os.geteuid(), os.getegid()
+GUEST = 65533
 OPEN, MAPPED = OpenBlock("ram0", "private"), Mapped(1, 4096, 4096, 0)
 
 
@@ -105,6 +107,18 @@ def test_a_user_that_connects_too_often_is_refused_for_a_while(connection: socke
     code, reason = refused(admission, connection)
     assert code == "limit" and "more often" in reason
     assert isinstance(admission.admit(connection, 1.0), Peer)
+
+
+def test_a_user_who_connects_and_leaves_is_kept_out() -> None:
+    """Before the backlog is full: it holds 4096."""
+    admission = Admission(AllowList(0, frozenset({GUEST})))
+    for _ in range(MOST_REFUSED):
+        assert not admission.bans.take(0.0)
+        admission.has_left(GUEST, 0.0)
+        admission.has_left(0, 0.0)
+    assert admission.bans.take(0.0) == [GUEST]
+    [(uid, reason, count)] = admission.reports(1.0)
+    assert (uid, count) == (GUEST, 1) and "leaves without end" in reason
 
 
 def test_the_own_user_has_no_limits(connection: socket.socket) -> None:
