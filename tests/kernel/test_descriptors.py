@@ -247,7 +247,7 @@ def test_a_pid_that_another_process_has_by_now_is_refused(
     assert count_descriptors() == before
 
 
-def test_a_descriptor_that_nobody_has_received_is_not_closed(pair: Pair, event: int) -> None:
+def test_a_descriptor_that_was_not_received_is_not_closed(pair: Pair, event: int) -> None:
     """Its close may wait."""
     left, right = pair
     send_message(right, b"unread")

@@ -83,7 +83,7 @@ def goes_on(service: Service) -> None:
     assert client.do("words(b, [3])") == [word(3 * PAGE)]
 
 
-def test_nobody_waits_for_the_close_of_a_descriptor(runtime_dir: Path, source_file: SourceFile) -> None:
+def test_no_other_user_waits_for_a_close(runtime_dir: Path, source_file: SourceFile) -> None:
     with Service(runtime_dir, f"ram0={source_file(8 * PAGE)}", allow_uid=[ALLOWED]) as service:
         stranger = hostile(service, DENIED)
         with busy(service):
