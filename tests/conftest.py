@@ -28,6 +28,7 @@ import pytest
 from tests.selection import (  # noqa: F401  (hooks of pytest)
     pytest_addoption,
     pytest_collection_modifyitems,
+    pytest_ignore_collect,
     pytest_terminal_summary,
     pytest_xdist_make_scheduler,
 )
