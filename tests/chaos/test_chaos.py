@@ -29,11 +29,11 @@ WITHIN = 400.0
 def test_chaos_for_a_short_while(tmp_path: Path) -> None:
     """``scripts/chaos --minutes 30`` is the same for long."""
     command = [sys.executable, "-m", "tests.chaos", "--json", "--seed", "20261122", "--directory", str(tmp_path)]
-    command += ["--minutes", "0.3", "--round-seconds", "18", "--clients", "10", "--mib", "32", "--gap", "0.6"]
+    command += ["--minutes", "0.4", "--round-seconds", "24", "--clients", "10", "--mib", "32", "--gap", "0.6"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN, env=environment(), cwd=ROOT)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-3000:]
     document = json.loads(done.stdout)
-    assert document["kills"] >= 10 and document["findings"] == []
+    assert document["kills"] >= 5 and document["findings"] == []
     assert document["counts"]["local faults"] > 100 and document["counts"]["remote faults"] > 100
 
 
