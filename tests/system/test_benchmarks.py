@@ -13,7 +13,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import obstore
 import pytest
+from obstore.store import MemoryStore
 
 from benchmarks import __main__ as program
 from benchmarks import qemu, remote, stream
@@ -28,6 +30,12 @@ ROOT = Path(__file__).parents[2]
 FIGURES = {
     "local": ["shared, pinned", "private, pinned", "shared, unpinned", "private, unpinned"],
     "clients8": ["disjoint, wall time, unpinned", "random, wall time, unpinned", "disjoint, wall time, pinned"],
+    "clones": [
+        "pack a block of a running machine to S3",
+        "record one run",
+        "host A: from nothing to its first clone",
+        "clones at once on both hosts, all right",
+    ],
     "sequential": [
         "shared, auto against 4K",
         "private, auto against 4K",
@@ -96,6 +104,12 @@ FIGURES = {
         "workers killed at once, p99",
     ],
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads_of_obstore() -> None:
+    """Its first request starts them, and they stay, with their descriptors."""
+    obstore.put(MemoryStore(), "first", b"")
 
 
 @pytest.fixture

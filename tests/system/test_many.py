@@ -1,4 +1,4 @@
-"""The main job: 64 parallel clients in both modes on a file of several hundred MB, a client and workers killed."""
+"""The main job: 64 parallel clients in both modes on a file of more than a hundred MB, a client and workers killed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.conftest import SourceFile
 from tests.system.service import PAGE, Puppet, Service, alive, end_by_pidfd, until
 
 CLIENTS = 64
-SIZE = 300 * (1 << 20) + 4099
+SIZE = 128 * (1 << 20) + 4099
 COMMON = 64 << 20
 """Bytes at the beginning that all read while the service is hit: the block cannot be whole before they read the
 rest."""
