@@ -145,7 +145,7 @@ def test_killed_workers_and_a_report(tmp_path: Path, path: Path) -> None:
 
 def test_contents_by_a_rule(tmp_path: Path) -> None:
     (tmp_path / "load_pages.py").write_text(
-        "def make(offset, length):\n    return bytes((at // 4096 + at) & 255 for at in range(offset, offset + length))\n"
+        "def make(offset, length):\n    return bytes((n // 4096 + n) & 255 for n in range(offset, offset + length))\n"
         "def other(offset, length):\n    return bytes(length)\n"
     )
     source = "handler:load_pages:make?size=400K"
