@@ -37,6 +37,7 @@ PROGRAMS = ("postcopy", "postcopy_sources", "postcopy_supervisor", "benchmarks.c
 """What starts warm as ``-m PROGRAM``, beside the puppet."""
 IMPORTED = (
     *("postcopy.client", "postcopy.sigbus", "postcopy.commands", "postcopy.supervisor", "random"),
+    "postcopy.watching",
     *("postcopy_kernel.program_start", "postcopy_wire.router", "prctl", "rich.progress", "rich.table"),
     *("postcopy_supervisor.settings", "postcopy_supervisor.assembly", "postcopy_sources.serving"),
     # Not the custodian itself, which runs as __main__.
