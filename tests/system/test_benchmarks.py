@@ -30,12 +30,6 @@ ROOT = Path(__file__).parents[2]
 FIGURES = {
     "local": ["shared, pinned", "private, pinned", "shared, unpinned", "private, unpinned"],
     "clients8": ["disjoint, wall time, unpinned", "random, wall time, unpinned", "disjoint, wall time, pinned"],
-    "clones": [
-        "pack a block of a running machine to S3",
-        "record one run",
-        "host A: from nothing to its first clone",
-        "clones at once on both hosts, all right",
-    ],
     "sequential": [
         "shared, auto against 4K",
         "private, auto against 4K",
