@@ -642,7 +642,7 @@ def test_keys_that_are_none(path: Path, tmp_path: Path, keys: Callable[[str], Ke
     assert "no secret key" in refuse_to_start(*words, "--curve-secret", chmod(public), "--allow-key", public)[1]
     assert "no CURVE key" in refuse_to_start(*words, "--curve-secret", secret, "--allow-key", str(path))[1]
     assert "exclude" in refuse_to_start(*words, "--curve-secret", secret, "--allow-key", public, "--plain-tcp")[1]
-    assert refuse_to_start(*words, "--curve-secret", "/no/such", "--allow-key", public)[0] == 1
+    assert refuse_to_start(*words, "--curve-secret", "/no/such", "--allow-key", public)[0] == 2
     Path(secret).chmod(0o644)
     assert "read by others" in refuse_to_start(*words, "--curve-secret", secret, "--allow-key", public)[1]
 
