@@ -97,8 +97,8 @@ class FaultAround:
 
     def _take(self, first: int, last: int) -> int:
         """The width of a stream that is expected from page ``first`` to ``last``, which is forgotten; 0: none is."""
-        for page in self._expected:
-            if first <= page <= last:
+        for page in min(range(first, last + 1), self._expected, key=len):  # a run at random is short, streams are many
+            if first <= page <= last and page in self._expected:
                 return self._expected.pop(page)
         return 0
 
