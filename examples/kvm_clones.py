@@ -64,33 +64,52 @@ def make_image(path: Path, size: int) -> int:
     return sum(words[2:]) & 0xFFFFFFFF
 
 
+class Processor:
+    """A virtual machine with one processor. ``memory``: (address in the guest, bytes, address here)."""
+
+    def __init__(self, memory: list[tuple[int, int, int]], entry: int) -> None:
+        kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+        machine = fcntl.ioctl(kvm, KVM_CREATE_VM, 0)
+        for slot, (guest, size, here) in enumerate(memory):
+            fcntl.ioctl(machine, KVM_SET_USER_MEMORY_REGION, struct.pack("=IIQQQ", slot, 0, guest, size, here))
+        self.processor = fcntl.ioctl(machine, KVM_CREATE_VCPU, 0)
+        self.state = mmap.mmap(self.processor, fcntl.ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0))
+        self.descriptors = (self.processor, machine, kvm)
+        special = bytearray(312)
+        fcntl.ioctl(self.processor, KVM_GET_SREGS, special)
+        for number in range(6):  # cs, ds, es, fs, gs, ss: flat, 32 bits
+            kind = 11 if number == 0 else 3
+            struct.pack_into("=QIH8B", special, 24 * number, 0, 0xFFFFFFFF, 8, kind, 1, 0, 1, 1, 0, 1, 0)
+        struct.pack_into("=Q", special, 224, struct.unpack_from("=Q", special, 224)[0] | 1)  # cr0: protected mode
+        fcntl.ioctl(self.processor, KVM_SET_SREGS, special)
+        fcntl.ioctl(self.processor, KVM_SET_REGS, struct.pack("=18Q", *[0] * 16, entry, 2))  # rip, rflags
+
+    def run(self) -> bool:
+        """Run until the guest uses its port (True), or stops (False)."""
+        fcntl.ioctl(self.processor, KVM_RUN, 0)
+        reason = struct.unpack_from("=I", self.state, 8)[0]
+        if reason not in (EXIT_IO, EXIT_HLT):
+            raise SystemExit(f"the guest stopped for reason {reason}")
+        return bool(reason == EXIT_IO)
+
+    @property
+    def port_at(self) -> int:
+        """Where the word at the port is in ``state``."""
+        return int(struct.unpack_from("=Q", self.state, 40)[0])
+
+    def close(self) -> None:
+        self.state.close()
+        for descriptor in self.descriptors:
+            os.close(descriptor)
+
+
 def run(memory: int, size: int) -> int:
     """Run the guest whose memory is ``size`` bytes at ``memory``; returns what it has written to PORT."""
-    kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
-    machine = fcntl.ioctl(kvm, KVM_CREATE_VM, 0)
-    fcntl.ioctl(machine, KVM_SET_USER_MEMORY_REGION, struct.pack("=IIQQQ", 0, 0, 0, size, memory))
-    processor = fcntl.ioctl(machine, KVM_CREATE_VCPU, 0)
-    state = mmap.mmap(processor, fcntl.ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0))
-    special = bytearray(312)
-    fcntl.ioctl(processor, KVM_GET_SREGS, special)
-    for number in range(6):  # cs, ds, es, fs, gs, ss: flat, 32 bits
-        kind = 11 if number == 0 else 3
-        struct.pack_into("=QIH8B", special, 24 * number, 0, 0xFFFFFFFF, 8, kind, 1, 0, 1, 1, 0, 1, 0)
-    struct.pack_into("=Q", special, 224, struct.unpack_from("=Q", special, 224)[0] | 1)  # cr0: protected mode
-    fcntl.ioctl(processor, KVM_SET_SREGS, special)
-    registers = [0] * 16 + [CODE_AT, 2]  # rip, rflags
-    fcntl.ioctl(processor, KVM_SET_REGS, struct.pack("=18Q", *registers))
+    processor = Processor([(0, size, memory)], CODE_AT)
     found = 0
-    while True:
-        fcntl.ioctl(processor, KVM_RUN, 0)
-        reason = struct.unpack_from("=I", state, 8)[0]
-        if reason == EXIT_HLT:
-            break
-        if reason != EXIT_IO:
-            raise SystemExit(f"the guest stopped for reason {reason}")
-        found = struct.unpack_from("=I", state, struct.unpack_from("=Q", state, 40)[0])[0]
-    for descriptor in (processor, machine, kvm):
-        os.close(descriptor)
+    while processor.run():
+        found = struct.unpack_from("=I", processor.state, processor.port_at)[0]
+    processor.close()
     return found
 
 

@@ -46,6 +46,7 @@ POPULATE_WRITE: Final = 23  # Linux 5.14
 _MAP_FIXED: Final = 0x10
 _MAP_NORESERVE: Final = 0x4000  # no constant in Python 3.11
 _MAP_FIXED_NOREPLACE: Final = 0x100000  # Linux 4.17
+_MAP_HUGE_2M: Final = 0x40000 | 21 << 26  # MAP_HUGETLB, and the logarithm of the size
 _PUNCH: Final = 0x03  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
 _PROT_NONE: Final = 0
 _FIXED_SIZE: Final = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK
@@ -228,9 +229,11 @@ class Mapping:
         return cls(_map(fixed_address, length, protection, flags, fd, offset), length, writable=writable)
 
     @classmethod
-    def anonymous(cls, length: int) -> Mapping:
+    def anonymous(cls, length: int, page_size: int = PAGE_4K) -> Mapping:
         """Map ``length`` bytes of private anonymous memory, not reserved. Raises OSError."""
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        if page_size == PAGE_2M:
+            flags |= _MAP_HUGE_2M
         return cls(_map(None, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0), length)
 
     def view(self, length: int | None = None, *, writable: bool | None = None) -> memoryview:

@@ -32,6 +32,7 @@ from enum import Enum
 from typing import Generic, NamedTuple, TypeVar
 
 from .codec import decode, encode, unpack_offsets
+from .copied_map import OWN
 from .display import printable
 from .errors import AttachDenied, BadMessage, BadVersion, NoSuchBlock, NoSupervisor, PostcopyError
 from .geometry import PAGE_SIZES, AddressSpace, Region, page_count
@@ -69,8 +70,8 @@ from .sources import is_block_name
 KINDS = ("native", "vhost-user", "vm")
 FOREIGN = KINDS[1:]
 """Kinds of clients whose memory is that of another process, for which a face of ours speaks."""
-MODES = ("private", "shared", "own")
-"""``own``: the client's own anonymous memory, into which the pages are copied. Only for the kind ``vm``."""
+MODES = ("private", "shared", *OWN)
+"""``OWN``: the client's own anonymous memory, into which the pages are copied. Only for the kind ``vm``."""
 MAX_REGIONS = 64
 
 FATAL = frozenset({"bad-message", "bad-version", "bad-descriptor"})
@@ -208,8 +209,10 @@ class AttachConversation:
         if message.offset + message.length > end:
             raise Refusal("bad-range", f"the block ends at {end}, before the region does")
         region = Region(message.block, grant.mode, message.address, message.length, message.offset)
+        if grant.mode in OWN and region in self.regions:
+            return  # said again after a take-over, because the first answer was lost
         try:
-            if grant.mode == "own" and any(region.shares_pages(other) for other in self.regions):
+            if grant.mode in OWN and any(region.shares_pages(other) for other in self.regions):
                 raise BadMessage(f"the region at {message.address:#x} has pages that another region has too")
             self.regions.add(region, grant.page_size)
         except BadMessage as error:
@@ -249,7 +252,7 @@ class AttachConversation:
     def _check_open(self, message: OpenBlock) -> None:
         if message.mode not in MODES:
             raise Refusal("bad-message", f"the mode of a block is {' or '.join(MODES)}")
-        if (message.mode == "own") != (self.kind == "vm"):
+        if (message.mode in OWN) != (self.kind == "vm"):
             raise Refusal("bad-message", f"a client of kind {self.kind} cannot open a block {message.mode}")
         if self.kind == "vm" and self.blocks:
             raise Refusal("limit", "the memory of a vm is one block")

@@ -17,6 +17,9 @@ from __future__ import annotations
 
 FRESH, COPYING, COPIED, REMOVED = range(4)
 
+OWN = ("own", "own-wait", "own-kill")
+"""Modes of a block in such a client, by what becomes of it at a lost page: SIGBUS; it waits; it is killed."""
+
 MAP_AT = 4096
 """Where the map begins; before it are the messages that were read last."""
 

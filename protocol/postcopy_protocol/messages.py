@@ -231,6 +231,7 @@ REPORTS = (
     "stale-region",  # a region that is no longer as registered (ENOENT)
     "client-gone",  # the client's memory is gone (ESRCH)
     "no-memory",  # ENOMEM or ENOSPC while placing; the page is retried
+    "kill",  # a lost page of a client that is not to go on without it: the supervisor kills it
     "failed",  # the worker cannot continue: it ends after this report
 )
 
@@ -481,7 +482,7 @@ class BlockGrant(Message, tag=100):
 
 class RegionGrant(Message, tag=101):
     """A registered range of the client: ``length`` bytes at ``address`` are the block's from ``offset``. ``mode`` is
-    ``private``, ``shared`` or ``own``."""
+    ``private``, ``shared``, or one of ``copied_map.OWN``."""
 
     block: int
     mode: str

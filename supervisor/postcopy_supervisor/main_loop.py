@@ -79,6 +79,7 @@ class Release(Protocol):
 
     def on_process_ended(self, pidfd: int) -> None: ...
     def failure_reported(self, number: int) -> bool: ...
+    def kill(self, number: int) -> None: ...
 
 
 class RemoteSources(Protocol):
@@ -267,6 +268,8 @@ class MainLoop:
         """A worker reports an event."""
         if report.kind == "failed":
             self._pool.explain(report.worker, report.detail)
+        if report.kind == "kill":
+            self._ports.release.kill(report.worker)
         failed = report.kind == "handler-failed" and report.worker != ZERO
         if failed and not self._ports.release.failure_reported(report.worker):
             return None

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from postcopy_kernel import descriptors, process
 from postcopy_kernel.userfaultfd import Status, Userfaultfd
 from postcopy_protocol import counters
+from postcopy_protocol.copied_map import OWN
 from postcopy_protocol.errors import BadInput
 from postcopy_protocol.messages import Ending, RegionGrant
 from postcopy_wire.transport import Router
@@ -174,7 +175,7 @@ def poison_holes(clients: Clients, blocks: Mapping[int, RamBlock]) -> None:
 def _poison_region(ufd: Userfaultfd, region: RegionGrant, block: RamBlock, budget: Budget) -> bool:
     """False: the budget is used up."""
     # Memory of its own has holes where the block has none; pages that are there stop the poison, and are left.
-    holes = [(region.offset, region.length)] if region.mode == "own" else block.hole_runs()
+    holes = [(region.offset, region.length)] if region.mode in OWN else block.hole_runs()
     for start, length in holes:
         first, end = max(start, region.offset), min(start + length, region.offset + region.length)
         while first < end:

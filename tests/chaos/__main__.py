@@ -49,6 +49,8 @@ def _play(asked: argparse.Namespace, tally: Tally, directory: Path, began: float
     """Round after round."""
     without = frozenset(word for text in asked.without for word in text.split(","))
     without |= LEFT_OUT if asked.store else frozenset()
+    if asked.machines + asked.guests:
+        without |= {"everything"}  # a machine cannot give its userfaultfd to the next supervisor, as a program does
     monkeys = [acts(asked.seed, asked.gap, kinds, without) for kinds in (CROWD_KINDS, HOUSE_KINDS)]
     if asked.everything:
         monkeys.append(acts(asked.seed, asked.everything, EVERYTHING))
@@ -62,6 +64,7 @@ def _play(asked: argparse.Namespace, tally: Tally, directory: Path, began: float
         place.mkdir()
         seconds = max(10.0, min(asked.round_seconds, left))
         plan = Plan(asked.clients, asked.mib * 256, seconds, asked.pause, tuple(asked.option), asked.namespaces)
+        plan.machines, plan.guests = asked.machines, asked.guests
         tally.findings += (StoreRound if asked.store else Round)(
             plan, seeds.getrandbits(40), monkeys, tally, place
         ).play()
@@ -76,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=2.0, help="begin no round after that (2)")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
     parser.add_argument("--clients", type=int, default=32, help="programs at a time, half private, half shared (32)")
+    parser.add_argument("--machines", type=int, default=0, help="simulated Firecrackers at a time, beside them (0)")
+    parser.add_argument("--guests", type=int, default=0, help="guests of KVM at a time (0)")
     parser.add_argument("--mib", type=int, default=128, help="size of each of the two blocks in MiB (128)")
     parser.add_argument("--round-seconds", type=float, default=90.0, help="chaos in a round of fresh blocks (90)")
     parser.add_argument("--gap", type=float, default=0.9, help="seconds between a monkey's acts on average (0.9)")

@@ -40,12 +40,13 @@ class Program:
     """What one client does until its time is over, or the round."""
 
     def __init__(self, job: dict[str, Any]) -> None:
+        self.job = job
         self.seat: int = job["seat"]
         self.mode: str = job["mode"]
         self.directory: str = job["runtime_dir"]
         self.names: list[str] = job["blocks"]
         self.pages: int = job["pages"]
-        self.begun, self.seconds = job["begun"], job["seconds"]
+        self.seconds: float = job["seconds"]
         self.pause: float = job["pause"]
         self.left: int = job["operations"]
         self.contents = Contents(job["seed"])
@@ -103,7 +104,8 @@ class Program:
         self.row[progress.SINCE] = 0
 
     def front(self) -> int:
-        return int(self.pages * min(1.0, max(0.0, (time.monotonic() - self.begun) / self.seconds)))
+        gone = time.monotonic() - self.table.begun if self.table.begun else 0.0
+        return int(self.pages * min(1.0, gone / self.seconds))
 
     def at_front(self, block: int) -> int:
         front = self.front()
@@ -263,9 +265,9 @@ def say(message: dict[str, Any]) -> None:
     os.write(1, json.dumps(message).encode() + b"\n")
 
 
-def main() -> int:
+def run(program: Program) -> int:
+    """The life of one program; returns its exit status."""
     faulthandler.register(signal.SIGUSR1)
-    program = Program(json.loads(sys.argv[1]))
     program.row[progress.PID] = os.getpid()
     why = program.live()
     say({"end": why, "seat": program.seat, "findings": program.findings, "children": program.children})
@@ -273,4 +275,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(Program(json.loads(sys.argv[1]))))

@@ -16,8 +16,22 @@ LAST_COLD, BEGAN = COLD + 2, COLD + 4
 the last of them was served and when its touch began (CLOCK_MONOTONIC, ns). ``SLOWEST`` is the longest such touch in ns,
 ``CHECKED`` counts bytes."""
 PHASE, RUN, FINISH = 0, 0, 1
-"""Row 0 is the run's own: its first word is the phase."""
-OPERATION = ("nothing", "attach", "touch", "check", "write", "system call", "fork", "close", "last pass")
+BEGUN = 1
+"""Row 0 is the run's own: its first word is the phase, the second when the chaos began (CLOCK_MONOTONIC, ns; 0: it has
+not, because some clients have not attached yet)."""
+OPERATION = (
+    "nothing",
+    "attach",
+    "touch",
+    "check",
+    "write",
+    "system call",
+    "fork",
+    "close",
+    "last pass",
+    "balloon",
+    "race",
+)
 
 
 class Progress:
@@ -42,6 +56,14 @@ class Progress:
     @phase.setter
     def phase(self, phase: int) -> None:
         self._words[PHASE] = phase
+
+    @property
+    def begun(self) -> float:
+        """When the chaos began, in seconds; 0: not yet."""
+        return self._words[BEGUN] / 1e9
+
+    def begin(self, at: float) -> None:
+        self._words[BEGUN] = int(at * 1e9)
 
     def clear(self, seat: int, pid: int) -> None:
         """A new client sits there; what its predecessors did still counts."""

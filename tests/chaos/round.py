@@ -29,6 +29,7 @@ from tests.chaos.tally import Tally
 STUCK_AFTER = 120.0
 """An operation that takes longer than that never ends."""
 LAST_PASS_WITHIN = 180.0
+START_WITHIN = 120.0
 STEP = 0.02
 
 
@@ -42,6 +43,17 @@ class Plan:
     pause: float
     options: tuple[str, ...] = ()
     namespaces: bool = False
+    machines: int = 0
+    guests: int = 0
+
+    @property
+    def modes(self) -> list[str]:
+        """What sits in each seat: native programs, simulated Firecrackers, guests of KVM. Beside machines no program
+        writes to a block: what their copies have then would depend on when they were made."""
+        alone = not self.machines + self.guests
+        programs = [("private", "shared")[seat % 2 * alone] for seat in range(1, self.clients + 1)]
+        guests = [("guest", "vm-kvm")[number % 2] for number in range(self.guests)]
+        return [*programs, *["vm"] * self.machines, *guests]
 
 
 class Round:
@@ -60,7 +72,7 @@ class Round:
         rate = int(plan.pages * 4096 / plan.seconds * self.random.choice((0, 0, 0.2)))
         options = ("--fault-around", around, "--background-rate", str(rate), "--source-timeout", "2", *plan.options)
         self.stage = self.make_stage(options)
-        self.table = Progress(directory / "progress", plan.clients, make=True)
+        self.table = Progress(directory / "progress", len(plan.modes), make=True)
         self.journal = (directory / "journal").open("w")
         self.note(f"seed {seed}: {plan.clients} clients, {plan.pages} pages, runs of {self.run_length}, {options}")
         self.findings: list[str] = []
@@ -77,10 +89,13 @@ class Round:
         """The whole round; returns its findings. Everybody has ended when it returns."""
         try:
             self.stage.start()
+            for block in (0, 1) if self.plan.machines + self.plan.guests else ():
+                self.stage.start_face(block)
             self.leaks.take_baseline()
-            self.begun = time.monotonic()
-            for seat in range(1, self.plan.clients + 1):
+            for seat in range(1, len(self.plan.modes) + 1):
                 self.new_client(seat)
+            self.wait_for_clients()
+            self.table.begin(time.monotonic())
             self.chaos()
             self.last_pass()
             self.audit()
@@ -118,25 +133,32 @@ class Round:
     def new_client(self, seat: int) -> None:
         self.table.clear(seat, 0)
         job = {
-            "mode": ("private", "shared")[seat % 2],
+            "mode": self.plan.modes[seat - 1],
             "pages": self.plan.pages,
-            "begun": self.begun,
             "seconds": self.plan.seconds,
             "pause": self.plan.pause,
             "operations": self.random.choice((-1, -1, -1, 300, 1000)),
             "seed": self.seed,
             "program_seed": self.random.getrandbits(32),
             "progress": str(self.directory / "progress"),
-            "seats": self.plan.clients,
+            "seats": len(self.plan.modes),
             "run": self.run_length,
         }
         self.stage.seat(seat, job)
         self.tally.counts["programs"] += 1
 
+    def wait_for_clients(self) -> None:
+        """On a busy machine many programs need a while to start. Before that there is nothing to disturb."""
+        limit = time.monotonic() + START_WITHIN
+        rows = [self.table.row(seat) for seat in range(1, len(self.plan.modes) + 1)]
+        while not all(row[progress.ATTACHES] for row in rows) and time.monotonic() < limit and not self.findings:
+            self.look_around()
+            time.sleep(STEP)
+
     def chaos(self) -> None:
         """Acts and replacements until the front has come to the end of the blocks."""
-        end = self.begun + self.plan.seconds
-        begun = time.monotonic() + 2.0  # they have begun
+        begun = time.monotonic()
+        end = begun + self.plan.seconds
         intended = [(monkey, act, begun + act.gap) for monkey in self.monkeys if (act := next(monkey, None))]
         while time.monotonic() < end and not self.findings:
             self.look_around()
@@ -158,7 +180,7 @@ class Round:
                 return self.find(f"the service does not come back: {self.stage.in_words()}")
             time.sleep(STEP)
         self.table.phase = progress.FINISH
-        limit = time.monotonic() + LAST_PASS_WITHIN
+        limit = time.monotonic() + LAST_PASS_WITHIN * max(1.0, len(self.plan.modes) / 32)
         while self.stage.clients and not self.findings:
             self.look_around(replacing=False)
             if time.monotonic() > limit:
@@ -195,6 +217,11 @@ class Round:
                 return self.find(f"the {name} ended with {status}: {self.stage.log(name)[-500:]}")
             start()
             self.note(f"{name} started again, pid {getattr(self.stage, name).pid}")
+
+        for block, face in enumerate(self.stage.faces):
+            if (status := face.poll()) is not None:
+                self.note(f"face {block} ended with {status}: {self.stage.log(f'face-{block}')[-200:]}")
+                self.stage.start_face(block)
 
     def client_ended(self, client: Client) -> None:
         status = client.process.returncode
@@ -244,7 +271,7 @@ class Round:
             if event["kind"] in ("bug", "failed", "quarantined", "lost", "polluted", "handler-failed", "outside"):
                 self.find(f"event: {json.dumps(event)}")
         for block in document["blocks"]:
-            if block["received"] != block["pages"]:
+            if self.plan.clients and block["received"] != block["pages"]:
                 self.find(f"not every page of {block['name']} is marked: {block['received']} of {block['pages']}")
 
     def read_logs(self) -> None:
@@ -255,7 +282,7 @@ class Round:
 
     def add_up(self) -> None:
         counts = self.tally.counts
-        for seat in range(1, self.plan.clients + 1):
+        for seat in range(1, len(self.plan.modes) + 1):
             row = self.table.row(seat)
             counts["wrong bytes"] += row[progress.WRONG]
             counts["local faults"] += row[progress.COLD]

@@ -93,6 +93,7 @@ class Stage:
         self._tmpfs = self._mount()
         self.clients: dict[int, Client] = {}
         self.supervisor: subprocess.Popen[bytes] | None = None
+        self.faces: list[subprocess.Popen[bytes]] = []
         self.source: subprocess.Popen[bytes] | None = None
         self.relay: Relay | None = None
         self.lives = Counter[str]()
@@ -159,6 +160,16 @@ class Stage:
             words.append("--recover")
         self.supervisor = self._start("supervisor", "postcopy_supervisor", *words)
 
+    def face_of(self, block: int) -> str:
+        """Where the machines with a copy of this block connect."""
+        return f"{self.directory}/face-{block}"
+
+    def start_face(self, block: int) -> None:
+        """The page-fault handler of simulated Firecrackers."""
+        words = ["--listen", self.face_of(block), "--block", (LOCAL, REMOTE)[block], "--runtime-dir", str(self.place)]
+        face = self._start(f"face-{block}", "postcopy", "attach", "firecracker", *words, "--timeout", "90")
+        self.faces[block:] = [face, *self.faces[block + 1 :]]
+
     def _start(self, name: str, module: str, *words: str) -> subprocess.Popen[bytes]:
         with (self.directory / f"{name}.log").open("ab") as log, self._where(name):
             return subprocess.Popen(
@@ -176,9 +187,11 @@ class Stage:
         life = self.lives[f"seat {seat}"]
         out, errors = (self.directory / f"client-{seat}.{life}.{end}" for end in ("out", "err"))
         job = {**job, "seat": seat, "runtime_dir": str(self.place), "blocks": [LOCAL, REMOTE]}
+        job |= {"faces": [self.face_of(block) for block in (0, 1)], "files": [str(file) for file in self.files]}
+        module = "tests.chaos.program" if job["mode"] in ("private", "shared") else "tests.chaos.machine"
         with out.open("wb") as stdout, errors.open("wb") as stderr:
             process = subprocess.Popen(
-                [sys.executable, "-m", "tests.chaos.program", json.dumps(job)],
+                [sys.executable, "-m", module, json.dumps(job)],
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
@@ -276,6 +289,10 @@ class Stage:
         """The orderly end; returns what was not in order."""
         told = []
         self.watcher.close()
+        for face in self.faces:
+            face.send_signal(signal.SIGINT)
+            if (status := face.wait(END_WITHIN)) not in (0, 130):
+                told.append(f"a face ended with {status} on SIGINT")
         for name, process in (("supervisor", self.supervisor), ("source", self.source)):
             if process is None:
                 continue
@@ -303,7 +320,12 @@ class Stage:
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                     os.close(pidfd)
             time.sleep(0.05)
-        for process in (self.supervisor, self.source, *(client.process for client in self.clients.values())):
+        for process in (
+            self.supervisor,
+            self.source,
+            *self.faces,
+            *(client.process for client in self.clients.values()),
+        ):
             if process is not None:
                 process.wait(10)
         if self._tmpfs:

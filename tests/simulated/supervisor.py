@@ -214,6 +214,9 @@ class SimulatedClients:
         self.attached.discard(pidfd)
         self._paging.left(pidfd)
 
+    def kill(self, number: int) -> None:
+        raise AssertionError("no client here is a machine")
+
     def failure_reported(self, number: int) -> bool:
         return number in self.attached
 

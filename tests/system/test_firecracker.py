@@ -90,9 +90,11 @@ def handler(service: Service, path: Path, *more: str, block: str = "ram0") -> It
 
 
 @contextmanager
-def machine(path: Path, file: Path, regions: tuple[int, ...] = (PAGES,), **profile: Any) -> Iterator[Program]:
+def machine(
+    path: Path, file: Path, regions: tuple[int, ...] = (PAGES,), words: tuple[str, ...] = (), **profile: Any
+) -> Iterator[Program]:
     body = json.dumps({"regions": regions, **profile})
-    program = Program(sys.executable, PROGRAM, str(path), str(file), body)
+    program = Program(sys.executable, PROGRAM, str(path), str(file), body, *words)
     try:
         assert json.loads(program.line()) == "ready"
         yield program
@@ -246,15 +248,47 @@ def test_a_machine_whose_face_died_too_is_not_rescued(runtime_dir: Path, image: 
         assert service.status()["clients"] == []
 
 
-def test_lost_pages_are_sigbus(runtime_dir: Path, image: Path, path: Path) -> None:
-    with Service(runtime_dir, f"ram0={image}") as service, handler(service, path) as face:
-        with machine(path, image) as guest:
-            face.until_line("attached")
-            assert guest.do("touch1 5")
-            os.truncate(image, PAGE)
-            guest.begin("touch1 300")
-            assert guest.process.wait(PATIENCE) == -signal.SIGBUS
-        assert service.events("source-changed") or service.events("lost")
+@pytest.mark.parametrize("when_lost", ["poison", "wait", "kill"])
+def test_lost_pages(runtime_dir: Path, image: Path, path: Path, when_lost: str) -> None:
+    """SIGBUS, or the machine waits for an operator, or it is killed. The others go on."""
+    with (
+        Service(runtime_dir, f"ram0={image}") as service,
+        handler(service, path, "--when-lost", when_lost) as face,
+        machine(path, image) as guest,
+        machine(path, image) as other,
+    ):
+        face.until_line("attached")
+        face.until_line("attached")
+        assert guest.do("touch1 5")
+        os.truncate(image, PAGE)
+        guest.begin("touch1 300")
+        until(lambda: service.events("source-changed") or service.events("lost"), "it is reported")
+        if when_lost == "wait":
+            kill_workers(service)
+            assert other.process.poll() is None and guest.process.stdout is not None
+            assert not select.select([guest.process.stdout], [], [], 0.5)[0] and guest.process.poll() is None
+        else:
+            number = {"poison": signal.SIGBUS, "kill": signal.SIGKILL}[when_lost]
+            assert guest.process.wait(PATIENCE) == -number
+        assert other.process.poll() is None
+
+
+def test_sockets_and_names(runtime_dir: Path, image: Path, tmp_path: Path) -> None:
+    """One socket for each machine; names from the sockets, or from command lines."""
+    first, second = tmp_path / "red.sock", tmp_path / "blue.sock"
+    with Service(runtime_dir, f"ram0={image}") as service:
+        for name_from, names in (("socket", {"red", "blue"}), ("cmdline", {"one", "two"})):
+            more = ("--listen", str(second), "--name-from", name_from)
+            with (
+                handler(service, first, *more) as face,
+                machine(first, image, words=("--id", "one")) as guest,
+                machine(second, image, words=("--id=two",)) as other,
+            ):
+                face.until_line("attached")
+                face.until_line("attached")
+                assert guest.do("touch1 1") and other.do("touch1 2")
+                assert {client["name"] for client in service.status()["clients"]} == names
+            until(lambda: not service.status()["clients"], "the machines have left")
 
 
 def say(path: Path, data: bytes, fds: list[int]) -> socket.socket:

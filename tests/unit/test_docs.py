@@ -100,7 +100,8 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 def split(words: list[str]) -> tuple[tuple[str, ...], set[str]]:
-    """The name of the command and its options."""
+    """The name of the command and its options; behind ``--`` are those of another program."""
+    words = words[: words.index("--")] if "--" in words else words
     depth = 2 if words[0] in GROUPS or words[:2] == ["source", "qemu"] else 1
     name = tuple(word for word in words[:depth] if not word.startswith("-"))
     return name, {word.partition("=")[0] for word in words[len(name) :] if word.startswith("--")}

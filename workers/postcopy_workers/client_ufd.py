@@ -6,6 +6,7 @@ import errno
 from collections.abc import Callable, Sequence
 
 from postcopy_kernel.userfaultfd import UFFDIO_CONTINUE, UFFDIO_POISON, UFFDIO_WAKE
+from postcopy_protocol.copied_map import OWN
 from postcopy_protocol.counters import POISONED, WAKES, allow, denied, entry
 from postcopy_protocol.messages import RegionGrant
 from postcopy_protocol.received_map import RECEIVED
@@ -35,7 +36,8 @@ class Region:
         self.base = grant.address - grant.offset  # address that offset 0 of the block has, or would have, in the client
         self.first_page = grant.offset >> block.shift
         self.end_page = min(block.grant.pages, (grant.offset + grant.length) >> block.shift)
-        self.own = grant.mode == "own"  # see ``own_memory``
+        self.own = grant.mode in OWN  # see ``own_memory``
+        self.when_lost = grant.mode.partition("-")[2]  # of a machine: wait, kill, or nothing: SIGBUS
         self.in_block = grant.mode != "shared" or block.guarded
         """Pages are placed through the worker's own mapping: COPY on the client's userfaultfd would fill its copy, or
         show it a page before that is marked received."""
@@ -99,6 +101,10 @@ class ClientUserfaultfd:
     def poison(self, region: Region, page: int) -> bool:
         """Give this client SIGBUS at this page until it is unpoisoned. False: its threads were only woken. Raises
         ClientGone."""
+        if region.when_lost:
+            if region.when_lost == "kill":
+                region.block.report("kill", page, "its machine is not to go on without it")
+            return True
         self._counters[POISONED] = entry(region.block.grant.block, page)  # first: the client may die of it at once
         failed = self._call(UFFDIO_POISON, region.address(page), 1 << region.block.shift)
         if failed == errno.ESRCH:

@@ -14,7 +14,7 @@ from postcopy_protocol.runtime_paths import runtime_directory
 from postcopy_protocol.sources import is_block_name
 
 from ..errors import BadInput, PostcopyError
-from .attach_firecracker import find_block, say, serve_machines
+from .attach_firecracker import Serving, find_block, say, serve_machines
 from .options import RuntimeDir, Timeout
 
 BLOCK = "memory"
@@ -52,7 +52,7 @@ def restore_firecracker(
         directory, block = _supervisor(stack, memory, runtime_dir)
         place = stack.enter_context(tempfile.TemporaryDirectory(prefix="postcopy-fc-"))
         path = os.path.join(place, "memory.sock")
-        listener = stack.enter_context(closing(Listener(path)))
+        listener = stack.enter_context(closing(Listener([path])))
         failures: list[PostcopyError] = []
         over = threading.Event()
 
@@ -68,7 +68,7 @@ def restore_firecracker(
 
         # Firecracker answers only when its first faults are resolved, so the machine is served meanwhile.
         threading.Thread(target=load, daemon=True).start()
-        serve_machines(listener, directory, block, "", 1, timeout, over)
+        serve_machines(listener, Serving(directory, block, timeout), 1, over)
         if failures:
             raise failures[0]
 

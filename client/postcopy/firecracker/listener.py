@@ -34,13 +34,15 @@ class Newcomer:
     pidfd: int
     userfaultfd: int
     regions: tuple[GuestRegion, ...]
+    path: str
+    """The socket to which it has connected."""
 
 
 class _Waiting:
     """A connection whose list of regions is not complete."""
 
-    def __init__(self, connection: socket.socket, closer: Closer) -> None:
-        self.connection, self._closer = connection, closer
+    def __init__(self, connection: socket.socket, path: str, closer: Closer) -> None:
+        self.connection, self.path, self._closer = connection, path, closer
         self.peer = peer_credentials(connection)
         self.pidfd = peer_pidfd(connection)
         self.until = time.monotonic() + HANDSHAKE_SECONDS
@@ -64,7 +66,7 @@ class _Waiting:
             raise BadMessage("no userfaultfd came with the list of regions")
         if not is_userfaultfd(self.userfaultfd):
             raise BadMessage("the descriptor beside the list of regions is no userfaultfd")
-        newcomer = Newcomer(self.peer, self.pidfd, self.userfaultfd, regions)
+        newcomer = Newcomer(self.peer, self.pidfd, self.userfaultfd, regions, self.path)
         self.userfaultfd = self.pidfd = -1
         return newcomer
 
@@ -77,17 +79,25 @@ class _Waiting:
 
 
 class Listener:
-    """Listens at ``path``. ``owner``: user and group of the socket (as for a jailer's); ``allow``: users whose virtual
-    machines are accepted, beside root and this process's."""
+    """Listens at ``paths``: one socket for all machines, or several. ``owner``: user and group of the sockets (as for a
+    jailer's); ``allow``: users whose virtual machines are accepted, beside root and this process's."""
 
-    def __init__(self, path: str, owner: tuple[int, int] | None = None, allow: frozenset[int] = frozenset()) -> None:
-        self.path = path
+    def __init__(
+        self, paths: Sequence[str], owner: tuple[int, int] | None = None, allow: frozenset[int] = frozenset()
+    ) -> None:
         self._allowed = allow | {0, os.geteuid()} | ({owner[0]} if owner else set())
         self._waiting: dict[int, _Waiting] = {}
         self._closer = Closer()
         self._poll = select.poll()
-        self._socket = _listen(path, owner)
-        self._poll.register(self._socket, select.POLLIN)
+        self._sockets: dict[int, tuple[socket.socket, str]] = {}
+        try:
+            for path in paths:
+                one = _listen(path, owner)
+                self._sockets[one.fileno()] = one, path
+                self._poll.register(one, select.POLLIN)
+        except BaseException:
+            self.close()
+            raise
 
     def newcomers(self, seconds: float) -> Iterator[Newcomer | str]:
         """Virtual machines that have said all within ``seconds``, or, of one that is refused, why."""
@@ -95,8 +105,8 @@ class Listener:
         if self._waiting:
             seconds = min([seconds, *(max(0.0, one.until - now) for one in self._waiting.values())])
         for fd, _ in self._poll.poll(seconds * 1000):
-            if fd == self._socket.fileno():
-                yield from self._accept()
+            if fd in self._sockets:
+                yield from self._accept(*self._sockets[fd])
             elif fd in self._waiting:
                 yield from self._read(fd)
         now = time.monotonic()
@@ -104,9 +114,9 @@ class Listener:
             if now >= one.until:
                 yield self._refuse(fd, f"it has not said all after {HANDSHAKE_SECONDS:.0f} s")
 
-    def _accept(self) -> Iterator[str]:
+    def _accept(self, listener: socket.socket, path: str) -> Iterator[str]:
         try:
-            connection, _ = self._socket.accept()
+            connection, _ = listener.accept()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 time.sleep(0.1)  # it stays in the backlog, and poll would report it at once
@@ -118,7 +128,7 @@ class Listener:
             yield f"a process of user {uid} may not connect (--allow-uid {uid} allows it)"
             return
         try:
-            one = _Waiting(connection, self._closer)
+            one = _Waiting(connection, path, self._closer)
         except OSError as error:
             connection.close()
             yield f"its process cannot be identified: {error.strerror}"
@@ -154,9 +164,10 @@ class Listener:
     def close(self) -> None:
         for fd in list(self._waiting):
             self._forget(fd)
-        self._socket.close()
-        with suppress(OSError):
-            os.unlink(self.path)
+        for listener, path in self._sockets.values():
+            listener.close()
+            with suppress(OSError):
+                os.unlink(path)
 
 
 def _listen(path: str, owner: tuple[int, int] | None) -> socket.socket:

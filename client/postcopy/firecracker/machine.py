@@ -3,45 +3,74 @@
 from __future__ import annotations
 
 import os
+import time
 from contextlib import suppress
 
 from postcopy_kernel import process
 from postcopy_kernel.descriptors import close_all
 from postcopy_protocol.firecracker import check_regions
 
-from ..vhost_user.attach_side import BackEndSession
+from ..deadline import Deadline
+from ..errors import AttachDenied, NoSupervisor
+from ..vhost_user.attach_side import BackEndSession, SharedBlock
 from .listener import Newcomer
+
+RETRY_EVERY = 0.1
+"""Seconds between two attempts to find a supervisor."""
 
 
 class Machine:
     """A client of kind ``vm``. The userfaultfd is handed to the supervisor and closed here: while any process holds it,
     the memory of a machine that has died may stay. Closes what ``newcomer`` holds, also when it raises.
 
-    Raises PostcopyError (no supervisor, no such block, refused) and BadMessage (regions that do not fit the block)."""
+    ``mode`` is one of ``copied_map.OWN``. Raises PostcopyError (no supervisor, no such block, refused) and BadMessage
+    (regions that do not fit the block)."""
 
-    def __init__(self, newcomer: Newcomer, directory: str, block: str, name: str, timeout: float) -> None:
+    def __init__(self, newcomer: Newcomer, directory: str, block: str, name: str, timeout: float, mode: str) -> None:
         self.pid = newcomer.peer.pid
         self.pidfd = newcomer.pidfd
         self.size = sum(region.size for region in newcomer.regions)
-        self.name = name or f"firecracker-{self.pid}"
-        session = None
+        self.name, self.mode = name or f"firecracker-{self.pid}", mode
         try:
-            session = BackEndSession(directory, self.name, newcomer.userfaultfd, self.pidfd, timeout, kind="vm")
-            opened = session.open(block)
-            try:
-                check_regions(newcomer.regions, opened.size, opened.page_size)
-                for region in newcomer.regions:
-                    session.announce(opened.number, region.address, region.size, region.offset)
-            finally:
-                opened.close()
+            self.session = self._attach(newcomer, directory, block, Deadline(timeout))
         except BaseException:
             close_all((self.pidfd,))
-            if session is not None:
-                session.close()
             raise
         finally:
             os.close(newcomer.userfaultfd)
-        self.session = session
+
+    def _attach(self, newcomer: Newcomer, directory: str, block: str, deadline: Deadline) -> BackEndSession:
+        """A machine that waits for its memory cannot come again. So where the supervisor dies meanwhile, the next one
+        is waited for, and all is said once more: what that one knows already it only confirms."""
+        fd, timeout = newcomer.userfaultfd, deadline.seconds or 0.0
+        session: BackEndSession | None = None
+        opened: SharedBlock | None = None
+        try:
+            while True:
+                try:
+                    if session is None:
+                        session = BackEndSession(directory, self.name, fd, self.pidfd, timeout, "vm", self.mode)
+                    elif not session.connection.usable:
+                        session = _resumed(session)
+                        continue
+                    try:
+                        opened = session.open(block)
+                        opened.close()
+                    except AttachDenied:
+                        if opened is None:
+                            raise  # else the next supervisor has it open already
+                    check_regions(newcomer.regions, opened.size, opened.page_size)
+                    for region in newcomer.regions:
+                        session.announce(opened.number, region.address, region.size, region.offset)
+                    return session
+                except NoSupervisor:
+                    if not deadline.remaining() or (session is not None and session.connection.ending):
+                        raise
+                    time.sleep(RETRY_EVERY)
+        except BaseException:
+            if session is not None:
+                session.close()
+            raise
 
     @property
     def ended(self) -> bool:
@@ -57,3 +86,14 @@ class Machine:
         close_all((self.pidfd,))
         with suppress(OSError):
             self.session.close()
+
+
+def _resumed(session: BackEndSession) -> BackEndSession | None:
+    """The session with the next supervisor; None: that one does not know this client, which begins from the start.
+    Raises NoSupervisor."""
+    try:
+        session.resume()
+    except AttachDenied:
+        session.close()
+        return None
+    return session

@@ -77,9 +77,16 @@ class BackEndSession:
     """A client whose memory is that of another process: a back-end, or (``kind``) a ``vm``."""
 
     def __init__(
-        self, directory: str, name: str, userfaultfd: int, pidfd: int, timeout: float, kind: str = "vhost-user"
+        self,
+        directory: str,
+        name: str,
+        userfaultfd: int,
+        pidfd: int,
+        timeout: float,
+        kind: str = "vhost-user",
+        mode: str = "shared",
     ) -> None:
-        self._kind, self._mode = kind, "own" if kind == "vm" else "shared"
+        self._kind, self._mode = kind, mode
         self.timeout = timeout
         self.name = name
         self._resume_at = 0.0
@@ -154,9 +161,14 @@ class BackEndSession:
             return
         self._resume_at = time.monotonic() + RESUME_EVERY
         with suppress(PostcopyError, OSError):
-            successor = self.connection.resume(self.name, self._kind, Deadline(self.timeout))
-            self.connection.close()
-            self.connection = successor
+            self.resume()
+
+    def resume(self) -> None:
+        """Go on with the supervisor that has taken over. Raises NoSupervisor (none yet), AttachDenied (it does not know
+        this client)."""
+        successor = self.connection.resume(self.name, self._kind, Deadline(self.timeout))
+        self.connection.close()
+        self.connection = successor
 
     def leave(self) -> None:
         """Say Goodbye: the back-end no longer touches the memory."""

@@ -22,7 +22,7 @@ from postcopy_kernel.userfaultfd import RegisterMode, Userfaultfd, is_userfaultf
 from postcopy_protocol import counters, messages
 from postcopy_protocol.attach_conversation import AttachConversation, Refusal
 from postcopy_protocol.codec import pack_offsets
-from postcopy_protocol.copied_map import size_of
+from postcopy_protocol.copied_map import OWN, size_of
 from postcopy_protocol.errors import BadMessage
 
 from ..admission import Peer, may_write
@@ -255,7 +255,7 @@ class AttachServer:
 
     def _newly_guarded(self, client: Client) -> list[messages.RegionGrant]:
         return [
-            region for region in client.regions if region.mode != "own" and self._by_number[region.block].guard_raised
+            region for region in client.regions if region.mode not in OWN and self._by_number[region.block].guard_raised
         ]
 
     def start_workers(self) -> None:
@@ -298,7 +298,7 @@ class AttachServer:
                 text = f"user {client.uid} may attach block {block.name} only private"
                 raise Refusal("denied", f"{text} (serve --shared-uid {client.uid} allows shared)")
             block.shared_granted()
-        if message.mode == "own" and client.copied_map < 0:
+        if message.mode in OWN and client.copied_map < 0:
             client.copied_map = memory.create_memfd(f"postcopy-m{client.number}", size_of(block.pages))
         client.conversation.opened(block.number, message.mode, block.pages, block.page_size)
         answer = messages.BlockOpened(block.number, block.name, block.size, block.page_size, block.pages)
@@ -318,7 +318,11 @@ class AttachServer:
         block = self._by_number[message.block]
         mode = client.conversation.blocks[message.block].mode
         region = messages.RegionGrant(message.block, mode, message.address, message.length, message.offset)
-        if block.complete and mode != "own":
+        if region in client.regions:  # said again after a take-over
+            if region not in client.attaching:
+                self._send(client, messages.Attached(region.block, region.address))
+            return
+        if block.complete and mode not in OWN:
             client.released.append(region)
             self._clients.keep(client)
             self._send(client, messages.Attached(region.block, region.address))
@@ -326,7 +330,7 @@ class AttachServer:
         assert client.userfaultfd is not None
         try:
             # A back-end registers its memory itself, MISSING only: that does not take MINOR away (Linux 6.18).
-            if mode == "own":  # its registration again: the kernel then checks what the range is
+            if mode in OWN:  # its registration again: the kernel then checks what the range is
                 client.userfaultfd.register(region.address, region.length, RegisterMode.MISSING)
             elif not client.back_end or block.guarded:
                 client.userfaultfd.register(region.address, region.length, block.register_mode)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 from collections.abc import Mapping
 
 from postcopy_kernel import process
 from postcopy_kernel.userfaultfd import stuck_faults
 from postcopy_protocol import counters
+from postcopy_protocol.copied_map import OWN
 from postcopy_protocol.messages import Message, RegionGrant, Released
 
 from ..blocks import RamBlock
@@ -69,7 +71,7 @@ class ClientRelease:
                 self.remove(client, f"offered no userfaultfd for {SILENCE_SECONDS:.0f} s")
             elif client.connection is not None or client.leaving:
                 continue
-            elif client.back_end and back_end_has_unmapped(client):
+            elif client.back_end and client.conversation.kind != "vm" and back_end_has_unmapped(client):
                 self.remove(client, "the back-end has unmapped its memory")
             elif client.regions and has_lost_memory(client):
                 self.remove(client, "its memory is gone (exec)")
@@ -101,6 +103,13 @@ class ClientRelease:
         if client is not None:
             client.failures_reported += 1
         return client is not None
+
+    def kill(self, number: int) -> None:
+        """A page of this client is lost, and it was attached to be killed then."""
+        client = self._clients.by_number.get(number)
+        if client is not None and any(region.mode == "own-kill" for region in client.regions):
+            with contextlib.suppress(OSError):  # it has just ended, or we may not
+                process.pidfd_signal(client.pidfd, signal.SIGKILL)
 
     def _report_failures(self, client: Client) -> None:
         """Report the failures whose reports have not arrived: a client may die of one, and its worker with it. Beyond
@@ -140,7 +149,7 @@ class ClientRelease:
         Every page is in the page cache, so no touch can fault. Only a shared client can make one vanish, by punching a
         hole, which it may do: that writes zeros. UNREGISTER wakes every waiter."""
         for client in list(self._clients.by_number.values()):
-            regions = [region for region in client.regions if region.block == block.number and region.mode != "own"]
+            regions = [region for region in client.regions if region.block == block.number and region.mode not in OWN]
             if not regions or client.leaving or any(region in client.attaching for region in regions):
                 continue
             assert client.userfaultfd is not None

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from postcopy_protocol.codec import decode
+from postcopy_protocol.copied_map import OWN
 from postcopy_protocol.errors import BadInput, BadMessage
 from postcopy_protocol.messages import BlockNote, ClientNote
 from postcopy_protocol.sizes import format_size
@@ -160,7 +161,7 @@ def descriptors_of(note: BlockNote) -> int:
 
 def _client(meta: bytes, fds: tuple[int, ...]) -> KeptClient:
     note = _note(meta, ClientNote)
-    own = any(region.mode == "own" for region in note.regions)
+    own = any(region.mode in OWN for region in note.regions)
     if len(fds) not in ((5,) if own else (3, 4) if note.back_end else (3,)):  # an older release kept three
         raise BadInput(f"{OTHER_VERSION}: client {note.client} with {len(fds)} descriptors")
     return KeptClient(note, fds)

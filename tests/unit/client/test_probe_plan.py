@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from postcopy.verdicts import BROKEN
 from postcopy.vhost_user import blk
 from postcopy.vhost_user.probe.load import Load
 from postcopy.vhost_user.probe.plan import PAGE, Plan, PlanSettings
-from postcopy.vhost_user.probe.report import BROKEN, RULES, Report
+from postcopy.vhost_user.probe.report import RULES, Report
 from postcopy.vhost_user.probe.settings import Settings
 from postcopy.vhost_user.virtqueue import Piece, Ring, chain
 from postcopy_protocol.vhost_user import VhostUserError

@@ -25,6 +25,7 @@ from postcopy_protocol.attach_conversation import (
     mapping_length,
 )
 from postcopy_protocol.codec import decode, encode, pack_offsets
+from postcopy_protocol.copied_map import OWN
 from postcopy_protocol.errors import AttachDenied, BadMessage, BadVersion, NoSuchBlock, NoSupervisor, PostcopyError
 from postcopy_protocol.geometry import PAGE_2M, PAGE_4K
 from postcopy_protocol.messages import (
@@ -124,7 +125,7 @@ class Door(RuleBasedStateMachine):
     @rule(block=st.sampled_from(sorted(BLOCKS)), mode=st.sampled_from((*MODES, "")), granted=st.booleans())
     def open(self, block: int, mode: str, granted: bool) -> None:
         vm = self.door.kind == "vm"
-        fine = self.in_order(Stage.READY) and mode in MODES and (mode == "own") == vm
+        fine = self.in_order(Stage.READY) and mode in MODES and (mode in OWN) == vm
         refused = "bad-message" if not fine else "limit" if vm and self.opened else ""
         assert code_of(self.door, OpenBlock(f"ram{block}", mode)) == refused
         fine = not refused
@@ -151,7 +152,7 @@ class Door(RuleBasedStateMachine):
         pages, size = BLOCKS[message.block]
         aligned = not any(value % size for value in (message.address, message.length, message.offset))
         inside = message.address > 0 and message.length > 0 and message.offset + message.length <= pages * size
-        if self.opened[message.block] == "own" and any(
+        if self.opened[message.block] in OWN and any(
             message.offset < other.offset + other.length and other.offset < message.offset + message.length
             for other in self.regions.values()
         ):

@@ -11,7 +11,9 @@ from typing import Any, cast
 
 import pytest
 
+from postcopy_kernel.userfaultfd import Userfaultfd
 from postcopy_protocol.attach_conversation import AttachConversation
+from postcopy_supervisor.clients import release
 from postcopy_supervisor.clients.client import Client, Clients
 from postcopy_supervisor.clients.client_zero import ClientZero, OwnMapping
 from postcopy_supervisor.clients.release import ClientRelease
@@ -36,6 +38,24 @@ def test_the_number_of_a_pidfd_is_used_again_by_the_next_client() -> None:
         clients.by_number[1] = client = Client(1, None, 0, os.getpid(), pidfd, AttachConversation(), 0.0)
         ClientRelease({}, clients, ABSENT, ABSENT, ABSENT, ABSENT).on_process_ended(pidfd)
         assert clients.by_number == {1: client} and not client.leaving
+    finally:
+        os.close(pidfd)
+
+
+def test_the_address_space_of_a_machine_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A virtual machine does not unmap its memory while it lives, and to read the smaps of a large one takes long."""
+    clients, looked = Clients((), ABSENT), list[int]()
+    monkeypatch.setattr(release, "back_end_has_unmapped", lambda client: looked.append(client.number))
+    pidfd = os.pidfd_open(os.getpid())
+    try:
+        for number, kind in enumerate(("vm", "vhost-user"), 1):
+            conversation = AttachConversation()
+            conversation.kind = kind
+            client = Client(number, None, 0, os.getpid(), pidfd, conversation, 0.0)
+            client.back_end, client.userfaultfd = True, Userfaultfd(-1)
+            clients.by_number[number] = client
+        ClientRelease({}, clients, ABSENT, ABSENT, ABSENT, ABSENT).tick(1.0)
+        assert looked == [2]
     finally:
         os.close(pidfd)
 

@@ -97,12 +97,3 @@ class Load:
             raise BackEndGone(f"the back-end ended with {len(self._in_flight)} requests in flight")
         elif now - self._answered > STALL_SECONDS:
             raise VhostUserError("acknowledge", f"no request was answered for {STALL_SECONDS:.0f} s")
-
-
-def summary(latencies: list[float]) -> dict[str, float]:
-    """Microseconds."""
-    if not latencies:
-        return {}
-    ordered = sorted(latencies)
-    at = {"p50": 0.5, "p99": 0.99, "max": 1.0}
-    return {name: round(ordered[min(len(ordered) - 1, int(part * len(ordered)))] * 1e6, 1) for name, part in at.items()}

@@ -1,14 +1,12 @@
-"""The rules that a probe checks, their states, and the report as text and as JSON."""
+"""The rules that the probe of a back-end checks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 from ...errors import VhostUserError
-
-HELD, QUIRK, BROKEN, NOT_APPLICABLE = "held", "quirk", "broken", "not applicable"
+from ...verdicts import Verdicts
 
 RULES: Final[Mapping[str, str]] = {
     "protocol-features": "has protocol features",
@@ -44,75 +42,17 @@ _GROUPED = dict.fromkeys(
 _OTHERS = {"process": "addresses", "rust-vmm-order": "table-reply"}
 
 
-@dataclass
-class Report:
-    """States and details of the rules; ``figures`` are numbers of the run."""
+class Report(Verdicts):
+    """The report about the back-end at ``socket``. Passed: the handshake reached its last rule as well."""
 
-    socket: str
-    device: str
-    states: dict[str, str] = field(default_factory=lambda: dict.fromkeys(RULES, NOT_APPLICABLE))
-    details: dict[str, str] = field(default_factory=dict)
-    quirks: list[str] = field(default_factory=list)
-    figures: dict[str, Any] = field(default_factory=dict)
-
-    def hold(self, *rules: str, detail: str = "") -> None:
-        """Mark rules as held, unless they have been broken."""
-        for rule in rules:
-            if self.states[rule] == NOT_APPLICABLE:
-                self.states[rule] = HELD
-            if detail:
-                self.details.setdefault(rule, detail)
-
-    def break_(self, rule: str, detail: str) -> None:
-        """Mark a rule as broken; the detail of the first break is kept."""
-        if self.states[rule] != BROKEN:
-            self.states[rule], self.details[rule] = BROKEN, detail
-
-    def quirk(self, rule: str, name: str, detail: str) -> None:
-        self.states[rule], self.details[rule] = QUIRK, detail
-        if name not in self.quirks:
-            self.quirks.append(name)
-
-    def judge(self, rule: str, kept: bool, detail: str) -> None:
-        """Mark a rule as held, or as broken with ``detail``."""
-        if kept:
-            self.hold(rule)
-        else:
-            self.break_(rule, detail)
+    def __init__(self, socket: str, device: str) -> None:
+        super().__init__(RULES, "registered", {"socket": socket, "device": device}, "back_end")
 
     def blame(self, error: VhostUserError) -> None:
         rule = _GROUPED.get(error.rule, _OTHERS.get(error.rule, error.rule))
         self.break_(rule if rule in RULES else "answers", str(error))
 
-    @property
-    def passed(self) -> bool:
-        """Whether no rule is broken, and the handshake reached its last rule."""
-        return BROKEN not in self.states.values() and self.states["registered"] in (HELD, QUIRK)
-
-    def document(self) -> dict[str, Any]:
-        rules = [
-            {"rule": rule, "says": says, "state": self.states[rule], "detail": self.details.get(rule, "")}
-            for rule, says in RULES.items()
-        ]
-        verdict = "passed" if self.passed else "failed"
-        head = {"socket": self.socket, "device": self.device, "verdict": verdict, "quirks": self.quirks}
-        return {**head, "rules": rules, **self.figures}
-
-    def lines(self) -> list[str]:
-        """The report as text."""
+    def title(self) -> list[str]:
         back_end = self.figures.get("back_end", {})
-        lines = [f"{self.socket}: {back_end.get('program', 'unknown program')}, pid {back_end.get('pid', '?')}"]
-        lines += [f"  {name}: {value}" for name, value in back_end.items() if name not in ("program", "pid")]
-        width = max(map(len, RULES.values()))
-        for rule, says in RULES.items():
-            detail = f"  ({self.details[rule]})" if rule in self.details else ""
-            lines.append(f"{self.states[rule]:>14}  {says:<{width}}{detail}".rstrip())
-        lines += [f"{name}: {_flat(value)}" for name, value in self.figures.items() if name != "back_end"]
-        quirks = f", with quirks: {', '.join(self.quirks)}" if self.quirks else ""
-        return [*lines, f"verdict: {'passed' if self.passed else 'failed'}{quirks}"]
-
-
-def _flat(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {each}" for name, each in value.items())
-    return str(value)
+        lines = [f"{self.head['socket']}: {back_end.get('program', 'unknown program')}, pid {back_end.get('pid', '?')}"]
+        return lines + [f"  {name}: {value}" for name, value in back_end.items() if name not in ("program", "pid")]

@@ -16,11 +16,12 @@ from ...block import Block
 from ...client import attach
 from ...errors import BackEndGone, BackEndTimeout, PostcopyError, VhostUserError
 from ...supervisor import Supervisor
+from ...verdicts import microseconds
 from .. import blk
 from ..back_end import BackEnd
 from .disturbances import Disturbances, client_record
 from .inspection import UNMAP_SECONDS, inspect_back_end, wait_until_listening
-from .load import Load, summary
+from .load import Load
 from .plan import Plan, Planned
 from .report import Report
 from .rings import BLOCK, Rings
@@ -124,7 +125,7 @@ class Run:
         self._judge_disturbances(disturbances, record)
         rate = round(len(self.done) / seconds, 1)
         self.report.figures["requests"] = {"done": len(self.done), "seconds": round(seconds, 3), "per_s": rate}
-        self.report.figures["latency_us"] = summary(load.latencies)
+        self.report.figures["latency_us"] = microseconds(load.latencies)
 
     def _judge(self, request: Planned) -> None:
         """Check an answered request. Its pages must be present before they are read."""
