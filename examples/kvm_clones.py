@@ -86,7 +86,12 @@ class Processor:
 
     def run(self) -> bool:
         """Run until the guest uses its port (True), or stops (False)."""
-        fcntl.ioctl(self.processor, KVM_RUN, 0)
+        while True:
+            try:
+                fcntl.ioctl(self.processor, KVM_RUN, 0)
+                break
+            except InterruptedError:
+                continue  # this process was stopped and went on
         reason = struct.unpack_from("=I", self.state, 8)[0]
         if reason not in (EXIT_IO, EXIT_HLT):
             raise SystemExit(f"the guest stopped for reason {reason}")

@@ -11,7 +11,7 @@ from postcopy_kernel.descriptors import close_all
 from postcopy_protocol.firecracker import check_regions
 
 from ..deadline import Deadline
-from ..errors import AttachDenied, NoSupervisor
+from ..errors import AttachDenied, NoSuchBlock, NoSupervisor
 from ..vhost_user.attach_side import BackEndSession, SharedBlock
 from .listener import Newcomer
 
@@ -53,16 +53,17 @@ class Machine:
                     elif not session.connection.usable:
                         session = _resumed(session)
                         continue
-                    try:
+                    if opened is None:
                         opened = session.open(block)
                         opened.close()
-                    except AttachDenied:
-                        if opened is None:
-                            raise  # else the next supervisor has it open already
                     check_regions(newcomer.regions, opened.size, opened.page_size)
                     for region in newcomer.regions:
                         session.announce(opened.number, region.address, region.size, region.offset)
                     return session
+                except NoSuchBlock:
+                    if opened is None:
+                        raise
+                    opened = None  # a successor that knows of no region: the block is opened once more
                 except NoSupervisor:
                     if not deadline.remaining() or (session is not None and session.connection.ending):
                         raise
