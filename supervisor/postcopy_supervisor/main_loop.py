@@ -79,7 +79,7 @@ class Release(Protocol):
 
     def on_process_ended(self, pidfd: int) -> None: ...
     def failure_reported(self, number: int) -> bool: ...
-    def kill(self, number: int) -> None: ...
+    def kill(self, number: int, offset: int) -> None: ...
 
 
 class RemoteSources(Protocol):
@@ -269,7 +269,7 @@ class MainLoop:
         if report.kind == "failed":
             self._pool.explain(report.worker, report.detail)
         if report.kind == "kill":
-            self._ports.release.kill(report.worker)
+            self._ports.release.kill(report.worker, report.offset)
         failed = report.kind == "handler-failed" and report.worker != ZERO
         if failed and not self._ports.release.failure_reported(report.worker):
             return None

@@ -38,6 +38,19 @@ def test_chaos_for_a_short_while(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(WITHIN + 30)
+def test_chaos_with_machines(tmp_path: Path) -> None:
+    """``scripts/chaos --machines 20 --guests 20 --minutes 10`` is the same for long."""
+    command = [sys.executable, "-m", "tests.chaos", "--json", "--seed", "15", "--directory", str(tmp_path)]
+    command += ["--minutes", "0.25", "--round-seconds", "15", "--clients", "2", "--machines", "2", "--guests", "2"]
+    command += ["--mib", "4", "--gap", "1", "--pause", "0.2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN, env=environment(), cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-3000:]
+    document = json.loads(done.stdout)
+    assert document["findings"] == [] and document["counts"]["wrong bytes"] == 0
+    assert document["kills"] > 1 and document["counts"]["programs"] >= 6
+
+
+@pytest.mark.timeout(WITHIN + 30)
 def test_chaos_over_a_store(tmp_path: Path) -> None:
     """``scripts/chaos --store --minutes 10`` is the same for long."""
     command = [sys.executable, "-m", "tests.chaos", "--json", "--store", "--seed", "7", "--directory", str(tmp_path)]

@@ -214,7 +214,7 @@ class SimulatedClients:
         self.attached.discard(pidfd)
         self._paging.left(pidfd)
 
-    def kill(self, number: int) -> None:
+    def kill(self, number: int, offset: int) -> None:
         raise AssertionError("no client here is a machine")
 
     def failure_reported(self, number: int) -> bool:

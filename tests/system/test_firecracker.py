@@ -18,7 +18,9 @@ from typing import Any
 import pytest
 
 from examples import kvm_clones
+from postcopy_kernel.memory import PAGE_2M
 from tests.conftest import SourceFile
+from tests.kernel.huge_pool import reserved
 from tests.system.remote import Source
 from tests.system.service import Service, end_by_pidfd, environment, until
 from tests.system.test_rescue import kill_all
@@ -271,6 +273,26 @@ def test_lost_pages(runtime_dir: Path, image: Path, path: Path, when_lost: str) 
             number = {"poison": signal.SIGBUS, "kill": signal.SIGKILL}[when_lost]
             assert guest.process.wait(PATIENCE) == -number
         assert other.process.poll() is None
+
+
+@pytest.mark.hugetlb
+def test_guests_with_huge_pages(runtime_dir: Path, source_file: SourceFile, path: Path) -> None:
+    """Two pages of the block, and a copy of them; what is given back is zeros, also after its worker's death."""
+    file = source_file(2 * PAGE_2M)
+    with (
+        reserved(4),
+        Service(runtime_dir, f"ram0={file}", page_size="2M") as service,
+        handler(service, path) as face,
+    ):
+        with machine(path, file, (1, 1), page_size=PAGE_2M) as guest:
+            face.until_line("attached")
+            assert guest.do("touch 2 1") == 0
+            assert guest.do("balloon 1 1") and guest.do("touch1 1")
+            assert guest.do("balloon 1 1")
+            kill_workers(service)
+            assert guest.do("touch 1 2") == 0
+        with machine(path, file, (512, 512)):
+            assert "those of the block 2097152" in face.until_line("refused")
 
 
 def test_sockets_and_names(runtime_dir: Path, image: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from postcopy.commands.service_files import ALERTS, DASHBOARD, UNIT, text_of
+from postcopy.commands.service_files import ALERTS, DASHBOARD, UNITS, text_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
@@ -86,7 +86,7 @@ def test_only_source_is_packed(names: set[str]) -> None:
 
 def test_what_an_operator_installs_is_packed(names: set[str]) -> None:
     """And the commands that print it find it."""
-    assert {f"postcopy/service_files/{name}" for name in (UNIT, DASHBOARD, ALERTS)} <= names
+    assert {f"postcopy/service_files/{name}" for name in (*UNITS.values(), DASHBOARD, ALERTS)} <= names
     assert "[Service]" in text_of(UNIT) and "groups:" in text_of(ALERTS) and json.loads(text_of(DASHBOARD))
 
 

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from importlib.resources import files
+from typing import Annotated
 
-UNIT, DASHBOARD, ALERTS = "postcopy.service", "grafana.json", "alerts.yaml"
+import typer
+
+from ..errors import BadInput
+
+UNITS = {"supervisor": "postcopy.service", "firecracker": "postcopy-firecracker@.service"}
+DASHBOARD, ALERTS = "grafana.json", "alerts.yaml"
 
 
 def text_of(name: str) -> str:
@@ -12,9 +18,13 @@ def text_of(name: str) -> str:
     return files("postcopy").joinpath("service_files", name).read_text("utf-8")
 
 
-def systemd_unit() -> None:
-    """Print a systemd unit with a user of its own and a sandbox; its first lines say how to install it."""
-    print(text_of(UNIT), end="")
+def systemd_unit(
+    of: Annotated[str, typer.Argument(metavar="[supervisor|firecracker]", help="What the unit runs.")] = "supervisor",
+) -> None:
+    """Print a systemd unit with a sandbox; its first lines say how to install it."""
+    if of not in UNITS:
+        raise BadInput(f"there is no unit for {of!r}: {', '.join(UNITS)}")
+    print(text_of(UNITS[of]), end="")
 
 
 def dashboard() -> None:

@@ -104,12 +104,21 @@ class ClientRelease:
             client.failures_reported += 1
         return client is not None
 
-    def kill(self, number: int) -> None:
-        """A page of this client is lost, and it was attached to be killed then."""
+    def kill(self, number: int, offset: int) -> None:
+        """The page at ``offset`` is lost for this client, and it was attached to be killed then. Where we may not, as
+        another user, it gets SIGBUS there."""
         client = self._clients.by_number.get(number)
-        if client is not None and any(region.mode == "own-kill" for region in client.regions):
-            with contextlib.suppress(OSError):  # it has just ended, or we may not
-                process.pidfd_signal(client.pidfd, signal.SIGKILL)
+        for region in client.regions if client is not None else ():
+            if region.mode == "own-kill" and region.offset <= offset < region.offset + region.length:
+                assert client is not None and client.userfaultfd is not None
+                try:
+                    process.pidfd_signal(client.pidfd, signal.SIGKILL)
+                except ProcessLookupError:
+                    return
+                except OSError:
+                    size = self._blocks[region.block].page_size
+                    with contextlib.suppress(OSError):  # it has just ended
+                        client.userfaultfd.poison(region.address + offset - region.offset, size)
 
     def _report_failures(self, client: Client) -> None:
         """Report the failures whose reports have not arrived: a client may die of one, and its worker with it. Beyond
