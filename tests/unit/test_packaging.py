@@ -87,7 +87,9 @@ def test_only_source_is_packed(names: set[str]) -> None:
 def test_what_an_operator_installs_is_packed(names: set[str]) -> None:
     """And the commands that print it find it."""
     assert {f"postcopy/service_files/{name}" for name in (*UNITS.values(), DASHBOARD, ALERTS)} <= names
-    assert "[Service]" in text_of(UNIT) and "groups:" in text_of(ALERTS) and json.loads(text_of(DASHBOARD))
+    assert (
+        "[Service]" in text_of(UNITS["firecracker"]) and "groups:" in text_of(ALERTS) and json.loads(text_of(DASHBOARD))
+    )
 
 
 def test_every_place_that_lists_the_wings_agrees() -> None:

@@ -111,7 +111,10 @@ class Listener:
                 yield from self._read(fd)
         now = time.monotonic()
         for fd, one in list(self._waiting.items()):
-            if now >= one.until:
+            if now < one.until:
+                continue
+            yield from self._read(fd)  # it may have said all while another machine was attached, which can take long
+            if self._waiting.get(fd) is one:
                 yield self._refuse(fd, f"it has not said all after {HANDSHAKE_SECONDS:.0f} s")
 
     def _accept(self, listener: socket.socket, path: str) -> Iterator[str]:
