@@ -386,7 +386,7 @@ class AttachClient:
         message: Message = decode(data, expect=expected)
         least, most = 0, message.DESCRIPTORS
         if isinstance(message, BlockOpened):
-            own = question is not None and isinstance(question.message, OpenBlock) and question.message.mode == "own"
+            own = question is not None and isinstance(question.message, OpenBlock) and question.message.mode in OWN
             least, most = 2, 3 if own else 2
         if not least <= descriptors <= most:
             name = type(message).__name__

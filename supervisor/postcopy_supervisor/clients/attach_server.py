@@ -303,7 +303,7 @@ class AttachServer:
         client.conversation.opened(block.number, message.mode, block.pages, block.page_size)
         answer = messages.BlockOpened(block.number, block.name, block.size, block.page_size, block.pages)
         fds = block.read_write if shared else block.read_only, block.map_read_only
-        if message.mode != "own":
+        if message.mode not in OWN:
             return self._send(client, answer, fds)
         copied = memory.reopen(client.copied_map, writable=False)
         self._send(client, answer, (*fds, copied))

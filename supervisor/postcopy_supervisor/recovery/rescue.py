@@ -27,7 +27,7 @@ from postcopy_kernel.filewatch import lease
 from postcopy_kernel.userfaultfd import RegisterMode, Userfaultfd, is_userfaultfd
 from postcopy_protocol import received_map
 from postcopy_protocol.codec import encode
-from postcopy_protocol.copied_map import size_of
+from postcopy_protocol.copied_map import OWN, size_of
 from postcopy_protocol.errors import BadInput
 from postcopy_protocol.geometry import PAGE_2M, page_count
 from postcopy_protocol.messages import BlockNote, ClientNote, RegionGrant
@@ -138,7 +138,7 @@ class _Rescue:
         runs = [
             (at.start, at.end)
             for at in client.maps
-            if region.mode == "own" or (at.file == file and at.start - at.offset == region.address - region.offset)
+            if region.mode in OWN or (at.file == file and at.start - at.offset == region.address - region.offset)
         ]
         return covered(runs, region.address, region.address + region.length)
 
@@ -171,7 +171,7 @@ class _Rescue:
     def _is_copied(self, number: int) -> bool:
         """Do all clients of this block have memory of their own? Then a new one does as well."""
         regions = [region for client in self._clients for region in (*client.note.regions, *client.note.released)]
-        return all(region.mode == "own" for region in regions if region.block == number)
+        return all(region.mode in OWN for region in regions if region.block == number)
 
     def _empty(self, note: BlockNote, pages: int) -> tuple[int, int]:
         """Memory and received map of a block without pages."""
@@ -298,7 +298,7 @@ class _Rescue:
                 note.pid,
             )
         more = client.front_end
-        if any(region.mode == "own" for region in note.regions):
+        if any(region.mode in OWN for region in note.regions):
             copied = self._copied_map(client, kept)
             if copied < 0:
                 text = (
@@ -366,7 +366,7 @@ class _Rescue:
         for region in note.regions:
             map_fd, guarded = kept[f"block/{region.block}"][1][1], received_map.GUARDED
             pages = os.fstat(kept[f"block/{region.block}"][1][0]).st_size // self._page_size(region.block)
-            announced = region.mode != "own" and os.pread(map_fd, 1, pages + guarded) == b"\x01"
+            announced = region.mode not in OWN and os.pread(map_fd, 1, pages + guarded) == b"\x01"
             minor = RegisterMode.MINOR if announced else RegisterMode(0)
             try:
                 userfaultfd.register(region.address, region.length, RegisterMode.MISSING | minor)
