@@ -85,10 +85,14 @@ class Watchdog:
             waiting = wait.unread
         else:
             waiting = wait.faults - page[counters.OUTSIDE]  # these are read, and left waiting on purpose
-        if page[counters.BUSY_SINCE_NS] or waiting <= 0:
+        if page[counters.BUSY_SINCE_NS] or (waiting <= 0 and not self._keeps_an_event_waiting(number)):
             self._watched.pop(number, None)
             return
         self._check_progress(number, counters.faults(page), now)
+
+    def _keeps_an_event_waiting(self, number: int) -> bool:
+        """Whether a machine that gives memory back may wait for this worker: the kernel counts no waiters of an event."""
+        return self._clients.by_number[number].copied_map >= 0 and is_stopped(self._pool.pid(number) or 0)
 
     def _check_progress(self, number: int, figure: object, now: float) -> None:
         """Kill it when ``figure`` has not changed for too long."""

@@ -161,6 +161,21 @@ def test_what_was_given_back_stays_zeros(runtime_dir: Path, image: Path, path: P
             assert client["name"].startswith("firecracker-")
 
 
+def test_memory_is_given_back_while_the_worker_is_stopped(runtime_dir: Path, image: Path, path: Path) -> None:
+    """The machine waits in the kernel until its event is read, and that is no fault."""
+    with (
+        Service(runtime_dir, f"ram0={image}") as service,
+        handler(service, path) as face,
+        machine(path, image) as guest,
+    ):
+        face.until_line("attached")
+        assert guest.do("touch 2 1") == 0
+        end_by_pidfd(service.status()["clients"][0]["worker_pid"], signal.SIGSTOP, "postcopy")
+        assert guest.do("balloon 100 50")
+        assert guest.do("touch 2 2") == 0
+        assert [event["kind"] for event in service.status()["events"]].count("watchdog") == 1
+
+
 def test_workers_and_supervisor_are_killed(runtime_dir: Path, image: Path, path: Path) -> None:
     with Source(f"ram0={image}") as source:
         service = Service(runtime_dir, source.block(), background_rate="0", fault_around="4K")
