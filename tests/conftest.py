@@ -206,8 +206,11 @@ def _processes() -> list[int]:
 
 def _children() -> set[int]:
     """Children of the test process, zombies too: the test must wait for them."""
-    lists = [task.joinpath("children").read_text() for task in Path("/proc/self/task").iterdir()]
-    return {int(pid) for pid in " ".join(lists).split()}
+    found: set[int] = set()
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # a thread that has just ended
+            found.update(map(int, task.joinpath("children").read_text().split()))
+    return found
 
 
 def _strays(before: set[int]) -> set[int]:

@@ -91,7 +91,7 @@ class Watchdog:
         self._check_progress(number, counters.faults(page), now)
 
     def _keeps_an_event_waiting(self, number: int) -> bool:
-        """Whether a machine that gives memory back may wait for this worker: the kernel counts no waiters of an event."""
+        """Whether a machine that gives memory back may wait for this worker: the kernel counts no waiters of events."""
         return self._clients.by_number[number].copied_map >= 0 and is_stopped(self._pool.pid(number) or 0)
 
     def _check_progress(self, number: int, figure: object, now: float) -> None:

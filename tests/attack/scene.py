@@ -120,8 +120,8 @@ class Scene(Installation):
     def __init__(self, chance: Random, seconds: float) -> None:
         """``seconds``: in which faults are measured, all together."""
         self._random = chance
-        self._size = min(LARGEST, (int(1.2 * seconds / PAUSE) * PAGE // MIB + 1) * MIB)
-        self._pause = max(PAUSE, 1.1 * seconds / (self._size // PAGE))
+        self._size = min(LARGEST, (int(3 * seconds / PAUSE) * PAGE // MIB + 1) * MIB)
+        self._pause = max(PAUSE, 2.5 * seconds / (self._size // PAGE))
         place = tempfile.TemporaryDirectory(prefix="attacked-")
         super().__init__(Path(place.name) / "file")
         self._stack.enter_context(place)

@@ -264,7 +264,8 @@ def test_a_fork_in_c_code_gets_a_signal(serve: Serve, runtime_dir: Path, path: P
 # --- other users ------------------------------------------------------------------------------------------------------
 
 AS_NOBODY = (
-    "import os, sys, postcopy, postcopy.client, postcopy.errors, postcopy.watching\n"  # another user may not see where Python lives
+    # Another user may not see where Python lives.
+    "import os, sys, postcopy, postcopy.client, postcopy.errors, postcopy.watching\n"
     f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})\n"
     "try:\n"
     "    with postcopy.attach('ram0', sys.argv[1], mode=sys.argv[2]) as block:\n"
