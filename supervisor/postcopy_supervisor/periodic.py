@@ -78,7 +78,10 @@ class PeriodicWork:
 
     def stream(self) -> None:
         """Request pages in the background, as far as rate, links and memory allow."""
-        paging, in_flight = self._parts.paging, self._in_flight()
+        paging = self._parts.paging
+        if paging.idle:  # it is called after every remote fault
+            return
+        in_flight = self._in_flight()
         # The stream of a second fills more than a cgroup has, so what came since the last look counts.
         unasked = self._budget.unasked - (paging.placed - self._placed) * PAGE - in_flight
         self._timer.tick_at(paging.stream(min(unasked, self._budget.left(in_flight))))

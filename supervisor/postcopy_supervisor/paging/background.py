@@ -76,6 +76,7 @@ class Background:
     ) -> None:
         self.cursor = dict.fromkeys(blocks, 0)
         """By block: where to go on. Faults set it too, because the pages behind a fault are the most likely next."""
+        self.rate = rate
         self._bucket = TokenBucket(rate, PIECE, now)
         self._engine, self._links = engine, links
         self._turns = deque(blocks.values())
@@ -84,7 +85,7 @@ class Background:
     def stream(self, left: int, now: float) -> float | None:
         """Request what the rate, the links and ``left`` bytes of memory allow. Returns when to call again, or None: at
         the next tick or arrival."""
-        rate, turns, idle = self._bucket.rate, self._turns, 0
+        rate, turns, idle = self.rate, self._turns, 0
         if not rate:
             return None
         if now < self._due:
@@ -118,7 +119,7 @@ class Background:
 
     def _next_piece(self, block: RamBlock, left: int, now: float, largest: int) -> Ask | None:
         """What to request next of a block: missing pages behind the cursor, around the end once. None: nothing now."""
-        link, limited = self._links.get(block.number), self._bucket.rate > 0
+        link, limited = self._links.get(block.number), self.rate > 0
         if link is not None:
             largest = min(largest, link.flow.piece(now))
             room = link.flow.room_for_background(now)

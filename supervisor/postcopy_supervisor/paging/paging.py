@@ -160,6 +160,11 @@ class RemotePaging:
         """Carry out effects of the engine that no client in particular has caused."""
         self._do(effects, BACKGROUND)
 
+    @property
+    def idle(self) -> bool:
+        """``stream`` has nothing to do: there is no background, and no follower whose wait may be over."""
+        return not self.background.rate and not self._following
+
     def stream(self, left: int) -> float | None:
         """Request pages in the background, at most ``left`` bytes; returns when to call again at the latest."""
         if self._following:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from postcopy_supervisor.paging.paging import FOLLOWING_SECONDS
+from postcopy_supervisor.periodic import PeriodicWork
 from tests.unit.supervisor.test_shortage import BLOCK, PAGE, Bench
 
 LEADER, FOLLOWER = 1, 2
@@ -62,6 +65,22 @@ def test_a_follower_that_leaves_is_forgotten(bench: Bench) -> None:
     bench.come(3, 7)
     assert bench.woken == [1]
     assert not bench.paging.engine.waiting
+
+
+def test_the_rest_of_the_background_is_worked_out_only_for_a_follower(bench: Bench) -> None:
+    """Without a background. Answers of a source call it, so it is part of a remote fault."""
+    budgets: list[int] = []
+    budget = SimpleNamespace(unasked=0, left=lambda in_flight: budgets.append(in_flight) or 0)
+    sources, timer = SimpleNamespace(links={b"source": bench.link}), SimpleNamespace(tick_at=lambda due: None)
+    parts: Any = SimpleNamespace(paging=bench.paging)
+    others = cast(list[Any], [None] * 8)
+    work = PeriodicWork(parts, cast(Any, budget), 0, cast(Any, sources), *others, cast(Any, timer))
+    work.stream()
+    assert len(budgets) == 1
+    bench.come(1, 3)
+    bench.come(3, 7)
+    work.stream()
+    assert len(budgets) == 1
 
 
 def test_where_memory_is_scarce_nothing_is_requested_ahead() -> None:
