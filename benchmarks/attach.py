@@ -47,7 +47,7 @@ def _first_byte(bench: Bench) -> list[Row]:
 
 
 def _memory(bench: Bench) -> list[Row]:
-    """Memory that a worker has for itself (Private_* of smaps_rollup), before and after it has served its block."""
+    """Memory that a worker has for itself (anonymous, shmem, page tables), before and after it has served its block."""
     rows = []
     with bench.supervisor(MODES) as supervisor:
         for mode in MODES:

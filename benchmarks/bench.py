@@ -37,6 +37,7 @@ LEAST_PAGES = 16384
 BLOCK_SECONDS = 0.15
 ANSWER_WITHIN = 60.0
 WORKER_WITHIN = 30.0
+AT_ONCE = 8
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -249,15 +250,28 @@ class Bench:
         self, *, pinned: bool = False, keep: Sequence[int] = (), python: str = sys.executable, **spec: Any
     ) -> ClientProcess:
         """A client process of ``spec`` (see client.py), ready."""
-        known = {"parent": os.getpid(), "library": self.library, "file": self.file, "length": self.length}
         with self.placed(pinned):
-            client = ClientProcess(known | spec, keep, python)
+            client = ClientProcess(self._known() | spec, keep, python)
         try:
             client.hear()
         except BaseException:
             client.close()
             raise
         return client
+
+    def crowd(self, stack: ExitStack, count: int, **spec: Any) -> list[ClientProcess]:
+        """``count`` clients of ``spec``, ready, which ``stack`` closes. Some start at the same time: quicker."""
+        crowd: list[ClientProcess] = []
+        while len(crowd) < count:
+            starting = min(AT_ONCE, count - len(crowd))
+            some = [stack.enter_context(ClientProcess(self._known() | spec)) for _ in range(starting)]
+            for client in some:
+                client.hear()
+            crowd += some
+        return crowd
+
+    def _known(self) -> dict[str, Any]:
+        return {"parent": os.getpid(), "library": self.library, "file": self.file, "length": self.length}
 
     def floor_client(self, *, pinned: bool = False, memory: int = -1) -> ClientProcess:
         """A shared client of the C floor: over the block ``memory``, or over one of its own."""

@@ -62,12 +62,12 @@ def _wall(bench: Bench, clients: int, pattern: str, start: Callable[[], ClientPr
         crowd = [stack.enter_context(start()) for _ in range(clients)]
         begin = bench.start_time()
         for index, client in enumerate(crowd):
-            client.tell(do="touch", seed=index, start=begin, **_share(bench.pages, clients, index, pattern))
+            client.tell(do="touch", seed=index, start=begin, **share(bench.pages, clients, index, pattern))
         spans: list[list[int]] = [client.hear()["span"] for client in crowd]
     return (max(end for _, end in spans) - min(start for start, _ in spans)) / 1e6
 
 
-def _share(pages: int, clients: int, index: int, pattern: str) -> dict[str, Any]:
+def share(pages: int, clients: int, index: int, pattern: str) -> dict[str, Any]:
     each = pages // clients
     if pattern == "disjoint":
         return {"pages": [index * each, (index + 1) * each], "count": each}

@@ -2,24 +2,30 @@
 
 Local faults, pinned, against C handlers that make the same calls: COPY for a shared client, COPY through another
 userfaultfd and then CONTINUE for a private one. Then random pages of files that are not cached, against a plain mapping
-of the same file: there the kernel reads the device's read-ahead around each page.
+of the same file: there the kernel reads the device's read-ahead around each page. Status and audit are asked after as
+many pages, and of blocks of as many bytes.
 """
 
 from __future__ import annotations
 
 import os
 import statistics
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from .bench import PAGE, RANDOM_PIECE, Bench
-from .figures import Pair, Row, percentile, ratio_row
+from postcopy.queries import Control
+
+from .bench import ANSWER_WITHIN, PAGE, RANDOM_PIECE, Bench
+from .figures import Pair, Row, percentile, ratio_row, value_row
 
 MODES: dict[str, list[str]] = {"shared": [], "private": ["two-calls"]}
 """For each mode what the C handler is started with before its other arguments."""
 GOAL, STRETCH = 1.05, 1.02
 GROWTH = 1.1
+COUNTS, QUICK_COUNTS = (1000, 16_000, 250_000), (100, 300)
+"""Random pages that one client touches."""
 SPARSE = {1: 1 << 30, 16: 16 << 30, 200: 200 << 30}
 COLD_GOALS = {"mmap": 0.05, "pread": None}
 COLD_TOUCHES = 200
@@ -34,11 +40,11 @@ def run(bench: Bench) -> list[Row]:
         rows += bench.part(
             f"growth: cold, sparse {gigabytes} GiB", partial(_sparse, gigabytes=gigabytes, length=length)
         )
-    return rows
+    return rows + bench.part("growth: status and audit", _questions)
 
 
 def _warm(bench: Bench) -> list[Row]:
-    counts = (1000, 16_000, 250_000) if not bench.scale.quick else (100, 300)
+    counts = QUICK_COUNTS if bench.scale.quick else COUNTS
     length = -(-counts[-1] * PAGE // RANDOM_PIECE) * RANDOM_PIECE
     file = bench.warm_file("growth", length)
     rows = []
@@ -138,6 +144,38 @@ def _cold(bench: Bench, file: str, length: int, name: str) -> list[Row]:
         )
         for other, goal in COLD_GOALS.items()
     ]
+
+
+def _questions(bench: Bench) -> list[Row]:
+    """The median time of status and audit, of sparse blocks of which so many random pages have been touched."""
+    counts = QUICK_COUNTS if bench.scale.quick else COUNTS
+    cases = [(1, count) for count in counts]
+    cases += [(gigabytes, counts[0]) for gigabytes in SPARSE if gigabytes > 1 and not bench.scale.quick]
+    path = os.path.join(bench.directory, "asked")
+    rows = []
+    for gigabytes, count in cases:
+        bench.say(f"growth, status and audit, {count} pages of {gigabytes} GiB")
+        length = SPARSE[gigabytes]
+        with (
+            _sparse_file(path, length),
+            bench.supervisor({"ram": path}, fault_around="4K") as supervisor,
+            bench.client(
+                runtime_dir=supervisor.runtime_dir, block="ram", mode="private", file=path, length=length
+            ) as client,
+            Control(supervisor.runtime_dir, timeout=ANSWER_WITHIN) as control,
+        ):
+            client.ask(do="touch", seed=count, count=count)
+            for name, audit in (("status", False), ("audit", True)):
+                samples = [_asked(control, audit) for _ in range(bench.scale.of(30, 3))]
+                rows.append(value_row(f"{name}, {count:,} pages of {gigabytes} GiB", samples, "ms"))
+    return rows
+
+
+def _asked(control: Control, audit: bool) -> float:
+    """Milliseconds."""
+    begun = time.perf_counter()
+    control.status(audit=audit)
+    return (time.perf_counter() - begun) * 1000
 
 
 def _forget(file: str) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -69,18 +69,17 @@ def test_a_follower_that_leaves_is_forgotten(bench: Bench) -> None:
 
 def test_the_rest_of_the_background_is_worked_out_only_for_a_follower(bench: Bench) -> None:
     """Without a background. Answers of a source call it, so it is part of a remote fault."""
-    budgets: list[int] = []
-    budget = SimpleNamespace(unasked=0, left=lambda in_flight: budgets.append(in_flight) or 0)
-    sources, timer = SimpleNamespace(links={b"source": bench.link}), SimpleNamespace(tick_at=lambda due: None)
-    parts: Any = SimpleNamespace(paging=bench.paging)
-    others = cast(list[Any], [None] * 8)
-    work = PeriodicWork(parts, cast(Any, budget), 0, cast(Any, sources), *others, cast(Any, timer))
+    budget, parts, timer = Mock(unasked=0), Mock(paging=bench.paging), Mock()
+    budget.left.return_value = 0
+    names = ("program", "pending", "release", "watchdog", "auditor", "exports", "heartbeat", "entrances")
+    others: dict[str, Any] = dict.fromkeys(names, Mock())
+    work = PeriodicWork(parts, budget, 0, Mock(links={b"source": bench.link}), timer=timer, **others)
     work.stream()
-    assert len(budgets) == 1
+    assert budget.left.call_count == 1
     bench.come(1, 3)
     bench.come(3, 7)
     work.stream()
-    assert len(budgets) == 1
+    assert budget.left.call_count == 1
 
 
 def test_where_memory_is_scarce_nothing_is_requested_ahead() -> None:
