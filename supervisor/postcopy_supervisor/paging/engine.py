@@ -75,6 +75,10 @@ class Ranges:
                     ends[low] = high
                     at += 1
 
+    def start(self, page: int) -> int:
+        """The first page of the request that brings ``page``, which is requested."""
+        return self.starts[bisect_right(self.starts, page) - 1]
+
     def first_gap(self, first: int, end: int) -> tuple[int, int] | None:
         """The first part of ``first`` to ``end`` that is not requested."""
         starts, ends = self.starts, self.ends

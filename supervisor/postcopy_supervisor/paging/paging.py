@@ -192,11 +192,12 @@ class RemotePaging:
             end = placed
         if end == last:
             follows = received[end - 1] == MISSING and not link.flow.background_in_flight
-            return [], end - 1 if follows else -1
+            # The fast path, which answers single pages, knows of no followers.
+            return [], end - 1 if follows and self.engine.ranges(number).start(end - 1) < end - 1 else -1
         pages = self._window_of(block).extend(page, end)
         stop = self._end_of_request(block, end, pages)
         if min(pages, stop - end) < 2:
-            return [], -1  # the fast path, which answers single pages, knows of no followers
+            return [], -1
         self.cursor[number] = stop
         asks = self.engine.ask(number, end, stop)
         return asks, stop - 1

@@ -11,7 +11,7 @@ import pytest
 
 from postcopy_supervisor.paging.paging import FOLLOWING_SECONDS
 from postcopy_supervisor.periodic import PeriodicWork
-from tests.unit.supervisor.test_shortage import BLOCK, PAGE, Bench
+from tests.unit.supervisor.test_shortage import BLOCK, PAGE, PAGES, Bench
 
 LEADER, FOLLOWER = 1, 2
 
@@ -80,6 +80,19 @@ def test_the_rest_of_the_background_is_worked_out_only_for_a_follower(bench: Ben
     bench.come(3, 7)
     work.stream()
     assert budget.left.call_count == 1
+
+
+@pytest.mark.parametrize("before", [[], [PAGES - 2]])
+def test_a_follower_at_the_end_of_a_block_waits_for_no_single_page(before: list[int]) -> None:
+    """The fast path answers those, and knows of no followers."""
+    bench = Bench(around=4 * PAGE)
+    for page in [*before, PAGES - 1]:
+        bench.paging.fault(LEADER, bench.block, [page])
+    page = [*before, PAGES - 1][0]
+    bench.paging.fault(FOLLOWER, bench.block, [page])
+    assert requested(bench) == [(one, one + 1) for one in [*before, PAGES - 1]]
+    assert bench.paging.engine.waiters_of(BLOCK, page) == [LEADER, FOLLOWER]
+    os.close(bench.memory)
 
 
 def test_where_memory_is_scarce_nothing_is_requested_ahead() -> None:
