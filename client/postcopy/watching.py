@@ -25,6 +25,7 @@ log = logging.getLogger("postcopy")
 PLACES = INBOX - 1, INBOX, USERFAULTFD, CLIENT
 _HIGH = 16  # duplicates are made from here on, so that none of them is at a place that another is to get
 _PROGRAM = str(Path(orphan_watcher.__file__))
+_left: list[int] = []  # pidfds of watchers that were left: children of ours, which are reaped when they have ended
 
 
 class OrphanWatcher:
@@ -32,6 +33,7 @@ class OrphanWatcher:
 
     def __init__(self, userfaultfd: int, pid: int, pidfd: int) -> None:
         """The program starts beside us: nothing waits for it."""
+        _reap()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         high: list[int] = []
         try:
@@ -93,7 +95,20 @@ class OrphanWatcher:
         if pidfd_exited(self._client):
             return self.close()
         self._socket.close()
-        close_all((self._pidfd, self._client))
+        os.close(self._client)
+        _left.append(self._pidfd)
+        _reap()
+
+
+def _reap() -> None:
+    """Reap the left watchers that have ended."""
+    for pidfd in list(_left):
+        with suppress(ValueError):  # another thread was faster
+            if pidfd_exited(pidfd):
+                _left.remove(pidfd)
+                with suppress(OSError):  # it is not our child: the program reaps all, or has forked
+                    os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+                os.close(pidfd)
 
 
 def watch(

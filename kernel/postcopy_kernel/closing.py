@@ -56,6 +56,15 @@ class Closer:
         began = self._began.get(user)
         return 0.0 if began is None else time.monotonic() - began
 
+    def held(self, user: int) -> int:
+        """How many descriptors and connections of this user's are not closed yet."""
+        waiting = self._waiting.get(user)
+        return 0 if waiting is None else len(waiting) + 1
+
+    def stuck(self, seconds: float) -> list[int]:
+        """The users of whom one close has been waiting for longer than this."""
+        return [user for user in list(self._began) if self.seconds(user) > seconds]
+
     def _run(self, user: int) -> None:
         while True:
             with self._turn:

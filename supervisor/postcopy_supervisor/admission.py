@@ -15,7 +15,7 @@ from postcopy_kernel.closing import Closer
 from postcopy_protocol.codec import encode
 from postcopy_protocol.messages import Mapped, Message, OfferBackEnd, OfferUserfaultfd, Refused, Unmap
 
-from .bans import Bans
+from .bans import FIRST_SECONDS, Bans
 
 EVERY_BLOCK = ""
 """In place of a block's name."""
@@ -29,6 +29,8 @@ STARTS_A_WORKER = (Mapped, Unmap, OfferUserfaultfd, OfferBackEnd)
 
 LONGEST_CLOSE = 1.0
 """Seconds after which a user whose descriptor cannot be closed may not connect."""
+MOST_HELD = 64
+"""Descriptors and connections of one user that wait for their close; with more it may not connect."""
 MOST_USERS = 256
 """Users of whom limits and refusals are remembered. There are more only where one has many uids (a user namespace)."""
 OTHERS = -1
@@ -154,9 +156,9 @@ class Admission:
                 text = f"user {peer.uid} connects more often than {CONNECTS_PER_SECOND:.0f} times a second"
                 return self._refuse(peer.uid, now, "limit", f"{text}; try again in a moment")
             allowance.left -= 1
-            if self.closer.seconds(peer.uid) > LONGEST_CLOSE:
-                text = f"a descriptor that user {peer.uid} has sent cannot be closed"
-                return self._refuse(peer.uid, now, "limit", f"{text}: its close waits (SO_LINGER, FUSE)")
+            if self.closer.held(peer.uid) > MOST_HELD or self.closer.seconds(peer.uid) > LONGEST_CLOSE:
+                self._keep_out(peer.uid, now)
+                return self._refuse(peer.uid, now, "limit", _not_closed(peer.uid))
         return peer
 
     def _refuse(self, uid: int, now: float, code: str, reason: str) -> bytes:
@@ -168,6 +170,17 @@ class Admission:
 
     def _ban(self, uid: int, now: float) -> float:
         return self.bans.refused(uid, now) if uid not in (0, self.allow.own) else 0.0
+
+    def check_bans(self, now: float) -> None:
+        """Renew the bans of users whose descriptors cannot be closed, and notice those that have ended. A connection in
+        which there is a descriptor could only be kept: they would use up ours."""
+        for uid in self.closer.stuck(LONGEST_CLOSE):
+            if self._keep_out(uid, now):
+                self.refused(uid, "limit", f"{_not_closed(uid)}; the kernel keeps this user out until it is closed")
+        self.bans.check(now)
+
+    def _keep_out(self, uid: int, now: float) -> bool:
+        return uid not in (0, self.allow.own) and self.bans.keep_out(uid, now + FIRST_SECONDS, now)
 
     def has_left(self, uid: int, now: float) -> None:
         """A peer had closed its connection before it was accepted. For a ban that counts as a refusal: it fills the
@@ -208,6 +221,10 @@ class Admission:
             entry.wait = min(LONGEST_WAIT, 2 * entry.wait)
             entry.count, entry.due, entry.banned = 0, now + entry.wait, ""
         return reports
+
+
+def _not_closed(uid: int) -> str:
+    return f"a descriptor that user {uid} has sent cannot be closed: its close waits (SO_LINGER, FUSE)"
 
 
 @lru_cache(MOST_USERS)

@@ -34,13 +34,9 @@ class Bans:
     def refused(self, uid: int, now: float) -> float:
         """A connection was refused. Returns for how long its user is banned from now on; 0: it is not, or is
         already."""
-        record = self._records.get(uid)
+        record = self._record(uid, now)
         if record is None:
-            if len(self._records) >= self.most:
-                self.check(now)
-            if len(self._records) >= self.most:
-                return 0.0
-            record = self._records.setdefault(uid, Record(MOST_REFUSED, now))
+            return 0.0
         record.left = min(MOST_REFUSED, record.left + (now - record.at) * REFUSED_PER_SECOND) - 1
         record.at = now
         if record.left > 0 or now < record.until:
@@ -50,6 +46,24 @@ class Bans:
         record.until, record.left = now + record.seconds, MOST_REFUSED
         self.changed = True
         return record.seconds
+
+    def keep_out(self, uid: int, until: float, now: float) -> bool:
+        """Ban a user until then, whatever it does. True: it was not banned."""
+        record = self._record(uid, now)
+        if record is None:
+            return False
+        news = now >= record.until
+        self.changed |= news
+        record.until, record.at = max(record.until, until), now
+        return news
+
+    def _record(self, uid: int, now: float) -> Record | None:
+        """None: there are ``most`` already."""
+        if uid not in self._records and len(self._records) >= self.most:
+            self.check(now)
+        if uid not in self._records and len(self._records) >= self.most:
+            return None
+        return self._records.setdefault(uid, Record(MOST_REFUSED, now))
 
     def check(self, now: float) -> None:
         """Notice bans that have ended, and forget users who have been quiet since."""

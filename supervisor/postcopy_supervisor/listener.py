@@ -200,7 +200,7 @@ class Listener(threading.Thread):
             self._resume_clients(now)
             if now - ticked >= TICK_SECONDS or (self._due is not None and now >= self._due):
                 ticked, self._due = now, None
-                self._admission.bans.check(now)
+                self._admission.check_bans(now)
                 self._ban(now)
                 self.queue.extend(events.PeersRefused(*report) for report in self._admission.reports(now))
                 self.queue.append(events.Tick(now))

@@ -15,9 +15,10 @@ from tests.wire.caller import Caller
 
 ALLOWED, DENIED = 65533, 65000
 TOOLS = """
-import socket, struct
-from postcopy_protocol.codec import encode
-from postcopy_protocol.messages import Hello, OfferUserfaultfd, OpenBlock
+import contextlib, socket, struct
+from tests.wire.caller import FROM_SUPERVISOR
+from postcopy_protocol.codec import decode, encode
+from postcopy_protocol.messages import Hello, OfferUserfaultfd, OpenBlock, Welcome
 from tests.wire.caller import Caller
 '127.0.0.1'.encode('idna')  # later this user cannot load it
 door, kept = directory + '/door', []
@@ -44,9 +45,24 @@ def connected():
     return caller
 
 def admitted():
-    caller = connected()
-    caller.send(encode(Hello('x', 'native')))
-    return b'cannot' not in caller.recv(100)
+    try:
+        caller = connected()
+    except PermissionError:  # the kernel keeps this user out
+        return False
+    with contextlib.suppress(BrokenPipeError):  # it is refused, and the answer says why
+        caller.send(encode(Hello('x', 'native')))
+    answer = caller.recv(1000)
+    return answer != b'' and isinstance(decode(answer, expect=FROM_SUPERVISOR), Welcome)
+
+def flood(connections):
+    '''Connect and send a descriptor each; how often that succeeds.'''
+    near, count = lingering(), 0
+    kept.append(near)
+    with contextlib.suppress(PermissionError):
+        for _ in range(connections):
+            socket.send_fds(connected(), [encode(Hello('x', 'native'))], [near.fileno()])
+            count += 1
+    return count
 
 def give(caller, message):
     with lingering() as near:
@@ -61,7 +77,7 @@ def hostile(service: Service, uid: int, more: str = "") -> Puppet:
 
 
 def refusals(service: Service, client: Puppet) -> list[str]:
-    client.do("connected()")
+    client.do("with contextlib.suppress(PermissionError): connected()")
     return service.events("denied")
 
 
@@ -73,6 +89,10 @@ def busy(service: Service) -> Iterator[None]:
         yield
     finally:
         end_by_pidfd(service.pid, signal.SIGCONT, "postcopy")
+
+
+def descriptors_of(service: Service) -> int:
+    return len(list(Path(f"/proc/{service.pid}/fd").iterdir()))
 
 
 def goes_on(service: Service) -> None:
@@ -96,6 +116,11 @@ def test_no_other_user_waits_for_a_close(runtime_dir: Path, source_file: SourceF
             unread.do("caller.send(b'nonsense')\nfor _ in range(3): give(caller, OfferUserfaultfd())\ncaller.close()")
         goes_on(service)
         until(lambda: any("cannot be closed" in text for text in refusals(service, unread)), "its user is kept out")
+        before = descriptors_of(service)
+        with busy(service):
+            assert unread.do("flood(100)") == 0
+        goes_on(service)
+        assert descriptors_of(service) < before + 20
 
         for client in (stranger, unread):
             client.kill()

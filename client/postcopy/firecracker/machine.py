@@ -95,6 +95,6 @@ def _resumed(session: BackEndSession) -> BackEndSession | None:
     try:
         session.resume()
     except AttachDenied:
-        session.close()
+        session.abandon()
         return None
     return session

@@ -173,6 +173,10 @@ class BackEndSession:
     def leave(self) -> None:
         """Say Goodbye: the back-end no longer touches the memory."""
         self.connection.say_goodbye()
+        self.abandon()
+
+    def abandon(self) -> None:
+        """End, with the watcher: it knows this client's number, by which the next session's workers are not seen."""
         self.connection.close()
         if self._watcher is not None:
             self._watcher.close()

@@ -115,7 +115,7 @@ class AttachServer:
         if used + SPARE_DESCRIPTORS > self._limit:
             raise Refusal("limit", f"no room for another client: {self._limit} descriptors (ulimit -n)")
         most = max(LEAST_CLIENTS, self._limit // (2 * DESCRIPTORS_PER_CLIENT))
-        if uid != os.geteuid() and self._clients.by_user[uid] >= most:
+        if uid != os.geteuid() and self._clients.by_user[uid] + self._watcher.closer.held(uid) >= most:
             text = f"user {uid} has {most} clients and connections, which is half of what fits"
             raise Refusal("limit", f"{text} into {self._limit} descriptors (ulimit -n)")
 
@@ -181,6 +181,7 @@ class AttachServer:
     def _send(self, client: Client, message: messages.Message, fds: tuple[int, ...] = ()) -> None:
         if fds and client.connection is not None:
             self._check_unread(client, client.connection)
+            self._clients.count_unread(client, 1)
         self._release.send(client, message, fds)
 
     def _check_unread(self, client: Client, connection: socket.socket) -> None:
@@ -190,7 +191,6 @@ class AttachServer:
             self._clients.count_unread(client, -client.unread)
         elif client.uid != os.geteuid() and self._clients.unread[client.uid] >= self._limit // UNREAD_SHARE:
             raise Refusal("limit", f"user {client.uid} does not read its answers, in which there are descriptors")
-        self._clients.count_unread(client, 1)
 
     def _take_userfaultfd(self, client: Client, fd: int) -> None:
         if not is_userfaultfd(fd):
@@ -300,14 +300,18 @@ class AttachServer:
             block.shared_granted()
         if message.mode in OWN and client.copied_map < 0:
             client.copied_map = memory.create_memfd(f"postcopy-m{client.number}", size_of(block.pages))
+        if client.connection is not None:
+            self._check_unread(client, client.connection)  # what is refused is not opened
         client.conversation.opened(block.number, message.mode, block.pages, block.page_size)
         answer = messages.BlockOpened(block.number, block.name, block.size, block.page_size, block.pages)
         fds = block.read_write if shared else block.read_only, block.map_read_only
         if message.mode not in OWN:
             return self._send(client, answer, fds)
         copied = memory.reopen(client.copied_map, writable=False)
-        self._send(client, answer, (*fds, copied))
-        os.close(copied)
+        try:
+            self._send(client, answer, (*fds, copied))
+        finally:
+            os.close(copied)
 
     def _listed(self, client: Client) -> Iterator[messages.Listed]:
         for block in islice(self._blocks.values(), MOST_LISTED):

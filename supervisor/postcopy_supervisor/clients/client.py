@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -180,15 +180,15 @@ class Clients:
         client.unread = 0
         return True
 
-    def close_read(self) -> None:
-        """Close the kept connections whose peers have read everything since."""
+    def take_read(self) -> Iterator[tuple[socket.socket, int]]:
+        """The kept connections whose peers have read everything since, with their users. The caller closes them."""
         for entry in list(self._left_unread):
             connection, uid, unread = entry
             if not descriptors.unread_bytes(connection):
                 self._left_unread.remove(entry)
                 self.unread[uid] -= unread
                 self._count(uid, -1)
-                connection.close()
+                yield connection, uid
 
     def count_unread(self, client: Client, more: int) -> None:
         client.unread += more

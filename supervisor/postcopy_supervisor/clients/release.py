@@ -65,7 +65,8 @@ class ClientRelease:
 
     def tick(self, at: float) -> None:
         """``at``: when the tick was queued. Messages sent before it have been handled, however late it is by now."""
-        self._clients.close_read()
+        for connection, uid in self._clients.take_read():
+            self._watcher.close_connection(connection, uid)
         for client in list(self._clients.by_number.values()):
             if client.userfaultfd is None and at - client.since > SILENCE_SECONDS:
                 self.remove(client, f"offered no userfaultfd for {SILENCE_SECONDS:.0f} s")

@@ -49,6 +49,15 @@ def test_what_was_in_the_backlog_makes_a_ban_no_longer() -> None:
     assert bans.take(1.1) == []
 
 
+def test_a_user_who_is_kept_out_stays_out_while_that_is_renewed() -> None:
+    bans = Bans(1)
+    assert bans.keep_out(UID, 1.0, 0.0) and bans.changed
+    assert not bans.keep_out(UID, 1.25, 0.25) and bans.take(1.1) == [UID]
+    assert not bans.keep_out(UID + 1, 9.0, 0.5) and bans.take(0.5) == [UID]
+    bans.check(1.3)
+    assert bans.changed and bans.take(1.3) == []
+
+
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 400), st.floats(0, 90)), max_size=60))
 def test_never_more_than_so_many_users_and_each_is_let_in_again(steps: list[tuple[int, int, float]]) -> None:
     bans, now = Bans(4), 0.0

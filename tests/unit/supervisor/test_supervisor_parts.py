@@ -5,15 +5,20 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 
 from postcopy_kernel.userfaultfd import Userfaultfd
-from postcopy_protocol.attach_conversation import AttachConversation
+from postcopy_protocol.attach_conversation import AttachConversation, Refusal
+from postcopy_protocol.messages import OpenBlock
 from postcopy_supervisor.clients import release
+from postcopy_supervisor.clients.attach_server import AttachServer
 from postcopy_supervisor.clients.client import Client, Clients
 from postcopy_supervisor.clients.client_zero import ClientZero, OwnMapping
 from postcopy_supervisor.clients.release import ClientRelease
@@ -145,3 +150,43 @@ def test_a_postponed_wish_has_a_tick_of_its_own() -> None:
         sources.staging = {}
         sources.links = cast(Any, dict(enumerate(links)))
         assert sources.tick(100.0) == due
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_what_is_refused_for_unread_answers_is_not_opened() -> None:
+    """A client that reads nothing asks for its copied map again and again: no descriptor stays open."""
+    block = Mock(complete=False, pages=8, page_size=4096, size=32768, number=1)
+    block.name, uid = "ram0", os.geteuid() + 1
+    clients = Mock(unread=Counter({uid: 1 << 30}))
+    server = AttachServer({"ram0": block}, clients, *[Mock()] * 4, -1, 4096, None, Mock())
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        ours.send(b"unread")
+        client = Client(1, ours, uid, 1, -1, Mock(), 0.0)
+        for before in (open_descriptors() + 1,) * 3:  # with the copied map
+            with pytest.raises(Refusal):
+                server._open(client, OpenBlock("ram0", "own"))
+            assert open_descriptors() <= before
+        client.conversation.opened.assert_not_called()  # type: ignore[attr-defined]
+        os.close(client.copied_map)
+
+
+def test_a_connection_that_was_read_late_is_closed_without_waiting() -> None:
+    """There may be a descriptor in it whose close never ends."""
+    clients, listener, uid = Clients((), ABSENT), Mock(), os.geteuid() + 1
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        client = Client(1, ours, uid, 1, -1, AttachConversation(), 0.0)
+        clients.count_unread(client, 1)
+        ours.send(b"unread")
+        assert clients.leaves_unread(client, ours)
+        ends = ClientRelease({}, clients, ABSENT, listener, ABSENT, ABSENT)
+        ends.tick(0.0)
+        listener.close_connection.assert_not_called()
+        theirs.recv(10)
+        ends.tick(0.0)
+        listener.close_connection.assert_called_once_with(ours, uid)
+    assert not clients.by_user and not clients.unread
