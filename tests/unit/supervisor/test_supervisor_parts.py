@@ -161,7 +161,8 @@ def test_what_is_refused_for_unread_answers_is_not_opened() -> None:
     block = Mock(complete=False, pages=8, page_size=4096, size=32768, number=1)
     block.name, uid = "ram0", os.geteuid() + 1
     clients = Mock(unread=Counter({uid: 1 << 30}))
-    server = AttachServer({"ram0": block}, clients, *[Mock()] * 4, -1, 4096, None, Mock())
+    pool = watcher = release = losses = orphans = Mock()
+    server = AttachServer({"ram0": block}, clients, pool, watcher, release, losses, -1, 4096, None, orphans)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         ours.send(b"unread")
