@@ -205,7 +205,8 @@ class Report(Message, tag=41):
 
 
 class RequestPages(Message, tag=42):
-    """Pages of a remote block that the worker's client waits for (packed u64 offsets)."""
+    """Pages of a remote block that the worker's client waits for (packed u64 offsets). Taken by
+    ``MainLoop.on_message``."""
 
     worker: int
     block: int
@@ -239,7 +240,8 @@ REPORTS = (
 # router: supervisor -> worker
 class Wake(Message, tag=50):
     """Pages of a remote block are placed: wake their waiters (packed u64 offsets). Block 0 answers WorkerHello:
-    earlier answers may be lost, so wake the whole client and request again what it then faults on."""
+    earlier answers may be lost, so wake the whole client and request again what it then faults on. Taken by
+    ``WakerThread.run``."""
 
     block: int
     offsets: bytes

@@ -90,7 +90,7 @@ class Listen(Message, tag=111):
 
 class RequestRanges(Message, tag=112):
     """Request pages (packed u64 pairs of offset and length). ``urgent``: a client waits for them. ``request`` is the
-    supervisor's own number, not 0."""
+    supervisor's own number, not 0. Taken by ``Loop.on_message`` of the source."""
 
     request: int
     stream: int
@@ -130,7 +130,8 @@ class Advised(Message, tag=120):
 
 class Pages(Message, tag=121):
     """Pages of ``ranges`` (packed u64 pairs), in answer to ``request`` (0: pushed). ``kinds`` has one byte for each
-    range, a RangeKind. Each range of data has a raw frame of exactly its length, in order."""
+    range, a RangeKind. Each range of data has a raw frame of exactly its length, in order. Taken by
+    ``MainLoop.on_source_message``."""
 
     stream: int
     request: int

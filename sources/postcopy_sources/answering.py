@@ -35,7 +35,6 @@ from .answers import (
     Answer,
     Buffer,
     Read,
-    ReadInto,
     answer_of,
     answer_of_page,
     expanded,
@@ -48,7 +47,7 @@ from .answers import (
 from .call_queue import CallQueue
 from .connection import Connection, FastAnswer, OpenRequest, Sender, pieces_of
 from .readers import Readers
-from .source import PageSource, WhenReady
+from .source import PageSource, ReadsInto, ReadsNow, WaitsForPages, WhenReady
 from .staging import ZEROS, Staging
 
 PIECE = 256 << 10
@@ -97,15 +96,9 @@ class Answerer:
         self.calls = calls
         self.streaming: deque[Connection] = deque()  # connections with background reads to come, in turn
         self._sources = sources
-        self._read_now: dict[str, Read | None] = {
-            name: getattr(source, "read_now", None) for name, source in sources.items()
-        }
-        self._read_into: dict[str, ReadInto | None] = {
-            name: getattr(source, "read_into", None) for name, source in sources.items()
-        }
-        self._when_ready: dict[str, WhenReady | None] = {
-            name: getattr(source, "when_ready", None) for name, source in sources.items()
-        }
+        self._read_now = {name: one.read_now for name, one in sources.items() if isinstance(one, ReadsNow)}
+        self._read_into = {name: one.read_into for name, one in sources.items() if isinstance(one, ReadsInto)}
+        self._when_ready = {name: one.when_ready for name, one in sources.items() if isinstance(one, WaitsForPages)}
         self._held: dict[OpenRequest, float] = {}  # requests that wait for a ``when_ready``, and since when, or noted
         self._sender = sender
         self._readers = readers
@@ -113,7 +106,8 @@ class Answerer:
 
     def answer_fast(self, connection: Connection, data: bytes) -> bool:
         """Answer a common request without decoding it: one that differs from an accepted one only in number and range,
-        for one whole page. False: it is another, and nothing is done."""
+        for one whole page. ``fast.read`` is ``ReadsNow.read_now``, of a file ``FileSource.read_now``; Pages are sent by
+        ``Sender.send_pages``. False: it is another, or its page cannot be read at once, and nothing is done."""
         fast = connection.fast_answers.get(stream_part(data))
         number = number_of(data)
         if fast is None or number in (b"", _NO_NUMBER) or connection.outbox:
@@ -153,7 +147,7 @@ class Answerer:
             return
         if crashpoints.armed("source.asked", "source.answered"):  # they are on the way of decoded requests
             return
-        read = self._read_now[stream.offer.name]
+        read = self._read_now.get(stream.offer.name)
         if read is not None:
             connection.fast_answers[stream_part(data)] = FastAnswer(stream, read, *answer_parts(stream.number))
 
@@ -162,7 +156,7 @@ class Answerer:
         stream, ranges = connection.conversation.request(message)
         length = sum([length for _, length in ranges])
         request = OpenRequest(connection, stream, message.request, length, urgent=message.urgent)
-        read_now = self._read_now[stream.offer.name]
+        read_now = self._read_now.get(stream.offer.name)
         if message.urgent:
             self._urgent_at = connection.last_message_at
             if read_now is not None:
@@ -220,7 +214,7 @@ class Answerer:
             connection.pieces.appendleft((request, offset + largest, length - largest))
             length = largest
         self.enqueue(connection)
-        read_now = self._read_now[request.stream.offer.name]
+        read_now = self._read_now.get(request.stream.offer.name)
         if read_now is None or request.stream.phase is Phase.ENDED:
             return request.sent_one()
         try:
@@ -232,9 +226,9 @@ class Answerer:
         return self.answer(request, answer)
 
     def _read_later(self, request: OpenRequest, offset: int, length: int) -> None:
-        if RESIDENT in request.stream.features and self._read_now[request.stream.offer.name] is not None:
+        if RESIDENT in request.stream.features and self._read_now.get(request.stream.offer.name) is not None:
             return self.answer(request, lost_answer(offset, length, NOT_RESIDENT))
-        when_ready = self._when_ready[request.stream.offer.name]
+        when_ready = self._when_ready.get(request.stream.offer.name)
         if when_ready is not None:
             return self._hold(request, offset, length, when_ready)
         self._readers.put(ReadJob(self, request, offset, length), urgent=request.urgent)
@@ -248,7 +242,7 @@ class Answerer:
             when_ready(place, part, request.urgent, partial(self._answer_held, request, place, part))
 
     def _answer_held(self, request: OpenRequest, offset: int, length: int) -> None:
-        read_now = self._read_now[request.stream.offer.name]
+        read_now = self._read_now.get(request.stream.offer.name)
         assert read_now is not None
         if request.stream.phase is Phase.ENDED:
             request.sent_one()
@@ -287,7 +281,7 @@ class Answerer:
     def _read_staged(self, request: OpenRequest, offset: int, length: int) -> bool:
         """Read a piece straight into a free slot. False: nothing is done. Raises BlockingIOError."""
         staging, stream = request.connection.staging, request.stream
-        read_into = self._read_into[stream.offer.name]
+        read_into = self._read_into.get(stream.offer.name)
         if staging is None or read_into is None or "staging" not in stream.features:
             return False
         slot = staging.read(read_into, offset, length, stream.offer.size)

@@ -42,8 +42,9 @@ class OpenRequest:
 
 @dataclass(frozen=True, slots=True)
 class FastAnswer:
-    """How a common request of one stream is answered (templates.py in the protocol wing): how its page is read at once,
-    and the parts of the answer before the request's number, between that and the range, and behind the range."""
+    """How a common request of one stream is answered (templates.py in the protocol wing): how its page is read at once
+    (``ReadsNow.read_now``), and the parts of the answer before the request's number, between that and the range, and
+    behind the range."""
 
     stream: Stream
     read: Read
@@ -65,7 +66,7 @@ class Connection:
     outbox_bytes: int = 0
     queued: bool = False  # is it in the loop's round of those that have pieces to come?
     pushers: dict[int, PushStream] = field(default_factory=dict)
-    fast_answers: dict[bytes, FastAnswer] = field(default_factory=dict)
+    fast_answers: dict[bytes, FastAnswer] = field(default_factory=dict)  # filled by ``Answerer.learn``
     staging: Staging | None = None
     refused: int = 0  # messages
 
@@ -114,8 +115,9 @@ class Sender:
         self.held: set[Connection] = set()  # connections with an outbox that is not empty
 
     def send_pages(self, connection: Connection, parts: Sequence[Buffer], request: OpenRequest | None) -> None:
-        """Send pages. What the supervisor does not accept waits in its outbox. Unasked pages (no request) wait there
-        only as long as they are few, because nothing else bounds them."""
+        """Send a Pages message, by ``Router.send_parts``, usually ``NativeRouter.send_parts``. What the supervisor does
+        not accept waits in its outbox. Unasked pages (no request) wait there only as long as they are few, because
+        nothing else bounds them."""
         sent = not connection.outbox
         if sent:
             sent = self._send_parts(connection.name, parts) == SENT or self._send(connection, parts)

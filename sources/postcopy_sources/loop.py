@@ -158,7 +158,7 @@ class Loop:
                 log.exception("bug: an answer could not be sent")
 
     def on_message(self, name: bytes, message: Frames) -> None:
-        """Handle a message of the router."""
+        """Handle a message of the router. Most are RequestRanges like one before: ``Answerer.answer_fast``."""
         connection = self.connections.get(name)
         if not isinstance(message, bytes):
             refusal = SourceRefusal.of(BadMessage(f"{len(message)} frames came, a supervisor sends one"))

@@ -62,6 +62,30 @@ class PageSource(Protocol):
         cannot be supplied: if several pages were asked for, each of them is then asked for alone."""
 
 
+@runtime_checkable
+class ReadsNow(Protocol):
+    """A source that reads at once what it has in memory (``FileSource.read_now``)."""
+
+    def read_now(self, offset: int, length: int) -> Buffer | None:
+        """As ``read``, in the thread of the loop. Raises BlockingIOError where that would wait."""
+
+
+@runtime_checkable
+class ReadsInto(Protocol):
+    """A source that reads at once into shared memory."""
+
+    def read_into(self, offset: int, view: memoryview, /) -> bool:
+        """As ``read_now``, into all of ``view``. False: all of it is zeros."""
+
+
+@runtime_checkable
+class WaitsForPages(Protocol):
+    """A source whose pages come at their own time."""
+
+    def when_ready(self, offset: int, length: int, urgent: bool, call: Callable[[], object], /) -> object:
+        """Call ``call`` when ``read_now`` would not raise BlockingIOError."""
+
+
 def offer_of(source: PageSource, identity: str = "") -> Offer:
     """What a source offers. Raises BadInput for an object that is no source."""
     if not isinstance(source, PageSource):

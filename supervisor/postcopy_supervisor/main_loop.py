@@ -154,10 +154,10 @@ class MainLoop:
         """Dispatch to these ports from now on."""
         self._ports = ports
         self._state = ports.state
-        self._fast_paths = ports.paging.fast_paths
+        self._fast_paths = ports.paging.fast_paths  # filled by ``RemotePaging.learn``
         self._pool = ports.pool
         self._sources = ports.sources
-        self._source_fast_paths = ports.sources.fast_paths
+        self._source_fast_paths = ports.sources.fast_paths  # filled by ``Sources``, by ``source_fast_path``
 
     def run(self) -> None:
         """Serve until the phase is ``ending``. Signal handlers only signal the listener."""
@@ -194,7 +194,8 @@ class MainLoop:
         notify("READY=1")
 
     def on_message(self, identity: bytes, message: WireMessage) -> None:
-        """A message of a worker or of the command line. Most are requests for one page, which take a fast path."""
+        """A message of a worker or of the command line. Most are RequestPages of one page, which take a fast path:
+        ``worker_fast_path.on_request``."""
         try:
             data = message if isinstance(message, bytes) else message[-1]
             fast_path = self._fast_paths.get(data[:-OFFSET_BYTES])
@@ -206,7 +207,8 @@ class MainLoop:
             self._ports.replies.report_bug(identity, error)
 
     def on_source_message(self, name: bytes, frames: list[memoryview]) -> None:
-        """A message of a page source. Most are the expected answer with one frame of pages, which takes a fast path."""
+        """A message of a page source. Most are the expected Pages with one frame, which take a fast path:
+        ``source_fast_path.on_answer``. All others go to ``Sources.on_message``."""
         try:
             more = self._source_fast_paths[name](bytes(frames[0]), frames[1]) if len(frames) == 2 else None
             if more is None:

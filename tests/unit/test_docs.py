@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from itertools import groupby
@@ -212,18 +213,74 @@ def test_messages_in_troubleshooting_are_real() -> None:
 # --- the way of a fault -----------------------------------------------------------------------------------------------
 
 
-def test_the_stops_of_a_remote_fault_exist() -> None:
+MOST_STOPS = 19
+
+
+@cache
+def definitions(path: Path) -> dict[str, list[str]]:
+    """By the dotted name of each definition in a module: the docstring of a class, or the text of the function or
+    method, of which a closure is a part."""
+    found: dict[str, list[str]] = {}
+    source = path.read_text("utf-8")
+    lines = source.splitlines()
+
+    def walk(parent: ast.AST, names: tuple[str, ...], text: str) -> None:
+        for node in ast.iter_child_nodes(parent):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                plain = isinstance(node, ast.ClassDef)
+                own = text or ("" if plain else "\n".join(lines[node.lineno - 1 : node.end_lineno]))
+                found.setdefault(".".join([*names, node.name]), []).append(own or ast.get_docstring(node) or "")
+                walk(node, (*names, node.name), own)
+            else:
+                walk(node, names, text)
+
+    walk(ast.parse(source), (), "")
+    return found
+
+
+@cache
+def defined() -> Counter[str]:
+    """How often each dotted name, and each last part of one, is defined in all wings."""
+    names = [name for wing in WINGS for file in (ROOT / wing).rglob("*.py") for name in definitions(file)]
+    return Counter(names) + Counter(name.rpartition(".")[2] for name in names if "." in name)
+
+
+def leads_to(text: str, name: str) -> bool:
+    """Does a text name this definition: in full, or by a last part that nothing else has?"""
+    last = name.rpartition(".")[2]
+    return bool(re.search(rf"\b{re.escape(name)}\b", text)) or (
+        defined()[last] == 1 and bool(re.search(rf"\b{last}\b", text))
+    )
+
+
+def way_of_a_fault() -> str:
     text = (ROOT / "docs" / "design.md").read_text("utf-8").partition("\n## How to follow a remote fault\n")[2]
-    stops = re.findall(r"`([a-z_/]+\.py):(\w+)`", text.partition("\n## ")[0])
-    assert 10 < len(stops) < 24
-    files = {path: ROOT / path for path, _ in stops}
-    assert [path for path, file in files.items() if not file.exists()] == []
-    missing = [
-        f"{path}:{name}"
-        for path, name in stops
-        if not re.search(rf"^ *(?:def|class) {name}\b", files[path].read_text("utf-8"), re.MULTILINE)
-    ]
-    assert missing == []
+    return text.partition("\n## ")[0]
+
+
+def test_a_remote_fault_can_be_followed_by_go_to_definition() -> None:
+    """Each stop is named by the stop before it, or, after one that returns, by the one before that. A message is named
+    in the same way, and its docstring names the stop that takes it."""
+    rows = re.findall(r"^\| (\d*) ?\| (\w+) \| `([a-z_/]+\.py):([\w.]+)` \|", way_of_a_fault(), re.MULTILINE)
+    numbers = [int(number) for number, *_ in rows if number]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert 10 < len(numbers) <= MOST_STOPS
+    texts = []
+    for _, _, path, name in rows:
+        found = definitions(ROOT / path).get(name, [])
+        assert len(found) == 1, f"{path}:{name} is defined {len(found)} times"
+        texts.append(found[0])
+    for at, (_, process, _, name) in enumerate(rows[1:], 1):
+        taken = rows[at - 1][1] == "message"
+        same = at > 1 and process in ("message", rows[at - 2][1]) and not taken
+        before = texts[at - 1] + (texts[at - 2] if same else "")
+        assert leads_to(before, name), f"{rows[at - 1][3]} does not lead to {name}"
+
+
+def test_the_functions_in_the_way_of_a_fault_exist() -> None:
+    named = set(re.findall(r"`([A-Za-z_]+\.[A-Za-z_]+)`", way_of_a_fault()))
+    assert len(named) > 15
+    assert {name for name in named if defined()[name] != 1} == set()
     assert [path for path in modules_named() if not (ROOT / path).exists()] == []
 
 

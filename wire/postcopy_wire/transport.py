@@ -55,7 +55,8 @@ PrepareSocket = Callable[["zmq.Socket[bytes]"], object]
 
 
 class Router(Protocol):
-    """A ROUTER, and the one epoll of its thread. No send ever blocks."""
+    """A ROUTER, and the one epoll of its thread. No send ever blocks. Usually ``NativeRouter``: ``turn`` calls
+    ``Inbound.act`` or ``Outbound.act`` of the connection that has a message."""
 
     def listen(self, endpoint: str, prepare: PrepareSocket | None = None) -> str:
         """Accept peers at an endpoint; returns it as it was bound (a tcp port may have been chosen). A second
@@ -104,9 +105,9 @@ class Router(Protocol):
 
 
 class Channel(Protocol):
-    """A worker's connection to the supervisor's router. Any thread sends, one receives, no send blocks. Each connection
-    begins with the worker's hello. The supervisor answers it with an empty Wake where pages may be waited for, so
-    messages that a broken connection lost need not be kept: they are asked for again."""
+    """A worker's connection to the supervisor's router, usually ``NativeChannel``. Any thread sends, one receives, no
+    send blocks. Each connection begins with the worker's hello. The supervisor answers it with an empty Wake where
+    pages may be waited for, so messages that a broken connection lost need not be kept: they are asked for again."""
 
     @property
     def connected(self) -> bool:

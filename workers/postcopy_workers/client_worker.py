@@ -138,6 +138,8 @@ def _page_waker(
 
 
 def _read_forever(userfaultfd: int, handler: FaultHandler) -> NoReturn:
+    """For a client without common local blocks (``is_for_loop``), and for one that is recorded. ``handler.answer`` is
+    the closure of its one region, of a remote block ``_remote.answer_remote``, or the one that chooses a region."""
     readinto = io.FileIO(userfaultfd, closefd=False).readinto
     buffer = bytearray(MESSAGE_BYTES * BATCH)
     fields = memoryview(buffer).cast("Q")
@@ -154,8 +156,9 @@ def _read_forever(userfaultfd: int, handler: FaultHandler) -> NoReturn:
 
 
 def _read_events_first(userfaultfd: int, handler: FaultHandler) -> NoReturn:
-    """For a client that may give pages back: what a read reports as removed is noted before any fault is answered. The
-    messages are read into memory that outlives this process, so a successor notes what a dead worker had read."""
+    """For a client that may give pages back (a machine): what a read reports as removed is noted before any fault is
+    answered by ``FaultHandler.messages``. The messages are read into memory that outlives this process, so a successor
+    notes what a dead worker had read."""
     own = handler.own
     assert own is not None
     readinto, idle = io.FileIO(userfaultfd, closefd=False).readinto, _idle(userfaultfd)
@@ -257,7 +260,7 @@ class MonitorThread(threading.Thread):
 
 
 class WakerThread(threading.Thread):
-    """Receives the supervisor's messages and lets ``PageWaker`` act on them."""
+    """Receives the supervisor's messages, Wake and Lost, and lets ``PageWaker`` act on them."""
 
     def __init__(self, number: int, waker: PageWaker, channel: Channel) -> None:
         super().__init__(name="waker", daemon=True)
@@ -266,6 +269,7 @@ class WakerThread(threading.Thread):
         self._channel = channel
 
     def run(self) -> None:
+        """A Wake of one page goes to ``Requests.fast_path.placed``, which ``PageWaker`` has put into ``fast_paths``."""
         receive, fast_paths = self._channel.receive, self._waker.fast_paths
         while True:
             for data in receive():

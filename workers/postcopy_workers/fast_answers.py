@@ -27,7 +27,8 @@ from .placing import COPY_DONTWAKE, Calls, Structure
 from .requests import Requests
 
 Answer = Callable[[int, int], None]
-"""Resolves a page fault of one region, or of all regions of a client: its flags, its address."""
+"""Resolves a page fault of one region, or of all regions of a client: its flags, its address. For a region that is not
+for the loop it is made by ``fast_answer``; of a remote block it is ``_remote.answer_remote``."""
 
 
 class SlowPath(Protocol):
@@ -70,21 +71,22 @@ def _not_linear(region: Region, slow: SlowPath) -> Answer:
     base, shift, resolve = region.base, region.block.shift, slow.resolve
     first, end, outside = region.first_page, region.end_page, slow.outside
 
-    def answer(flags: int, address: int) -> None:
+    def answer_by_resolve(flags: int, address: int) -> None:
         page = address - base >> shift
         if not first <= page < end:
             return outside(address)
         return resolve(region, page, flags, perf_counter_ns())
 
-    return answer
+    return answer_by_resolve
 
 
 def _remote(region: Region, counters: memoryview, slow: SlowPath, requests: Requests) -> Answer:
+    """A missing page is requested (``Requests.ask``); its Wake comes to ``WakerThread.run``."""
     base, shift, resolve = region.base, region.block.shift, slow.resolve
     first, end, outside = region.first_page, region.end_page, slow.outside
     received, number, ask = region.block.received, region.block.grant.block, requests.ask
 
-    def answer(flags: int, address: int) -> None:
+    def answer_remote(flags: int, address: int) -> None:
         page = address - base >> shift
         if not first <= page < end:
             return outside(address)
@@ -93,13 +95,13 @@ def _remote(region: Region, counters: memoryview, slow: SlowPath, requests: Requ
         counters[FAULTS] += 1
         return ask(number, page << shift)
 
-    return answer
+    return answer_remote
 
 
 def _guarded(
     region: Region, block: GuardedBlock, userfaultfd: int, counters: memoryview, calls: Calls, slow: SlowPath
 ) -> Answer:
-    """Private or shared: as ``_private``, in turn with other workers, and CONTINUE also for a page that is there."""
+    """Placed through our own mapping, in turn with other workers, then CONTINUE; that also for a page that is there."""
     base, clock, received, trust_at = region.base, perf_counter_ns, block.received, block.trust_at
     ioctl, lockf, locks, lock_at = calls.ioctl, calls.lockf, block.locks, block.lock_at
     own_fd, own, source = block.own.userfaultfd, block.own.address - base, block.pages.linear - base
@@ -111,7 +113,7 @@ def _guarded(
     first, end, outside, stages = region.first_page, region.end_page, slow.outside, region.stages
     control = slow.control
 
-    def answer(flags: int, address: int) -> None:
+    def answer_guarded(flags: int, address: int) -> None:
         page = address - base >> BASE_SHIFT
         if not first <= page < end:
             return outside(address)
@@ -155,4 +157,4 @@ def _guarded(
         if pages > 1:
             widen(region, page, pages)
 
-    return answer
+    return answer_guarded

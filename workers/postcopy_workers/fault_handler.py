@@ -96,10 +96,12 @@ class FaultHandler:
         common = [] if own is not None else [region for region in self.regions if is_for_loop(region)]
         local = [LocalRegion(region, userfaultfd, counters, control, calls) for region in common]
         self._loop = FaultLoop(userfaultfd, local, calls) if local else None
-        self._elsewhere = self._dispatcher(calls)
-        answer = self._elsewhere if self._loop is None else self._answer_by_loop
-        self.answer = answer if recording is None else recording.recorded(answer, self.regions)
-        """Resolves one page fault (flags, address)."""
+        self._elsewhere: Answer = self._dispatcher(calls)
+        """Resolves what is not for the loop; of a remote block, where it is the only such region, it is
+        ``_remote.answer_remote``."""
+        answer: Answer = self._elsewhere if self._loop is None else self._answer_by_loop
+        self.answer: Answer = answer if recording is None else recording.recorded(answer, self.regions)
+        """Resolves one page fault (flags, address): ``_elsewhere`` or, with a loop, ``_answer_by_loop``."""
         self.reads = self._loop is not None and recording is None
         """Does ``serve`` read the messages? Else the caller does, and gives them to ``answer`` or ``messages``."""
 
@@ -120,16 +122,17 @@ class FaultHandler:
         if len(answers) == 1:
             return answers[0][2]
 
-        def answer(flags: int, address: int) -> None:
+        def answer_of_region(flags: int, address: int) -> None:
             for start, end, inside in answers:
                 if start <= address < end:
                     return inside(flags, address)
             return self.outside(address)
 
-        return answer
+        return answer_of_region
 
     def serve(self, idle: Idle) -> NoReturn:
-        """Read and answer for ever, where ``reads`` is true. Raises ClientGone, CannotContinue or OSError."""
+        """Read and answer for ever, where ``reads`` is true: for a client with common local blocks. Faults of its other
+        blocks come back as ELSEWHERE and go to ``_elsewhere``. Raises ClientGone, CannotContinue or OSError."""
         loop = self._loop
         assert loop is not None
         fields = loop.messages

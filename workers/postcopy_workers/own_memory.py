@@ -166,7 +166,7 @@ def own_answer(region: Region, own: OwnMemory, counters: memoryview, rest: Answe
     """Answers the faults of one region: pages that were given back here, all others by ``rest``."""
     base, shift, first, end, copied = region.base, region.block.shift, region.first_page, region.end_page, own.copied
 
-    def answer(flags: int, address: int) -> None:
+    def answer_given_back(flags: int, address: int) -> None:
         page = address - base >> shift
         if first <= page < end and copied[page] >= COPIED:
             counters[FAULTS] += 1
@@ -174,4 +174,4 @@ def own_answer(region: Region, own: OwnMemory, counters: memoryview, rest: Answe
             return
         rest(flags, address)
 
-    return answer
+    return answer_given_back

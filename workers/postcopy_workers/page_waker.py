@@ -25,8 +25,8 @@ from .requests import Requests, WakeOne
 
 
 class PageWaker:
-    """What a worker does with the messages Wake and Lost. ``requests`` belongs to the main thread. ``own_requests``
-    asks for denied pages, from the waker thread."""
+    """What a worker does with the messages Wake and Lost that ``WakerThread`` receives. ``requests`` belongs to the
+    main thread. ``own_requests`` asks for denied pages, from the waker thread."""
 
     def __init__(
         self,
@@ -49,7 +49,8 @@ class PageWaker:
             template_of(Wake(block, pack_offsets([0])), OFFSET_BYTES): self._fast_path(block)
             for block in {region.block.grant.block for region in regions}
         }
-        """For a Wake of one page, by all of its bytes but the last OFFSET_BYTES: what to call with the offset."""
+        """For a Wake of one page, by all of its bytes but the last OFFSET_BYTES: what to call with the offset. It is
+        ``Requests.fast_path.placed``, which calls ``_wake_one.wake``."""
 
     def receive(self, message: Wake | Lost) -> None:
         """Act on a message that has no fast path. Raises ClientGone."""

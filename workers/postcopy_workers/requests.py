@@ -1,4 +1,6 @@
-"""Requests for pages of remote blocks: one for each page however many threads wait, one message for each read."""
+"""Requests for pages of remote blocks: one for each page however many threads wait.
+
+Pages that one read reports are requested in one message for each block."""
 
 from __future__ import annotations
 
@@ -15,8 +17,10 @@ from postcopy_protocol.templates import OFFSET_BYTES
 SAMPLE_MASK = 3
 """Of the requests for a single page the sending of one in four is timed, the first among them, and counts for four."""
 
-Send = Callable[[bytes], None]  # sends a message to the supervisor, or drops it where there is none; never waits
-WakeOne = Callable[[int], None]  # wakes the threads that wait for the page at this byte offset of one block
+Send = Callable[[bytes], None]
+"""Sends a message to the supervisor, or drops it where there is none; never waits. It is ``Channel.send``."""
+WakeOne = Callable[[int], None]
+"""Wakes the threads that wait for the page at this byte offset of one block; usually ``PageWaker._wake_one.wake``."""
 
 
 class Requests:
@@ -36,7 +40,8 @@ class Requests:
         self._templates: dict[int, bytes] = {}
 
     def ask(self, block: int, offset: int) -> None:
-        """Request the page at ``offset``, unless it is requested already."""
+        """Request the page at ``offset`` by a RequestPages, unless it is requested already. ``_send`` is
+        ``Channel.send``, usually ``NativeChannel.send``."""
         key = (block, offset)
         if key in self._asked:
             self._counters[DEDUPLICATED] += 1
@@ -81,7 +86,8 @@ class Requests:
                 self._stages[block][index + WOKEN] += 1
 
     def fast_path(self, block: int, wake: WakeOne) -> WakeOne:
-        """``answered`` of one page, then ``wake``: a closure over what never changes."""
+        """``answered`` of one page, then ``wake``, which is ``PageWaker._wake_one.wake``: a closure over what never
+        changes."""
         asked, counters, stages, clock = self._asked, self._counters, self._stages[block], perf_counter_ns
 
         def placed(offset: int) -> None:

@@ -65,7 +65,8 @@ class Paging(Protocol):
 
 
 def worker_fast_path(paging: Paging, waiter: int, block: RamBlock, link: SourceLink, window: Window) -> WorkerFastPath:
-    """For the requests of one worker for pages of one remote block."""
+    """For each RequestPages of one worker for one page of one remote block, from ``MainLoop.on_message``. Sends
+    RequestRanges: ``send`` is ``Router.send``, usually ``NativeRouter.send``."""
     received, number, length, size = block.received, block.number, block.length, block.page_size
     shift, width, clock = size.bit_length() - 1, size.to_bytes(OFFSET_BYTES, "little"), time.monotonic
     engine, cursor, full_path, up = paging.engine, paging.cursor, paging.fault, LinkState.UP
@@ -118,7 +119,8 @@ def source_fast_path(
     ioctl: Ioctl = fcntl.ioctl,
     address: AddressOf = address_of,
 ) -> SourceFastPath:
-    """For the answers of one source. ``ioctl`` and ``address`` are others on a simulated kernel."""
+    """For the Pages of one source, from ``MainLoop.on_source_message``; ``_placing.place`` does the rest. ``ioctl`` and
+    ``address`` are others on a simulated kernel."""
     ioctl = crashpoints.around("page.arrived", ioctl, "page.placed")
     place = {block.number: _placing(paging, link, block, ioctl, address) for block in blocks}
     answers, outstanding = link.answers, link.flow.outstanding
@@ -141,7 +143,7 @@ def _full_path(paging: Paging, link: SourceLink, request: RangeRequest, now: flo
 
 
 def _placing(paging: Paging, link: SourceLink, block: RamBlock, ioctl: Ioctl, address: AddressOf) -> Place:
-    """Place what has come of a block in the expected form, and release its waiters."""
+    """Place what has come of a block in the expected form, and send Wake to its waiters (``WorkerPool.send``)."""
     received, number, size, base = block.received, block.number, block.page_size, block.mapping.address
     engine, placer, wakers, flow = paging.engine, paging.placer, paging.wakers, link.flow
     shift, core, clock = size.bit_length() - 1, placer.core.fileno(), time.monotonic

@@ -74,7 +74,8 @@ class RemotePaging:
         self.links: dict[int, SourceLink] = {}  # by block, of remote blocks
         self.background = Background(engine, blocks, self.links, background_rate, clock(), self)
         self.cursor = self.background.cursor
-        self.fast_paths: dict[bytes, WorkerFastPath] = {}  # by the head of a worker's requests for one page each
+        self.fast_paths: dict[bytes, WorkerFastPath] = {}
+        """By the head of a worker's requests for one page: ``worker_fast_path.on_request``. Filled by ``learn``."""
         self.roomy = True  # false: memory is scarce, so only pages with a waiter may come
         self._blocks, self._local, self._alarm, self._event = blocks, local, alarm, event
         self._fault_around, self._poison_on_loss, self._clock = fault_around, poison_on_loss, clock

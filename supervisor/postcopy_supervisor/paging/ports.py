@@ -11,7 +11,7 @@ from .flow_control import RangeRequest
 
 
 class WorkerSender(Protocol):
-    """Sends to workers."""
+    """Sends to workers: ``WorkerPool``."""
 
     def send(self, worker: int, data: bytes) -> None:
         """Send an encoded message to a worker, without blocking."""
@@ -52,7 +52,8 @@ class LinkOwner(Protocol):
 
 
 Clock = Callable[[], float]  # ``time.monotonic`` or a test's clock
-SendToSource = Callable[[bytes], object]  # sends an encoded message to a source, without blocking
+SendToSource = Callable[[bytes], object]
+"""Sends an encoded message to a source, without blocking: ``Router.send`` with the name of the link."""
 
 
 class Alarm(Protocol):

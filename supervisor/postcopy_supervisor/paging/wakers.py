@@ -33,7 +33,7 @@ class Wakers:
         clients: BlockClients,
         event: RecordEvent,
     ) -> None:
-        self.send = crashpoints.before("page.marked", workers.send)
+        self.send = crashpoints.before("page.marked", workers.send)  # ``WorkerPool.send``
         self.release_own = own.release
         self.awaited: dict[int, set[int]] = {}  # by block: pages that were lost and are requested, or pushed, again
         self._blocks, self._clients, self._event = blocks, clients, event

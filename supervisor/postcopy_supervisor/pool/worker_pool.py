@@ -158,8 +158,9 @@ class WorkerPool:
                 self._causes[running.key] = why
 
     def send(self, worker: int, data: bytes) -> None:
-        """Send an encoded message; nothing is sent to a worker that is gone, or that has not connected yet. A worker
-        whose queue is full is killed: a lost Wake would leave its client asleep, and a successor wakes every waiter."""
+        """Send an encoded message, such as Wake, by ``Router.send``; nothing is sent to a worker that is gone, or that
+        has not connected yet. A worker whose queue is full is killed: a lost Wake would leave its client asleep, and a
+        successor wakes every waiter."""
         slot = self.slots.get(worker)
         if slot is not None and self._router.send(slot.routing_id, data) == FULL:
             self.kill(worker, "does not read its messages")

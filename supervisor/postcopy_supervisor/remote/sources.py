@@ -52,7 +52,8 @@ class Sources:
     ) -> None:
         """Connects to every endpoint of ``settings``; ``advice`` and ``blocks`` by our names."""
         self.links: dict[bytes, SourceLink] = {}
-        self.fast_paths: dict[bytes, SourceFastPath] = {}  # by link name; answers go there first
+        self.fast_paths: dict[bytes, SourceFastPath] = {}
+        """By link name: ``source_fast_path.on_answer``. The main loop gives answers to it first."""
         self.staging: dict[bytes, StagingMemory] = {}  # by link name
         self.parked: deque[tuple[bytes, Staged]] = deque()
         """Pages that lie in slots and are not placed yet: they can wait there while there is other work."""
