@@ -25,6 +25,7 @@ from .received_map import MISSING
 STREAMS = 8
 REACH = 4096
 """Pages: so far behind the end of its window a fault continues a stream."""
+NEAR = 4  # pages: a run of them is looked at one by one, because that of a fault at random is short
 MISSING_BYTE = bytes((MISSING,))
 
 
@@ -50,7 +51,7 @@ class FaultAround:
         expected, received = self._expected, self._received
         width = expected.pop(page, 0)
         if not width and received is not None and page and received[page - 1] != MISSING:
-            width = self._take(self._run_before(page), page)
+            width = self._continued(page)
         if width:
             self.used += width - 1
             width = min(width << 1, self.largest_pages) or 1
@@ -101,6 +102,15 @@ class FaultAround:
             if first <= page <= last and page in self._expected:
                 return self._expected.pop(page)
         return 0
+
+    def _continued(self, page: int) -> int:
+        """The width of the stream that a fault behind a placed page continues, which is forgotten; 0: none."""
+        for before in range(page - 1, max(-1, page - 1 - NEAR), -1):
+            if self._received[before] == MISSING:
+                return 0
+            if before in self._expected:
+                return self._expected.pop(before)
+        return self._take(self._run_before(page), page)
 
     def _run_before(self, page: int) -> int:
         """The first of the pages before ``page`` that are all placed, or are being placed."""

@@ -123,7 +123,7 @@ cdef class LocalRegion:
     cdef void note_time(self, long long taken, int weight) noexcept nogil
     cdef take_streams(self)
     cdef give_streams(self)
-    @cython.locals(at=int, first=cython.longlong)
+    @cython.locals(at=int, first=cython.longlong, nearest=cython.longlong, expected=cython.longlong)
     cdef bint alone(self, long long page) noexcept nogil
 
 cdef class FaultLoop:

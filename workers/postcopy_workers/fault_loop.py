@@ -109,11 +109,18 @@ class LocalRegion:
         """Does a fault continue no stream? Then it is noted as ``FaultAround.window`` would, and its window is 1."""
         if not self.adaptive:
             return False
-        first = page  # of the placed pages before it
-        while first > 0 and page - first < REACH and self.received[first - 1] != MISSING:
-            first -= 1
+        nearest = page - REACH - 1  # where the last stream before it goes on
         for at in range(self.streams):
-            if first <= self.expected[at] <= page + 1:
+            expected = self.expected[at]
+            if page <= expected <= page + 1:
+                return False
+            if nearest < expected < page:
+                nearest = expected
+        if nearest >= page - REACH:
+            first = page  # of the placed pages before it
+            while first > nearest and self.received[first - 1] != MISSING:
+                first -= 1
+            if first == nearest:
                 return False
         if self.streams == STREAMS:
             for at in range(1, STREAMS):

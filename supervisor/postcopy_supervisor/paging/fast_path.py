@@ -15,7 +15,7 @@ from __future__ import annotations
 import fcntl
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -59,9 +59,14 @@ class Paging(Protocol):
     wakers: Wakers
     cursor: dict[int, int]
 
+    @property
+    def following(self) -> Mapping[tuple[int, int], object]: ...
+
     def fault(self, waiter: int, block: RamBlock, pages: Sequence[int], window: int = 0) -> None: ...
 
     def arrived(self, arrived: Arrived, addresses: Sequence[int]) -> None: ...
+
+    def catch_up(self, block: int, first: int, end: int) -> None: ...
 
 
 def worker_fast_path(paging: Paging, waiter: int, block: RamBlock, link: SourceLink, window: Window) -> WorkerFastPath:
@@ -150,6 +155,7 @@ def _placing(paging: Paging, link: SourceLink, block: RamBlock, ioctl: Ioctl, ad
     count, unpoison, awaited = placer.count, wakers.unpoison, wakers.awaited
     send, release_own, waiting, ranges = wakers.send, wakers.release_own, engine.waiting, engine.ranges(number)
     outstanding, queues, finished = flow.outstanding, flow.queues, flow.finished
+    following, catch_up = paging.following, paging.catch_up
     starts, ends, counters, stages = ranges.starts, ranges.ends, link.counters, link.stages[number]
     full_path, wake = partial(_full_path, paging, link), template_of(Wake(number, pack_offsets([0])), OFFSET_BYTES)
     argument = bytearray(40)  # of UFFDIO_COPY: destination, source, length, mode, result
@@ -176,7 +182,8 @@ def _placing(paging: Paging, link: SourceLink, block: RamBlock, ioctl: Ioctl, ad
             del ends[page], starts[bisect_left(starts, page)]
         else:
             ranges.remove(page, page + 1)
-        waiters = waiting.pop((number, page), None)
+        key = (number, page)
+        waiters = waiting.pop(key, None)
         if waiters:
             message = wake + offset.to_bytes(OFFSET_BYTES, "little")
             for waiter in waiters:
@@ -186,6 +193,8 @@ def _placing(paging: Paging, link: SourceLink, block: RamBlock, ioctl: Ioctl, ad
                     release_own(block, page, False)
         if awaited:
             unpoison(block, page, page + 1)
+        if following and key in following:
+            catch_up(number, page, page + 1)
         if queues:
             link.completed(request, now)
             return not flow.background_in_flight

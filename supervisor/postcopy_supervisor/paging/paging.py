@@ -35,19 +35,18 @@ REMOTE_WINDOW = 256 << 10  # largest fault-around of a remote block: while clien
 AHEAD = 2 << 20  # bytes in front of a client that others have requested, above which it requests none behind them
 STREAMS = 64  # of all clients of a block together
 FOLLOWING_SECONDS = 0.02  # so long, or as an urgent request takes, a client that follows waits for more than its page
+MOST_FOLLOWING_SECONDS = 0.05  # ... but no longer: its page may be here, and the urgent request may have been held up
 MOST_FAST_PATHS = 64  # of one worker: it requests pages of as many blocks, each in one form
 MISSING_BYTE = bytes((MISSING,))
 
 
 @dataclass(frozen=True, slots=True)
 class Follower:
-    """A waiter of a page that others have requested. It continues when page ``last`` of the window that was requested
+    """A waiter of a page that others have requested. It continues when the last page of the window that was requested
     on its behalf has an answer, or at ``due``: then it has many pages before it and not one."""
 
     waiter: int
-    block: int
     page: int
-    last: int
     due: float
 
 
@@ -76,12 +75,14 @@ class RemotePaging:
         self.cursor = self.background.cursor
         self.fast_paths: dict[bytes, WorkerFastPath] = {}
         """By the head of a worker's requests for one page: ``worker_fast_path.on_request``. Filled by ``learn``."""
+        self.following: dict[tuple[int, int], list[Follower]] = {}
+        """By block and the page that they wait for; always the same object. That page is requested, so at rest there is
+        none: it has an answer, or is lost, or they are due."""
         self.roomy = True  # false: memory is scarce, so only pages with a waiter may come
         self._blocks, self._local, self._alarm, self._event = blocks, local, alarm, event
         self._fault_around, self._poison_on_loss, self._clock = fault_around, poison_on_loss, clock
         self._heads: dict[int, list[bytes]] = {}  # by worker: its keys of fast_paths
         self._windows: dict[int, FaultAround] = {}  # by block: a window belongs to the stream of all its clients
-        self._following: list[Follower] = []
         self._held = False
         self._short_at = -1  # what ``placed`` was at the last shortage of memory
 
@@ -116,14 +117,13 @@ class RemotePaging:
                 effects.append(Release(waiter, block.number, page, True))
             elif self.engine.first_gap(block.number, page, page + 1) is None:
                 asks, last = ([], -1) if window or link is None else self._extend(block, page, link)
+                if link is not None and link.flow.background_in_flight:
+                    alone = link.promote(waiter, block.number, page * block.page_size, block.page_size, self._clock())
+                    if last >= 0 and (alone or (block.number, page) in self.following):
+                        last = page  # it comes before the others
                 effects += asks if last >= 0 else self.engine.fault(waiter, block.number, page, page + 1)
                 if link is not None and last >= 0:
-                    self.engine.deduplicated += 1
-                    due = self._clock() + max(FOLLOWING_SECONDS, link.flow.urgent_pace)
-                    self._following.append(Follower(waiter, block.number, page, last, due))
-                    self._alarm.tick_at(due)
-                if link is not None and link.flow.background_in_flight:
-                    link.promote(waiter, block.number, page * block.page_size, block.page_size, self._clock())
+                    self._follow(waiter, block.number, page, last, link.flow.urgent_pace)
             else:
                 end = self._end_of_request(block, page, window or self._window_of(block).window(page))
                 self.cursor[block.number] = end
@@ -153,7 +153,8 @@ class RemotePaging:
     def left(self, waiter: int) -> None:
         """A client is gone."""
         self.engine.leave(waiter)
-        self._following = [one for one in self._following if one.waiter != waiter]
+        for key in list(self.following):
+            self._take(key, lambda one: one.waiter == waiter)
         for head in self._heads.pop(waiter, ()):
             self.fast_paths.pop(head, None)
 
@@ -164,14 +165,44 @@ class RemotePaging:
     @property
     def idle(self) -> bool:
         """``stream`` has nothing to do: there is no background, and no follower whose wait may be over."""
-        return not self.background.rate and not self._following
+        return not self.background.rate and not self.following
 
     def stream(self, left: int) -> float | None:
         """Request pages in the background, at most ``left`` bytes; returns when to call again at the latest."""
-        if self._following:
-            now = self._clock()
-            self._catch_up(lambda one: one.due <= now)
-        return self.background.stream(left, self._clock()) if self.roomy else None
+        due = self._late() if self.following else None
+        later = self.background.stream(left, self._clock()) if self.roomy else None
+        return later if due is None else due if later is None else min(due, later)
+
+    def catch_up(self, block: int, first: int, end: int) -> None:
+        """Pages have an answer: the followers that wait for one of them fault again, and get theirs."""
+        for key in [key for key in self.following if key[0] == block and first <= key[1] < end]:
+            for one in self.following.pop(key):
+                self.fault(one.waiter, self._blocks[block], (one.page,), 1)
+
+    def _follow(self, waiter: int, block: int, page: int, last: int, pace: float) -> None:
+        self.engine.deduplicated += 1
+        due = self._clock() + min(max(FOLLOWING_SECONDS, pace), MOST_FOLLOWING_SECONDS)
+        self.following.setdefault((block, last), []).append(Follower(waiter, page, due))
+        self._alarm.tick_at(due)
+
+    def _late(self) -> float | None:
+        """Followers that have waited long enough fault again: they get their page, or wait for it alone. Returns when
+        the next one is due."""
+        now = self._clock()
+        for key in [key for key, group in self.following.items() if group[0].due <= now]:
+            for one in self._take(key, lambda one: one.due <= now):
+                self.fault(one.waiter, self._blocks[key[0]], (one.page,), 1)
+        return min((group[0].due for group in self.following.values()), default=None)
+
+    def _take(self, key: tuple[int, int], over: Callable[[Follower], bool]) -> list[Follower]:
+        """Take those of a group whose wait is ``over``."""
+        found: list[Follower] = []
+        kept: list[Follower] = []
+        for one in self.following.pop(key):
+            (found if over(one) else kept).append(one)
+        if kept:
+            self.following[key] = kept
+        return found
 
     def _end_of_request(self, block: RamBlock, page: int, window: int) -> int:
         """The end of what is requested with a page: within the window, as far as everything is missing."""
@@ -182,6 +213,8 @@ class RemotePaging:
         """One more client walks where pages are requested already. It has its share in the stream: a window behind what
         is requested, so that as much is in flight as if each client walked alone. Returns what to request, and the page
         to wait for; -1: ``page`` itself."""
+        if self._window_of(block).largest_pages == 1:
+            return [], -1  # there are no streams, only pages
         number, received, end = block.number, block.received, page
         last = min(block.pages, page + AHEAD // block.page_size)
         while end < last:
@@ -193,22 +226,14 @@ class RemotePaging:
             end = placed
         if end == last:
             follows = received[end - 1] == MISSING and not link.flow.background_in_flight
-            # The fast path, which answers single pages, knows of no followers.
+            # One page is no window: it may be the page itself.
             return [], end - 1 if follows and self.engine.ranges(number).start(end - 1) < end - 1 else -1
         pages = self._window_of(block).extend(page, end)
-        stop = self._end_of_request(block, end, pages)
-        if min(pages, stop - end) < 2:
+        gap = self.engine.first_gap(number, end, self._end_of_request(block, end, pages))
+        if gap is None or min(pages, gap[1] - end) < 2:
             return [], -1
-        self.cursor[number] = stop
-        asks = self.engine.ask(number, end, stop)
-        return asks, stop - 1
-
-    def _catch_up(self, over: Callable[[Follower], bool]) -> None:
-        """Followers whose wait is ``over`` fault again: they get their page, or wait for it alone."""
-        found = [one for one in self._following if over(one)]
-        self._following = [one for one in self._following if one not in found]
-        for one in found:
-            self.fault(one.waiter, self._blocks[one.block], (one.page,), 1)
+        self.cursor[number] = gap[1]
+        return self.engine.ask(number, *gap), gap[1] - 1
 
     def _window_of(self, block: RamBlock) -> FaultAround:
         """Fault-around of one block."""
@@ -265,8 +290,8 @@ class RemotePaging:
     def _answered(self, block: RamBlock, first: int, end: int, lost: Sequence[int] = ()) -> None:
         self.do(self.engine.answered(block.number, first, end, lost))
         self.wakers.unpoison(block, first, end)
-        if self._following:
-            self._catch_up(lambda one: one.block == block.number and first <= one.last < end)
+        if self.following:
+            self.catch_up(block.number, first, end)
 
     def _no_memory(self, block: RamBlock, first: int, end: int) -> None:
         """Pages have come for which there is no memory. Parts that another request brings are left to it. Of the rest,

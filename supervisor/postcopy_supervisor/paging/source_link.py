@@ -126,9 +126,11 @@ class SourceLink:
         else:
             self._do(self.flow.request(client, block, offset, length, now))
 
-    def promote(self, client: int, block: int, offset: int, length: int, now: float) -> None:
-        """A client waits for what is requested already."""
-        self._do(self.flow.promote(client, block, offset, length, now))
+    def promote(self, client: int, block: int, offset: int, length: int, now: float) -> bool:
+        """A client waits for what is requested already. Was it requested once more, to come before that?"""
+        effects = self.flow.promote(client, block, offset, length, now)
+        self._do(effects)
+        return bool(effects)
 
     def hold(self, held: bool, now: float) -> None:
         """Send no requests while ``held``; then all that have waited."""

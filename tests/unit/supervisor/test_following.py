@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 from unittest.mock import Mock
 
 import pytest
 
-from postcopy_supervisor.paging.paging import FOLLOWING_SECONDS
+from postcopy_protocol.templates import MessageTemplates
+from postcopy_supervisor.paging.fast_path import source_fast_path
+from postcopy_supervisor.paging.flow_control import BACKGROUND
+from postcopy_supervisor.paging.paging import FOLLOWING_SECONDS, MOST_FOLLOWING_SECONDS, Follower
+from postcopy_supervisor.paging.source_link import LinkState
 from postcopy_supervisor.periodic import PeriodicWork
 from tests.unit.supervisor.test_shortage import BLOCK, PAGE, PAGES, Bench
 
-LEADER, FOLLOWER = 1, 2
+LEADER, FOLLOWER, THIRD = 1, 2, 3
 
 
 @pytest.fixture
@@ -84,7 +88,7 @@ def test_the_rest_of_the_background_is_worked_out_only_for_a_follower(bench: Ben
 
 @pytest.mark.parametrize("before", [[], [PAGES - 2]])
 def test_a_follower_at_the_end_of_a_block_waits_for_no_single_page(before: list[int]) -> None:
-    """The fast path answers those, and knows of no followers."""
+    """That is no window: it may be the page itself."""
     bench = Bench(around=4 * PAGE)
     for page in [*before, PAGES - 1]:
         bench.paging.fault(LEADER, bench.block, [page])
@@ -104,3 +108,105 @@ def test_where_memory_is_scarce_nothing_is_requested_ahead() -> None:
     assert requested(bench)[:2] == [(0, 1), (1, 3)]
     assert bench.paging.engine.waiters_of(BLOCK, 2) == [FOLLOWER]
     os.close(bench.memory)
+
+
+def test_one_slow_answer_does_not_hold_a_follower_up(bench: Bench) -> None:
+    bench.come(1, 3)
+    bench.flow.urgent_pace = 7.0
+    bench.paging.fault(THIRD, bench.block, [3])
+    assert bench.rung[-1] <= bench.now + MOST_FOLLOWING_SECONDS
+
+
+def test_each_follower_is_due_at_its_own_time(bench: Bench) -> None:
+    bench.now += FOLLOWING_SECONDS / 2
+    bench.paging.fault(THIRD, bench.block, [3])
+    bench.now += FOLLOWING_SECONDS / 2
+    due = bench.paging.stream(0)
+    assert due is not None and due <= bench.now + FOLLOWING_SECONDS / 2, "the alarm rings once"
+
+
+def test_no_client_follows_on_the_page_for_which_it_would_wait(bench: Bench) -> None:
+    bench.paging.fault(LEADER, bench.block, [PAGES - 1])
+    bench.paging.fault(FOLLOWER, bench.block, [PAGES - 1])
+    bench.come(PAGES - 1, PAGES)
+    assert bench.woken == [PAGES - 1] * 2
+
+
+def test_where_a_window_is_one_page_no_client_follows() -> None:
+    bench = Bench(around=PAGE)
+    bench.core.room = 16
+    for page in range(PAGES):
+        bench.paging.fault(LEADER, bench.block, [page])
+    bench.paging.fault(FOLLOWER, bench.block, [0])
+    bench.come(0, 1)
+    assert bench.woken == [0, 0]
+    os.close(bench.memory)
+
+
+def answer(bench: Bench, page: int) -> None:
+    """A page comes in the form of the fast path."""
+    paths = source_fast_path(cast(Any, bench.paging), bench.link, [bench.block], lambda *_: 0, lambda buffer: 1 << 30)
+    head = next(head for head, one in bench.link.answers.items() if (one.offset, one.length) == (page * PAGE, PAGE))
+    assert paths(head, memoryview(bytes(PAGE))) is not None
+
+
+def up(bench: Bench) -> None:
+    bench.link.state, bench.flow.up = LinkState.UP, True
+    bench.link.templates[BLOCK] = MessageTemplates(1)
+
+
+def test_the_fast_path_releases_the_followers_of_a_blocks_last_page(bench: Bench) -> None:
+    up(bench)
+    bench.come(1, 3)
+    bench.come(3, 7)
+    bench.come(7, PAGES - 1)
+    bench.received[10] = 0
+    bench.paging.fault(LEADER, bench.block, [10], window=1)
+    bench.paging.fault(LEADER, bench.block, [PAGES - 1])
+    bench.woken.clear()
+    bench.paging.fault(FOLLOWER, bench.block, [10])
+    assert bench.paging.following, "it waits for the last page"
+    bench.come(10, 11)
+    answer(bench, PAGES - 1)
+    assert not bench.paging.following
+    assert sorted(bench.woken) == [10, 10, PAGES - 1]
+
+
+def test_a_page_that_overtakes_the_background_wakes_its_followers() -> None:
+    bench = Bench(around=2 * PAGE)
+    bench.core.room = 16
+    up(bench)
+    bench.paging.fault(LEADER, bench.block, [0])
+    bench.come(0, 1)
+    bench.paging.fault(LEADER, bench.block, [1])
+    bench.paging.engine.ask(BLOCK, 3, 5)
+    bench.link.request(BACKGROUND, BLOCK, 3 * PAGE, 2 * PAGE, bench.now)
+    bench.flow.filling = True  # the background is slow
+    for client in (FOLLOWER, THIRD):
+        bench.paging.fault(client, bench.block, [3])
+    assert list(bench.paging.following) == [(BLOCK, 3)]
+    bench.woken.clear()
+    answer(bench, 3)
+    assert bench.woken == [3, 3] and not bench.paging.following
+    os.close(bench.memory)
+
+
+def test_a_follower_waits_for_what_is_requested_for_it() -> None:
+    bench = Bench(around=4 * PAGE)
+    bench.core.room = 16
+    bench.paging.fault(LEADER, bench.block, [0])
+    bench.come(0, 1)
+    bench.paging.fault(LEADER, bench.block, [1])
+    bench.paging.engine.ask(BLOCK, 5, 6)
+    bench.paging.fault(FOLLOWER, bench.block, [2])
+    assert list(bench.paging.following) == [(BLOCK, 4)], "page 5 is another's, and page 6 is not requested"
+    os.close(bench.memory)
+
+
+def test_many_followers_are_not_compared_with_each_other(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Follower, "__eq__", lambda *_: pytest.fail("that is quadratic"))
+    for client in range(100):
+        bench.paging.fault(THIRD + client, bench.block, [2])
+    bench.come(1, 7)
+    bench.come(7, PAGES)
+    assert bench.woken.count(2) == 101 and not bench.paging.following

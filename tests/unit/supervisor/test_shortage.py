@@ -35,6 +35,9 @@ class Core:
 
     room: int = 0
 
+    def fileno(self) -> int:
+        return -1
+
     def copy(self, target: int, source: int, length: int) -> Outcome:
         fits = min(length // PAGE, self.room)
         self.room -= fits

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from postcopy_kernel.userfaultfd import UFFDIO_COPY
 from postcopy_protocol import counters
 from postcopy_protocol.received_map import RECEIVED, TRUST, WATCHED
+from postcopy_protocol.window import REACH
 from postcopy_workers import fault_handler, fault_loop, twin
 from postcopy_workers.placing import Calls
 from tests.simulated.effort import effort
@@ -172,3 +173,40 @@ def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert twin._choose()[0] is MODULES.get("compiled", fault_loop)
     monkeypatch.setattr(twin, "hash_of_source", lambda: "another")
     assert twin._choose()[0] is fault_loop
+
+
+class Looks:
+    """A received map that counts its reads."""
+
+    def __init__(self, states: bytearray) -> None:
+        self.states, self.count = states, 0
+
+    def __getitem__(self, page: int) -> int:
+        self.count += 1
+        return self.states[page]
+
+
+def in_terms_of_runs(expected: list[int], states: bytearray, page: int) -> bool:
+    """What ``alone`` means: no stream is expected in the run of placed pages before it, nor at it or behind it."""
+    first = page
+    while first > 0 and page - first < REACH and states[first - 1]:
+        first -= 1
+    return not any(first <= at <= page + 1 for at in expected)
+
+
+pages_near = st.integers(0, 60)
+
+
+@given(st.lists(pages_near, unique=True, max_size=8), st.binary(min_size=62, max_size=62), pages_near)
+def test_a_fault_alone_looks_no_further_back_than_a_stream_may_go_on(
+    expected: list[int], placed: bytes, page: int
+) -> None:
+    region = fault_loop.LocalRegion.__new__(fault_loop.LocalRegion)
+    states = bytearray(RECEIVED * (byte > 40) for byte in placed)
+    looks = Looks(states)
+    region.received, region.adaptive, region.noted = looks, True, 0  # type: ignore[assignment]
+    region.streams, region.expected = len(expected), expected + [0] * (8 - len(expected))
+    wanted = in_terms_of_runs(expected, states, page)
+    before = [at for at in expected if at < page]
+    assert region.alone(page) == wanted
+    assert looks.count <= (page - max(before) if before else 0)
