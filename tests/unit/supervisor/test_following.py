@@ -125,13 +125,6 @@ def test_each_follower_is_due_at_its_own_time(bench: Bench) -> None:
     assert due is not None and due <= bench.now + FOLLOWING_SECONDS / 2, "the alarm rings once"
 
 
-def test_no_client_follows_on_the_page_for_which_it_would_wait(bench: Bench) -> None:
-    bench.paging.fault(LEADER, bench.block, [PAGES - 1])
-    bench.paging.fault(FOLLOWER, bench.block, [PAGES - 1])
-    bench.come(PAGES - 1, PAGES)
-    assert bench.woken == [PAGES - 1] * 2
-
-
 def test_where_a_window_is_one_page_no_client_follows() -> None:
     bench = Bench(around=PAGE)
     bench.core.room = 16
@@ -153,23 +146,6 @@ def answer(bench: Bench, page: int) -> None:
 def up(bench: Bench) -> None:
     bench.link.state, bench.flow.up = LinkState.UP, True
     bench.link.templates[BLOCK] = MessageTemplates(1)
-
-
-def test_the_fast_path_releases_the_followers_of_a_blocks_last_page(bench: Bench) -> None:
-    up(bench)
-    bench.come(1, 3)
-    bench.come(3, 7)
-    bench.come(7, PAGES - 1)
-    bench.received[10] = 0
-    bench.paging.fault(LEADER, bench.block, [10], window=1)
-    bench.paging.fault(LEADER, bench.block, [PAGES - 1])
-    bench.woken.clear()
-    bench.paging.fault(FOLLOWER, bench.block, [10])
-    assert bench.paging.following, "it waits for the last page"
-    bench.come(10, 11)
-    answer(bench, PAGES - 1)
-    assert not bench.paging.following
-    assert sorted(bench.woken) == [10, 10, PAGES - 1]
 
 
 def test_a_page_that_overtakes_the_background_wakes_its_followers() -> None:
