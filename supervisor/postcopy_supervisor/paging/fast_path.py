@@ -147,20 +147,25 @@ def _full_path(paging: Paging, link: SourceLink, request: RangeRequest, now: flo
     return request.client == BACKGROUND or not link.flow.background_in_flight
 
 
+def _argument(size: int) -> tuple[bytearray, memoryview]:
+    """Of UFFDIO_COPY: destination, source, length, mode, result; and its fields."""
+    argument = bytearray(40)
+    fields = memoryview(argument).cast("Q")
+    fields[2] = size
+    return argument, fields
+
+
 def _placing(paging: Paging, link: SourceLink, block: RamBlock, ioctl: Ioctl, address: AddressOf) -> Place:
     """Place what has come of a block in the expected form, and send Wake to its waiters (``WorkerPool.send``)."""
     received, number, size, base = block.received, block.number, block.page_size, block.mapping.address
     engine, placer, wakers, flow = paging.engine, paging.placer, paging.wakers, link.flow
     shift, core, clock = size.bit_length() - 1, placer.core.fileno(), time.monotonic
-    count, unpoison, awaited = placer.count, wakers.unpoison, wakers.awaited
+    count, unpoison, awaited, following = placer.count, wakers.unpoison, wakers.awaited, paging.following
     send, release_own, waiting, ranges = wakers.send, wakers.release_own, engine.waiting, engine.ranges(number)
     outstanding, queues, finished = flow.outstanding, flow.queues, flow.finished
-    following, catch_up = paging.following, paging.catch_up
     starts, ends, counters, stages = ranges.starts, ranges.ends, link.counters, link.stages[number]
     full_path, wake = partial(_full_path, paging, link), template_of(Wake(number, pack_offsets([0])), OFFSET_BYTES)
-    argument = bytearray(40)  # of UFFDIO_COPY: destination, source, length, mode, result
-    copy = memoryview(argument).cast("Q")
-    copy[2] = size
+    argument, copy = _argument(size)
 
     def place(request: RangeRequest, buffer: memoryview) -> bool:
         now, offset, source = clock(), request.offset, address(buffer)
@@ -182,8 +187,7 @@ def _placing(paging: Paging, link: SourceLink, block: RamBlock, ioctl: Ioctl, ad
             del ends[page], starts[bisect_left(starts, page)]
         else:
             ranges.remove(page, page + 1)
-        key = (number, page)
-        waiters = waiting.pop(key, None)
+        waiters = waiting.pop((number, page), None)
         if waiters:
             message = wake + offset.to_bytes(OFFSET_BYTES, "little")
             for waiter in waiters:
@@ -193,8 +197,8 @@ def _placing(paging: Paging, link: SourceLink, block: RamBlock, ioctl: Ioctl, ad
                     release_own(block, page, False)
         if awaited:
             unpoison(block, page, page + 1)
-        if following and key in following:
-            catch_up(number, page, page + 1)
+        if following and (number, page) in following:
+            paging.catch_up(number, page, page + 1)
         if queues:
             link.completed(request, now)
             return not flow.background_in_flight
