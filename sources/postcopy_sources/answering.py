@@ -47,7 +47,7 @@ from .answers import (
 from .call_queue import CallQueue
 from .connection import Connection, FastAnswer, OpenRequest, Sender, pieces_of
 from .readers import Readers
-from .source import PageSource, ReadsInto, ReadsNow, WaitsForPages, WhenReady
+from .source import PageSource, ReadsBackground, ReadsInto, ReadsNow, WaitsForPages, WhenReady
 from .staging import ZEROS, Staging
 
 PIECE = 256 << 10
@@ -78,7 +78,7 @@ class ReadJob:
         if self.request.stream.phase is Phase.ENDED:
             return lost_answer(self.offset, self.length, "")
         try:
-            return self.answerer.read_waiting(self.request.stream, self.offset, self.length)
+            return self.answerer.read_waiting(self.request, self.offset, self.length)
         except BaseException as error:  # SystemExit and its like are the source's own, and no reason to end a thread
             return lost_answer(self.offset, self.length, reason_of(error))
 
@@ -97,6 +97,9 @@ class Answerer:
         self.streaming: deque[Connection] = deque()  # connections with background reads to come, in turn
         self._sources = sources
         self._read_now = {name: one.read_now for name, one in sources.items() if isinstance(one, ReadsNow)}
+        self._read_background = {
+            name: one.read_background if isinstance(one, ReadsBackground) else one.read for name, one in sources.items()
+        }
         self._read_into = {name: one.read_into for name, one in sources.items() if isinstance(one, ReadsInto)}
         self._when_ready = {name: one.when_ready for name, one in sources.items() if isinstance(one, WaitsForPages)}
         self._held: dict[OpenRequest, float] = {}  # requests that wait for a ``when_ready``, and since when, or noted
@@ -261,9 +264,11 @@ class Answerer:
                 if "held" in request.stream.features:
                     self._sender.send_note(request.connection, encode(Held(request.stream.number, request.number)))
 
-    def read_waiting(self, stream: Stream, offset: int, length: int) -> Answer:
+    def read_waiting(self, request: OpenRequest, offset: int, length: int) -> Answer:
         """Read in another thread, where it may wait."""
-        return _read(stream, self._sources[stream.offer.name].read, offset, length)
+        name = request.stream.offer.name
+        read = self._sources[name].read if request.urgent else self._read_background[name]
+        return _read(request.stream, read, offset, length)
 
     def answer(self, request: OpenRequest, answer: Answer) -> None:
         """Send pages that were asked for."""

@@ -6,6 +6,8 @@ Required: ``name``, ``size``, ``page_size``, ``read``. An object may also have a
   over when this one is lost. Without it, a digest of the size and of 64 samples is made by ``read`` at the start.
 * ``read_now(offset, length) -> bytes | None``: as ``read``, but it runs in the thread of the loop, so it must return at
   once. Where it cannot, it raises BlockingIOError, and ``read`` is called in another thread.
+* ``read_background(offset, length) -> bytes | None``: as ``read``, called in its place for pages that no client waits
+  for. For a source that has reason to let them wait longer.
 * ``read_into(offset, view: memoryview) -> bool``: as ``read_now``, but the bytes go into all of ``view``, memory that a
   supervisor on this machine sees too (staging.py). False: all of them are zero. ``view`` must not be kept. After any
   exception the pages are read in another way. A source that has it has ``read_now`` too.
@@ -15,7 +17,8 @@ Required: ``name``, ``size``, ``page_size``, ``read``. An object may also have a
   When ``read_now`` has raised BlockingIOError, this is called in the thread of the loop. It calls ``call``, in that
   thread too, when ``read_now`` would not raise it. Such pages have no ``read_timeout``; ``read`` is not called.
 
-Only ``read_now``, ``read_into`` and ``identity`` run in the main thread; ``read`` may run in several threads at once.
+Only ``read_now``, ``read_into`` and ``identity`` run in the main thread; ``read`` and ``read_background`` may run in
+several threads at once.
 What these functions raise or return, and that they hang, concerns only the pages that were asked for, never the loop.
 """
 
@@ -68,6 +71,14 @@ class ReadsNow(Protocol):
 
     def read_now(self, offset: int, length: int) -> Buffer | None:
         """As ``read``, in the thread of the loop. Raises BlockingIOError where that would wait."""
+
+
+@runtime_checkable
+class ReadsBackground(Protocol):
+    """A source that reads differently where no client waits (``SnapshotSource.read_background``)."""
+
+    def read_background(self, offset: int, length: int) -> Buffer | None:
+        """As ``read``."""
 
 
 @runtime_checkable

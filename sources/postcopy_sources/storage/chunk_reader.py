@@ -32,6 +32,8 @@ TRIES = 4
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
 FETCH_SECONDS = 10.0
 """After it no further try begins."""
+PEER_SECONDS = 3.0
+"""How long other hosts are asked, all of them together, before the store is."""
 WAIT_SECONDS = 8.0
 """How long a chunk is left to another process that fetches it. All of it together is shorter than a source's
 ``--read-timeout``, after which the pages are lost without a reason."""
@@ -77,7 +79,7 @@ class ChunkReader:
         self.pace = Pace()
         """Of the store."""
         self._room = threading.Condition()
-        self._hurried: set[bytes] = set()  # chunks of the background that a client waits for
+        self._hurried: set[bytes] = set()  # chunks being read that a client has come to wait for
         self._store_failed = -1e9
         self._store, self._cache, self._sleep = store, cache, sleep
         self._lock = threading.Lock()
@@ -143,24 +145,30 @@ class ChunkReader:
             running = self._running.get(wanted.id)
             if running is None:
                 mine = self._running[wanted.id] = Future()
+            elif urgent:
+                self._hurried.add(wanted.id)
         if running is not None:
             if urgent:
-                self._hurry(wanted.id)
+                with self._room:
+                    self._room.notify_all()
             return running.result()
         try:
             data = self._read(wanted, TRIES, urgent=urgent)
         except BaseException as error:
             reason = str(error) if isinstance(error, PostcopyError) else f"{type(error).__name__}: {error}"
             self._give_up(wanted, reason)
-            with self._lock:
-                del self._running[wanted.id]
+            self._ended(wanted.id)
             mine.set_exception(PageLost(reason))
             raise PageLost(reason) from None
         self._remember(wanted.id, data)
-        with self._lock:
-            del self._running[wanted.id]
+        self._ended(wanted.id)
         mine.set_result(data)
         return data
+
+    def _ended(self, chunk: bytes) -> None:
+        with self._lock:
+            del self._running[chunk]
+            self._hurried.discard(chunk)
 
     def knows(self, chunk: bytes) -> bool:
         """Is it in memory, or being fetched, or lost?"""
@@ -201,7 +209,7 @@ class ChunkReader:
     def _fetch(self, wanted: Wanted, tries: int) -> bytes:
         deadline, pause = time.monotonic() + FETCH_SECONDS, FIRST_PAUSE
         for number in range(1, tries + 1):
-            if wanted.peers is not None and (near := self._from_peers(wanted, wanted.peers)) is not None:
+            if wanted.peers is not None and (near := self._from_peers(wanted, wanted.peers, deadline)) is not None:
                 return near
             try:
                 frame = self._get(wanted)
@@ -224,9 +232,12 @@ class ChunkReader:
             raise PostcopyError(f"chunk {wanted.id.hex()[:16]} in {self._store.shown} is damaged: {failed}")
         raise failed
 
-    def _from_peers(self, wanted: Wanted, peers: Peers) -> bytes | None:
-        ready = self.pace.room > 0 and time.monotonic() - self._store_failed > STORE_PAUSE
-        return peers.chunk(wanted.id, wanted.offset, wanted.length, wanted.digest, ready)
+    def _from_peers(self, wanted: Wanted, peers: Peers, deadline: float) -> bytes | None:
+        now = time.monotonic()
+        ready = self.pace.room > 0 and now - self._store_failed > STORE_PAUSE
+        return peers.chunk(
+            wanted.id, wanted.offset, wanted.length, wanted.digest, ready, min(deadline, now + PEER_SECONDS)
+        )
 
     def _get(self, wanted: Wanted) -> bytes:
         """The frame of a chunk, once. Raises StoreFailed."""
@@ -251,13 +262,6 @@ class ChunkReader:
     def _await_room(self, chunk: bytes) -> None:
         with self._room:
             self._room.wait_for(lambda: self.pace.room or chunk in self._hurried, ROOM_SECONDS)
-            self._hurried.discard(chunk)
-
-    def _hurry(self, chunk: bytes) -> None:
-        with self._room:
-            if not self.pace.room:
-                self._hurried.add(chunk)
-                self._room.notify_all()
 
     def _remember(self, chunk: bytes, data: bytes) -> None:
         with self._lock:

@@ -3,6 +3,7 @@
 ::
 
     connected   --Advise-->   advised   --Listen-->   up   --RequestRanges-->   Pages, until all pages of a range came
+    any         what cannot be used                   refused, until it is advised again
 
 The host is not trusted. It can answer with other bytes, which the caller finds by their digest, and with nothing.
 Its stream is RESIDENT: it answers at once, also that it does not have a page."""
@@ -58,11 +59,21 @@ class PeerConversation:
         """May ranges be requested?"""
         return self._stream > 0
 
-    def connected(self) -> tuple[Message, list[int]]:
-        """A connection is there, or the host has forgotten us. Returns what to send, and the requests that are lost."""
-        lost, self._stream = list(self._open), 0
-        self._open.clear()
-        return Advise(self._block, PAGE_4K, ("zero", RESIDENT)), lost
+    def connected(self) -> Message:
+        """A connection is there, or the host has forgotten us. Returns what to send."""
+        self._stream = 0
+        return Advise(self._block, PAGE_4K, ("zero", RESIDENT))
+
+    def refuse(self, why: str) -> None:
+        """Request nothing more until the host is advised again."""
+        self.refused, self._stream = why, 0
+
+    def lost(self) -> list[int]:
+        """Returns and forgets the requests that nothing answers, because it is no longer up."""
+        lost = [] if self.up else list(self._open)
+        for number in lost:
+            self.forget(number)
+        return lost
 
     def request(self, offset: int, length: int) -> tuple[int, Message]:
         """Returns the number of the request, and what to send. Whole pages; the last one may end behind the block."""
@@ -84,18 +95,18 @@ class PeerConversation:
             case Advised():
                 return self._advised(message), 0, None
             case SourceRefused(code) if code in _PHASE_CODES:
-                return (self.connected()[0], 0, None) if self.up else (None, 0, None)
+                return (self.connected(), 0, None) if self.up else (None, 0, None)
             case SourceRefused():
-                self.refused = f"it refuses ({message.code}): {message.reason}"
+                self.refuse(f"it refuses ({message.code}): {message.reason}")
             case Pages() if message.stream == self._stream:
                 return None, *self._pages(message, frames)
         return None, 0, None
 
     def _advised(self, message: Advised) -> Message | None:
         if message.size != self._size:
-            self.refused = f"its block {self._block} has {message.size} bytes, the snapshot has {self._size}"
+            self.refuse(f"its block {self._block} has {message.size} bytes, the snapshot has {self._size}")
         elif RESIDENT not in message.features:
-            self.refused = "it is of an earlier version"
+            self.refuse("it is of an earlier version")
         elif message.stream > 0:
             self._stream, self.refused = message.stream, ""
             return Listen(message.stream, 0)

@@ -23,6 +23,7 @@ from postcopy_wire.transport import SENT
 
 from ..call_queue import CallQueue
 from .compression import WrongChunk, check
+from .pace import SHORTEST_PATIENCE
 from .peer_conversation import LARGEST, PeerConversation
 from .peer_policy import Outcome, PeerPolicy
 
@@ -79,15 +80,18 @@ class Peers:
         self._thread = threading.Thread(target=self._run, name="peers", daemon=True)
         self._thread.start()
 
-    def chunk(self, chunk: bytes, offset: int, length: int, digest: str, store_ready: bool) -> bytes | None:
-        """A chunk of the block, checked; None: ask the store. Waits; any thread may call."""
+    def chunk(
+        self, chunk: bytes, offset: int, length: int, digest: str, store_ready: bool, deadline: float
+    ) -> bytes | None:
+        """A chunk of the block, checked; None: ask the store. Waits until ``deadline`` at most; any thread may call."""
         tried: set[int] = set()
         while offset % PAGE_4K == 0 and length <= LARGEST:
             with self._lock:
-                number = self.policy.choose(tried, store_ready, time.monotonic())
-                if number is None:
+                now = time.monotonic()
+                number = self.policy.choose(tried, store_ready, now)
+                if number is None or deadline - now < SHORTEST_PATIENCE:
                     return None
-                patience = self.policy.sent(number)
+                patience = min(self.policy.sent(number), deadline - now)
             tried.add(number)
             data = self._ask(number, chunk, offset, length, digest, patience)
             if data is not None:
@@ -159,11 +163,8 @@ class Peers:
     def _advise(self, number: int) -> None:
         link = self._links[number]
         link.advised_at = time.monotonic()
-        message, lost = link.talk.connected()
+        message = link.talk.connected()
         self._set_up(number)
-        for request in lost:
-            if (future := link.waiting.pop(request, None)) is not None:
-                _answer(future, Outcome.FAILED)
         self._router.send(link.name, encode(message))  # without a connection it is dropped
 
     def _on_frames(self, number: int, frames: Sequence[memoryview]) -> None:
@@ -171,7 +172,8 @@ class Peers:
         try:
             message, request, data = link.talk.heard(decode(frames[0], expect=FROM_SOURCE), frames[1:])
         except BadMessage as error:
-            message, request, data, link.talk.refused = None, 0, None, str(error)
+            message, request, data = None, 0, None
+            link.talk.refuse(str(error))
         if message is not None:
             self._router.send(link.name, encode(message))
         self._set_up(number)
@@ -183,7 +185,11 @@ class Peers:
             log.warning("%s: %s is not asked: %s", self._block, link.source, link.reported)
 
     def _set_up(self, number: int) -> None:
-        self.policy.peers[number].up = self._links[number].talk.up
+        link = self._links[number]
+        self.policy.peers[number].up = link.talk.up
+        for request in link.talk.lost():
+            if (future := link.waiting.pop(request, None)) is not None:
+                _answer(future, Outcome.FAILED)
 
     def served(self) -> dict[str, int]:
         """How many chunks each host gave."""

@@ -96,9 +96,16 @@ class SnapshotSource:
 
     def read(self, offset: int, length: int) -> Bytes | None:
         """See PageSource. Waits for the store. Raises PageLost."""
+        return self._read(offset, length, urgent=True)
+
+    def read_background(self, offset: int, length: int) -> Bytes | None:
+        """As ``read``, but it waits until the store has room, and what follows is fetched ahead."""
+        return self._read(offset, length, urgent=False)
+
+    def _read(self, offset: int, length: int, *, urgent: bool) -> Bytes | None:
         if self._is_zero(offset, length):
             return None
-        numbers, urgent = self._index.within(offset, length), length <= AT_ONCE
+        numbers = self._index.within(offset, length)
         if not urgent:
             self._read_ahead(numbers)
         start = self._index.span(numbers[0])[0]

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -22,7 +23,9 @@ from postcopy_sources.storage import chunk_reader
 from postcopy_sources.storage.chunk_cache import ChunkCache
 from postcopy_sources.storage.chunk_reader import ChunkReader, Wanted
 from postcopy_sources.storage.compression import WrongChunk, packed, unpacked
+from postcopy_sources.storage.pace import Pace
 from postcopy_sources.storage.snapshots import load
+from postcopy_sources.storage.store_source import SnapshotSource
 from postcopy_sources.storage.stores import Entry, Missing, Refused, StoreFailed
 
 DATA = b"".join(bytes([n]) * 4096 for n in range(5)) + b"tail"
@@ -300,10 +303,7 @@ def test_the_background_waits_for_room_and_clients_do_not() -> None:
     pool = ThreadPoolExecutor(8)
 
     def await_asked(count: int) -> None:
-        deadline = time.monotonic() + 20
-        while len(asked) < count:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        wait_until(lambda: len(asked) >= count)
 
     first = pool.submit(reader.chunk, ones[0], urgent=False)
     await_asked(1)
@@ -314,7 +314,78 @@ def test_the_background_waits_for_room_and_clients_do_not() -> None:
     hurried = pool.submit(reader.chunk, ones[1])
     await_asked(3)
     assert ones[1].id.hex() in asked[2]
+    joined = pool.submit(reader.chunk, ones[0])
+    wait_until(lambda: ones[0].id in reader._hurried)
     go.set()
-    found = [future.result(20) for future in (first, second, urgent, hurried)]
-    assert found == [chunks[0], chunks[1], chunks[2], chunks[1]] and len(asked) == 3
+    found = [future.result(20) for future in (first, second, urgent, hurried, joined)]
+    assert found == [chunks[0], chunks[1], chunks[2], chunks[1], chunks[0]] and len(asked) == 3
+    assert not reader._hurried
     pool.shutdown()
+
+
+def test_a_client_that_comes_before_the_background_waits_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunk_reader, "ROOM_SECONDS", 60.0)
+    reader, go, begun = ChunkReader(FakeStore(lambda: packed(DATA)), None), threading.Event(), threading.Event()
+
+    def from_cache(wanted: Wanted) -> None:
+        begun.set()
+        assert go.wait(60)
+
+    monkeypatch.setattr(reader, "_from_cache", from_cache)
+    with ThreadPoolExecutor(2) as pool:
+        background = pool.submit(reader.chunk, WANTED, urgent=False)
+        assert begun.wait(20)
+        urgent = pool.submit(reader.chunk, WANTED)
+        try:
+            wait_until(lambda: reader._hurried)
+            reader.pace.in_flight = 99
+        finally:
+            go.set()
+        assert urgent.result(20) == background.result(20) == DATA and not reader._hurried
+
+
+def test_hosts_are_asked_for_a_part_of_the_time_of_a_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = list[float]()
+
+    def chunk(*arguments: object) -> None:
+        deadline = arguments[-1]
+        assert isinstance(deadline, float)
+        given.append(deadline)
+
+    wanted = Wanted(NAME, len(DATA), SHA256, 0, SimpleNamespace(chunk=chunk))  # type: ignore[arg-type]
+    for fetch_seconds in (10.0, 0.5):
+        monkeypatch.setattr(chunk_reader, "FETCH_SECONDS", fetch_seconds)
+        began = time.monotonic()
+        assert ChunkReader(FakeStore(lambda: packed(DATA)), None).chunk(wanted) == DATA
+        longest = min(chunk_reader.PEER_SECONDS, fetch_seconds)
+        assert began + longest <= given.pop() <= time.monotonic() + longest
+
+
+def test_the_length_of_a_range_does_not_make_it_background() -> None:
+    count, size = 8, 64 << 10
+    urgencies = list[bool]()
+
+    def chunk(wanted: Wanted, *, urgent: bool) -> bytes:
+        urgencies.append(urgent)
+        return bytes(wanted.length)
+
+    reader = SimpleNamespace(chunk=chunk, knows=lambda chunk: True, on_healed=[], pace=Pace())
+    index = index_of(((bytes([number]) * 32, size) for number in range(count)), size)
+    snapshot = SimpleNamespace(index=index, sidecar=None, identity="x")
+    with ThreadPoolExecutor(4) as pool:
+        block = SnapshotSource("ram0", snapshot, reader, pool)  # type: ignore[arg-type]
+        for read, length, urgent in (
+            (block.read, 4 * size, True),
+            (block.read, 4096, True),
+            (block.read_background, 4 * size, False),
+            (block.read_background, 4096, False),
+        ):
+            assert read(0, length) == bytes(length) and set(urgencies) == {urgent}
+            urgencies.clear()
+
+
+def wait_until(what: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

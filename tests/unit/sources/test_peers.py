@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import select
+import time
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from postcopy_protocol.caibx import SHA256
+from postcopy_protocol.codec import decode, encode
 from postcopy_protocol.errors import BadMessage
+from postcopy_protocol.message import Message
 from postcopy_protocol.return_path import (
+    FROM_SUPERVISOR,
     RESIDENT,
     Advise,
+    Advised,
     Listen,
     Pages,
     RangeKind,
@@ -21,10 +29,13 @@ from postcopy_protocol.return_path import (
     pack_ranges,
 )
 from postcopy_protocol.source_conversation import Offer, SourceConversation
+from postcopy_protocol.sources import RemoteSource
 from postcopy_sources.answering import NOT_RESIDENT, Answerer
+from postcopy_sources.storage import pace, peers
 from postcopy_sources.storage.pace import LARGEST_WINDOW, PERIOD, TARGET, Pace
 from postcopy_sources.storage.peer_conversation import PIECE, PeerConversation
 from postcopy_sources.storage.peer_policy import LONGEST_PAUSE, Outcome, PeerPolicy
+from postcopy_wire.transport import SENT
 
 PAGE = 4096
 quick = settings(deadline=None, max_examples=60)
@@ -180,8 +191,8 @@ def source(size: int, features: tuple[str, ...] = ("zero", "push", RESIDENT)) ->
 
 def talk(size: int) -> tuple[PeerConversation, SourceConversation]:
     here, there = PeerConversation("ram0", size), source(size)
-    advise, lost = here.connected()
-    assert isinstance(advise, Advise) and not lost
+    advise = here.connected()
+    assert isinstance(advise, Advise) and not here.lost()
     listen, _, _ = here.heard(there.advise(advise)[0], ())
     assert isinstance(listen, Listen) and here.up and not here.refused
     there.listen(listen)
@@ -230,7 +241,7 @@ def test_what_was_not_requested_breaks_the_protocol() -> None:
 def test_a_host_that_cannot_be_used_says_why() -> None:
     here = PeerConversation("ram0", PAGE)
     for there, why in ((source(2 * PAGE), "has 8192 bytes"), (source(PAGE, ("zero",)), "earlier version")):
-        advise = here.connected()[0]
+        advise = here.connected()
         assert isinstance(advise, Advise)
         assert here.heard(there.advise(advise)[0], ()) == (None, 0, None)
         assert why in here.refused and not here.up
@@ -238,11 +249,30 @@ def test_a_host_that_cannot_be_used_says_why() -> None:
     assert "this source has x" in here.refused
 
 
+def test_a_refused_host_is_not_asked_and_answers_nothing_more() -> None:
+    other, late = Advised("ram0", 7, 2 * PAGE, "y", ("zero", RESIDENT)), SourceRefused("limit", "ram0", "too many")
+    refusals: list[Callable[[PeerConversation], object]] = [
+        lambda here: here.heard(late, ()),
+        lambda here: here.heard(other, ()),
+        lambda here: here.refuse("it breaks the protocol"),
+    ]
+    for refuse in refusals:
+        here, there = talk(PAGE)
+        number, _ = here.request(0, PAGE)
+        assert not here.lost()
+        refuse(here)
+        assert here.refused and not here.up and here.lost() == [number] and not here.lost()
+        advise = here.connected()
+        assert isinstance(advise, Advise)
+        here.heard(there.advise(advise)[0], ())
+        assert here.up and not here.refused
+
+
 def test_a_host_that_has_forgotten_us_is_asked_again() -> None:
     here, _ = talk(PAGE)
-    here.request(0, PAGE)
+    number, _ = here.request(0, PAGE)
     advise, _, _ = here.heard(SourceRefused("out-of-phase", "", "advise first"), ())
-    assert isinstance(advise, Advise) and not here.up
+    assert isinstance(advise, Advise) and not here.up and here.lost() == [number]
     assert here.heard(SourceRefused("out-of-phase", "", "advise first"), ())[0] is None
 
 
@@ -271,3 +301,116 @@ def test_a_resident_stream_never_waits() -> None:
             assert not put and NOT_RESIDENT.encode() in b"".join(map(bytes, sent[0]))
         else:
             assert len(put) == 1
+
+
+def test_background_is_read_as_background_whatever_its_length() -> None:
+    """A client may wait for as much as the background asks for at a time."""
+    called = list[str]()
+
+    def reads(name: str) -> Callable[[int, int], bytes]:
+        return lambda offset, length: called.append(name) or bytes(length)  # type: ignore[func-returns-value]
+
+    size = 64 * PAGE
+    other = SimpleNamespace(name="ram0", size=size, page_size=PAGE, read=reads("read"))
+    block = SimpleNamespace(**vars(other), read_background=reads("background"))
+    readers = SimpleNamespace(put=lambda job, urgent: job.read())
+    for one, expected in ((block, ["read", "background"]), (other, ["read", "read"])):
+        answerer = Answerer({"ram0": one}, None, None, readers)  # type: ignore[arg-type, dict-item]
+        there = source(size)
+        stream = there.advise(Advise("ram0", PAGE, ("zero",)))[0].stream
+        there.listen(Listen(stream, 0))
+        connection = SimpleNamespace(conversation=there, last_message_at=0.0)
+        for number, urgent in ((1, True), (2, False)):
+            message = RequestRanges(number, stream, urgent, pack_ranges([(0, size)]))
+            answerer.request(connection, message)  # type: ignore[arg-type]
+        assert called == expected
+        called.clear()
+
+
+# --- the hosts of a block ---------------------------------------------------------------------------------------------
+
+
+class FakeRouter:
+    """Hosts that all answer with ``answer``: what a message to one of them brings from it."""
+
+    def __init__(self, answer: Callable[[Message], Message | None]) -> None:
+        self.sent = list[Message]()
+        self._answer = answer
+        self._heard: dict[bytes, Callable[[list[memoryview]], object]] = {}
+        self._answers = list[tuple[bytes, Message]]()
+        self._calls: tuple[int, Callable[[], object]] = -1, lambda: None
+
+    def connect(self, endpoint: str, name: bytes, heard: Callable[[list[memoryview]], object], *_: object) -> None:
+        self._heard[name] = heard
+
+    def watch(self, fd: int, call: Callable[[], object]) -> None:
+        self._calls = fd, call
+
+    def turn(self, seconds: float) -> None:
+        fd, call = self._calls
+        if select.select([fd], (), (), 0.0 if self._answers else seconds)[0]:
+            call()
+        answers, self._answers = self._answers, []
+        for name, answer in answers:
+            self._heard[name]([memoryview(encode(answer))])
+
+    def send(self, name: bytes, data: bytes) -> object:
+        message = decode(data, expect=FROM_SUPERVISOR)
+        self.sent.append(message)
+        if (answer := self._answer(message)) is not None:
+            self._answers.append((name, answer))
+        return SENT
+
+    def close(self) -> None:
+        pass
+
+    def count(self, kind: type[Message]) -> int:
+        return sum(isinstance(message, kind) for message in self.sent)
+
+
+def connected(monkeypatch: pytest.MonkeyPatch, count: int, router: FakeRouter) -> peers.Peers:
+    monkeypatch.setattr(peers, "open_router", lambda *_: router)
+    found = peers.Peers("ram0", [RemoteSource(f"ipc:///h{number}", "ram0") for number in range(count)], PAGE)
+    wait_until(lambda: all(peer.up for peer in found.policy.peers))
+    return found
+
+
+def wait_until(what: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_a_host_that_breaks_the_protocol_keeps_no_reader_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is left alone, and advised again later."""
+    monkeypatch.setattr(pace, "LONGEST_PATIENCE", 60.0)
+
+    def answer(message: Message) -> Message | None:
+        if isinstance(message, Advise):
+            return Advised("ram0", 7, PAGE, "x", ("zero", RESIDENT))
+        wrong = pack_ranges([(0, 2 * PAGE)])
+        return Pages(7, message.request, wrong, b"\1", "") if isinstance(message, RequestRanges) else None
+
+    router = FakeRouter(answer)
+    hosts = connected(monkeypatch, 1, router)
+    began = time.monotonic()
+    for _ in range(2):
+        assert hosts.chunk(bytes(32), 0, PAGE, SHA256, True, began + 60) is None
+    assert time.monotonic() - began < 30 and router.count(RequestRanges) == 1
+    assert not hosts.policy.peers[0].up and router.count(Advise) == 1
+    monkeypatch.setattr(peers, "REFUSED_SECONDS", 0.0)
+    wait_until(lambda: hosts.policy.peers[0].up)
+    hosts.close()
+
+
+def test_silent_hosts_have_one_deadline_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    advised = Advised("ram0", 7, PAGE, "x", ("zero", RESIDENT))
+    router = FakeRouter(lambda message: advised if isinstance(message, Advise) else None)
+    hosts = connected(monkeypatch, 16, router)
+    began = time.monotonic()
+    assert hosts.chunk(bytes(32), 0, PAGE, SHA256, True, began + 0.5) is None
+    assert time.monotonic() - began < 10 and router.count(RequestRanges) == 1
+    assert hosts.chunk(bytes(32), 0, PAGE, SHA256, True, time.monotonic() + 0.01) is None, "too late to ask"
+    assert router.count(RequestRanges) == 1
+    hosts.close()
