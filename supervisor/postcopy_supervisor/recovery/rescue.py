@@ -332,13 +332,14 @@ class _Rescue:
         size = size_of(os.fstat(memory_fd).st_size // self._page_size(client.note.regions[0].block))
         found = self._of_worker(number, f"postcopy-m{number}", size)
         for pidfd in client.front_end if found < 0 else ():
-            for there in other_process.memfds(record.front_end, f"postcopy-m{number}"):
-                with suppress(OSError):
-                    fd = other_process.fetch_descriptor(pidfd, there)
-                    facts = os.fstat(fd)
-                    ours = (facts.st_ino, facts.st_uid, facts.st_size) == (record.copied_inode, os.geteuid(), size)
-                    found = self._hold(memory.reopen(fd, writable=True)) if ours else found
-                    os.close(fd)
+            with suppress(OSError):  # it has just ended
+                for there in other_process.memfds(record.front_end, f"postcopy-m{number}"):
+                    with suppress(OSError), ExitStack() as close:
+                        fd = other_process.fetch_descriptor(pidfd, there)
+                        close.callback(os.close, fd)
+                        facts = os.fstat(fd)
+                        if (facts.st_ino, facts.st_uid, facts.st_size) == (record.copied_inode, os.geteuid(), size):
+                            return self._hold(memory.reopen(fd, writable=True))
         return found
 
     def _front_end(self, client: Found) -> tuple[int, ...]:

@@ -66,6 +66,8 @@ class Orphans:
     def relieve(self, clients: Mapping[int, tuple[int, int]]) -> list[tuple[int, Poisoned]]:
         """Make the watchers of these clients (number: pid and user) stop, and give them the policy and the lifeline of
         this service. Returns what each has poisoned. Afterwards none of them reads a userfaultfd."""
+        if not clients:
+            return []
         watchers = list(_watchers_of(clients))
         reader = self._reader()
         timeout = FOREVER if self._timeout is None else int(self._timeout * 1000)
@@ -76,7 +78,8 @@ class Orphans:
         answers = [(watcher.client, watcher.answer(deadline)) for watcher in watchers]
         for watcher in watchers:
             watcher.close()
-        return answers
+        # A process may be several clients. Of what its watchers say, adopt notes for each what that one has attached.
+        return [(same, pages) for number, pages in answers for same in clients if clients[same] == clients[number]]
 
 
 class _Watcher:
@@ -110,12 +113,15 @@ class _Watcher:
 
 def _watchers_of(clients: Mapping[int, tuple[int, int]]) -> Iterator[_Watcher]:
     """The watchers of these clients, which run as their users. Their parents may have ended."""
-    numbers = {pid: number for number, (pid, _) in clients.items()}
+    numbers = {client: number for number, client in clients.items()}  # by pid and user
+    users = {uid for _, uid in clients.values()}
     for name in os.listdir("/proc"):
         with contextlib.suppress(OSError):  # it has just ended
-            if name.isdecimal() and (watched := _watched(int(name))) in numbers:
-                number = numbers[watched]
-                found = _watcher(number, int(name), watched, clients[number][1])
+            if not name.isdecimal() or (uid := owner_of(int(name))) not in users:
+                continue
+            watched = _watched(int(name))
+            if (number := numbers.get((watched, uid))) is not None:
+                found = _watcher(number, int(name), watched, uid)
                 if found is not None:
                     yield found
 

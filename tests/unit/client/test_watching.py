@@ -16,6 +16,8 @@ from postcopy.errors import AttachDenied
 from postcopy.firecracker.machine import _resumed
 from postcopy.vhost_user.attach_side import BackEndSession
 from postcopy.watching import OrphanWatcher
+from postcopy_supervisor.recovery import watchers
+from postcopy_supervisor.recovery.watchers import Orphans, new_lifeline
 
 
 @pytest.fixture
@@ -69,3 +71,18 @@ def test_a_watcher_that_was_left_is_reaped(watched: subprocess.Popen[bytes]) -> 
         time.sleep(0.01)
     started(watched).leave()
     assert len(children(watched)) == before
+
+
+def test_a_take_over_without_rescued_clients_looks_at_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchers, "_watchers_of", None)
+    assert Orphans(1.0, -1).relieve({}) == []
+
+
+def test_all_clients_of_a_process_get_what_its_watchers_have_poisoned(watched: subprocess.Popen[bytes]) -> None:
+    running, lifeline = [started(watched), started(watched)], new_lifeline()
+    client = watched.pid, os.geteuid()
+    answers = Orphans(1.0, lifeline).relieve({1: client, 2: client, 3: (os.getpid(), os.geteuid())})
+    os.close(lifeline)
+    for watcher in running:
+        watcher.close()
+    assert sorted(number for number, _ in answers) == [1, 1, 2, 2]

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from postcopy_kernel import memory
 from postcopy_protocol import received_map
 from postcopy_protocol.codec import encode
+from postcopy_protocol.copied_map import size_of
 from postcopy_protocol.errors import BadInput
 from postcopy_protocol.messages import BlockNote, ClientNote, RegionGrant
 from postcopy_protocol.runtime_paths import RESCUE
 from postcopy_supervisor.recovery import records
 from postcopy_supervisor.recovery.descriptor_store import DescriptorStore, taken
 from postcopy_supervisor.recovery.records import Records
-from postcopy_supervisor.recovery.rescue import living, made_again
+from postcopy_supervisor.recovery.rescue import Found, _Rescue, living, made_again
 from tests.simulated.effort import effort
 
 REGION = RegionGrant(7, "private", 1 << 30, 8192, 0)
@@ -109,3 +113,24 @@ def test_what_the_manager_has_is_only_for_the_process_that_it_names() -> None:
 def test_no_store_is_used_that_is_not_offered(limit: str) -> None:
     assert DescriptorStore.wanted({"NOTIFY_SOCKET": "/x", "FDSTORE": limit}, ()) is None
     assert DescriptorStore.wanted({"FDSTORE": "5"}, ()) is None
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_copied_map_is_taken_once_and_its_face_may_end(lives: bool) -> None:
+    """Its face, here this process, holds it twice; or it ends between two looks."""
+    size, before = size_of(2), open_descriptors()
+    first = memory.create_memfd("postcopy-m3", size)
+    second, block, pidfd = os.dup(first), memory.create_memfd("postcopy-ram0", 8192), os.pidfd_open(os.getpid())
+    record = Mock(front_end=os.getpid() if lives else 1 << 30, copied_inode=os.fstat(first).st_ino)
+    left = Mock(workers={}, clients={"client/3": Mock(record=record)}, blocks={"block/7": Mock(note=BLOCK)})
+    with ExitStack() as undo:
+        client = Found("client/3", CLIENT, pidfd, front_end=(pidfd,))
+        found = _Rescue(left, {}, False, undo)._copied_map(client, {"block/7": (b"", (block,))})
+        assert (found >= 0) == lives
+        assert open_descriptors() == before + 4 + lives
+    for fd in (first, second, block, pidfd):
+        os.close(fd)
