@@ -39,7 +39,7 @@ from . import twin
 from .client_ufd import ClientGone, ClientUserfaultfd, Region
 from .fault_handler import CannotContinue, FaultHandler, Idle
 from .fault_loop import BATCH, EVENT_PAGEFAULT, MESSAGE_FIELDS
-from .orphaned import NO_SUPERVISOR, Orphaned, show_life
+from .orphaned import NO_SUPERVISOR, Life, Orphaned
 from .own_memory import OnlyWakes, OwnMemory
 from .page_waker import PageWaker
 from .placing import system_calls
@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 
 def serve_client(assignment: Assignment, fds: list[int], lifeline: int, *, privileged: bool) -> NoReturn:
     """Serve one client until it, or this worker, is to end; never returns."""
-    show_life((fds[grant.received] for grant in assignment.blocks), assignment.worker)
+    life = Life((fds[grant.received] for grant in assignment.blocks), assignment.worker)
     if assignment.incarnation > 1:
         crashpoints.disarm()
     worker = Worker(assignment, fds, privileged=privileged)
@@ -69,7 +69,7 @@ def serve_client(assignment: Assignment, fds: list[int], lifeline: int, *, privi
     os.set_blocking(userfaultfd, True)
     handler.wake_everything()
     poison = partial(_poison_remote, handler, requests, worker.counters)
-    MonitorThread(worker, channel, Orphaned(lifeline, worker.control, poison)).start()
+    MonitorThread(worker, channel, life, Orphaned(lifeline, worker.control, poison)).start()
     try:
         handler.unpoison_local()  # before there is a waker, which unpoisons too
         if requests is not None:
@@ -205,10 +205,10 @@ class MonitorThread(threading.Thread):
     """Waits for everything that is no fault, and ends the process when there is a reason. Where all blocks are local it
     reads the channel too. No message comes there, but the end of the supervisor shows."""
 
-    def __init__(self, worker: Worker, channel: Channel, orphaned: Orphaned) -> None:
+    def __init__(self, worker: Worker, channel: Channel, life: Life, orphaned: Orphaned) -> None:
         super().__init__(name="monitor", daemon=True)
         self._worker = worker
-        self._orphaned = orphaned
+        self._life, self._orphaned = life, orphaned
         self._channel = channel
         self._next_check = 0.0
 
@@ -257,6 +257,7 @@ class MonitorThread(threading.Thread):
         if now >= self._next_check:
             self._next_check = now + SOURCE_CHECK_SECONDS
             self._worker.check_sources()
+            self._life.show()
 
 
 class WakerThread(threading.Thread):

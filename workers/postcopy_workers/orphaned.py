@@ -22,15 +22,27 @@ log = logging.getLogger(__name__)
 NO_SUPERVISOR = "no supervisor came back within the orphan timeout"
 
 
-def show_life(received_maps: Iterable[int], worker: int) -> None:
-    """Lock this worker's byte in the received maps of its blocks. The kernel drops the locks when the process ends."""
-    for descriptor in received_maps:
+class Life:
+    """Locks this worker's byte in the received maps of its blocks. The kernel drops the locks when the process ends."""
+
+    def __init__(self, received_maps: Iterable[int], worker: int) -> None:
+        self._hidden, self._worker = list(received_maps), worker
+        if self.show():
+            log.warning("worker %d cannot show that it lives: a client has locked its received map", worker)
+
+    def show(self) -> list[int]:
+        """Lock what is not locked yet. Returns the maps that clients have locked: they are tried again."""
+        self._hidden = [descriptor for descriptor in self._hidden if not self._lock(descriptor)]
+        return self._hidden
+
+    def _lock(self, descriptor: int) -> bool:
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, LIVES_AT + worker)
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, LIVES_AT + self._worker)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
-            log.warning("worker %d cannot show that it lives: a client has locked its received map", worker)
+            return False
+        return True
 
 
 class Orphaned:

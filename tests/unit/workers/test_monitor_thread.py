@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from postcopy_kernel import memory
 from postcopy_protocol.codec import decode
 from postcopy_protocol.counters import ORPHAN_MS
 from postcopy_protocol.messages import Report
+from postcopy_protocol.received_map import LIVES_AT
 from postcopy_workers.client_worker import MonitorThread
-from postcopy_workers.orphaned import Orphaned
+from postcopy_workers.orphaned import Life, Orphaned
 from postcopy_workers.reports import Reports
 from postcopy_workers.worker import ExitStatus, Worker
 
@@ -61,9 +65,10 @@ def test_a_report_made_as_the_worker_ends(monkeypatch: pytest.MonkeyPatch, place
         Any,
         SimpleNamespace(reports=reports, remote=True, fds=signs, assignment=assignment, send_waiting=send_waiting),
     )
+    orphaned = Orphaned(-1, memoryview(b""), lambda: None)
     try:
         with pytest.raises(EndedError) as ended:
-            MonitorThread(worker, cast(Any, channel), Orphaned(-1, memoryview(b""), lambda: None))._monitor()
+            MonitorThread(worker, cast(Any, channel), Life((), 1), orphaned)._monitor()
         assert ended.value.args == (status,)
         assert [decode(data, expect=(Report,)) for data in channel.data] == [
             Report(3, "lost", 1, 4096, "gone for good")
@@ -90,3 +95,18 @@ def test_a_worker_poisons_once_after_the_whole_timeout_without_supervisor_and_cu
     waits.ended(100.0)
     waits.tick(1e9)
     assert calls == ["poison"]
+
+
+def test_a_lock_that_a_client_holds_is_tried_again() -> None:
+    """A client of the block may lock for reading what shows that another's worker lives."""
+    fd, worker = memory.create_memfd("postcopy-ram0-map", 4096), 3
+    locks = f"import fcntl; fcntl.lockf({fd}, fcntl.LOCK_SH, 1, {LIVES_AT + worker}); print(flush=True); input()"
+    with subprocess.Popen(
+        (sys.executable, "-c", locks), stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=(fd,)
+    ) as client:
+        assert client.stdout is not None and client.stdout.readline()
+        life = Life([fd], worker)
+        assert life.show() == [fd]
+        client.communicate(b"\n")
+    assert life.show() == []
+    os.close(fd)
