@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from postcopy_supervisor.paging.flow_control import BACKGROUND, Effect, FlowControl, RangeRequest
-from postcopy_supervisor.paging.link_pace import START_WINDOW, TARGET
+from postcopy_supervisor.paging.link_pace import BUSY_PIECE, START_WINDOW, TARGET, TARGET_SHARE
 from tests.simulated.effort import effort
 
 PAGE = 4096
@@ -125,7 +125,8 @@ def test_the_background_fills_the_link_and_its_queue_is_short(rate: float, delay
     for _ in range(20):
         link.run(0.09 + random.Random(rate).random() / 9)
         queues.append(max(0.0, link._free - link.now))
-    assert median(queues) < max(2 * TARGET, 1.5 * 65536 / rate), link.flow.pace
+    target = max(TARGET, TARGET_SHARE * 2 * delay)
+    assert median(queues) < max(2 * target, 1.5 * 65536 / rate), link.flow.pace
 
 
 @given(rate=st.floats(5 * MB, 100 * MB), delay=delays, burst=bursts, pause=st.sampled_from([0.0, 0.001, 0.02]))
@@ -136,7 +137,8 @@ def test_urgent_answers_find_little_before_them(rate: float, delay: float, burst
     link.touch(pause=pause)
     link.run(6.0)
     del link.waited[:3]
-    assert median(link.waited) < 1.5 * alone(link) + PAGE / rate, link.flow.pace
+    # A client whose pauses are in step with the background's meets the end of a piece each time.
+    assert median(link.waited) < 1.5 * alone(link) + PAGE / rate + BUSY_PIECE / 2, link.flow.pace
 
 
 @pytest.mark.parametrize("rate", [50 * MB, 10 * MB])
