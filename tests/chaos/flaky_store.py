@@ -1,7 +1,7 @@
 """``python -m tests.chaos.flaky_store DIRECTORY PORT SEED``: a directory over HTTP whose answers are often wrong.
 
 One answer in EIGHT is late, an error, cut, or (chunks only) changed. No object fails more than twice in a row, so that
-a second request gets it: what is given up stays lost for a while, and a client that needs it has to die."""
+a third request gets it: what is given up stays lost for a while, and a client that needs it has to die."""
 
 from __future__ import annotations
 
